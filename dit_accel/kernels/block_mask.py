@@ -18,8 +18,8 @@ class BlockMask:
 
     The first ``kv_num_full[b, h, i]`` entries of a row need no masking at all: the block is complete and
     every key in it is visible to every query of the row block. The entries from there up to
-    ``kv_num_blocks[b, h, i]`` are *partial*: the kernel masks keys beyond ``kv_len``, keys that a ``key_mask``
-    hides, and keys that ``token_bits`` hides. Entries from ``kv_num_blocks`` on are undefined.
+    ``kv_num_blocks[b, h, i]`` are *partial*: the kernel masks keys beyond ``kv_len``, keys that a
+    ``key_mask`` hides, and keys that ``token_bits`` hides. Entries from ``kv_num_blocks`` on are undefined.
 
     Attributes:
         kv_num_blocks: int32 ``[B, H, nq]``, kept blocks per query block.
@@ -27,8 +27,8 @@ class BlockMask:
         kv_num_full: int32 ``[B, H, nq]``, how many leading entries are full.
         block_q, block_k: tokens in a query and in a key block.
         q_len, kv_len: tokens in the query and the key sequence.
-        kv_bits: optional int32 ``[B, H, nq, K]``; for a partial entry the row of ``token_bits`` that holds its
-            token mask, or -1 when no token of the block is hidden. Ignored for full entries.
+        kv_bits: optional int32 ``[B, H, nq, K]``; for a partial entry the row of ``token_bits`` that holds
+            its token mask, or -1 when no token of the block is hidden. Ignored for full entries.
         token_bits: optional int32 ``[P, block_q, block_k // 32]``; bit ``n % 32`` of word ``n // 32`` of row
             ``m`` says whether query ``m`` of the block sees key ``n`` of the block.
     """
@@ -48,15 +48,16 @@ class BlockMask:
         lead = tuple(self.kv_num_blocks.shape)
         if len(lead) != 3 or lead[2] != nq:
             raise ValueError(
-                f"kv_num_blocks must be [B, H, {nq}] for q_len={self.q_len} and block_q={self.block_q}, got {lead}."
+                f"kv_num_blocks must be [B, H, {nq}] for {self.q_len} rows in blocks of {self.block_q}, got {lead}."
             )
         if tuple(self.kv_indices.shape[:3]) != lead or not 1 <= self.kv_indices.shape[3] <= nk:
             raise ValueError(
-                f"kv_indices must be [{lead[0]}, {lead[1]}, {nq}, K] with 1 <= K <= {nk}, got {tuple(self.kv_indices.shape)}."
+                f"kv_indices must be [{lead[0]}, {lead[1]}, {nq}, K] with 1 <= K <= {nk}, "
+                f"got {tuple(self.kv_indices.shape)}."
             )
         if tuple(self.kv_num_full.shape) != lead:
             raise ValueError(
-                f"kv_num_full must have the shape of kv_num_blocks, {lead}, got {tuple(self.kv_num_full.shape)}."
+                f"kv_num_full must have kv_num_blocks' shape {lead}, got {tuple(self.kv_num_full.shape)}."
             )
         if (self.kv_bits is None) != (self.token_bits is None):
             raise ValueError("kv_bits and token_bits belong together: give both or neither.")
