@@ -48,7 +48,7 @@ class BlockMask:
         lead = tuple(self.kv_num_blocks.shape)
         if len(lead) != 3 or lead[2] != nq:
             raise ValueError(
-                f"kv_num_blocks must be [B, H, {nq}] for {self.q_len} rows in blocks of {self.block_q}, got {lead}."
+                f"kv_num_blocks must be [B, H, {nq}] for {self.q_len} rows by {self.block_q}, got {lead}."
             )
         if tuple(self.kv_indices.shape[:3]) != lead or not 1 <= self.kv_indices.shape[3] <= nk:
             raise ValueError(
