@@ -26,7 +26,10 @@ from checkpoint import (
 from clip_autoencoder import build_autoencoder, decode_clip, encode_clip
 from compose import ClipGeometry, render_clips
 from diffusers import AutoencoderKLWan
+from PIL import Image
 from sprites import SpriteBank, load_sprites
+
+REUSE = 3  # steps that crop the same rendered clips; checkpoints belong on a multiple of it
 
 
 def reconstruction_loss(
@@ -64,6 +67,9 @@ class Trainer:
         self.device, self.geometry = device, geometry
         torch.manual_seed(seed)
         self.vae = build_autoencoder().to(device).train()
+        for parameter in self.vae.parameters():
+            if parameter.dim() == 5:
+                parameter.data = parameter.data.contiguous(memory_format=torch.channels_last_3d)
         self.average = {k: v.detach().clone() for k, v in self.vae.state_dict().items()}
         self.rng = random.Random(seed)
         self.textures = torch.Generator(device).manual_seed(seed)
@@ -73,6 +79,7 @@ class Trainer:
             self.vae.parameters(), lr=1e-3, betas=(0.9, 0.98), weight_decay=0.01, fused=device.type == "cuda"
         )
         self.step = 0
+        self.rendered: tuple[torch.Tensor, torch.Tensor] | None = None
         self.log: list[tuple[int, float, float]] = []
         self._run = torch.compile(self._forward, dynamic=False) if compile_ else self._forward
 
@@ -89,9 +96,10 @@ class Trainer:
         return loss + 3e-4 * kl, plain
 
     def train_step(self, batch: int, crop: int, frames: int, rate: float) -> float:
-        scenes = [sample_scene(self.rng) for _ in range(batch)]
-        clips, cover = render_clips(scenes, self.bank, self.geometry, self.rng, self.textures)
-        clips, cover = random_crops(clips, cover, crop, frames, self.rng)
+        if self.step % REUSE == 0 or self.rendered is None:
+            scenes = [sample_scene(self.rng) for _ in range(batch)]
+            self.rendered = render_clips(scenes, self.bank, self.geometry, self.rng, self.textures)
+        clips, cover = random_crops(*self.rendered, crop, frames, self.rng)
         clips = clips.contiguous(memory_format=torch.channels_last_3d)
         shape = (clips.shape[0], 16, (frames - 1) // 4 + 1, crop // 8, crop // 8)
         noise = torch.randn(shape, generator=self.noise, device=self.device)
@@ -108,7 +116,7 @@ class Trainer:
             values = [v for v in self.vae.state_dict().values()]
             torch._foreach_lerp_(list(self.average.values()), values, 1 - decay)
         if self.step % 10 == 0:
-            self.log.append((self.step, float(loss), float(plain)))
+            self.log.append((self.step, loss.item(), plain.item()))
         return rate
 
     def averaged(self) -> AutoencoderKLWan:
@@ -156,6 +164,18 @@ def measure_statistics(vae: AutoencoderKLWan, trainer: Trainer, batches: int, ba
     return {"psnr_db": 10 * torch.log10(torch.tensor(4 / error)).item(), "mse": error}
 
 
+@torch.no_grad()
+def draw_reconstructions(vae: AutoencoderKLWan, trainer: Trainer, out: Path) -> None:
+    """Original and stock reconstruction, three frames of six held-out clips."""
+    scenes = [sample_scene(trainer.rng, held_out=True) for _ in range(6)]
+    clips, _ = render_clips(scenes, trainer.bank, trainer.geometry, trainer.rng, trainer.textures)
+    decoded = vae.decode(vae.encode(clips).latent_dist.mode()).sample
+    frames = [0, clips.shape[2] // 2, clips.shape[2] - 1]
+    rows = [torch.cat([x[:, k] for k in frames for x in (clip, again)], 2) for clip, again in zip(clips, decoded)]
+    picture = ((torch.cat(rows, 1).clamp(-1, 1) + 1) * 127.5).byte().permute(1, 2, 0).cpu().numpy()
+    Image.fromarray(picture).save(out)
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--sprites", type=Path, default=Path("data/sprites.zip"))
@@ -197,11 +217,13 @@ def main() -> None:
             print(f"step {trainer.step} loss {loss:.4f} l1 {plain:.4f} {1000 * (now - last) / 50:.0f} ms/step", flush=True)
             last = now
 
+    trainer.rendered = None
     vae = trainer.averaged()
     result = measure_statistics(vae, trainer, 8 if device.type == "cuda" else 1, min(args.batch, 16))
     result["steps"] = trainer.step
     print("result", json.dumps(result), flush=True)
     args.out.mkdir(parents=True, exist_ok=True)
+    draw_reconstructions(vae, trainer, args.out / "reconstructions.png")
     vae.to(torch.bfloat16).save_pretrained(args.out / "vae")
     save_json(args.out / "vae_log.json", {"log": trainer.log, "result": result})
     if args.checkpoint:
