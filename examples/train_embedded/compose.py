@@ -137,9 +137,11 @@ def render_clips(
 
     clips = _backgrounds(scenes, pan, geometry, generator)
     cover = torch.zeros(n, 1, t, height, width, device=device)
-    theta, present, phase, variant = theta.to(device), present.to(device), phase.to(device), variant.to(device)
+    # Chosen on the CPU: asking the device how many there are would wait for everything queued there.
+    chosen = [present[:, slot].nonzero().flatten() for slot in range(SLOTS)]
+    theta, phase, variant = theta.to(device), phase.to(device), variant.to(device)
     for slot in range(SLOTS):
-        active = present[:, slot].nonzero().flatten()
+        active = chosen[slot].to(device)
         if active.numel() == 0:
             break
         sprite = bank.frames[variant[active].unsqueeze(1), phase[active, slot]].flatten(0, 1)

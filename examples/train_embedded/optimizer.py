@@ -1,4 +1,4 @@
-"""Muon for the hidden matrices of the transformer: momentum, orthogonalised by Newton-Schulz iterations.
+"""Muon for hidden matrices and convolution kernels: momentum, orthogonalised by Newton-Schulz iterations.
 
 Jordan et al., "Muon: an optimizer for hidden layers in neural networks" (2024); the step is scaled to the size of an
 AdamW step as in Liu et al., "Muon is scalable for LLM training" (2025). Matrices of one shape are updated together.
@@ -27,7 +27,10 @@ def orthogonalize(matrices: torch.Tensor, steps: int = 5) -> torch.Tensor:
 
 
 class Muon(torch.optim.Optimizer):
-    """Nesterov momentum, orthogonalised, with decoupled weight decay. Takes matrices only."""
+    """Nesterov momentum, orthogonalised, with decoupled weight decay.
+
+    Takes matrices, and kernels of any rank as the matrix [out, rest].
+    """
 
     def __init__(
         self, params: Iterable[torch.nn.Parameter], lr: float, momentum: float = 0.95, weight_decay: float = 0.02
@@ -49,7 +52,8 @@ class Muon(torch.optim.Optimizer):
                 grads = [p.grad for p in parameters]
                 torch._foreach_lerp_(buffers, grads, 1 - group["momentum"])
                 ahead = torch._foreach_lerp(grads, buffers, group["momentum"])
-                update = orthogonalize(torch.stack(list(ahead)))
-                scale = 0.2 * max(shape) ** 0.5 * group["lr"]
+                update = orthogonalize(torch.stack([a.flatten(1) for a in ahead]))
+                scale = 0.2 * max(update.shape[1:]) ** 0.5 * group["lr"]
+                update = update.view(-1, *shape)
                 torch._foreach_mul_(parameters, 1 - group["lr"] * group["weight_decay"])
                 torch._foreach_add_(parameters, list(update.unbind()), alpha=-scale)

@@ -34,6 +34,7 @@ from clip_autoencoder import encode_clip, latent_statistics
 from compose import ClipGeometry, render_clips
 from model import (
     CAPTION_TOKENS,
+    TEXT_TOKENS,
     TIME_SHIFT,
     build_text_encoder,
     build_transformer,
@@ -49,13 +50,18 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 
 @dataclass(frozen=True)
 class Stage:
-    """`latent_frames` a clip, `batch` size, `capacity` of the pool in clips, `renew` a chunk every so many steps."""
+    """`latent_frames` a clip, `batch` size, `capacity` of the pool in clips, `renew` a chunk every so many steps.
+
+    `share` of the time; `text_tokens` to pad captions to: 512 as WanPipeline does by default, fewer where the clip is
+    short and so much padding would cost more than the clip.
+    """
 
     latent_frames: int
     batch: int
     capacity: int
     renew: int
     share: float
+    text_tokens: int = TEXT_TOKENS
 
     @property
     def frames(self) -> int:
@@ -63,11 +69,13 @@ class Stage:
 
 
 def parse_stage(text: str) -> Stage:
-    """`latent_frames:batch:capacity:renew:share`, for example `8:48:6000:4:0.6`."""
+    """`latent_frames:batch:capacity:renew:share:text_tokens`, for example `8:48:6000:4:0.6:512`."""
     parts = text.split(":")
-    if len(parts) != 5:
-        raise argparse.ArgumentTypeError(f"a stage is latent_frames:batch:capacity:renew:share, got {text!r}")
-    return Stage(int(parts[0]), int(parts[1]), int(parts[2]), int(parts[3]), float(parts[4]))
+    if len(parts) != 6:
+        raise argparse.ArgumentTypeError(
+            f"a stage is latent_frames:batch:capacity:renew:share:text_tokens, got {text!r}"
+        )
+    return Stage(int(parts[0]), int(parts[1]), int(parts[2]), int(parts[3]), float(parts[4]), int(parts[5]))
 
 
 class LatentPool:
@@ -178,7 +186,7 @@ class Trainer:
             for group in optimizer.param_groups:
                 group["lr"] = self.rates[name] * factor
         with torch.autocast(self.device.type, torch.bfloat16, enabled=self.device.type == "cuda"):
-            text = prompt_embeddings(self.text_encoder, ids)
+            text = prompt_embeddings(self.text_encoder, ids, pool.stage.text_tokens)
             output = self.transformer((1 - s) * clean + s * noise, sigma * 1000, text, return_dict=False)[0]
         error = (output.float() - (noise - clean)).square()
         weight = 1 + 3 * cover
@@ -262,7 +270,7 @@ def main() -> None:
     parser.add_argument("--seconds", type=float, default=540, help="wall-clock budget, pools and compilation included")
     parser.add_argument("--max-steps", type=int, default=10**9, help="stop after so many steps a stage")
     parser.add_argument("--stages", type=parse_stage, nargs="+", default=[
-        Stage(1, 256, 40960, 2, 0.15), Stage(3, 128, 12288, 3, 0.25), Stage(8, 48, 6144, 4, 0.6)])
+        Stage(1, 256, 12288, 8, 0.1, 64), Stage(3, 128, 6144, 6, 0.3, 64), Stage(8, 48, 4096, 8, 0.6)])
     parser.add_argument("--schedule-start", type=float, default=0.0, help="where in the schedule this run begins")
     parser.add_argument("--schedule-end", type=float, default=1.0, help="where in the schedule this run ends")
     parser.add_argument("--warmup", type=float, default=0.02)

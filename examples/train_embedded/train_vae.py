@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import math
 import random
 import time
 from pathlib import Path
@@ -27,8 +28,10 @@ from clip_autoencoder import build_autoencoder, decode_clip, encode_clip
 from compose import ClipGeometry, render_clips
 from diffusers import AutoencoderKLWan
 from PIL import Image
+from optimizer import Muon
 from sprites import SpriteBank, load_sprites
 
+WHOLE_FROM = 0.85  # from here on whole frames instead of crops
 REUSE = 3  # steps that crop the same rendered clips; checkpoints belong on a multiple of it
 
 
@@ -75,9 +78,16 @@ class Trainer:
         self.textures = torch.Generator(device).manual_seed(seed)
         self.noise = torch.Generator(device).manual_seed(seed + 1)
         self.bank = SpriteBank(load_sprites(sprites), device)
-        self.optimizer = torch.optim.AdamW(
-            self.vae.parameters(), lr=1e-3, betas=(0.9, 0.98), weight_decay=0.01, fused=device.type == "cuda"
-        )
+        kernels, others = [], []
+        for name, parameter in self.vae.named_parameters():
+            inner = parameter.dim() >= 4 and min(parameter.shape[0], parameter[0].numel()) >= 32
+            edge = "conv_in" in name or "conv_out" in name or "quant" in name
+            (kernels if inner and not edge else others).append(parameter)
+        fused = device.type == "cuda"
+        self.optimizers: dict[str, torch.optim.Optimizer] = {
+            "muon": Muon(kernels, lr=1e-3),
+            "adamw": torch.optim.AdamW(others, lr=1e-3, betas=(0.9, 0.98), weight_decay=0.01, fused=fused),
+        }
         self.step = 0
         self.rendered: tuple[torch.Tensor, torch.Tensor] | None = None
         self.log: list[tuple[int, float, float]] = []
@@ -93,9 +103,9 @@ class Trainer:
             output = decode_clip(self.vae, latents).float()
         loss, plain = reconstruction_loss(output, clips, cover)
         kl = 0.5 * (mean.square() + log_variance.exp() - 1 - log_variance).mean()
-        return loss + 3e-4 * kl, plain
+        return loss + 1e-4 * kl, plain
 
-    def train_step(self, batch: int, crop: int, frames: int, rate: float) -> float:
+    def train_step(self, batch: int, crop: int, frames: int, rates: dict[str, float]) -> None:
         if self.step % REUSE == 0 or self.rendered is None:
             scenes = [sample_scene(self.rng) for _ in range(batch)]
             self.rendered = render_clips(scenes, self.bank, self.geometry, self.rng, self.textures)
@@ -103,13 +113,15 @@ class Trainer:
         clips = clips.contiguous(memory_format=torch.channels_last_3d)
         shape = (clips.shape[0], 16, (frames - 1) // 4 + 1, crop // 8, crop // 8)
         noise = torch.randn(shape, generator=self.noise, device=self.device)
-        for group in self.optimizer.param_groups:
-            group["lr"] = rate
+        for name, optimizer in self.optimizers.items():
+            for group in optimizer.param_groups:
+                group["lr"] = rates[name]
         loss, plain = self._run(clips, cover, noise)
         loss.backward()
         torch.nn.utils.clip_grad_norm_(self.vae.parameters(), 1.0)
-        self.optimizer.step()
-        self.optimizer.zero_grad(set_to_none=True)
+        for optimizer in self.optimizers.values():
+            optimizer.step()
+            optimizer.zero_grad(set_to_none=True)
         self.step += 1
         decay = min(0.995, self.step / (self.step + 20))
         with torch.no_grad():
@@ -117,7 +129,6 @@ class Trainer:
             torch._foreach_lerp_(list(self.average.values()), values, 1 - decay)
         if self.step % 10 == 0:
             self.log.append((self.step, loss.item(), plain.item()))
-        return rate
 
     def averaged(self) -> AutoencoderKLWan:
         """A copy that holds the averaged weights."""
@@ -126,19 +137,24 @@ class Trainer:
         return copy
 
     def save(self, folder: Path) -> None:
-        tensors, rest = flatten_state(self.optimizer.state_dict(), "optimizer")
+        tensors: dict[str, torch.Tensor] = {}
+        rest = {}
+        for name, optimizer in self.optimizers.items():
+            state_tensors, rest[name] = flatten_state(optimizer.state_dict(), name)
+            tensors.update(state_tensors)
         tensors.update({f"model.{k}": v for k, v in self.vae.state_dict().items()})
         tensors.update({f"average.{k}": v for k, v in self.average.items()})
         save_tensors(tensors, folder, "vae")
         state = random_state(self.rng, {"textures": self.textures, "noise": self.noise})
-        save_json(folder / "vae.json", {"step": self.step, "log": self.log, "optimizer": rest, "random": state})
+        save_json(folder / "vae.json", {"step": self.step, "log": self.log, "optimizers": rest, "random": state})
 
     def load(self, folder: Path) -> None:
         tensors = load_tensors(folder, "vae")
         meta = json.loads((folder / "vae.json").read_text())
         self.vae.load_state_dict({k[6:]: v for k, v in tensors.items() if k.startswith("model.")})
         self.average = {k[8:]: v.to(self.device) for k, v in tensors.items() if k.startswith("average.")}
-        self.optimizer.load_state_dict(unflatten_state(tensors, meta["optimizer"], "optimizer"))
+        for name, optimizer in self.optimizers.items():
+            optimizer.load_state_dict(unflatten_state(tensors, meta["optimizers"][name], name))
         restore_random_state(meta["random"], self.rng, {"textures": self.textures, "noise": self.noise})
         self.step, self.log = meta["step"], [tuple(row) for row in meta["log"]]
 
@@ -183,10 +199,11 @@ def main() -> None:
     parser.add_argument("--resume", type=Path, help="folder with a checkpoint to go on from")
     parser.add_argument("--seconds", type=float, default=170, help="wall-clock budget for the steps")
     parser.add_argument("--max-steps", type=int, default=10**9)
-    parser.add_argument("--batch", type=int, default=32)
+    parser.add_argument("--batch", type=int, default=12)
     parser.add_argument("--crop", type=int, default=96)
-    parser.add_argument("--frames", type=int, default=17, help="frames of a crop")
-    parser.add_argument("--rate", type=float, default=1.5e-3)
+    parser.add_argument("--frames", type=int, default=29, help="frames of a crop")
+    parser.add_argument("--rate", type=float, default=2e-3, help="of AdamW: norms, biases, first and last layers")
+    parser.add_argument("--muon-rate", type=float, default=2e-3, help="of Muon: the convolution kernels")
     parser.add_argument("--size", type=int, default=192, help="clip height and width in pixels")
     parser.add_argument("--clip-frames", type=int, default=29)
     parser.add_argument("--no-compile", action="store_true")
@@ -209,8 +226,14 @@ def main() -> None:
     while trainer.step < target and (elapsed := time.monotonic() - start) < args.seconds:
         # Progress by time, since the budget is time: warm up over 3 %, then cosine to a twentieth.
         done = max(elapsed / args.seconds, trainer.step / target)
-        rate = args.rate * min(1.0, done / 0.03 + 0.05) * (0.05 + 0.95 * 0.5 * (1 + torch.cos(torch.tensor(3.1416 * done)).item()))
-        trainer.train_step(args.batch, args.crop, args.frames, rate)
+        factor = min(1.0, done / 0.03 + 0.05) * (0.03 + 0.97 * 0.5 * (1 + math.cos(math.pi * done)))
+        rates = {"muon": args.muon_rate * factor, "adamw": args.rate * factor}
+        if done < WHOLE_FROM:
+            trainer.train_step(args.batch, args.crop, args.frames, rates)
+        else:
+            if trainer.rendered is not None and trainer.rendered[0].shape[0] == args.batch:
+                trainer.rendered = None
+            trainer.train_step(max(1, args.batch // 3), args.size, args.clip_frames, rates)
         if trainer.step % 50 == 0:
             now = time.monotonic()
             _, loss, plain = trainer.log[-1]
