@@ -87,6 +87,8 @@ class Engine:
             record: whether to count the call; False when a call is repeated for its gradients.
         """
         key_mask, reason = _key_mask(attn_mask, q)
+        if q.shape[2] != k.shape[2]:
+            reason = reason or f"grouped-query attention ({q.shape[2]} query and {k.shape[2]} key heads)"
         reason = reason or self._dense_reason(layer, layout, step)
         book = self.records[layer] if record else LayerRecord("")
         if reason is not None:
@@ -96,7 +98,7 @@ class Engine:
         assert isinstance(layout, TokenLayout)
         with self.plan_time.measure(q.device):
             plan = self._plan(layer, q, k, key_mask, scale, layout, step, book)
-        backend = self._choose_backend(q, k, v, plan, key_mask)
+        backend = self._choose_backend(q, k, v, plan)
         with self.sparse_time.measure(q.device):
             result = block_sparse_attention(
                 q,
@@ -190,14 +192,10 @@ class Engine:
                 )
             return self._prepared[key]
 
-    def _choose_backend(
-        self, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, plan: AttentionPlan, key_mask: torch.Tensor | None
-    ) -> str:
-        key = (q.device, q.dtype, q.shape[-1], q.requires_grad, plan.rows is None)
+    def _choose_backend(self, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, plan: AttentionPlan) -> str:
+        key = (q.device, q.dtype, q.shape[-1], q.requires_grad)
         if key not in self._backend_choice:
-            name, reason = choose_backend(
-                q, k, v, plan.mask, rows=plan.rows, key_mask=key_mask, backend=self.backend
-            )
+            name, reason = choose_backend(q, k, v, plan.mask, backend=self.backend)
             self._backend_choice[key] = name
             self.backends_used[name] = reason
         return self._backend_choice[key]

@@ -121,7 +121,9 @@ def _replace_fields(axis: str, stage: Any, changes: Mapping[str, Any]) -> Any:
     for name in changes:
         if name not in known:
             allowed = ", ".join(known) or "none"
-            raise ValueError(f"{type(stage).__name__} ({axis}) has no field {name!r}; its fields are {allowed}.")
+            raise ValueError(
+                f"{type(stage).__name__} ({axis}) has no field {name!r}; its fields are {allowed}."
+            )
     values = {name: _read(f"{axis}.{name}", value, types[name]) for name, value in changes.items()}
     return replace(stage, **values)
 
@@ -132,7 +134,9 @@ def _read(name: str, value: Any, hint: Any) -> Any:
         try:
             value = ast.literal_eval(value)
         except (ValueError, SyntaxError):
-            raise ValueError(f"{name} must be a Python literal such as 0.2 or (4, 4, 4), got {value!r}.") from None
+            raise ValueError(
+                f"{name} must be a Python literal such as 0.2 or (4, 4, 4), got {value!r}."
+            ) from None
     if isinstance(value, list):
         value = tuple(value)
     if not _matches(value, hint):

@@ -115,7 +115,17 @@ def attention_backward_op(
     with torch.enable_grad():
         leaves = [tensor.detach().requires_grad_() for tensor in (q, k, v)]
         out = _run(
-            *leaves, attn_mask, layer, grid, count, ids, scale, enable_gqa, backend, through_dispatch, record=False
+            *leaves,
+            attn_mask,
+            layer,
+            grid,
+            count,
+            ids,
+            scale,
+            enable_gqa,
+            backend,
+            through_dispatch,
+            record=False,
         )
         grads = torch.autograd.grad(out, leaves, grad)
     dq, dk, dv = (grad.contiguous() for grad in grads)

@@ -93,7 +93,18 @@ def _attend(
     if torch.compiler.is_compiling():
         grid, count, ids = latents if latents is not None else ((), 0, None)
         return attention_op(
-            query, key, value, attn_mask, layer, list(grid), count, ids, scale, enable_gqa, backend, through_dispatch
+            query,
+            key,
+            value,
+            attn_mask,
+            layer,
+            list(grid),
+            count,
+            ids,
+            scale,
+            enable_gqa,
+            backend,
+            through_dispatch,
         )
     session_id, index = layer.tolist()
     session = session_of(session_id)

@@ -59,7 +59,9 @@ class Pooled:
     ) -> BlockMask:
         """Mask of one call from its queries and keys, both (B, S, H, D)."""
         rows = None if blocks.rows is None else blocks.rows[None, None]
-        scores = pooled_scores(q, k, blocks.block_q, blocks.block_k, rows=rows, key_mask=key_mask, scale=scale)
+        scores = pooled_scores(
+            q, k, blocks.block_q, blocks.block_k, rows=rows, key_mask=key_mask, scale=scale
+        )
         partial_k, empty_k = (None, None) if key_mask is None else blocks.hidden_k(key_mask)
         forced_k = blocks.forced_k
         if self.sink_first_frame:

@@ -84,7 +84,9 @@ class Window:
                 )
         for name in ("stride", "dilation"):
             if min(getattr(self, name)) < 1:
-                raise ValueError(f"select.{name} must be at least 1 per dimension, got {getattr(self, name)}.")
+                raise ValueError(
+                    f"select.{name} must be at least 1 per dimension, got {getattr(self, name)}."
+                )
         check_block(self.block)
 
     @property
@@ -210,7 +212,9 @@ def _token_chunks(
 
 def _pack(tokens: torch.Tensor) -> torch.Tensor:
     """int32 ``[P, block_q, block_k // 32]`` from bool ``[P, block_q, block_k]``."""
-    weights = torch.ones(32, dtype=torch.int64, device=tokens.device) << torch.arange(32, device=tokens.device)
+    weights = torch.ones(32, dtype=torch.int64, device=tokens.device) << torch.arange(
+        32, device=tokens.device
+    )
     words = (tokens.unflatten(-1, (-1, 32)).long() * weights).sum(-1)
     return torch.where(words >= 1 << 31, words - (1 << 32), words).to(torch.int32)
 
