@@ -1,5 +1,6 @@
-"""Native torch hooks that publish layer and latents. They leave no trace in state dicts and survive offloading,
-LoRA and fused projections, where attention processors are swapped and diffusers' own hooks lose their order."""
+"""Native torch hooks that publish layer and latents. They leave no trace in state dicts and survive
+offloading, LoRA and fused projections, where attention processors are swapped and diffusers' own hooks lose
+their order."""
 
 from __future__ import annotations
 

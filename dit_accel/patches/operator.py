@@ -1,7 +1,7 @@
 """The intercepted call as one opaque operator, so that a compiled graph holds no decision of a step.
 
-Step, guidance branch and plans are read when the operator runs. Its gradient repeats the call with autograd on,
-as activation checkpointing does.
+Step, guidance branch and plans are read when the operator runs. Its gradient repeats the call with autograd
+on, as activation checkpointing does.
 """
 
 from __future__ import annotations
@@ -113,9 +113,11 @@ def attention_backward_op(
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """Gradients of queries, keys and values."""
     with torch.enable_grad():
-        leaves = [tensor.detach().requires_grad_() for tensor in (q, k, v)]
+        q, k, v = (tensor.detach().requires_grad_() for tensor in (q, k, v))
         out = _run(
-            *leaves,
+            q,
+            k,
+            v,
             attn_mask,
             layer,
             grid,
@@ -127,8 +129,8 @@ def attention_backward_op(
             through_dispatch,
             record=False,
         )
-        grads = torch.autograd.grad(out, leaves, grad)
-    dq, dk, dv = (grad.contiguous() for grad in grads)
+        grads = torch.autograd.grad(out, (q, k, v), grad)
+    dq, dk, dv = (gradient.contiguous() for gradient in grads)
     return dq, dk, dv
 
 

@@ -106,7 +106,7 @@ class Session:
             return "the latent grid is unknown"
         if latents.ids is not None:
             latents = self._resolve(latents)
-        extra = seq_len - latents.count
+        extra = seq_len - latents.tokens
         if len(latents.grid) != 3 or extra < 0:
             return f"{seq_len} tokens do not hold the latent grid {latents.grid}"
         start = extra if self.family.text_first else 0
@@ -120,7 +120,7 @@ class Session:
             target = ids[ids[:, 0] == ids[0, 0]]  # references carry another first id
             height, width = (int(target[:, axis].max() - target[:, axis].min()) + 1 for axis in (1, 2))
             grid = (1, height, width) if height * width == len(target) else ()
-            self._ids_grid = (self._forward_id, LatentTokens(grid, latents.count))
+            self._ids_grid = (self._forward_id, LatentTokens(grid, latents.tokens))
         return self._ids_grid[1]
 
 
