@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import inspect
 import sys
+import weakref
 from collections.abc import Iterator, Mapping
 from typing import Any
 
@@ -135,7 +136,8 @@ def _patch_transformer(
             "this version of diffusers may have renamed its modules."
         )
     for symbol in {seam_symbol(module.processor) for _, module in layers}:
-        handle.record(divert(*symbol))
+        # Also undone when a patched model is dropped without removing the patch.
+        handle.record(weakref.finalize(model, divert(*symbol)))
     pipe = None if handle.target is model else handle.target
     engine = Engine(handle.recipe, [path for path, _ in layers], backend, min_tokens)
     session = Session(engine, family, patch_size(dict(getattr(model, "config", {}))), pipe)

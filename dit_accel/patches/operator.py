@@ -6,6 +6,8 @@ on, as activation checkpointing does.
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -95,6 +97,14 @@ def _(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, *rest: Any) -> torch.Te
     return q.new_empty(q.shape[:-1] + v.shape[-1:])
 
 
+@contextmanager
+def _recording() -> Iterator[None]:
+    """Autograd inside an operator, whose body otherwise runs below it."""
+    below = torch._C._SetExcludeDispatchKeyGuard(torch._C.DispatchKey.AutogradFunctionality, False)
+    with below, torch.enable_grad():
+        yield
+
+
 @torch.library.custom_op("dit_accel::attention_backward", mutates_args=(), tags=_TAGS)
 def attention_backward_op(
     grad: torch.Tensor,
@@ -112,7 +122,7 @@ def attention_backward_op(
     through_dispatch: bool,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """Gradients of queries, keys and values."""
-    with torch.enable_grad():
+    with _recording():
         q, k, v = (tensor.detach().requires_grad_() for tensor in (q, k, v))
         out = _run(
             q,

@@ -42,6 +42,7 @@ class Session:
         self._pipe = None if pipe is None else weakref.ref(pipe)
         self._forward_id = 0
         self._last_layer = -1
+        self._latents: dict[int, LatentTokens] = {}
         self._ids_grid: tuple[int, LatentTokens] | None = None
         self._sigmas: tuple[Any, list[float]] | None = None
         _sessions[self.id] = self
@@ -65,11 +66,14 @@ class Session:
     ) -> torch.Tensor:
         """One intercepted call, (B, S, H, D); see :meth:`dit_accel.engine.Engine.attend`.
 
-        ``latents`` is None in a compiled block whose transformer runs eagerly: its hook has published them.
+        ``latents`` is None in a compiled block whose transformer runs eagerly: its hook has published
+        them. It is also None when a checkpointed forward is repeated for its gradients, hooks ended.
         """
-        if latents is None:
-            latents = EAGER.latents
-        elif record and layer <= self._last_layer:
+        traced = latents is not None and latents is not EAGER.latents
+        latents = latents or EAGER.latents or self._latents.get(q.shape[1])
+        if latents is not None:
+            self._latents[q.shape[1]] = latents
+        if traced and record and layer <= self._last_layer:
             # The whole transformer is compiled: no hook announced this forward.
             self._forward_id += 1
         self._last_layer = layer
