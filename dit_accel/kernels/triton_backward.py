@@ -14,6 +14,7 @@ from .block_mask import BlockMask
 from .transpose import TransposedMask, transpose_mask
 from .triton_forward import (
     LOG2_E,
+    SIZES,
     dot_precision,
     key_visibility,
     mask_strides,
@@ -27,7 +28,7 @@ LOG2_E_ = tl.constexpr(LOG2_E)
 _TILE = 64
 
 
-@triton.jit
+@triton.jit(do_not_specialize=SIZES)
 def delta_bwd_kernel(
     out_ptr,
     grad_ptr,
@@ -61,7 +62,7 @@ def delta_bwd_kernel(
     tl.store(delta_ptr + at, delta, mask=row < q_len)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=SIZES)
 def block_sparse_bwd_dq_kernel(
     q_ptr,
     k_ptr,
@@ -193,7 +194,7 @@ def block_sparse_bwd_dq_kernel(
     tl.store(dq_ptr + wide * stride_ds + offs_d[None, :], acc.to(dq_ptr.dtype.element_ty), mask=live)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=SIZES)
 def block_sparse_bwd_dkv_kernel(
     q_ptr,
     k_ptr,

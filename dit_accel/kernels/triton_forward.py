@@ -10,6 +10,17 @@ from .block_mask import BlockMask
 from .tuning import LaunchConfig, launch_config
 
 LOG2_E = 1.4426950408889634
+# Arguments that change with the sequence or the mask: no new compilation for another length.
+SIZES = (
+    "heads",
+    "list_length",
+    "q_len",
+    "kv_len",
+    "mask_batch_stride",
+    "mask_head_stride",
+    "rows_batch_stride",
+    "rows_head_stride",
+)
 LN_2_ = tl.constexpr(0.6931471805599453)
 
 
@@ -135,7 +146,7 @@ def _attend(
     return acc, peak, total
 
 
-@triton.jit
+@triton.jit(do_not_specialize=SIZES)
 def block_sparse_fwd_kernel(
     q_ptr,
     k_ptr,
@@ -166,7 +177,6 @@ def block_sparse_fwd_kernel(
     rows_batch_stride,
     rows_head_stride,
     heads,
-    num_query_blocks,
     list_length,
     q_len,
     kv_len,
@@ -308,7 +318,6 @@ def forward(
         *mask_strides(index, nq),
         *((0, 0) if rows is None else mask_strides(rows, q_len)),
         heads,
-        nq,
         index.shape[-1],
         q_len,
         k.shape[1],
