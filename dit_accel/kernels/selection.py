@@ -32,7 +32,7 @@ def use_triton(impl: Impl, device: torch.device) -> bool:
     """Whether ``impl`` means the Triton kernel for tensors on ``device``."""
     if impl not in ("auto", "torch", "triton"):
         raise ValueError(f"impl must be 'auto', 'torch' or 'triton', got {impl!r}.")
-    return impl == "triton"
+    return impl == "triton" or (impl == "auto" and device.type == "cuda")
 
 
 def gather_rows(x: torch.Tensor, rows: torch.Tensor | None) -> torch.Tensor:
