@@ -1,0 +1,97 @@
+"""Metrics on pixels and latents that need nothing but torch."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+
+from dit_accel.quality.measurement import MetricUnavailable
+from dit_accel.quality.video import ClipPair
+
+
+@dataclass(frozen=True)
+class Psnr:
+    """Peak signal-to-noise ratio over the whole clip: ``10 log10(1 / MSE)``, infinite if identical."""
+
+    name: str = "psnr"
+    label: str = "PSNR"
+    unit: str = "dB"
+    higher_is_better: bool = True
+    digits: int = 2
+
+    def __call__(self, pair: ClipPair) -> float:
+        """Decibels for a clip in [0, 1]; one MSE for the clip, so frames weigh by their error."""
+        mse = (pair.reference.double() - pair.candidate.double()).square().mean().item()
+        return math.inf if mse == 0 else -10 * math.log10(mse)
+
+
+@dataclass(frozen=True)
+class Ssim:
+    """Structural similarity (Wang et al. 2004), mean over RGB channels, pixels and frames.
+
+    Gaussian window of standard deviation ``sigma`` cut at ``window`` pixels, biased covariances, only where
+    the window fits: as scikit-image's ``structural_similarity(..., gaussian_weights=True, sigma=1.5,
+    use_sample_covariance=False, data_range=1)``.
+    """
+
+    window: int = 11
+    sigma: float = 1.5
+    k1: float = 0.01
+    k2: float = 0.03
+    name: str = "ssim"
+    label: str = "SSIM"
+    unit: str = ""
+    higher_is_better: bool = True
+    digits: int = 4
+
+    def __call__(self, pair: ClipPair) -> float:
+        """Value up to 1 (identical)."""
+        _, height, width, _ = pair.reference.shape
+        if min(height, width) < self.window:
+            raise MetricUnavailable(
+                f"SSIM needs frames of at least {self.window}x{self.window} pixels, got {height}x{width}."
+            )
+        offset = torch.arange(self.window, dtype=torch.float64) - self.window // 2
+        taps = torch.exp(-0.5 * (offset / self.sigma) ** 2)
+        taps = taps / taps.sum()
+        total = 0.0
+        # A frame at a time keeps the double-precision work small.
+        for x, y in zip(pair.reference, pair.candidate, strict=True):
+            total += self._frame(x.double(), y.double(), taps)
+        return total / len(pair.reference)
+
+    def _frame(self, x: torch.Tensor, y: torch.Tensor, taps: torch.Tensor) -> float:
+        planes = torch.stack([x, y, x * x, y * y, x * y]).permute(0, 3, 1, 2).flatten(0, 1)[:, None]
+        blurred = F.conv2d(F.conv2d(planes, taps.view(1, 1, -1, 1)), taps.view(1, 1, 1, -1))
+        mx, my, xx, yy, xy = blurred.view(5, 3, *blurred.shape[-2:])
+        c1, c2 = self.k1**2, self.k2**2
+        luminance = (2 * mx * my + c1) / (mx * mx + my * my + c1)
+        structure = (2 * (xy - mx * my) + c2) / (xx - mx * mx + yy - my * my + c2)
+        return (luminance * structure).mean().item()
+
+
+@dataclass(frozen=True)
+class LatentMse:
+    """Mean squared error of the final latents, before the VAE hides or enlarges differences."""
+
+    name: str = "latent_mse"
+    label: str = "Latent MSE"
+    unit: str = ""
+    higher_is_better: bool = False
+    digits: int = 5
+
+    def __call__(self, pair: ClipPair) -> float:
+        """Mean over all elements, in the pipeline's own (normalised) latent units, squared."""
+        x, y = pair.reference_latents, pair.candidate_latents
+        if x is None or y is None:
+            raise MetricUnavailable(
+                "Latent MSE needs the final latents of both clips; this pipeline gave none."
+            )
+        if x.shape != y.shape:
+            raise MetricUnavailable(
+                f"Latent MSE needs latents of one shape, got {list(x.shape)} and {list(y.shape)}."
+            )
+        return (x.detach().cpu().double() - y.detach().cpu().double()).square().mean().item()
