@@ -9,8 +9,8 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 
-from dit_accel.quality.measurement import MetricUnavailable
-from dit_accel.quality.video import ClipPair, to_uint8
+from .measurement import MetricUnavailable
+from .video import ClipPair, to_uint8
 
 
 def _require_frames(pair: ClipPair, metric: str) -> None:

@@ -13,8 +13,8 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 
-from dit_accel.quality.measurement import MetricUnavailable, MissingExtra
-from dit_accel.quality.video import ClipPair
+from .measurement import MetricUnavailable, MissingExtra
+from .video import ClipPair
 
 _SMALLEST_SIDE = 35
 """Below this the second pooling of AlexNet has no output."""

@@ -6,12 +6,12 @@ from collections.abc import Iterable, Mapping
 from types import MappingProxyType
 from typing import Protocol
 
-from dit_accel.quality.flicker import Flicker, FlickerExcess, FlickerFlow
-from dit_accel.quality.lpips import Lpips
-from dit_accel.quality.measurement import Measurement, MetricUnavailable
-from dit_accel.quality.pixel import LatentMse, Psnr, Ssim
-from dit_accel.quality.video import ClipPair
-from dit_accel.quality.vmaf import Vmaf
+from .flicker import Flicker, FlickerExcess, FlickerFlow
+from .lpips import Lpips
+from .measurement import Measurement, MetricUnavailable
+from .pixel import LatentMse, Psnr, Ssim
+from .video import ClipPair
+from .vmaf import Vmaf
 
 
 class Metric(Protocol):

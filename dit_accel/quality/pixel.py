@@ -8,8 +8,8 @@ from dataclasses import dataclass
 import torch
 import torch.nn.functional as F
 
-from dit_accel.quality.measurement import MetricUnavailable
-from dit_accel.quality.video import ClipPair
+from .measurement import MetricUnavailable
+from .video import ClipPair
 
 
 @dataclass(frozen=True)

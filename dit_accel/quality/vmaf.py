@@ -11,8 +11,8 @@ from pathlib import Path
 
 import torch
 
-from dit_accel.quality.measurement import MetricUnavailable
-from dit_accel.quality.video import ClipPair, to_uint8
+from .measurement import MetricUnavailable
+from .video import ClipPair, to_uint8
 
 _SMALLEST_SIDE = 32
 """libvmaf's four-scale features need some pixels left at the coarsest scale."""
