@@ -93,24 +93,28 @@ class Engine:
         book = self.records[layer] if record else LayerRecord("")
         if reason is not None:
             book.dense_calls[reason] += 1
-            with self.dense_time.measure(q.device):
-                return dense()
+            begin = self.dense_time.start(q.device)
+            out = dense()
+            self.dense_time.stop(begin, q.device)
+            return out
         assert isinstance(layout, TokenLayout)
-        with self.plan_time.measure(q.device):
-            plan = self._plan(layer, q, k, key_mask, scale, layout, step, book)
+        begin = self.plan_time.start(q.device)
+        plan = self._plan(layer, q, k, key_mask, scale, layout, step, book)
         backend = self._choose_backend(q, k, v, plan)
-        with self.sparse_time.measure(q.device):
-            result = block_sparse_attention(
-                q,
-                k,
-                v,
-                plan.mask,
-                rows=plan.rows,
-                key_mask=key_mask,
-                scale=scale,
-                return_lse=backend == "triton",
-                backend=backend,
-            )
+        self.plan_time.stop(begin, q.device)
+        begin = self.sparse_time.start(q.device)
+        result = block_sparse_attention(
+            q,
+            k,
+            v,
+            plan.mask,
+            rows=plan.rows,
+            key_mask=key_mask,
+            scale=scale,
+            return_lse=backend == "triton",
+            backend=backend,
+        )
+        self.sparse_time.stop(begin, q.device)
         # Where the kernel has the log-sum-exp at hand it shows a NaN at a hundredth of the bytes.
         out, witness = result if isinstance(result, tuple) else (result, result)
         with torch.no_grad():
