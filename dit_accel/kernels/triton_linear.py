@@ -15,7 +15,7 @@ import triton
 import triton.language as tl
 
 from .block_mask import BlockMask
-from .triton_selection import lead_strides
+from .triton_pooling import lead_strides
 
 STATE_SHARE = 0.13
 """States may take this share of the bytes of q, k, v and out (at least one head's)."""

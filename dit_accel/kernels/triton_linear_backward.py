@@ -30,7 +30,7 @@ from .triton_linear import (
     shape_of,
     slot_rows,
 )
-from .triton_selection import lead_strides
+from .triton_pooling import lead_strides
 
 
 @triton.jit
