@@ -1,3 +1,35 @@
-"""Faster diffusion transformers for video and images."""
+"""Faster diffusion transformers for video and images.
+
+>>> import dit_accel
+>>> handle = dit_accel.patch(pipe)  # doctest: +SKIP
+"""
+
+from __future__ import annotations
+
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
 
 __version__ = "0.1.0"
+
+if TYPE_CHECKING:
+    from .api import patch, unpatch
+    from .patches.handle import PatchHandle
+    from .recipe import Recipe
+
+_HOME = {
+    "patch": "api",
+    "unpatch": "api",
+    "PatchHandle": "patches.handle",
+    "Recipe": "recipe",
+}
+
+__all__ = ["PatchHandle", "Recipe", "patch", "presets", "unpatch"]
+
+
+def __getattr__(name: str) -> Any:
+    """Import on first use: the command line and documentation tools need no torch."""
+    if name == "presets":
+        return import_module(".presets", __name__)
+    if name in _HOME:
+        return getattr(import_module(f".{_HOME[name]}", __name__), name)
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

@@ -1,0 +1,188 @@
+"""The public calls: patch a pipeline, and undo it."""
+
+from __future__ import annotations
+
+import inspect
+import sys
+import weakref
+from collections.abc import Iterator, Mapping
+from functools import partial
+from typing import Any
+
+import torch
+from torch import nn
+
+from . import presets
+from .engine import Engine
+from .kernels import BACKENDS
+from .patches import hooks
+from .patches.families import FAMILIES, Family, family_of
+from .patches.families.family import patch_size
+from .patches.handle import PatchHandle
+from .patches.seam import divert, seam_symbol
+from .patches.session import Session
+from .recipe import Recipe
+
+
+def patch(
+    target: Any, recipe: Recipe | str | None = None, *, backend: str = "auto", **options: Any
+) -> PatchHandle:
+    """Make a diffusers pipeline run its self-attention under a recipe.
+
+    Only the given pipeline is affected; weights, state dict and forward code stay as they are. The calls of a
+    step are decided when they run, so the patch works under torch.compile, offloading, LoRA and caching,
+    whether those came before or come after.
+
+    Args:
+        target: a diffusers pipeline, every known transformer of which is patched, or one transformer.
+        recipe: a :class:`~dit_accel.Recipe`, the name of a preset, or None for a safe default, which stays
+            dense where a sequence is too short to gain and says so in the summary.
+        backend: of :func:`~dit_accel.kernels.block_sparse_attention`; a named one that cannot run raises.
+        options: of the named preset, e.g. ``density=0.2``.
+
+    Returns:
+        A handle: ``handle.remove()`` undoes everything, ``handle.summary()`` says what ran. It is also a
+            context
+        manager.
+
+    Raises:
+        ValueError: unknown recipe, option or backend, a model of no known family, or a pipeline that is
+            patched already. Nothing has been touched then.
+    """
+    if backend not in BACKENDS:
+        raise ValueError(f"Unknown backend {backend!r}; known are {', '.join(BACKENDS)}.")
+    transformers = _transformers(target)
+    chosen, note = _choose(recipe, options)
+    for name, model, _ in transformers:
+        if _root_hook(model) is not None:
+            raise ValueError(
+                f"{name or type(model).__name__} is patched already; "
+                "call unpatch(pipe) or handle.remove() before patching with another recipe."
+            )
+    handle = PatchHandle(target, chosen, note)
+    handle.record(_forget_compiled_code)
+    try:
+        for name, model, family in transformers:
+            min_tokens = 0 if recipe is not None else _min_tokens(model, family)
+            _patch_transformer(handle, name, model, family, backend, min_tokens)
+    except BaseException:
+        handle.remove()
+        raise
+    _forget_compiled_code()
+    return handle
+
+
+def unpatch(target: Any) -> None:
+    """Undo the patch of a pipeline or transformer, as ``handle.remove()`` does.
+
+    Raises:
+        ValueError: it is not patched.
+    """
+    handles = {
+        id(hook.handle): hook.handle for _, model, _ in _transformers(target) if (hook := _root_hook(model))
+    }
+    if not handles:
+        raise ValueError(f"{type(target).__name__} is not patched.")
+    for handle in handles.values():
+        handle.remove()
+
+
+def _transformers(target: Any) -> list[tuple[str, nn.Module, Family]]:
+    """Name, module and family of every transformer to patch."""
+    if isinstance(target, nn.Module):
+        components: Mapping[str, Any] = {"": target}
+    elif hasattr(target, "components"):
+        components = target.components
+    else:
+        raise ValueError(f"patch takes a diffusers pipeline or transformer, got {type(target).__name__}.")
+    models = {name: _unwrap(value) for name, value in components.items() if isinstance(value, nn.Module)}
+    found = [(name, model, family) for name, model in models.items() if (family := family_of(model))]
+    if not found:
+        classes = [
+            type(m).__name__ for n, m in models.items() if n == "" or n.startswith(("transformer", "unet"))
+        ]
+        known = ", ".join(f"{family.name} ({', '.join(family.transformers)})" for family in FAMILIES)
+        raise ValueError(
+            f"No known transformer in {type(target).__name__}: got {', '.join(classes) or 'none'}. "
+            f"Known families: {known}."
+        )
+    return found
+
+
+def _unwrap(model: nn.Module) -> nn.Module:
+    """The module inside torch.compile's wrapper."""
+    return getattr(model, "_orig_mod", model)
+
+
+def _choose(recipe: Recipe | str | None, options: Mapping[str, Any]) -> tuple[Recipe, str | None]:
+    if recipe is not None:
+        return presets.resolve(recipe, **options), None
+    chosen = presets.resolve("pooled", **options)
+    return chosen, "no recipe was given: pooled scores, dense where a sequence is too short to gain"
+
+
+def _min_tokens(model: nn.Module, family: Family) -> int:
+    on_gpu = torch.cuda.is_available()
+    # Without a GPU dense attention is slow enough for a few thousand tokens to gain.
+    return family.min_tokens if on_gpu else 2048
+
+
+def _patch_transformer(
+    handle: PatchHandle, name: str, model: nn.Module, family: Family, backend: str, min_tokens: int
+) -> None:
+    layers = list(_self_attentions(model, family))
+    if not layers:
+        raise ValueError(
+            f"{type(model).__name__} has no self-attention at {', '.join(family.self_attention)}; "
+            "this version of diffusers may have renamed its modules."
+        )
+    for symbol in {seam_symbol(module.processor) for _, module in layers}:
+        # Also undone when a patched model is dropped without removing the patch.
+        handle.record(weakref.finalize(model, divert(*symbol)))
+    pipe = None if handle.target is model else handle.target
+    engine = Engine(handle.recipe, [path for path, _ in layers], backend, min_tokens)
+    session = Session(engine, family, patch_size(dict(getattr(model, "config", {}))), pipe)
+    handle.sessions[name] = session
+    names = tuple(inspect.signature(type(model).forward).parameters)[1:]
+    root = hooks.PublishLatents(session, handle, names)
+    handle.record(model.register_forward_pre_hook(root, with_kwargs=True).remove)
+    handle.record(model.register_forward_hook(hooks.ClearAll(), always_call=True).remove)
+    for index, (_, module) in enumerate(layers):
+        handle.record(partial(setattr, module, "__class__", type(module)))
+        module.__class__ = hooks.patched_class(type(module))
+        handle.record(module.register_forward_pre_hook(hooks.PublishLayer(session.id, index)).remove)
+        handle.record(module.register_forward_hook(hooks.ClearLayer()).remove)
+    if hasattr(model, "cache_context"):
+        _wrap_cache_context(handle, model)
+
+
+def _self_attentions(model: nn.Module, family: Family) -> Iterator[tuple[str, Any]]:
+    for path, module in model.named_modules():
+        if family.has_self_attention(path) and hasattr(module, "processor"):
+            yield path, module
+
+
+def _wrap_cache_context(handle: PatchHandle, model: nn.Module) -> None:
+    before = vars(model).get("cache_context")
+    model.cache_context = hooks.BranchContext(model.cache_context)  # type: ignore[assignment, arg-type]
+
+    def undo() -> None:
+        del model.cache_context
+        if before is not None:
+            model.cache_context = before
+
+    handle.record(undo)
+
+
+def _root_hook(model: nn.Module) -> hooks.PublishLatents | None:
+    for hook in model._forward_pre_hooks.values():
+        if isinstance(hook, hooks.PublishLatents):
+            return hook
+    return None
+
+
+def _forget_compiled_code() -> None:
+    """Compiled code does not guard on hooks: without this it would go on as if none had been added."""
+    dynamo = sys.modules.get("torch._dynamo")
+    if dynamo is not None:
+        dynamo.reset()

@@ -1,0 +1,246 @@
+"""One attention call under a recipe: dense or sparse, with which plan, and what it cost."""
+
+from __future__ import annotations
+
+import threading
+from collections import Counter
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+
+from .kernels import BlockMask, block_sparse_attention, choose_backend
+from .layout import StepContext, TokenLayout
+from .plan import AttentionPlan, SequenceBlocks
+from .recipe import Recipe
+from .stages.select_static import DenseSelect
+from .timing import Stopwatch
+
+
+@dataclass
+class LayerRecord:
+    """What one self-attention layer did: counters, and tensors that are only read when asked for."""
+
+    name: str
+    dense_calls: Counter[str] = field(default_factory=Counter)
+    sparse_calls: int = 0
+    plans_made: int = 0
+    density_sum: torch.Tensor | float = 0.0
+    nan_calls: torch.Tensor | int = 0
+
+
+@dataclass(frozen=True, eq=False)
+class _Prepared:
+    """What a layout needs once: its blocks, and what a static selection worked out for them."""
+
+    blocks: SequenceBlocks
+    rows: torch.Tensor | None
+    tables: Any
+
+
+@dataclass(frozen=True, eq=False)
+class ObservedCall:
+    """One attention call as an observer sees it: tensors (B, S, H, D) after norms and rotary embedding.
+
+    Attributes:
+        layout: of the sequence, or the reason why there is none.
+        plan: of a sparse call; None where the call was dense.
+    """
+
+    layer: int
+    step: StepContext
+    q: torch.Tensor
+    k: torch.Tensor
+    v: torch.Tensor
+    key_mask: torch.Tensor | None
+    scale: float | None
+    layout: TokenLayout | str
+    plan: AttentionPlan | None
+
+
+class Engine:
+    """Attention of one transformer under one recipe.
+
+    Args:
+        recipe: what to do.
+        layer_names: the self-attention modules, in order of execution.
+        backend: of :func:`~dit_accel.kernels.block_sparse_attention`.
+        min_tokens: stay dense below this sequence length.
+    """
+
+    def __init__(self, recipe: Recipe, layer_names: list[str], backend: str, min_tokens: int) -> None:
+        self.recipe = recipe
+        self.backend = backend
+        self.min_tokens = min_tokens
+        self.records = [LayerRecord(name) for name in layer_names]
+        self.plan_time = Stopwatch()
+        self.sparse_time = Stopwatch()
+        self.dense_time = Stopwatch()
+        self.backends_used: dict[str, str] = {}
+        self.observer: Callable[[ObservedCall], None] | None = None
+        self._prepared: dict[tuple[Any, ...], _Prepared] = {}
+        self._plans: dict[tuple[Any, ...], tuple[StepContext, AttentionPlan]] = {}
+        self._backend_choice: dict[tuple[Any, ...], str] = {}
+        self._lock = threading.Lock()
+
+    def attend(
+        self,
+        layer: int,
+        q: torch.Tensor,
+        k: torch.Tensor,
+        v: torch.Tensor,
+        attn_mask: torch.Tensor | None,
+        scale: float | None,
+        layout: TokenLayout | str,
+        step: StepContext,
+        dense: Callable[[], torch.Tensor],
+        record: bool = True,
+    ) -> torch.Tensor:
+        """Attention of (B, S, H, D) queries, keys and values.
+
+        Args:
+            layer: index into the layer names.
+            attn_mask: as given to the model's own attention.
+            layout: of the sequence, or the reason why there is none.
+            step: where the call sits in the trajectory.
+            dense: the model's own attention for this very call.
+            record: whether to count the call; False when a call is repeated for its gradients.
+        """
+        key_mask, reason = _key_mask(attn_mask, q)
+        if q.shape[2] != k.shape[2]:
+            reason = reason or f"grouped-query attention ({q.shape[2]} query and {k.shape[2]} key heads)"
+        reason = reason or self._dense_reason(layer, layout, step)
+        book = self.records[layer] if record else LayerRecord("")
+        if reason is not None:
+            self._show(layer, step, q, k, v, key_mask, scale, layout, None)
+            book.dense_calls[reason] += 1
+            begin = self.dense_time.start(q.device)
+            out = dense()
+            self.dense_time.stop(begin, q.device)
+            return out
+        assert isinstance(layout, TokenLayout)
+        begin = self.plan_time.start(q.device)
+        plan = self._plan(layer, q, k, key_mask, scale, layout, step, book)
+        backend = self._choose_backend(q, k, v, plan)
+        self.plan_time.stop(begin, q.device)
+        self._show(layer, step, q, k, v, key_mask, scale, layout, plan)
+        begin = self.sparse_time.start(q.device)
+        result = block_sparse_attention(
+            q,
+            k,
+            v,
+            plan.mask,
+            rows=plan.rows,
+            key_mask=key_mask,
+            scale=scale,
+            return_lse=backend == "triton",
+            backend=backend,
+        )
+        self.sparse_time.stop(begin, q.device)
+        # Where the kernel has the log-sum-exp at hand it shows a NaN at a hundredth of the bytes.
+        out, witness = result if isinstance(result, tuple) else (result, result)
+        with torch.no_grad():
+            book.nan_calls = book.nan_calls + witness.detach().isnan().any()
+            book.density_sum = book.density_sum + plan.mask.density()
+        book.sparse_calls += 1
+        return out
+
+    def forget(self) -> None:
+        """Drop every plan and cached table."""
+        self._plans.clear()
+        self._prepared.clear()
+
+    def _show(self, layer: int, step: StepContext, *call: Any) -> None:
+        if self.observer is not None:
+            self.observer(ObservedCall(layer, step, *call))
+
+    def _dense_reason(self, layer: int, layout: TokenLayout | str, step: StepContext) -> str | None:
+        if isinstance(self.recipe.select, DenseSelect):
+            return "recipe is dense"
+        if isinstance(layout, str):
+            return layout
+        if layout.seq_len < self.min_tokens:
+            return f"{layout.seq_len} tokens, too few to gain (below {self.min_tokens})"
+        return self.recipe.schedule.dense_reason(step, layer, len(self.records))
+
+    def _plan(
+        self,
+        layer: int,
+        q: torch.Tensor,
+        k: torch.Tensor,
+        key_mask: torch.Tensor | None,
+        scale: float | None,
+        layout: TokenLayout,
+        step: StepContext,
+        book: LayerRecord,
+    ) -> AttentionPlan:
+        select = self.recipe.select
+        assert not isinstance(select, DenseSelect)
+        prepared = self._prepare(layout, q.device)
+        if select.is_static:
+            # One plan serves all layers; a prompt's padding can change it, so it is kept only without any.
+            key: tuple[Any, ...] = (layout, q.device)
+            keep = key_mask is None
+        else:
+            key = (layer, step.branch, layout, q.shape[0], q.device)
+            keep = self.recipe.schedule.keeps_plans
+        if keep and key in self._plans:
+            made, plan = self._plans[key]
+            if select.is_static or not self.recipe.schedule.needs_plan(step, made):
+                return plan
+        with torch.no_grad():
+            mask = self._select(prepared, q.detach(), k.detach(), key_mask, scale)
+        plan = AttentionPlan(rows=prepared.rows, mask=mask)
+        if keep:
+            self._plans[key] = (step, plan)
+        book.plans_made += 1
+        return plan
+
+    def _select(
+        self,
+        prepared: _Prepared,
+        q: torch.Tensor,
+        k: torch.Tensor,
+        key_mask: torch.Tensor | None,
+        scale: float | None,
+    ) -> BlockMask:
+        select = self.recipe.select
+        assert not isinstance(select, DenseSelect)
+        return select.select(prepared.blocks, prepared.tables, q, k, key_mask, scale)
+
+    def _prepare(self, layout: TokenLayout, device: torch.device) -> _Prepared:
+        key = (layout, device)
+        # Two threads may run one transformer; the tables are built once.
+        with self._lock:
+            if key not in self._prepared:
+                select = self.recipe.select
+                assert not isinstance(select, DenseSelect)
+                rows = self.recipe.order.rows(layout, device)
+                blocks = SequenceBlocks(layout, rows, *select.block, device)
+                self._prepared[key] = _Prepared(
+                    blocks, None if rows is None else rows[None, None], select.prepare(blocks)
+                )
+            return self._prepared[key]
+
+    def _choose_backend(self, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, plan: AttentionPlan) -> str:
+        key = (q.device, q.dtype, q.shape[-1], q.requires_grad)
+        if key not in self._backend_choice:
+            name, reason = choose_backend(q, k, v, plan.mask, backend=self.backend)
+            self._backend_choice[key] = name
+            self.backends_used[name] = reason
+        return self._backend_choice[key]
+
+
+def _key_mask(attn_mask: torch.Tensor | None, q: torch.Tensor) -> tuple[torch.Tensor | None, str | None]:
+    """The bool ``[B, S]`` key mask that an attention mask stands for, or the reason why it is none."""
+    if attn_mask is None:
+        return None, None
+    batch, seq_len = q.shape[:2]
+    if attn_mask.dtype != torch.bool:
+        return None, f"additive attention mask ({attn_mask.dtype})"
+    if attn_mask.ndim == 4 and attn_mask.shape[1] == attn_mask.shape[2] == 1:
+        attn_mask = attn_mask[:, 0, 0]
+    if attn_mask.ndim == 2 and attn_mask.shape[1] == seq_len and attn_mask.shape[0] in (1, batch):
+        return attn_mask.expand(batch, seq_len), None
+    return None, f"attention mask of shape {tuple(attn_mask.shape)} is more than a key mask"

@@ -1,0 +1,64 @@
+"""Which attention backend can run a call: one predicate per backend that returns a reason or None.
+
+Nothing here imports Triton; the predicates are the same for the automatic choice and for a named backend.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+import os
+from functools import cache
+
+import torch
+
+from .block_mask import BlockMask
+
+TRITON_BLOCKS_Q = (16, 32, 64, 128)
+TRITON_BLOCKS_K = (16, 32, 64, 128)
+TRITON_MAX_HEAD_DIM = 256
+
+
+# Looked up once, without importing it; a cached function would make torch.compile warn.
+_TRITON_INSTALLED = importlib.util.find_spec("triton") is not None
+
+
+@cache
+def _compute_capability(index: int) -> tuple[int, int]:
+    return torch.cuda.get_device_capability(index)
+
+
+def interpreted() -> bool:
+    """Whether Triton kernels run in its CPU interpreter (``TRITON_INTERPRET=1``), as the tests do."""
+    return os.environ.get("TRITON_INTERPRET", "0") == "1"
+
+
+def why_not_reference(q: torch.Tensor, mask: BlockMask) -> str | None:
+    """None: the reference backend runs everything that passes validation."""
+    return None
+
+
+def why_not_torch(q: torch.Tensor, mask: BlockMask) -> str | None:
+    """None: the gather backend runs everything that passes validation."""
+    return None
+
+
+def why_not_triton(q: torch.Tensor, mask: BlockMask) -> str | None:
+    """Why the Triton backend cannot run a call with this query tensor and mask, or None if it can."""
+    if not _TRITON_INSTALLED:
+        return "triton is not installed"
+    if q.device.type == "cuda":
+        major, minor = _compute_capability(q.device.index or 0)
+        if major < 8:
+            return f"the triton kernels need compute capability 8.0 or newer, got {major}.{minor}"
+    elif not interpreted():
+        return f"the triton kernels need a CUDA device, got {q.device.type}"
+    if q.dtype not in (torch.float16, torch.bfloat16, torch.float32):
+        return f"the triton kernels take float16, bfloat16 or float32, got {q.dtype}"
+    if q.shape[-1] > TRITON_MAX_HEAD_DIM:
+        return f"the triton kernels take head dims up to {TRITON_MAX_HEAD_DIM}, got {q.shape[-1]}"
+    if mask.block_q not in TRITON_BLOCKS_Q or mask.block_k not in TRITON_BLOCKS_K:
+        return (
+            f"the triton kernels take block_q and block_k in {TRITON_BLOCKS_Q}, "
+            f"got {mask.block_q} and {mask.block_k}"
+        )
+    return None

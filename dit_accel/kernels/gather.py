@@ -1,0 +1,289 @@
+"""Block-sparse attention on any device: gather the kept key blocks, then dense attention over them.
+
+Query blocks with the same number of kept blocks run as one batch of ``scaled_dot_product_attention``. Only
+query blocks that list partial key blocks build a mask tensor. Work and memory follow the mask's density.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+from torch.utils.checkpoint import checkpoint
+
+from .block_mask import BlockMask
+
+# Gathered keys and values of one chunk: on a CPU they should stay in the last-level cache, on a GPU one
+# launch should fill the chip.
+_CHUNK_BYTES_CPU = 2 << 20
+_CHUNK_BYTES_GPU = 256 << 20
+# Runs of equal counts shorter than this share a chunk, padded to its longest row and masked.
+_MIN_ROWS = 4
+
+
+@dataclass(frozen=True)
+class _Chunk:
+    """Query blocks that run together.
+
+    Attributes:
+        row_ids: int64 ``[n]``, query blocks numbered over batch, head and block.
+        count: key blocks gathered for each.
+        masked: whether any key of the gathered blocks must be hidden.
+        short: the last gathered block is the ragged end of the sequence for all; it is cut, not masked.
+    """
+
+    row_ids: torch.Tensor
+    count: int
+    masked: bool
+    short: bool
+
+
+def gather_attention(
+    q: torch.Tensor,
+    k: torch.Tensor,
+    v: torch.Tensor,
+    mask: BlockMask,
+    *,
+    rows: torch.Tensor | None = None,
+    key_mask: torch.Tensor | None = None,
+    scale: float,
+    return_lse: bool,
+) -> tuple[torch.Tensor, torch.Tensor | None]:
+    """Attention over the kept blocks by gathering them; differentiable, extra memory bounded by the chunk.
+
+    Arguments and results are those of :func:`dit_accel.kernels.block_sparse_attention` after validation.
+    The grouping reads the counts on the host, so on an accelerator a call synchronises.
+    """
+    batch, q_len, heads, dim = q.shape
+    nq, nk = mask.num_blocks
+    place = None
+    if rows is not None:
+        rows = rows.long().expand(batch, heads, q_len)
+        place = torch.empty_like(rows).scatter_(
+            -1, rows, torch.arange(q_len, device=q.device).expand_as(rows)
+        )
+    query = _to_blocks(q, rows, nq, mask.block_q).view(-1, mask.block_q, dim)
+    key = _to_blocks(k, rows, nk, mask.block_k).view(-1, mask.block_k * dim)
+    value = _to_blocks(v, rows, nk, mask.block_k).view(-1, mask.block_k * dim)
+    plan = _Plan.build(mask, batch, heads, rows, key_mask, 2 * mask.block_k * dim * q.element_size())
+
+    train = torch.is_grad_enabled() and (q.requires_grad or k.requires_grad or v.requires_grad)
+    if train:
+        out, lse = _run_recorded(query, key, value, plan, scale, return_lse)
+    else:
+        out = torch.empty_like(query)
+        lse = torch.empty(query.shape[:2], dtype=_lse_dtype(q), device=q.device) if return_lse else None
+        for chunk in plan.chunks:
+            part, part_lse = _attend_chunk(query, key, value, plan, chunk, scale, return_lse)
+            out.index_copy_(0, chunk.row_ids, part)
+            if lse is not None:
+                lse.index_copy_(0, chunk.row_ids, part_lse)
+    out = out.view(batch, heads, nq * mask.block_q, dim)
+    if lse is not None:
+        lse = lse.view(batch, heads, nq * mask.block_q)[..., :q_len]
+    if place is None:
+        return out[:, :, :q_len].transpose(1, 2), lse
+    # Output token s of head h comes from slot place[s] of the permuted sequence.
+    lead = torch.arange(batch * heads, device=q.device).view(batch, heads, 1) * (nq * mask.block_q)
+    out = out.reshape(-1, dim).index_select(0, (place + lead).transpose(1, 2).reshape(-1))
+    return out.view(batch, q_len, heads, dim), None if lse is None else lse.gather(-1, place)
+
+
+def _run_recorded(
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    plan: _Plan,
+    scale: float,
+    return_lse: bool,
+) -> tuple[torch.Tensor, torch.Tensor | None]:
+    """All chunks under autograd, each recomputed in the backward.
+
+    Without recomputation autograd would keep every gathered block: ``density * nq`` copies of K and V.
+    """
+    parts = [
+        checkpoint(_attend_chunk, query, key, value, plan, chunk, scale, return_lse, use_reentrant=False)
+        for chunk in plan.chunks
+    ]
+    ids = torch.cat([chunk.row_ids for chunk in plan.chunks])
+    back = torch.empty_like(ids)
+    back[ids] = torch.arange(len(ids), device=ids.device)
+    out = torch.cat([part[0] for part in parts]).index_select(0, back)
+    return out, torch.cat([part[1] for part in parts]).index_select(0, back) if return_lse else None
+
+
+def _lse_dtype(x: torch.Tensor) -> torch.dtype:
+    return torch.float64 if x.dtype == torch.float64 else torch.float32
+
+
+def _to_blocks(x: torch.Tensor, rows: torch.Tensor | None, count: int, block: int) -> torch.Tensor:
+    """``[B, S, H, D]`` to contiguous, possibly permuted, zero-padded ``[B, H, count * block, D]``."""
+    batch, length, heads, dim = x.shape
+    if rows is None:
+        x = x.transpose(1, 2)
+    else:
+        head = torch.arange(heads, device=x.device)[:, None]
+        lead = torch.arange(batch, device=x.device)[:, None, None] * length
+        # One copy of D numbers per index is far faster on a CPU than an element-wise gather.
+        flat = ((lead + rows) * heads + head).reshape(-1)
+        x = x.reshape(-1, dim).index_select(0, flat).view(batch, heads, length, dim)
+    padding = count * block - length
+    return F.pad(x, (0, 0, 0, padding)) if padding else x.contiguous()
+
+
+class _Plan:
+    """The lists of a mask, flattened over batch and head, and the chunks that cover its query blocks."""
+
+    def __init__(
+        self,
+        mask: BlockMask,
+        indices: torch.Tensor,
+        counts: torch.Tensor,
+        fulls: torch.Tensor,
+        bits: torch.Tensor | None,
+        keys: torch.Tensor | None,
+        chunks: tuple[_Chunk, ...],
+    ) -> None:
+        self.mask = mask
+        self.indices, self.counts, self.fulls = indices, counts, fulls
+        self.bits, self.keys, self.chunks = bits, keys, chunks
+
+    @classmethod
+    def build(
+        cls,
+        mask: BlockMask,
+        batch: int,
+        heads: int,
+        rows: torch.Tensor | None,
+        key_mask: torch.Tensor | None,
+        block_bytes: int,
+    ) -> _Plan:
+        nq, nk = mask.num_blocks
+        counts = mask.kv_num_blocks.expand(batch, heads, nq).reshape(-1).long()
+        fulls = mask.kv_num_full.expand(batch, heads, nq).reshape(-1).long()
+        slots = mask.kv_indices.shape[-1]
+        indices = mask.kv_indices.expand(batch, heads, nq, slots).reshape(-1, slots)
+        bits = None
+        if mask.kv_bits is not None:
+            bits = mask.kv_bits.expand(batch, heads, nq, slots).reshape(-1, slots)
+        keys = None
+        if key_mask is not None:
+            keys = key_mask[:, None].expand(batch, heads, mask.kv_len)
+            if rows is not None:
+                keys = keys.gather(-1, rows)
+            keys = F.pad(keys, (0, nk * mask.block_k - mask.kv_len)).reshape(-1, mask.block_k)
+
+        masked = counts > fulls
+        short = torch.zeros_like(masked)
+        if keys is None and bits is None:
+            # A single partial block that is the end of the sequence lies last in the list and can be cut.
+            last = indices.gather(-1, (counts - 1).clamp_min(0)[:, None]).squeeze(-1)
+            short = (counts - fulls == 1) & (last == nk - 1)
+        kind = torch.where(short, 1, torch.where(masked, 2, 0))
+        code = (kind * (nk + 1) + counts).cpu()
+        sort = torch.sort(code, stable=True)
+        budget = _CHUNK_BYTES_CPU if mask.kv_indices.device.type == "cpu" else _CHUNK_BYTES_GPU
+        chunks = tuple(
+            _Chunk(sort.indices[begin:end].to(counts.device), count, hidden, cut)
+            for begin, end, count, hidden, cut in _cut(sort.values, nk + 1, budget, block_bytes)
+        )
+        return cls(mask, indices, counts, fulls, bits, keys, chunks)
+
+    def visible(self, chunk: _Chunk) -> torch.Tensor:
+        """bool ``[n, 1 or block_q, count * block_k]``: the keys of a chunk that its queries see."""
+        mask, ids = self.mask, chunk.row_ids
+        nq, nk = mask.num_blocks
+        slot = torch.arange(chunk.count, device=ids.device)
+        listed = slot < self.counts[ids, None]
+        blocks = torch.where(listed, self.indices[ids, : chunk.count].long(), 0)
+        partial = listed & (slot >= self.fulls[ids, None])
+        position = blocks[..., None] * mask.block_k + torch.arange(mask.block_k, device=ids.device)
+        seen = listed[..., None] & (~partial[..., None] | (position < mask.kv_len))
+        if self.keys is not None:
+            keys = self.keys[(ids // nq * nk)[:, None] + blocks]
+            seen = seen & (~partial[..., None] | keys)
+        seen = seen[:, None]
+        if self.bits is not None and mask.token_bits is not None and len(mask.token_bits):
+            bit_rows = torch.where(partial, self.bits[ids, : chunk.count].long(), -1)
+            words = mask.token_bits[bit_rows.clamp_min(0)]
+            shift = torch.arange(32, device=ids.device, dtype=torch.int32)
+            tokens = ((words[..., None] >> shift) & 1).bool().flatten(-2)
+            tokens = tokens | (bit_rows < 0)[..., None, None]
+            seen = seen & tokens.transpose(1, 2)
+        return seen.flatten(-2)
+
+
+def _cut(
+    codes: torch.Tensor, base: int, budget: int, block_bytes: int
+) -> Iterator[tuple[int, int, int, bool, bool]]:
+    """Cut sorted codes ``kind * base + count`` into ``(begin, end, count, masked, short)`` chunks."""
+    values, lengths = torch.unique_consecutive(codes, return_counts=True)
+    begin = end = 0
+    merged: list[int] = []
+    runs = list(zip(values.tolist(), lengths.tolist()))
+    for position, (code, length) in enumerate(runs):
+        end += length
+        merged.append(code)
+        kind, count = divmod(code, base)
+        final = position + 1 == len(runs)
+        # A count of 0 gathers nothing; merging it would only add masked work.
+        if end - begin < _MIN_ROWS and count and not final and (runs[position + 1][0] // base == kind):
+            continue
+        uneven = len(merged) > 1
+        step = max(1, budget // max(1, count * block_bytes))
+        for start in range(begin, end, step):
+            yield start, min(end, start + step), count, kind == 2 or uneven, kind == 1 and not uneven
+        begin, merged = end, []
+
+
+def _attend_chunk(
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    plan: _Plan,
+    chunk: _Chunk,
+    scale: float,
+    return_lse: bool,
+) -> tuple[torch.Tensor, torch.Tensor | None]:
+    """``out [n, block_q, D]`` and, on request, ``lse [n, block_q]`` of one chunk."""
+    mask = plan.mask
+    nq, nk = mask.num_blocks
+    ids, dim = chunk.row_ids, query.shape[-1]
+    q = query.index_select(0, ids)
+    if chunk.count == 0:
+        lse = q.new_full(q.shape[:2], float("-inf"), dtype=_lse_dtype(q)) if return_lse else None
+        return torch.zeros_like(q), lse
+    seen = plan.visible(chunk) if chunk.masked else None
+    picked = plan.indices[ids, : chunk.count].long()
+    if chunk.masked:
+        picked = torch.where(torch.arange(chunk.count, device=ids.device) < plan.counts[ids, None], picked, 0)
+    picked = (picked + (ids // nq * nk)[:, None]).reshape(-1)
+    k = key.index_select(0, picked).view(len(ids), -1, dim)
+    v = value.index_select(0, picked).view(len(ids), -1, dim)
+    if chunk.short:
+        length = chunk.count * mask.block_k - (nk * mask.block_k - mask.kv_len)
+        k, v = k[:, :length], v[:, :length]
+
+    some = None
+    if seen is not None:
+        some = seen.any(-1, keepdim=True)
+        # A row that sees nothing attends everywhere here, so that no NaN arises; it is zeroed below.
+        seen = seen | ~some
+    lse = None
+    if return_lse:
+        dtype = _lse_dtype(q)
+        scores = torch.bmm(q.to(dtype), k.to(dtype).transpose(1, 2)) * scale
+        if seen is not None:
+            scores = scores.masked_fill(~seen, float("-inf"))
+        lse = torch.logsumexp(scores, dim=-1, keepdim=True)
+        out = torch.bmm(torch.exp(scores - lse).to(v.dtype), v)
+        lse = lse if some is None else lse.masked_fill(~some, float("-inf"))
+        lse = lse.squeeze(-1)
+    else:
+        attn_mask = None if seen is None else seen[:, None].expand(-1, 1, q.shape[1], -1)
+        out = F.scaled_dot_product_attention(
+            q[:, None], k[:, None], v[:, None], attn_mask=attn_mask, scale=scale
+        ).squeeze(1)
+    return out if some is None else out.masked_fill(~some, 0), lse

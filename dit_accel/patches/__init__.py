@@ -1,0 +1,1 @@
+"""Reversible patches of diffusers pipelines: where attention is intercepted, and how it is undone."""

@@ -1,0 +1,202 @@
+"""The seam: diffusers' attention call, diverted for the layers whose hooks announced themselves.
+
+diffusers applies qk-norm and RoPE inside the attention processors and then calls ``dispatch_attention_fn`` or
+``F.scaled_dot_product_attention`` through a symbol of the processor's own module. Replacing that symbol
+leaves every processor, backend choice and forward as it is. Calls from anywhere else reach the original with
+all arguments.
+"""
+
+from __future__ import annotations
+
+import sys
+import threading
+import types
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+
+from .ambient import EAGER, TRACED, LatentTokens
+from .operator import attention_op
+from .session import session_of
+
+
+@dataclass
+class _Replacement:
+    original: Any
+    users: int
+
+
+_replacements: dict[tuple[str, str], _Replacement] = {}
+_lock = threading.Lock()
+
+
+def seam_symbol(processor: object) -> tuple[str, str]:
+    """Module and symbol through which a processor calls attention.
+
+    Raises:
+        ValueError: the processor's module has neither symbol.
+    """
+    module = sys.modules[type(processor).__module__]
+    if hasattr(module, "dispatch_attention_fn"):
+        return module.__name__, "dispatch_attention_fn"
+    if isinstance(getattr(module, "F", None), types.ModuleType):
+        return module.__name__, "F"
+    raise ValueError(
+        f"{type(processor).__name__} calls attention through neither dispatch_attention_fn nor "
+        f"F.scaled_dot_product_attention of {module.__name__}, so it cannot be patched."
+    )
+
+
+def divert(module_name: str, symbol: str) -> Callable[[], None]:
+    """Replace a symbol, or count one more user of its replacement. Returns the undo."""
+    key = (module_name, symbol)
+    module = sys.modules[module_name]
+    with _lock:
+        if key not in _replacements:
+            original = getattr(module, symbol)
+            _replacements[key] = _Replacement(original, 0)
+            setattr(module, symbol, _FunctionalProxy() if symbol == "F" else _dispatch_in_place_of(original))
+        _replacements[key].users += 1
+
+    def undo() -> None:
+        with _lock:
+            replacement = _replacements[key]
+            replacement.users -= 1
+            if replacement.users == 0:
+                setattr(module, symbol, replacement.original)
+                del _replacements[key]
+
+    return undo
+
+
+def _published() -> tuple[torch.Tensor | None, LatentTokens | None]:
+    if torch.compiler.is_compiling():
+        return TRACED.layer, TRACED.latents
+    return EAGER.layer, EAGER.latents
+
+
+def _attend(
+    layer: torch.Tensor,
+    latents: LatentTokens | None,
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    attn_mask: torch.Tensor | None,
+    scale: float | None,
+    enable_gqa: bool,
+    backend: str | None,
+    through_dispatch: bool,
+    dense: Callable[[], torch.Tensor],
+) -> torch.Tensor:
+    if torch.compiler.is_compiling():
+        grid, count, ids = latents if latents is not None else ((), 0, None)
+        return attention_op(
+            query,
+            key,
+            value,
+            attn_mask,
+            layer,
+            list(grid),
+            count,
+            ids,
+            scale,
+            enable_gqa,
+            backend,
+            through_dispatch,
+        )
+    session_id, index = layer.tolist()
+    session = session_of(session_id)
+    if session is None:
+        return dense()
+    return session.attend(index, query, key, value, attn_mask, scale, latents, dense)
+
+
+def _dispatch_in_place_of(original: Callable[..., torch.Tensor]) -> Callable[..., torch.Tensor]:
+    def dispatch_attention_fn(
+        query: torch.Tensor,
+        key: torch.Tensor,
+        value: torch.Tensor,
+        attn_mask: torch.Tensor | None = None,
+        dropout_p: float = 0.0,
+        is_causal: bool = False,
+        scale: float | None = None,
+        enable_gqa: bool = False,
+        attention_kwargs: dict[str, Any] | None = None,
+        *,
+        backend: Any = None,
+        parallel_config: Any = None,
+    ) -> torch.Tensor:
+        def dense() -> torch.Tensor:
+            return original(
+                query,
+                key,
+                value,
+                attn_mask,
+                dropout_p,
+                is_causal,
+                scale,
+                enable_gqa,
+                attention_kwargs,
+                backend=backend,
+                parallel_config=parallel_config,
+            )
+
+        layer, latents = _published()
+        plain = not (dropout_p or is_causal or attention_kwargs) and parallel_config is None
+        maskable = attn_mask is None or isinstance(attn_mask, torch.Tensor)
+        if layer is None or not plain or not maskable or query.shape[1] != key.shape[1]:
+            return dense()
+        name = None if backend is None else getattr(backend, "value", backend)
+        return _attend(layer, latents, query, key, value, attn_mask, scale, enable_gqa, name, True, dense)
+
+    return dispatch_attention_fn
+
+
+def _scaled_dot_product_attention(
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    attn_mask: torch.Tensor | None = None,
+    dropout_p: float = 0.0,
+    is_causal: bool = False,
+    scale: float | None = None,
+    enable_gqa: bool = False,
+) -> torch.Tensor:
+    """(B, H, S, D), as torch has it."""
+
+    def original() -> torch.Tensor:
+        return F.scaled_dot_product_attention(
+            query, key, value, attn_mask, dropout_p, is_causal, scale=scale, enable_gqa=enable_gqa
+        )
+
+    layer, latents = _published()
+    if layer is None or dropout_p or is_causal or query.shape[-2] != key.shape[-2]:
+        return original()
+    out = _attend(
+        layer,
+        latents,
+        query.transpose(1, 2),
+        key.transpose(1, 2),
+        value.transpose(1, 2),
+        attn_mask,
+        scale,
+        enable_gqa,
+        None,
+        False,
+        lambda: original().transpose(1, 2),
+    )
+    return out.transpose(1, 2)
+
+
+class _FunctionalProxy(types.ModuleType):
+    """``torch.nn.functional`` with one function replaced, for modules that reach it as ``F``."""
+
+    def __init__(self) -> None:
+        super().__init__("torch.nn.functional")
+        self.scaled_dot_product_attention = _scaled_dot_product_attention
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(F, name)

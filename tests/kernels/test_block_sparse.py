@@ -1,0 +1,276 @@
+"""The public operation on the reference and gather backends against an independent fp64 oracle."""
+
+import pytest
+import torch
+
+from dit_accel.kernels import BlockMask, block_sparse_attention, choose_backend
+
+from .oracle import (
+    UNIT_ROUNDOFF,
+    assert_close,
+    dense_attention,
+    random_mask,
+    random_rows,
+    visible_tokens,
+)
+
+BACKENDS = ["reference", "torch"]
+CASES = {
+    "plain": {},
+    "ragged": {"length": 203},
+    "one_block": {"length": 20},
+    "blocks_128x64": {"block": (128, 64), "length": 300},
+    "blocks_64x128": {"block": (64, 128), "length": 300},
+    "batch_2_masks_per_head": {"batch": 2, "lead": (2, 3), "length": 203},
+    "mask_shared_by_batch": {"batch": 2, "lead": (1, 3)},
+    "mask_shared_by_heads": {"batch": 2, "lead": (2, 1)},
+    "rows_per_head": {"batch": 2, "lead": (2, 3), "rows": (2, 3), "length": 203},
+    "rows_shared": {"batch": 2, "lead": (1, 1), "rows": (1, 1), "length": 203},
+    "key_mask": {"batch": 2, "lead": (2, 3), "key_mask": True},
+    "key_mask_shared_mask": {"batch": 2, "lead": (1, 3), "key_mask": True, "length": 203},
+    "key_mask_rows": {"batch": 2, "lead": (2, 3), "key_mask": True, "rows": (2, 3), "length": 203},
+    "bits": {"bits": True, "length": 203},
+    "bits_rows_key_mask": {"bits": True, "rows": (1, 3), "key_mask": True, "lead": (1, 3)},
+    "empty_rows": {"empty_rows": True, "length": 203},
+    "more_keys_than_queries": {"length": 100, "kv_length": 230},
+    "head_dim_72": {"dim": 72},
+}
+
+
+def build(
+    length=256,
+    kv_length=None,
+    batch=1,
+    heads=3,
+    dim=32,
+    block=(64, 64),
+    lead=None,
+    rows=None,
+    key_mask=False,
+    bits=False,
+    empty_rows=False,
+    dtype=torch.float32,
+):
+    torch.manual_seed(7)
+    kv_length = kv_length or length
+    q = torch.randn(batch, length, heads, dim).to(dtype)
+    k, v = (torch.randn(batch, kv_length, heads, dim).to(dtype) for _ in range(2))
+    rows = None if rows is None else random_rows(rows, length)
+    hide = None
+    if key_mask:
+        hide = torch.ones(batch, kv_length, dtype=torch.bool)
+        hide[0, kv_length - 37 :] = False
+        hide[-1, 3:90:2] = False
+    mask = random_mask(
+        lead or (1, heads),
+        length,
+        kv_length,
+        *block,
+        key_mask=hide,
+        rows=rows,
+        bits=bits,
+        empty_rows=empty_rows,
+    )
+    return q, k, v, mask, rows, hide, visible_tokens(mask, hide, rows)
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("case", CASES)
+def test_matches_oracle(case, backend):
+    q, k, v, mask, rows, hide, visible = build(**CASES[case])
+    exact, exact_lse = dense_attention(q, k, v, visible, rows)
+    eager, eager_lse = dense_attention(q, k, v, visible, rows, dtype=torch.float32)
+    out, lse = block_sparse_attention(
+        q, k, v, mask, rows=rows, key_mask=hide, return_lse=True, backend=backend
+    )
+    only = block_sparse_attention(q, k, v, mask, rows=rows, key_mask=hide, backend=backend)
+    assert out.shape == q.shape
+    assert out.dtype == q.dtype
+    assert lse.dtype == torch.float32
+    assert_close(out, exact, eager, torch.float32, "out with lse")
+    assert_close(only, exact, eager, torch.float32, "out")
+    seen = exact_lse.isfinite()
+    assert torch.equal(lse.isfinite(), seen)
+    assert torch.all(lse[~seen] == -torch.inf)
+    assert_close(lse[seen], exact_lse[seen], eager_lse[seen], torch.float32, "lse")
+    hidden = ~seen.transpose(1, 2)
+    assert torch.all(out[hidden] == 0)
+    assert torch.all(only[hidden] == 0)
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_float64(backend):
+    q, k, v, mask, rows, _hide, visible = build(length=203, rows=(1, 3), bits=True, dtype=torch.float64)
+    exact, exact_lse = dense_attention(q, k, v, visible, rows)
+    out, lse = block_sparse_attention(q, k, v, mask, rows=rows, return_lse=True, backend=backend)
+    only = block_sparse_attention(q, k, v, mask, rows=rows, backend=backend)
+    # Sums of up to 203 products: 203 roundings bound the error of any summation order.
+    bound = 203 * UNIT_ROUNDOFF[torch.float64] * 4
+    for result in (out, only):
+        assert (result - exact).abs().max() < bound
+    seen = exact_lse.isfinite()
+    assert (lse - exact_lse)[seen].abs().max() < bound
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=str)
+def test_half_precision(dtype, backend):
+    q, k, v, mask, rows, hide, visible = build(
+        length=203, batch=2, lead=(2, 3), rows=(2, 3), key_mask=True, dtype=dtype
+    )
+    exact, _ = dense_attention(q, k, v, visible, rows)
+    eager, _ = dense_attention(q, k, v, visible, rows, dtype=torch.float32)
+    # What a kernel in this dtype may lose: probabilities and output are each rounded once.
+    eager = eager + UNIT_ROUNDOFF[dtype] * v.abs().amax()
+    out = block_sparse_attention(q, k, v, mask, rows=rows, key_mask=hide, backend=backend)
+    assert out.dtype == dtype
+    assert_close(out, exact, eager, dtype, "out")
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_strided_inputs_equal_contiguous_ones(backend):
+    _, _, _, mask, rows, _, _ = build(length=203, rows=(1, 3))
+    packed = torch.randn(1, 3, 203, 3, 40)
+    q, k, v = (packed[:, i, :, :, 4:36] for i in range(3))
+    strided = block_sparse_attention(q, k, v, mask, rows=rows, backend=backend)
+    plain = block_sparse_attention(*(x.contiguous() for x in (q, k, v)), mask, rows=rows, backend=backend)
+    assert torch.equal(strided, plain)
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_rows_equal_a_materialised_reorder(backend):
+    q, k, v, mask, rows, _, _ = build(length=203, rows=(1, 3))
+    index = rows.long().transpose(1, 2)[..., None].expand_as(q)
+    moved = [x.gather(1, index) for x in (q, k, v)]
+    expected, expected_lse = block_sparse_attention(*moved, mask, return_lse=True, backend=backend)
+    out, lse = block_sparse_attention(q, k, v, mask, rows=rows, return_lse=True, backend=backend)
+    if backend == "torch":
+        assert torch.equal(out.gather(1, index), expected)
+        assert torch.equal(lse.gather(2, rows.long().expand_as(lse)), expected_lse)
+    else:  # the reference sums in the original key order
+        torch.testing.assert_close(out.gather(1, index), expected, rtol=0, atol=203 * 2.0**-24)
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_scale(backend):
+    q, k, v, mask, _, _, visible = build()
+    exact, _ = dense_attention(q, k, v, visible, scale=0.31)
+    eager, _ = dense_attention(q, k, v, visible, scale=0.31, dtype=torch.float32)
+    assert_close(
+        block_sparse_attention(q, k, v, mask, scale=0.31, backend=backend), exact, eager, torch.float32, "out"
+    )
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("which", ["q", "k", "v"])
+def test_nan_propagates_to_the_rows_that_see_it(which, backend):
+    q, k, v, mask, _, _, visible = build(length=256)
+    {"q": q, "k": k, "v": v}[which][0, 70, 1, 5] = float("nan")
+    out = block_sparse_attention(q, k, v, mask, backend=backend)
+    touched = out[0].isnan().any(-1).transpose(0, 1)
+    expected = torch.zeros_like(touched)
+    if which == "q":
+        expected[1, 70] = True
+    else:
+        expected[1] = visible[0, 1, :, 70]
+    assert expected.any()
+    assert torch.equal(touched & expected, expected)
+    assert not touched[[0, 2]].any()
+    if backend == "torch":  # blocks that are not listed are not read
+        assert torch.equal(touched, expected)
+
+
+@pytest.mark.parametrize(
+    "case", ["ragged", "rows_per_head", "bits_rows_key_mask", "empty_rows", "head_dim_72"]
+)
+def test_gather_gradients(case):
+    q, k, v, mask, rows, hide, visible = build(**CASES[case], dtype=torch.float64)
+    inputs = [x.requires_grad_() for x in (q, k, v)]
+    grad = torch.randn_like(q)
+    exact, exact_lse = dense_attention(q, k, v, visible, rows)
+    weight = torch.randn_like(exact_lse)
+    seen = exact_lse.isfinite()
+    wanted = torch.autograd.grad(exact, inputs, grad, retain_graph=True)
+    wanted_lse = torch.autograd.grad((exact_lse * weight)[seen].sum(), inputs[:2])
+    out = block_sparse_attention(q, k, v, mask, rows=rows, key_mask=hide, backend="torch")
+    got = torch.autograd.grad(out, inputs, grad)
+    _, lse = block_sparse_attention(q, k, v, mask, rows=rows, key_mask=hide, return_lse=True, backend="torch")
+    got_lse = torch.autograd.grad((lse * weight)[seen].sum(), inputs[:2])
+    for actual, exact_grad in zip((*got, *got_lse), (*wanted, *wanted_lse)):
+        assert actual.isfinite().all()
+        bound = 1024 * UNIT_ROUNDOFF[torch.float64] * max(1.0, exact_grad.abs().max().item())
+        assert (actual - exact_grad).abs().max() < bound
+
+
+def test_gather_result_does_not_depend_on_the_chunk_size(monkeypatch):
+    from dit_accel.kernels import gather
+
+    q, k, v, mask, _, _, visible = build(length=203, batch=2, lead=(2, 3), empty_rows=True)
+    exact, _ = dense_attention(q, k, v, visible)
+    eager, _ = dense_attention(q, k, v, visible, dtype=torch.float32)
+    for size, rows in ((1, 1), (1, 4), (1 << 30, 1000)):
+        monkeypatch.setattr(gather, "_CHUNK_BYTES_CPU", size)
+        monkeypatch.setattr(gather, "_MIN_ROWS", rows)
+        out = block_sparse_attention(q, k, v, mask, backend="torch")
+        assert_close(out, exact, eager, torch.float32, f"chunk {size}, rows {rows}")
+
+
+def test_gather_reads_only_kept_blocks():
+    q, k, v, mask, _, _, _ = build(length=256)
+    expected = block_sparse_attention(q, k, v, mask, backend="torch")
+    keep = mask.to_dense().any(2)
+    poisoned = [x.clone() for x in (k, v)]
+    unread = ~keep[0].repeat_interleave(64, -1).transpose(0, 1)
+    if not unread.any():
+        dense = mask.to_dense()
+        dense[:, 0, :, 2] = False
+        mask = BlockMask.from_dense(dense, 64, 64, 256, 256)
+        expected = block_sparse_attention(q, k, v, mask, backend="torch")
+        unread = ~dense.any(2)[0].repeat_interleave(64, -1).transpose(0, 1)
+    for x in poisoned:
+        x[0][unread] = float("nan")
+    assert torch.equal(block_sparse_attention(q, *poisoned, mask, backend="torch"), expected)
+
+
+def test_automatic_choice_on_a_cpu_is_torch_with_a_reason():
+    q, k, v, mask, *_ = build()
+    name, reason = choose_backend(q, k, v, mask)
+    assert name == "torch"
+    assert "triton" in reason
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"q": torch.zeros(256, 3, 32)}, r"\[B, S, H, D\]"),
+        ({"k": torch.zeros(1, 256, 3, 16), "v": torch.zeros(1, 256, 3, 16)}, "head dim"),
+        ({"v": torch.zeros(1, 255, 3, 32)}, "one shape"),
+        ({"v": torch.zeros(1, 256, 3, 32, dtype=torch.float16)}, "one floating-point dtype"),
+        ({"q": torch.zeros(1, 200, 3, 32)}, "256 queries"),
+        ({"rows": torch.zeros(1, 3, 200, dtype=torch.int32)}, "permute 256 tokens"),
+        ({"rows": torch.zeros(1, 3, 256)}, "int32 or int64"),
+        ({"rows": torch.zeros(3, 256, dtype=torch.int32)}, "rows must be"),
+        ({"key_mask": torch.ones(1, 256)}, "key_mask must be bool"),
+        ({"key_mask": torch.ones(2, 256, dtype=torch.bool)}, "key_mask must be bool"),
+        ({"backend": "cuda"}, "backend must be one of"),
+        ({"k": torch.zeros(1, 256, 3, 32, device="meta"), "v": torch.zeros(1, 256, 3, 32)}, "device"),
+    ],
+)
+def test_bad_input_is_named(change, message):
+    q, k, v, mask, *_ = build()
+    call = {"q": q, "k": k, "v": v, "mask": mask, **change}
+    with pytest.raises(ValueError, match=message):
+        block_sparse_attention(**call)
+
+
+def test_mask_with_wrong_heads_is_named():
+    q, k, v, *_ = build()
+    mask = random_mask((1, 2), 256, 256, 64, 64)
+    with pytest.raises(ValueError, match="heads"):
+        block_sparse_attention(q, k, v, mask)
+
+
+def test_named_backend_that_cannot_run_says_why():
+    q, k, v, mask, *_ = build(dtype=torch.float64)
+    with pytest.raises(RuntimeError, match="float16, bfloat16 or float32"):
+        block_sparse_attention(q, k, v, mask, backend="triton")

@@ -1,0 +1,273 @@
+"""Selection against plain loops in float64: same blocks, same order, nothing hidden, nothing forgotten."""
+
+from __future__ import annotations
+
+import math
+from fractions import Fraction
+
+import numpy as np
+import pytest
+import torch
+
+from dit_accel.kernels.block_mask import BlockMask
+from dit_accel.kernels.selection import (
+    hidden_blocks,
+    pool_blocks,
+    pooled_scores,
+    select_blocks,
+    select_pooled,
+)
+
+IMPLS = ("torch", "triton")
+
+
+def at(mask: torch.Tensor | None, b: int, h: int, i: int) -> bool:
+    """Entry of a [n], [B|1, n] or [B|1, H|1, n] mask."""
+    if mask is None:
+        return False
+    if mask.dim() == 1:
+        return bool(mask[i])
+    if mask.dim() == 2:
+        return bool(mask[min(b, mask.shape[0] - 1), i])
+    return bool(mask[min(b, mask.shape[0] - 1), min(h, mask.shape[1] - 1), i])
+
+
+def loop_select(scores, *, block_q, block_k, q_len, kv_len, density=None, top_p=None, forced_q=None,
+                forced_k=None, partial_k=None, empty_k=None, keep_own=True):  # fmt: skip
+    """(full, partial) ascending lists per row, from the definition, one row at a time."""
+    batch, heads, nq, nk = scores.shape
+    result = {}
+    for b in range(batch):
+        for h in range(heads):
+            for i in range(nq):
+                row = [float(x) for x in scores[b, h, i]]
+                row = [-math.inf if math.isnan(x) else x for x in row]
+                alive = [j for j in range(nk) if not at(empty_k, b, h, j)]
+                cand = [j for j in alive if not at(forced_k, b, h, j)]
+                ranked = sorted(cand, key=lambda j: (-row[j], j))
+                kept = {j for j in alive if at(forced_k, b, h, j)}
+                if at(forced_q, b, h, i):
+                    kept |= set(alive)
+                if density is not None and cand:
+                    share = density if isinstance(density, float) else float(density[b, h])
+                    share = Fraction(round(share * 10**6), 10**6)
+                    kept |= set(ranked[: max(1, math.ceil(share * len(cand)))])
+                if top_p is not None and cand:
+                    best = max(row[j] for j in cand)
+                    weight = {j: math.exp(row[j] - best) if row[j] > -math.inf else 0.0 for j in cand}
+                    total, mass = sum(weight.values()), 0.0
+                    for j in ranked:
+                        if mass >= top_p * total and mass > 0:
+                            break
+                        kept.add(j)
+                        mass += weight[j]
+                if keep_own:
+                    mine = set(range(i * block_q, min((i + 1) * block_q, q_len)))
+                    kept |= {j for j in alive if mine & set(range(j * block_k, (j + 1) * block_k))}
+                short = [j for j in kept if (j + 1) * block_k > kv_len or at(partial_k, b, h, j)]
+                result[b, h, i] = (sorted(kept - set(short)), sorted(short))
+    return result
+
+
+def assert_lists(mask: BlockMask, expected) -> None:
+    for (b, h, i), (full, partial) in expected.items():
+        n, n_full = int(mask.kv_num_blocks[b, h, i]), int(mask.kv_num_full[b, h, i])
+        got = mask.kv_indices[b, h, i, :n].tolist()
+        assert got == full + partial, f"row {b, h, i}"
+        assert n_full == len(full), f"row {b, h, i}"
+
+
+def loop_pool(x, block, rows=None, key_mask=None):
+    x = x.double().cpu().numpy()
+    batch, seq, heads, dim = x.shape
+    out = np.zeros((batch, heads, -(-seq // block), dim))
+    for b in range(batch):
+        for h in range(heads):
+            for i in range(out.shape[2]):
+                slots = range(i * block, min((i + 1) * block, seq))
+                if rows is not None:
+                    row = rows[min(b, rows.shape[0] - 1), min(h, rows.shape[1] - 1)]
+                    slots = [int(row[n]) for n in slots]
+                kept = [n for n in slots if key_mask is None or bool(key_mask[b, n])]
+                if kept:
+                    out[b, h, i] = np.mean([x[b, n, h] for n in kept], axis=0)
+    return out
+
+
+def permutations(batch, heads, seq, seed=0):
+    gen = torch.Generator().manual_seed(seed)
+    return torch.rand(batch, heads, seq, generator=gen).argsort(-1).to(torch.int32)
+
+
+@pytest.mark.parametrize("impl", IMPLS)
+@pytest.mark.parametrize(
+    ("batch", "seq", "heads", "dim", "block", "row_shape", "masked", "dtype"),
+    [
+        (1, 64, 1, 16, 16, None, False, torch.float32),
+        (2, 77, 3, 24, 16, None, False, torch.float16),
+        (2, 77, 3, 24, 16, (2, 3), False, torch.float32),
+        (2, 65, 2, 72, 32, (1, 1), True, torch.float16),
+        (2, 50, 2, 40, 64, (1, 2), True, torch.float32),
+        (2, 90, 2, 64, 16, None, True, torch.float32),
+    ],
+)
+def test_pool_blocks(impl, batch, seq, heads, dim, block, row_shape, masked, dtype, device):
+    torch.manual_seed(1)
+    # Strided on purpose: heads first in memory, and a slice of a wider tensor.
+    x = torch.randn(batch, heads, seq, dim + 3, dtype=dtype, device=device).transpose(1, 2)[..., :dim]
+    rows = None if row_shape is None else permutations(*row_shape, seq).to(device)
+    key_mask = None
+    if masked:
+        key_mask = torch.rand(batch, seq, device=device) > 0.4
+        key_mask[0, :block] = False
+        x[~key_mask] = torch.nan
+    got = pool_blocks(x, block, rows=rows, key_mask=key_mask, impl=impl)
+    assert got.dtype == torch.float32
+    want = loop_pool(x, block, rows, key_mask)
+    # A float32 sum of `block` terms and one division: (block + 1) roundings of the largest partial sum.
+    bound = (block + 1) * 2.0**-24 * 4.0
+    assert np.abs(got.double().cpu().numpy() - want).max() <= bound
+    if masked and rows is None:
+        assert (got[0, :, 0] == 0).all()
+
+
+@pytest.mark.parametrize("impl", IMPLS)
+def test_pooled_scores(impl, device):
+    torch.manual_seed(2)
+    q = torch.randn(2, 70, 2, 32, device=device)
+    k = torch.randn(2, 70, 2, 32, device=device)
+    rows, key_mask = permutations(2, 2, 70).to(device), torch.rand(2, 70, device=device) > 0.3
+    for scale in (None, 0.7):
+        got = pooled_scores(q, k, 32, 16, rows=rows, key_mask=key_mask, scale=scale, impl=impl)
+        want = loop_pool(q, 32, rows) @ loop_pool(k, 16, rows, key_mask).swapaxes(-1, -2)
+        np.testing.assert_allclose(got.cpu(), want * (scale or 32**-0.5), atol=1e-5)
+
+
+def test_hidden_blocks(device):
+    mask = torch.ones(2, 70, dtype=torch.bool, device=device)
+    mask[0, 16:32] = False
+    mask[1, 40] = False
+    empty, partial = hidden_blocks(mask, 16)
+    assert empty[:, 0].tolist() == [[False, True, False, False, False], [False] * 5]
+    assert partial[:, 0].tolist() == [[False] * 5, [False, False, True, False, False]]
+    rows = torch.arange(69, -1, -1, device=device)[None, None]
+    empty, partial = hidden_blocks(mask, 16, rows=rows)
+    assert not empty.any()
+    assert partial[0, 0].tolist() == [False, False, True, True, False]
+
+
+def cases():
+    def draw(*shape):
+        return torch.rand(*shape) < 0.25
+
+    gen = {"block_q": 32, "block_k": 32, "q_len": 32 * 5, "kv_len": 32 * 5}
+    ragged = {"block_q": 64, "block_k": 16, "q_len": 201, "kv_len": 201}
+    cross = {"block_q": 16, "block_k": 32, "q_len": 42, "kv_len": 333}
+    torch.manual_seed(3)
+    yield "topk", {**gen, "density": 0.3}
+    yield "topk-one", {**gen, "density": 1e-6, "keep_own": False}
+    yield "topk-all", {**ragged, "density": 1.0}
+    yield "ragged", {**ragged, "density": 0.2}
+    yield "ragged-no-own", {**ragged, "density": 0.2, "keep_own": False}
+    yield "wider-keys", {**cross, "density": 0.15}
+    yield "top-p", {**ragged, "top_p": 0.6}
+    yield "top-p-all", {**ragged, "top_p": 1.0, "keep_own": False}
+    yield "top-p-tiny", {**ragged, "top_p": 1e-4, "keep_own": False}
+    yield "union", {**ragged, "density": 0.2, "top_p": 0.5}
+    yield "forced", {**ragged, "density": 0.2, "forced_q": draw(4), "forced_k": draw(13)}
+    yield "forced-batch", {**ragged, "density": 0.2, "forced_q": draw(2, 4), "forced_k": draw(2, 13)}
+    yield "forced-all", {**ragged, "density": 0.2, "top_p": 0.3, "forced_k": torch.ones(13, dtype=torch.bool)}
+    yield "partial", {**ragged, "density": 0.4, "partial_k": draw(2, 13), "empty_k": draw(2, 13)}
+    yield (
+        "everything",
+        {
+            **ragged,
+            "density": 0.1,
+            "top_p": 0.3,
+            "forced_q": draw(1, 4),
+            "forced_k": draw(2, 13),
+            "partial_k": draw(2, 2, 13),
+            "empty_k": draw(2, 2, 13),
+        },
+    )
+    yield "all-empty", {**ragged, "density": 0.4, "empty_k": torch.ones(13, dtype=torch.bool)}
+    yield "per-head", {**ragged, "density": torch.tensor([[0.1, 0.5], [0.02, 1.0]])}
+
+
+CASES = dict(cases())
+
+
+@pytest.mark.parametrize("impl", IMPLS)
+@pytest.mark.parametrize("name", CASES)
+def test_select_blocks(name, impl, device):
+    args = CASES[name]
+    torch.manual_seed(4)
+    nq, nk = -(-args["q_len"] // args["block_q"]), -(-args["kv_len"] // args["block_k"])
+    scores = torch.randn(2, 2, nq, nk)
+    scores[0, 1] = (scores[0, 1] * 2).round()  # many ties
+    scores[1, 1] = 0.0  # nothing but ties
+    moved = {n: v.to(device) if isinstance(v, torch.Tensor) else v for n, v in args.items()}
+    mask = select_blocks(scores.to(device), **moved, impl=impl)
+    assert_lists(mask, loop_select(scores, **args))
+
+
+@pytest.mark.parametrize("impl", IMPLS)
+def test_select_blocks_odd_scores(impl, device):
+    """NaN ranks last, infinities and signed zeros keep their order, and nothing crashes."""
+    nan, inf = torch.nan, torch.inf
+    scores = torch.tensor(
+        [
+            [nan] * 6,
+            [1.0, nan, 3.0, nan, -1.0, 2.0],
+            [inf, 0.0, inf, -inf, 1.0, nan],
+            [-0.0, 0.0, -1e-42, 1e-42, -0.0, 0.0],
+            [-inf] * 6,
+            [-3e38, 3e38, -1.0, 1.0, -3.4e38, 3.4e38],
+        ]
+    )[None, None]
+    args = {"block_q": 8, "block_k": 8, "q_len": 48, "kv_len": 48, "keep_own": False}
+    for density in (0.34, 0.5, 0.9):
+        mask = select_blocks(scores.to(device), density=density, **args, impl=impl)
+        assert_lists(mask, loop_select(scores, density=density, **args))
+    mask = select_blocks(scores.to(device), top_p=0.5, **args, impl=impl)
+    assert mask.to_dense().any(-1).all()
+
+
+@pytest.mark.parametrize("impl", IMPLS)
+def test_select_pooled(impl, device):
+    """The convenience call equals its two halves, never lists hidden blocks, and lists padding as partial."""
+    torch.manual_seed(5)
+    q, k = torch.randn(2, 150, 2, 32, device=device), torch.randn(2, 150, 2, 32, device=device)
+    key_mask = torch.ones(2, 150, dtype=torch.bool, device=device)
+    key_mask[0, 70:] = False
+    rows = permutations(1, 1, 150).to(device)
+    for order in (None, rows):
+        mask = select_pooled(
+            q, k, block_q=32, block_k=16, density=0.3, rows=order, key_mask=key_mask, impl=impl
+        )
+        empty, partial = hidden_blocks(key_mask, 16, rows=order)
+        scores = pooled_scores(q, k, 32, 16, rows=order, key_mask=key_mask, impl=impl)
+        want = loop_select(
+            scores.cpu(), block_q=32, block_k=16, q_len=150, kv_len=150, density=0.3,
+            partial_k=partial.cpu(), empty_k=empty.cpu(),
+        )  # fmt: skip
+        assert_lists(mask, want)
+        assert not (mask.to_dense() & empty[:, :, None]).any()
+
+
+def test_errors():
+    scores = torch.zeros(1, 1, 4, 4)
+    geometry = {"block_q": 16, "block_k": 16, "q_len": 64, "kv_len": 64}
+    for value in (0.0, -0.1, 1.5, math.nan):
+        with pytest.raises(ValueError, match="density must lie in"):
+            select_blocks(scores, density=value, **geometry)
+        with pytest.raises(ValueError, match="top_p must lie in"):
+            select_blocks(scores, top_p=value, **geometry)
+    with pytest.raises(ValueError, match="neither"):
+        select_blocks(scores, **geometry)
+    with pytest.raises(ValueError, match="scores must be"):
+        select_blocks(scores[..., :3], density=0.5, **geometry)
+    with pytest.raises(ValueError, match="forced_k must be"):
+        select_blocks(scores, density=0.5, forced_k=torch.ones(3, dtype=torch.bool), **geometry)
+    with pytest.raises(ValueError, match="impl must be"):
+        select_blocks(scores, density=0.5, impl="cuda", **geometry)

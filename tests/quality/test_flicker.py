@@ -1,0 +1,66 @@
+"""Flicker: zero without it, the injected size with it, blind to steady errors."""
+
+import pytest
+import torch
+
+from dit_accel.quality import ClipPair, MetricUnavailable
+from dit_accel.quality.flicker import Flicker, FlickerExcess, FlickerFlow, _reference_flow, _sample
+from tests.quality.clips import moving_clip, with_blinking
+
+
+@pytest.mark.parametrize("metric", [Flicker(), FlickerFlow(), FlickerExcess()], ids=lambda m: m.name)
+def test_zero_for_identical_clips(metric: Flicker) -> None:
+    clip = moving_clip()
+    assert metric(ClipPair(clip, clip.clone())) == 0
+
+
+@pytest.mark.parametrize("metric", [Flicker(), FlickerFlow(), FlickerExcess()], ids=lambda m: m.name)
+def test_rises_with_injected_flicker(metric: Flicker) -> None:
+    steady = with_blinking(moving_clip(), 0.0)
+    values = [metric(ClipPair(steady, with_blinking(moving_clip(), a))) for a in (0.01, 0.03, 0.09)]
+    assert 0 < values[0] < values[1] < values[2]
+
+
+@pytest.mark.parametrize("metric", [Flicker(), FlickerFlow()], ids=lambda m: m.name)
+def test_size_of_blinking_brightness(metric: Flicker) -> None:
+    """Brightness alternating by ±a changes each transition by 2a, with or without motion."""
+    steady = with_blinking(moving_clip(), 0.0)
+    value = metric(ClipPair(steady, with_blinking(moving_clip(), 0.05)))
+    assert value == pytest.approx(255 * 0.1, rel=1e-3)
+
+
+@pytest.mark.parametrize("metric", [Flicker(), FlickerFlow(), FlickerExcess()], ids=lambda m: m.name)
+def test_a_steady_shift_is_no_flicker(metric: Flicker) -> None:
+    clip = with_blinking(moving_clip(), 0.0)
+    assert metric(ClipPair(clip, clip + 0.1)) == pytest.approx(0, abs=1e-3)
+
+
+def test_flow_forgives_an_error_that_moves_with_the_content() -> None:
+    """Recoloured content blinks at a fixed pixel but not along its motion."""
+    clip = with_blinking(moving_clip(6, speed=3.0), 0.0)
+    recoloured = (clip * torch.tensor([0.7, 1.0, 0.7])).clamp(0, 1)
+    pair = ClipPair(clip, recoloured)
+    assert FlickerFlow()(pair) < 0.25 * Flicker()(pair)
+
+
+def test_excess_is_negative_for_a_steadier_candidate() -> None:
+    clip = with_blinking(moving_clip(), 0.0)
+    assert FlickerExcess()(ClipPair(with_blinking(moving_clip(), 0.05), clip)) < -1
+
+
+def test_flow_follows_the_motion() -> None:
+    clip = moving_clip(4, speed=2.0)
+    flow, seen = _reference_flow(ClipPair(clip, clip))
+    assert seen.float().mean() > 0.7
+    assert flow[..., 0][seen].median() == pytest.approx(-2.0, abs=0.2)
+    assert flow[..., 1][seen].median() == pytest.approx(0.0, abs=0.2)
+    still = (clip[1:] - clip[:-1]).abs()[seen].mean()
+    warped = (clip[1:] - _sample(clip[:-1], flow)).abs()[seen].mean()
+    assert warped < 0.2 * still
+
+
+@pytest.mark.parametrize("metric", [Flicker(), FlickerFlow(), FlickerExcess()], ids=lambda m: m.name)
+def test_an_image_gives_a_reason(metric: Flicker) -> None:
+    clip = moving_clip(1)
+    with pytest.raises(MetricUnavailable, match="at least 2 frames, got 1"):
+        metric(ClipPair(clip, clip))

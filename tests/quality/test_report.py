@@ -1,0 +1,169 @@
+"""The written report: self-contained, escaped, complete, and a film that holds every clip."""
+
+import re
+from html.parser import HTMLParser
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+from dit_accel.quality import ClipPair, Interval, Measurement, measure
+from dit_accel.quality.clips import read_clip, save_clip, side_by_side
+from dit_accel.quality.page import report_page
+from dit_accel.quality.pixel import Psnr, Ssim
+from dit_accel.quality.plot import ParetoPoint, pareto_svg
+from dit_accel.quality.report import read_report, write_report
+from dit_accel.quality.results import DENSE, ClipResult, ComparisonReport
+from tests.quality.clips import moving_clip, with_noise
+
+_PROMPTS = ("a green dragon", "a <script>alert('&')</script> whale")
+
+
+def _report(folder: Path, frames: int = 5) -> ComparisonReport:
+    results = []
+    for i, prompt in enumerate(_PROMPTS):
+        clip = moving_clip(frames, 48, 65, speed=1.0 + i)
+        dense = save_clip(clip, folder / "clips" / f"{i}-dense", 8)
+        results.append(ClipResult(prompt, i, DENSE, 4.0, 3.0, 1.0, clip=str(dense.relative_to(folder))))
+        for name, std in (("exact", 0.0), ("rough", 0.1)):
+            candidate = with_noise(clip, std)
+            metrics = {
+                **measure(ClipPair(clip, candidate, 8), [Psnr(), Ssim()]),
+                "lpips": Measurement(reason="LPIPS needs <weights>: pip install 'dit-accel[quality]'."),
+            }
+            path = save_clip(candidate, folder / "clips" / f"{i}-{name}", 8)
+            seconds = 3.0 if name == "exact" else 1.5
+            results.append(
+                ClipResult(prompt, i, name, seconds, 1.0, 0.2, metrics, str(path.relative_to(folder)))
+            )
+    facts = {"command": "dit-accel compare embedded", "device": "CPU"}
+    return ComparisonReport("Tiny", tuple(results), ("exact", "rough"), {}, 8, facts, ("rough: <odd>",))
+
+
+class _Tags(HTMLParser):
+    """Collects start tags, and fails on unbalanced ones."""
+
+    VOID = frozenset({"meta", "link", "br", "img"})
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.seen: list[tuple[str, dict[str, str | None]]] = []
+        self.open: list[str] = []
+
+    def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
+        self.seen.append((tag, dict(attrs)))
+        if tag not in self.VOID:
+            self.open.append(tag)
+
+    def handle_startendtag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
+        self.seen.append((tag, dict(attrs)))
+
+    def handle_endtag(self, tag: str) -> None:
+        assert self.open.pop() == tag
+
+
+def test_page_is_self_contained_and_well_formed(tmp_path: Path) -> None:
+    page = report_page(_report(tmp_path), tmp_path)
+    tags = _Tags()
+    tags.feed(page)
+    assert tags.open == []
+    for tag, attributes in tags.seen:
+        for name in ("src", "href"):
+            assert (attributes.get(name) or "data:").startswith("data:"), (tag, attributes)
+    assert "@import" not in page
+    assert not re.search(r"https?://|url\(", page)
+    assert sum(tag == "video" for tag, _ in tags.seen) == 6
+    assert sum(tag == "svg" for tag, _ in tags.seen) == 2
+    assert sum(tag == "script" for tag, _ in tags.seen) == 1
+
+
+def test_page_says_what_is_missing_and_shows_infinity(tmp_path: Path) -> None:
+    page = report_page(_report(tmp_path), tmp_path)
+    assert "<li>LPIPS needs &lt;weights&gt;: pip install &#x27;dit-accel[quality]&#x27;." in page
+    assert "rough: &lt;odd&gt;" in page
+    assert "∞" in page
+    assert "dit-accel compare embedded" in page
+    assert "2.67× as fast" in page
+
+
+def test_clips_beyond_the_limit_are_counted(tmp_path: Path) -> None:
+    report = _report(tmp_path)
+    page = report_page(report, tmp_path, embed_limit=0)
+    assert "2 more prompts in the clips folder" in page
+    assert "<video" not in page
+
+
+def test_write_and_read(tmp_path: Path) -> None:
+    report = _report(tmp_path)
+    files = write_report(report, tmp_path)
+    assert read_report(files.json) == report
+    assert files.page.read_text(encoding="utf-8").startswith("<!doctype html>")
+    assert files.film is not None
+    film = read_clip(files.film)
+    assert film.shape[0] == 2 * 5
+    # The panes are the clips: the dense one is drawn enlarged, so compare after shrinking it again.
+    first = read_clip(tmp_path / "clips" / "0-dense.mp4")
+    pane = film[0, 27 : 27 + 96, 8 : 8 + 132].double().numpy().reshape(48, 2, 66, 2, 3).mean((1, 3))
+    assert np.abs(pane - first[0].double().numpy()).mean() < 8
+
+
+def test_bad_report_file_is_named(tmp_path: Path) -> None:
+    path = tmp_path / "report.json"
+    path.write_text("{")
+    with pytest.raises(ValueError, match=r"report\.json is not a comparison report"):
+        read_report(path)
+
+
+def test_images_become_png(tmp_path: Path) -> None:
+    files = write_report(_report(tmp_path, frames=1), tmp_path)
+    assert files.film is not None
+    assert files.film.suffix == ".png"
+    page = files.page.read_text(encoding="utf-8")
+    assert page.count("data:image/png;base64,") == 6
+
+
+def test_saved_clips_are_close_to_lossless(tmp_path: Path) -> None:
+    clip = moving_clip(4, 63, 81)
+    path = save_clip(clip, tmp_path / "a.b", 8)
+    assert path.name == "a.b.mp4"
+    back = read_clip(path)
+    assert back.shape == (4, 64, 82, 3)
+    assert Psnr()(ClipPair(clip, back[:, :63, :81])) > 30
+
+
+def test_side_by_side_refuses_unequal_clips() -> None:
+    with pytest.raises(ValueError, match="equally shaped clips"):
+        side_by_side([torch.zeros(1, 8, 8, 3), torch.zeros(2, 8, 8, 3)], ["a", "b"], "")
+
+
+def _points(*values: tuple[float, float]) -> list[ParetoPoint]:
+    return [
+        ParetoPoint(f"r{i}", Interval(s, s, s, 2), Interval(f, f, f, 2), i) for i, (s, f) in enumerate(values)
+    ]
+
+
+@pytest.mark.parametrize(("higher", "fidelity"), [(True, (20, 30, 25)), (False, (0.3, 0.1, 0.2))])
+def test_front_joins_what_nothing_beats(higher: bool, fidelity: tuple[float, float, float]) -> None:
+    """The third recipe is slower and worse than the second."""
+    points = _points((1, fidelity[0]), (2, fidelity[1]), (3, fidelity[2]))
+    svg = pareto_svg(points, label="x", higher_is_better=higher, dense_seconds=4, digits=2)
+    front = re.search(r'class="front" points="([^"]*)"', svg)
+    assert front is not None
+    pairs = [tuple(map(float, pair.split(","))) for pair in front[1].split()]
+    assert len(pairs) == 2
+    # Better is up: SVG's y falls.
+    assert pairs[1][0] > pairs[0][0]
+    assert pairs[1][1] < pairs[0][1]
+
+
+def test_plot_without_finite_points_is_empty() -> None:
+    points = _points((1, float("inf")))
+    assert pareto_svg(points, label="x", higher_is_better=True, dense_seconds=4, digits=2) == ""
+
+
+def test_plot_of_one_point_with_an_infinite_end() -> None:
+    point = ParetoPoint("r", Interval(1, 1, 1, 2), Interval(30, 29, float("inf"), 2), 0)
+    svg = pareto_svg([point], label="x", higher_is_better=True, dense_seconds=2, digits=2)
+    assert "nan" not in svg
+    assert "inf" not in svg
