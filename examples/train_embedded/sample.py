@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import json
 import random
 import time
 from pathlib import Path
@@ -32,14 +33,14 @@ def held_out_scenes(count: int, seed: int = 7) -> list[Scene]:
 
 def export_pipeline(ema: Path, vae: Path, out: Path, layers: int, heads: int, head_dim: int) -> None:
     """Writes the pipeline folder in bfloat16 with `save_pretrained`."""
-    values = load_tensors(ema, "ema")
+    trained = load_tensors(ema, "ema")
     transformer = build_transformer(layers, heads, head_dim)
     text_encoder = build_text_encoder()
     transformer.load_state_dict(
-        {k[12:]: v for k, v in values.items() if k.startswith("transformer.")}, strict=True
+        {k[12:]: v for k, v in trained.items() if k.startswith("transformer.")}, strict=True
     )
     missing = text_encoder.load_state_dict(
-        {k[13:]: v for k, v in values.items() if k.startswith("text_encoder.")}, strict=False
+        {k[13:]: v for k, v in trained.items() if k.startswith("text_encoder.")}, strict=False
     )
     # The input embedding is stored once and tied to a second name.
     if set(missing.missing_keys) - {"encoder.embed_tokens.weight", "shared.weight"} or missing.unexpected_keys:
@@ -50,6 +51,14 @@ def export_pipeline(ema: Path, vae: Path, out: Path, layers: int, heads: int, he
         transformer.to(torch.bfloat16), text_encoder.to(torch.bfloat16), autoencoder.to(torch.bfloat16)
     )
     pipeline.save_pretrained(out, safe_serialization=True)
+    # transformers 5 writes a new name for its fast tokenizer; the old one is understood by 4.57 as well.
+    for file in (out / "model_index.json", out / "tokenizer" / "tokenizer_config.json"):
+        file.write_text(file.read_text().replace("TokenizersBackend", "PreTrainedTokenizerFast"))
+    # Where the autoencoder was read from is nobody's business.
+    config = out / "vae" / "config.json"
+    values = json.loads(config.read_text())
+    values.pop("_name_or_path", None)
+    config.write_text(json.dumps(values, indent=2, sort_keys=True) + "\n")
 
 
 def generate(
