@@ -55,8 +55,8 @@ from transformers import UMT5EncoderModel
 class Stage:
     """A part of the training: `latent_frames` a clip, `batch` size, `capacity` of the pool in clips.
 
-    `renew` a chunk of the pool every so many steps; `share` of the time; `text_tokens` to pad captions to: 512 as
-    WanPipeline does by default, fewer where the clip is short and the padding would cost more than the clip.
+    `renew` a chunk of the pool every so many steps; `share` of the time; `text_tokens` to pad captions to:
+    512 as WanPipeline does by default, fewer where the clip is short and padding would cost more than that.
     """
 
     latent_frames: int
