@@ -40,12 +40,15 @@ def generate(
     ] = None,
     negative_prompt: Annotated[str | None, typer.Option(help="What to avoid.")] = None,
     size: Annotated[str | None, typer.Option(metavar="WxH", help="Pixels. Default: the model's.")] = None,
-    frames: Annotated[int | None, typer.Option(min=1, help="Frames of a video. Default: the model's.")] = None,
+    frames: Annotated[
+        int | None, typer.Option(min=1, help="Frames of a video. Default: the model's.")
+    ] = None,
     steps: Annotated[int | None, typer.Option(min=1, help="Denoising steps. Default: the model's.")] = None,
     guidance: Annotated[float | None, typer.Option(help="Guidance scale. Default: the model's.")] = None,
     seed: Annotated[int, typer.Option(help="Of the noise.")] = 0,
     recipe: Annotated[
-        str, typer.Option(help="`auto`, `dense` for the model's own attention, or a name from `dit-accel info`.")
+        str,
+        typer.Option(help="`auto`, `dense` for the model's own attention, or a name from `dit-accel info`."),
     ] = "auto",
     changes: SetOption = None,
     backend: BackendOption = "auto",
@@ -70,7 +73,7 @@ def generate(
     from ..api import patch
     from ..pipelines.builtin import builtins
     from ..pipelines.generate import generate as run
-    from ..pipelines.generate import save
+    from ..pipelines.generate import makes_video, output_path, save
     from ..pipelines.load import load
 
     offered = builtins()
@@ -78,6 +81,8 @@ def generate(
     builtin = offered.get(name)
     _say(f"{name}: {builtin.description}" if builtin else f"Loading {name}", as_json)
     pipe = load(name, dtype=number, device=target)
+    default = Path("outputs") / f"{name.strip('./').replace('/', '--')}-{seed}"
+    path = output_path(out or default, makes_video(pipe))
     arguments: dict[str, Any] = {"negative_prompt": negative_prompt}
     if builtin is not None:
         arguments |= vars(builtin.settings)
@@ -95,7 +100,6 @@ def generate(
             )
         return result
 
-    path = out or Path("outputs") / f"{name.replace('/', '--').strip('.-')}-{seed}"
     if target.type == "cuda":
         _say("Warming up", as_json)
         short = {**arguments, "steps": WARM_UP_STEPS}
@@ -161,7 +165,12 @@ def _progress(label: str, quiet: bool) -> Any:
         from rich.console import Console
         from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 
-        columns = (TextColumn("{task.description:>11}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
+        columns = (
+            TextColumn("{task.description:>11}"),
+            BarColumn(),
+            MofNCompleteColumn(),
+            TimeElapsedColumn(),
+        )
         with Progress(*columns, console=Console(stderr=True)) as progress:
             task = progress.add_task(label, total=None)
             yield lambda done, total: progress.update(task, completed=done, total=total)

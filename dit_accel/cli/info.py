@@ -62,7 +62,11 @@ def _backends(device: torch.device) -> list[dict[str, Any]]:
     dtype = torch.bfloat16 if device.type == "cuda" else torch.float32
     q = torch.zeros(1, 128, 1, 128, dtype=dtype, device=device)
     mask = BlockMask.from_dense(
-        torch.ones(1, 1, 1, 2, dtype=torch.bool, device=device), block_q=128, block_k=64, q_len=128, kv_len=128
+        torch.ones(1, 1, 1, 2, dtype=torch.bool, device=device),
+        block_q=128,
+        block_k=64,
+        q_len=128,
+        kv_len=128,
     )
     rows = []
     for name in BACKENDS:

@@ -21,7 +21,12 @@ def build_random_wan(dtype: torch.dtype | None = None) -> Any:
 
     Text encoder and transformer come in ``dtype`` (float32 if None), the autoencoder in float32.
     """
-    from diffusers import AutoencoderKLWan, FlowMatchEulerDiscreteScheduler, WanPipeline, WanTransformer3DModel
+    from diffusers import (
+        AutoencoderKLWan,
+        FlowMatchEulerDiscreteScheduler,
+        WanPipeline,
+        WanTransformer3DModel,
+    )
     from transformers import UMT5Config, UMT5EncoderModel
 
     tokenizer = _character_tokenizer()
