@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import inspect
 import sys
+import weakref
 from collections.abc import Iterator, Mapping
+from functools import partial
 from typing import Any
 
 import torch
@@ -28,23 +30,24 @@ def patch(
     """Make a diffusers pipeline run its self-attention under a recipe.
 
     Only the given pipeline is affected; weights, state dict and forward code stay as they are. The calls of a
-    step are decided when they run, so the patch works under torch.compile, offloading, LoRA and caching, whether
-    those came before or come after.
+    step are decided when they run, so the patch works under torch.compile, offloading, LoRA and caching,
+    whether those came before or come after.
 
     Args:
         target: a diffusers pipeline, every known transformer of which is patched, or one transformer.
-        recipe: a :class:`~dit_accel.Recipe`, the name of a preset, or None for a safe default, which stays dense
-            where a sequence is too short to gain and says so in the summary.
+        recipe: a :class:`~dit_accel.Recipe`, the name of a preset, or None for a safe default, which stays
+            dense where a sequence is too short to gain and says so in the summary.
         backend: of :func:`~dit_accel.kernels.block_sparse_attention`; a named one that cannot run raises.
         options: of the named preset, e.g. ``density=0.2``.
 
     Returns:
-        A handle: ``handle.remove()`` undoes everything, ``handle.summary()`` says what ran. It is also a context
+        A handle: ``handle.remove()`` undoes everything, ``handle.summary()`` says what ran. It is also a
+            context
         manager.
 
     Raises:
-        ValueError: unknown recipe, option or backend, a model of no known family, or a pipeline that is patched
-            already. Nothing has been touched then.
+        ValueError: unknown recipe, option or backend, a model of no known family, or a pipeline that is
+            patched already. Nothing has been touched then.
     """
     if backend not in BACKENDS:
         raise ValueError(f"Unknown backend {backend!r}; known are {', '.join(BACKENDS)}.")
@@ -53,8 +56,8 @@ def patch(
     for name, model, _ in transformers:
         if _root_hook(model) is not None:
             raise ValueError(
-                f"{name or type(model).__name__} is patched already; call unpatch(pipe) or handle.remove() before "
-                "patching with another recipe."
+                f"{name or type(model).__name__} is patched already; "
+                "call unpatch(pipe) or handle.remove() before patching with another recipe."
             )
     handle = PatchHandle(target, chosen, note)
     handle.record(_forget_compiled_code)
@@ -130,11 +133,12 @@ def _patch_transformer(
     layers = list(_self_attentions(model, family))
     if not layers:
         raise ValueError(
-            f"{type(model).__name__} has no self-attention at {', '.join(family.self_attention)}; this version of "
-            f"diffusers may have renamed its modules."
+            f"{type(model).__name__} has no self-attention at {', '.join(family.self_attention)}; "
+            "this version of diffusers may have renamed its modules."
         )
     for symbol in {seam_symbol(module.processor) for _, module in layers}:
-        handle.record(divert(*symbol))
+        # Also undone when a patched model is dropped without removing the patch.
+        handle.record(weakref.finalize(model, divert(*symbol)))
     pipe = None if handle.target is model else handle.target
     engine = Engine(handle.recipe, [path for path, _ in layers], backend, min_tokens)
     session = Session(engine, family, patch_size(dict(getattr(model, "config", {}))), pipe)
@@ -144,6 +148,8 @@ def _patch_transformer(
     handle.record(model.register_forward_pre_hook(root, with_kwargs=True).remove)
     handle.record(model.register_forward_hook(hooks.ClearAll(), always_call=True).remove)
     for index, (_, module) in enumerate(layers):
+        handle.record(partial(setattr, module, "__class__", type(module)))
+        module.__class__ = hooks.patched_class(type(module))
         handle.record(module.register_forward_pre_hook(hooks.PublishLayer(session.id, index)).remove)
         handle.record(module.register_forward_hook(hooks.ClearLayer()).remove)
     if hasattr(model, "cache_context"):

@@ -39,6 +39,26 @@ class _Prepared:
     tables: Any
 
 
+@dataclass(frozen=True, eq=False)
+class ObservedCall:
+    """One attention call as an observer sees it: tensors (B, S, H, D) after norms and rotary embedding.
+
+    Attributes:
+        layout: of the sequence, or the reason why there is none.
+        plan: of a sparse call; None where the call was dense.
+    """
+
+    layer: int
+    step: StepContext
+    q: torch.Tensor
+    k: torch.Tensor
+    v: torch.Tensor
+    key_mask: torch.Tensor | None
+    scale: float | None
+    layout: TokenLayout | str
+    plan: AttentionPlan | None
+
+
 class Engine:
     """Attention of one transformer under one recipe.
 
@@ -58,6 +78,7 @@ class Engine:
         self.sparse_time = Stopwatch()
         self.dense_time = Stopwatch()
         self.backends_used: dict[str, str] = {}
+        self.observer: Callable[[ObservedCall], None] | None = None
         self._prepared: dict[tuple[Any, ...], _Prepared] = {}
         self._plans: dict[tuple[Any, ...], tuple[StepContext, AttentionPlan]] = {}
         self._backend_choice: dict[tuple[Any, ...], str] = {}
@@ -92,25 +113,31 @@ class Engine:
         reason = reason or self._dense_reason(layer, layout, step)
         book = self.records[layer] if record else LayerRecord("")
         if reason is not None:
+            self._show(layer, step, q, k, v, key_mask, scale, layout, None)
             book.dense_calls[reason] += 1
-            with self.dense_time.measure(q.device):
-                return dense()
+            begin = self.dense_time.start(q.device)
+            out = dense()
+            self.dense_time.stop(begin, q.device)
+            return out
         assert isinstance(layout, TokenLayout)
-        with self.plan_time.measure(q.device):
-            plan = self._plan(layer, q, k, key_mask, scale, layout, step, book)
+        begin = self.plan_time.start(q.device)
+        plan = self._plan(layer, q, k, key_mask, scale, layout, step, book)
         backend = self._choose_backend(q, k, v, plan)
-        with self.sparse_time.measure(q.device):
-            result = block_sparse_attention(
-                q,
-                k,
-                v,
-                plan.mask,
-                rows=plan.rows,
-                key_mask=key_mask,
-                scale=scale,
-                return_lse=backend == "triton",
-                backend=backend,
-            )
+        self.plan_time.stop(begin, q.device)
+        self._show(layer, step, q, k, v, key_mask, scale, layout, plan)
+        begin = self.sparse_time.start(q.device)
+        result = block_sparse_attention(
+            q,
+            k,
+            v,
+            plan.mask,
+            rows=plan.rows,
+            key_mask=key_mask,
+            scale=scale,
+            return_lse=backend == "triton",
+            backend=backend,
+        )
+        self.sparse_time.stop(begin, q.device)
         # Where the kernel has the log-sum-exp at hand it shows a NaN at a hundredth of the bytes.
         out, witness = result if isinstance(result, tuple) else (result, result)
         with torch.no_grad():
@@ -123,6 +150,10 @@ class Engine:
         """Drop every plan and cached table."""
         self._plans.clear()
         self._prepared.clear()
+
+    def _show(self, layer: int, step: StepContext, *call: Any) -> None:
+        if self.observer is not None:
+            self.observer(ObservedCall(layer, step, *call))
 
     def _dense_reason(self, layer: int, layout: TokenLayout | str, step: StepContext) -> str | None:
         if isinstance(self.recipe.select, DenseSelect):

@@ -17,7 +17,8 @@ class AttentionPlan:
     """The plan of one layer: token order and block mask. Schedules keep it, the engine executes it.
 
     Attributes:
-        rows: int32 ``[B|1, H|1, S]``, token read by each slot of the permuted sequence; None for raster order.
+        rows: int32 ``[B|1, H|1, S]``, token read by each slot of the permuted sequence; None for raster
+            order.
         mask: kept blocks of the permuted sequence.
     """
 
@@ -27,7 +28,8 @@ class AttentionPlan:
 
 @dataclass(frozen=True, eq=False)
 class SequenceBlocks:
-    """The blocks of a permuted sequence: which hold other tokens than latents, and where on the grid they lie.
+    """The blocks of a permuted sequence: which hold other tokens than latents, and where on the grid they
+    lie.
 
     Attributes:
         layout: the sequence before permutation.
@@ -65,12 +67,12 @@ class SequenceBlocks:
 
     @cached_property
     def forced_q(self) -> torch.Tensor | None:
-        """bool ``[nq]``: query blocks with a non-latent token, which read everything; None if there are none."""
+        """bool ``[nq]``: query blocks with a non-latent token, which read everything; or None."""
         return self._with_extras(self.block_q)
 
     @cached_property
     def forced_k(self) -> torch.Tensor | None:
-        """bool ``[nk]``: key blocks with a non-latent token, which everything reads; None if there are none."""
+        """bool ``[nk]``: key blocks with a non-latent token, which everything reads; or None."""
         return self._with_extras(self.block_k)
 
     @cached_property

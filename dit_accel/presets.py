@@ -42,7 +42,8 @@ def pooled(
     dense_fraction: float = 0.2,
     refresh_every: int = 1,
 ) -> Recipe:
-    """Key blocks by the pooled score of 3-D tiles, top-k, top-p, or their union (SpargeAttn, arXiv 2502.18137).
+    """Key blocks by the pooled score of 3-D tiles, top-k, top-p, or their union (SpargeAttn, arXiv
+    2502.18137).
 
     Args:
         density, top_p: see :class:`~dit_accel.stages.select_dynamic.Pooled`.
@@ -68,7 +69,8 @@ def resolve(recipe: Recipe | str, **options: Any) -> Recipe:
     if isinstance(recipe, Recipe):
         if options:
             raise ValueError(
-                f"Options {sorted(options)} go with a preset's name; change a Recipe with recipe.with_fields(...)."
+                f"Options {sorted(options)} go with a preset's name; "
+                "change a Recipe with recipe.with_fields(...)."
             )
         return recipe
     if recipe not in PRESETS:

@@ -70,10 +70,7 @@ class Recipe:
             if axis not in AXES:
                 raise ValueError(f"Unknown axis {axis!r}; the axes are {', '.join(AXES)}.")
             stage = getattr(recipe, axis)
-            if field_name:
-                stage = _replace_field(axis, stage, field_name, value)
-            else:
-                stage = _kind(axis, value)()
+            stage = _replace_fields(axis, stage, {field_name: value}) if field_name else _kind(axis, value)()
             recipe = replace(recipe, **{axis: stage})
         return recipe
 
@@ -109,10 +106,6 @@ def _kind(axis: str, name: Any) -> type[Any]:
     if name not in kinds:
         raise ValueError(f"Unknown {axis} {name!r}; known are {', '.join(kinds)}.")
     return kinds[name]
-
-
-def _replace_field(axis: str, stage: Any, name: str, value: Any) -> Any:
-    return _replace_fields(axis, stage, {name: value})
 
 
 def _replace_fields(axis: str, stage: Any, changes: Mapping[str, Any]) -> Any:

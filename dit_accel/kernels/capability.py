@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import importlib.util
 import os
-from functools import cache, lru_cache
+from functools import cache
 
 import torch
 
@@ -18,9 +18,8 @@ TRITON_BLOCKS_K = (16, 32, 64, 128)
 TRITON_MAX_HEAD_DIM = 256
 
 
-@lru_cache(maxsize=1)
-def _triton_installed() -> bool:
-    return importlib.util.find_spec("triton") is not None
+# Looked up once, without importing it; a cached function would make torch.compile warn.
+_TRITON_INSTALLED = importlib.util.find_spec("triton") is not None
 
 
 @cache
@@ -45,7 +44,7 @@ def why_not_torch(q: torch.Tensor, mask: BlockMask) -> str | None:
 
 def why_not_triton(q: torch.Tensor, mask: BlockMask) -> str | None:
     """Why the Triton backend cannot run a call with this query tensor and mask, or None if it can."""
-    if not _triton_installed():
+    if not _TRITON_INSTALLED:
         return "triton is not installed"
     if q.device.type == "cuda":
         major, minor = _compute_capability(q.device.index or 0)

@@ -1,6 +1,7 @@
 """What the hooks of a running transformer tell the attention call inside it.
 
-diffusers' processors call attention through a module-level symbol that carries no identity, so the hooks publish
+diffusers' processors call attention through a module-level symbol that carries no identity, so the hooks
+publish
 it beside the call: which layer this is, and where the latent tokens are.
 """
 
@@ -17,13 +18,13 @@ class LatentTokens(NamedTuple):
 
     Attributes:
         grid: latent frames, height and width in tokens; empty when only ``ids`` can tell.
-        count: tokens of the latent stream, references behind the grid included.
-        ids: position ids ``[count, 3]`` (reference, row, column) of image models that pass no size. They are
+        tokens: tokens of the latent stream, references behind the grid included.
+        ids: position ids ``[tokens, 3]`` (reference, row, column) of image models that pass no size. They are
             read when attention runs, not while a graph is traced.
     """
 
     grid: tuple[int, ...]
-    count: int
+    tokens: int
     ids: torch.Tensor | None = None
 
 

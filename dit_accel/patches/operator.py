@@ -1,11 +1,13 @@
 """The intercepted call as one opaque operator, so that a compiled graph holds no decision of a step.
 
-Step, guidance branch and plans are read when the operator runs. Its gradient repeats the call with autograd on,
-as activation checkpointing does.
+Step, guidance branch and plans are read when the operator runs. Its gradient repeats the call with autograd
+on, as activation checkpointing does.
 """
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -95,6 +97,14 @@ def _(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, *rest: Any) -> torch.Te
     return q.new_empty(q.shape[:-1] + v.shape[-1:])
 
 
+@contextmanager
+def _recording() -> Iterator[None]:
+    """Autograd inside an operator, whose body otherwise runs below it."""
+    below = torch._C._SetExcludeDispatchKeyGuard(torch._C.DispatchKey.AutogradFunctionality, False)
+    with below, torch.enable_grad():
+        yield
+
+
 @torch.library.custom_op("dit_accel::attention_backward", mutates_args=(), tags=_TAGS)
 def attention_backward_op(
     grad: torch.Tensor,
@@ -112,10 +122,12 @@ def attention_backward_op(
     through_dispatch: bool,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """Gradients of queries, keys and values."""
-    with torch.enable_grad():
-        leaves = [tensor.detach().requires_grad_() for tensor in (q, k, v)]
+    with _recording():
+        q, k, v = (tensor.detach().requires_grad_() for tensor in (q, k, v))
         out = _run(
-            *leaves,
+            q,
+            k,
+            v,
             attn_mask,
             layer,
             grid,
@@ -127,8 +139,8 @@ def attention_backward_op(
             through_dispatch,
             record=False,
         )
-        grads = torch.autograd.grad(out, leaves, grad)
-    dq, dk, dv = (grad.contiguous() for grad in grads)
+        grads = torch.autograd.grad(out, (q, k, v), grad)
+    dq, dk, dv = (gradient.contiguous() for gradient in grads)
     return dq, dk, dv
 
 

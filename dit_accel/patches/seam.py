@@ -1,8 +1,9 @@
 """The seam: diffusers' attention call, diverted for the layers whose hooks announced themselves.
 
 diffusers applies qk-norm and RoPE inside the attention processors and then calls ``dispatch_attention_fn`` or
-``F.scaled_dot_product_attention`` through a symbol of the processor's own module. Replacing that symbol leaves every
-processor, backend choice and forward as it is. Calls from anywhere else reach the original with all arguments.
+``F.scaled_dot_product_attention`` through a symbol of the processor's own module. Replacing that symbol
+leaves every processor, backend choice and forward as it is. Calls from anywhere else reach the original with
+all arguments.
 """
 
 from __future__ import annotations

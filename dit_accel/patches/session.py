@@ -42,6 +42,9 @@ class Session:
         self._pipe = None if pipe is None else weakref.ref(pipe)
         self._forward_id = 0
         self._last_layer = -1
+        self._step: StepContext | None = None
+        self._latents: dict[int, LatentTokens] = {}
+        self._layouts: dict[tuple[LatentTokens, int], TokenLayout | str] = {}
         self._ids_grid: tuple[int, LatentTokens] | None = None
         self._sigmas: tuple[Any, list[float]] | None = None
         _sessions[self.id] = self
@@ -65,18 +68,23 @@ class Session:
     ) -> torch.Tensor:
         """One intercepted call, (B, S, H, D); see :meth:`dit_accel.engine.Engine.attend`.
 
-        ``latents`` is None in a compiled block whose transformer runs eagerly: its hook has published them.
+        ``latents`` is None in a compiled block whose transformer runs eagerly: its hook has published
+        them. It is also None when a checkpointed forward is repeated for its gradients, hooks ended.
         """
-        if latents is None:
-            latents = EAGER.latents
-        elif record and layer <= self._last_layer:
+        traced = latents is not None and latents is not EAGER.latents
+        latents = latents or EAGER.latents or self._latents.get(q.shape[1])
+        if latents is not None:
+            self._latents[q.shape[1]] = latents
+        if traced and record and layer <= self._last_layer:
             # The whole transformer is compiled: no hook announced this forward.
             self._forward_id += 1
         self._last_layer = layer
         layout = self._layout(latents, q.shape[1])
-        return self.engine.attend(layer, q, k, v, attn_mask, scale, layout, self.step(), dense, record)
+        if self._step is None or self._step.forward_id != self._forward_id:
+            self._step = self._read_step()  # it does not change within a forward
+        return self.engine.attend(layer, q, k, v, attn_mask, scale, layout, self._step, dense, record)
 
-    def step(self) -> StepContext:
+    def _read_step(self) -> StepContext:
         """Where the pipeline is, read from its scheduler without a device sync."""
         pipe = None if self._pipe is None else self._pipe()
         scheduler = getattr(pipe, "scheduler", None)
@@ -106,7 +114,13 @@ class Session:
             return "the latent grid is unknown"
         if latents.ids is not None:
             latents = self._resolve(latents)
-        extra = seq_len - latents.count
+        key = (latents, seq_len)
+        if key not in self._layouts:
+            self._layouts[key] = self._place(latents, seq_len)
+        return self._layouts[key]
+
+    def _place(self, latents: LatentTokens, seq_len: int) -> TokenLayout | str:
+        extra = seq_len - latents.tokens
         if len(latents.grid) != 3 or extra < 0:
             return f"{seq_len} tokens do not hold the latent grid {latents.grid}"
         start = extra if self.family.text_first else 0
@@ -120,7 +134,7 @@ class Session:
             target = ids[ids[:, 0] == ids[0, 0]]  # references carry another first id
             height, width = (int(target[:, axis].max() - target[:, axis].min()) + 1 for axis in (1, 2))
             grid = (1, height, width) if height * width == len(target) else ()
-            self._ids_grid = (self._forward_id, LatentTokens(grid, latents.count))
+            self._ids_grid = (self._forward_id, LatentTokens(grid, latents.tokens))
         return self._ids_grid[1]
 
 

@@ -111,7 +111,8 @@ class PatchSummary:
 
 def summarise(recipe: Recipe, note: str | None, engines: Mapping[str, Engine]) -> PatchSummary:
     """Read the records of a patch's engines, by transformer name."""
-    layers, backends = [], {}
+    layers: list[LayerSummary] = []
+    backends: dict[str, str] = {}
     plan = sparse = dense = 0.0
     for name, engine in engines.items():
         prefix = f"{name}." if len(engines) > 1 else ""

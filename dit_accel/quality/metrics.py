@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable, Mapping
 from types import MappingProxyType
 from typing import Protocol
@@ -80,7 +81,9 @@ def measure(pair: ClipPair, metrics: Iterable[Metric] = _METRICS) -> dict[str, M
     results: dict[str, Measurement] = {}
     for metric in metrics:
         try:
-            results[metric.name] = Measurement(value=metric(pair))
+            value = metric(pair)
+            reason = f"{metric.label} came out as NaN." if math.isnan(value) else None
+            results[metric.name] = Measurement(None if reason else value, reason)
         except MetricUnavailable as error:
             results[metric.name] = Measurement(reason=str(error))
     return results

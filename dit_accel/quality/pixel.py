@@ -6,7 +6,6 @@ import math
 from dataclasses import dataclass
 
 import torch
-import torch.nn.functional as F
 
 from .measurement import MetricUnavailable
 from .video import ClipPair
@@ -58,19 +57,30 @@ class Ssim:
         taps = torch.exp(-0.5 * (offset / self.sigma) ** 2)
         taps = taps / taps.sum()
         total = 0.0
-        # A frame at a time keeps the double-precision work small.
         for x, y in zip(pair.reference, pair.candidate, strict=True):
-            total += self._frame(x.double(), y.double(), taps)
+            total += self._frame(x, y, taps.float())
         return total / len(pair.reference)
 
     def _frame(self, x: torch.Tensor, y: torch.Tensor, taps: torch.Tensor) -> float:
-        planes = torch.stack([x, y, x * x, y * y, x * y]).permute(0, 3, 1, 2).flatten(0, 1)[:, None]
-        blurred = F.conv2d(F.conv2d(planes, taps.view(1, 1, -1, 1)), taps.view(1, 1, 1, -1))
-        mx, my, xx, yy, xy = blurred.view(5, 3, *blurred.shape[-2:])
+        # Moments about the frame's mean: less cancellation in the variances, so that float32 will do.
+        centre = x.mean(dim=(0, 1))
+        x, y = x - centre, y - centre
+        planes = torch.stack([x, y, x * x, y * y, x * y])
+        mx, my, xx, yy, xy = _blur(_blur(planes, taps, 1), taps, 2)
         c1, c2 = self.k1**2, self.k2**2
-        luminance = (2 * mx * my + c1) / (mx * mx + my * my + c1)
-        structure = (2 * (xy - mx * my) + c2) / (xx - mx * mx + yy - my * my + c2)
-        return (luminance * structure).mean().item()
+        structure = (2 * (xy - mx * my) + c2) / ((xx - mx * mx) + (yy - my * my) + c2)
+        mx, my = mx + centre, my + centre
+        luminance = (2 * mx * my + c1) / ((mx * mx + my * my) + c1)
+        return (luminance * structure).double().mean().item()
+
+
+def _blur(planes: torch.Tensor, taps: torch.Tensor, dim: int) -> torch.Tensor:
+    """Weighted sum of shifted views along ``dim``, only where all fit: far faster than a CPU convolution."""
+    size = planes.shape[dim] - len(taps) + 1
+    total = planes.narrow(dim, 0, size) * taps[0]
+    for i in range(1, len(taps)):
+        total.add_(planes.narrow(dim, i, size), alpha=taps[i].item())
+    return total
 
 
 @dataclass(frozen=True)

@@ -16,9 +16,10 @@ from .select_static import check_block
 class Pooled:
     """Score a pair of blocks by the dot product of their mean query and mean key; keep the best key blocks.
 
-    The score of SpargeAttn (arXiv 2502.18137), SLA (arXiv 2509.24006) and others. Per query block the ``density``
-    share of the key blocks with the highest score is kept, or the fewest blocks whose softmax mass reaches
-    ``top_p``; with both, the union. A block always reads itself, and text blocks are always read.
+    The score of SpargeAttn (arXiv 2502.18137), SLA (arXiv 2509.24006) and others. Per query block the
+    ``density`` share of the key blocks with the highest score is kept, or the fewest blocks whose softmax
+    mass reaches ``top_p``; with both, the union. A block always reads itself, and text blocks are always
+    read.
 
     Attributes:
         density: kept share of the latent key blocks, in (0, 1]; None to use ``top_p`` alone.

@@ -104,7 +104,7 @@ class Window:
         ]
 
     def prepare(self, blocks: SequenceBlocks) -> WindowTables:
-        """Work out which block pairs of a layout are kept, and the token masks of those at the window's edge."""
+        """Work out a layout's kept block pairs, and the token masks of those at the window's edge."""
         visible = [table.to(blocks.device) for table in self.visibility(blocks.layout.grid)]
         return _window_tables(blocks, visible, self.sink_first_frame)
 
@@ -146,8 +146,8 @@ def _visible(length: int, window: int, stride: int, dilation: int, name: str) ->
     """bool ``[length, length]`` of one dimension."""
     if window * dilation > length:
         raise ValueError(
-            f"select.window of {window} with dilation {dilation} spans {window * dilation} tokens, but the grid "
-            f"has {length} in {name}; window x dilation may be at most {length}."
+            f"select.window of {window} with dilation {dilation} spans {window * dilation} tokens, "
+            f"but the grid has {length} in {name}; window x dilation may be at most {length}."
         )
     if stride > window:
         raise ValueError(f"select.stride may be at most the window, {window}, in {name}, got {stride}.")

@@ -44,7 +44,7 @@ def dense_attention(
     qh, kh, vh = (permute(x.transpose(1, 2).to(dtype), rows) for x in (q, k, v))
     scores = torch.einsum("bhqd,bhkd->bhqk", qh, kh) * scale
     seen = visible.expand_as(scores)
-    peak = scores.masked_fill(~seen, -1e30).amax(-1, keepdim=True).detach()
+    peak = scores.masked_fill(~seen, torch.finfo(dtype).min).amax(-1, keepdim=True).detach()
     weights = torch.exp((scores - peak).masked_fill(~seen, -torch.inf))
     total = weights.sum(-1, keepdim=True)
     safe = torch.where(total > 0, total, 1)

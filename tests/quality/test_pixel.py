@@ -41,11 +41,19 @@ def test_identical_clips() -> None:
     assert Ssim()(pair) == pytest.approx(1.0, abs=1e-12)
 
 
-@pytest.mark.parametrize("size", [(72, 96), (11, 11), (37, 53)])
-@pytest.mark.parametrize("std", [0.01, 0.1, 0.4])
-def test_ssim_agrees_with_scikit_image(size: tuple[int, int], std: float) -> None:
+@pytest.mark.parametrize(
+    "reference",
+    [
+        moving_clip(3, 72, 96),
+        moving_clip(2, 11, 11),
+        moving_clip(2, 37, 53),
+        torch.full((2, 48, 64, 3), 0.98),
+    ],
+    ids=["72x96", "11x11", "37x53", "flat"],
+)
+@pytest.mark.parametrize("std", [0.001, 0.01, 0.1, 0.4])
+def test_ssim_agrees_with_scikit_image(reference: torch.Tensor, std: float) -> None:
     skimage = pytest.importorskip("skimage.metrics")
-    reference = moving_clip(3, *size)
     candidate = with_noise(reference, std)
     expected = np.mean(
         [

@@ -10,8 +10,8 @@ from .family import Family, PatchSize, grid_tokens
 
 
 def _read(patch: PatchSize, arguments: Mapping[str, Any]) -> LatentTokens:
-    # (B, C, F, H, W)
-    return grid_tokens(*arguments["hidden_states"].shape[2:], patch)
+    _, _, frames, height, width = arguments["hidden_states"].shape
+    return grid_tokens(frames, height, width, patch)
 
 
 HUNYUAN_VIDEO = Family(

@@ -11,9 +11,9 @@ from .family import Family, PatchSize
 
 def _read(patch: PatchSize, arguments: Mapping[str, Any]) -> LatentTokens:
     # (B, F * H * W, C), already in tokens
-    count = arguments["hidden_states"].shape[1]
-    size = [arguments.get(name) for name in ("num_frames", "height", "width")]
-    return LatentTokens(() if None in size else tuple(size), count)
+    tokens = arguments["hidden_states"].shape[1]
+    size = tuple(arguments.get(name) or 0 for name in ("num_frames", "height", "width"))
+    return LatentTokens(size if all(size) else (), tokens)
 
 
 LTX = Family(

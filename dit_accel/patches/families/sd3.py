@@ -10,8 +10,8 @@ from .family import Family, PatchSize, grid_tokens
 
 
 def _read(patch: PatchSize, arguments: Mapping[str, Any]) -> LatentTokens:
-    # (B, C, H, W)
-    return grid_tokens(1, *arguments["hidden_states"].shape[2:], patch)
+    _, _, height, width = arguments["hidden_states"].shape
+    return grid_tokens(1, height, width, patch)
 
 
 SD3 = Family(

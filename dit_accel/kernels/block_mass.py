@@ -1,0 +1,108 @@
+"""Exact attention mass of every block pair, streamed: the search step of AdaSpa (arXiv 2502.21079)."""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+
+from .selection import Impl, gather_mask, gather_rows, use_triton
+
+CHUNK_LOGITS = 1 << 24
+"""The torch version holds about this many logits at a time."""
+
+
+def block_mass(
+    q: torch.Tensor,
+    k: torch.Tensor,
+    *,
+    block_q: int,
+    block_k: int,
+    lse: torch.Tensor | None = None,
+    rows: torch.Tensor | None = None,
+    k_rows: torch.Tensor | None = None,
+    key_mask: torch.Tensor | None = None,
+    scale: float | None = None,
+    impl: Impl = "auto",
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Softmax probability summed over each block pair, and the log-sum-exp it was normalised with.
+
+    ``mass[I, J]`` is the sum over queries i of block I and keys j of block J of
+    ``exp(scale * q_i . k_j - lse_i)``, so with an exact ``lse`` the masses of a row of blocks add up to the
+    number of its queries. One pass over the logits with ``lse`` given, two without; no S×S tensor. Passing
+    the ``lse`` of an earlier denoising step is AdaSpa's cached search. (The paper's listing prints Log for
+    exp.)
+
+    Args:
+        q, k: ``[B, Sq, H, D]`` and ``[B, Sk, H, D]``, any strides.
+        block_q, block_k: tokens in a query and in a key block; powers of two from 16 for Triton.
+        lse: optional float32 ``[B, H, Sq]``, natural logarithm, in the queries' original order.
+        rows, k_rows: optional permutations of queries and keys (the queries' one when ``k_rows`` is left
+            out), see :func:`dit_accel.kernels.selection.pool_blocks`.
+        key_mask: optional bool ``[B, Sk]``, visible keys in original order.
+        scale: softmax scale, ``D ** -0.5`` when left out.
+        impl: ``"torch"``, ``"triton"``, or ``"auto"`` (Triton on CUDA).
+
+    Returns:
+        ``(mass, lse)``: float32 ``[B, H, nq, nk]``, and ``[B, H, Sq]`` in original order. A query that sees
+        no key has ``lse`` -inf and contributes no mass.
+    """
+    if q.shape[0] != k.shape[0] or q.shape[2:] != k.shape[2:]:
+        raise ValueError(
+            f"q and k must agree in batch, heads and head dim, got {tuple(q.shape)} and {tuple(k.shape)}."
+        )
+    scale = q.shape[-1] ** -0.5 if scale is None else scale
+    k_rows = rows if k_rows is None else k_rows
+    if use_triton(impl, q.device):
+        from .triton_block_mass import block_mass_triton
+
+        return block_mass_triton(
+            q, k, block_q=block_q, block_k=block_k, lse=lse, rows=rows, k_rows=k_rows, key_mask=key_mask,
+            scale=scale,
+        )  # fmt: skip
+    return _block_mass_torch(q, k, block_q, block_k, lse, rows, k_rows, key_mask, scale)
+
+
+def _block_mass_torch(
+    q: torch.Tensor,
+    k: torch.Tensor,
+    block_q: int,
+    block_k: int,
+    lse: torch.Tensor | None,
+    rows: torch.Tensor | None,
+    k_rows: torch.Tensor | None,
+    key_mask: torch.Tensor | None,
+    scale: float,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    wide = torch.float64 if q.dtype == torch.float64 else torch.float32
+    batch, q_len, heads, _ = q.shape
+    kv_len = k.shape[1]
+    q_slots = gather_rows(q, rows).to(wide) * scale
+    k_slots = gather_rows(k, k_rows).to(wide).transpose(-1, -2)
+    hidden = None if key_mask is None else ~gather_mask(key_mask, k_rows)[:, :, None]
+    given = None
+    if lse is not None:
+        given = lse.to(wide) if rows is None else torch.take_along_dim(lse.to(wide), rows.long(), dim=2)
+    pad_k = -kv_len % block_k
+    blocks = max(1, CHUNK_LOGITS // (batch * heads * block_q * kv_len))
+    masses, found = [], []
+    for start in range(0, q_len, blocks * block_q):
+        part = slice(start, min(start + blocks * block_q, q_len))
+        logits = q_slots[:, :, part] @ k_slots
+        if hidden is not None:
+            logits = logits.masked_fill(hidden, -torch.inf)
+        norm = logits.logsumexp(-1) if given is None else given[:, :, part]
+        found.append(norm)
+        # A query without visible keys: exp(-inf - inf) is 0, exp(-inf + inf) would be NaN.
+        norm = norm.masked_fill(norm == -torch.inf, torch.inf)
+        prob = torch.exp(logits - norm[..., None])
+        pad_q = -prob.shape[2] % block_q
+        prob = F.pad(prob, (0, pad_k, 0, pad_q)).unflatten(2, (-1, block_q)).unflatten(-1, (-1, block_k))
+        masses.append(prob.sum((3, 5)))
+    mass = torch.cat(masses, 2).float()
+    if lse is not None:
+        return mass, lse
+    slots = torch.cat(found, 2).float()
+    if rows is None:
+        return mass, slots
+    index = rows.long().expand(batch, heads, q_len)
+    return mass, torch.empty_like(slots).scatter_(2, index, slots)

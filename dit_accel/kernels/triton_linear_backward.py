@@ -1,0 +1,375 @@
+"""Triton backward of the linear branch, and its autograd function.
+
+With a = phi(q) and den = a . Z + eps, per query block: ``dH = (a / den)^T dO``, ``dZ = -(a / den)^T D`` and
+``dphi(q) = (dO H^T - D Z^T) / den`` where ``D = rowsum(dO * O)``. Per key block, with G and g the sums of dH
+and dZ over the query blocks that count it as marginal (the transposed matrix product of the forward):
+``dphi(k) = V G^T + 1 g^T``, ``dV = phi(k) G``. States are recomputed, not saved; nothing is atomic, so
+gradients are the same from run to run.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+import triton
+import triton.language as tl
+
+from .block_mask import BlockMask
+from .triton_linear import (
+    SPLITS,
+    Shape,
+    all_states,
+    combine,
+    launch_block_states,
+    linear_forward,
+    map_scale,
+    registers,
+    scaled_map,
+    shape_of,
+)
+from .triton_linear_kernels import feature_map, program_index, slot_rows
+from .triton_pooling import lead_strides
+
+STATE_SHARE = 0.5
+"""Backward states may take this share of the bytes of q, k, v and out: fewer, fuller launches."""
+
+
+@triton.jit
+def feature_map_backward(x, phi, dphi, KIND: tl.constexpr):
+    """dx from dphi, all float32 [T, DIM_PAD]."""
+    if KIND == "softmax":
+        dx = phi * (dphi - tl.sum(phi * dphi, 1)[:, None])
+    elif KIND == "elu":
+        dx = dphi * tl.where(x > 0, 1.0, tl.exp(tl.minimum(x, 0.0)))
+    else:
+        dx = tl.where(x > 0, dphi, 0.0)
+    return dx
+
+
+@triton.jit
+def linear_dq_bwd_kernel(
+    q_ptr,
+    do_ptr,
+    rows_ptr,
+    state_ptr,
+    dq_ptr,
+    dstate_ptr,
+    seq,
+    heads,
+    groups,
+    group_tokens,
+    batch0,
+    head0,
+    eps,
+    gain,
+    stride_qb,
+    stride_qs,
+    stride_qh,
+    stride_qd,
+    stride_gb,
+    stride_gs,
+    stride_gh,
+    stride_gd,
+    stride_db,
+    stride_ds,
+    stride_dh,
+    stride_dd,
+    stride_rb,
+    stride_rh,
+    stride_state,
+    stride_state_g,
+    HAS_ROWS: tl.constexpr,
+    KIND: tl.constexpr,
+    TILE: tl.constexpr,
+    DIM: tl.constexpr,
+    DIM_PAD: tl.constexpr,
+    PRECISION: tl.constexpr,
+):
+    """dq of a group of queries, and ``gain`` times the gradient of the state that they read."""
+    g, b, h, row_h = program_index(heads, groups, batch0, head0)
+    o_d = tl.arange(0, DIM_PAD)
+    in_d = o_d < DIM
+    ok_h = in_d[:, None] & in_d[None, :]
+    q_ptr += b.to(tl.int64) * stride_qb + h.to(tl.int64) * stride_qh
+    do_ptr += b.to(tl.int64) * stride_gb + h.to(tl.int64) * stride_gh
+    dq_ptr += b.to(tl.int64) * stride_db + h.to(tl.int64) * stride_dh
+    rows_ptr += b * stride_rb + h * stride_rh
+    state_ptr += row_h.to(tl.int64) * stride_state + g.to(tl.int64) * stride_state_g
+    b_h = tl.load(state_ptr + o_d[:, None] * DIM + o_d[None, :], mask=ok_h, other=0.0)
+    b_z = tl.load(state_ptr + DIM * DIM + o_d, mask=in_d, other=0.0).to(tl.float32)
+    b_dh = tl.zeros([DIM_PAD, DIM_PAD], tl.float32)
+    b_dz = tl.zeros([DIM_PAD], tl.float32)
+    first = g * group_tokens
+    end = tl.minimum(first + group_tokens, seq)
+    for start in range(first, end, TILE):
+        slot = start + tl.arange(0, TILE)
+        valid = slot < end
+        row = slot_rows(rows_ptr, slot, valid, HAS_ROWS).to(tl.int64)[:, None]
+        ok = valid[:, None] & in_d[None, :]
+        b_q = tl.load(q_ptr + row * stride_qs + o_d[None, :] * stride_qd, mask=ok, other=0.0).to(tl.float32)
+        b_do = tl.load(do_ptr + row * stride_gs + o_d[None, :] * stride_gd, mask=ok, other=0.0)
+        phi = feature_map(b_q, in_d, KIND)
+        phi_low = phi.to(b_h.dtype)
+        den = tl.sum(phi_low.to(tl.float32) * b_z[None, :], 1) + eps
+        inverse = tl.where(den > 0.0, 1.0 / tl.where(den > 0.0, den, 1.0), 0.0)
+        b_o = tl.dot(phi_low, b_h, input_precision=PRECISION) * inverse[:, None]
+        delta = tl.sum(b_do.to(tl.float32) * b_o, 1)
+        dphi = tl.dot(b_do, tl.trans(b_h), input_precision=PRECISION)
+        dphi = (dphi - delta[:, None] * b_z[None, :]) * inverse[:, None]
+        b_dq = feature_map_backward(b_q, phi, dphi, KIND)
+        p_dq = dq_ptr + row * stride_ds + o_d[None, :] * stride_dd
+        tl.store(p_dq, b_dq.to(dq_ptr.dtype.element_ty), mask=ok)
+        share = phi * (inverse * gain)[:, None]
+        b_dh += tl.dot(tl.trans(share.to(b_do.dtype)), b_do, input_precision=PRECISION)
+        b_dz -= tl.sum(share * delta[:, None], 0)
+    p_dstate = dstate_ptr + (row_h.to(tl.int64) * groups + g) * (DIM * DIM + DIM)
+    out_dtype: tl.constexpr = dstate_ptr.dtype.element_ty
+    tl.store(p_dstate + o_d[:, None] * DIM + o_d[None, :], b_dh.to(out_dtype), mask=ok_h)
+    tl.store(p_dstate + DIM * DIM + o_d, b_dz.to(out_dtype), mask=in_d)
+
+
+@triton.jit
+def linear_dkv_bwd_kernel(
+    k_ptr,
+    v_ptr,
+    rows_ptr,
+    mask_ptr,
+    dstate_ptr,
+    dk_ptr,
+    dv_ptr,
+    seq,
+    heads,
+    tiles,
+    batch0,
+    head0,
+    scale,
+    stride_kb,
+    stride_ks,
+    stride_kh,
+    stride_kd,
+    stride_vb,
+    stride_vs,
+    stride_vh,
+    stride_vd,
+    stride_ob,
+    stride_os,
+    stride_oh,
+    stride_od,
+    stride_rb,
+    stride_rh,
+    stride_mb,
+    stride_state,
+    stride_state_t,
+    HAS_ROWS: tl.constexpr,
+    HAS_MASK: tl.constexpr,
+    KIND: tl.constexpr,
+    TILES_PER_BLOCK: tl.constexpr,
+    TILE: tl.constexpr,
+    DIM: tl.constexpr,
+    DIM_PAD: tl.constexpr,
+    PRECISION: tl.constexpr,
+):
+    """dk and dv (which share strides) of one tile of keys from ``scale`` times its summed state gradient."""
+    t, b, h, row_h = program_index(heads, tiles, batch0, head0)
+    o_d = tl.arange(0, DIM_PAD)
+    in_d = o_d < DIM
+    ok_h = in_d[:, None] & in_d[None, :]
+    slot = t * TILE + tl.arange(0, TILE)
+    valid = slot < seq
+    row = slot_rows(rows_ptr + b * stride_rb + h * stride_rh, slot, valid, HAS_ROWS)
+    seen = valid
+    if HAS_MASK:
+        seen = valid & (tl.load(mask_ptr + b * stride_mb + row, mask=valid, other=0) != 0)
+    row = row.to(tl.int64)[:, None]
+    ok = seen[:, None] & in_d[None, :]
+    k_ptr += b.to(tl.int64) * stride_kb + h.to(tl.int64) * stride_kh
+    v_ptr += b.to(tl.int64) * stride_vb + h.to(tl.int64) * stride_vh
+    dstate_ptr += row_h.to(tl.int64) * stride_state + (t // TILES_PER_BLOCK).to(tl.int64) * stride_state_t
+    b_k = tl.load(k_ptr + row * stride_ks + o_d[None, :] * stride_kd, mask=ok, other=0.0).to(tl.float32)
+    b_v = tl.load(v_ptr + row * stride_vs + o_d[None, :] * stride_vd, mask=ok, other=0.0)
+    b_g = tl.load(dstate_ptr + o_d[:, None] * DIM + o_d[None, :], mask=ok_h, other=0.0)
+    b_gz = tl.load(dstate_ptr + DIM * DIM + o_d, mask=in_d, other=0.0).to(tl.float32)
+    phi = feature_map(b_k, in_d, KIND)
+    dphi = tl.dot(b_v, tl.trans(b_g), input_precision=PRECISION) + b_gz[None, :]
+    b_dk = tl.where(ok, feature_map_backward(b_k, phi, dphi * scale, KIND), 0.0)
+    b_dv = tl.where(ok, tl.dot(phi.to(b_g.dtype), b_g, input_precision=PRECISION) * scale, 0.0)
+    # Hidden tokens get gradients too: zeros.
+    ok_out = valid[:, None] & in_d[None, :]
+    o_out = (
+        b.to(tl.int64) * stride_ob + h.to(tl.int64) * stride_oh + row * stride_os + o_d[None, :] * stride_od
+    )
+    tl.store(dk_ptr + o_out, b_dk.to(dk_ptr.dtype.element_ty), mask=ok_out)
+    tl.store(dv_ptr + o_out, b_dv.to(dv_ptr.dtype.element_ty), mask=ok_out)
+
+
+def launch_dq(
+    q: torch.Tensor,
+    grad: torch.Tensor,
+    rows: torch.Tensor | None,
+    states: torch.Tensor,
+    dq: torch.Tensor,
+    dstates: torch.Tensor,
+    shape: Shape,
+    kind: str,
+    eps: float,
+    gain: float,
+    *,
+    group_tokens: int,
+    batch0: int = 0,
+    head0: int = 0,
+) -> None:
+    """Fill ``dq``, and ``dstates`` [heads of the launch, groups, D * D + D]."""
+    groups = triton.cdiv(shape.q_len, group_tokens)
+    with torch.cuda.device_of(q):
+        linear_dq_bwd_kernel[(states.shape[0] * groups,)](
+            q,
+            grad,
+            rows if rows is not None else q,
+            states,
+            dq,
+            dstates,
+            shape.q_len,
+            min(shape.heads, states.shape[0]),
+            groups,
+            group_tokens,
+            batch0,
+            head0,
+            eps,
+            gain,
+            *q.stride(),
+            *grad.stride(),
+            *dq.stride(),
+            *lead_strides(rows),
+            states.stride(0),
+            0 if states.shape[1] == 1 else shape.state_width,
+            HAS_ROWS=rows is not None,
+            KIND=kind,
+            TILE=min(shape.block_q, 64),
+            num_warps=8 if shape.dim > 64 else 4,
+            num_stages=1,
+            **shape.constants,
+        )
+
+
+def launch_dkv(
+    k: torch.Tensor,
+    v: torch.Tensor,
+    rows: torch.Tensor | None,
+    key_mask: torch.Tensor | None,
+    dstates: torch.Tensor,
+    dk: torch.Tensor,
+    dv: torch.Tensor,
+    shape: Shape,
+    kind: str,
+    scale: float,
+    *,
+    batch0: int = 0,
+    head0: int = 0,
+) -> None:
+    """Fill ``dk`` and ``dv`` from the summed state gradients [heads of the launch, blocks or 1, ...]."""
+    tiles = triton.cdiv(shape.kv_len, shape.tile_k)
+    with torch.cuda.device_of(k):
+        linear_dkv_bwd_kernel[(dstates.shape[0] * tiles,)](
+            k,
+            v,
+            rows if rows is not None else k,
+            key_mask if key_mask is not None else k,
+            dstates,
+            dk,
+            dv,
+            shape.kv_len,
+            min(shape.heads, dstates.shape[0]),
+            tiles,
+            batch0,
+            head0,
+            scale,
+            *k.stride(),
+            *v.stride(),
+            *dk.stride(),
+            *lead_strides(rows),
+            shape.kv_len,
+            dstates.stride(0),
+            0 if dstates.shape[1] == 1 else shape.state_width,
+            HAS_ROWS=rows is not None,
+            HAS_MASK=key_mask is not None,
+            KIND=kind,
+            TILES_PER_BLOCK=shape.block_k // shape.tile_k,
+            TILE=shape.tile_k,
+            num_warps=8 if shape.dim > 64 else 4,
+            maxnreg=registers(shape),
+            **shape.constants,
+        )
+
+
+def linear_backward(
+    grad: torch.Tensor,
+    q: torch.Tensor,
+    k: torch.Tensor,
+    v: torch.Tensor,
+    critical: BlockMask | None,
+    negligible: BlockMask | None,
+    kind: str,
+    rows: torch.Tensor | None,
+    k_rows: torch.Tensor | None,
+    key_mask: torch.Tensor | None,
+    eps: float,
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """Gradients of q, k and v, contiguous, in their dtypes."""
+    shape = shape_of(q, k, critical)
+    rows = None if rows is None else rows.contiguous()
+    k_rows = None if k_rows is None else k_rows.contiguous()
+    key_mask = None if key_mask is None else key_mask.expand(k.shape[:2]).contiguous()
+    grad = grad.to(q.dtype)
+    dq = torch.empty(q.shape, dtype=q.dtype, device=q.device)
+    dk, dv = (torch.empty(k.shape, dtype=k.dtype, device=k.device) for _ in range(2))
+    if critical is None:
+        total = shape.batch * shape.heads
+        states = all_states(k, v, key_mask, None, shape, kind)
+        group = triton.cdiv(triton.cdiv(shape.q_len, max(1, SPLITS // total)), 64) * 64
+        groups = triton.cdiv(shape.q_len, group)
+        partial = torch.empty(total, groups, shape.state_width, dtype=torch.float32, device=q.device)
+        launch_dq(
+            q, grad, rows, states, dq, partial, shape, kind, eps / shape.kv_len, 1.0, group_tokens=group
+        )
+        dstates = combine(partial, None, shape, 1.0)
+        launch_dkv(k, v, None, key_mask, dstates, dk, dv, shape, kind, 1.0 / shape.kv_len)
+        return dq, dk, dv
+    nq, nk = critical.num_blocks
+    scale = map_scale(nk)
+    marginal = scaled_map(critical, negligible, q.dtype, scale).expand(shape.batch, shape.heads, nq, nk)
+    states = None
+    for b, head, heads in shape.chunks(STATE_SHARE, 2):
+        if states is None or states.shape[0] != heads:
+            states, dstates = (q.new_empty(heads, nk, shape.state_width) for _ in range(2))
+            sums, dsums = (q.new_empty(heads, nq, shape.state_width) for _ in range(2))
+        launch_block_states(k, v, k_rows, key_mask, None, states, shape, kind, b, head)
+        torch.bmm(marginal[b, head : head + heads], states, out=sums)
+        # The gain keeps summed gradients within float16's range until the last kernel takes it out again.
+        launch_dq(
+            q, grad, rows, sums, dq, dsums, shape, kind, eps * scale, 1.0 / scale,
+            group_tokens=shape.block_q, batch0=b, head0=head,
+        )  # fmt: skip
+        torch.bmm(marginal[b, head : head + heads].mT, dsums, out=dstates)
+        launch_dkv(k, v, k_rows, key_mask, dstates, dk, dv, shape, kind, scale, batch0=b, head0=head)
+    return dq, dk, dv
+
+
+class LinearBranchFunction(torch.autograd.Function):
+    """Forward and backward of the linear branch; masks and permutations carry no gradient."""
+
+    @staticmethod
+    def forward(ctx: Any, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, *rest: Any) -> torch.Tensor:
+        ctx.save_for_backward(q, k, v)
+        ctx.rest = rest
+        return linear_forward(q, k, v, *rest)
+
+    @staticmethod
+    def backward(ctx: Any, grad: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
+        q, k, v = ctx.saved_tensors
+        return (*linear_backward(grad, q, k, v, *ctx.rest), *([None] * len(ctx.rest)))
+
+
+def linear_branch_triton(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, *rest: Any) -> torch.Tensor:
+    """See :func:`dit_accel.kernels.linear_branch.linear_branch`."""
+    return LinearBranchFunction.apply(q, k, v, *rest)

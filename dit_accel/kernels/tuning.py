@@ -1,0 +1,58 @@
+"""Launch parameters of the Triton kernels: a checked-in table per GPU, a safe default elsewhere."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import dataclass
+from functools import cache
+from importlib import resources
+
+import torch
+
+from .block_mask import BlockMask
+
+
+@dataclass(frozen=True)
+class LaunchConfig:
+    """Warps per program and software-pipelining depth of a launch."""
+
+    num_warps: int
+    num_stages: int
+
+
+@cache
+def _table(device_name: str) -> dict[str, list[int]]:
+    """Entries ``"op/block_q x block_k/padded head dim/order" -> [num_warps, num_stages]`` of a GPU."""
+    known = {"NVIDIA H200": "h200.json", "NVIDIA H100": "h200.json"}
+    for prefix, file in known.items():
+        if device_name.startswith(prefix):
+            path = resources.files(__package__).joinpath("tuning_tables", file)
+            return json.loads(path.read_text())["entries"]
+    return {}
+
+
+@cache
+def _device_name(index: int) -> str:
+    return torch.cuda.get_device_name(index)
+
+
+def entry_key(op: str, block_q: int, block_k: int, head_dim: int, permuted: bool) -> str:
+    """Key of the table; head dims are padded to a power of two as the kernels do."""
+    padded = max(16, 1 << (head_dim - 1).bit_length())
+    return f"{op}/{block_q}x{block_k}/d{padded}/{'permuted' if permuted else 'in_order'}"
+
+
+def launch_config(op: str, q: torch.Tensor, mask: BlockMask, permuted: bool) -> LaunchConfig:
+    """The table's entry for a call, or a default that fits any GPU's shared memory."""
+    dim = q.shape[-1]
+    if q.is_cuda and q.dtype != torch.float32:
+        found = _table(_device_name(q.device.index or 0)).get(
+            entry_key(op, mask.block_q, mask.block_k, dim, permuted)
+        )
+        if found is not None:
+            return LaunchConfig(*found)
+    padded = max(16, 1 << (dim - 1).bit_length())
+    warps = 8 if mask.block_q * padded >= 128 * 128 else 4
+    stage_bytes = 2 * mask.block_k * padded * q.element_size()
+    stages = max(1, min(3, (96 << 10) // stage_bytes))
+    return LaunchConfig(warps, stages)

@@ -1,0 +1,85 @@
+"""Exact block mass against a dense float64 softmax."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from dit_accel.kernels.block_mass import block_mass
+
+from .test_selection import IMPLS, permutations
+
+
+def oracle(q, k, block_q, block_k, rows=None, key_mask=None, scale=None):
+    """Dense float64 softmax, permuted, then summed block by block."""
+    q, k = q.double().cpu().transpose(1, 2), k.double().cpu().transpose(1, 2)
+    logits = q @ k.transpose(-1, -2) * (scale or q.shape[-1] ** -0.5)
+    if key_mask is not None:
+        logits = logits.masked_fill(~key_mask.cpu()[:, None, None], -torch.inf)
+    lse = logits.logsumexp(-1)
+    prob = (logits - lse[..., None]).exp().nan_to_num(0.0)
+    if rows is not None:
+        index = rows.cpu().long().expand(*prob.shape[:2], -1)
+        prob = prob.gather(2, index[..., None].expand_as(prob))
+        prob = prob.gather(3, index[..., None, :].expand_as(prob))
+    rows_of = torch.split(prob, block_q, dim=2)
+    mass = torch.stack(
+        [torch.stack([t.sum((2, 3)) for t in torch.split(r, block_k, dim=3)], -1) for r in rows_of], 2
+    )
+    return mass, lse
+
+
+@pytest.mark.parametrize("impl", IMPLS)
+@pytest.mark.parametrize(
+    ("batch", "seq", "heads", "dim", "block_q", "block_k", "permuted", "masked", "dtype"),
+    [
+        (1, 128, 1, 64, 64, 32, False, False, torch.float32),
+        (2, 77, 2, 40, 32, 16, True, False, torch.float32),
+        (2, 70, 2, 64, 16, 32, True, True, torch.float16),
+        (1, 300, 1, 16, 256, 64, False, True, torch.float16),
+    ],
+)
+def test_block_mass(impl, batch, seq, heads, dim, block_q, block_k, permuted, masked, dtype, device):
+    torch.manual_seed(0)
+    q, k = (torch.randn(batch, seq, heads, dim, dtype=dtype, device=device) * 2 for _ in range(2))
+    rows = permutations(1, heads, seq).to(device) if permuted else None
+    key_mask = torch.rand(batch, seq, device=device) > 0.3 if masked else None
+    if masked and batch > 1:
+        key_mask[1] = False  # nothing visible: no mass, lse -inf
+    want, want_lse = oracle(q, k, block_q, block_k, rows, key_mask)
+    mass, lse = block_mass(q, k, block_q=block_q, block_k=block_k, rows=rows, key_mask=key_mask, impl=impl)
+    # float32 logits of `dim` terms up to |s| < 64 carry 64 * 2**-24 * sqrt(dim) or so each.
+    tol = 64 * 2.0**-24 * dim**0.5 * 4
+    assert (lse.cpu() - want_lse).nan_to_num(0.0).abs().max() <= tol
+    assert torch.equal(lse.cpu() == -torch.inf, want_lse == -torch.inf)
+    assert (mass.cpu() - want).abs().max() <= tol * block_q
+    # One pass with the cached normaliser gives the same masses.
+    again, same = block_mass(
+        q, k, block_q=block_q, block_k=block_k, lse=lse, rows=rows, key_mask=key_mask, impl=impl
+    )
+    assert torch.equal(same, lse)
+    assert (again - mass).abs().max() <= tol * block_q
+    stale, _ = block_mass(
+        q, k, block_q=block_q, block_k=block_k, lse=lse + 0.5, rows=rows, key_mask=key_mask, impl=impl
+    )
+    torch.testing.assert_close(stale, mass * torch.e**-0.5, atol=tol * block_q, rtol=1e-5)
+
+
+def test_block_mass_float64_and_chunks(monkeypatch):
+    """The torch version keeps float64 inside, and its chunks do not show."""
+    torch.manual_seed(1)
+    q, k = (torch.randn(1, 90, 2, 24, dtype=torch.float64) for _ in range(2))
+    want, _ = oracle(q, k, 16, 32, scale=0.3)
+    whole, _ = block_mass(q, k, block_q=16, block_k=32, scale=0.3, impl="torch")
+    monkeypatch.setattr("dit_accel.kernels.block_mass.CHUNK_LOGITS", 90 * 2 * 16)
+    parts, _ = block_mass(q, k, block_q=16, block_k=32, scale=0.3, impl="torch")
+    assert torch.equal(parts, whole)
+    assert (whole - want).abs().max() <= 16 * 2.0**-23
+
+
+def test_errors(device):
+    q = torch.randn(1, 32, 2, 16, device=device)
+    with pytest.raises(ValueError, match="must agree"):
+        block_mass(q, q[..., :8], block_q=16, block_k=16)
+    with pytest.raises(ValueError, match="power of two"):
+        block_mass(q, q, block_q=24, block_k=16, impl="triton")

@@ -1,0 +1,53 @@
+"""The Hopper kernel against the fp64 oracle; it has no interpreter, so all of this needs the GPU."""
+
+import pytest
+import torch
+
+from .oracle import UNIT_ROUNDOFF, assert_close, dense_attention
+from .test_block_sparse import build
+
+pytestmark = pytest.mark.gpu
+
+CASES = {
+    "plain": {"length": 1024},
+    "ragged": {"length": 1000},
+    "short": {"length": 90},
+    "rows": {"length": 1000, "rows": (1, 3)},
+    "rows_batch": {"length": 1000, "rows": (2, 3), "lead": (2, 3), "batch": 2},
+    "shared_mask": {"length": 1000, "lead": (1, 1), "batch": 2},
+    "key_mask": {"length": 1000, "lead": (2, 3), "batch": 2, "key_mask": True},
+    "bits_rows_key_mask": {"length": 1000, "bits": True, "rows": (1, 3), "key_mask": True, "lead": (1, 3)},
+    "empty_rows": {"length": 1000, "empty_rows": True},
+    "many_tiles": {"length": 6000, "heads": 4},
+    "more_keys": {"length": 500, "kv_length": 3000},
+}
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("shape", [(128, 128), (128, 64), (64, 128), (64, 64)], ids=str)
+@pytest.mark.parametrize("case", CASES)
+def test_matches_oracle(case, shape, dtype, device):
+    from dit_accel.kernels.hopper_forward import hopper_forward, why_not_hopper
+
+    block_k, dim = shape
+    settings = {"block": (128, block_k), "dim": dim, "dtype": dtype, **CASES[case]}
+    q, k, v, mask, rows, hide, visible = build(**settings)
+    moved = [None if x is None else x.to(device) for x in (q, k, v, mask, rows, hide)]
+    reason = why_not_hopper(*moved[:4], moved[4])
+    if reason is not None and "9.0" in reason:
+        pytest.skip(reason)
+    assert reason is None
+    visible = visible.to(device)
+    exact, exact_lse = dense_attention(*moved[:3], visible, moved[4])
+    eager, eager_lse = dense_attention(*moved[:3], visible, moved[4], dtype=torch.float32)
+    eager = eager + UNIT_ROUNDOFF[dtype] * v.double().abs().amax()
+    scale = dim**-0.5
+    first = hopper_forward(*moved, scale)
+    second = hopper_forward(*moved, scale)
+    assert torch.equal(first[0], second[0])
+    out, lse = first
+    assert_close(out, exact, eager, dtype, "out")
+    seen = exact_lse.isfinite()
+    assert torch.equal(lse.isfinite(), seen)
+    assert_close(lse[seen], exact_lse[seen], eager_lse[seen], torch.float32, "lse")
+    assert torch.all(out[~seen.transpose(1, 2)] == 0)

@@ -1,0 +1,213 @@
+"""A patch that does nothing changes nothing, and a removed patch leaves nothing."""
+
+import copy
+import gc
+import sys
+import threading
+import weakref
+
+import pytest
+import torch
+
+import dit_accel
+from dit_accel.patches import seam, session
+from tests.recipes import POOLED, WINDOW
+from tests.tiny import TINY
+
+
+@pytest.fixture(autouse=True)
+def _nothing_left_behind():
+    gc.collect()
+    assert not seam._replacements
+    yield
+    gc.collect()
+    assert not seam._replacements
+
+
+def _footprint(pipe: object) -> dict[str, object]:
+    """Everything a patch could have touched: hooks, instance attributes and the seam's symbols."""
+    seen: dict[str, object] = {}
+    for name, model in pipe.components.items():
+        if not name.startswith("transformer") or model is None:
+            continue
+        for path, module in model.named_modules():
+            seen[f"{name}.{path}.class"] = type(module)
+            for key, value in vars(module).items():
+                if "hook" in key:
+                    seen[f"{name}.{path}.{key}"] = dict(value) if isinstance(value, dict) else value
+                else:
+                    seen[f"{name}.{path}.{key}"] = id(value)
+    for module_name, module in list(sys.modules.items()):
+        if module_name.startswith("diffusers.models"):
+            for symbol in ("dispatch_attention_fn", "F"):
+                if symbol in vars(module):
+                    seen[f"{module_name}.{symbol}"] = id(vars(module)[symbol])
+    return seen
+
+
+@pytest.mark.parametrize("family", TINY)
+def test_dense_is_bit_equal_and_removal_is_complete(family):
+    tiny = TINY[family]
+    pipe = tiny.build()
+    plain = tiny.run(pipe)
+    before = _footprint(pipe)
+    handle = dit_accel.patch(pipe, "dense")
+    assert torch.equal(tiny.run(pipe), plain)
+    calls = handle.summary().dense_calls
+    assert set(calls) == {"recipe is dense"}
+    assert calls["recipe is dense"] > 0
+    handle.remove()
+    assert _footprint(pipe) == before
+    assert torch.equal(tiny.run(pipe), plain)
+
+
+@pytest.mark.parametrize("family", TINY)
+def test_every_self_attention_is_patched_and_nothing_else(family):
+    tiny = TINY[family]
+    pipe = tiny.build(3)
+    with dit_accel.patch(pipe, POOLED) as handle:
+        tiny.run(pipe, steps=2)
+        summary = handle.summary()
+    assert not summary.dense_calls
+    assert all(layer.sparse_calls > 0 for layer in summary.layers)
+
+
+def test_removing_a_sparse_patch_restores_the_output():
+    tiny = TINY["wan"]
+    pipe = tiny.build()
+    plain = tiny.run(pipe)
+    handle = dit_accel.patch(pipe, POOLED)
+    assert not torch.equal(tiny.run(pipe), plain)
+    handle.remove()
+    handle.remove()  # twice does nothing
+    assert not handle.active
+    assert torch.equal(tiny.run(pipe), plain)
+
+
+def test_a_failed_patch_leaves_nothing(monkeypatch):
+    pipe = TINY["wan2.2"].build()
+    before = _footprint(pipe)
+    calls = []
+
+    def fail_late(*args, **kwargs):
+        calls.append(args)
+        if len(calls) == 3:
+            raise RuntimeError("half-way")
+        return lambda: None
+
+    monkeypatch.setattr("dit_accel.patches.hooks.PublishLayer.__init__", lambda self, *args: fail_late())
+    with pytest.raises((RuntimeError, TypeError)):
+        dit_accel.patch(pipe, POOLED)
+    assert _footprint(pipe) == before
+    assert not seam._replacements
+
+
+def test_a_dropped_model_gives_the_seam_back():
+    dit_accel.patch(TINY["wan"].build(), POOLED)
+    assert seam._replacements
+    gc.collect()
+    assert not seam._replacements
+
+
+def test_unpatch_finds_the_patch():
+    pipe = TINY["wan2.2"].build()
+    before = _footprint(pipe)
+    dit_accel.patch(pipe, POOLED)  # the handle is dropped: the patch stays
+    gc.collect()
+    with pytest.raises(ValueError, match="patched already"):
+        dit_accel.patch(pipe, WINDOW)
+    dit_accel.unpatch(pipe)
+    assert _footprint(pipe) == before
+    with pytest.raises(ValueError, match="not patched"):
+        dit_accel.unpatch(pipe)
+
+
+def test_two_pipelines_do_not_touch_each_other():
+    tiny = TINY["wan"]
+    first, second, third = tiny.build(), tiny.build(), tiny.build()
+    plain = tiny.run(third)
+    alone = []
+    for recipe in (POOLED, WINDOW):
+        with dit_accel.patch(first, recipe):
+            alone.append(tiny.run(first))
+    one = dit_accel.patch(first, POOLED)
+    two = dit_accel.patch(second, WINDOW)
+    assert torch.equal(tiny.run(first), alone[0])
+    assert torch.equal(tiny.run(second), alone[1])
+    assert torch.equal(tiny.run(third), plain)
+    one.remove()
+    assert torch.equal(tiny.run(second), alone[1])
+    two.remove()
+    assert torch.equal(tiny.run(second), plain)
+
+
+def test_patching_while_another_pipeline_runs_in_a_thread():
+    tiny = TINY["wan"]
+    running, other = tiny.build(), tiny.build()
+    plain = tiny.run(running, steps=2)
+    with dit_accel.patch(other, POOLED):
+        sparse = tiny.run(other, steps=2)
+    results, stop = [], threading.Event()
+
+    def generate():
+        while not stop.is_set():
+            results.append(tiny.run(running, steps=2))
+
+    thread = threading.Thread(target=generate)
+    thread.start()
+    try:
+        for _ in range(5):
+            with dit_accel.patch(other, POOLED):
+                assert torch.equal(tiny.run(other, steps=2), sparse)
+    finally:
+        stop.set()
+        thread.join()
+    assert results
+    assert all(torch.equal(result, plain) for result in results)
+
+
+def test_an_exception_inside_a_forward_leaves_nothing_published():
+    tiny = TINY["wan"]
+    patched, other = tiny.build(), tiny.build()
+    plain = tiny.run(other)
+    with dit_accel.patch(patched, POOLED) as handle:
+        attention = patched.transformer.blocks[1].attn1
+
+        def fail(module, args):
+            raise RuntimeError("inside attention")
+
+        hook = attention.norm_q.register_forward_pre_hook(fail)
+        with pytest.raises(RuntimeError, match="inside attention"):
+            tiny.run(patched)
+        hook.remove()
+        calls = handle.summary().sparse_calls
+        assert torch.equal(tiny.run(other), plain)
+        assert handle.summary().sparse_calls == calls
+
+
+def test_a_deep_copy_is_not_patched():
+    tiny = TINY["wan"]
+    pipe = tiny.build()
+    plain = tiny.run(pipe)
+    with dit_accel.patch(pipe, POOLED) as handle:
+        twin = copy.deepcopy(pipe.transformer)
+        unpatched = tiny.build().transformer
+        assert [type(m) for m in twin.modules()] == [type(m) for m in unpatched.modules()]
+        sparse = tiny.run(pipe)
+        calls = handle.summary().sparse_calls
+        original, pipe.transformer = pipe.transformer, twin
+        assert torch.equal(tiny.run(pipe), plain)
+        assert handle.summary().sparse_calls == calls
+        pipe.transformer = original
+        assert torch.equal(tiny.run(pipe), sparse)
+
+
+def test_a_removed_patch_frees_its_session():
+    pipe = TINY["wan"].build()
+    handle = dit_accel.patch(pipe, POOLED)
+    alive = weakref.ref(handle.sessions["transformer"])
+    handle.remove()
+    del handle
+    gc.collect()
+    assert alive() is None
+    assert not session._sessions

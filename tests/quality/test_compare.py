@@ -1,0 +1,236 @@
+"""compare(): pairing, bookkeeping and honesty with a fake pipeline, and once with a real tiny one."""
+
+from __future__ import annotations
+
+import json
+import math
+from dataclasses import dataclass, field
+from pathlib import Path
+from types import SimpleNamespace, TracebackType
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+
+from dit_accel.quality.compare import compare
+from dit_accel.quality.generation import generate_clip
+from dit_accel.quality.prompts import DEFAULT_PROMPTS
+from dit_accel.quality.results import DENSE
+from tests.quality.clips import moving_clip
+
+
+@dataclass
+class FakePipe:
+    """Clips that depend on prompt and noise; a patch adds its error."""
+
+    error: float = 0.0
+    calls: list[tuple[str, int, float]] = field(default_factory=list)
+    patched_with: Any = None
+
+    def __call__(
+        self,
+        prompt: str,
+        generator: torch.Generator,
+        output_type: str,
+        num_inference_steps: int = 10,
+        callback_on_step_end: Any = None,
+    ) -> SimpleNamespace:
+        assert output_type == "np"
+        noise = torch.randn(3, generator=generator)
+        self.calls.append((prompt, num_inference_steps, float(noise[0])))
+        latents = noise.expand(1, 2, 3) + self.error
+        for step in range(num_inference_steps):
+            callback_on_step_end(self, step, 0, {"latents": latents * (step + 1) / num_inference_steps})
+        clip = moving_clip(3, 40, 48, speed=1 + abs(float(noise[0]))) * 0.8 + 0.1 * len(prompt) / 50
+        return SimpleNamespace(frames=(clip + self.error).numpy()[None])
+
+
+class FakeHandle:
+    """Four attention calls a step: dense in the first half of the steps, then at the recipe's density."""
+
+    def __init__(self, pipe: FakePipe, recipe: Any) -> None:
+        if pipe.patched_with is not None:
+            raise ValueError("patched already")
+        self.pipe, self.recipe, self.start = pipe, recipe, len(pipe.calls)
+        pipe.patched_with = recipe
+        self.error = 0.0 if recipe == "dense" else recipe["error"]
+        pipe.error = self.error
+
+    def summary(self) -> SimpleNamespace:
+        steps = [steps for _, steps, _ in self.pipe.calls[self.start :]]
+        dense = 4 * sum(steps) if self.recipe == "dense" else 2 * sum(steps)
+        sparse = 4 * sum(steps) - dense
+        density = None if not steps else (dense + 0.25 * sparse) / (dense + sparse)
+        return SimpleNamespace(
+            sparse_calls=sparse,
+            dense_calls={"first steps": dense} if dense else {},
+            nan_calls=0,
+            mean_density=density,
+            backends={"fake": "test"},
+            plan_seconds=0.01 * sparse,
+            sparse_seconds=0.1 * sparse,
+            dense_seconds=0.5 * dense,
+        )
+
+    def __enter__(self) -> FakeHandle:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.pipe.error, self.pipe.patched_with = 0.0, None
+
+
+_RECIPES = {"exact": {"error": 0.0}, "off/by": {"error": 0.02}}
+
+
+def test_everything_is_paired(tmp_path: Path) -> None:
+    pipe = FakePipe()
+    lines: list[str] = []
+    report = compare(
+        pipe, _RECIPES, ["a cat", "a dog"], [3, 4], out=tmp_path, patch=FakeHandle, progress=lines.append,
+        metrics=["psnr", "ssim", "latent_mse"], generate_kwargs={"num_inference_steps": 6},
+    )  # fmt: skip
+    assert report.pairs == (("a cat", 3), ("a cat", 4), ("a dog", 3), ("a dog", 4))
+    assert report.recipes == ("exact", "off/by")
+    # Warm-up, 4 dense, 1 with timers, and for each recipe a warm-up and 4: warm-ups have two steps.
+    assert [steps for _, steps, _ in pipe.calls] == [2, 6, 6, 6, 6, 6, 2, 6, 6, 6, 6, 2, 6, 6, 6, 6]
+    assert [noise for _, _, noise in pipe.calls[1:5]] == [noise for _, _, noise in pipe.calls[7:11]]
+    assert pipe.calls[1][2] != pipe.calls[2][2]
+    assert pipe.patched_with is None
+    assert len(lines) == 13
+
+    exact, off = report.summary("exact"), report.summary("off/by")
+    assert exact.metrics["psnr"].mean == math.inf
+    assert exact.metrics["latent_mse"].mean == 0
+    # 0.02 is 5.1 levels, and both clips are rounded to 8 bits.
+    assert off.metrics["psnr"].mean == pytest.approx(-20 * math.log10(5.1 / 255), abs=0.2)
+    assert off.metrics["latent_mse"].mean == pytest.approx(0.02**2, rel=1e-3)
+    # The warm-up is not counted: 12 dense calls and 12 at a quarter.
+    assert off.density is not None
+    assert off.density.mean == pytest.approx((12 + 0.25 * 12) / 24)
+    assert off.attention_seconds is not None
+    assert off.attention_seconds.mean == pytest.approx(12 * 0.5 + 12 * 0.11)
+    dense = report.result(DENSE, "a cat", 3)
+    assert dense.attention_seconds == pytest.approx(24 * 0.5)
+    assert report.result(DENSE, "a cat", 4).attention_seconds is None
+    assert "off/by: 48 of 96 self-attention calls ran dense (48 first steps)." in report.notes
+    assert report.facts["settings"] == "num_inference_steps=6"
+
+    tree = json.loads((tmp_path / "report.json").read_text())
+    assert tree["recipes"] == ["exact", "off/by"]
+    assert len(list((tmp_path / "clips").iterdir())) == 12
+    assert (tmp_path / "index.html").is_file()
+    assert (tmp_path / "side_by_side.mp4").is_file()
+
+
+def test_a_broken_recipe_fails_before_anything_is_generated(tmp_path: Path) -> None:
+    pipe = FakePipe()
+
+    def patch(target: Any, recipe: Any) -> FakeHandle:
+        if recipe == "broken":
+            raise ValueError("unknown recipe 'broken'")
+        return FakeHandle(target, recipe)
+
+    recipes = {"exact": {"error": 0.0}, "broken": "broken"}
+    with pytest.raises(ValueError, match="unknown recipe 'broken'"):
+        compare(pipe, recipes, ["a cat"], out=tmp_path, patch=patch)
+    assert pipe.calls == []
+    assert pipe.patched_with is None
+
+
+def test_a_run_that_breaks_leaves_the_recipes_it_finished(tmp_path: Path) -> None:
+    class BreakingHandle(FakeHandle):
+        def summary(self) -> SimpleNamespace:
+            if self.error:
+                raise RuntimeError("out of memory")
+            return super().summary()
+
+    pipe = FakePipe()
+    with pytest.raises(RuntimeError, match="out of memory"):
+        compare(
+            pipe, _RECIPES, ["a cat"], out=tmp_path, patch=BreakingHandle, metrics=["psnr"], warm_up=False
+        )
+    assert json.loads((tmp_path / "report.json").read_text())["recipes"] == ["exact"]
+    assert pipe.patched_with is None
+
+
+def test_a_recipe_that_gives_nan_has_reasons_not_numbers(tmp_path: Path) -> None:
+    recipes = {"nan": {"error": math.nan}}
+    report = compare(FakePipe(), recipes, ["a cat"], out=tmp_path, patch=FakeHandle, warm_up=False)
+    result = report.result("nan", "a cat", 0)
+    assert {m.value for m in result.metrics.values()} == {None}
+    assert "NaN" in str(result.metrics["psnr"].reason)
+
+
+def test_unmeasured_dense_attention(tmp_path: Path) -> None:
+    report = compare(
+        FakePipe(), {"exact": {"error": 0.0}}, ["a cat"], out=tmp_path, patch=FakeHandle, metrics=["psnr"],
+        dense_attention_clips=0, warm_up=False,
+    )  # fmt: skip
+    assert report.summary(DENSE).attention_seconds is None
+    assert report.summary("exact").attention_speedup is None
+    assert report.facts["warm-up"] == "none"
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"prompts": []}, "prompts must be a non-empty sequence without repeats"),
+        ({"prompts": "a cat"}, "must be a sequence of strings, got the string 'a cat'"),
+        ({"seeds": [1, 1]}, r"seeds must be a non-empty sequence without repeats, got \[1, 1\]"),
+        ({"recipes": {}}, "at least one recipe"),
+        ({"recipes": {"dense": "dense"}}, "none named 'dense'"),
+        ({"metrics": ["fvd"]}, "unknown metric 'fvd'"),
+        ({"generate_kwargs": {"generator": 1}}, "must not set generator"),
+    ],
+)
+def test_bad_arguments(tmp_path: Path, changes: dict[str, Any], message: str) -> None:
+    arguments = {"recipes": _RECIPES, "prompts": ["a cat"], "seeds": [0]} | changes
+    with pytest.raises(ValueError, match=message):
+        compare(FakePipe(), out=tmp_path, patch=FakeHandle, **arguments)
+
+
+def test_image_pipelines() -> None:
+    def pipe(prompt: str, generator: torch.Generator, output_type: str) -> SimpleNamespace:
+        return SimpleNamespace(images=np.full((2, 8, 9, 3), 0.5, np.float32))
+
+    made = generate_clip(pipe, "a cat", 0)
+    assert made.frames.shape == (1, 8, 9, 3)
+    assert made.latents is None
+
+
+def test_default_prompts() -> None:
+    assert len(set(DEFAULT_PROMPTS)) >= 16
+
+
+@pytest.mark.filterwarnings("ignore")
+def test_a_real_pipeline(tmp_path: Path) -> None:
+    """A tiny Wan, really patched: dense under the patch is exact, a coarse recipe is not."""
+    from dit_accel import presets
+    from tests.tiny import TINY
+
+    tiny = TINY["wan"]
+    pipe = tiny.build()
+    pipe.set_progress_bar_config(disable=True)
+    pipe.encode_prompt = lambda **_: (torch.full((1, 16, 32), 0.1), None)
+    arguments = {
+        "height": 224,
+        "width": 256,
+        "num_frames": 1,
+        "guidance_scale": 1.0,
+        "num_inference_steps": 2,
+    }
+    recipes = {"untouched": "dense", "coarse": presets.pooled(density=0.1, dense_fraction=0.0)}
+    report = compare(
+        pipe, recipes, ["a cat"], out=tmp_path, metrics=["psnr", "latent_mse"],
+        generate_kwargs=arguments, warm_up=False,
+    )  # fmt: skip
+    assert report.summary("untouched").metrics["psnr"].mean == math.inf
+    assert report.summary("untouched").density.mean == 1
+    coarse = report.summary("coarse")
+    assert coarse.density.mean < 0.9
+    assert coarse.metrics["latent_mse"].mean > 0
+    assert coarse.attention_seconds.mean > 0
+    assert coarse.attention_speedup is not None

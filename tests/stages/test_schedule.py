@@ -1,0 +1,65 @@
+import pytest
+
+from dit_accel.layout import StepContext
+from dit_accel.stages.schedule import Schedule
+
+
+def _run(schedule: Schedule, steps: int) -> list[int]:
+    """Steps at which a run makes a plan."""
+    made, at = None, []
+    for index in range(steps):
+        step = StepContext(index=index, num_steps=steps, forward_id=index)
+        if schedule.dense_reason(step, 0, 4) is None and (made is None or schedule.needs_plan(step, made)):
+            made = step
+            at.append(index)
+    return at
+
+
+def test_dense_phase_and_refresh():
+    assert _run(Schedule(), 4) == [0, 1, 2, 3]
+    assert _run(Schedule(dense_fraction=0.25, refresh_every=3), 12) == [3, 6, 9]
+    assert _run(Schedule(dense_fraction=0.2), 5) == [1, 2, 3, 4]
+    assert _run(Schedule(dense_fraction=0.01), 5) == [1, 2, 3, 4], "any dense phase holds the first step"
+    assert _run(Schedule(dense_fraction=1.0), 5) == []
+    assert _run(Schedule(dense_fraction=0.2, refresh_at=(0.5, 0.55, 0.9)), 10) == [2, 5, 6, 9]
+
+
+def test_dense_layers_count_from_both_ends():
+    step = StepContext()
+    schedule = Schedule(dense_layers=(0, -1))
+    assert [schedule.dense_reason(step, layer, 4) for layer in range(4)] == [
+        "dense layer",
+        None,
+        None,
+        "dense layer",
+    ]
+
+
+def test_a_new_run_makes_a_new_plan():
+    schedule = Schedule(refresh_every=100)
+    made = StepContext(index=5, num_steps=10, forward_id=7)
+    assert not schedule.needs_plan(StepContext(index=6, num_steps=10, forward_id=8), made)
+    assert schedule.needs_plan(StepContext(index=2, num_steps=10, forward_id=20), made)
+    assert schedule.needs_plan(StepContext(index=5, num_steps=10, forward_id=20), made)
+    assert not schedule.needs_plan(made, made), "a checkpointed forward is repeated with its own plan"
+
+
+def test_without_a_pipeline_plans_age_by_forwards():
+    schedule = Schedule(dense_fraction=0.5, refresh_every=2)
+    assert schedule.dense_reason(StepContext(), 0, 4) is None
+    made = StepContext(forward_id=3)
+    assert not schedule.needs_plan(StepContext(forward_id=4), made)
+    assert schedule.needs_plan(StepContext(forward_id=5), made)
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"dense_fraction": 1.5}, r"dense_fraction must lie in \[0, 1\], got 1.5"),
+        ({"refresh_every": 0}, "refresh_every must be at least 1 step, got 0"),
+        ({"refresh_at": (1.0,)}, "refresh_at must hold progress values"),
+    ],
+)
+def test_impossible_schedules(changes, message):
+    with pytest.raises(ValueError, match=message):
+        Schedule(**changes)

@@ -1,0 +1,61 @@
+import json
+
+import pytest
+
+from dit_accel import Recipe, presets
+from dit_accel.stages.order import Raster, Tiles
+from dit_accel.stages.select_dynamic import Pooled
+
+ALL = [presets.resolve(name) for name in presets.PRESETS]
+
+
+@pytest.mark.parametrize("recipe", ALL, ids=list(presets.PRESETS))
+def test_a_recipe_survives_json(recipe):
+    assert Recipe.from_dict(json.loads(json.dumps(recipe.to_dict()))) == recipe
+    assert hash(recipe) == hash(Recipe.from_dict(recipe.to_dict()))
+
+
+def test_fields_by_name():
+    recipe = presets.pooled().with_fields(
+        {
+            "select.density": "0.05",
+            "order": "raster",
+            "schedule.refresh_at": "(0.2, 0.5)",
+            "select.top_p": 0.9,
+        }
+    )
+    assert recipe.order == Raster()
+    assert recipe.select == Pooled(density=0.05, top_p=0.9)
+    assert recipe.schedule.refresh_at == (0.2, 0.5)
+    # a kind first, then its fields, whatever the order given
+    assert Recipe().with_fields({"order.shape": (2, 8, 8), "order": "tiles"}).order == Tiles((2, 8, 8))
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"select.densty": 0.1}, "no field 'densty'; its fields are density, top_p"),
+        ({"selct.density": 0.1}, "Unknown axis 'selct'; the axes are order, select"),
+        ({"order": "zigzag"}, "Unknown order 'zigzag'; known are raster, tiles"),
+        ({"select.density": "2"}, r"select.density must lie in \(0, 1\], got 2"),
+        ({"select.density": 0}, r"select.density must lie in \(0, 1\], got 0"),
+        ({"select.density": "lots"}, "must be a Python literal such as 0.2"),
+        ({"select.density": "'lots'"}, "select.density must be .*float.*, got 'lots'"),
+        ({"order.shape": "(4, 4)"}, r"order.shape must be tuple\[int, int, int\], got \(4, 4\)"),
+        ({"select.density": None}, "needs a density, a top_p, or both"),
+    ],
+)
+def test_bad_fields(changes, message):
+    with pytest.raises(ValueError, match=message):
+        presets.pooled().with_fields(changes)
+
+
+def test_bad_presets_and_options():
+    with pytest.raises(ValueError, match="Unknown recipe 'fast'; known are dense, window, pooled"):
+        presets.resolve("fast")
+    with pytest.raises(ValueError, match="'pooled' has no option 'sparsity'; its options are density"):
+        presets.resolve("pooled", sparsity=0.9)
+    with pytest.raises(ValueError, match="go with a preset's name"):
+        presets.resolve(Recipe(), density=0.1)
+    with pytest.raises(TypeError, match=r"Recipe\.order must be one of Raster, Tiles, got 'tiles'"):
+        Recipe(order="tiles")
