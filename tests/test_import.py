@@ -1,4 +1,4 @@
-"""``import dit_accel`` is cheap: it pulls in nothing that a command line or a documentation tool must wait for."""
+"""``import dit_accel`` is cheap: it pulls in nothing that a command line would have to wait for."""
 
 from __future__ import annotations
 
@@ -39,14 +39,15 @@ def test_public_names_resolve_on_first_use() -> None:
 
 
 def test_patching_needs_neither_triton_nor_cuda() -> None:
-    """Everything up to a patched CPU forward works where Triton cannot be imported and CUDA stays untouched."""
+    """A patched CPU forward works where Triton cannot be imported, and CUDA stays untouched."""
     code = """
 import sys
 sys.modules["triton"] = None
 import torch
 from diffusers import WanTransformer3DModel
 import dit_accel
-model = WanTransformer3DModel(num_attention_heads=2, attention_head_dim=12, text_dim=16, ffn_dim=32, num_layers=1)
+sizes = dict(num_attention_heads=2, attention_head_dim=12, text_dim=16, ffn_dim=32, num_layers=1)
+model = WanTransformer3DModel(**sizes)
 with torch.no_grad(), dit_accel.patch(model, "pooled", density=0.5) as handle:
     model(torch.randn(1, 16, 4, 16, 16), torch.tensor([1.0]), torch.randn(1, 4, 16))
 assert handle.summary().sparse_calls == 1, handle.summary()

@@ -52,8 +52,8 @@ def generate(
 ) -> Generated:
     """Generate one video or image.
 
-    None leaves a setting to the pipeline's own default. The noise is drawn on the CPU, so that a seed means the
-    same on every device.
+    None leaves a setting to the pipeline's own default. The noise is drawn on the CPU, so that a seed means
+    the same on every device.
 
     Args:
         pipe: a diffusers pipeline.
@@ -76,7 +76,7 @@ def generate(
         "num_inference_steps": steps,
         scale: guidance,
     }
-    given = {name: value for name, value in settings.items() if value is not None}
+    given: dict[str, Any] = {name: value for name, value in settings.items() if value is not None}
     for name, value in given.items():
         if name not in takes:
             raise ValueError(f"{type(pipe).__name__} takes no {name}, got {value!r}.")

@@ -81,7 +81,7 @@ def test_bench_as_text() -> None:
 
 
 def test_compiled_bench_runs_its_own_code() -> None:
-    """torch.compile reuses code between modules of one class: the patched twin must not get the dense code."""
+    """torch.compile reuses code between modules: the patched model must not get the dense one's."""
     import dataclasses
 
     import torch

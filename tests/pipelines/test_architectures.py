@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import dataclasses
 
+import diffusers
 import pytest
 import torch
 from accelerate import init_empty_weights
 
-import diffusers
 import dit_accel
 from dit_accel.pipelines.architectures import ARCHITECTURES, Architecture, architecture
 
