@@ -183,42 +183,52 @@ def section_rows(report: Report, args: argparse.Namespace) -> None:
         )
 
 
+HOPPER_CONFIGS = {
+    # kind: (stages at 128 keys a block, query buffers, turns)
+    "half": ((3, 1, False), (3, 1, True), (2, 2, False), (2, 2, True)),
+    "int8": ((3, 1, False), (3, 1, True), (3, 2, False), (3, 2, True)),
+    "int8_fp8": ((4, 1, False), (4, 1, True), (4, 2, True)),
+}
+
+
 def section_hopper(report: Report, args: argparse.Namespace) -> None:
-    """Buffer counts and turn-taking of the Hopper kernel, half precision and quantised."""
+    """Buffer counts and turn-taking of the Hopper kernel, half precision and quantised; takes ``--shard``."""
     from dit_accel.kernels.hopper_forward import HopperConfig, hopper_forward
     from dit_accel.kernels.triton_quantize import quantize_inputs
 
+    shard, shards = (int(x) for x in args.shard.split("/")) if args.shard else (0, 0)
+    number = 0
     length = args.lengths[0]
     q, k, v = inputs(length, args.heads, args.head_dim)
     scale = q.shape[-1] ** -0.5
     for block_k in (128, 64):
-        more = 1 if block_k == 128 else 2
-        for density in (0.05, 0.2):
-            mask = random_mask(args.heads, length, 128, block_k, density)
-            quantized = quantize_inputs(q, k, v, 128, block_k)
-            for kind, data in (("half", None), ("int8", quantized)):
-                deepest = 3 if data is None else 4
-                for stages, q_stages in ((2, 1), (3, 1), (2, 2), (3, 2), (4, 1)):
-                    if stages * 1 > deepest * more or (data is None and stages > 2 * more and q_stages > 1):
-                        continue
-                    for turns in (False, True):
-                        config = HopperConfig(stages * more, q_stages, turns)
-                        call = lambda: hopper_forward(  # noqa: E731
-                            q, k, v, mask, None, None, scale, quantized=data, config=config
-                        )[0]
+        masks = {density: random_mask(args.heads, length, 128, block_k, density) for density in (0.05, 0.2)}
+        for kind, configs in HOPPER_CONFIGS.items():
+            data = None if kind == "half" else quantize_inputs(q, k, v, 128, block_k, precision=kind)
+            for stages, q_stages, turns in configs[:2] if block_k == 64 else configs:
+                number += 1
+                if shards and number % shards != shard:
+                    continue
+                config = HopperConfig(stages * 128 // block_k, q_stages, turns)
+                for density, mask in masks.items():
+                    call = lambda: hopper_forward(  # noqa: E731
+                        q, k, v, mask, None, None, scale, quantized=data, config=config
+                    )[0]
 
-                        def measure() -> dict[str, object]:
-                            error = oracle_error(call(), q, k, v, mask)
-                            ms = median_ms(call, 60)
-                            return {"ms": ms, "eff": operations(q, mask) / ms / 1e9, "error": error}
+                    def measure() -> dict[str, object]:
+                        error = oracle_error(call(), q, k, v, mask)
+                        if shards:
+                            return {"error": error}
+                        ms = median_ms(call, 60)
+                        return {"ms": ms, "eff": operations(q, mask) / ms / 1e9, "error": error}
 
-                        report.add(
-                            measure,
-                            op=f"hopper {kind}",
-                            block_k=block_k,
-                            density=density,
-                            config=str(config)[12:],
-                        )
+                    report.add(
+                        measure,
+                        op=f"hopper {kind}",
+                        block_k=block_k,
+                        density=density,
+                        config=str(config)[12:],
+                    )
 
 
 def section_quantized(report: Report, args: argparse.Namespace) -> None:

@@ -370,9 +370,13 @@ def _consume(
                     next_weights, peak, total, shrink = _softmax(
                         scores, peak, total, factor, dtype, OPERAND, FP8
                     )
-                    product, weights = warpgroup_mma_wait(0, deps=[acc_token, weights])
+                    if FP8:
+                        # The wait takes no 8-bit operand; the assembler keeps its registers until here.
+                        product = warpgroup_mma_wait(0, deps=[acc_token])
+                        acc = acc + product
+                    else:
+                        acc, weights = warpgroup_mma_wait(0, deps=[acc_token, weights])
                     mbarrier.arrive(v_empty.index(last), count=1)
-                    acc = acc + product if FP8 else product
                     acc = acc * gl.convert_layout(shrink, gl.SliceLayout(1, O_LAYOUT))[:, None]
                     weights = next_weights
                     step += 1

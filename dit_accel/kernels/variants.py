@@ -21,8 +21,6 @@ def why_not_hopper_quantized(q: torch.Tensor, mask: BlockMask, quantized: Quanti
     """Why the Hopper kernel cannot run a quantised call, or None if it can."""
     if quantized.smooth_q:
         return "it does not add the query means back"
-    if quantized.v_scale is not None:
-        return "its FP8 product does not compile yet"
     return _import_reason(q) or _hopper().why_not_hopper_shape(q, mask)
 
 
