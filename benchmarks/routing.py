@@ -1,6 +1,6 @@
 """Check and time selection, exact block mass and the linear branch on one GPU.
 
-    python benchmarks/routing.py --out benchmarks/results/routing.json
+    python benchmarks/routing.py --out benchmarks/results/routing_h200.json
 
 Every item runs on its own: one that fails is reported and the rest goes on. Times are medians of
 ``triton.testing.do_bench`` in milliseconds; cuDNN's dense attention is timed in the same run. Checks compare
@@ -12,7 +12,6 @@ from __future__ import annotations
 import argparse
 import json
 import platform
-import sys
 import traceback
 from collections.abc import Callable
 from pathlib import Path
@@ -310,17 +309,17 @@ def time_dense(seq: int) -> None:
 
 
 ITEMS: dict[str, Callable[[], None]] = {
-    "check selection": check_selection,
-    "check mass": check_mass,
-    "check linear": check_linear,
     "dense 32768": lambda: time_dense(32768),
+    "check selection": check_selection,
+    "check linear": check_linear,
+    "sla 32768": lambda: time_sla(32768),
     "selection 32768": lambda: time_selection(32768),
-    "selection 75600": lambda: time_selection(75600),
-    "mass": time_mass,
     "linear parts": time_linear_parts,
     "linear 32768": lambda: time_linear(32768),
+    "selection 75600": lambda: time_selection(75600),
+    "check mass": check_mass,
+    "mass": time_mass,
     "linear 75600": lambda: time_linear(75600),
-    "sla 32768": lambda: time_sla(32768),
     "sla 75600": lambda: time_sla(75600),
     "dense 75600": lambda: time_dense(75600),
 }
@@ -336,22 +335,23 @@ def main() -> None:
     args = parser.parse_args()
     global DRY
     DRY = args.dry
-    for name, fn in ITEMS.items():
-        if not args.only or any(name.startswith(part) for part in args.only):
-            item(name, fn)
     args.out.parent.mkdir(parents=True, exist_ok=True)
     report = {
         "device": torch.cuda.get_device_name(),
         "torch": torch.__version__,
         "triton": triton.__version__,
         "python": platform.python_version(),
-        "command": " ".join(["python", *sys.argv]),
+        "command": "python benchmarks/routing.py" + (f" --only {args.only}" if args.only else ""),
         "heads": HEADS,
         "head_dim": DIM,
         "dtype": "bfloat16",
         "results": RESULTS,
     }
-    args.out.write_text(json.dumps(report, indent=1) + "\n")
+    for name, fn in ITEMS.items():
+        if not args.only or any(name.startswith(part) for part in args.only):
+            item(name, fn)
+            # After every item: a run that is cut short keeps what it measured.
+            args.out.write_text(json.dumps(report, indent=1) + "\n")
 
 
 if __name__ == "__main__":
