@@ -202,7 +202,7 @@ class Engine:
         return select if density is None else replace(select, density=density)  # type: ignore[type-var]
 
     def _memory(self, key: tuple[Any, ...], step: StepContext) -> LayerMemory:
-        """The layer's memory of this run; a new run starts with an empty one, a bare transformer keeps none."""
+        """The layer's memory of this run: empty in a new run, and always without a pipeline."""
         if step.index is None:
             return LayerMemory()
         last, memory = self._memories.get(key, (step, LayerMemory()))

@@ -14,6 +14,7 @@ from .stages.precision import PRECISIONS, ModelDtype
 from .stages.schedule import SCHEDULES, Schedule
 from .stages.select import Select
 from .stages.select_dynamic import Pooled
+from .stages.select_mass import FrozenMass, Mass
 from .stages.select_static import DenseSelect, Window
 
 ORDERS: dict[str, type[Order]] = {"raster": Raster, "tiles": Tiles}
@@ -21,6 +22,8 @@ SELECTS: dict[str, type[DenseSelect] | type[Select]] = {
     "dense": DenseSelect,
     "window": Window,
     "pooled": Pooled,
+    "mass": Mass,
+    "frozen_mass": FrozenMass,
 }
 AXES: dict[str, Mapping[str, type[Any]]] = {
     "order": ORDERS,
