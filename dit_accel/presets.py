@@ -9,6 +9,7 @@ from .recipe import Recipe
 from .stages.order import Tiles
 from .stages.schedule import Schedule
 from .stages.select_dynamic import Pooled
+from .stages.select_gated import GatedPooled
 from .stages.select_mass import FrozenMass, Mass
 from .stages.select_static import Window
 
@@ -105,6 +106,35 @@ def sparsed(density: float = 0.3, search_at: float = 0.2, block: tuple[int, int]
     return Recipe(select=FrozenMass(density=density, block=block), schedule=_searches((search_at,)))
 
 
+def sparge(
+    top_p: float | None = 0.98,
+    density: float | None = None,
+    similarity: float = 0.6,
+    dense_fraction: float = 0.0,
+    block: tuple[int, int] = (128, 64),
+) -> Recipe:
+    """SpargeAttn (arXiv 2502.18137): pooled scores behind a self-similarity gate.
+
+    Defaults of the released code's cumulative variant: keep 0.98 of the pooled softmax mass, self-similarity
+    above 0.6, blocks of 128 queries and 64 keys, keys smoothed before pooling, no dense phase, raster order.
+    Its top-k variant (density 0.5) turns the gate off: ``sparge(top_p=None, density=0.5, similarity=-1.0)``.
+
+    Deviations: the block that crosses ``top_p`` is kept, where the code stops before it; text columns stay
+    outside the pooled softmax and the count, and are always read; a query block always reads its own tokens;
+    a short last block is judged by the tokens it has, where the code divides zero by zero; no second,
+    per-tile skipping of P·V inside the kernel (the code's default threshold turns it off in practice); the
+    per-head tuning of thresholds is left to calibration.
+
+    Args:
+        top_p, density, similarity, block: see :class:`~dit_accel.stages.select_gated.GatedPooled`.
+        dense_fraction: share of the denoising steps that stay dense at the start.
+    """
+    return Recipe(
+        select=GatedPooled(density=density, top_p=top_p, similarity=similarity, block=block),
+        schedule=Schedule(dense_fraction=dense_fraction),
+    )
+
+
 def _searches(search_at: tuple[float, ...]) -> Schedule:
     """Dense until the first search and during each; nothing is refreshed in between."""
     return Schedule(dense_fraction=min(search_at), refresh_at=search_at, dense_refresh=True)
@@ -116,6 +146,7 @@ PRESETS: dict[str, Callable[..., Recipe]] = {
     "pooled": pooled,
     "adaspa": adaspa,
     "sparsed": sparsed,
+    "sparge": sparge,
 }
 
 

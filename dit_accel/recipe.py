@@ -14,6 +14,7 @@ from .stages.precision import PRECISIONS, ModelDtype
 from .stages.schedule import SCHEDULES, Schedule
 from .stages.select import Select
 from .stages.select_dynamic import Pooled
+from .stages.select_gated import GatedPooled
 from .stages.select_mass import FrozenMass, Mass
 from .stages.select_static import DenseSelect, Window
 
@@ -22,6 +23,7 @@ SELECTS: dict[str, type[DenseSelect] | type[Select]] = {
     "dense": DenseSelect,
     "window": Window,
     "pooled": Pooled,
+    "gated_pooled": GatedPooled,
     "mass": Mass,
     "frozen_mass": FrozenMass,
 }
