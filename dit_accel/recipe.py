@@ -15,6 +15,7 @@ from .stages.schedule import SCHEDULES, Schedule
 from .stages.select import Select
 from .stages.select_dynamic import Pooled
 from .stages.select_gated import GatedPooled
+from .stages.select_grid import Circle, Radial, TileWindow
 from .stages.select_mass import FrozenMass, Mass
 from .stages.select_static import DenseSelect, Window
 
@@ -26,6 +27,9 @@ SELECTS: dict[str, type[DenseSelect] | type[Select]] = {
     "gated_pooled": GatedPooled,
     "mass": Mass,
     "frozen_mass": FrozenMass,
+    "tile_window": TileWindow,
+    "circle": Circle,
+    "radial": Radial,
 }
 AXES: dict[str, Mapping[str, type[Any]]] = {
     "order": ORDERS,

@@ -64,14 +64,16 @@ class Tiles:
         return None
 
     def rows(self, layout: TokenLayout, device: torch.device, layer: int = 0) -> torch.Tensor | None:
-        return whole_sequence(tile_order(layout.grid, self._shape_for(layout), device), layout)
+        return whole_sequence(tile_order(layout.grid, fold_tile(self.shape, layout.grid[0]), device), layout)
 
-    def _shape_for(self, layout: TokenLayout) -> tuple[int, int, int]:
-        tile_f, tile_h, tile_w = self.shape
-        while layout.grid[0] < tile_f and tile_f % 2 == 0:
-            tile_f //= 2
-            tile_h, tile_w = (tile_h * 2, tile_w) if tile_h <= tile_w else (tile_h, tile_w * 2)
-        return tile_f, tile_h, tile_w
+
+def fold_tile(tile: tuple[int, int, int], frames: int) -> tuple[int, int, int]:
+    """A tile for a grid of fewer frames than the tile has: halves of its depth go to height and width."""
+    tile_f, tile_h, tile_w = tile
+    while frames < tile_f and tile_f % 2 == 0:
+        tile_f //= 2
+        tile_h, tile_w = (tile_h * 2, tile_w) if tile_h <= tile_w else (tile_h, tile_w * 2)
+    return tile_f, tile_h, tile_w
 
 
 def tile_order(grid: tuple[int, int, int], tile: tuple[int, int, int], device: torch.device) -> torch.Tensor:

@@ -10,7 +10,7 @@ import torch
 from ..kernels import BlockMask
 from ..plan import LayerMemory, SequenceBlocks
 from .select import check_block
-from .token_tables import Coordinates, TokenTables, token_tables
+from .token_tables import TokenTables, separable, token_tables
 
 
 @dataclass(frozen=True)
@@ -33,7 +33,8 @@ class Window:
     Attributes:
         window: keys seen per dimension (frames, height, width): an int counts tokens, a float in (0, 1] is a
             share of the dimension, rounded up.
-        stride: queries that share one window, per dimension, at most the window.
+        stride: queries that share one window, per dimension, at most the window; where the window is a share
+            of the dimension a larger stride counts as the window.
         dilation: distance between the keys of a window, per dimension.
         sink_first_frame: always read the whole first latent frame.
         block: tokens in a query and in a key block.
@@ -69,25 +70,30 @@ class Window:
 
     def visibility(self, grid: tuple[int, int, int]) -> list[torch.Tensor]:
         """Per dimension a bool ``[L, L]``: whether a query coordinate sees a key coordinate."""
-        names = ("frames", "height", "width")
+        sizes, strides = self.on_grid(grid)
         return [
-            _visible(length, self._size(size, length, dilation), stride, dilation, name)
+            _visible(length, size, stride, dilation, name)
             for name, length, size, stride, dilation in zip(
-                names, grid, self.window, self.stride, self.dilation, strict=True
+                ("frames", "height", "width"), grid, sizes, strides, self.dilation, strict=True
             )
         ]
+
+    def on_grid(self, grid: tuple[int, int, int]) -> tuple[list[int], list[int]]:
+        """Window and stride in tokens on a grid."""
+        sizes = [
+            self._size(size, length, dilation)
+            for size, length, dilation in zip(self.window, grid, self.dilation, strict=True)
+        ]
+        strides = [
+            min(stride, size) if isinstance(asked, float) else stride
+            for stride, size, asked in zip(self.stride, sizes, self.window, strict=True)
+        ]
+        return sizes, strides
 
     def prepare(self, blocks: SequenceBlocks) -> TokenTables:
         """Work out a layout's kept block pairs, and the token masks of those at the window's edge."""
         visible = [table.to(blocks.device) for table in self.visibility(blocks.layout.grid)]
-
-        def sees(queries: Coordinates, keys: Coordinates) -> torch.Tensor:
-            inside = torch.ones((), dtype=torch.bool, device=blocks.device)
-            for table, q, k in zip(visible, queries, keys, strict=True):
-                inside = inside & table[q][:, k]
-            return inside
-
-        return token_tables(blocks, sees, self.sink_first_frame)
+        return token_tables(blocks, separable(visible), self.sink_first_frame)
 
     def select(
         self,

@@ -55,6 +55,16 @@ class TokenTables:
         )
 
 
+def separable(visible: list[torch.Tensor]) -> Sees:
+    """The rule of one bool ``[L, L]`` table per dimension: a key is seen if every dimension sees it."""
+
+    def sees(queries: Coordinates, keys: Coordinates) -> torch.Tensor:
+        frames, height, width = (table[q][:, k] for table, q, k in zip(visible, queries, keys, strict=True))
+        return frames & height & width
+
+    return sees
+
+
 def token_tables(blocks: SequenceBlocks, sees: Sees, sink_first_frame: bool = False) -> TokenTables:
     """Work out a layout's kept block pairs, and the token masks of those at an edge.
 

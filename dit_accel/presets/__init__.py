@@ -1,0 +1,99 @@
+"""Published and plain methods as recipes: plain ones here, published ones in files by what they look at."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+from ..recipe import Recipe
+from ..stages.order import Tiles
+from ..stages.schedule import Schedule
+from ..stages.select_dynamic import Pooled
+from ..stages.select_static import Window
+from .grid import clear, dina, gna, na, radial, sta
+from .searched import adaspa, sparge, sparsed
+
+
+def dense() -> Recipe:
+    """The model's own attention, untouched: for measuring, and to see what a patch costs."""
+    return Recipe()
+
+
+def window(
+    window: tuple[int | float, int | float, int | float] = (1.0, 0.4, 0.4),
+    stride: tuple[int, int, int] = (1, 1, 1),
+    dilation: tuple[int, int, int] = (1, 1, 1),
+    dense_fraction: float = 0.2,
+) -> Recipe:
+    """Neighbourhood window on the latent grid, tokens in 3-D tiles (GNA, arXiv 2504.16922).
+
+    Args:
+        window, stride, dilation: per dimension, see :class:`~dit_accel.stages.select_static.Window`.
+        dense_fraction: share of the denoising steps that stay dense at the start.
+    """
+    return Recipe(
+        order=Tiles(),
+        select=Window(window=window, stride=stride, dilation=dilation),
+        schedule=Schedule(dense_fraction=dense_fraction),
+    )
+
+
+def pooled(
+    density: float | None = 0.2,
+    top_p: float | None = None,
+    dense_fraction: float = 0.2,
+    refresh_every: int = 1,
+) -> Recipe:
+    """Key blocks by the pooled score of 3-D tiles, top-k, top-p, or their union (SpargeAttn, arXiv
+    2502.18137).
+
+    Args:
+        density, top_p: see :class:`~dit_accel.stages.select_dynamic.Pooled`.
+        dense_fraction: share of the denoising steps that stay dense at the start.
+        refresh_every: denoising steps that share one plan.
+    """
+    return Recipe(
+        order=Tiles(),
+        select=Pooled(density=density, top_p=top_p),
+        schedule=Schedule(dense_fraction=dense_fraction, refresh_every=refresh_every),
+    )
+
+
+PRESETS: dict[str, Callable[..., Recipe]] = {
+    "dense": dense,
+    "window": window,
+    "pooled": pooled,
+    "adaspa": adaspa,
+    "sparsed": sparsed,
+    "sparge": sparge,
+    "na": na,
+    "dina": dina,
+    "gna": gna,
+    "sta": sta,
+    "clear": clear,
+    "radial": radial,
+}
+
+
+def resolve(recipe: Recipe | str, **options: Any) -> Recipe:
+    """A recipe from a preset's name and options, or a recipe as it is.
+
+    Raises:
+        ValueError: unknown preset, or an option that the preset lacks.
+    """
+    if isinstance(recipe, Recipe):
+        if options:
+            raise ValueError(
+                f"Options {sorted(options)} go with a preset's name; "
+                "change a Recipe with recipe.with_fields(...)."
+            )
+        return recipe
+    if recipe not in PRESETS:
+        raise ValueError(f"Unknown recipe {recipe!r}; known are {', '.join(PRESETS)}.")
+    preset = PRESETS[recipe]
+    allowed = preset.__code__.co_varnames[: preset.__code__.co_argcount]
+    for name in options:
+        if name not in allowed:
+            spelled = ", ".join(allowed) or "none"
+            raise ValueError(f"Recipe {recipe!r} has no option {name!r}; its options are {spelled}.")
+    return preset(**options)
