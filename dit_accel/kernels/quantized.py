@@ -79,7 +79,6 @@ def why_not_quantized(q: torch.Tensor, mask: BlockMask, precision: str) -> str |
 def _triton(q, k, v, mask, precision, rows, key_mask, scale, smooth_k, smooth_q, quantized):
     from .triton_quantize import quantize_inputs
     from .triton_quantized import quantized_forward
-    from .variants import why_not_hopper_quantized
 
     if quantized is None:
         quantized = quantize_inputs(
@@ -93,10 +92,6 @@ def _triton(q, k, v, mask, precision, rows, key_mask, scale, smooth_k, smooth_q,
             smooth_k=smooth_k,
             smooth_q=smooth_q,
         )
-    if why_not_hopper_quantized(q, mask, quantized) is None:
-        from .hopper_forward import hopper_forward
-
-        return hopper_forward(q, k, v, mask, rows, key_mask, scale, quantized=quantized)
     return quantized_forward(quantized, mask, rows, key_mask, scale, q.shape[2], q.dtype)
 
 
