@@ -64,10 +64,9 @@ def pyramid_pool_kernel(
     head = (b.to(tl.int64) * heads + h) * runs
     start = 0
     for step in tl.static_range(1, 4):
-        length: tl.constexpr = TILE >> step
-        total = tl.sum(tl.reshape(total, [length, 2, DIM_PAD]), 1)
-        count = tl.sum(tl.reshape(count, [length, 2]), 1)
-        run = t * length + tl.arange(0, length)
+        total = tl.sum(tl.reshape(total, [TILE >> step, 2, DIM_PAD]), 1)
+        count = tl.sum(tl.reshape(count, [TILE >> step, 2]), 1)
+        run = t * (TILE >> step) + tl.arange(0, TILE >> step)
         inside = run < (seq + (1 << step) - 1) // (1 << step)
         mean = total / tl.maximum(count, 1.0)[:, None]
         p_out = out_ptr + (head + start + run)[:, None] * DIM + o_d[None, :]
@@ -161,7 +160,6 @@ def pyramid_fwd_kernel(
     acc = tl.zeros([TILE_Q, DIM_PAD], tl.float32)
     begin = 0
     for step in tl.static_range(0, 4):
-        per: tl.constexpr = BLOCK_K >> step
         listed = tl.load(p_num + step)
         length = (kv_len + (1 << step) - 1) // (1 << step)
         base = head
@@ -169,10 +167,11 @@ def pyramid_fwd_kernel(
             base = head + start4
         if step == 3:
             base = head + start8
-        for first in range(0, listed * per, TILE):
+        for first in range(0, listed * (BLOCK_K >> step), TILE):
             o = first + tl.arange(0, TILE)
-            ok = o < listed * per
-            run = tl.load(p_list + begin + o // per, mask=ok, other=0) * per + o % per
+            ok = o < listed * (BLOCK_K >> step)
+            run = tl.load(p_list + begin + o // (BLOCK_K >> step), mask=ok, other=0)
+            run = run * (BLOCK_K >> step) + o % (BLOCK_K >> step)
             ok = ok & (run < length)
             if step == 0:
                 row = run
