@@ -6,6 +6,7 @@ import inspect
 import sys
 import weakref
 from collections.abc import Iterator, Mapping
+from functools import partial
 from typing import Any
 
 import torch
@@ -147,6 +148,8 @@ def _patch_transformer(
     handle.record(model.register_forward_pre_hook(root, with_kwargs=True).remove)
     handle.record(model.register_forward_hook(hooks.ClearAll(), always_call=True).remove)
     for index, (_, module) in enumerate(layers):
+        handle.record(partial(setattr, module, "__class__", type(module)))
+        module.__class__ = hooks.patched_class(type(module))
         handle.record(module.register_forward_pre_hook(hooks.PublishLayer(session.id, index)).remove)
         handle.record(module.register_forward_hook(hooks.ClearLayer()).remove)
     if hasattr(model, "cache_context"):

@@ -49,6 +49,26 @@ class _KeptPlan:
     means: BlockMeans | None
 
 
+@dataclass(frozen=True, eq=False)
+class ObservedCall:
+    """One attention call as an observer sees it: tensors (B, S, H, D) after norms and rotary embedding.
+
+    Attributes:
+        layout: of the sequence, or the reason why there is none.
+        plan: of a sparse call; None where the call was dense.
+    """
+
+    layer: int
+    step: StepContext
+    q: torch.Tensor
+    k: torch.Tensor
+    v: torch.Tensor
+    key_mask: torch.Tensor | None
+    scale: float | None
+    layout: TokenLayout | str
+    plan: AttentionPlan | None
+
+
 class Engine:
     """Attention of one transformer under one recipe.
 
@@ -68,6 +88,7 @@ class Engine:
         self.sparse_time = Stopwatch()
         self.dense_time = Stopwatch()
         self.backends_used: dict[str, str] = {}
+        self.observer: Callable[[ObservedCall], None] | None = None
         self._prepared: dict[tuple[Any, ...], _Prepared] = {}
         self._plans: dict[tuple[Any, ...], _KeptPlan] = {}
         self._memories: dict[tuple[Any, ...], tuple[StepContext, LayerMemory]] = {}
@@ -103,29 +124,29 @@ class Engine:
         reason = reason or self._dense_reason(layer, layout, step)
         book = self.records[layer] if record else LayerRecord("")
         if reason is not None:
-            book.dense_calls[reason] += 1
-            with self.dense_time.measure(q.device):
-                return dense()
+            return self._dense(layer, reason, dense, book, step, q, k, v, key_mask, scale, layout)
         assert isinstance(layout, TokenLayout)
-        with self.plan_time.measure(q.device):
-            made, plan = self._plan(layer, q, k, key_mask, scale, layout, step, book)
+        begin = self.plan_time.start(q.device)
+        made, plan = self._plan(layer, q, k, key_mask, scale, layout, step, book)
         if self.recipe.schedule.dense_refresh and made.forward_id == step.forward_id:
-            book.dense_calls["search step"] += 1
-            with self.dense_time.measure(q.device):
-                return dense()
+            self.plan_time.stop(begin, q.device)
+            return self._dense(layer, "search step", dense, book, step, q, k, v, key_mask, scale, layout)
         backend = self._choose_backend(q, k, v, plan)
-        with self.sparse_time.measure(q.device):
-            result = block_sparse_attention(
-                q,
-                k,
-                v,
-                plan.mask,
-                rows=plan.rows,
-                key_mask=key_mask,
-                scale=scale,
-                return_lse=backend == "triton",
-                backend=backend,
-            )
+        self.plan_time.stop(begin, q.device)
+        self._show(layer, step, q, k, v, key_mask, scale, layout, plan)
+        begin = self.sparse_time.start(q.device)
+        result = block_sparse_attention(
+            q,
+            k,
+            v,
+            plan.mask,
+            rows=plan.rows,
+            key_mask=key_mask,
+            scale=scale,
+            return_lse=backend == "triton",
+            backend=backend,
+        )
+        self.sparse_time.stop(begin, q.device)
         # Where the kernel has the log-sum-exp at hand it shows a NaN at a hundredth of the bytes.
         out, witness = result if isinstance(result, tuple) else (result, result)
         with torch.no_grad():
@@ -139,6 +160,28 @@ class Engine:
         self._plans.clear()
         self._memories.clear()
         self._prepared.clear()
+
+    def _dense(
+        self,
+        layer: int,
+        reason: str,
+        dense: Callable[[], torch.Tensor],
+        book: LayerRecord,
+        step: StepContext,
+        q: torch.Tensor,
+        *call: Any,
+    ) -> torch.Tensor:
+        """The model's own attention, with its reason."""
+        self._show(layer, step, q, *call, None)
+        book.dense_calls[reason] += 1
+        begin = self.dense_time.start(q.device)
+        out = dense()
+        self.dense_time.stop(begin, q.device)
+        return out
+
+    def _show(self, layer: int, step: StepContext, *call: Any) -> None:
+        if self.observer is not None:
+            self.observer(ObservedCall(layer, step, *call))
 
     def _dense_reason(self, layer: int, layout: TokenLayout | str, step: StepContext) -> str | None:
         if isinstance(self.recipe.select, DenseSelect):

@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Iterator
-from contextlib import contextmanager
 
 import torch
 
@@ -16,18 +14,18 @@ class Stopwatch:
         self._seconds = 0.0
         self._events: list[tuple[torch.cuda.Event, torch.cuda.Event]] = []
 
-    @contextmanager
-    def measure(self, device: torch.device) -> Iterator[None]:
+    def start(self, device: torch.device) -> float | torch.cuda.Event:
+        """Begin a region; give the result to :meth:`stop`. A region that raises is simply never stopped."""
         if device.type != "cuda":
-            start = time.perf_counter()
-            yield
-            self._seconds += time.perf_counter() - start
-            return
-        begin, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
-        begin.record(torch.cuda.current_stream(device))
-        yield
-        end.record(torch.cuda.current_stream(device))
-        self._events.append((begin, end))
+            return time.perf_counter()
+        return _event(device)
+
+    def stop(self, begin: float | torch.cuda.Event, device: torch.device) -> None:
+        """End a region."""
+        if isinstance(begin, float):
+            self._seconds += time.perf_counter() - begin
+        else:
+            self._events.append((begin, _event(device)))
 
     def seconds(self) -> float:
         """Total so far; waits for the device."""
@@ -36,3 +34,9 @@ class Stopwatch:
             self._seconds += begin.elapsed_time(end) / 1000
         self._events.clear()
         return self._seconds
+
+
+def _event(device: torch.device) -> torch.cuda.Event:
+    event = torch.cuda.Event(enable_timing=True)
+    event.record(torch.cuda.current_stream(device))
+    return event

@@ -92,7 +92,7 @@ def pool_blocks(
     if block < 1:
         raise ValueError(f"block must be at least 1 token, got {block}.")
     if use_triton(impl, x.device):
-        from .triton_selection import pool_blocks_triton
+        from .triton_pooling import pool_blocks_triton
 
         return pool_blocks_triton(x, block, rows=rows, key_mask=key_mask)
     seq = x.shape[1]
@@ -138,9 +138,17 @@ def pooled_scores(
         float32 ``[B, H, nq, nk]``. A block of hidden keys scores 0: give ``empty_k`` to the selection.
     """
     scale = q.shape[-1] ** -0.5 if scale is None else scale
-    q_mean = pool_blocks(q, block_q, rows=rows, impl=impl)
-    k_mean = pool_blocks(k, block_k, rows=rows if k_rows is None else k_rows, key_mask=key_mask, impl=impl)
-    return (q_mean * scale) @ k_mean.transpose(-1, -2)
+    k_rows = rows if k_rows is None else k_rows
+    if use_triton(impl, q.device):
+        from .triton_pooling import pool_pair_triton
+
+        q_mean, k_mean = pool_pair_triton(
+            q, k, block_q, block_k, rows=rows, k_rows=k_rows, key_mask=key_mask, scale=scale
+        )
+        return (q_mean @ k_mean.transpose(-1, -2))[..., : -(-k.shape[1] // block_k)]
+    q_mean = pool_blocks(q, block_q, rows=rows, impl=impl) * scale
+    k_mean = pool_blocks(k, block_k, rows=k_rows, key_mask=key_mask, impl=impl)
+    return q_mean @ k_mean.transpose(-1, -2)
 
 
 def share_in_ppm(value: float | torch.Tensor, name: str, device: torch.device) -> int | torch.Tensor:

@@ -6,10 +6,11 @@ import torch
 import triton
 import triton.language as tl
 
-from .triton_selection import lead_strides
+from .triton_pooling import lead_strides
 
 LOG2E = 1.4426950408889634
-MAX_TILE = 128
+TILE_Q, TILE_K = 128, 64
+"""Largest tiles; the masses of larger blocks are sums of tiles. Wider key tiles were slower on an H200."""
 
 
 @triton.jit
@@ -163,9 +164,9 @@ def block_mass_triton(
     k_rows: torch.Tensor | None,
     key_mask: torch.Tensor | None,
     scale: float,
-    warps: tuple[int, int] = (8, 8),
+    warps: int = 4,
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """See :func:`dit_accel.kernels.block_mass.block_mass`; ``warps`` are those of the two passes."""
+    """See :func:`dit_accel.kernels.block_mass.block_mass`."""
     for name, block in (("block_q", block_q), ("block_k", block_k)):
         if block < 16 or block & (block - 1):
             raise ValueError(f"{name} must be a power of two from 16 for the Triton kernel, got {block}.")
@@ -177,7 +178,7 @@ def block_mass_triton(
     k_rows = None if k_rows is None else k_rows.contiguous()
     key_mask = None if key_mask is None else key_mask.expand(batch, kv_len).contiguous()
 
-    def launch(write_lse: bool, tile_q: int, tile_k: int, num_warps: int) -> None:
+    def launch(write_lse: bool, tile_q: int, tile_k: int) -> None:
         nq, nk = triton.cdiv(q_len, tile_q), triton.cdiv(kv_len, tile_k)
         with torch.cuda.device_of(q):
             block_mass_fwd_kernel[(batch * heads * nq,)](
@@ -208,21 +209,20 @@ def block_mass_triton(
                 DIM=dim,
                 DIM_PAD=triton.next_power_of_2(dim),
                 PRECISION="ieee" if q.dtype == torch.float32 else "tf32",
-                num_warps=num_warps,
+                num_warps=warps,
                 num_stages=3,
             )
 
     mass = None
     if lse is None:
         lse = torch.empty(batch, heads, q_len, dtype=torch.float32, device=q.device)
-        wide = 16 if q_len <= 64 else 128
-        launch(True, wide, wide, warps[0] if wide == 128 else 4)
+        launch(True, 16 if q_len <= 64 else TILE_Q, 16 if kv_len <= 32 else TILE_K)
     else:
         lse = lse.float().contiguous()
-    tile_q, tile_k = min(block_q, MAX_TILE), min(block_k, MAX_TILE)
+    tile_q, tile_k = min(block_q, TILE_Q), min(block_k, TILE_K)
     nq, nk = triton.cdiv(q_len, tile_q), triton.cdiv(kv_len, tile_k)
     mass = torch.empty(batch, heads, nq, nk, dtype=torch.float32, device=q.device)
-    launch(False, tile_q, tile_k, warps[1] if tile_q * tile_k >= 8192 else 4)
+    launch(False, tile_q, tile_k)
     fold_q, fold_k = block_q // tile_q, block_k // tile_k
     if fold_q > 1 or fold_k > 1:
         mass = torch.nn.functional.pad(mass, (0, -nk % fold_k, 0, -nq % fold_q))

@@ -20,17 +20,23 @@ from .triton_linear import (
     SPLITS,
     Shape,
     all_states,
-    feature_map,
-    head_chunks,
-    head_view,
-    launch_states,
+    combine,
+    launch_block_states,
     linear_forward,
     map_scale,
+    registers,
     scaled_map,
     shape_of,
-    slot_rows,
 )
-from .triton_selection import lead_strides
+from .triton_linear_kernels import feature_map, program_index, slot_rows
+from .triton_pooling import lead_strides
+
+STATE_SHARE = 0.5
+"""Backward states may take this share of the bytes of q, k, v and out: fewer, fuller launches."""
+
+
+DQ_TILE, DQ_STAGES = 32, 1
+"""Query rows of one step of the dq kernel (64 spills registers), and its pipeline depth."""
 
 
 @triton.jit
@@ -39,7 +45,7 @@ def feature_map_backward(x, phi, dphi, KIND: tl.constexpr):
     if KIND == "softmax":
         dx = phi * (dphi - tl.sum(phi * dphi, 1)[:, None])
     elif KIND == "elu":
-        dx = dphi * tl.where(x > 0, 1.0, tl.exp(tl.minimum(x, 0.0)))
+        dx = dphi * tl.where(x > 0, 1.0, phi)
     else:
         dx = tl.where(x > 0, dphi, 0.0)
     return dx
@@ -57,6 +63,8 @@ def linear_dq_bwd_kernel(
     heads,
     groups,
     group_tokens,
+    batch0,
+    head0,
     eps,
     gain,
     stride_qb,
@@ -74,7 +82,7 @@ def linear_dq_bwd_kernel(
     stride_rb,
     stride_rh,
     stride_state,
-    stride_state_i,
+    stride_state_g,
     HAS_ROWS: tl.constexpr,
     KIND: tl.constexpr,
     TILE: tl.constexpr,
@@ -83,10 +91,7 @@ def linear_dq_bwd_kernel(
     PRECISION: tl.constexpr,
 ):
     """dq of a group of queries, and ``gain`` times the gradient of the state that they read."""
-    pid = tl.program_id(0)
-    h = pid % heads
-    g = (pid // heads) % groups
-    b = pid // (heads * groups)
+    g, b, h, row_h = program_index(heads, groups, batch0, head0)
     o_d = tl.arange(0, DIM_PAD)
     in_d = o_d < DIM
     ok_h = in_d[:, None] & in_d[None, :]
@@ -94,7 +99,7 @@ def linear_dq_bwd_kernel(
     do_ptr += b.to(tl.int64) * stride_gb + h.to(tl.int64) * stride_gh
     dq_ptr += b.to(tl.int64) * stride_db + h.to(tl.int64) * stride_dh
     rows_ptr += b * stride_rb + h * stride_rh
-    state_ptr += (b.to(tl.int64) * heads + h) * stride_state + g * stride_state_i
+    state_ptr += row_h.to(tl.int64) * stride_state + g.to(tl.int64) * stride_state_g
     b_h = tl.load(state_ptr + o_d[:, None] * DIM + o_d[None, :], mask=ok_h, other=0.0)
     b_z = tl.load(state_ptr + DIM * DIM + o_d, mask=in_d, other=0.0).to(tl.float32)
     b_dh = tl.zeros([DIM_PAD, DIM_PAD], tl.float32)
@@ -108,11 +113,10 @@ def linear_dq_bwd_kernel(
         ok = valid[:, None] & in_d[None, :]
         b_q = tl.load(q_ptr + row * stride_qs + o_d[None, :] * stride_qd, mask=ok, other=0.0).to(tl.float32)
         b_do = tl.load(do_ptr + row * stride_gs + o_d[None, :] * stride_gd, mask=ok, other=0.0)
-        phi = feature_map(b_q, in_d, KIND)
-        phi_low = phi.to(b_h.dtype)
-        den = tl.sum(phi_low.to(tl.float32) * b_z[None, :], 1) + eps
+        phi = feature_map(b_q, valid, in_d, KIND, True, DIM != DIM_PAD)
+        den = tl.sum(phi * b_z[None, :], 1) + eps
         inverse = tl.where(den > 0.0, 1.0 / tl.where(den > 0.0, den, 1.0), 0.0)
-        b_o = tl.dot(phi_low, b_h, input_precision=PRECISION) * inverse[:, None]
+        b_o = tl.dot(phi.to(b_h.dtype), b_h, input_precision=PRECISION) * inverse[:, None]
         delta = tl.sum(b_do.to(tl.float32) * b_o, 1)
         dphi = tl.dot(b_do, tl.trans(b_h), input_precision=PRECISION)
         dphi = (dphi - delta[:, None] * b_z[None, :]) * inverse[:, None]
@@ -122,7 +126,7 @@ def linear_dq_bwd_kernel(
         share = phi * (inverse * gain)[:, None]
         b_dh += tl.dot(tl.trans(share.to(b_do.dtype)), b_do, input_precision=PRECISION)
         b_dz -= tl.sum(share * delta[:, None], 0)
-    p_dstate = dstate_ptr + ((b.to(tl.int64) * heads + h) * groups + g) * (DIM * DIM + DIM)
+    p_dstate = dstate_ptr + (row_h.to(tl.int64) * groups + g) * (DIM * DIM + DIM)
     out_dtype: tl.constexpr = dstate_ptr.dtype.element_ty
     tl.store(p_dstate + o_d[:, None] * DIM + o_d[None, :], b_dh.to(out_dtype), mask=ok_h)
     tl.store(p_dstate + DIM * DIM + o_d, b_dz.to(out_dtype), mask=in_d)
@@ -140,6 +144,8 @@ def linear_dkv_bwd_kernel(
     seq,
     heads,
     tiles,
+    batch0,
+    head0,
     scale,
     stride_kb,
     stride_ks,
@@ -157,7 +163,7 @@ def linear_dkv_bwd_kernel(
     stride_rh,
     stride_mb,
     stride_state,
-    stride_state_i,
+    stride_state_t,
     HAS_ROWS: tl.constexpr,
     HAS_MASK: tl.constexpr,
     KIND: tl.constexpr,
@@ -168,10 +174,7 @@ def linear_dkv_bwd_kernel(
     PRECISION: tl.constexpr,
 ):
     """dk and dv (which share strides) of one tile of keys from ``scale`` times its summed state gradient."""
-    pid = tl.program_id(0)
-    h = pid % heads
-    t = (pid // heads) % tiles
-    b = pid // (heads * tiles)
+    t, b, h, row_h = program_index(heads, tiles, batch0, head0)
     o_d = tl.arange(0, DIM_PAD)
     in_d = o_d < DIM
     ok_h = in_d[:, None] & in_d[None, :]
@@ -185,12 +188,12 @@ def linear_dkv_bwd_kernel(
     ok = seen[:, None] & in_d[None, :]
     k_ptr += b.to(tl.int64) * stride_kb + h.to(tl.int64) * stride_kh
     v_ptr += b.to(tl.int64) * stride_vb + h.to(tl.int64) * stride_vh
-    dstate_ptr += (b.to(tl.int64) * heads + h) * stride_state + (t // TILES_PER_BLOCK) * stride_state_i
+    dstate_ptr += row_h.to(tl.int64) * stride_state + (t // TILES_PER_BLOCK).to(tl.int64) * stride_state_t
     b_k = tl.load(k_ptr + row * stride_ks + o_d[None, :] * stride_kd, mask=ok, other=0.0).to(tl.float32)
     b_v = tl.load(v_ptr + row * stride_vs + o_d[None, :] * stride_vd, mask=ok, other=0.0)
     b_g = tl.load(dstate_ptr + o_d[:, None] * DIM + o_d[None, :], mask=ok_h, other=0.0)
     b_gz = tl.load(dstate_ptr + DIM * DIM + o_d, mask=in_d, other=0.0).to(tl.float32)
-    phi = feature_map(b_k, in_d, KIND)
+    phi = feature_map(b_k, valid, in_d, KIND, True, DIM != DIM_PAD)
     dphi = tl.dot(b_v, tl.trans(b_g), input_precision=PRECISION) + b_gz[None, :]
     b_dk = tl.where(ok, feature_map_backward(b_k, phi, dphi * scale, KIND), 0.0)
     b_dv = tl.where(ok, tl.dot(phi.to(b_g.dtype), b_g, input_precision=PRECISION) * scale, 0.0)
@@ -209,45 +212,47 @@ def launch_dq(
     rows: torch.Tensor | None,
     states: torch.Tensor,
     dq: torch.Tensor,
+    dstates: torch.Tensor,
     shape: Shape,
     kind: str,
-    group_tokens: int,
-    dtype: torch.dtype,
     eps: float,
     gain: float,
-) -> torch.Tensor:
-    """Fill ``dq``; returns the state gradients ``[B, H, groups, D * D + D]``."""
-    batch, seq, heads, _ = q.shape
-    groups = triton.cdiv(seq, group_tokens)
-    dstates = torch.empty(batch, heads, groups, shape.state_width, dtype=dtype, device=q.device)
+    *,
+    group_tokens: int,
+    batch0: int = 0,
+    head0: int = 0,
+) -> None:
+    """Fill ``dq``, and ``dstates`` [heads of the launch, groups, D * D + D]."""
+    groups = triton.cdiv(shape.q_len, group_tokens)
     with torch.cuda.device_of(q):
-        linear_dq_bwd_kernel[(batch * heads * groups,)](
+        linear_dq_bwd_kernel[(states.shape[0] * groups,)](
             q,
             grad,
             rows if rows is not None else q,
             states,
             dq,
             dstates,
-            seq,
-            heads,
+            shape.q_len,
+            min(shape.heads, states.shape[0]),
             groups,
             group_tokens,
+            batch0,
+            head0,
             eps,
             gain,
             *q.stride(),
             *grad.stride(),
             *dq.stride(),
             *lead_strides(rows),
-            states.shape[2] * shape.state_width,
-            0 if states.shape[2] == 1 else shape.state_width,
+            states.stride(0),
+            0 if states.shape[1] == 1 else shape.state_width,
             HAS_ROWS=rows is not None,
             KIND=kind,
-            TILE=min(shape.tile_q, 64),
+            TILE=min(shape.block_q, DQ_TILE),
             num_warps=8 if shape.dim > 64 else 4,
-            num_stages=1,
+            num_stages=DQ_STAGES,
             **shape.constants,
         )
-    return dstates
 
 
 def launch_dkv(
@@ -261,12 +266,14 @@ def launch_dkv(
     shape: Shape,
     kind: str,
     scale: float,
+    *,
+    batch0: int = 0,
+    head0: int = 0,
 ) -> None:
-    """Fill ``dk`` and ``dv`` from the summed state gradients."""
-    batch, seq, heads, _ = k.shape
-    tiles = triton.cdiv(seq, shape.tile_k)
+    """Fill ``dk`` and ``dv`` from the summed state gradients [heads of the launch, blocks or 1, ...]."""
+    tiles = triton.cdiv(shape.kv_len, shape.tile_k)
     with torch.cuda.device_of(k):
-        linear_dkv_bwd_kernel[(batch * heads * tiles,)](
+        linear_dkv_bwd_kernel[(dstates.shape[0] * tiles,)](
             k,
             v,
             rows if rows is not None else k,
@@ -274,23 +281,26 @@ def launch_dkv(
             dstates,
             dk,
             dv,
-            seq,
-            heads,
+            shape.kv_len,
+            min(shape.heads, dstates.shape[0]),
             tiles,
+            batch0,
+            head0,
             scale,
             *k.stride(),
             *v.stride(),
             *dk.stride(),
             *lead_strides(rows),
-            *lead_strides(key_mask)[:1],
-            dstates.shape[2] * shape.state_width,
-            0 if dstates.shape[2] == 1 else shape.state_width,
+            shape.kv_len,
+            dstates.stride(0),
+            0 if dstates.shape[1] == 1 else shape.state_width,
             HAS_ROWS=rows is not None,
             HAS_MASK=key_mask is not None,
             KIND=kind,
             TILES_PER_BLOCK=shape.block_k // shape.tile_k,
             TILE=shape.tile_k,
             num_warps=8 if shape.dim > 64 else 4,
+            maxnreg=registers(shape),
             **shape.constants,
         )
 
@@ -309,7 +319,7 @@ def linear_backward(
     eps: float,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """Gradients of q, k and v, contiguous, in their dtypes."""
-    shape = shape_of(q, critical)
+    shape = shape_of(q, k, critical)
     rows = None if rows is None else rows.contiguous()
     k_rows = None if k_rows is None else k_rows.contiguous()
     key_mask = None if key_mask is None else key_mask.expand(k.shape[:2]).contiguous()
@@ -317,32 +327,34 @@ def linear_backward(
     dq = torch.empty(q.shape, dtype=q.dtype, device=q.device)
     dk, dv = (torch.empty(k.shape, dtype=k.dtype, device=k.device) for _ in range(2))
     if critical is None:
-        batch, seq, heads, _ = q.shape
-        states = all_states(k, v, key_mask, shape, kind)
-        group = triton.cdiv(triton.cdiv(seq, max(1, SPLITS // (batch * heads))), shape.tile_q) * shape.tile_q
-        partial = launch_dq(
-            q, grad, rows, states, dq, shape, kind, group, torch.float32, eps / k.shape[1], 1.0
+        total = shape.batch * shape.heads
+        states = all_states(k, v, key_mask, None, shape, kind)
+        group = triton.cdiv(triton.cdiv(shape.q_len, max(1, SPLITS // total)), 64) * 64
+        groups = triton.cdiv(shape.q_len, group)
+        partial = torch.empty(total, groups, shape.state_width, dtype=torch.float32, device=q.device)
+        launch_dq(
+            q, grad, rows, states, dq, partial, shape, kind, eps / shape.kv_len, 1.0, group_tokens=group
         )
-        dstates = partial.sum(2, keepdim=True).to(q.dtype)
-        launch_dkv(k, v, None, key_mask, dstates, dk, dv, shape, kind, 1.0 / k.shape[1])
+        dstates = combine(partial, None, shape, 1.0)
+        launch_dkv(k, v, None, key_mask, dstates, dk, dv, shape, kind, 1.0 / shape.kv_len)
         return dq, dk, dv
-    scale = map_scale(critical.num_blocks[1])
-    marginal = scaled_map(critical, negligible, q.dtype, scale)
-    for b, heads in head_chunks(q, k, shape, 2):
-        q_h, k_h, v_h, grad_h, dq_h, dk_h, dv_h = (
-            x[b : b + 1, :, heads] for x in (q, k, v, grad, dq, dk, dv)
-        )
-        mask_h = None if key_mask is None else key_mask[b : b + 1]
-        rows_h, k_rows_h = head_view(rows, b, heads, 1), head_view(k_rows, b, heads, 1)
-        map_h = head_view(marginal, b, heads, 1)
-        states = launch_states(k_h, v_h, k_rows_h, mask_h, shape, kind, shape.block_k, q.dtype)
-        sums = torch.matmul(map_h, states)
+    nq, nk = critical.num_blocks
+    scale = map_scale(nk)
+    marginal = scaled_map(critical, negligible, q.dtype, scale).expand(shape.batch, shape.heads, nq, nk)
+    states = None
+    for b, head, heads in shape.chunks(STATE_SHARE, 2):
+        if states is None or states.shape[0] != heads:
+            states, dstates = (q.new_empty(heads, nk, shape.state_width) for _ in range(2))
+            sums, dsums = (q.new_empty(heads, nq, shape.state_width) for _ in range(2))
+        launch_block_states(k, v, k_rows, key_mask, None, states, shape, kind, b, head)
+        torch.bmm(marginal[b, head : head + heads], states, out=sums)
         # The gain keeps summed gradients within float16's range until the last kernel takes it out again.
-        dsums = launch_dq(
-            q_h, grad_h, rows_h, sums, dq_h, shape, kind, shape.block_q, q.dtype, eps * scale, 1.0 / scale
-        )
-        dstates = torch.matmul(map_h.transpose(-1, -2), dsums)
-        launch_dkv(k_h, v_h, k_rows_h, mask_h, dstates, dk_h, dv_h, shape, kind, scale)
+        launch_dq(
+            q, grad, rows, sums, dq, dsums, shape, kind, eps * scale, 1.0 / scale,
+            group_tokens=shape.block_q, batch0=b, head0=head,
+        )  # fmt: skip
+        torch.bmm(marginal[b, head : head + heads].mT, dsums, out=dstates)
+        launch_dkv(k, v, k_rows, key_mask, dstates, dk, dv, shape, kind, scale, batch0=b, head0=head)
     return dq, dk, dv
 
 

@@ -1,4 +1,4 @@
-"""Triton kernels of selection: block means in one read, and scores to block lists in one program per row.
+"""Triton kernel of selection: scores to block lists, one program per row.
 
 The k-th best score of a row is found by bisecting on its bits: 32 counts over registers, no sort, no shared
 memory, and exact, so that ties can be resolved by index. Top-p bisects on integer masses in the same way.
@@ -12,57 +12,9 @@ import triton.language as tl
 
 from .block_mask import BlockMask
 from .selection import PPM, WEIGHT_ONE
+from .triton_pooling import lead_strides
 
 EMPTY, FORCED, PARTIAL = 1, 2, 4
-
-
-@triton.jit
-def pool_fwd_kernel(
-    x_ptr,
-    rows_ptr,
-    mask_ptr,
-    out_ptr,
-    seq,
-    heads,
-    blocks,
-    stride_xb,
-    stride_xs,
-    stride_xh,
-    stride_xd,
-    stride_rb,
-    stride_rh,
-    stride_mb,
-    HAS_ROWS: tl.constexpr,
-    HAS_MASK: tl.constexpr,
-    DIM: tl.constexpr,
-    DIM_PAD: tl.constexpr,
-    BLOCK: tl.constexpr,
-    CHUNK: tl.constexpr,
-):
-    # Heads run fastest, so that programs in flight together read neighbouring memory of (B, S, H, D).
-    pid = tl.program_id(0)
-    h = pid % heads
-    i = (pid // heads) % blocks
-    b = pid // (heads * blocks)
-    o_d = tl.arange(0, DIM_PAD)
-    x_ptr += b.to(tl.int64) * stride_xb + h.to(tl.int64) * stride_xh
-    total = tl.zeros([DIM_PAD], tl.float32)
-    count = 0.0
-    for start in tl.static_range(0, BLOCK, CHUNK):
-        o_in = start + tl.arange(0, CHUNK)
-        slot = i * BLOCK + o_in
-        valid = (slot < seq) & (o_in < BLOCK)
-        row = slot
-        if HAS_ROWS:
-            row = tl.load(rows_ptr + b * stride_rb + h * stride_rh + slot, mask=valid, other=0)
-        if HAS_MASK:
-            valid = valid & (tl.load(mask_ptr + b * stride_mb + row, mask=valid, other=0) != 0)
-        p_x = x_ptr + row.to(tl.int64)[:, None] * stride_xs + o_d[None, :] * stride_xd
-        b_x = tl.load(p_x, mask=valid[:, None] & (o_d < DIM)[None, :], other=0.0)
-        total += tl.sum(b_x.to(tl.float32), 0)
-        count += tl.sum(valid.to(tl.float32), 0)
-    p_out = out_ptr + ((b.to(tl.int64) * heads + h) * blocks + i) * DIM + o_d
-    tl.store(p_out, total / tl.maximum(count, 1.0), mask=o_d < DIM)
 
 
 @triton.jit
@@ -134,47 +86,64 @@ def select_fwd_kernel(
     key = bits ^ ((bits >> 31) & 0x7FFFFFFF)
     key = tl.where(candidate, key, lowest)
 
+    low = tl.min(tl.where(candidate, key, 2147483647), 0).to(tl.int64)
+    high = tl.max(key, 0).to(tl.int64) + 1
     keep = forced
     if BY_COUNT:
-        if count_ppm_ptr is None:
-            ppm = count_ppm.to(tl.int64)
-        else:
+        ppm = count_ppm
+        if count_ppm_ptr is not None:
             ppm = tl.load(count_ppm_ptr + b * stride_cb + h * stride_ch)
-        n = tl.sum(candidate.to(tl.int32), 0).to(tl.int64)
-        count = ((n * ppm + (PPM - 1)) // PPM).to(tl.int32)
-        at = lowest
-        if tl.sum((key >= 0).to(tl.int32), 0) >= count:
-            at = 0
-        for step in range(31):
-            trial = at + (1 << (30 - step))
-            if tl.sum((key >= trial).to(tl.int32), 0) >= count:
-                at = trial
+        left = tl.sum(candidate.to(tl.int32), 0)
+        count = ((left.to(tl.int64) * ppm + (PPM - 1)) // PPM).to(tl.int32)
+        lo, hi = low, high
+        # left = entries from lo on. Most rows separate after a dozen halvings, ties take 32.
+        while (hi - lo > 1) & (left != count):
+            middle = lo + (hi - lo) // 2
+            found = tl.sum((key >= middle.to(tl.int32)).to(tl.int32), 0)
+            enough = found >= count
+            lo = tl.where(enough, middle, lo)
+            hi = tl.where(enough, hi, middle)
+            left = tl.where(enough, found, left)
+        at = lo.to(tl.int32)
         above = key > at
         tied = (key == at) & candidate
         quota = count - tl.sum(above.to(tl.int32), 0)
-        keep = keep | above | (tied & (tl.cumsum(tied.to(tl.int32), 0) <= quota))
+        # The scan that gives ties to the lower index is needed only when they do not all fit.
+        if tl.sum(tied.to(tl.int32), 0) > quota:
+            tied = tied & (tl.cumsum(tied.to(tl.int32), 0) <= quota)
+        keep = keep | above | tied
     if BY_MASS:
-        if mass_ppm_ptr is None:
-            ppm_m = mass_ppm.to(tl.int64)
-        else:
+        ppm_m = mass_ppm
+        if mass_ppm_ptr is not None:
             ppm_m = tl.load(mass_ppm_ptr + b * stride_mb + h * stride_mh)
         best = tl.max(tl.where(candidate, s, -big), 0)
         weight = (tl.exp(tl.minimum(tl.maximum(s, best - 80.0), best) - best) * WEIGHT_ONE).to(tl.int64) + 1
         weight = tl.where(candidate, weight, 0)
-        need = tl.sum(weight, 0) * ppm_m
-        at_m = lowest
-        if tl.sum(tl.where(key >= 0, weight, 0), 0) * PPM >= need:
-            at_m = 0
-        for step in range(31):
-            trial_m = at_m + (1 << (30 - step))
-            if tl.sum(tl.where(key >= trial_m, weight, 0), 0) * PPM >= need:
-                at_m = trial_m
+        total = tl.sum(weight, 0)
+        need = total * ppm_m
+        # Mass in the high bits, number of entries in the low 15: both from one sum.
+        packed = tl.where(candidate, weight * 32768 + 1, 0)
+        lo_m, hi_m = low, high
+        left_m = tl.sum(candidate.to(tl.int64), 0)
+        right_m = left_m * 0
+        while (hi_m - lo_m > 1) & (left_m - right_m > 1):
+            middle_m = lo_m + (hi_m - lo_m) // 2
+            found_m = tl.sum(tl.where(key >= middle_m.to(tl.int32), packed, 0), 0)
+            enough_m = (found_m // 32768) * PPM >= need
+            lo_m = tl.where(enough_m, middle_m, lo_m)
+            hi_m = tl.where(enough_m, hi_m, middle_m)
+            left_m = tl.where(enough_m, found_m % 32768, left_m)
+            right_m = tl.where(enough_m, right_m, found_m % 32768)
+        inside = candidate & (key >= lo_m.to(tl.int32))
+        at_m = tl.min(tl.where(inside, key, 2147483647), 0)
         above_m = key > at_m
         tied_m = (key == at_m) & candidate
         rest = need - tl.sum(tl.where(above_m, weight, 0), 0) * PPM
         each = tl.maximum(tl.max(tl.where(tied_m, weight, 0), 0), 1) * PPM
         quota_m = (rest + each - 1) // each
-        keep = keep | above_m | (tied_m & (tl.cumsum(tied_m.to(tl.int32), 0) <= quota_m))
+        if tl.sum(tied_m.to(tl.int32), 0) > quota_m:
+            tied_m = tied_m & (tl.cumsum(tied_m.to(tl.int32), 0) <= quota_m)
+        keep = keep | above_m | tied_m
     if HAS_FORCED_Q:
         read_all = tl.load(forced_q_ptr + b * stride_qb + h * stride_qh + i).to(tl.int32)
         keep = keep | (alive & (j < read_all * WIDTH))
@@ -191,52 +160,6 @@ def select_fwd_kernel(
     tl.store(indices_ptr + pid.to(tl.int64) * width + place, j, mask=keep)
     tl.store(num_ptr + pid, tl.sum(keep.to(tl.int32), 0))
     tl.store(num_full_ptr + pid, num_full)
-
-
-def lead_strides(x: torch.Tensor | None) -> tuple[int, int]:
-    """Strides of the two leading dimensions, 0 where the size is 1 (broadcast)."""
-    if x is None:
-        return 0, 0
-    return tuple(0 if size == 1 else stride for size, stride in zip(x.shape[:2], x.stride()[:2]))
-
-
-def pool_blocks_triton(
-    x: torch.Tensor,
-    block: int,
-    *,
-    rows: torch.Tensor | None = None,
-    key_mask: torch.Tensor | None = None,
-) -> torch.Tensor:
-    """See :func:`dit_accel.kernels.selection.pool_blocks`."""
-    batch, seq, heads, dim = x.shape
-    n = triton.cdiv(seq, block)
-    dim_pad = triton.next_power_of_2(dim)
-    out = torch.empty(batch, heads, n, dim, dtype=torch.float32, device=x.device)
-    if rows is not None and rows.stride(-1) != 1:
-        rows = rows.contiguous()
-    if key_mask is not None:
-        key_mask = key_mask.expand(batch, seq).contiguous()
-    with torch.cuda.device_of(x):
-        pool_fwd_kernel[(batch * heads * n,)](
-            x,
-            rows,
-            key_mask,
-            out,
-            seq,
-            heads,
-            n,
-            *x.stride(),
-            *lead_strides(rows),
-            seq,
-            HAS_ROWS=rows is not None,
-            HAS_MASK=key_mask is not None,
-            DIM=dim,
-            DIM_PAD=dim_pad,
-            BLOCK=block,
-            CHUNK=min(triton.next_power_of_2(block), max(16, 16384 // dim_pad)),
-            num_warps=4,
-        )
-    return out
 
 
 def block_flags(
@@ -256,6 +179,11 @@ def list_width(nk: int, count_ppm: int | torch.Tensor | None, own: int, any_row_
     if not isinstance(count_ppm, int) or any_row_full:
         return nk
     return min(nk, (nk * count_ppm + PPM - 1) // PPM + own)
+
+
+def row_warps(width: int, by_mass: bool) -> int:
+    """Warps of a row's program: 16 entries a thread, and half as many with the 64-bit masses."""
+    return max(1, min(16, width // (256 if by_mass else 512)))
 
 
 def select_blocks_triton(
@@ -321,7 +249,7 @@ def select_blocks_triton(
             PPM=PPM,
             WEIGHT_ONE=WEIGHT_ONE,
             WIDTH=block_width,
-            num_warps=num_warps or max(1, min(8, block_width // 1024)),
+            num_warps=num_warps or row_warps(block_width, mass_ppm is not None),
         )
     return BlockMask(
         kv_num_blocks=counts[0],

@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from functools import partial
 from types import TracebackType
 from typing import Any
 
+from ..engine import ObservedCall
 from ..recipe import Recipe
 from .session import Session
 from .summary import PatchSummary, summarise
@@ -45,6 +48,17 @@ class PatchHandle:
     def summary(self) -> PatchSummary:
         """What ran so far: calls, true density, time, fallbacks. Waits for the device."""
         return summarise(self.recipe, self.note, {name: s.engine for name, s in self.sessions.items()})
+
+    @contextmanager
+    def observe(self, observer: Callable[[str, ObservedCall], None]) -> Iterator[None]:
+        """Show every attention call to ``observer(transformer_name, call)`` while the context is open."""
+        for name, session in self.sessions.items():
+            session.engine.observer = partial(observer, name)
+        try:
+            yield
+        finally:
+            for session in self.sessions.values():
+                session.engine.observer = None
 
     def __enter__(self) -> PatchHandle:
         return self

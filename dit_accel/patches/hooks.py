@@ -6,6 +6,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from contextlib import AbstractContextManager, contextmanager
+from functools import cache
 from types import MethodType
 from typing import TYPE_CHECKING, Any
 
@@ -21,6 +22,28 @@ if TYPE_CHECKING:
 
 def inert(*args: Any, **kwargs: Any) -> None:
     """What a hook becomes in a deep copy of a patched model: the copy is not patched."""
+
+
+@cache
+def patched_class(original: type[nn.Module]) -> type[nn.Module]:
+    """The class of a patched attention module: the same in all but identity.
+
+    torch.compile reuses code between modules of one class and does not look at their hooks. Without a class
+    of its own a patched module would silently run code compiled for an unpatched one, or the other way round.
+    """
+
+    def reduce_to_original(self: nn.Module, protocol: Any) -> Any:
+        make, arguments, *state = super(patched, self).__reduce_ex__(protocol)
+        return make, tuple(original if a is patched else a for a in arguments), *state
+
+    names = {
+        "__module__": original.__module__,
+        "__qualname__": original.__qualname__,
+        "__doc__": original.__doc__,
+    }
+    # A copy or a pickle is of the original class.
+    patched = type(original.__name__, (original,), {**names, "__reduce_ex__": reduce_to_original})
+    return patched
 
 
 class PublishLayer:

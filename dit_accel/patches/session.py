@@ -42,7 +42,9 @@ class Session:
         self._pipe = None if pipe is None else weakref.ref(pipe)
         self._forward_id = 0
         self._last_layer = -1
+        self._step: StepContext | None = None
         self._latents: dict[int, LatentTokens] = {}
+        self._layouts: dict[tuple[LatentTokens, int], TokenLayout | str] = {}
         self._ids_grid: tuple[int, LatentTokens] | None = None
         self._sigmas: tuple[Any, list[float]] | None = None
         _sessions[self.id] = self
@@ -78,9 +80,11 @@ class Session:
             self._forward_id += 1
         self._last_layer = layer
         layout = self._layout(latents, q.shape[1])
-        return self.engine.attend(layer, q, k, v, attn_mask, scale, layout, self.step(), dense, record)
+        if self._step is None or self._step.forward_id != self._forward_id:
+            self._step = self._read_step()  # it does not change within a forward
+        return self.engine.attend(layer, q, k, v, attn_mask, scale, layout, self._step, dense, record)
 
-    def step(self) -> StepContext:
+    def _read_step(self) -> StepContext:
         """Where the pipeline is, read from its scheduler without a device sync."""
         pipe = None if self._pipe is None else self._pipe()
         scheduler = getattr(pipe, "scheduler", None)
@@ -110,6 +114,12 @@ class Session:
             return "the latent grid is unknown"
         if latents.ids is not None:
             latents = self._resolve(latents)
+        key = (latents, seq_len)
+        if key not in self._layouts:
+            self._layouts[key] = self._place(latents, seq_len)
+        return self._layouts[key]
+
+    def _place(self, latents: LatentTokens, seq_len: int) -> TokenLayout | str:
         extra = seq_len - latents.tokens
         if len(latents.grid) != 3 or extra < 0:
             return f"{seq_len} tokens do not hold the latent grid {latents.grid}"

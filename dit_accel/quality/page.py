@@ -134,7 +134,7 @@ def _fidelity_table(
     heads = ["Recipe"]
     for metric in metrics:
         unit = f", {metric.unit}" if metric.unit else ""
-        heads.append(f"{metric.label}{unit} {'↑' if metric.higher_is_better else '↓'}")
+        heads.append(f"{metric.label}{unit}\N{NO-BREAK SPACE}{'↑' if metric.higher_is_better else '↓'}")
     rows = []
     for summary in summaries:
         cells = [_name_cell(report, summary.recipe, describe=False)]
@@ -241,7 +241,9 @@ def _clip(result: ClipResult, folder: Path, metrics: Sequence[Metric]) -> str:
         if metric.name in _PLOTTED and measured is not None and measured.value is not None:
             unit = f" {metric.unit}" if metric.unit else ""
             facts.append(f"{metric.label} {_number(measured.value, min(metric.digits, 3))}{unit}")
-    caption = f"<b>{escape(result.recipe)}</b><br>{escape(' · '.join(facts))}"
+    # Lines break between facts, not inside one.
+    text = " · ".join(fact.replace(" ", "\N{NO-BREAK SPACE}") for fact in facts)
+    caption = f"<b>{escape(result.recipe)}</b><br>{escape(text)}"
     return f"<figure>{picture}<figcaption>{caption}</figcaption></figure>"
 
 
@@ -250,8 +252,9 @@ def _caveats(report: ComparisonReport, summaries: Sequence[RecipeSummary]) -> st
     for summary in summaries:
         for name, texts in summary.missing.items():
             for text in texts:
-                where = reasons.setdefault(f"{METRICS[name].label if name in METRICS else name}: {text}", [])
-                where.append(summary.recipe)
+                label = METRICS[name].label if name in METRICS else name
+                sentence = text if text.startswith(label) else f"{label}: {text}"
+                reasons.setdefault(sentence, []).append(summary.recipe)
     items = [
         escape(text if len(where) == len(summaries) else f"{text} ({', '.join(where)})")
         for text, where in reasons.items()

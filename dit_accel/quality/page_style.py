@@ -25,6 +25,7 @@ th:first-child, td:first-child { text-align: left; position: sticky; left: 0; ba
 th:first-child { background: var(--shade); }
 tbody tr { border-top: 1px solid var(--line); }
 .ci { display: block; font-size: .76rem; line-height: 1.25; }
+td:first-child .ci { white-space: normal; max-width: 12rem; }
 .swatch { display: inline-block; width: .72em; height: .72em; border-radius: 50%; margin-right: .5em; }
 .best { font-weight: 650; }
 .plots { display: grid; grid-template-columns: repeat(auto-fit, minmax(min(100%, 21rem), 1fr));

@@ -76,6 +76,21 @@ def test_compiled_sparse_equals_eager_sparse(how, order):
     handle.remove()
 
 
+@pytest.mark.parametrize("how", ["regional", "full"])
+@pytest.mark.parametrize("first", ["plain", "patched"])
+def test_compiled_code_is_not_shared_between_patched_and_unpatched(first, how):
+    tiny = TINY["wan"]
+    plain, patched, other = tiny.build(), tiny.build(), tiny.build()
+    with dit_accel.patch(patched, POOLED), dit_accel.patch(other, WINDOW):
+        expected = {id(pipe): tiny.run(pipe, steps=1) for pipe in (plain, patched, other)}
+    for pipe in (plain, patched, other):
+        _compile(pipe, how)
+    with dit_accel.patch(patched, POOLED), dit_accel.patch(other, WINDOW):
+        pipes = (plain, patched, other) if first == "plain" else (patched, other, plain)
+        for pipe in pipes * 2:
+            assert torch.allclose(tiny.run(pipe, steps=1), expected[id(pipe)], atol=1e-5)
+
+
 def test_compiled_pipeline_reads_the_step_when_it_runs():
     tiny = TINY["wan"]
     recipe = POOLED.with_fields({"schedule.dense_fraction": 0.5})

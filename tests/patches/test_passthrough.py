@@ -31,6 +31,7 @@ def _footprint(pipe: object) -> dict[str, object]:
         if not name.startswith("transformer") or model is None:
             continue
         for path, module in model.named_modules():
+            seen[f"{name}.{path}.class"] = type(module)
             for key, value in vars(module).items():
                 if "hook" in key:
                     seen[f"{name}.{path}.{key}"] = dict(value) if isinstance(value, dict) else value
@@ -190,6 +191,8 @@ def test_a_deep_copy_is_not_patched():
     plain = tiny.run(pipe)
     with dit_accel.patch(pipe, POOLED) as handle:
         twin = copy.deepcopy(pipe.transformer)
+        unpatched = tiny.build().transformer
+        assert [type(m) for m in twin.modules()] == [type(m) for m in unpatched.modules()]
         sparse = tiny.run(pipe)
         calls = handle.summary().sparse_calls
         original, pipe.transformer = pipe.transformer, twin

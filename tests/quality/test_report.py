@@ -80,7 +80,7 @@ def test_page_is_self_contained_and_well_formed(tmp_path: Path) -> None:
 
 def test_page_says_what_is_missing_and_shows_infinity(tmp_path: Path) -> None:
     page = report_page(_report(tmp_path), tmp_path)
-    assert "LPIPS: LPIPS needs &lt;weights&gt;: pip install &#x27;dit-accel[quality]&#x27;." in page
+    assert "<li>LPIPS needs &lt;weights&gt;: pip install &#x27;dit-accel[quality]&#x27;." in page
     assert "rough: &lt;odd&gt;" in page
     assert "∞" in page
     assert "dit-accel compare embedded" in page

@@ -1,0 +1,1 @@
+"""The command line: ``dit-accel generate``, ``bench`` and ``info``."""

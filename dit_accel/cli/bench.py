@@ -1,0 +1,169 @@
+"""``dit-accel bench``: a real architecture, dense against patched."""
+
+from __future__ import annotations
+
+import json
+import sys
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from .errors import one_sentence_errors
+from .options import (
+    BackendOption,
+    DebugOption,
+    DeviceOption,
+    DtypeOption,
+    JsonOption,
+    SetOption,
+    quiet_libraries,
+    read_device,
+    read_dtype,
+    read_recipe,
+    read_size,
+)
+
+
+@one_sentence_errors
+def bench(
+    arch: Annotated[str, typer.Option(help="Architecture; see `dit-accel info`.")] = "wan2.1-1.3b",
+    size: Annotated[str | None, typer.Option(metavar="WxH", help="Pixels. Default: the model's.")] = None,
+    frames: Annotated[int | None, typer.Option(help="Frames. Default: the model's.")] = None,
+    layers: Annotated[int | None, typer.Option(help="Blocks to keep. Default: all.")] = None,
+    batch: Annotated[int, typer.Option(help="Samples in a forward; 2 is a batched guidance pair.")] = 1,
+    recipe: Annotated[str, typer.Option(help="A name from `dit-accel info`, or `auto`.")] = "pooled",
+    changes: SetOption = None,
+    backend: BackendOption = "auto",
+    dense_backend: Annotated[
+        str | None, typer.Option(help="Dense attention, by diffusers' name. Default: the fastest that runs.")
+    ] = None,
+    repeats: Annotated[int, typer.Option(help="Measured forwards of each variant.")] = 5,
+    compiled: Annotated[
+        bool, typer.Option("--compile/--no-compile", help="Compile the repeated blocks of both variants.")
+    ] = False,
+    dtype: DtypeOption = None,
+    device: DeviceOption = None,
+    out: Annotated[Path | None, typer.Option(help="Also write the JSON here.")] = None,
+    as_json: JsonOption = False,
+    debug: DebugOption = False,
+) -> None:
+    """Time one transformer forward with random weights, dense and patched, in alternation."""
+    quiet_libraries()
+    from ..pipelines.architectures import architecture
+
+    known = architecture(arch)
+    default_width, default_height, default_frames = known.size
+    width, height = read_size(size) if size else (default_width, default_height)
+    length = frames if frames is not None else default_frames
+    chosen = read_recipe(recipe, changes)
+    target = read_device(device)
+    number = read_dtype(dtype, target)
+
+    from .environment import environment
+    from .forward_bench import bench_forward
+
+    with _status(quiet=as_json) as progress:
+        report = bench_forward(
+            known,
+            width=width,
+            height=height,
+            frames=length,
+            recipe=chosen,
+            dtype=number,
+            device=target,
+            batch=batch,
+            layers=layers,
+            repeats=repeats,
+            backend=backend,
+            dense_backend=dense_backend,
+            compiler="inductor" if compiled else None,
+            progress=progress,
+        )
+    data = {
+        "arch": arch,
+        "width": width,
+        "height": height,
+        "frames": length,
+        "latent_tokens": known.tokens(width, height, length),
+        "layers": layers or known.blocks,
+        "of_layers": known.blocks,
+        "batch": batch,
+        "dtype": str(number).removeprefix("torch."),
+        "compiled": compiled,
+        "recipe": chosen.to_dict() if chosen is not None else "auto",
+        **report.to_dict(),
+        **environment(target),
+    }
+    if out is not None:
+        out.parent.mkdir(parents=True, exist_ok=True)
+        out.write_text(json.dumps(data, indent=1) + "\n")
+    if as_json:
+        print(json.dumps(data, indent=2))
+    else:
+        _show(data)
+    if not report.finite:
+        print("Error: an output holds values that are not finite.", file=sys.stderr)
+        raise typer.Exit(2)
+
+
+def _status(quiet: bool) -> Any:
+    """What is going on, on stderr; entering it gives the function to tell."""
+    from contextlib import contextmanager, nullcontext
+
+    if quiet:
+        return nullcontext(lambda stage: None)
+
+    @contextmanager
+    def status() -> Any:
+        from rich.console import Console
+
+        with Console(stderr=True).status("starting") as spinner:
+            yield spinner.update
+
+    return status()
+
+
+def _show(data: dict[str, Any]) -> None:
+    from rich.console import Console
+    from rich.table import Table
+
+    console = Console()
+    device = data["device"]["name"]
+    console.print(
+        f"[bold]{data['arch']}[/] {data['width']}x{data['height']}, {data['frames']} frames, "
+        f"{data['latent_tokens']} latent tokens, {data['layers']} of {data['of_layers']} layers, batch "
+        f"{data['batch']}, {data['dtype']}, {'compiled' if data['compiled'] else 'eager'}, on {device}"
+    )
+    table = Table("forward", "median", "fastest", "slowest", "peak memory", show_edge=False)
+    for name in ("dense", "patched"):
+        timing = data[name]
+        memory = timing["peak_memory_gib"]
+        table.add_row(
+            f"dense ({data['dense_backend']})" if name == "dense" else name,
+            *(f"{timing[key] * 1000:.1f} ms" for key in ("median_s", "min_s", "max_s")),
+            "-" if memory is None else f"{memory:.2f} GiB",
+        )
+    console.print(table)
+    attention = data["attention_per_forward"]
+    density = "-" if data["density"] is None else f"{data['density']:.4f}"
+    mean = "-" if data["mean_density"] is None else f"{data['mean_density']:.4f}"
+    console.print(f"speed-up {data['speedup']:.2f}x at density {density} (all calls {mean})", highlight=False)
+    console.print(
+        f"per patched forward: sparse attention {attention['sparse_s'] * 1000:.1f} ms, dense attention "
+        f"{attention['dense_s'] * 1000:.1f} ms, planning {attention['plan_s'] * 1000:.1f} ms "
+        f"({attention['plan_share_of_forward']:.1%} of the forward)",
+        highlight=False,
+    )
+    console.print(
+        f"output: relative difference to dense {data['relative_difference']:.3g} (weights are random), "
+        f"{'finite' if data['finite'] else 'NOT finite'}",
+        highlight=False,
+    )
+    for name, reason in data["summary"]["backends"].items():
+        console.print(f"backend: {name} ({reason})", highlight=False)
+    for name, seconds in data["dense_candidates"].items():
+        spelled = seconds if isinstance(seconds, str) else f"{seconds * 1000:.1f} ms in a one-block model"
+        console.print(f"dense candidate {name}: {spelled}", highlight=False)
+    for note in data["notes"]:
+        console.print(f"note: {note}", highlight=False)

@@ -1,0 +1,196 @@
+"""``dit-accel generate``: one prompt, one video or image, and what it cost."""
+
+from __future__ import annotations
+
+import json
+import sys
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from .errors import one_sentence_errors
+from .options import (
+    BackendOption,
+    DebugOption,
+    DeviceOption,
+    DtypeOption,
+    JsonOption,
+    SetOption,
+    quiet_libraries,
+    read_device,
+    read_dtype,
+    read_recipe,
+    read_size,
+)
+
+if TYPE_CHECKING:
+    from ..pipelines.generate import Generated
+
+# Two steps run a dense and a sparse one: kernels are compiled and libraries set up before anything is timed.
+WARM_UP_STEPS = 2
+
+
+@one_sentence_errors
+def generate(
+    prompt: Annotated[str, typer.Option(help="What to generate.")],
+    model: Annotated[
+        str | None,
+        typer.Argument(help="Hub id, local folder or built-in model. Default: the best built-in model."),
+    ] = None,
+    negative_prompt: Annotated[str | None, typer.Option(help="What to avoid.")] = None,
+    size: Annotated[str | None, typer.Option(metavar="WxH", help="Pixels. Default: the model's.")] = None,
+    frames: Annotated[
+        int | None, typer.Option(min=1, help="Frames of a video. Default: the model's.")
+    ] = None,
+    steps: Annotated[int | None, typer.Option(min=1, help="Denoising steps. Default: the model's.")] = None,
+    guidance: Annotated[float | None, typer.Option(help="Guidance scale. Default: the model's.")] = None,
+    seed: Annotated[int, typer.Option(help="Of the noise.")] = 0,
+    recipe: Annotated[
+        str,
+        typer.Option(help="`auto`, `dense` for the model's own attention, or a name from `dit-accel info`."),
+    ] = "auto",
+    changes: SetOption = None,
+    backend: BackendOption = "auto",
+    compare_dense: Annotated[
+        bool, typer.Option("--compare-dense", help="Also generate dense with the same seed, and compare.")
+    ] = False,
+    out: Annotated[
+        Path | None, typer.Option(help="File to write (.mp4 or .png). Default: outputs/MODEL-SEED.")
+    ] = None,
+    dtype: DtypeOption = None,
+    device: DeviceOption = None,
+    as_json: JsonOption = False,
+    debug: DebugOption = False,
+) -> None:
+    """Generate a video or an image from a prompt, accelerated, and say what ran."""
+    quiet_libraries()
+    pixels = read_size(size) if size else None
+    chosen = read_recipe(recipe, changes)
+    target = read_device(device)
+    number = read_dtype(dtype, target)
+
+    from ..api import patch
+    from ..pipelines.builtin import builtins
+    from ..pipelines.generate import generate as run
+    from ..pipelines.generate import makes_video, output_path, save
+    from ..pipelines.load import load
+
+    offered = builtins()
+    name = model or next(iter(offered))
+    builtin = offered.get(name)
+    _say(f"{name}: {builtin.description}" if builtin else f"Loading {name}", as_json)
+    pipe = load(name, dtype=number, device=target)
+    default = Path("outputs") / f"{name.strip('./').replace('/', '--')}-{seed}"
+    path = output_path(out or default, makes_video(pipe))
+    arguments: dict[str, Any] = {"negative_prompt": negative_prompt}
+    if builtin is not None:
+        arguments |= vars(builtin.settings)
+    width, height = pixels or (None, None)
+    asked = {"width": width, "height": height, "frames": frames, "steps": steps, "guidance": guidance}
+    arguments |= {key: value for key, value in asked.items() if value is not None}
+
+    def generated(label: str) -> Generated:
+        with _progress(label, quiet=as_json) as advance:
+            result = run(pipe, prompt, **arguments, seed=seed, progress=advance)
+        if result.nan_values:
+            print(
+                f"Warning: {result.nan_values} pixel values are not finite and were made black.",
+                file=sys.stderr,
+            )
+        return result
+
+    if target.type == "cuda":
+        _say("Warming up", as_json)
+        short = {**arguments, "steps": WARM_UP_STEPS}
+        run(pipe, prompt, **short, seed=seed)
+        with patch(pipe, chosen, backend=backend):
+            run(pipe, prompt, **short, seed=seed)
+    dense = generated("dense") if compare_dense else None
+    handle = patch(pipe, chosen, backend=backend)
+    try:
+        fast = generated("accelerated" if recipe != "dense" else "dense")
+        summary = handle.summary()
+    finally:
+        handle.remove()
+    files = {"out": str(save(fast, path))}
+    if dense is not None:
+        files["dense"] = str(save(dense, path.with_name(f"{path.stem}.dense{path.suffix}")))
+    report = {
+        "model": name,
+        "random_weights": bool(builtin and "RANDOM" in builtin.description),
+        "prompt": prompt,
+        "seed": seed,
+        "settings": arguments,
+        "dtype": str(number).removeprefix("torch."),
+        "recipe": handle.recipe.to_dict(),
+        "seconds": fast.seconds,
+        **(_comparison(dense, fast) if dense is not None else {}),
+        "density": summary.density,
+        "mean_density": summary.mean_density,
+        "nan_values": fast.nan_values,
+        "files": files,
+        "summary": summary.to_dict(),
+    }
+    if as_json:
+        from .environment import environment
+
+        print(json.dumps({**report, **environment(target)}, indent=2))
+    else:
+        _show(report, str(summary))
+
+
+def _comparison(dense: Generated, fast: Generated) -> dict[str, Any]:
+    from ..quality.measurement import number_to_json
+    from ..quality.pixel import Psnr
+    from ..quality.video import ClipPair
+
+    psnr = Psnr()(ClipPair(dense.frames, fast.frames, dense.fps))  # type: ignore[arg-type]
+    return {
+        "dense_seconds": dense.seconds,
+        "speedup": dense.seconds / fast.seconds,
+        "psnr_db": number_to_json(psnr),
+    }
+
+
+def _progress(label: str, quiet: bool) -> Any:
+    """A bar on stderr, so that stdout holds the result alone; entering it gives the callback."""
+    from contextlib import contextmanager, nullcontext
+
+    if quiet:
+        return nullcontext(None)
+
+    @contextmanager
+    def bar() -> Any:
+        from rich.console import Console
+        from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
+
+        columns = (
+            TextColumn("{task.description:>11}"),
+            BarColumn(),
+            MofNCompleteColumn(),
+            TimeElapsedColumn(),
+        )
+        with Progress(*columns, console=Console(stderr=True)) as progress:
+            task = progress.add_task(label, total=None)
+            yield lambda done, total: progress.update(task, completed=done, total=total)
+
+    return bar()
+
+
+def _say(text: str, quiet: bool) -> None:
+    if not quiet:
+        print(text, file=sys.stderr)
+
+
+def _show(report: dict[str, Any], summary: str) -> None:
+    if "dense_seconds" in report:
+        print(f"dense        {report['dense_seconds']:8.2f} s   {report['files']['dense']}")
+    print(f"this recipe  {report['seconds']:8.2f} s   {report['files']['out']}")
+    if "dense_seconds" in report:
+        psnr = report["psnr_db"]
+        spelled = "identical" if psnr == "inf" else f"PSNR {psnr:.2f} dB"
+        print(f"speed-up     {report['speedup']:8.2f} x   {spelled} between the two")
+    if report["random_weights"]:
+        print("The weights are random: the times are real, the pictures mean nothing.")
+    print(summary)

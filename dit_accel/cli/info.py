@@ -1,0 +1,147 @@
+"""``dit-accel info``: what this machine can run."""
+
+from __future__ import annotations
+
+import inspect
+import json
+from typing import TYPE_CHECKING, Any
+
+from .errors import one_sentence_errors
+from .options import DebugOption, DeviceOption, JsonOption, quiet_libraries, read_device
+
+if TYPE_CHECKING:
+    import torch
+
+
+@one_sentence_errors
+def info(device: DeviceOption = None, as_json: JsonOption = False, debug: DebugOption = False) -> None:
+    """Show device, versions, backends with reasons, model families, recipes and built-in models."""
+    quiet_libraries()
+    data = collect(read_device(device))
+    if as_json:
+        print(json.dumps(data, indent=2))
+    else:
+        _show(data)
+
+
+def collect(device: torch.device) -> dict[str, Any]:
+    """Everything the command shows, as plain data."""
+    from ..patches.families import FAMILIES
+    from ..pipelines.architectures import ARCHITECTURES
+    from ..pipelines.builtin import builtins
+    from ..presets import PRESETS
+    from .environment import environment
+
+    return {
+        **environment(device),
+        "backends": _backends(device),
+        "families": [
+            {
+                "name": family.name,
+                "transformers": list(family.transformers),
+                "auto_dense_below_tokens": family.min_tokens,
+            }
+            for family in FAMILIES
+        ],
+        "recipes": [_recipe(name, preset) for name, preset in PRESETS.items()],
+        "axes": _axes(),
+        "models": [{"name": b.name, "description": b.description} for b in builtins().values()],
+        "architectures": [
+            {"name": a.name, "transformer": a.transformer, "blocks": a.blocks, "size": list(a.size)}
+            for a in ARCHITECTURES.values()
+        ],
+    }
+
+
+def _backends(device: torch.device) -> list[dict[str, Any]]:
+    """Which backends run a plain call here, asked of the very predicates that choose them."""
+    import torch
+
+    from ..kernels import BACKENDS, BlockMask, choose_backend
+
+    dtype = torch.bfloat16 if device.type == "cuda" else torch.float32
+    q = torch.zeros(1, 128, 1, 128, dtype=dtype, device=device)
+    mask = BlockMask.from_dense(
+        torch.ones(1, 1, 1, 2, dtype=torch.bool, device=device),
+        block_q=128,
+        block_k=64,
+        q_len=128,
+        kv_len=128,
+    )
+    rows = []
+    for name in BACKENDS:
+        try:
+            chosen, reason = choose_backend(q, q, q, mask, backend=name)
+        except RuntimeError as error:
+            rows.append({"name": name, "available": False, "reason": str(error)})
+            continue
+        rows.append(
+            {
+                "name": name,
+                "available": True,
+                "reason": f"{chosen} ({reason})" if name == "auto" else "",
+            }
+        )
+    return rows
+
+
+def _recipe(name: str, preset: Any) -> dict[str, Any]:
+    return {
+        "name": name,
+        "description": (inspect.getdoc(preset) or "").split("\n\n")[0].replace("\n", " "),
+        "options": {
+            option: parameter.default for option, parameter in inspect.signature(preset).parameters.items()
+        },
+        "recipe": preset().to_dict(),
+    }
+
+
+def _axes() -> dict[str, dict[str, dict[str, Any]]]:
+    """Fields of every kind on every axis, with defaults: what ``--set`` takes."""
+    from dataclasses import asdict
+
+    from ..recipe import AXES
+
+    return {axis: {name: asdict(kind()) for name, kind in kinds.items()} for axis, kinds in AXES.items()}
+
+
+def _show(data: dict[str, Any]) -> None:
+    from rich.console import Console
+    from rich.table import Table
+
+    console = Console()
+    device = data["device"]
+    console.print(f"[bold]Device[/] {device['name']} ({', '.join(f'{k} {v}' for k, v in device.items())})")
+    console.print("[bold]Versions[/] " + ", ".join(f"{k} {v}" for k, v in data["versions"].items()))
+
+    def table(title: str, *columns: str) -> Table:
+        result = Table(*columns, title=title, title_justify="left", title_style="bold", show_edge=False)
+        return result
+
+    backends = table("Backends", "name", "runs here", "reason")
+    for row in data["backends"]:
+        backends.add_row(row["name"], "yes" if row["available"] else "no", row["reason"])
+    families = table("Model families", "name", "transformer", "auto stays dense below")
+    for row in data["families"]:
+        families.add_row(
+            row["name"], "\n".join(row["transformers"]), f"{row['auto_dense_below_tokens']} tokens (GPU)"
+        )
+    recipes = table("Recipes", "name", "options", "what it does")
+    for row in data["recipes"]:
+        options = "\n".join(f"{name}={value}" for name, value in row["options"].items())
+        recipes.add_row(row["name"], options or "-", row["description"])
+    fields = table("Fields for --set", "axis", "kind", "fields")
+    for axis, kinds in data["axes"].items():
+        for kind, values in kinds.items():
+            text = "\n".join(f"{axis}.{name}={value}" for name, value in values.items())
+            fields.add_row(axis, kind, text or "-")
+    models = table("Built-in models", "name", "what it is")
+    for row in data["models"]:
+        models.add_row(row["name"], row["description"])
+    architectures = table("Architectures for bench", "name", "blocks", "default size")
+    for row in data["architectures"]:
+        width, height, frames = row["size"]
+        architectures.add_row(row["name"], str(row["blocks"]), f"{width}x{height}, {frames} frames")
+    for part in (backends, families, recipes, fields, models, architectures):
+        console.print()
+        console.print(part)

@@ -1,0 +1,23 @@
+"""``dit-accel``: one command a file. Nothing heavy is imported until a command runs."""
+
+from __future__ import annotations
+
+import typer
+
+from .bench import bench
+from .generate import generate
+from .info import info
+
+app = typer.Typer(
+    name="dit-accel",
+    help="Faster diffusion transformers for video and images.",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+)
+app.command()(generate)
+app.command()(bench)
+app.command()(info)
+
+if __name__ == "__main__":
+    app()

@@ -1,0 +1,1 @@
+"""Pipelines to run: loaded, built in, or real architectures with random weights."""

@@ -1,0 +1,75 @@
+"""Models that come with the package, by name: nothing is downloaded for them."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from importlib.util import find_spec
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    import torch
+
+
+@dataclass(frozen=True)
+class Settings:
+    """What a model generates when the user names nothing: pixel size, frames, steps, guidance scale."""
+
+    width: int
+    height: int
+    frames: int
+    steps: int
+    guidance: float
+
+
+@dataclass(frozen=True)
+class Builtin:
+    """A built-in model.
+
+    Attributes:
+        name: as given to :func:`~dit_accel.pipelines.load.load`.
+        description: one line; says so where the weights are random.
+        settings: its own defaults.
+        build: makes the pipeline on the CPU in a dtype (None: the model's own).
+    """
+
+    name: str
+    description: str
+    settings: Settings
+    build: Callable[[torch.dtype | None], Any]
+
+
+def _random_wan(dtype: torch.dtype | None) -> Any:
+    from .random_wan import build_random_wan
+
+    return build_random_wan(dtype)
+
+
+def _embedded(dtype: torch.dtype | None) -> Any:
+    from .embedded_model import load_embedded
+
+    return load_embedded(dtype)
+
+
+RANDOM_WAN = Builtin(
+    name="random-wan",
+    description="a small Wan pipeline with RANDOM weights: it shows speed, not pictures",
+    settings=Settings(width=320, height=192, frames=17, steps=8, guidance=4.0),
+    build=_random_wan,
+)
+
+
+def builtins() -> dict[str, Builtin]:
+    """The built-in models by name, the best first."""
+    found = {}
+    if find_spec("dit_accel.pipelines.embedded_model") is not None:
+        from . import embedded_model
+
+        found["embedded"] = Builtin(
+            name="embedded",
+            description=embedded_model.DESCRIPTION,
+            settings=embedded_model.SETTINGS,
+            build=_embedded,
+        )
+    found[RANDOM_WAN.name] = RANDOM_WAN
+    return found

@@ -1,0 +1,174 @@
+"""Run a pipeline once, whatever its family, and save what it made."""
+
+from __future__ import annotations
+
+import inspect
+import re
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+FRAMES_PER_SECOND = {"Wan": 16.0, "HunyuanVideo": 24.0, "CogVideoX": 8.0, "LTX": 25.0}
+# x264's constant rate factor: low enough that a file hides nothing of what a recipe changed.
+CRF = 12
+
+
+@dataclass(frozen=True, eq=False)
+class Generated:
+    """What one run of a pipeline made.
+
+    Attributes:
+        frames: uint8 ``[F, H, W, 3]``; an image has one frame.
+        seconds: wall-clock time of the whole call: text encoder, denoising and decoding.
+        fps: frames a second that the model was trained for.
+        is_video: whether the pipeline makes videos.
+        nan_values: pixel values that were not finite; they are black in ``frames``.
+    """
+
+    frames: np.ndarray[Any, np.dtype[np.uint8]]
+    seconds: float
+    fps: float
+    is_video: bool
+    nan_values: int
+
+
+def generate(
+    pipe: Any,
+    prompt: str,
+    *,
+    negative_prompt: str | None = None,
+    width: int | None = None,
+    height: int | None = None,
+    frames: int | None = None,
+    steps: int | None = None,
+    guidance: float | None = None,
+    seed: int = 0,
+    progress: Callable[[int, int], None] | None = None,
+) -> Generated:
+    """Generate one video or image.
+
+    None leaves a setting to the pipeline's own default. The noise is drawn on the CPU, so that a seed means
+    the same on every device.
+
+    Args:
+        pipe: a diffusers pipeline.
+        width, height: pixels.
+        frames: of a video.
+        steps: denoising steps.
+        guidance: scale of classifier-free or distilled guidance.
+        progress: called after each step with the steps done and their number.
+
+    Raises:
+        ValueError: the pipeline takes no such setting.
+    """
+    takes = inspect.signature(type(pipe).__call__).parameters
+    scale = "guidance_scale" if "guidance_scale" in takes else "true_cfg_scale"
+    settings = {
+        "negative_prompt": negative_prompt,
+        "width": width,
+        "height": height,
+        "num_frames": frames,
+        "num_inference_steps": steps,
+        scale: guidance,
+    }
+    given: dict[str, Any] = {name: value for name, value in settings.items() if value is not None}
+    for name, value in given.items():
+        if name not in takes:
+            raise ValueError(f"{type(pipe).__name__} takes no {name}, got {value!r}.")
+    if progress is not None and "callback_on_step_end" in takes:
+
+        def after_step(current: Any, step: int, timestep: Any, state: dict[str, Any]) -> dict[str, Any]:
+            progress(step + 1, current.num_timesteps)
+            return state
+
+        given["callback_on_step_end"] = after_step
+    pipe.set_progress_bar_config(disable=True)
+    generator = torch.Generator("cpu").manual_seed(seed)
+    _wait(pipe)
+    start = time.perf_counter()
+    output = pipe(prompt=prompt, generator=generator, output_type="np", **given)
+    _wait(pipe)
+    seconds = time.perf_counter() - start
+    is_video = hasattr(output, "frames")
+    values = np.asarray(output.frames[0] if is_video else output.images[:1], dtype=np.float32)
+    finite = np.isfinite(values)
+    pixels = np.where(finite, values, 0.0).clip(0.0, 1.0) * 255.0
+    return Generated(
+        frames=pixels.round().astype(np.uint8),
+        seconds=seconds,
+        fps=_fps(pipe),
+        is_video=is_video,
+        nan_values=int(finite.size - finite.sum()),
+    )
+
+
+def makes_video(pipe: Any) -> bool:
+    """Whether a pipeline makes videos, else images: known before it has run."""
+    return "num_frames" in inspect.signature(type(pipe).__call__).parameters
+
+
+def output_path(path: Path, is_video: bool) -> Path:
+    """The path with the suffix of what is saved there; a name without one gets it.
+
+    Raises:
+        ValueError: the suffix of another kind of file.
+    """
+    suffix = ".mp4" if is_video else ".png"
+    if path.suffix.lower() == suffix:
+        return path
+    # A model's name may hold a dot: only what is surely a suffix counts as one.
+    if re.fullmatch(r"\.[a-z][a-z0-9]{2,3}", path.suffix.lower()):
+        kind = "a video" if is_video else "an image"
+        raise ValueError(f"This pipeline makes {kind}, saved as {suffix}; got {path.name}.")
+    return path.with_name(path.name + suffix)
+
+
+def save(generated: Generated, path: Path) -> Path:
+    """Write an mp4 (H.264, readable by any player) for a video, a png for an image.
+
+    Args:
+        path: with or without suffix, see :func:`output_path`; folders are made as needed.
+
+    Returns:
+        The path written.
+
+    Raises:
+        ValueError: a suffix that does not fit.
+    """
+    import imageio.v3 as iio
+
+    path = output_path(path, generated.is_video)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    if not generated.is_video:
+        iio.imwrite(path, generated.frames[0])
+        return path
+    _, height, width, _ = generated.frames.shape
+    # Players need 4:2:0 colour, which needs even sides.
+    even = np.pad(generated.frames, ((0, 0), (0, height % 2), (0, width % 2), (0, 0)), mode="edge")
+    iio.imwrite(
+        path,
+        even,
+        plugin="FFMPEG",
+        fps=generated.fps,
+        codec="libx264",
+        pixelformat="yuv420p",
+        quality=None,
+        macro_block_size=1,
+        output_params=["-crf", str(CRF), "-movflags", "+faststart"],
+    )
+    return path
+
+
+def _wait(pipe: Any) -> None:
+    if torch.device(pipe.device).type == "cuda" or torch.cuda.is_initialized():
+        torch.cuda.synchronize()
+
+
+def _fps(pipe: Any) -> float:
+    name = type(pipe).__name__
+    return next((fps for prefix, fps in FRAMES_PER_SECOND.items() if name.startswith(prefix)), 16.0)

@@ -1,0 +1,61 @@
+"""Load a pipeline: from the hub, from a folder, or built in."""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from .builtin import builtins
+
+HUB_ID = re.compile(r"[\w.-]+/[\w.-]+")
+
+
+def load(
+    name_or_path: str, *, dtype: torch.dtype | None = None, device: str | torch.device | None = None
+) -> Any:
+    """Load a diffusers pipeline.
+
+    Args:
+        name_or_path: a built-in model (:func:`~dit_accel.pipelines.builtin.builtins`), a folder that
+            ``save_pretrained`` wrote, or an id on the model hub.
+        dtype: of the weights; bfloat16 on a GPU and float32 on a CPU if None. A Wan autoencoder stays
+            float32, as its authors advise.
+        device: where to put it; None leaves it on the CPU.
+
+    Raises:
+        ValueError: no such model, or the hub cannot be reached.
+    """
+    target = None if device is None else torch.device(device)
+    if dtype is None:
+        dtype = torch.bfloat16 if target is not None and target.type == "cuda" else torch.float32
+    offered = builtins()
+    if name_or_path in offered:
+        pipe = offered[name_or_path].build(dtype)
+    else:
+        pipe = _from_pretrained(name_or_path, dtype, list(offered))
+    return pipe if target is None else pipe.to(target)
+
+
+def _from_pretrained(name_or_path: str, dtype: torch.dtype, offered: list[str]) -> Any:
+    from diffusers import DiffusionPipeline
+
+    folder = Path(name_or_path)
+    if folder.is_dir():
+        if not (folder / "model_index.json").is_file():
+            raise ValueError(f"The folder {name_or_path} holds no pipeline: it has no model_index.json.")
+    elif not HUB_ID.fullmatch(name_or_path):
+        raise ValueError(
+            f"{name_or_path!r} is neither a built-in model ({', '.join(offered)}), nor a folder, nor a hub "
+            "id (owner/name)."
+        )
+    try:
+        config = DiffusionPipeline.load_config(name_or_path)
+        vae = (config.get("vae") or (None, None))[1]
+        dtypes = {"default": dtype, "vae": torch.float32} if vae == "AutoencoderKLWan" else dtype
+        return DiffusionPipeline.from_pretrained(name_or_path, torch_dtype=dtypes)
+    except OSError as error:
+        reason = " ".join(str(error).split())
+        raise ValueError(f"{name_or_path!r} could not be loaded: {reason}") from error
