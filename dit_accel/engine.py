@@ -128,7 +128,9 @@ class Engine:
         assert isinstance(layout, TokenLayout)
         begin = self.plan_time.start(q.device)
         made, plan = self._plan(layer, q, k, key_mask, scale, layout, step, book)
-        if self.recipe.schedule.dense_refresh and made.forward_id == step.forward_id:
+        # A bare transformer has no trajectory, and a forward of it would search each time.
+        searching = step.index is not None and made.forward_id == step.forward_id
+        if self.recipe.schedule.dense_refresh and searching:
             self.plan_time.stop(begin, q.device)
             return self._dense(layer, "search step", dense, book, step, q, k, v, key_mask, scale, layout)
         backend = self._choose_backend(q, k, v, plan)

@@ -20,6 +20,7 @@ from .stages.select_gate import GlobalGate
 from .stages.select_gated import GatedPooled
 from .stages.select_grid import Circle, Radial, TileWindow
 from .stages.select_mass import FrozenMass, Mass
+from .stages.select_rectified import Reallocated
 from .stages.select_static import DenseSelect, Window
 
 ORDERS: dict[str, type[Order]] = {
@@ -37,6 +38,7 @@ SELECTS: dict[str, type[DenseSelect] | type[Select]] = {
     "mass": Mass,
     "frozen_mass": FrozenMass,
     "global_gate": GlobalGate,
+    "reallocated": Reallocated,
     "tile_window": TileWindow,
     "circle": Circle,
     "radial": Radial,

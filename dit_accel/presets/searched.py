@@ -119,4 +119,11 @@ def vmoba(
 
 def _searches(search_at: tuple[float, ...]) -> Schedule:
     """Dense until the first search and during each; nothing is refreshed in between."""
-    return Schedule(dense_fraction=min(search_at), refresh_at=search_at, dense_refresh=True)
+    first = min(search_at)
+    return Schedule(
+        dense_fraction=first,
+        refresh_at=search_at,
+        dense_refresh=True,
+        # What a plan serves in a run of 50 steps, for a bare transformer, which knows no progress.
+        refresh_every=max(1, round(50 * (1 - first) / len(search_at))),
+    )
