@@ -40,22 +40,17 @@ class _Prepared:
     tables: Any
 
 
-@dataclass(frozen=True, eq=False)
-class _KeptPlan:
-    """A plan, when it was made, and of which queries and keys where the schedule guards against drift."""
-
-    made: StepContext
-    plan: AttentionPlan
-    means: BlockMeans | None
-
-
-@dataclass(frozen=True, eq=False)
-class ObservedCall:
-    """One attention call as an observer sees it: tensors (B, S, H, D) after norms and rotary embedding.
+@dataclass(eq=False)
+class AttentionCall:
+    """One attention call: tensors (B, S, H, D) after norms and rotary embedding.
 
     Attributes:
+        layer: index of the self-attention layer.
+        step: where the call sits in the trajectory.
+        key_mask: bool ``[B, S]``, False for hidden keys.
+        scale: of the logits; None for the default.
         layout: of the sequence, or the reason why there is none.
-        plan: of a sparse call; None where the call was dense.
+        plan: what a sparse call ran; None for a dense one.
     """
 
     layer: int
@@ -66,7 +61,16 @@ class ObservedCall:
     key_mask: torch.Tensor | None
     scale: float | None
     layout: TokenLayout | str
-    plan: AttentionPlan | None
+    plan: AttentionPlan | None = None
+
+
+@dataclass(frozen=True, eq=False)
+class _KeptPlan:
+    """A plan, when it was made, and of which queries and keys where the schedule guards against drift."""
+
+    made: StepContext
+    plan: AttentionPlan
+    means: BlockMeans | None
 
 
 class Engine:
@@ -88,7 +92,7 @@ class Engine:
         self.sparse_time = Stopwatch()
         self.dense_time = Stopwatch()
         self.backends_used: dict[str, str] = {}
-        self.observer: Callable[[ObservedCall], None] | None = None
+        self.observer: Callable[[AttentionCall], None] | None = None
         self._prepared: dict[tuple[Any, ...], _Prepared] = {}
         self._plans: dict[tuple[Any, ...], _KeptPlan] = {}
         self._memories: dict[tuple[Any, ...], tuple[StepContext, LayerMemory]] = {}
@@ -119,23 +123,22 @@ class Engine:
             record: whether to count the call; False when a call is repeated for its gradients.
         """
         key_mask, reason = _key_mask(attn_mask, q)
-        if q.shape[2] != k.shape[2]:
-            reason = reason or f"grouped-query attention ({q.shape[2]} query and {k.shape[2]} key heads)"
-        reason = reason or self._dense_reason(layer, layout, step)
+        call = AttentionCall(layer, step, q, k, v, key_mask, scale, layout)
         book = self.records[layer] if record else LayerRecord("")
+        reason = reason or self._dense_reason(call)
         if reason is not None:
-            return self._dense(layer, reason, dense, book, step, q, k, v, key_mask, scale, layout)
-        assert isinstance(layout, TokenLayout)
+            return self._run_dense(call, reason, dense, book)
         begin = self.plan_time.start(q.device)
-        made, plan = self._plan(layer, q, k, key_mask, scale, layout, step, book)
+        made, plan = self._plan(call, book)
+        backend = self._choose_backend(q, k, v, plan)
+        self.plan_time.stop(begin, q.device)
         # A bare transformer has no trajectory, and a forward of it would search each time.
         searching = step.index is not None and made.forward_id == step.forward_id
         if self.recipe.schedule.dense_refresh and searching:
-            self.plan_time.stop(begin, q.device)
-            return self._dense(layer, "search step", dense, book, step, q, k, v, key_mask, scale, layout)
-        backend = self._choose_backend(q, k, v, plan)
-        self.plan_time.stop(begin, q.device)
-        self._show(layer, step, q, k, v, key_mask, scale, layout, plan)
+            return self._run_dense(call, "search step", dense, book)
+        call.plan = plan
+        if self.observer is not None:
+            self.observer(call)
         begin = self.sparse_time.start(q.device)
         result = block_sparse_attention(
             q,
@@ -163,81 +166,63 @@ class Engine:
         self._memories.clear()
         self._prepared.clear()
 
-    def _dense(
-        self,
-        layer: int,
-        reason: str,
-        dense: Callable[[], torch.Tensor],
-        book: LayerRecord,
-        step: StepContext,
-        q: torch.Tensor,
-        *call: Any,
+    def _run_dense(
+        self, call: AttentionCall, reason: str, dense: Callable[[], torch.Tensor], book: LayerRecord
     ) -> torch.Tensor:
-        """The model's own attention, with its reason."""
-        self._show(layer, step, q, *call, None)
+        if self.observer is not None:
+            self.observer(call)
         book.dense_calls[reason] += 1
-        begin = self.dense_time.start(q.device)
+        begin = self.dense_time.start(call.q.device)
         out = dense()
-        self.dense_time.stop(begin, q.device)
+        self.dense_time.stop(begin, call.q.device)
         return out
 
-    def _show(self, layer: int, step: StepContext, *call: Any) -> None:
-        if self.observer is not None:
-            self.observer(ObservedCall(layer, step, *call))
-
-    def _dense_reason(self, layer: int, layout: TokenLayout | str, step: StepContext) -> str | None:
+    def _dense_reason(self, call: AttentionCall) -> str | None:
         if isinstance(self.recipe.select, DenseSelect):
             return "recipe is dense"
-        if isinstance(layout, str):
-            return layout
-        if layout.seq_len < self.min_tokens:
-            return f"{layout.seq_len} tokens, too few to gain (below {self.min_tokens})"
-        return self.recipe.schedule.dense_reason(step, layer, len(self.records))
+        if isinstance(call.layout, str):
+            return call.layout
+        if call.q.shape[2] != call.k.shape[2]:
+            return f"grouped-query attention ({call.q.shape[2]} query and {call.k.shape[2]} key heads)"
+        if call.layout.seq_len < self.min_tokens:
+            return f"{call.layout.seq_len} tokens, too few to gain (below {self.min_tokens})"
+        return self.recipe.schedule.dense_reason(call.step, call.layer, len(self.records))
 
-    def _plan(
-        self,
-        layer: int,
-        q: torch.Tensor,
-        k: torch.Tensor,
-        key_mask: torch.Tensor | None,
-        scale: float | None,
-        layout: TokenLayout,
-        step: StepContext,
-        book: LayerRecord,
-    ) -> tuple[StepContext, AttentionPlan]:
+    def _plan(self, call: AttentionCall, book: LayerRecord) -> tuple[StepContext, AttentionPlan]:
         """The plan of a call, and when it was made."""
-        select, schedule = self._selection(step), self.recipe.schedule
-        prepared = self._prepare(layout, q.device, layer, q.shape[2])
+        assert isinstance(call.layout, TokenLayout)
+        layout, device = call.layout, call.q.device
+        q, k = call.q.detach(), call.k.detach()
+        select, schedule = self._selection(call.step), self.recipe.schedule
+        prepared = self._prepare(layout, device, call.layer, call.q.shape[2])
         if select.is_static:
             # One plan serves all layers of one order; a prompt's padding can change it, so it is kept only
             # without any.
-            key: tuple[Any, ...] = (layout, q.device, self.recipe.order.variant(layer))
-            keep = key_mask is None
+            key: tuple[Any, ...] = (layout, device, self.recipe.order.variant(call.layer))
+            keep = call.key_mask is None
         else:
-            key = (layer, step.branch, layout, q.shape[0], q.device)
+            key = (call.layer, call.step.branch, layout, call.q.shape[0], device)
             keep = schedule.keeps_plans
         kept = self._plans.get(key) if keep else None
         guarded = keep and schedule.drift_bound is not None and not select.is_static
         means = None
         with torch.no_grad():
-            if kept is not None and (select.is_static or not schedule.needs_plan(step, kept.made)):
-                if kept.means is None or step.forward_id == kept.made.forward_id:
+            if kept is not None and (select.is_static or not schedule.needs_plan(call.step, kept.made)):
+                if kept.means is None or call.step.forward_id == kept.made.forward_id:
                     return kept.made, kept.plan
-                means = BlockMeans.of(q.detach(), k.detach(), key_mask, select.block)
+                means = BlockMeans.of(q, k, call.key_mask, select.block)
                 assert schedule.drift_bound is not None
                 if bool(means.change_since(kept.means) <= schedule.drift_bound):
                     return kept.made, kept.plan
-            memory = None if select.is_static else self._memory(key, step)
-            mask = select.select(
-                prepared.blocks, prepared.tables, q.detach(), k.detach(), key_mask, scale, memory
-            )
+            memory = None if select.is_static else self._memory(key, call.step)
+            mask = select.select(prepared.blocks, prepared.tables, q, k, call.key_mask, call.scale, memory)
             if guarded and means is None:
-                means = BlockMeans.of(q.detach(), k.detach(), key_mask, select.block)
+                means = BlockMeans.of(q, k, call.key_mask, select.block)
         plan = AttentionPlan(rows=prepared.blocks.kernel_rows, mask=mask)
         if keep:
-            self._plans[key] = _KeptPlan(step, plan, means)
+            self._plans[key] = _KeptPlan(call.step, plan, means)
         book.plans_made += 1
-        return step, plan
+        return call.step, plan
 
     def _selection(self, step: StepContext) -> Select:
         """The recipe's selection with the density that its schedule asks for at this step."""
