@@ -132,7 +132,9 @@ class Engine:
         made, plan = self._plan(call, book)
         backend = self._choose_backend(q, k, v, plan)
         self.plan_time.stop(begin, q.device)
-        if self.recipe.schedule.dense_refresh and made.forward_id == step.forward_id:
+        # A bare transformer has no trajectory, and a forward of it would search each time.
+        searching = step.index is not None and made.forward_id == step.forward_id
+        if self.recipe.schedule.dense_refresh and searching:
             return self._run_dense(call, "search step", dense, book)
         call.plan = plan
         if self.observer is not None:
