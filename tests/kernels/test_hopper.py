@@ -82,3 +82,25 @@ def test_staged_kernel_agrees_with_the_portable_one_on_quantised_inputs(case, sh
     seen = expected_lse.isfinite()
     assert torch.equal(lse.isfinite(), seen)
     torch.testing.assert_close(lse[seen], expected_lse[seen], rtol=0, atol=1e-4)
+
+
+@pytest.mark.parametrize("kernel", ["forward", "staged"])
+@pytest.mark.parametrize("which", ["q", "k", "v"])
+def test_nan_reaches_the_rows_that_see_it_and_no_others(which, kernel, device):
+    from dit_accel.kernels.hopper_forward import hopper_forward
+    from dit_accel.kernels.hopper_staged import staged_forward
+
+    if torch.cuda.get_device_capability() != (9, 0):
+        pytest.skip("it needs a GPU of compute capability 9.0")
+    q, k, v, mask, _, _, visible = build(length=1000, block=(128, 128), dim=128, dtype=torch.bfloat16)
+    {"q": q, "k": k, "v": v}[which][0, 170, 1, 5] = float("nan")
+    q, k, v, mask = (x.to(device) for x in (q, k, v, mask))
+    run = hopper_forward if kernel == "forward" else staged_forward
+    out, _ = run(q, k, v, mask, None, None, 0.1)
+    expected = torch.zeros(1000, 3, dtype=torch.bool)
+    if which == "q":
+        expected[170, 1] = True
+    else:
+        expected[:, 1] = visible[0, 1, :, 170]
+    assert expected.any()
+    assert torch.equal(out[0].isnan().any(-1).cpu(), expected)

@@ -5,7 +5,7 @@ import torch
 
 pytest.importorskip("triton")
 
-from dit_accel.kernels import quantized_block_sparse_attention
+from dit_accel.kernels import quantize_inputs, quantized_block_sparse_attention
 from dit_accel.kernels.quantize import KEY_PLACE, dequantize, reference_quantize
 
 from .oracle import UNIT_ROUNDOFF, assert_close, dense_attention
@@ -170,6 +170,22 @@ def test_channel_outliers(precision, smooth_q, device):
     assert errors[False] > 2 * errors[True]
 
 
+def test_prepared_inputs_are_reused_and_the_default_runs_anywhere():
+    q, k, v, mask, rows, hide, visible = build(length=203, dim=64, rows=(1, 3), key_mask=True)
+    ready = quantize_inputs(q, k, v, 64, 64, rows=rows)
+    out, lse = quantized_block_sparse_attention(
+        q, k, v, mask, rows=rows, key_mask=hide, quantized=ready, return_lse=True
+    )
+    again, again_lse = quantized_block_sparse_attention(
+        q, k, v, mask, rows=rows, key_mask=hide, backend="reference", return_lse=True
+    )
+    torch.testing.assert_close(out, again, rtol=0, atol=1e-5)
+    torch.testing.assert_close(lse, again_lse, rtol=0, atol=1e-4)
+    exact, exact_lse = dense_attention(q, k, v, visible, rows)
+    assert (out.double() - exact).norm() / exact.norm() < 2e-2
+    assert (lse - exact_lse).abs().max() < 0.05
+
+
 def test_bad_arguments_are_named():
     q, k, v, mask, *_ = build()
     with pytest.raises(ValueError, match="precision must be"):
@@ -177,4 +193,4 @@ def test_bad_arguments_are_named():
     with pytest.raises(ValueError, match="positive"):
         quantized_block_sparse_attention(q, k, v, mask, scale=-1.0)
     with pytest.raises(ValueError, match="backend must be"):
-        quantized_block_sparse_attention(q, k, v, mask, backend="torch")
+        quantized_block_sparse_attention(q, k, v, mask, backend="cuda")
