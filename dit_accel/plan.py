@@ -101,8 +101,8 @@ class SequenceBlocks:
 
     @cached_property
     def first_frame_k(self) -> torch.Tensor:
-        """bool ``[B|1, H|1, nk]``: key blocks with a token of the first latent frame; none for an image, which
-        has nothing else."""
+        """bool ``[B|1, H|1, nk]``: key blocks with a token of a video's first latent frame; none for an
+        image."""
         first = (self.latent_of_slot >= 0) & (self.coordinates[0] == 0) & (self.layout.grid[0] > 1)
         return self._lead(self.any_in_block(first, self.block_k))
 

@@ -13,7 +13,7 @@ from itertools import pairwise
 import torch
 import torch.nn.functional as F
 
-from .selection import Impl, gather_mask, gather_rows, use_triton
+from .selection import Impl, gather_mask, gather_rows, tile_obstacle, use_triton
 
 LEVELS = (1, 2, 4, 8)
 CHUNK_LOGITS = 1 << 24
@@ -149,7 +149,10 @@ def pyramid_attention(
     if levels.dim() != 4 or tuple(levels.shape[2:]) != (nq, nk):
         raise ValueError(f"levels must be [B, H, {nq}, {nk}] for this geometry, got {tuple(levels.shape)}.")
     scale = q.shape[-1] ** -0.5 if scale is None else scale
-    if use_triton(impl, q.device):
+    obstacle = tile_obstacle(q, block_q, block_k)
+    if torch.is_grad_enabled() and any(x.requires_grad for x in (q, k, v)):
+        obstacle = "The Triton pyramid kernel is forward only; use impl='torch' for gradients."
+    if use_triton(impl, q.device, obstacle):
         from .triton_pyramid import pyramid_attention_triton
 
         out, lse = pyramid_attention_triton(q, k, v, levels, block_q, block_k, rows, key_mask, scale)

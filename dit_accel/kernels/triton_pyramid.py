@@ -272,11 +272,6 @@ def pyramid_attention_triton(
     scale: float,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """See :func:`dit_accel.kernels.pyramid.pyramid_attention`, whose checked arguments this takes."""
-    for name, block in (("block_q", block_q), ("block_k", block_k)):
-        if block < 16 or block & (block - 1):
-            raise ValueError(f"{name} must be a power of two from 16 for the Triton kernel, got {block}.")
-    if any(x.requires_grad for x in (q, k, v)) and torch.is_grad_enabled():
-        raise RuntimeError("The Triton pyramid kernel is forward only; use impl='torch' for gradients.")
     batch, q_len, heads, dim = q.shape
     kv_len = k.shape[1]
     rows = contiguous_rows(rows)

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 from ..recipe import Recipe
 from ..stages.order_axes import Chunks
+from ..stages.order_sorted import SortedSegments
 from ..stages.schedule import Schedule
+from ..stages.select_dynamic import Pooled
 from ..stages.select_gate import GlobalGate
 from ..stages.select_gated import GatedPooled
 from ..stages.select_mass import FrozenMass, Mass
@@ -114,6 +116,36 @@ def vmoba(
         order=Chunks(temporal=temporal, spatial=spatial, volume=volume),
         select=GlobalGate(threshold=threshold, block=block),
         schedule=Schedule(dense_fraction=dense_fraction),
+    )
+
+
+def pbs(
+    top_p: float = 0.9,
+    segment: tuple[int, int, int] = (4, 16, 16),
+    samples: int = 128,
+    dense_fraction: float = 0.2,
+    refresh_every: int = 1,
+) -> Recipe:
+    """PBS-Attn (arXiv 2510.21270): keys sorted by attention inside segments, then pooled selection.
+
+    Defaults of the paper: keep 0.9 of the pooled softmax mass, segments of 1024 tokens (here a 3-D tile of as
+    many). Samples, block sizes (128 queries, 64 keys; the paper has 128) and the dense phase are this
+    package's.
+
+    Deviations: there is no causality; a sample of queries over the whole grid stands for the paper's last
+    query block; queries are permuted with their keys, since a kernel call has one order; a query block always
+    reads its own tokens, but not all of its segment, and nothing makes the first token special.
+
+    Args:
+        top_p: softmax mass to keep.
+        segment, samples: see :class:`~dit_accel.stages.order_sorted.SortedSegments`.
+        dense_fraction: share of the denoising steps that stay dense at the start.
+        refresh_every: denoising steps that share one plan.
+    """
+    return Recipe(
+        order=SortedSegments(segment=segment, samples=samples),
+        select=Pooled(density=None, top_p=top_p),
+        schedule=Schedule(dense_fraction=dense_fraction, refresh_every=refresh_every),
     )
 
 

@@ -143,5 +143,5 @@ def test_errors(device):
         pyramid_attention(q, q, q, levels, block_q=16, block_k=20)
     with pytest.raises(ValueError, match="levels must be"):
         pyramid_attention(q, q, q, levels, block_q=16, block_k=32)
-    with pytest.raises(RuntimeError, match="forward only"):
+    with pytest.raises(ValueError, match="forward only"):
         pyramid_attention(q.requires_grad_(), q, q, levels, block_q=16, block_k=16, impl="triton")
