@@ -15,6 +15,7 @@ from .layout import StepContext, TokenLayout
 from .plan import AttentionPlan, LayerMemory, SequenceBlocks
 from .recipe import Recipe
 from .stages.drift import BlockMeans
+from .stages.order_sorted import SortedSegments
 from .stages.select import Select
 from .stages.select_static import DenseSelect
 from .timing import Stopwatch
@@ -132,7 +133,9 @@ class Engine:
         made, plan = self._plan(call, book)
         backend = self._choose_backend(q, k, v, plan)
         self.plan_time.stop(begin, q.device)
-        if self.recipe.schedule.dense_refresh and made.forward_id == step.forward_id:
+        # A bare transformer has no trajectory, and a forward of it would search each time.
+        searching = step.index is not None and made.forward_id == step.forward_id
+        if self.recipe.schedule.dense_refresh and searching:
             return self._run_dense(call, "search step", dense, book)
         call.plan = plan
         if self.observer is not None:
@@ -192,7 +195,6 @@ class Engine:
         layout, device = call.layout, call.q.device
         q, k = call.q.detach(), call.k.detach()
         select, schedule = self._selection(call.step), self.recipe.schedule
-        prepared = self._prepare(layout, device, call.layer, call.q.shape[2])
         if select.is_static:
             # One plan serves all layers of one order; a prompt's padding can change it, so it is kept only
             # without any.
@@ -213,6 +215,7 @@ class Engine:
                 if bool(means.change_since(kept.means) <= schedule.drift_bound):
                     return kept.made, kept.plan
             memory = None if select.is_static else self._memory(key, call.step)
+            prepared = self._prepare(call)
             mask = select.select(prepared.blocks, prepared.tables, q, k, call.key_mask, call.scale, memory)
             if guarded and means is None:
                 means = BlockMeans.of(q, k, call.key_mask, select.block)
@@ -239,19 +242,27 @@ class Engine:
         self._memories[key] = (step, memory)
         return memory
 
-    def _prepare(self, layout: TokenLayout, device: torch.device, layer: int, heads: int) -> _Prepared:
-        key = (layout, device, self.recipe.order.variant(layer))
+    def _prepare(self, call: AttentionCall) -> _Prepared:
+        assert isinstance(call.layout, TokenLayout)
+        layout, device, order, select = call.layout, call.q.device, self.recipe.order, self.recipe.select
+        assert not isinstance(select, DenseSelect)
+        if isinstance(order, SortedSegments):
+            # An order of the call itself: nothing to keep but the plan.
+            rows = order.rows_of_call(layout, call.q.detach(), call.k.detach(), call.key_mask, call.scale)
+            blocks = SequenceBlocks(layout, rows, *select.block, device)
+            return _Prepared(blocks, select.prepare(blocks))
+        key = (layout, device, order.variant(call.layer))
         # Two threads may run one transformer; the tables are built once.
         with self._lock:
             if key not in self._prepared:
-                select = self.recipe.select
-                assert not isinstance(select, DenseSelect)
-                rows = self.recipe.order.rows(layout, device, layer)
-                if rows is not None and rows.dim() == 2 and rows.shape[0] not in (1, heads):
+                fixed = order.rows(layout, device, call.layer)
+                heads = call.q.shape[2]
+                if fixed is not None and fixed.dim() == 2 and fixed.shape[0] not in (1, heads):
                     raise ValueError(
-                        f"The order of layer {layer} is for {rows.shape[0]} heads, the layer has {heads}."
+                        f"The order of layer {call.layer} is for {fixed.shape[0]} heads, the layer has "
+                        f"{heads}."
                     )
-                blocks = SequenceBlocks(layout, rows, *select.block, device)
+                blocks = SequenceBlocks(layout, fixed, *select.block, device)
                 self._prepared[key] = _Prepared(blocks, select.prepare(blocks))
             return self._prepared[key]
 

@@ -101,9 +101,18 @@ class SequenceBlocks:
 
     @cached_property
     def first_frame_k(self) -> torch.Tensor:
-        """bool ``[B|1, H|1, nk]``: key blocks with a token of the first latent frame."""
-        first = (self.latent_of_slot >= 0) & (self.coordinates[0] == 0)
+        """bool ``[B|1, H|1, nk]``: key blocks with a token of a video's first latent frame; none for an
+        image."""
+        first = (self.latent_of_slot >= 0) & (self.coordinates[0] == 0) & (self.layout.grid[0] > 1)
         return self._lead(self.any_in_block(first, self.block_k))
+
+    @cached_property
+    def extra_slots(self) -> torch.Tensor | None:
+        """int64 ``[n]``: slots of all tokens in the key blocks of :attr:`forced_k`; or None. They are the
+        same for all heads, since every order keeps other tokens than latents in their own order."""
+        if self.forced_k is None:
+            return None
+        return self.forced_k[0, 0].repeat_interleave(self.block_k)[: self.layout.seq_len].nonzero()[:, 0]
 
     @cached_property
     def latent_tokens(self) -> torch.Tensor:

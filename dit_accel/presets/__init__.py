@@ -11,7 +11,7 @@ from ..stages.schedule import Schedule
 from ..stages.select_dynamic import Pooled
 from ..stages.select_static import Window
 from .grid import clear, dina, gna, na, radial, sta
-from .searched import adaspa, sparge, sparsed
+from .searched import adaspa, pbs, sparge, sparsed, vmoba
 
 
 def dense() -> Recipe:
@@ -66,6 +66,8 @@ PRESETS: dict[str, Callable[..., Recipe]] = {
     "adaspa": adaspa,
     "sparsed": sparsed,
     "sparge": sparge,
+    "vmoba": vmoba,
+    "pbs": pbs,
     "na": na,
     "dina": dina,
     "gna": gna,

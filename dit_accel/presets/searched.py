@@ -3,7 +3,11 @@
 from __future__ import annotations
 
 from ..recipe import Recipe
+from ..stages.order_axes import Chunks
+from ..stages.order_sorted import SortedSegments
 from ..stages.schedule import Schedule
+from ..stages.select_dynamic import Pooled
+from ..stages.select_gate import GlobalGate
 from ..stages.select_gated import GatedPooled
 from ..stages.select_mass import FrozenMass, Mass
 
@@ -84,6 +88,74 @@ def sparge(
     )
 
 
+def vmoba(
+    threshold: float = 0.25,
+    dense_fraction: float = 0.25,
+    temporal: int = 1,
+    spatial: tuple[int, int] = (4, 4),
+    volume: tuple[int, int, int] = (4, 4, 4),
+    block: tuple[int, int] = (128, 64),
+) -> Recipe:
+    """VMoBA (arXiv 2506.23858): chunks in time, space and both in turn, and one threshold per head.
+
+    Defaults of the released code: threshold 0.25, per head ("head_global"), the first quarter of the steps
+    dense when nothing is trained. Chunk shapes are this package's.
+
+    Deviations: the gate is that of a query block's mean query, where the paper gates every query on its own,
+    and a key block stands for a chunk: about 64 tokens, where the paper has some 72 chunks in all, so the
+    choice is finer in keys and coarser in queries. Text takes no part in the gates and is read in full; a
+    key block may straddle two chunks at a ragged border; attention over own and chosen chunks is one
+    softmax, where the paper merges two by their log-sum-exp (the same numbers).
+
+    Args:
+        threshold, block: see :class:`~dit_accel.stages.select_gate.GlobalGate`.
+        dense_fraction: share of the denoising steps that stay dense at the start.
+        temporal, spatial, volume: see :class:`~dit_accel.stages.order_axes.Chunks`.
+    """
+    return Recipe(
+        order=Chunks(temporal=temporal, spatial=spatial, volume=volume),
+        select=GlobalGate(threshold=threshold, block=block),
+        schedule=Schedule(dense_fraction=dense_fraction),
+    )
+
+
+def pbs(
+    top_p: float = 0.9,
+    segment: tuple[int, int, int] = (4, 16, 16),
+    samples: int = 128,
+    dense_fraction: float = 0.2,
+    refresh_every: int = 1,
+) -> Recipe:
+    """PBS-Attn (arXiv 2510.21270): keys sorted by attention inside segments, then pooled selection.
+
+    Defaults of the paper: keep 0.9 of the pooled softmax mass, segments of 1024 tokens (here a 3-D tile of as
+    many). Samples, block sizes (128 queries, 64 keys; the paper has 128) and the dense phase are this
+    package's.
+
+    Deviations: there is no causality; a sample of queries over the whole grid stands for the paper's last
+    query block; queries are permuted with their keys, since a kernel call has one order; a query block always
+    reads its own tokens, but not all of its segment, and nothing makes the first token special.
+
+    Args:
+        top_p: softmax mass to keep.
+        segment, samples: see :class:`~dit_accel.stages.order_sorted.SortedSegments`.
+        dense_fraction: share of the denoising steps that stay dense at the start.
+        refresh_every: denoising steps that share one plan.
+    """
+    return Recipe(
+        order=SortedSegments(segment=segment, samples=samples),
+        select=Pooled(density=None, top_p=top_p),
+        schedule=Schedule(dense_fraction=dense_fraction, refresh_every=refresh_every),
+    )
+
+
 def _searches(search_at: tuple[float, ...]) -> Schedule:
     """Dense until the first search and during each; nothing is refreshed in between."""
-    return Schedule(dense_fraction=min(search_at), refresh_at=search_at, dense_refresh=True)
+    first = min(search_at)
+    return Schedule(
+        dense_fraction=first,
+        refresh_at=search_at,
+        dense_refresh=True,
+        # What a plan serves in a run of 50 steps, for a bare transformer, which knows no progress.
+        refresh_every=max(1, round(50 * (1 - first) / len(search_at))),
+    )

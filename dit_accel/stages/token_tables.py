@@ -69,8 +69,9 @@ def token_tables(blocks: SequenceBlocks, sees: Sees, sink_first_frame: bool = Fa
     """Work out a layout's kept block pairs, and the token masks of those at an edge.
 
     Latent queries see the latent keys that ``sees`` names, and with ``sink_first_frame`` the whole first
-    frame; every other token sees and is seen by all.
+    frame of a video; every other token sees and is seen by all.
     """
+    sink_first_frame = sink_first_frame and blocks.layout.grid[0] > 1
     if blocks.rows is None or blocks.rows.dim() == 1:
         return _tables_of([blocks], sees, sink_first_frame, None)
     # Heads that share an order share its tables.

@@ -113,12 +113,12 @@ def views(
     batch, seq_len, heads, dim = q.shape
     latent = np.zeros(seq_len, bool)
     latent[layout.latent_start : layout.latent_start + layout.num_latent] = True
-    orders = [list(range(seq_len))] * heads
-    if rows is not None:
-        orders = [rows.tolist()] * heads if rows.dim() == 1 else rows.tolist()
+    slots = torch.arange(seq_len) if rows is None else rows
+    of_batch = slots.expand(batch, heads, seq_len).tolist()
     out = []
     for b in range(batch):
         out.append([])
+        orders = of_batch[b]
         for h in range(heads):
             visible = np.ones(seq_len, bool) if key_mask is None else key_mask[b].numpy()
             q_blocks = [orders[h][n : n + block[0]] for n in range(0, seq_len, block[0])]
