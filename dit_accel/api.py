@@ -149,7 +149,7 @@ def _patch_transformer(
     handle.record(model.register_forward_hook(hooks.ClearAll(), always_call=True).remove)
     for index, (_, module) in enumerate(layers):
         handle.record(partial(setattr, module, "__class__", type(module)))
-        module.__class__ = hooks.patched_class(type(module))
+        module.__class__ = hooks.patched_class(type(module))  # type: ignore[arg-type]
         handle.record(module.register_forward_pre_hook(hooks.PublishLayer(session.id, index)).remove)
         handle.record(module.register_forward_hook(hooks.ClearLayer()).remove)
     if hasattr(model, "cache_context"):

@@ -5,15 +5,18 @@ from __future__ import annotations
 import threading
 from collections import Counter
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
 
-from .kernels import BlockMask, block_sparse_attention, choose_backend
+from .kernels import block_sparse_attention, choose_backend
 from .layout import StepContext, TokenLayout
-from .plan import AttentionPlan, SequenceBlocks
+from .plan import AttentionPlan, LayerMemory, SequenceBlocks
 from .recipe import Recipe
+from .stages.drift import BlockMeans
+from .stages.order_sorted import SortedSegments
+from .stages.select import Select
 from .stages.select_static import DenseSelect
 from .timing import Stopwatch
 
@@ -35,17 +38,20 @@ class _Prepared:
     """What a layout needs once: its blocks, and what a static selection worked out for them."""
 
     blocks: SequenceBlocks
-    rows: torch.Tensor | None
     tables: Any
 
 
-@dataclass(frozen=True, eq=False)
-class ObservedCall:
-    """One attention call as an observer sees it: tensors (B, S, H, D) after norms and rotary embedding.
+@dataclass(eq=False)
+class AttentionCall:
+    """One attention call: tensors (B, S, H, D) after norms and rotary embedding.
 
     Attributes:
+        layer: index of the self-attention layer.
+        step: where the call sits in the trajectory.
+        key_mask: bool ``[B, S]``, False for hidden keys.
+        scale: of the logits; None for the default.
         layout: of the sequence, or the reason why there is none.
-        plan: of a sparse call; None where the call was dense.
+        plan: what a sparse call ran; None for a dense one.
     """
 
     layer: int
@@ -56,7 +62,16 @@ class ObservedCall:
     key_mask: torch.Tensor | None
     scale: float | None
     layout: TokenLayout | str
-    plan: AttentionPlan | None
+    plan: AttentionPlan | None = None
+
+
+@dataclass(frozen=True, eq=False)
+class _KeptPlan:
+    """A plan, when it was made, and of which queries and keys where the schedule guards against drift."""
+
+    made: StepContext
+    plan: AttentionPlan
+    means: BlockMeans | None
 
 
 class Engine:
@@ -78,9 +93,10 @@ class Engine:
         self.sparse_time = Stopwatch()
         self.dense_time = Stopwatch()
         self.backends_used: dict[str, str] = {}
-        self.observer: Callable[[ObservedCall], None] | None = None
+        self.observer: Callable[[AttentionCall], None] | None = None
         self._prepared: dict[tuple[Any, ...], _Prepared] = {}
-        self._plans: dict[tuple[Any, ...], tuple[StepContext, AttentionPlan]] = {}
+        self._plans: dict[tuple[Any, ...], _KeptPlan] = {}
+        self._memories: dict[tuple[Any, ...], tuple[StepContext, LayerMemory]] = {}
         self._backend_choice: dict[tuple[Any, ...], str] = {}
         self._lock = threading.Lock()
 
@@ -108,23 +124,22 @@ class Engine:
             record: whether to count the call; False when a call is repeated for its gradients.
         """
         key_mask, reason = _key_mask(attn_mask, q)
-        if q.shape[2] != k.shape[2]:
-            reason = reason or f"grouped-query attention ({q.shape[2]} query and {k.shape[2]} key heads)"
-        reason = reason or self._dense_reason(layer, layout, step)
+        call = AttentionCall(layer, step, q, k, v, key_mask, scale, layout)
         book = self.records[layer] if record else LayerRecord("")
+        reason = reason or self._dense_reason(call)
         if reason is not None:
-            self._show(layer, step, q, k, v, key_mask, scale, layout, None)
-            book.dense_calls[reason] += 1
-            begin = self.dense_time.start(q.device)
-            out = dense()
-            self.dense_time.stop(begin, q.device)
-            return out
-        assert isinstance(layout, TokenLayout)
+            return self._run_dense(call, reason, dense, book)
         begin = self.plan_time.start(q.device)
-        plan = self._plan(layer, q, k, key_mask, scale, layout, step, book)
+        made, plan = self._plan(call, book)
         backend = self._choose_backend(q, k, v, plan)
         self.plan_time.stop(begin, q.device)
-        self._show(layer, step, q, k, v, key_mask, scale, layout, plan)
+        # A bare transformer has no trajectory, and a forward of it would search each time.
+        searching = step.index is not None and made.forward_id == step.forward_id
+        if self.recipe.schedule.dense_refresh and searching:
+            return self._run_dense(call, "search step", dense, book)
+        call.plan = plan
+        if self.observer is not None:
+            self.observer(call)
         begin = self.sparse_time.start(q.device)
         result = block_sparse_attention(
             q,
@@ -147,80 +162,108 @@ class Engine:
         return out
 
     def forget(self) -> None:
-        """Drop every plan and cached table."""
+        """Drop every plan, memory and cached table."""
         self._plans.clear()
+        self._memories.clear()
         self._prepared.clear()
 
-    def _show(self, layer: int, step: StepContext, *call: Any) -> None:
+    def _run_dense(
+        self, call: AttentionCall, reason: str, dense: Callable[[], torch.Tensor], book: LayerRecord
+    ) -> torch.Tensor:
         if self.observer is not None:
-            self.observer(ObservedCall(layer, step, *call))
+            self.observer(call)
+        book.dense_calls[reason] += 1
+        begin = self.dense_time.start(call.q.device)
+        out = dense()
+        self.dense_time.stop(begin, call.q.device)
+        return out
 
-    def _dense_reason(self, layer: int, layout: TokenLayout | str, step: StepContext) -> str | None:
+    def _dense_reason(self, call: AttentionCall) -> str | None:
         if isinstance(self.recipe.select, DenseSelect):
             return "recipe is dense"
-        if isinstance(layout, str):
-            return layout
-        if layout.seq_len < self.min_tokens:
-            return f"{layout.seq_len} tokens, too few to gain (below {self.min_tokens})"
-        return self.recipe.schedule.dense_reason(step, layer, len(self.records))
+        if isinstance(call.layout, str):
+            return call.layout
+        if call.q.shape[2] != call.k.shape[2]:
+            return f"grouped-query attention ({call.q.shape[2]} query and {call.k.shape[2]} key heads)"
+        if call.layout.seq_len < self.min_tokens:
+            return f"{call.layout.seq_len} tokens, too few to gain (below {self.min_tokens})"
+        return self.recipe.schedule.dense_reason(call.step, call.layer, len(self.records))
 
-    def _plan(
-        self,
-        layer: int,
-        q: torch.Tensor,
-        k: torch.Tensor,
-        key_mask: torch.Tensor | None,
-        scale: float | None,
-        layout: TokenLayout,
-        step: StepContext,
-        book: LayerRecord,
-    ) -> AttentionPlan:
-        select = self.recipe.select
-        assert not isinstance(select, DenseSelect)
-        prepared = self._prepare(layout, q.device)
+    def _plan(self, call: AttentionCall, book: LayerRecord) -> tuple[StepContext, AttentionPlan]:
+        """The plan of a call, and when it was made."""
+        assert isinstance(call.layout, TokenLayout)
+        layout, device = call.layout, call.q.device
+        q, k = call.q.detach(), call.k.detach()
+        select, schedule = self._selection(call.step), self.recipe.schedule
         if select.is_static:
-            # One plan serves all layers; a prompt's padding can change it, so it is kept only without any.
-            key: tuple[Any, ...] = (layout, q.device)
-            keep = key_mask is None
+            # One plan serves all layers of one order; a prompt's padding can change it, so it is kept only
+            # without any.
+            key: tuple[Any, ...] = (layout, device, self.recipe.order.variant(call.layer))
+            keep = call.key_mask is None
         else:
-            key = (layer, step.branch, layout, q.shape[0], q.device)
-            keep = self.recipe.schedule.keeps_plans
-        if keep and key in self._plans:
-            made, plan = self._plans[key]
-            if select.is_static or not self.recipe.schedule.needs_plan(step, made):
-                return plan
+            key = (call.layer, call.step.branch, layout, call.q.shape[0], device)
+            keep = schedule.keeps_plans
+        kept = self._plans.get(key) if keep else None
+        guarded = keep and schedule.drift_bound is not None and not select.is_static
+        means = None
         with torch.no_grad():
-            mask = self._select(prepared, q.detach(), k.detach(), key_mask, scale)
-        plan = AttentionPlan(rows=prepared.rows, mask=mask)
+            if kept is not None and (select.is_static or not schedule.needs_plan(call.step, kept.made)):
+                if kept.means is None or call.step.forward_id == kept.made.forward_id:
+                    return kept.made, kept.plan
+                means = BlockMeans.of(q, k, call.key_mask, select.block)
+                assert schedule.drift_bound is not None
+                if bool(means.change_since(kept.means) <= schedule.drift_bound):
+                    return kept.made, kept.plan
+            memory = None if select.is_static else self._memory(key, call.step)
+            prepared = self._prepare(call)
+            mask = select.select(prepared.blocks, prepared.tables, q, k, call.key_mask, call.scale, memory)
+            if guarded and means is None:
+                means = BlockMeans.of(q, k, call.key_mask, select.block)
+        plan = AttentionPlan(rows=prepared.blocks.kernel_rows, mask=mask)
         if keep:
-            self._plans[key] = (step, plan)
+            self._plans[key] = _KeptPlan(call.step, plan, means)
         book.plans_made += 1
-        return plan
+        return call.step, plan
 
-    def _select(
-        self,
-        prepared: _Prepared,
-        q: torch.Tensor,
-        k: torch.Tensor,
-        key_mask: torch.Tensor | None,
-        scale: float | None,
-    ) -> BlockMask:
+    def _selection(self, step: StepContext) -> Select:
+        """The recipe's selection with the density that its schedule asks for at this step."""
         select = self.recipe.select
         assert not isinstance(select, DenseSelect)
-        return select.select(prepared.blocks, prepared.tables, q, k, key_mask, scale)
+        density = self.recipe.schedule.density(step)
+        return select if density is None else replace(select, density=density)  # type: ignore[type-var]
 
-    def _prepare(self, layout: TokenLayout, device: torch.device) -> _Prepared:
-        key = (layout, device)
+    def _memory(self, key: tuple[Any, ...], step: StepContext) -> LayerMemory:
+        """The layer's memory of this run: empty in a new run, and always without a pipeline."""
+        if step.index is None:
+            return LayerMemory()
+        last, memory = self._memories.get(key, (step, LayerMemory()))
+        if last.index is None or step.index < last.index:
+            memory = LayerMemory()
+        self._memories[key] = (step, memory)
+        return memory
+
+    def _prepare(self, call: AttentionCall) -> _Prepared:
+        assert isinstance(call.layout, TokenLayout)
+        layout, device, order, select = call.layout, call.q.device, self.recipe.order, self.recipe.select
+        assert not isinstance(select, DenseSelect)
+        if isinstance(order, SortedSegments):
+            # An order of the call itself: nothing to keep but the plan.
+            rows = order.rows_of_call(layout, call.q.detach(), call.k.detach(), call.key_mask, call.scale)
+            blocks = SequenceBlocks(layout, rows, *select.block, device)
+            return _Prepared(blocks, select.prepare(blocks))
+        key = (layout, device, order.variant(call.layer))
         # Two threads may run one transformer; the tables are built once.
         with self._lock:
             if key not in self._prepared:
-                select = self.recipe.select
-                assert not isinstance(select, DenseSelect)
-                rows = self.recipe.order.rows(layout, device)
-                blocks = SequenceBlocks(layout, rows, *select.block, device)
-                self._prepared[key] = _Prepared(
-                    blocks, None if rows is None else rows[None, None], select.prepare(blocks)
-                )
+                fixed = order.rows(layout, device, call.layer)
+                heads = call.q.shape[2]
+                if fixed is not None and fixed.dim() == 2 and fixed.shape[0] not in (1, heads):
+                    raise ValueError(
+                        f"The order of layer {call.layer} is for {fixed.shape[0]} heads, the layer has "
+                        f"{heads}."
+                    )
+                blocks = SequenceBlocks(layout, fixed, *select.block, device)
+                self._prepared[key] = _Prepared(blocks, select.prepare(blocks))
             return self._prepared[key]
 
     def _choose_backend(self, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, plan: AttentionPlan) -> str:

@@ -9,16 +9,41 @@ from dataclasses import dataclass, field, fields, replace
 from typing import Any
 
 from .stages.compensate import COMPENSATIONS, NoCompensation
-from .stages.order import ORDERS, Raster, Tiles
+from .stages.order import Order, Raster, Tiles
+from .stages.order_axes import AxisOrder, Chunks
+from .stages.order_curve import Curve
+from .stages.order_sorted import SortedSegments
 from .stages.precision import PRECISIONS, ModelDtype
 from .stages.schedule import SCHEDULES, Schedule
+from .stages.select import Select
 from .stages.select_dynamic import Pooled
+from .stages.select_gate import GlobalGate
+from .stages.select_gated import GatedPooled
+from .stages.select_grid import Circle, Radial, TileWindow
+from .stages.select_mass import FrozenMass, Mass
+from .stages.select_rectified import Reallocated
 from .stages.select_static import DenseSelect, Window
 
-SELECTS: dict[str, type[DenseSelect] | type[Window] | type[Pooled]] = {
+ORDERS: dict[str, type[Order]] = {
+    "raster": Raster,
+    "tiles": Tiles,
+    "axes": AxisOrder,
+    "chunks": Chunks,
+    "curve": Curve,
+    "sorted": SortedSegments,
+}
+SELECTS: dict[str, type[DenseSelect] | type[Select]] = {
     "dense": DenseSelect,
     "window": Window,
     "pooled": Pooled,
+    "gated_pooled": GatedPooled,
+    "mass": Mass,
+    "frozen_mass": FrozenMass,
+    "global_gate": GlobalGate,
+    "reallocated": Reallocated,
+    "tile_window": TileWindow,
+    "circle": Circle,
+    "radial": Radial,
 }
 AXES: dict[str, Mapping[str, type[Any]]] = {
     "order": ORDERS,
@@ -41,8 +66,8 @@ class Recipe:
         schedule: when attention is dense, and when a plan is made anew.
     """
 
-    order: Raster | Tiles = field(default_factory=Raster)
-    select: DenseSelect | Window | Pooled = field(default_factory=DenseSelect)
+    order: Order = field(default_factory=Raster)
+    select: DenseSelect | Select = field(default_factory=DenseSelect)
     compensate: NoCompensation = field(default_factory=NoCompensation)
     precision: ModelDtype = field(default_factory=ModelDtype)
     schedule: Schedule = field(default_factory=Schedule)
@@ -53,6 +78,15 @@ class Recipe:
             if type(value) not in kinds.values():
                 allowed = ", ".join(kind.__name__ for kind in kinds.values())
                 raise TypeError(f"Recipe.{axis} must be one of {allowed}, got {value!r}.")
+        if isinstance(self.order, SortedSegments) and self.select.is_static:
+            raise ValueError(
+                "An order that follows the attention of a call needs a selection that does so too, got "
+                f"{type(self.select).__name__}."
+            )
+        if self.schedule.density_points and not hasattr(self.select, "density"):
+            raise ValueError(
+                f"schedule.density_points need a selection with a density, got {type(self.select).__name__}."
+            )
 
     def with_fields(self, changes: Mapping[str, Any]) -> Recipe:
         """A copy with single fields changed, by dotted name, e.g. ``{"select.density": 0.1}``.
@@ -64,15 +98,15 @@ class Recipe:
             ValueError: unknown axis, kind or field, or a value that the field does not allow.
         """
         # Kinds first, so that fields apply to the kind that stays.
-        recipe = self
+        stages = {axis: getattr(self, axis) for axis in AXES}
         for name, value in sorted(changes.items(), key=lambda item: "." in item[0]):
             axis, _, field_name = name.partition(".")
-            if axis not in AXES:
-                raise ValueError(f"Unknown axis {axis!r}; the axes are {', '.join(AXES)}.")
-            stage = getattr(recipe, axis)
-            stage = _replace_fields(axis, stage, {field_name: value}) if field_name else _kind(axis, value)()
-            recipe = replace(recipe, **{axis: stage})
-        return recipe
+            _check_axis(axis)
+            if field_name:
+                stages[axis] = _replace_fields(axis, stages[axis], {field_name: value})
+            else:
+                stages[axis] = _kind(axis, value)()
+        return Recipe(**stages)
 
     def to_dict(self) -> dict[str, dict[str, Any]]:
         """Plain data for JSON; the inverse of :meth:`from_dict`."""
@@ -91,14 +125,17 @@ class Recipe:
         Raises:
             ValueError: unknown axis, kind or field.
         """
-        recipe = cls()
+        stages = {}
         for axis, values in data.items():
-            if axis not in AXES:
-                raise ValueError(f"Unknown axis {axis!r}; the axes are {', '.join(AXES)}.")
-            stage = _kind(axis, values.get("kind"))()
+            _check_axis(axis)
             changes = {name: value for name, value in values.items() if name != "kind"}
-            recipe = replace(recipe, **{axis: _replace_fields(axis, stage, changes)})
-        return recipe
+            stages[axis] = _replace_fields(axis, _kind(axis, values.get("kind"))(), changes)
+        return cls(**stages)
+
+
+def _check_axis(axis: str) -> None:
+    if axis not in AXES:
+        raise ValueError(f"Unknown axis {axis!r}; the axes are {', '.join(AXES)}.")
 
 
 def _kind(axis: str, name: Any) -> type[Any]:
@@ -130,11 +167,14 @@ def _read(name: str, value: Any, hint: Any) -> Any:
             raise ValueError(
                 f"{name} must be a Python literal such as 0.2 or (4, 4, 4), got {value!r}."
             ) from None
-    if isinstance(value, list):
-        value = tuple(value)
+    value = _as_tuples(value)
     if not _matches(value, hint):
         raise ValueError(f"{name} must be {_spell(hint)}, got {value!r}.")
     return value
+
+
+def _as_tuples(value: Any) -> Any:
+    return tuple(map(_as_tuples, value)) if isinstance(value, list) else value
 
 
 def _matches(value: Any, hint: Any) -> bool:

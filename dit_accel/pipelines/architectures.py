@@ -1,7 +1,7 @@
 """Real transformer architectures with random weights, built where they run: nothing is downloaded.
 
-For measuring speed: the time of a forward depends on shapes and dtypes, not on what the weights have learned. Configs
-are those of the published checkpoints, as diffusers' conversion scripts and class defaults give them.
+For measuring speed: the time of a forward depends on shapes and dtypes, not on what the weights have learned.
+Configs are those of the published checkpoints, as diffusers' conversion scripts and class defaults give them.
 """
 
 from __future__ import annotations

@@ -44,9 +44,7 @@ def check_files(folder: Path) -> None:
     for name, expected in digests.items():
         file = folder / name
         if not file.is_file():
-            raise FileNotFoundError(
-                f"The embedded model is incomplete: {file} is missing. Install dit-accel again."
-            )
+            raise FileNotFoundError(f"The embedded model is incomplete: {file} is missing. Install dit-accel again.")
         found = hashlib.sha256(file.read_bytes()).hexdigest()
         if found != expected:
             raise ValueError(

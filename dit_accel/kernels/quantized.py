@@ -1,0 +1,164 @@
+"""Public quantised block-sparse attention (inference only)."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+
+import torch
+
+from . import capability
+from .block_mask import BlockMask
+from .block_sparse import block_sparse_attention, validate
+from .quantize import PRECISIONS, QuantizedInputs, dequantize, reference_quantize
+
+QUANTIZED_BACKENDS = ("auto", "triton", "torch", "reference")
+
+
+def quantized_block_sparse_attention(
+    q: torch.Tensor,
+    k: torch.Tensor,
+    v: torch.Tensor,
+    mask: BlockMask,
+    *,
+    precision: str = "int8",
+    rows: torch.Tensor | None = None,
+    key_mask: torch.Tensor | None = None,
+    scale: float | None = None,
+    smooth_k: bool = True,
+    smooth_q: bool = False,
+    return_lse: bool = False,
+    backend: str = "auto",
+    quantized: QuantizedInputs | None = None,
+) -> torch.Tensor | tuple[torch.Tensor, torch.Tensor]:
+    """:func:`~dit_accel.kernels.block_sparse_attention` in 8-bit arithmetic; no gradients.
+
+    INT8 queries (a scale per token) and keys (a scale per block) after subtracting the mean key, as
+    SageAttention (arXiv 2410.02367, 2411.10958); the log-sum-exp is corrected for the subtraction.
+
+    Args:
+        precision: ``"int8"`` keeps values and weights in the input dtype; ``"int8_fp8"`` has both in e4m3.
+        smooth_k: subtract the mean key, which removes channel offsets at no loss.
+        smooth_q: subtract each query block's mean too; its share of the logits is added back in float32.
+        backend: ``"triton"``, or the same quantised numbers in float32 on ``"torch"`` (any device, no faster
+            than ``block_sparse_attention``) or ``"reference"`` (quadratic); ``"auto"``: the first that runs.
+        quantized: what :func:`quantize_inputs` made of the same q, k, v, rows and block sizes, to reuse it.
+
+    Other arguments, results and errors are those of ``block_sparse_attention``. ``scale`` must be positive.
+    """
+    validate(q, k, v, mask, rows, key_mask)
+    if precision not in PRECISIONS:
+        raise ValueError(f"precision must be one of {', '.join(PRECISIONS)}, got {precision!r}.")
+    scale = 1.0 / math.sqrt(q.shape[-1]) if scale is None else float(scale)
+    if not scale > 0:
+        raise ValueError(f"scale must be positive for quantised attention, got {scale}.")
+    if backend not in QUANTIZED_BACKENDS:
+        raise ValueError(f"backend must be one of {', '.join(QUANTIZED_BACKENDS)}, got {backend!r}.")
+    reason = why_not_quantized(q, mask, precision)
+    if backend == "triton" and reason is not None:
+        raise RuntimeError(f"Backend 'triton' cannot run this call: {reason}.")
+    if backend == "auto":
+        backend = "triton" if reason is None and q.is_cuda else "torch"
+    with torch.no_grad():
+        if quantized is None:
+            make = _prologue(backend == "triton")
+            quantized = make(
+                q,
+                k,
+                v,
+                mask.block_q,
+                mask.block_k,
+                precision=precision,
+                rows=rows,
+                smooth_k=smooth_k,
+                smooth_q=smooth_q,
+            )
+        if backend == "triton":
+            from .triton_quantized import quantized_forward
+
+            out, lse = quantized_forward(quantized, mask, rows, key_mask, scale, q.shape[2], q.dtype)
+        else:
+            out, lse = _emulate(quantized, mask, rows, key_mask, scale, backend)
+            out = out.to(q.dtype)
+    return (out, lse) if return_lse else out
+
+
+def quantize_inputs(
+    q: torch.Tensor,
+    k: torch.Tensor,
+    v: torch.Tensor,
+    block_q: int,
+    block_k: int,
+    *,
+    precision: str = "int8",
+    rows: torch.Tensor | None = None,
+    smooth_k: bool = True,
+    smooth_q: bool = False,
+) -> QuantizedInputs:
+    """Quantise ``[B, S, H, D]`` inputs once, for selection (block means) and attention alike.
+
+    On a GPU one fused pass (after one over k for its mean, and v for FP8 scales), elsewhere plain torch.
+    Arguments are those of :func:`quantized_block_sparse_attention`; block sizes are the mask's.
+    """
+    return _prologue(q.is_cuda)(
+        q,
+        k,
+        v,
+        block_q,
+        block_k,
+        precision=precision,
+        rows=rows,
+        smooth_k=smooth_k,
+        smooth_q=smooth_q,
+    )
+
+
+def why_not_quantized(q: torch.Tensor, mask: BlockMask, precision: str) -> str | None:
+    """Why the Triton kernels cannot run a quantised call, or None if they can."""
+    reason = capability.why_not_triton(q, mask)
+    if reason is None and (mask.block_q < 32 or mask.block_k < 32):
+        reason = f"8-bit products need blocks of at least 32, got {mask.block_q}x{mask.block_k}"
+    if reason is None and precision == "int8_fp8" and q.is_cuda:
+        major, minor = torch.cuda.get_device_capability(q.device)
+        if (major, minor) < (8, 9):
+            reason = f"FP8 needs compute capability 8.9 or newer, got {major}.{minor}"
+    return reason
+
+
+def _prologue(fused: bool) -> Callable[..., QuantizedInputs]:
+    if not fused:
+        return reference_quantize
+    from . import triton_quantize
+
+    return triton_quantize.quantize_inputs
+
+
+def _emulate(
+    quantized: QuantizedInputs,
+    mask: BlockMask,
+    rows: torch.Tensor | None,
+    key_mask: torch.Tensor | None,
+    scale: float,
+    backend: str,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Float32 attention of the dequantised inputs; unlike the kernels it does not round the weights."""
+    q, k, v = dequantize(quantized, mask.block_q, mask.block_k)
+    if quantized.smooth_q:
+        q = q + quantized.q_mean.repeat_interleave(mask.block_q, 2)
+    q, k, v = q[:, :, : mask.q_len], k[:, :, : mask.kv_len], v[:, :, : mask.kv_len]
+    shift = quantized.q_shift[:, :, : mask.q_len] * scale
+    if rows is not None:
+        index = rows.long().expand(q.shape[:3])
+        wide = index[..., None].expand_as(q)
+        q, k, v = (torch.empty_like(x).scatter_(2, wide, x) for x in (q, k, v))
+        shift = torch.empty_like(shift).scatter_(2, index, shift)
+    out, lse = block_sparse_attention(
+        *(x.transpose(1, 2) for x in (q, k, v)),
+        mask,
+        rows=rows,
+        key_mask=key_mask,
+        scale=scale,
+        return_lse=True,
+        backend=backend,
+    )
+    return out, lse + shift
