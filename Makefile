@@ -6,7 +6,7 @@ VENV ?= .venv
 TORCH ?= torch==2.13.0
 PROMPT ?= a red fox running over green grass
 BIN := $(VENV)/bin
-INSTALL := $(BIN)/python -m pip install --disable-pip-version-check -q -c constraints.txt
+INSTALL := $(BIN)/python -m pip install --disable-pip-version-check -qq -c constraints.txt
 
 .PHONY: demo test test-gpu lint clean
 
@@ -31,7 +31,7 @@ clean:
 $(VENV)/.torch: constraints.txt
 	$(PYTHON) -c "import sys; sys.exit(sys.version_info < (3, 10) and 'dit-accel needs Python 3.10 or newer.')"
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
-	$(BIN)/python -m pip install --disable-pip-version-check -q --upgrade pip
+	$(BIN)/python -m pip install --disable-pip-version-check -qq --upgrade pip
 	# torch first and alone, so that nothing else decides which build is taken.
 	$(INSTALL) $(TORCH)
 	touch $@

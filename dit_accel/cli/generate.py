@@ -71,16 +71,11 @@ def generate(
     number = read_dtype(dtype, target)
 
     from ..api import patch
-    from ..pipelines.builtin import builtins
     from ..pipelines.generate import generate as run
     from ..pipelines.generate import makes_video, output_path, save
-    from ..pipelines.load import load
+    from .model import open_model
 
-    offered = builtins()
-    name = model or next(iter(offered))
-    builtin = offered.get(name)
-    _say(f"{name}: {builtin.description}" if builtin else f"Loading {name}", as_json)
-    pipe = load(name, dtype=number, device=target)
+    name, builtin, pipe = open_model(model, number, target, quiet=as_json)
     default = Path("outputs") / f"{name.strip('./').replace('/', '--')}-{seed}"
     path = output_path(out or default, makes_video(pipe))
     arguments: dict[str, Any] = {"negative_prompt": negative_prompt}

@@ -56,7 +56,7 @@ def block_sparse_attention(
         RuntimeError: the named backend cannot run the call; the message says why.
     """
     validate(q, k, v, mask, rows, key_mask)
-    name, _ = choose_backend(q, k, v, mask, backend=backend)
+    name, _ = choose_backend(q, k, v, mask, rows=rows, backend=backend)
     scale = 1.0 / math.sqrt(q.shape[-1]) if scale is None else float(scale)
     if name == "triton":
         from .triton_attention import triton_attention
@@ -84,12 +84,13 @@ def choose_backend(
     v: torch.Tensor,
     mask: BlockMask,
     *,
+    rows: torch.Tensor | None = None,
     backend: str = "auto",
 ) -> tuple[str, str]:
     """Name the backend that :func:`block_sparse_attention` uses for a call, and say why.
 
     Returns:
-        ``(name, reason)``; for ``"auto"`` the reason lists why faster backends were passed over.
+        ``(name, reason)``; the reason lists why faster backends and kernels were passed over.
 
     Raises:
         ValueError: unknown backend name.
@@ -101,16 +102,29 @@ def choose_backend(
         reason = _PREDICATES[backend](q, mask)
         if reason is not None:
             raise RuntimeError(f"Backend {backend!r} cannot run this call: {reason}.")
-        return backend, "asked for by name"
+        return backend, "; ".join(["asked for by name", *_kernel(backend, q, k, v, mask, rows)])
     passed_over = []
     for name, predicate in _PREDICATES.items():
         reason = predicate(q, mask)
         if reason is None and name == "triton" and q.device.type != "cuda":
             reason = "the interpreter is for tests, ask for it by name"
         if reason is None:
+            passed_over.extend(_kernel(name, q, k, v, mask, rows))
             return name, "; ".join(passed_over) or "the fastest that runs here"
         passed_over.append(f"{name}: {reason}")
     raise RuntimeError(f"No backend can run this call: {'; '.join(passed_over)}.")
+
+
+def _kernel(
+    name: str, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, mask: BlockMask, rows: torch.Tensor | None
+) -> list[str]:
+    """What the Triton backend has to say about its choice of kernel; nothing when it is the fastest."""
+    if name != "triton":
+        return []
+    from .variants import why_not_hopper_half
+
+    reason = why_not_hopper_half(q, k, v, mask, rows)
+    return [] if reason is None else [f"portable kernel, not the Hopper one: {reason}"]
 
 
 def validate(

@@ -23,7 +23,7 @@ import torch
 import torch.nn.functional as F
 
 from .block_mask import BlockMask
-from .selection import Impl, gather_mask, gather_rows, use_triton
+from .selection import Impl, gather_mask, gather_rows, tile_obstacle, use_triton
 
 FeatureMap = Literal["softmax", "elu", "relu"]
 FEATURE_MAPS = ("softmax", "elu", "relu")
@@ -115,7 +115,7 @@ def linear_branch(
     """
     check_linear(q, k, v, critical, negligible, feature_map)
     k_rows = rows if k_rows is None else k_rows
-    if use_triton(impl, q.device):
+    if use_triton(impl, q.device, linear_obstacle(impl, q, critical)):
         from .triton_linear_backward import linear_branch_triton
 
         return linear_branch_triton(q, k, v, critical, negligible, feature_map, rows, k_rows, key_mask, eps)
@@ -169,7 +169,7 @@ def add_linear_branch(
     check_linear(q, k, v, critical, negligible, feature_map)
     k_rows = rows if k_rows is None else k_rows
     with torch.no_grad():
-        if use_triton(impl, q.device):
+        if use_triton(impl, q.device, linear_obstacle(impl, q, critical)):
             from .triton_linear import linear_forward
 
             return linear_forward(
@@ -184,6 +184,17 @@ def add_linear_branch(
         equation = "bshd,ed->bshe" if weight.dim() == 2 else "bshd,hed->bshe"
         branch = torch.einsum(equation, branch, weight)
         return out.add_(branch if bias is None else branch + bias.to(branch.dtype))
+
+
+def linear_obstacle(impl: Impl, q: torch.Tensor, critical: BlockMask | None) -> str | None:
+    """Why the kernels cannot, or with "auto" should not, take this call; None if they can."""
+    dim = q.shape[-1]
+    if dim > 128:
+        return f"Head dim must be at most 128 for the linear branch's Triton kernels, got {dim}."
+    if impl == "auto" and q.dtype == torch.float32 and dim > 64:
+        return "Exact float32 tiles of this head dim spill registers and take minutes to compile."
+    blocks = (128, 64) if critical is None else (critical.block_q, critical.block_k)
+    return tile_obstacle(q, *blocks)
 
 
 def check_linear(

@@ -28,11 +28,26 @@ WEIGHT_ONE = 1 << 28
 MAX_BLOCKS = 16_384
 
 
-def use_triton(impl: Impl, device: torch.device) -> bool:
-    """Whether ``impl`` means the Triton kernel for tensors on ``device``."""
+def use_triton(impl: Impl, device: torch.device, obstacle: str | None = None) -> bool:
+    """Whether ``impl`` means the Triton kernel for tensors on ``device``.
+
+    ``obstacle`` says what the kernel cannot do about this call: "auto" then takes torch, "triton" raises it.
+    """
     if impl not in ("auto", "torch", "triton"):
         raise ValueError(f"impl must be 'auto', 'torch' or 'triton', got {impl!r}.")
-    return impl == "triton" or (impl == "auto" and device.type == "cuda")
+    if impl == "triton" and obstacle is not None:
+        raise ValueError(obstacle)
+    return impl == "triton" or (impl == "auto" and device.type == "cuda" and obstacle is None)
+
+
+def tile_obstacle(x: torch.Tensor, block_q: int, block_k: int) -> str | None:
+    """Why kernels that multiply whole tiles cannot take ``x`` in these blocks; None if they can."""
+    if x.dtype not in (torch.float16, torch.bfloat16, torch.float32):
+        return f"The Triton kernel takes float16, bfloat16 or float32, got {x.dtype}."
+    for name, block in (("block_q", block_q), ("block_k", block_k)):
+        if block < 16 or block & (block - 1):
+            return f"{name} must be a power of two from 16 for the Triton kernel, got {block}."
+    return None
 
 
 def gather_rows(x: torch.Tensor, rows: torch.Tensor | None) -> torch.Tensor:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import hashlib
 import json
 import random
 import time
@@ -59,6 +60,9 @@ def export_pipeline(ema: Path, vae: Path, out: Path, layers: int, heads: int, he
     values = json.loads(config.read_text())
     values.pop("_name_or_path", None)
     config.write_text(json.dumps(values, indent=2, sort_keys=True) + "\n")
+    files = sorted(f for f in out.rglob("*") if f.is_file() and f.name != "checksums.json")
+    digests = {f.relative_to(out).as_posix(): hashlib.sha256(f.read_bytes()).hexdigest() for f in files}
+    (out / "checksums.json").write_text(json.dumps(digests, indent=2) + "\n")
 
 
 def generate(

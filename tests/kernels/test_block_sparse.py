@@ -1,5 +1,8 @@
 """The public operation on the reference and gather backends against an independent fp64 oracle."""
 
+import subprocess
+import sys
+
 import pytest
 import torch
 
@@ -261,6 +264,11 @@ def test_bad_input_is_named(change, message):
     call = {"q": q, "k": k, "v": v, "mask": mask, **change}
     with pytest.raises(ValueError, match=message):
         block_sparse_attention(**call)
+
+
+def test_import_takes_no_triton():
+    code = "import sys, dit_accel.kernels; sys.exit('triton' in sys.modules)"
+    assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0
 
 
 def test_mask_with_wrong_heads_is_named():
