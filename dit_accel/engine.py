@@ -259,8 +259,7 @@ class Engine:
                 heads = call.q.shape[2]
                 if fixed is not None and fixed.dim() == 2 and fixed.shape[0] not in (1, heads):
                     raise ValueError(
-                        f"The order of layer {call.layer} is for {fixed.shape[0]} heads, the layer has "
-                        f"{heads}."
+                        f"The order of layer {call.layer} is for {fixed.shape[0]} heads, the layer has {heads}."
                     )
                 blocks = SequenceBlocks(layout, fixed, *select.block, device)
                 self._prepared[key] = _Prepared(blocks, select.prepare(blocks))

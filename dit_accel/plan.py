@@ -71,9 +71,7 @@ class SequenceBlocks:
     @cached_property
     def latent_of_slot(self) -> torch.Tensor:
         """int64, shape of ``rows``: raster index on the grid of each slot's token, or -1 for any other."""
-        tokens = (
-            torch.arange(self.layout.seq_len, device=self.device) if self.rows is None else self.rows.long()
-        )
+        tokens = torch.arange(self.layout.seq_len, device=self.device) if self.rows is None else self.rows.long()
         latent = tokens - self.layout.latent_start
         return torch.where((latent >= 0) & (latent < self.layout.num_latent), latent, -1)
 

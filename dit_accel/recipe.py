@@ -22,6 +22,7 @@ from .stages.select_gated import GatedPooled
 from .stages.select_grid import Circle, Radial, TileWindow
 from .stages.select_mass import FrozenMass, Mass
 from .stages.select_rectified import Reallocated
+from .stages.select_sampled import Sampled
 from .stages.select_static import DenseSelect, Window
 
 ORDERS: dict[str, type[Order]] = {
@@ -41,6 +42,7 @@ SELECTS: dict[str, type[DenseSelect] | type[Select]] = {
     "frozen_mass": FrozenMass,
     "global_gate": GlobalGate,
     "reallocated": Reallocated,
+    "sampled": Sampled,
     "tile_window": TileWindow,
     "circle": Circle,
     "radial": Radial,
@@ -151,9 +153,7 @@ def _replace_fields(axis: str, stage: Any, changes: Mapping[str, Any]) -> Any:
     for name in changes:
         if name not in known:
             allowed = ", ".join(known) or "none"
-            raise ValueError(
-                f"{type(stage).__name__} ({axis}) has no field {name!r}; its fields are {allowed}."
-            )
+            raise ValueError(f"{type(stage).__name__} ({axis}) has no field {name!r}; its fields are {allowed}.")
     values = {name: _read(f"{axis}.{name}", value, types[name]) for name, value in changes.items()}
     return replace(stage, **values)
 
@@ -164,9 +164,7 @@ def _read(name: str, value: Any, hint: Any) -> Any:
         try:
             value = ast.literal_eval(value)
         except (ValueError, SyntaxError):
-            raise ValueError(
-                f"{name} must be a Python literal such as 0.2 or (4, 4, 4), got {value!r}."
-            ) from None
+            raise ValueError(f"{name} must be a Python literal such as 0.2 or (4, 4, 4), got {value!r}.") from None
     value = _as_tuples(value)
     if not _matches(value, hint):
         raise ValueError(f"{name} must be {_spell(hint)}, got {value!r}.")

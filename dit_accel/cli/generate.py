@@ -40,9 +40,7 @@ def generate(
     ] = None,
     negative_prompt: Annotated[str | None, typer.Option(help="What to avoid.")] = None,
     size: Annotated[str | None, typer.Option(metavar="WxH", help="Pixels. Default: the model's.")] = None,
-    frames: Annotated[
-        int | None, typer.Option(min=1, help="Frames of a video. Default: the model's.")
-    ] = None,
+    frames: Annotated[int | None, typer.Option(min=1, help="Frames of a video. Default: the model's.")] = None,
     steps: Annotated[int | None, typer.Option(min=1, help="Denoising steps. Default: the model's.")] = None,
     guidance: Annotated[float | None, typer.Option(help="Guidance scale. Default: the model's.")] = None,
     seed: Annotated[int, typer.Option(help="Of the noise.")] = 0,
@@ -55,9 +53,7 @@ def generate(
     compare_dense: Annotated[
         bool, typer.Option("--compare-dense", help="Also generate dense with the same seed, and compare.")
     ] = False,
-    out: Annotated[
-        Path | None, typer.Option(help="File to write (.mp4 or .png). Default: outputs/MODEL-SEED.")
-    ] = None,
+    out: Annotated[Path | None, typer.Option(help="File to write (.mp4 or .png). Default: outputs/MODEL-SEED.")] = None,
     dtype: DtypeOption = None,
     device: DeviceOption = None,
     as_json: JsonOption = False,

@@ -73,7 +73,5 @@ def inspect(
         print(json.dumps(asdict(found), indent=2))
         return
     for order in sorted({finding.order for finding in found.findings}):
-        print(
-            f"{order}: {found.target:.0%} of the mass lies in {found.mean_density(order):.3f} of the blocks"
-        )
+        print(f"{order}: {found.target:.0%} of the mass lies in {found.mean_density(order):.3f} of the blocks")
     print(f"{out} holds the maps, masks and tables.")

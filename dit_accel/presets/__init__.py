@@ -86,8 +86,7 @@ def resolve(recipe: Recipe | str, **options: Any) -> Recipe:
     if isinstance(recipe, Recipe):
         if options:
             raise ValueError(
-                f"Options {sorted(options)} go with a preset's name; "
-                "change a Recipe with recipe.with_fields(...)."
+                f"Options {sorted(options)} go with a preset's name; change a Recipe with recipe.with_fields(...)."
             )
         return recipe
     if recipe not in PRESETS:

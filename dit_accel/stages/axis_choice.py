@@ -96,18 +96,14 @@ def measure_axes(
         mask = None if hidden is None else hidden[..., latents][..., order]
         found = [
             _tile_figures(torch.exp(logits(part, columns, mask) - norm[..., None]), tile, negligible, share)
-            for part, norm in zip(
-                queries[:, :, order].split(rows, 2), lse[:, :, order].split(rows, 2), strict=True
-            )
+            for part, norm in zip(queries[:, :, order].split(rows, 2), lse[:, :, order].split(rows, 2), strict=True)
         ]
         sparse.append(torch.cat([figures[0] for figures in found], 2).mean((0, 2, 3)))
         incoherence.append(torch.cat([figures[1] for figures in found], 2).mean((0, 2, 3)))
     return AxisScores(torch.stack(sparse, -1), torch.stack(incoherence, -1))
 
 
-def _tile_figures(
-    prob: torch.Tensor, tile: int, negligible: float, share: float
-) -> tuple[torch.Tensor, torch.Tensor]:
+def _tile_figures(prob: torch.Tensor, tile: int, negligible: float, share: float) -> tuple[torch.Tensor, torch.Tensor]:
     """Whether each tile is sparse, and its largest over mean probability: float64 ``[B, H, nq, nk]``."""
     pad = (0, -prob.shape[3] % tile, 0, -prob.shape[2] % tile)
 
