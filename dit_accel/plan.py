@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from functools import cached_property
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -20,10 +21,12 @@ class AttentionPlan:
         rows: int32 ``[B|1, H|1, S]``, token read by each slot of the permuted sequence; None for raster
             order.
         mask: kept blocks of the permuted sequence.
+        compensation: what the recipe's compensation worked out for the blocks left out.
     """
 
     rows: torch.Tensor | None
     mask: BlockMask
+    compensation: Any = None
 
 
 @dataclass

@@ -8,7 +8,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field, fields, replace
 from typing import Any
 
-from .stages.compensate import COMPENSATIONS, NoCompensation
+from .stages.compensate import COMPENSATIONS, Compensation, NoCompensation
 from .stages.order import Order, Raster, Tiles
 from .stages.order_axes import AxisOrder, Chunks
 from .stages.order_curve import Curve
@@ -70,7 +70,7 @@ class Recipe:
 
     order: Order = field(default_factory=Raster)
     select: DenseSelect | Select = field(default_factory=DenseSelect)
-    compensate: NoCompensation = field(default_factory=NoCompensation)
+    compensate: Compensation = field(default_factory=NoCompensation)
     precision: ModelDtype = field(default_factory=ModelDtype)
     schedule: Schedule = field(default_factory=Schedule)
 
@@ -84,6 +84,11 @@ class Recipe:
             raise ValueError(
                 "An order that follows the attention of a call needs a selection that does so too, got "
                 f"{type(self.select).__name__}."
+            )
+        if self.select.is_static and not self.compensate.is_static:
+            raise ValueError(
+                f"{type(self.compensate).__name__} follows the queries and keys of a call and needs a "
+                f"selection that does so too, got {type(self.select).__name__}."
             )
         if self.schedule.density_points and not hasattr(self.select, "density"):
             raise ValueError(
