@@ -4,6 +4,8 @@ VENV ?= .venv
 # Which torch: on a machine without a GPU, point pip at a CPU build to save the CUDA download, for example with
 # PIP_EXTRA_INDEX_URL or PIP_FIND_LINKS.
 TORCH ?= torch==2.13.0
+# Two workers: interpreted kernels keep one core each busy, and two cores are what small machines have.
+PYTEST_ARGS ?= -n 2 --dist loadfile
 PROMPT ?= a red fox running over green grass
 BIN := $(VENV)/bin
 INSTALL := $(BIN)/python -m pip install --disable-pip-version-check -qq -c constraints.txt
@@ -14,7 +16,7 @@ demo: $(VENV)/.package
 	$(BIN)/dit-accel generate --prompt "$(PROMPT)" --compare-dense --out outputs/demo.mp4
 
 test: $(VENV)/.dev
-	HF_HUB_OFFLINE=1 TRANSFORMERS_OFFLINE=1 $(BIN)/python -m pytest -m "not gpu"
+	HF_HUB_OFFLINE=1 TRANSFORMERS_OFFLINE=1 OMP_NUM_THREADS=1 $(BIN)/python -m pytest -m "not gpu" $(PYTEST_ARGS)
 
 test-gpu: $(VENV)/.dev
 	$(BIN)/python -m pytest -m gpu

@@ -46,9 +46,7 @@ def main() -> None:
     device = torch.device(args.device)
     plain = tiny_model(args.layers).to(device)
     patched = copy.deepcopy(plain)
-    inputs = [
-        tensor.to(device) for tensor in (torch.randn(1, 16, 2, 8, 8), torch.ones(1), torch.randn(1, 4, 16))
-    ]
+    inputs = [tensor.to(device) for tensor in (torch.randn(1, 16, 2, 8, 8), torch.ones(1), torch.randn(1, 4, 16))]
     seconds: dict[str, list[float]] = {"plain": [], "patched": []}
     with torch.no_grad(), dit_accel.patch(patched, "dense") as handle:
         for _ in range(args.repeats):
