@@ -24,9 +24,7 @@ from .patches.session import Session
 from .recipe import Recipe
 
 
-def patch(
-    target: Any, recipe: Recipe | str | None = None, *, backend: str = "auto", **options: Any
-) -> PatchHandle:
+def patch(target: Any, recipe: Recipe | str | None = None, *, backend: str = "auto", **options: Any) -> PatchHandle:
     """Make a diffusers pipeline run its self-attention under a recipe.
 
     Only the given pipeline is affected; weights, state dict and forward code stay as they are. The calls of a
@@ -78,9 +76,7 @@ def unpatch(target: Any) -> None:
     Raises:
         ValueError: it is not patched.
     """
-    handles = {
-        id(hook.handle): hook.handle for _, model, _ in _transformers(target) if (hook := _root_hook(model))
-    }
+    handles = {id(hook.handle): hook.handle for _, model, _ in _transformers(target) if (hook := _root_hook(model))}
     if not handles:
         raise ValueError(f"{type(target).__name__} is not patched.")
     for handle in handles.values():
@@ -98,9 +94,7 @@ def _transformers(target: Any) -> list[tuple[str, nn.Module, Family]]:
     models = {name: _unwrap(value) for name, value in components.items() if isinstance(value, nn.Module)}
     found = [(name, model, family) for name, model in models.items() if (family := family_of(model))]
     if not found:
-        classes = [
-            type(m).__name__ for n, m in models.items() if n == "" or n.startswith(("transformer", "unet"))
-        ]
+        classes = [type(m).__name__ for n, m in models.items() if n == "" or n.startswith(("transformer", "unet"))]
         known = ", ".join(f"{family.name} ({', '.join(family.transformers)})" for family in FAMILIES)
         raise ValueError(
             f"No known transformer in {type(target).__name__}: got {', '.join(classes) or 'none'}. "

@@ -140,24 +140,29 @@ class Engine:
         call.plan = plan
         if self.observer is not None:
             self.observer(call)
+        compensate = self.recipe.compensate
+
+        def sparse() -> tuple[torch.Tensor, torch.Tensor]:
+            result = block_sparse_attention(
+                q,
+                k,
+                v,
+                plan.mask,
+                rows=plan.rows,
+                key_mask=key_mask,
+                scale=scale,
+                return_lse=backend == "triton",
+                backend=backend,
+            )
+            # Where the kernel has the log-sum-exp at hand it shows a NaN at a hundredth of the bytes.
+            return result if isinstance(result, tuple) else (result, result)
+
         begin = self.sparse_time.start(q.device)
-        result = block_sparse_attention(
-            q,
-            k,
-            v,
-            plan.mask,
-            rows=plan.rows,
-            key_mask=key_mask,
-            scale=scale,
-            return_lse=backend == "triton",
-            backend=backend,
-        )
+        out, witness = compensate.attend(q, k, v, plan, key_mask, scale, sparse)
         self.sparse_time.stop(begin, q.device)
-        # Where the kernel has the log-sum-exp at hand it shows a NaN at a hundredth of the bytes.
-        out, witness = result if isinstance(result, tuple) else (result, result)
         with torch.no_grad():
             book.nan_calls = book.nan_calls + witness.detach().isnan().any()
-            book.density_sum = book.density_sum + plan.mask.density()
+            book.density_sum = book.density_sum + compensate.density(plan)
         book.sparse_calls += 1
         return out
 
@@ -219,7 +224,8 @@ class Engine:
             mask = select.select(prepared.blocks, prepared.tables, q, k, call.key_mask, call.scale, memory)
             if guarded and means is None:
                 means = BlockMeans.of(q, k, call.key_mask, select.block)
-        plan = AttentionPlan(rows=prepared.blocks.kernel_rows, mask=mask)
+            state = self.recipe.compensate.prepare(prepared.blocks, mask, q, k, call.key_mask, call.scale)
+        plan = AttentionPlan(rows=prepared.blocks.kernel_rows, mask=mask, compensation=state)
         if keep:
             self._plans[key] = _KeptPlan(call.step, plan, means)
         book.plans_made += 1
@@ -259,8 +265,7 @@ class Engine:
                 heads = call.q.shape[2]
                 if fixed is not None and fixed.dim() == 2 and fixed.shape[0] not in (1, heads):
                     raise ValueError(
-                        f"The order of layer {call.layer} is for {fixed.shape[0]} heads, the layer has "
-                        f"{heads}."
+                        f"The order of layer {call.layer} is for {fixed.shape[0]} heads, the layer has {heads}."
                     )
                 blocks = SequenceBlocks(layout, fixed, *select.block, device)
                 self._prepared[key] = _Prepared(blocks, select.prepare(blocks))

@@ -220,8 +220,7 @@ def check_linear(
             continue
         if (mask.q_len, mask.kv_len) != (q.shape[1], k.shape[1]):
             raise ValueError(
-                f"{name} is a mask of {mask.q_len} x {mask.kv_len} tokens, q and k have "
-                f"{q.shape[1]} x {k.shape[1]}."
+                f"{name} is a mask of {mask.q_len} x {mask.kv_len} tokens, q and k have {q.shape[1]} x {k.shape[1]}."
             )
         if (mask.block_q, mask.block_k) != (critical.block_q, critical.block_k):
             raise ValueError(

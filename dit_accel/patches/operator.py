@@ -30,13 +30,9 @@ def _dense(
         from diffusers.models.attention_dispatch import AttentionBackendName, dispatch_attention_fn
 
         name = None if backend is None else AttentionBackendName(backend)
-        return dispatch_attention_fn(
-            q, k, v, attn_mask=attn_mask, scale=scale, enable_gqa=enable_gqa, backend=name
-        )
+        return dispatch_attention_fn(q, k, v, attn_mask=attn_mask, scale=scale, enable_gqa=enable_gqa, backend=name)
     q, k, v = (tensor.transpose(1, 2) for tensor in (q, k, v))
-    out = torch.nn.functional.scaled_dot_product_attention(
-        q, k, v, attn_mask, scale=scale, enable_gqa=enable_gqa
-    )
+    out = torch.nn.functional.scaled_dot_product_attention(q, k, v, attn_mask, scale=scale, enable_gqa=enable_gqa)
     return out.transpose(1, 2)
 
 
@@ -86,9 +82,7 @@ def attention_op(
     through_dispatch: bool,
 ) -> torch.Tensor:
     """Attention of the announced layer, (B, S, H, D), contiguous."""
-    out = _run(
-        q, k, v, attn_mask, layer, grid, count, ids, scale, enable_gqa, backend, through_dispatch, record=True
-    )
+    out = _run(q, k, v, attn_mask, layer, grid, count, ids, scale, enable_gqa, backend, through_dispatch, record=True)
     return out.contiguous()
 
 

@@ -32,15 +32,11 @@ def check_files(folder: Path) -> None:
     """
     index = folder / CHECKSUMS
     if not index.is_file():
-        raise FileNotFoundError(
-            f"The embedded model is incomplete: {index} is missing. Install dit-accel again."
-        )
+        raise FileNotFoundError(f"The embedded model is incomplete: {index} is missing. Install dit-accel again.")
     try:
         digests: dict[str, str] = json.loads(index.read_text())
     except ValueError as error:
-        raise ValueError(
-            f"The embedded model is damaged: {index} is not JSON. Install dit-accel again."
-        ) from error
+        raise ValueError(f"The embedded model is damaged: {index} is not JSON. Install dit-accel again.") from error
     for name, expected in digests.items():
         file = folder / name
         if not file.is_file():

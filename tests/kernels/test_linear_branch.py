@@ -78,9 +78,7 @@ def test_linear_branch(impl, case, everything, device):
     rows = permutations(1, heads, seq).to(device) if permuted else None
     key_mask = None
     if masked:
-        key_mask = (
-            torch.rand(batch, seq, device=device, generator=torch.Generator(device).manual_seed(1)) > 0.3
-        )
+        key_mask = torch.rand(batch, seq, device=device, generator=torch.Generator(device).manual_seed(1)) > 0.3
         k[~key_mask] = torch.nan  # padded prompts may hold anything
         v[~key_mask] = torch.inf
     if everything:
