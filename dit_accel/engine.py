@@ -5,15 +5,17 @@ from __future__ import annotations
 import threading
 from collections import Counter
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
 
-from .kernels import BlockMask, block_sparse_attention, choose_backend
+from .kernels import block_sparse_attention, choose_backend
 from .layout import StepContext, TokenLayout
-from .plan import AttentionPlan, SequenceBlocks
+from .plan import AttentionPlan, LayerMemory, SequenceBlocks
 from .recipe import Recipe
+from .stages.drift import BlockMeans
+from .stages.select import Select
 from .stages.select_static import DenseSelect
 from .timing import Stopwatch
 
@@ -35,7 +37,6 @@ class _Prepared:
     """What a layout needs once: its blocks, and what a static selection worked out for them."""
 
     blocks: SequenceBlocks
-    rows: torch.Tensor | None
     tables: Any
 
 
@@ -59,6 +60,15 @@ class ObservedCall:
     plan: AttentionPlan | None
 
 
+@dataclass(frozen=True, eq=False)
+class _KeptPlan:
+    """A plan, when it was made, and of which queries and keys where the schedule guards against drift."""
+
+    made: StepContext
+    plan: AttentionPlan
+    means: BlockMeans | None
+
+
 class Engine:
     """Attention of one transformer under one recipe.
 
@@ -80,7 +90,8 @@ class Engine:
         self.backends_used: dict[str, str] = {}
         self.observer: Callable[[ObservedCall], None] | None = None
         self._prepared: dict[tuple[Any, ...], _Prepared] = {}
-        self._plans: dict[tuple[Any, ...], tuple[StepContext, AttentionPlan]] = {}
+        self._plans: dict[tuple[Any, ...], _KeptPlan] = {}
+        self._memories: dict[tuple[Any, ...], tuple[StepContext, LayerMemory]] = {}
         self._backend_choice: dict[tuple[Any, ...], str] = {}
         self._lock = threading.Lock()
 
@@ -113,17 +124,14 @@ class Engine:
         reason = reason or self._dense_reason(layer, layout, step)
         book = self.records[layer] if record else LayerRecord("")
         if reason is not None:
-            self._show(layer, step, q, k, v, key_mask, scale, layout, None)
-            book.dense_calls[reason] += 1
-            begin = self.dense_time.start(q.device)
-            out = dense()
-            self.dense_time.stop(begin, q.device)
-            return out
+            return self._dense(reason, layer, step, q, k, v, key_mask, scale, layout, book, dense)
         assert isinstance(layout, TokenLayout)
         begin = self.plan_time.start(q.device)
-        plan = self._plan(layer, q, k, key_mask, scale, layout, step, book)
+        made, plan = self._plan(layer, q, k, key_mask, scale, layout, step, book)
         backend = self._choose_backend(q, k, v, plan)
         self.plan_time.stop(begin, q.device)
+        if self.recipe.schedule.dense_refresh and made.forward_id == step.forward_id:
+            return self._dense("search step", layer, step, q, k, v, key_mask, scale, layout, book, dense)
         self._show(layer, step, q, k, v, key_mask, scale, layout, plan)
         begin = self.sparse_time.start(q.device)
         result = block_sparse_attention(
@@ -147,8 +155,9 @@ class Engine:
         return out
 
     def forget(self) -> None:
-        """Drop every plan and cached table."""
+        """Drop every plan, memory and cached table."""
         self._plans.clear()
+        self._memories.clear()
         self._prepared.clear()
 
     def _show(self, layer: int, step: StepContext, *call: Any) -> None:
@@ -174,53 +183,72 @@ class Engine:
         layout: TokenLayout,
         step: StepContext,
         book: LayerRecord,
-    ) -> AttentionPlan:
-        select = self.recipe.select
-        assert not isinstance(select, DenseSelect)
-        prepared = self._prepare(layout, q.device)
+    ) -> tuple[StepContext, AttentionPlan]:
+        """The plan of a call, and when it was made."""
+        select, schedule = self._selection(step), self.recipe.schedule
+        prepared = self._prepare(layout, q.device, layer, q.shape[2])
         if select.is_static:
-            # One plan serves all layers; a prompt's padding can change it, so it is kept only without any.
-            key: tuple[Any, ...] = (layout, q.device)
+            # One plan serves all layers of one order; a prompt's padding can change it, so it is kept only
+            # without any.
+            key: tuple[Any, ...] = (layout, q.device, self.recipe.order.variant(layer))
             keep = key_mask is None
         else:
             key = (layer, step.branch, layout, q.shape[0], q.device)
-            keep = self.recipe.schedule.keeps_plans
-        if keep and key in self._plans:
-            made, plan = self._plans[key]
-            if select.is_static or not self.recipe.schedule.needs_plan(step, made):
-                return plan
+            keep = schedule.keeps_plans
+        kept = self._plans.get(key) if keep else None
+        guarded = keep and schedule.drift_bound is not None and not select.is_static
+        means = None
         with torch.no_grad():
-            mask = self._select(prepared, q.detach(), k.detach(), key_mask, scale)
-        plan = AttentionPlan(rows=prepared.rows, mask=mask)
+            if kept is not None and (select.is_static or not schedule.needs_plan(step, kept.made)):
+                if kept.means is None or step.forward_id == kept.made.forward_id:
+                    return kept.made, kept.plan
+                means = BlockMeans.of(q.detach(), k.detach(), key_mask, select.block)
+                assert schedule.drift_bound is not None
+                if bool(means.change_since(kept.means) <= schedule.drift_bound):
+                    return kept.made, kept.plan
+            memory = None if select.is_static else self._memory(key, step)
+            mask = select.select(
+                prepared.blocks, prepared.tables, q.detach(), k.detach(), key_mask, scale, memory
+            )
+            if guarded and means is None:
+                means = BlockMeans.of(q.detach(), k.detach(), key_mask, select.block)
+        plan = AttentionPlan(rows=prepared.blocks.kernel_rows, mask=mask)
         if keep:
-            self._plans[key] = (step, plan)
+            self._plans[key] = _KeptPlan(step, plan, means)
         book.plans_made += 1
-        return plan
+        return step, plan
 
-    def _select(
-        self,
-        prepared: _Prepared,
-        q: torch.Tensor,
-        k: torch.Tensor,
-        key_mask: torch.Tensor | None,
-        scale: float | None,
-    ) -> BlockMask:
+    def _selection(self, step: StepContext) -> Select:
+        """The recipe's selection with the density that its schedule asks for at this step."""
         select = self.recipe.select
         assert not isinstance(select, DenseSelect)
-        return select.select(prepared.blocks, prepared.tables, q, k, key_mask, scale)
+        density = self.recipe.schedule.density(step)
+        return select if density is None else replace(select, density=density)  # type: ignore[type-var]
 
-    def _prepare(self, layout: TokenLayout, device: torch.device) -> _Prepared:
-        key = (layout, device)
+    def _memory(self, key: tuple[Any, ...], step: StepContext) -> LayerMemory:
+        """The layer's memory of this run: empty in a new run, and always without a pipeline."""
+        if step.index is None:
+            return LayerMemory()
+        last, memory = self._memories.get(key, (step, LayerMemory()))
+        if last.index is None or step.index < last.index:
+            memory = LayerMemory()
+        self._memories[key] = (step, memory)
+        return memory
+
+    def _prepare(self, layout: TokenLayout, device: torch.device, layer: int, heads: int) -> _Prepared:
+        key = (layout, device, self.recipe.order.variant(layer))
         # Two threads may run one transformer; the tables are built once.
         with self._lock:
             if key not in self._prepared:
                 select = self.recipe.select
                 assert not isinstance(select, DenseSelect)
-                rows = self.recipe.order.rows(layout, device)
+                rows = self.recipe.order.rows(layout, device, layer)
+                if rows is not None and rows.dim() == 2 and rows.shape[0] not in (1, heads):
+                    raise ValueError(
+                        f"The order of layer {layer} is for {rows.shape[0]} heads, the layer has {heads}."
+                    )
                 blocks = SequenceBlocks(layout, rows, *select.block, device)
-                self._prepared[key] = _Prepared(
-                    blocks, None if rows is None else rows[None, None], select.prepare(blocks)
-                )
+                self._prepared[key] = _Prepared(blocks, select.prepare(blocks))
             return self._prepared[key]
 
     def _choose_backend(self, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, plan: AttentionPlan) -> str:

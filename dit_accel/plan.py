@@ -26,6 +26,17 @@ class AttentionPlan:
     mask: BlockMask
 
 
+@dataclass
+class LayerMemory:
+    """What one layer remembers of one guidance branch between plans; the engine keeps one per trajectory.
+
+    Attributes:
+        lse: float32 ``[B, H, S]``, log-sum-exp of the queries at an earlier search, in the model's order.
+    """
+
+    lse: torch.Tensor | None = None
+
+
 @dataclass(frozen=True, eq=False)
 class SequenceBlocks:
     """The blocks of a permuted sequence: which hold other tokens than latents, and where on the grid they
@@ -33,7 +44,8 @@ class SequenceBlocks:
 
     Attributes:
         layout: the sequence before permutation.
-        rows: int ``[S]``, token at each slot; None is the identity.
+        rows: int ``[S]``, token at each slot; ``[H, S]`` or ``[B, H, S]`` with an order per head; None is the
+            identity.
         block_q, block_k: tokens in a query and in a key block.
         device: where the tensors live.
     """
@@ -45,8 +57,20 @@ class SequenceBlocks:
     device: torch.device
 
     @cached_property
+    def kernel_rows(self) -> torch.Tensor | None:
+        """``rows`` as the kernels take them, int32 ``[B|1, H|1, S]``."""
+        if self.rows is None:
+            return None
+        return self.rows.to(torch.int32).reshape((1,) * (3 - self.rows.dim()) + tuple(self.rows.shape))
+
+    @property
+    def num_blocks(self) -> tuple[int, int]:
+        """Number of query blocks and of key blocks."""
+        return -(-self.layout.seq_len // self.block_q), -(-self.layout.seq_len // self.block_k)
+
+    @cached_property
     def latent_of_slot(self) -> torch.Tensor:
-        """int64 ``[S]``: raster index on the grid of each slot's token, or -1 for any other token."""
+        """int64, shape of ``rows``: raster index on the grid of each slot's token, or -1 for any other."""
         tokens = (
             torch.arange(self.layout.seq_len, device=self.device) if self.rows is None else self.rows.long()
         )
@@ -55,7 +79,7 @@ class SequenceBlocks:
 
     @cached_property
     def coordinates(self) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-        """Frame, row and column of each slot's token, int64 ``[S]`` each; meaningless where not latent."""
+        """Frame, row and column of each slot's token, int64 each; meaningless where not latent."""
         _, height, width = self.layout.grid
         latent = self.latent_of_slot.clamp_min(0)
         return latent // (height * width), latent // width % height, latent % width
@@ -67,25 +91,38 @@ class SequenceBlocks:
 
     @cached_property
     def forced_q(self) -> torch.Tensor | None:
-        """bool ``[nq]``: query blocks with a non-latent token, which read everything; or None."""
+        """bool ``[B|1, H|1, nq]``: query blocks with a non-latent token, which read everything; or None."""
         return self._with_extras(self.block_q)
 
     @cached_property
     def forced_k(self) -> torch.Tensor | None:
-        """bool ``[nk]``: key blocks with a non-latent token, which everything reads; or None."""
+        """bool ``[B|1, H|1, nk]``: key blocks with a non-latent token, which everything reads; or None."""
         return self._with_extras(self.block_k)
 
     @cached_property
     def first_frame_k(self) -> torch.Tensor:
-        """bool ``[nk]``: key blocks with a token of the first latent frame."""
-        return self.any_in_block((self.latent_of_slot >= 0) & (self.coordinates[0] == 0), self.block_k)
+        """bool ``[B|1, H|1, nk]``: key blocks with a token of the first latent frame."""
+        first = (self.latent_of_slot >= 0) & (self.coordinates[0] == 0)
+        return self._lead(self.any_in_block(first, self.block_k))
+
+    @cached_property
+    def latent_tokens(self) -> torch.Tensor:
+        """bool ``[S]`` in the model's order: whether a token is a latent."""
+        token = torch.arange(self.layout.seq_len, device=self.device) - self.layout.latent_start
+        return (token >= 0) & (token < self.layout.num_latent)
 
     def hidden_k(self, key_mask: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        """Blocks with some, and blocks with only, hidden keys: two bool ``[B, nk]`` from bool ``[B, S]``."""
-        visible = key_mask if self.rows is None else key_mask[:, self.rows.long()]
+        """Blocks with some, and with only, hidden keys: two bool ``[B, H|1, nk]`` from bool ``[B, S]``."""
+        visible = key_mask[:, None]
+        if self.kernel_rows is not None:
+            visible = torch.take_along_dim(visible, self.kernel_rows.long(), dim=2)
         return self.any_in_block(~visible, self.block_k), ~self.any_in_block(visible, self.block_k)
 
     def _with_extras(self, block: int) -> torch.Tensor | None:
         if not self.layout.num_extra:
             return None
-        return self.any_in_block(self.latent_of_slot < 0, block)
+        return self._lead(self.any_in_block(self.latent_of_slot < 0, block))
+
+    @staticmethod
+    def _lead(per_block: torch.Tensor) -> torch.Tensor:
+        return per_block.reshape((1,) * (3 - per_block.dim()) + tuple(per_block.shape))

@@ -9,16 +9,27 @@ from dataclasses import dataclass, field, fields, replace
 from typing import Any
 
 from .stages.compensate import COMPENSATIONS, NoCompensation
-from .stages.order import ORDERS, Raster, Tiles
+from .stages.order import Order, Raster, Tiles
 from .stages.precision import PRECISIONS, ModelDtype
 from .stages.schedule import SCHEDULES, Schedule
+from .stages.select import Select
 from .stages.select_dynamic import Pooled
+from .stages.select_gated import GatedPooled
+from .stages.select_grid import Circle, Radial, TileWindow
+from .stages.select_mass import FrozenMass, Mass
 from .stages.select_static import DenseSelect, Window
 
-SELECTS: dict[str, type[DenseSelect] | type[Window] | type[Pooled]] = {
+ORDERS: dict[str, type[Order]] = {"raster": Raster, "tiles": Tiles}
+SELECTS: dict[str, type[DenseSelect] | type[Select]] = {
     "dense": DenseSelect,
     "window": Window,
     "pooled": Pooled,
+    "gated_pooled": GatedPooled,
+    "mass": Mass,
+    "frozen_mass": FrozenMass,
+    "tile_window": TileWindow,
+    "circle": Circle,
+    "radial": Radial,
 }
 AXES: dict[str, Mapping[str, type[Any]]] = {
     "order": ORDERS,
@@ -41,8 +52,8 @@ class Recipe:
         schedule: when attention is dense, and when a plan is made anew.
     """
 
-    order: Raster | Tiles = field(default_factory=Raster)
-    select: DenseSelect | Window | Pooled = field(default_factory=DenseSelect)
+    order: Order = field(default_factory=Raster)
+    select: DenseSelect | Select = field(default_factory=DenseSelect)
     compensate: NoCompensation = field(default_factory=NoCompensation)
     precision: ModelDtype = field(default_factory=ModelDtype)
     schedule: Schedule = field(default_factory=Schedule)
@@ -53,6 +64,10 @@ class Recipe:
             if type(value) not in kinds.values():
                 allowed = ", ".join(kind.__name__ for kind in kinds.values())
                 raise TypeError(f"Recipe.{axis} must be one of {allowed}, got {value!r}.")
+        if self.schedule.density_points and not hasattr(self.select, "density"):
+            raise ValueError(
+                f"schedule.density_points need a selection with a density, got {type(self.select).__name__}."
+            )
 
     def with_fields(self, changes: Mapping[str, Any]) -> Recipe:
         """A copy with single fields changed, by dotted name, e.g. ``{"select.density": 0.1}``.
@@ -130,11 +145,14 @@ def _read(name: str, value: Any, hint: Any) -> Any:
             raise ValueError(
                 f"{name} must be a Python literal such as 0.2 or (4, 4, 4), got {value!r}."
             ) from None
-    if isinstance(value, list):
-        value = tuple(value)
+    value = _as_tuples(value)
     if not _matches(value, hint):
         raise ValueError(f"{name} must be {_spell(hint)}, got {value!r}.")
     return value
+
+
+def _as_tuples(value: Any) -> Any:
+    return tuple(map(_as_tuples, value)) if isinstance(value, list) else value
 
 
 def _matches(value: Any, hint: Any) -> bool:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from itertools import pairwise
 
 from ..layout import StepContext
 
@@ -18,12 +19,26 @@ class Schedule:
         refresh_every: a plan serves this many denoising steps before it is made again.
         refresh_at: instead of a fixed stride, make plans only at these points of the trajectory (progress in
             [0, 1)), and whenever there is none yet.
+        dense_refresh: compute a step that makes a plan densely, and use the plan from the next step on.
+        density_points: density of the plans made along the trajectory, as (position, density) pairs in
+            between which it is interpolated linearly and beyond which it stays; empty leaves the selection's
+            own. A position is a progress in [0, 1) or a sigma, see ``density_over``.
+        density_over: "progress" or "sigma". Without a sigma (a scheduler that has none, a bare transformer)
+            the selection's own density holds.
+        drift_bound: reuse a plan while the mean query and key of every block have changed by at most this
+            share since it was made (see :class:`~dit_accel.stages.drift.BlockMeans`), and make it again when
+            they have. ``refresh_every`` above 1 and ``refresh_at`` still limit its age. Costs one read of
+            queries and keys, and one wait for the device, per layer and step.
     """
 
     dense_fraction: float = 0.0
     dense_layers: tuple[int, ...] = ()
     refresh_every: int = 1
     refresh_at: tuple[float, ...] = ()
+    dense_refresh: bool = False
+    density_points: tuple[tuple[float, float], ...] = ()
+    density_over: str = "progress"
+    drift_bound: float | None = None
 
     def __post_init__(self) -> None:
         if not 0.0 <= self.dense_fraction <= 1.0:
@@ -34,11 +49,21 @@ class Schedule:
             raise ValueError(
                 f"schedule.refresh_at must hold progress values in [0, 1), got {self.refresh_at}."
             )
+        for _, density in self.density_points:
+            if not 0.0 < density <= 1.0:
+                raise ValueError(f"schedule.density_points must hold densities in (0, 1], got {density}.")
+        positions = [position for position, _ in self.density_points]
+        if len(set(positions)) < len(positions):
+            raise ValueError(f"schedule.density_points must differ in position, got {self.density_points}.")
+        if self.density_over not in ("progress", "sigma"):
+            raise ValueError(f"schedule.density_over must be progress or sigma, got {self.density_over!r}.")
+        if self.drift_bound is not None and self.drift_bound <= 0.0:
+            raise ValueError(f"schedule.drift_bound must be above 0, got {self.drift_bound}.")
 
     @property
     def keeps_plans(self) -> bool:
         """Whether a plan outlives the forward that made it."""
-        return self.refresh_every > 1 or bool(self.refresh_at)
+        return self.refresh_every > 1 or bool(self.refresh_at) or self.drift_bound is not None
 
     def dense_reason(self, step: StepContext, layer: int, num_layers: int) -> str | None:
         """Why this call stays dense, or None if it may run sparse."""
@@ -48,10 +73,23 @@ class Schedule:
             return "dense phase"
         return None
 
+    def density(self, step: StepContext) -> float | None:
+        """Density of a plan made at ``step``; None where the selection's own holds."""
+        position = step.sigma if self.density_over == "sigma" else step.progress
+        if position is None or not self.density_points:
+            return None
+        points = sorted(self.density_points)
+        if position <= points[0][0]:
+            return points[0][1]
+        for (left, before), (right, after) in pairwise(points):
+            if position <= right:
+                return before + (after - before) * (position - left) / (right - left)
+        return points[-1][1]
+
     def needs_plan(self, step: StepContext, made: StepContext) -> bool:
         """Whether a plan made at ``made`` is too old for ``step``, or belongs to an earlier run."""
         if step.index is None or made.index is None:
-            return step.forward_id - made.forward_id >= self.refresh_every
+            return self._too_old(step.forward_id - made.forward_id)
         if step.forward_id == made.forward_id:
             return False
         if step.index <= made.index:
@@ -59,7 +97,12 @@ class Schedule:
         if self.refresh_at:
             now, then = step.progress or 0.0, made.progress or 0.0
             return any(then < point <= now for point in self.refresh_at)
-        return step.index - made.index >= self.refresh_every
+        return self._too_old(step.index - made.index)
+
+    def _too_old(self, age: int) -> bool:
+        if self.drift_bound is not None and self.refresh_every == 1:
+            return False  # the drift decides
+        return age >= self.refresh_every
 
 
 SCHEDULES: dict[str, type[Schedule]] = {"schedule": Schedule}

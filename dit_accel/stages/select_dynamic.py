@@ -8,8 +8,49 @@ import torch
 
 from ..kernels import BlockMask
 from ..kernels.selection import pooled_scores, select_blocks
-from ..plan import SequenceBlocks
-from .select_static import check_block
+from ..plan import LayerMemory, SequenceBlocks
+from .select import check_block, check_share
+
+
+def keep_best(
+    blocks: SequenceBlocks,
+    scores: torch.Tensor,
+    key_mask: torch.Tensor | None,
+    *,
+    density: float | torch.Tensor | None = None,
+    top_p: float | torch.Tensor | None = None,
+    forced_q: torch.Tensor | None = None,
+    forced_k: torch.Tensor | None = None,
+) -> BlockMask:
+    """Mask of the best key blocks by ``scores [B, H, nq, nk]``; text, own and forced blocks are always kept.
+
+    Args:
+        density, top_p: share to keep, or one per head, see
+            :func:`~dit_accel.kernels.selection.select_blocks`.
+        forced_q, forced_k: bool ``[B|1, H|1, nq]`` and ``[..., nk]``: further blocks that read everything,
+            and that everything reads.
+    """
+    partial_k, empty_k = (None, None) if key_mask is None else blocks.hidden_k(key_mask)
+    return select_blocks(
+        scores,
+        density=density,
+        top_p=top_p,
+        forced_q=either(blocks.forced_q, forced_q),
+        forced_k=either(blocks.forced_k, forced_k),
+        partial_k=partial_k,
+        empty_k=empty_k,
+        block_q=blocks.block_q,
+        block_k=blocks.block_k,
+        q_len=blocks.layout.seq_len,
+        kv_len=blocks.layout.seq_len,
+    )
+
+
+def either(one: torch.Tensor | None, other: torch.Tensor | None) -> torch.Tensor | None:
+    """Union of two masks, of which any may be missing."""
+    if one is None or other is None:
+        return other if one is None else one
+    return one | other
 
 
 @dataclass(frozen=True)
@@ -36,10 +77,8 @@ class Pooled:
     def __post_init__(self) -> None:
         if self.density is None and self.top_p is None:
             raise ValueError("select needs a density, a top_p, or both; got neither.")
-        for name in ("density", "top_p"):
-            value = getattr(self, name)
-            if value is not None and not 0.0 < value <= 1.0:
-                raise ValueError(f"select.{name} must lie in (0, 1], got {value}.")
+        check_share("density", self.density)
+        check_share("top_p", self.top_p)
         check_block(self.block)
 
     @property
@@ -57,26 +96,11 @@ class Pooled:
         k: torch.Tensor,
         key_mask: torch.Tensor | None,
         scale: float | None,
+        memory: LayerMemory | None = None,
     ) -> BlockMask:
         """Mask of one call from its queries and keys, both (B, S, H, D)."""
-        rows = None if blocks.rows is None else blocks.rows[None, None]
         scores = pooled_scores(
-            q, k, blocks.block_q, blocks.block_k, rows=rows, key_mask=key_mask, scale=scale
+            q, k, blocks.block_q, blocks.block_k, rows=blocks.kernel_rows, key_mask=key_mask, scale=scale
         )
-        partial_k, empty_k = (None, None) if key_mask is None else blocks.hidden_k(key_mask)
-        forced_k = blocks.forced_k
-        if self.sink_first_frame:
-            forced_k = blocks.first_frame_k if forced_k is None else forced_k | blocks.first_frame_k
-        return select_blocks(
-            scores,
-            density=self.density,
-            top_p=self.top_p,
-            forced_q=blocks.forced_q,
-            forced_k=forced_k,
-            partial_k=partial_k,
-            empty_k=empty_k,
-            block_q=blocks.block_q,
-            block_k=blocks.block_k,
-            q_len=blocks.layout.seq_len,
-            kv_len=blocks.layout.seq_len,
-        )
+        forced_k = blocks.first_frame_k if self.sink_first_frame else None
+        return keep_best(blocks, scores, key_mask, density=self.density, top_p=self.top_p, forced_k=forced_k)

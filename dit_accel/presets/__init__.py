@@ -1,15 +1,17 @@
-"""Published and plain methods as recipes."""
+"""Published and plain methods as recipes: plain ones here, published ones in files by what they look at."""
 
 from __future__ import annotations
 
 from collections.abc import Callable
 from typing import Any
 
-from .recipe import Recipe
-from .stages.order import Tiles
-from .stages.schedule import Schedule
-from .stages.select_dynamic import Pooled
-from .stages.select_static import Window
+from ..recipe import Recipe
+from ..stages.order import Tiles
+from ..stages.schedule import Schedule
+from ..stages.select_dynamic import Pooled
+from ..stages.select_static import Window
+from .grid import clear, dina, gna, na, radial, sta
+from .searched import adaspa, sparge, sparsed
 
 
 def dense() -> Recipe:
@@ -57,7 +59,20 @@ def pooled(
     )
 
 
-PRESETS: dict[str, Callable[..., Recipe]] = {"dense": dense, "window": window, "pooled": pooled}
+PRESETS: dict[str, Callable[..., Recipe]] = {
+    "dense": dense,
+    "window": window,
+    "pooled": pooled,
+    "adaspa": adaspa,
+    "sparsed": sparsed,
+    "sparge": sparge,
+    "na": na,
+    "dina": dina,
+    "gna": gna,
+    "sta": sta,
+    "clear": clear,
+    "radial": radial,
+}
 
 
 def resolve(recipe: Recipe | str, **options: Any) -> Recipe:

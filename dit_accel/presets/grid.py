@@ -1,0 +1,148 @@
+"""Methods that look at the latent grid alone."""
+
+from __future__ import annotations
+
+from ..recipe import Recipe
+from ..stages.order import Tiles
+from ..stages.schedule import Schedule
+from ..stages.select_grid import Circle, Radial, TileWindow
+from ..stages.select_static import Window
+
+Sizes = tuple[int | float, int | float, int | float]
+
+
+def na(
+    window: Sizes = (1.0, 0.4, 0.4),
+    dense_fraction: float = 0.2,
+) -> Recipe:
+    """Neighbourhood attention (NATTEN; arXiv 2204.07143): a window that slides with every query.
+
+    Defaults are this package's: all frames and 0.4 of height and width (NATTEN leaves the window to the
+    user), a fifth of the steps dense.
+
+    Deviations: tokens sit in packed 3-D tiles, and blocks at a window's edge are masked by token; text reads
+    and is read in full.
+
+    Args:
+        window: keys seen per dimension, in tokens (int) or as a share (float).
+        dense_fraction: share of the denoising steps that stay dense at the start.
+    """
+    return gna(window=window, stride=(1, 1, 1), dense_fraction=dense_fraction)
+
+
+def dina(
+    window: Sizes = (1.0, 0.4, 0.4),
+    dilation: tuple[int, int, int] = (1, 2, 2),
+    dense_fraction: float = 0.2,
+) -> Recipe:
+    """Dilated neighbourhood attention (arXiv 2209.15001): a window over every n-th key.
+
+    Defaults are this package's, as those of :func:`na`, with a dilation of 2 in height and width.
+
+    Deviations: those of :func:`na`; tokens are not grouped by dilation, so that tiles mix the groups and the
+    kernel reads more blocks than NATTEN's would.
+
+    Args:
+        window, dense_fraction: see :func:`na`; window times dilation may not exceed the grid.
+        dilation: distance between the keys of a window, per dimension.
+    """
+    return gna(window=window, stride=(1, 1, 1), dilation=dilation, dense_fraction=dense_fraction)
+
+
+def gna(
+    window: Sizes = (1.0, 0.4, 0.4),
+    stride: tuple[int, int, int] = (1, 4, 4),
+    dilation: tuple[int, int, int] = (1, 1, 1),
+    tile: tuple[int, int, int] = (4, 4, 4),
+    dense_fraction: float = 0.2,
+) -> Recipe:
+    """Generalised neighbourhood attention (arXiv 2504.16922): window, stride and dilation.
+
+    Defaults are this package's, as those of :func:`na`, with a stride of one tile in height and width.
+    :func:`~dit_accel.stages.tile_simulator.choose` finds the stride and tile that cost least on a grid.
+
+    Deviations: those of :func:`na`.
+
+    Args:
+        window, dense_fraction: see :func:`na`.
+        stride: queries that share a window, per dimension.
+        dilation: distance between the keys of a window, per dimension.
+        tile: order of the tokens.
+    """
+    return Recipe(
+        order=Tiles(tile),
+        select=Window(window=window, stride=stride, dilation=dilation),
+        schedule=Schedule(dense_fraction=dense_fraction),
+    )
+
+
+def sta(
+    window: tuple[int, int, int] = (3, 3, 3),
+    tile: tuple[int, int, int] = (6, 8, 8),
+    dense_fraction: float = 0.3,
+) -> Recipe:
+    """Sliding tile attention (STA, arXiv 2502.04507): a window of whole tiles around the query's tile.
+
+    Defaults of the paper: tiles of (6, 8, 8) tokens, 15 of 50 steps dense, and of its windows (3, 3, 3).
+
+    Deviations: one window for all heads (the paper searches one per head and step); any grid, not only the
+    three that its kernel supports: tiles at the far border are smaller.
+
+    Args:
+        window: tiles seen per dimension.
+        tile: latent tokens of a tile per dimension.
+        dense_fraction: share of the denoising steps that stay dense at the start.
+    """
+    return Recipe(
+        order=Tiles(tile),
+        select=TileWindow(window=window, tile=tile),
+        schedule=Schedule(dense_fraction=dense_fraction),
+    )
+
+
+def clear(radius: float = 16.0, dense_fraction: float = 0.0) -> Recipe:
+    """CLEAR (arXiv 2412.16112): a disc around each query, for image models.
+
+    Defaults of the paper: a radius of 16 of its 8, 16 and 32 latent tokens, sparse in every step. The paper
+    fine-tunes; without training images suffer.
+
+    Deviations: on video the disc reaches through all frames; tokens sit in packed tiles; without the optional
+    down-sampled copy of keys and values.
+
+    Args:
+        radius: in latent tokens; keys at a smaller distance are seen.
+        dense_fraction: share of the denoising steps that stay dense at the start.
+    """
+    return Recipe(
+        order=Tiles(),
+        select=Circle(radius=radius),
+        schedule=Schedule(dense_fraction=dense_fraction),
+    )
+
+
+def radial(
+    decay: float = 0.2,
+    min_width: int = 64,
+    dense_fraction: float = 0.24,
+    dense_layers: tuple[int, ...] = (0,),
+) -> Recipe:
+    """Radial attention (arXiv 2506.19852): a static mask whose spatial band narrows with temporal distance.
+
+    Defaults of the released code for Wan: decay 0.2, the first layer and 12 of 50 steps dense, the first
+    frame read by all.
+
+    Deviations from the code, towards the paper's formula: widths follow the true number of tokens per frame,
+    not the next power of two; decay counts also where far frames are thinned out, and the smallest band is a
+    field (64, one key block) instead of a fixed 128; the mask is exact to the token, where the code keeps a
+    block by the fill of its columns; nothing is cut off at the end of the sequence, and a mask belongs to
+    its own grid.
+
+    Args:
+        decay, min_width: see :class:`~dit_accel.stages.select_grid.Radial`.
+        dense_fraction: share of the denoising steps that stay dense at the start.
+        dense_layers: self-attention layers that stay dense.
+    """
+    return Recipe(
+        select=Radial(decay=decay, min_width=min_width),
+        schedule=Schedule(dense_fraction=dense_fraction, dense_layers=dense_layers),
+    )

@@ -1,0 +1,40 @@
+"""How far queries and keys have moved since a plan was made."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+
+from ..kernels.selection import pool_blocks
+
+
+@dataclass(frozen=True, eq=False)
+class BlockMeans:
+    """Mean query and mean key of every block, in the model's order: what a block selection mostly looks at.
+
+    The change between two of them is a sum of absolute differences, as in HASTE (arXiv 2605.14513), taken
+    relative to the earlier means so that one bound suits every layer.
+
+    Attributes:
+        q: float32 ``[B, H, nq, D]``.
+        k: float32 ``[B, H, nk, D]``.
+    """
+
+    q: torch.Tensor
+    k: torch.Tensor
+
+    @classmethod
+    def of(
+        cls, q: torch.Tensor, k: torch.Tensor, key_mask: torch.Tensor | None, block: tuple[int, int]
+    ) -> BlockMeans:
+        """Means of (B, S, H, D) queries and keys; keys that ``key_mask`` (B, S) hides do not count."""
+        return cls(pool_blocks(q, block[0]), pool_blocks(k, block[1], key_mask=key_mask))
+
+    def change_since(self, earlier: BlockMeans) -> torch.Tensor:
+        """The larger of the relative changes of q and of k, a 0-d tensor on the device."""
+        changes = [
+            (now - then).abs().sum() / then.abs().sum().clamp_min(torch.finfo(then.dtype).tiny)
+            for now, then in ((self.q, earlier.q), (self.k, earlier.k))
+        ]
+        return torch.maximum(*changes)

@@ -1,0 +1,161 @@
+"""Key blocks chosen by the exact attention mass of block pairs."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+
+from ..kernels import BlockMask
+from ..kernels.block_mass import block_mass
+from ..plan import LayerMemory, SequenceBlocks
+from .select import check_block, check_share
+from .select_dynamic import keep_best
+
+
+@dataclass(frozen=True)
+class Mass:
+    """Keep the key blocks with the largest softmax mass, every row of a head the same number (AdaSpa).
+
+    The mass of a block pair is the sum of the exact attention probabilities in it (arXiv 2502.21079). The
+    first search of a run computes the log-sum-exp of every query and remembers it; later searches normalise
+    with it, in one pass instead of two.
+
+    Attributes:
+        density: kept share of the latent key blocks, in (0, 1]; the mean over the heads.
+        head_adaptive: give heads whose mask recalls little mass more blocks and heads with high recall
+            fewer. Of ``n = min(heads with recall above recall_target, heads // 2)`` best heads the density
+            is halved, and that of the n worst heads raised as much.
+        recall_target: share of the mass that a head's mask must hold to count as well recalled.
+        cache_lse: normalise later searches with the first search's log-sum-exp.
+        block: tokens in a query and in a key block.
+    """
+
+    density: float = 0.2
+    head_adaptive: bool = True
+    recall_target: float = 0.8
+    cache_lse: bool = True
+    block: tuple[int, int] = (64, 64)
+
+    def __post_init__(self) -> None:
+        check_share("density", self.density)
+        check_share("recall_target", self.recall_target)
+        check_block(self.block)
+
+    @property
+    def is_static(self) -> bool:
+        return False
+
+    def prepare(self, blocks: SequenceBlocks) -> None:
+        """Nothing is worked out ahead of the call."""
+
+    def select(
+        self,
+        blocks: SequenceBlocks,
+        tables: None,
+        q: torch.Tensor,
+        k: torch.Tensor,
+        key_mask: torch.Tensor | None,
+        scale: float | None,
+        memory: LayerMemory | None = None,
+    ) -> BlockMask:
+        """Mask of one call from its queries and keys, both (B, S, H, D)."""
+        known = memory.lse if memory is not None and self.cache_lse else None
+        mass, lse = block_mass(
+            q,
+            k,
+            block_q=blocks.block_q,
+            block_k=blocks.block_k,
+            lse=known,
+            rows=blocks.kernel_rows,
+            key_mask=key_mask,
+            scale=scale,
+        )
+        if memory is not None and self.cache_lse:
+            memory.lse = lse
+        mask = keep_best(blocks, mass, key_mask, density=self.density)
+        if not self.head_adaptive or q.shape[2] < 2:
+            return mask
+        density = adapted_densities(recall(mass, mask), self.density, self.recall_target)
+        return keep_best(blocks, mass, key_mask, density=density)
+
+
+def recall(mass: torch.Tensor, mask: BlockMask) -> torch.Tensor:
+    """Share of the mass ``[B, H, nq, nk]`` that a mask keeps, float32 ``[B, H]``."""
+    kept = torch.where(mask.to_dense(), mass, 0).sum((-1, -2))
+    return kept / mass.sum((-1, -2)).clamp_min(torch.finfo(mass.dtype).tiny)
+
+
+def adapted_densities(recall: torch.Tensor, density: float, target: float) -> torch.Tensor:
+    """One density per head, ``[B, H]`` from recalls ``[B, H]``, with the mean ``density`` preserved.
+
+    Ties in recall go to the lower head. Above a density of 2/3 the shift is cut, so that no head would have
+    to exceed 1.
+    """
+    heads = recall.shape[-1]
+    shift = min(density / 2, 1.0 - density)
+    number = (recall > target).sum(-1, keepdim=True).clamp(max=heads // 2)
+    order = recall.argsort(dim=-1, descending=True, stable=True)
+    rank = torch.empty_like(order).scatter_(
+        -1, order, torch.arange(heads, device=order.device).expand_as(order)
+    )
+    best, worst = rank < number, rank >= heads - number
+    return density - shift * best.double() + shift * worst.double()
+
+
+@dataclass(frozen=True)
+class FrozenMass:
+    """Keep the key blocks with the largest mean probability, latents ranked in isolation (SparseD).
+
+    Latent columns have a softmax of their own, so that text, reference and padding columns, which are read in
+    full anyway, cannot take mass from them (arXiv 2509.24014). With a schedule that plans once after the
+    dense phase the mask is frozen to the end.
+
+    Attributes:
+        density: kept share of the latent key blocks, in (0, 1].
+        block: tokens in a query and in a key block.
+    """
+
+    density: float = 0.3
+    block: tuple[int, int] = (128, 128)
+
+    def __post_init__(self) -> None:
+        check_share("density", self.density)
+        check_block(self.block)
+
+    @property
+    def is_static(self) -> bool:
+        return False
+
+    def prepare(self, blocks: SequenceBlocks) -> None:
+        """Nothing is worked out ahead of the call."""
+
+    def select(
+        self,
+        blocks: SequenceBlocks,
+        tables: None,
+        q: torch.Tensor,
+        k: torch.Tensor,
+        key_mask: torch.Tensor | None,
+        scale: float | None,
+        memory: LayerMemory | None = None,
+    ) -> BlockMask:
+        """Mask of one call from its queries and keys, both (B, S, H, D)."""
+        latents = blocks.latent_tokens.expand(q.shape[0], -1)
+        visible = latents if key_mask is None else latents & key_mask
+        mass, _ = block_mass(
+            q,
+            k,
+            block_q=blocks.block_q,
+            block_k=blocks.block_k,
+            rows=blocks.kernel_rows,
+            key_mask=visible.contiguous(),
+            scale=scale,
+        )
+        # A mean over the visible keys of a block: the last one may be short.
+        slots = visible[:, None]
+        if blocks.kernel_rows is not None:
+            slots = torch.take_along_dim(slots, blocks.kernel_rows.long(), dim=2)
+        padded = torch.nn.functional.pad(slots, (0, -slots.shape[-1] % blocks.block_k))
+        count = padded.unflatten(-1, (-1, blocks.block_k)).sum(-1).clamp_min(1)
+        return keep_best(blocks, mass / count[..., None, :], key_mask, density=self.density)

@@ -1,0 +1,152 @@
+"""What a schedule does to the engine's plans: searches, memory, drift, density along the trajectory."""
+
+import pytest
+import torch
+
+from dit_accel import Recipe, presets
+from dit_accel.engine import Engine
+from dit_accel.layout import StepContext, TokenLayout
+from dit_accel.stages.drift import BlockMeans
+from dit_accel.stages.schedule import Schedule
+from dit_accel.stages.select_dynamic import Pooled
+from dit_accel.stages.select_mass import Mass
+from dit_accel.stages.select_static import Window
+
+LAYOUT = TokenLayout((4, 8, 8), 0, 256)
+
+
+def _inputs(seed: int = 0) -> list[torch.Tensor]:
+    generator = torch.Generator().manual_seed(seed)
+    return [torch.randn(1, 256, 2, 16, generator=generator) for _ in range(3)]
+
+
+def _run(engine: Engine, tensors, steps: int, start: int = 0, sigmas=None) -> list[str]:
+    """What each step did: "dense" or "sparse"."""
+    did = []
+    for index in range(steps):
+        q, k, v = tensors(index) if callable(tensors) else tensors
+        sigma = None if sigmas is None else sigmas[index]
+        step = StepContext(index=index, num_steps=steps, sigma=sigma, forward_id=start + index)
+        before = engine.records[0].sparse_calls
+        engine.attend(0, q, k, v, None, None, LAYOUT, step, lambda v=v: v)
+        did.append("sparse" if engine.records[0].sparse_calls > before else "dense")
+    return did
+
+
+def test_adaspa_searches_twice_densely_and_remembers_the_lse():
+    recipe = presets.adaspa(density=0.3, block=(32, 32))
+    engine = Engine(recipe, ["layer"], "auto", 0)
+    did = _run(engine, _inputs(), 10)
+    assert [index for index, kind in enumerate(did) if kind == "dense"] == [0, 1, 2, 6]
+    assert dict(engine.records[0].dense_calls) == {"dense phase": 2, "search step": 2}
+    assert engine.records[0].plans_made == 2
+    ((_, memory),) = engine._memories.values()
+    first = memory.lse
+    _run(engine, _inputs(1), 10, start=10)
+    ((_, memory),) = engine._memories.values()
+    assert memory.lse is not first, "a new run must not normalise with the last one's log-sum-exp"
+
+
+def test_a_repeated_forward_repeats_its_dense_search():
+    engine = Engine(presets.sparsed(block=(32, 32)), ["layer"], "auto", 0)
+    q, k, v = _inputs()
+    step = StepContext(index=3, num_steps=10, forward_id=3)
+    for _ in range(2):
+        out = engine.attend(0, q, k, v, None, None, LAYOUT, step, lambda: v)
+        assert out is v
+    assert engine.records[0].plans_made == 1
+
+
+def test_drift_below_the_bound_keeps_the_plan_and_above_it_makes_another():
+    recipe = Recipe(select=Pooled(density=0.3, block=(32, 32)), schedule=Schedule(drift_bound=0.2))
+    base, other = _inputs(0), _inputs(1)
+
+    def drifting(index: int) -> list[torch.Tensor]:
+        weight = 0.05 * index
+        return [(1 - weight) * now + weight * then for now, then in zip(base, other, strict=True)]
+
+    engine = Engine(recipe, ["layer"], "auto", 0)
+    _run(engine, drifting, 10)
+    expected, made = 0, None
+    for index in range(10):
+        q, k, _ = drifting(index)
+        means = [x[0].unflatten(0, (-1, 32)).mean(1).double() for x in (q, k)]
+        if made is not None:
+            change = max(
+                float((now - then).abs().sum() / then.abs().sum())
+                for now, then in zip(means, made, strict=True)
+            )
+        if made is None or change > 0.2:
+            expected, made = expected + 1, means
+    assert 1 < expected < 10
+    assert engine.records[0].plans_made == expected
+
+
+def test_without_change_a_guarded_plan_lasts_and_its_age_may_be_limited():
+    select = Pooled(density=0.3, block=(32, 32))
+    for schedule, plans in (
+        (Schedule(drift_bound=0.01), 1),
+        (Schedule(drift_bound=0.01, refresh_every=4), 3),
+        (Schedule(drift_bound=0.01, refresh_at=(0.5,)), 2),
+    ):
+        engine = Engine(Recipe(select=select, schedule=schedule), ["layer"], "auto", 0)
+        _run(engine, _inputs(), 12)
+        assert engine.records[0].plans_made == plans
+
+
+def test_block_means_ignore_hidden_keys():
+    q, k, _ = _inputs()
+    key_mask = torch.ones(1, 256, dtype=torch.bool)
+    key_mask[:, 250:] = False
+    before = BlockMeans.of(q, k, key_mask, (32, 32))
+    k = k.clone()
+    k[:, 250:] = torch.nan
+    assert float(BlockMeans.of(q, k, key_mask, (32, 32)).change_since(before)) == 0.0
+
+
+def test_density_points_are_interpolated_and_reach_the_mask():
+    points = ((0.5, 0.5), (0.0, 1.0), (0.9, 0.1))
+    schedule = Schedule(density_points=points)
+    densities = [schedule.density(StepContext(index=i, num_steps=10)) for i in range(10)]
+    expected = [1.0, 0.9, 0.8, 0.7, 0.6, 0.5, 0.4, 0.3, 0.2, 0.1]
+    assert densities == pytest.approx(expected)
+    by_sigma = Schedule(density_points=((0.2, 0.1), (0.8, 0.7)), density_over="sigma")
+    sigmas = [1.0, 0.8, 0.5, 0.2, 0.05]
+    found = [by_sigma.density(StepContext(index=0, num_steps=5, sigma=sigma)) for sigma in sigmas]
+    assert found == pytest.approx([0.7, 0.7, 0.4, 0.1, 0.1])
+    assert by_sigma.density(StepContext(index=0, num_steps=5)) is None
+    select = Mass(density=0.01, head_adaptive=False, block=(32, 32))
+    engine = Engine(Recipe(select=select, schedule=by_sigma), ["layer"], "auto", 0)
+    seen, total = [], 0.0
+    for sigma in sigmas:
+        _run(engine, _inputs(), 1, sigmas=[sigma])
+        seen.append(float(engine.records[0].density_sum) - total)
+        total += seen[-1]
+    # 8 key blocks: 6, 6, 4, 1 and 1 of them, and the own one where it is not among them
+    low = [6 / 8, 6 / 8, 4 / 8, 1 / 8, 1 / 8]
+    assert all(a - 1e-6 <= b <= a + 1 / 8 for a, b in zip(low, seen, strict=True))
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"density_points": ((0.0, 0.0),)}, r"densities in \(0, 1\], got 0.0"),
+        ({"density_points": ((0.1, 0.5), (0.1, 0.2))}, "must differ in position"),
+        ({"density_over": "step"}, "must be progress or sigma, got 'step'"),
+        ({"drift_bound": 0.0}, "drift_bound must be above 0, got 0.0"),
+    ],
+)
+def test_impossible_schedules(changes, message):
+    with pytest.raises(ValueError, match=message):
+        Schedule(**changes)
+
+
+def test_density_points_need_a_selection_with_a_density():
+    with pytest.raises(ValueError, match="need a selection with a density, got Window"):
+        Recipe(select=Window(), schedule=Schedule(density_points=((0.0, 0.5),)))
+
+
+def test_density_points_by_name():
+    recipe = presets.pooled().with_fields({"schedule.density_points": "((0.0, 0.5), (1.0, 0.1))"})
+    assert recipe.schedule.density_points == ((0.0, 0.5), (1.0, 0.1))
+    assert Recipe.from_dict(recipe.to_dict()) == recipe
