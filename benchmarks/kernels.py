@@ -183,6 +183,91 @@ def section_rows(report: Report, args: argparse.Namespace) -> None:
         )
 
 
+HOPPER_CONFIGS = {
+    # kind: (stages at 128 keys a block, query buffers, turns)
+    "half": ((3, 1, False), (3, 1, True), (2, 2, False), (2, 2, True)),
+    "int8": ((3, 1, False), (3, 1, True), (3, 2, False), (3, 2, True)),
+    "int8_fp8": ((4, 1, False), (4, 1, True), (4, 2, True)),
+}
+
+
+def section_hopper(report: Report, args: argparse.Namespace) -> None:
+    """Buffer counts and turn-taking of the Hopper kernel, half precision and quantised; takes ``--shard``."""
+    from dit_accel.kernels.hopper_forward import HopperConfig, hopper_forward
+    from dit_accel.kernels.triton_quantize import quantize_inputs
+
+    shard, shards = (int(x) for x in args.shard.split("/")) if args.shard else (0, 0)
+    number = 0
+    length = args.lengths[0]
+    q, k, v = inputs(length, args.heads, args.head_dim)
+    scale = q.shape[-1] ** -0.5
+    for block_k in (128, 64):
+        masks = {density: random_mask(args.heads, length, 128, block_k, density) for density in (0.05, 0.2)}
+        for kind, configs in HOPPER_CONFIGS.items():
+            data = None if kind == "half" else quantize_inputs(q, k, v, 128, block_k, precision=kind)
+            for stages, q_stages, turns in configs[:2] if block_k == 64 else configs:
+                number += 1
+                if shards and number % shards != shard:
+                    continue
+                config = HopperConfig(stages * 128 // block_k, q_stages, turns)
+                for density, mask in masks.items():
+                    call = lambda: hopper_forward(  # noqa: E731
+                        q, k, v, mask, None, None, scale, quantized=data, config=config
+                    )[0]
+
+                    def measure() -> dict[str, object]:
+                        error = oracle_error(call(), q, k, v, mask)
+                        if shards:
+                            return {"error": error}
+                        ms = median_ms(call, 60)
+                        return {"ms": ms, "eff": operations(q, mask) / ms / 1e9, "error": error}
+
+                    report.add(
+                        measure,
+                        op=f"hopper {kind}",
+                        block_k=block_k,
+                        density=density,
+                        config=str(config)[12:],
+                    )
+
+
+def section_quantized(report: Report, args: argparse.Namespace) -> None:
+    """Quantised attention with its prologue, against our own half precision in the same run."""
+    from dit_accel.kernels import quantized_block_sparse_attention
+    from dit_accel.kernels.triton_quantize import quantize_inputs
+
+    for length in args.lengths:
+        q, k, v = inputs(length, args.heads, args.head_dim)
+        for precision in ("int8", "int8_fp8"):
+            report.add(
+                lambda: {"ms": median_ms(lambda: quantize_inputs(q, k, v, 128, 128, precision=precision))},
+                op=f"prologue {precision}",
+                S=length,
+            )
+        for density in DENSITIES:
+            mask = random_mask(args.heads, length, 128, 128, density)
+            half = lambda: block_sparse_attention(q, k, v, mask)  # noqa: E731
+            base = report.add(lambda: {"ms": median_ms(half)}, op="half", S=length, density=density)
+            for precision in ("int8", "int8_fp8"):
+                ready = quantize_inputs(q, k, v, 128, 128, precision=precision)
+                for name, data in (("with prologue", None), ("kernel only", ready)):
+                    call = lambda: quantized_block_sparse_attention(  # noqa: E731
+                        q, k, v, mask, precision=precision, quantized=data
+                    )
+
+                    def measure() -> dict[str, object]:
+                        error = oracle_error(call(), q, k, v, mask)
+                        ms = median_ms(call)
+                        return {
+                            "ms": ms,
+                            "eff": operations(q, mask) / ms / 1e9,
+                            "over_half": base.get("ms", math.nan) / ms,
+                            "error": error,
+                        }
+
+                    report.add(measure, op=f"{precision} {name}", S=length, density=density)
+
+
 def section_backward(report: Report, args: argparse.Namespace) -> None:
     for length in args.lengths[:1]:
         q, k, v = (x.requires_grad_() for x in inputs(length, args.heads, args.head_dim))

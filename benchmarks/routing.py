@@ -1,6 +1,6 @@
 """Check and time selection, exact block mass and the linear branch on one GPU.
 
-    python benchmarks/routing.py --out benchmarks/results/routing.json
+    python benchmarks/routing.py --out benchmarks/results/routing_h200.json
 
 Every item runs on its own: one that fails is reported and the rest goes on. Times are medians of
 ``triton.testing.do_bench`` in milliseconds; cuDNN's dense attention is timed in the same run. Checks compare
@@ -12,7 +12,6 @@ from __future__ import annotations
 import argparse
 import json
 import platform
-import sys
 import traceback
 from collections.abc import Callable
 from pathlib import Path
@@ -21,20 +20,35 @@ import torch
 import torch.nn.functional as F
 import triton
 from torch.nn.attention import SDPBackend, sdpa_kernel
-from triton.testing import do_bench
+from triton.testing import do_bench, do_bench_cudagraph
 
 from dit_accel.kernels import triton_linear
 from dit_accel.kernels.block_mask import BlockMask
 from dit_accel.kernels.block_mass import block_mass
 from dit_accel.kernels.linear_branch import add_linear_branch, linear_branch, marginal_map
 from dit_accel.kernels.selection import pool_blocks, pooled_scores, select_blocks, select_pooled
+from dit_accel.kernels.triton_pooling import pool_pair_triton
 
 HEADS, DIM = 12, 128
 RESULTS: list[dict[str, object]] = []
 
 
+DRY = False
+
+
 def median(fn: Callable[..., object], *args: object, **kwargs: object) -> float:
+    if DRY:
+        fn(*args, **kwargs)
+        return 0.0
     return do_bench(lambda: fn(*args, **kwargs), warmup=15, rep=60, return_mode="median")
+
+
+def device_median(fn: Callable[..., object], *args: object, **kwargs: object) -> float:
+    """Without launch gaps: a replayed CUDA graph."""
+    if DRY:
+        return median(fn, *args, **kwargs)
+    with torch.no_grad():
+        return do_bench_cudagraph(lambda: fn(*args, **kwargs), rep=30, return_mode="median")
 
 
 def record(name: str, value: float | str, unit: str = "ms") -> None:
@@ -116,24 +130,26 @@ def check_selection() -> None:
 
 def time_selection(seq: int) -> None:
     q, k, _, _ = draw(seq)
-    record(f"pool q+k, S={seq}", median(lambda: (pool_blocks(q, 128), pool_blocks(k, 64))))
-    record(f"read floor of q+k at 4.3 TB/s, S={seq}", 2 * q.numel() * 2 / 4.3e9)
+    args = {"rows": None, "k_rows": None, "key_mask": None, "scale": 1.0}
+    record(f"  pool q and k, device time, S={seq}", device_median(pool_pair_triton, q, k, 128, 64, **args))
+    record(f"  read floor of q and k at 4.3 TB/s, S={seq}", 2 * q.numel() * 2 / 4.3e9)
     for block_q, block_k in ((128, 64), (64, 64), (128, 128)):
         name = f"S={seq} {block_q}x{block_k}"
         geometry = {"block_q": block_q, "block_k": block_k, "q_len": seq, "kv_len": seq}
         scores = pooled_scores(q, k, block_q, block_k)
-        record(f"pooled scores incl. pooling, {name}", median(pooled_scores, q, k, block_q, block_k))
         for label, args in (
             ("top-k .05", {"density": 0.05}),
             ("top-k .2", {"density": 0.2}),
             ("top-p .3", {"top_p": 0.3}),
             ("union", {"density": 0.05, "top_p": 0.3}),
         ):
-            record(f"select {label}, {name}", median(select_blocks, scores, **geometry, **args))
-        record(
-            f"SELECTION pooled top-k .1 all heads, {name}",
-            median(select_pooled, q, k, block_q=block_q, block_k=block_k, density=0.1),
-        )
+            record(
+                f"  select {label}, device time, {name}",
+                device_median(select_blocks, scores, **geometry, **args),
+            )
+        args = {"block_q": block_q, "block_k": block_k, "density": 0.1}
+        record(f"SELECTION pooled top-k .1 all heads, {name}", median(select_pooled, q, k, **args))
+        record(f"  its device time, {name}", device_median(select_pooled, q, k, **args))
     rows = torch.rand(1, HEADS, seq, device="cuda").argsort(-1).int()
     record(
         f"SELECTION with per-head permutation, S={seq} 128x64",
@@ -154,32 +170,16 @@ def check_mass() -> None:
 
 
 def time_mass() -> None:
-    from dit_accel.kernels.triton_block_mass import block_mass_triton
-
     seq = 32768
     q, k, _, _ = draw(seq)
-    args = {"rows": None, "k_rows": None, "key_mask": None, "scale": DIM**-0.5}
     _, lse = block_mass(q, k, block_q=128, block_k=64)
     for block_q, block_k in ((128, 64), (64, 64), (128, 128)):
-        for warps in (4, 8):
-            record(
-                f"block mass, lse given, S={seq} {block_q}x{block_k}, {warps} warps",
-                median(
-                    block_mass_triton,
-                    q,
-                    k,
-                    block_q=block_q,
-                    block_k=block_k,
-                    lse=lse,
-                    warps=(8, warps),
-                    **args,
-                ),
-            )
-    for warps in (4, 8):
-        record(
-            f"block mass with its own lse pass, S={seq} 128x128, {warps} warps in the lse pass",
-            median(block_mass_triton, q, k, block_q=128, block_k=128, lse=None, warps=(warps, 8), **args),
-        )
+        name = f"S={seq} {block_q}x{block_k}"
+        args = {"block_q": block_q, "block_k": block_k}
+        record(f"block mass, lse given, {name}", median(block_mass, q, k, lse=lse, **args))
+    record(
+        f"block mass with its own lse pass, S={seq} 128x64", median(block_mass, q, k, block_q=128, block_k=64)
+    )
 
 
 def linear_oracle(
@@ -221,11 +221,11 @@ def time_linear(seq: int) -> None:
     weight, bias = torch.randn(DIM, DIM, device="cuda"), torch.randn(DIM, device="cuda")
     critical = select_pooled(q, k, block_q=128, block_k=64, density=0.05)
     out = torch.zeros_like(q)
-    record(
-        f"linear, all tokens, projected and added, S={seq}",
-        median(lambda: add_linear_branch(out, q, k, v, None, weight, bias, eps=1e-5)),
-    )
-    shares = (0.04, 0.07, 0.13, 0.2, 0.26, 0.4, 1.0) if seq < 50_000 else (0.07, 0.13, 0.4)
+    args = (out, q, k, v, None, weight, bias)
+    record(f"linear, all tokens, projected and added, S={seq}", median(add_linear_branch, *args, eps=1e-5))
+    record(f"  its device time, S={seq}", device_median(add_linear_branch, *args, eps=1e-5))
+    usual = triton_linear.STATE_SHARE
+    shares = (0.14, 0.3, 1.0) if seq < 50_000 else (0.14,)
     for share in shares:
         triton_linear.STATE_SHARE = share
         torch.cuda.reset_peak_memory_stats()
@@ -234,13 +234,14 @@ def time_linear(seq: int) -> None:
         peak = (torch.cuda.max_memory_allocated() - before) / (4 * q.numel() * 2)
         record(
             f"linear, non-critical, projected and added, 128x64, S={seq}, share {share} (peak {peak:.3f})",
-            median(lambda: add_linear_branch(out, q, k, v, critical, weight, bias)),
+            median(add_linear_branch, out, q, k, v, critical, weight, bias),
         )
-    triton_linear.STATE_SHARE = 0.13
+        record("  its device time", device_median(add_linear_branch, out, q, k, v, critical, weight, bias))
+    triton_linear.STATE_SHARE = usual
     coarse = select_pooled(q, k, block_q=128, block_k=128, density=0.05)
     record(
         f"linear, non-critical, projected and added, 128x128, S={seq}",
-        median(lambda: add_linear_branch(out, q, k, v, coarse, weight, bias)),
+        median(add_linear_branch, out, q, k, v, coarse, weight, bias),
     )
     leaves = [x.requires_grad_() for x in (q, k, v)]
 
@@ -252,28 +253,33 @@ def time_linear(seq: int) -> None:
 
 
 def time_linear_parts() -> None:
-    """Where the time of the non-critical form goes, all heads at once."""
+    """Where the device time of the linear branch goes, all heads at once."""
     seq = 32768
     q, k, v, _ = draw(seq)
     critical = select_pooled(q, k, block_q=128, block_k=64, density=0.05)
-    shape = triton_linear.shape_of(q, critical)
-    states = triton_linear.launch_states(k, v, None, None, shape, "softmax", 64, q.dtype)
-    record(
-        "  states, 12 heads",
-        median(lambda: triton_linear.launch_states(k, v, None, None, shape, "softmax", 64, q.dtype)),
-    )
-    record("  map", median(lambda: triton_linear.scaled_map(critical, None, q.dtype, 2.0**-9)))
-    marginal = triton_linear.scaled_map(critical, None, q.dtype, 2.0**-9)
-    record("  product, 12 heads", median(lambda: torch.matmul(marginal, states)))
-    for heads in (1, 2, 3):
-        a, b = marginal[:, :heads], states[:, :heads]
-        record(f"  product, {heads} heads", median(torch.matmul, a, b))
-    sums, out = torch.matmul(marginal, states), torch.zeros_like(q)
+    shape = triton_linear.shape_of(q, k, critical)
     weight = torch.randn(DIM, DIM, device="cuda", dtype=q.dtype)
+    states = torch.empty(HEADS, seq // 64, shape.state_width, device="cuda", dtype=q.dtype)
+    for project in (weight, None):
+        args = (k, v, None, None, project, states, shape, "softmax", 0, 0)
+        name = "  block states" + (" with projection" if project is not None else "")
+        record(name, device_median(triton_linear.launch_block_states, *args))
+    marginal = triton_linear.scaled_map(critical, None, q.dtype, 2.0**-9)
+    record("  map", device_median(triton_linear.scaled_map, critical, None, q.dtype, 2.0**-9))
+    record("  product, 12 heads", device_median(torch.bmm, marginal[0], states))
+    record("  product, 2 heads", device_median(torch.bmm, marginal[0, :2], states[:2]))
+    sums, out = torch.bmm(marginal[0], states), torch.zeros_like(q)
+    args = (q, None, sums, out, None, True, shape, "softmax", 0.0)
     record(
-        "  out, 12 heads",
-        median(lambda: triton_linear.launch_out(q, None, sums, out, weight, None, shape, "softmax", 0.0)),
+        "  output added, a state per block", device_median(triton_linear.launch_out, *args, group_tokens=128)
     )
+    record(
+        "  states of all tokens",
+        device_median(triton_linear.all_states, k, v, None, weight, shape, "softmax"),
+    )
+    mean = triton_linear.all_states(k, v, None, weight, shape, "softmax")
+    args = (q, None, mean, out, None, True, shape, "softmax", 0.0)
+    record("  output added, one state", device_median(triton_linear.launch_out, *args, group_tokens=768))
 
 
 def time_sla(seq: int) -> None:
@@ -303,17 +309,17 @@ def time_dense(seq: int) -> None:
 
 
 ITEMS: dict[str, Callable[[], None]] = {
-    "check selection": check_selection,
-    "check mass": check_mass,
-    "check linear": check_linear,
     "dense 32768": lambda: time_dense(32768),
+    "check selection": check_selection,
+    "check linear": check_linear,
+    "sla 32768": lambda: time_sla(32768),
     "selection 32768": lambda: time_selection(32768),
-    "selection 75600": lambda: time_selection(75600),
-    "mass": time_mass,
     "linear parts": time_linear_parts,
     "linear 32768": lambda: time_linear(32768),
+    "selection 75600": lambda: time_selection(75600),
+    "check mass": check_mass,
+    "mass": time_mass,
     "linear 75600": lambda: time_linear(75600),
-    "sla 32768": lambda: time_sla(32768),
     "sla 75600": lambda: time_sla(75600),
     "dense 75600": lambda: time_dense(75600),
 }
@@ -323,23 +329,29 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--out", type=Path, default=Path("benchmarks/results/routing.json"))
     parser.add_argument("--only", nargs="*", help=f"of: {', '.join(ITEMS)}")
+    parser.add_argument(
+        "--dry", action="store_true", help="run everything once, untimed: fills Triton's cache"
+    )
     args = parser.parse_args()
-    for name, fn in ITEMS.items():
-        if not args.only or any(name.startswith(part) for part in args.only):
-            item(name, fn)
+    global DRY
+    DRY = args.dry
     args.out.parent.mkdir(parents=True, exist_ok=True)
     report = {
         "device": torch.cuda.get_device_name(),
         "torch": torch.__version__,
         "triton": triton.__version__,
         "python": platform.python_version(),
-        "command": " ".join(["python", *sys.argv]),
+        "command": "python benchmarks/routing.py" + (f" --only {args.only}" if args.only else ""),
         "heads": HEADS,
         "head_dim": DIM,
         "dtype": "bfloat16",
         "results": RESULTS,
     }
-    args.out.write_text(json.dumps(report, indent=1) + "\n")
+    for name, fn in ITEMS.items():
+        if not args.only or any(name.startswith(part) for part in args.only):
+            item(name, fn)
+            # After every item: a run that is cut short keeps what it measured.
+            args.out.write_text(json.dumps(report, indent=1) + "\n")
 
 
 if __name__ == "__main__":

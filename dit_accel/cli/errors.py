@@ -11,7 +11,7 @@ import typer
 
 
 def one_sentence_errors(command: Callable[..., None]) -> Callable[..., None]:
-    """Turn the errors that a user can cause into a line on stderr; ``--debug`` shows the traceback instead."""
+    """Turn the errors that a user can cause into a line on stderr; with ``--debug`` the traceback shows."""
 
     @functools.wraps(command)
     def run(*args: Any, **kwargs: Any) -> None:

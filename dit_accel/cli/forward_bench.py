@@ -63,8 +63,8 @@ class ForwardReport:
         dense_candidates: seconds of each candidate in a shallow model, or why it cannot run.
         relative_difference: of the patched output to the dense one, as a ratio of norms.
         finite: whether both outputs hold finite values only.
-        sparse_seconds, dense_seconds, plan_seconds: per patched forward: sparse attention, attention calls that
-            stayed dense, and planning.
+        sparse_seconds, dense_seconds, plan_seconds: per patched forward: sparse attention, attention calls
+            that stayed dense, and planning.
         density, mean_density: of the sparse calls, and of all calls with dense ones counted as 1.
         summary: of the patch, warm-up included.
         warm_up_seconds: first calls of both variants, compilation included.
@@ -132,8 +132,8 @@ def bench_forward(
 ) -> ForwardReport:
     """Build a transformer with random weights and time its forward, dense and patched, in turns.
 
-    Both variants share one set of weights. After a warm-up they alternate, and which goes first changes from one
-    repeat to the next, so that a machine that slows down slows both.
+    Both variants share one set of weights. After a warm-up they alternate, and which goes first changes from
+    one repeat to the next, so that a machine that slows down slows both.
 
     Args:
         width, height, frames: pixel size of the clip.
@@ -238,8 +238,8 @@ class _Variant:
 def _notes(recipe: Recipe, summary: PatchSummary) -> Iterator[str]:
     if recipe.schedule.dense_fraction > 0:
         yield (
-            "schedule.dense_fraction does not act on a bare transformer, which has no steps: this is the time of a "
-            "sparse step."
+            "schedule.dense_fraction does not act on a bare transformer, which has no steps: this is the "
+            "time of a sparse step."
         )
     if recipe.schedule.keeps_plans:
         yield "The schedule keeps plans: a forward here reuses them as the steps of a run would."
@@ -282,7 +282,7 @@ def _dense_attention(model: Any, name: str) -> Iterator[None]:
         return
     from torch.nn.attention import SDPBackend, sdpa_kernel
 
-    kernels = {
+    kernels: dict[str, Callable[[], Any]] = {
         "native": nullcontext,
         "_native_cudnn": lambda: sdpa_kernel(SDPBackend.CUDNN_ATTENTION),
         "_native_flash": lambda: sdpa_kernel(SDPBackend.FLASH_ATTENTION),
@@ -324,19 +324,10 @@ def _fastest_dense_backend(
 
 @contextmanager
 def _compiled(model: nn.Module, twin: nn.Module, compiler: str) -> Iterator[None]:
-    """Compile the repeated blocks of both models.
-
-    torch.compile reuses code between modules of one class and does not look at their hooks, so it would run the
-    twin with the code of the unpatched model: the twin's blocks get classes of their own.
-    """
+    """Compile the repeated blocks of both models."""
     import torch._dynamo
 
-    own: dict[type, type] = {}
-    for block in _repeated_blocks(twin):
-        kind = type(block)
-        # The same name, by which diffusers and dynamo know a block.
-        block.__class__ = own.setdefault(kind, type(kind.__name__, (kind,), {"__module__": kind.__module__}))
-    # Twice the classes need twice the compiled variants.
+    # Two models need twice the compiled variants of one.
     limits = {"recompile_limit": 64, "accumulated_recompile_limit": 1024}
     with torch._dynamo.config.patch(limits):
         for block in itertools.chain(_repeated_blocks(model), _repeated_blocks(twin)):
@@ -345,7 +336,7 @@ def _compiled(model: nn.Module, twin: nn.Module, compiler: str) -> Iterator[None
 
 
 def _repeated_blocks(model: nn.Module) -> list[nn.Module]:
-    """The modules that ``compile_repeated_blocks`` compiles, or where a class names none, all blocks that attend."""
+    """What ``compile_repeated_blocks`` compiles, or where a class names nothing, all blocks that attend."""
     names = getattr(model, "_repeated_blocks", None)
     if names:
         return [module for module in model.modules() if type(module).__name__ in names]

@@ -73,7 +73,7 @@ def generate(
     from ..api import patch
     from ..pipelines.builtin import builtins
     from ..pipelines.generate import generate as run
-    from ..pipelines.generate import save
+    from ..pipelines.generate import makes_video, output_path, save
     from ..pipelines.load import load
 
     offered = builtins()
@@ -81,6 +81,8 @@ def generate(
     builtin = offered.get(name)
     _say(f"{name}: {builtin.description}" if builtin else f"Loading {name}", as_json)
     pipe = load(name, dtype=number, device=target)
+    default = Path("outputs") / f"{name.strip('./').replace('/', '--')}-{seed}"
+    path = output_path(out or default, makes_video(pipe))
     arguments: dict[str, Any] = {"negative_prompt": negative_prompt}
     if builtin is not None:
         arguments |= vars(builtin.settings)
@@ -98,7 +100,6 @@ def generate(
             )
         return result
 
-    path = out or Path("outputs") / f"{name.replace('/', '--').strip('.-')}-{seed}"
     if target.type == "cuda":
         _say("Warming up", as_json)
         short = {**arguments, "steps": WARM_UP_STEPS}

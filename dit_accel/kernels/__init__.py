@@ -2,5 +2,15 @@
 
 from .block_mask import BlockMask
 from .block_sparse import BACKENDS, block_sparse_attention, choose_backend
+from .quantize import PRECISIONS, QuantizedInputs
+from .quantized import quantized_block_sparse_attention
 
-__all__ = ["BACKENDS", "BlockMask", "block_sparse_attention", "choose_backend"]
+__all__ = [
+    "BACKENDS",
+    "PRECISIONS",
+    "BlockMask",
+    "QuantizedInputs",
+    "block_sparse_attention",
+    "choose_backend",
+    "quantized_block_sparse_attention",
+]

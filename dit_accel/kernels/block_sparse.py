@@ -55,7 +55,7 @@ def block_sparse_attention(
         ValueError: shapes, dtypes, devices or the mask do not fit together.
         RuntimeError: the named backend cannot run the call; the message says why.
     """
-    _validate(q, k, v, mask, rows, key_mask)
+    validate(q, k, v, mask, rows, key_mask)
     name, _ = choose_backend(q, k, v, mask, backend=backend)
     scale = 1.0 / math.sqrt(q.shape[-1]) if scale is None else float(scale)
     if name == "triton":
@@ -113,7 +113,7 @@ def choose_backend(
     raise RuntimeError(f"No backend can run this call: {'; '.join(passed_over)}.")
 
 
-def _validate(
+def validate(
     q: torch.Tensor,
     k: torch.Tensor,
     v: torch.Tensor,
@@ -121,6 +121,7 @@ def _validate(
     rows: torch.Tensor | None,
     key_mask: torch.Tensor | None,
 ) -> None:
+    """Raise a ValueError that names what does not fit in a call of the attention operations."""
     if q.dim() != 4 or k.dim() != 4:
         raise ValueError(f"q, k and v must be [B, S, H, D], got {tuple(q.shape)} and {tuple(k.shape)}.")
     if k.shape != v.shape:

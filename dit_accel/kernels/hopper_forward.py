@@ -1,467 +1,50 @@
-"""Block-sparse attention forward for Hopper, in Gluon: TMA loads, asynchronous WGMMA, specialised warps.
-
-One producer warp streams the listed key and value blocks into shared memory. Two consumer warpgroups hold
-64 query rows each; while one is in its softmax the other keeps the matrix units busy, and inside a
-warpgroup the scores of block ``n + 1`` and the weighted values of block ``n`` are in flight during the
-softmax (FlashAttention-3, arXiv 2407.08608). A program stays on its multiprocessor and takes query blocks
-in turn, so that loads for the next one start before the last one is written.
-"""
+"""Launches of the Hopper kernel: half-precision inputs in place, quantised inputs from the prologue."""
 
 from __future__ import annotations
 
+from dataclasses import dataclass
+from functools import cache
+
 import torch
-from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
-from triton.experimental.gluon.language.nvidia.hopper import (
-    fence_async_shared,
-    mbarrier,
-    tma,
-    warpgroup_mma,
-    warpgroup_mma_wait,
-)
 from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
 
 from .block_mask import BlockMask
+from .hopper_kernel import hopper_fwd_kernel
+from .quantize import QuantizedInputs
 from .reorder import reorder_pair
-from .triton_forward import LOG2_E, SIZES, mask_strides
+from .triton_forward import LOG2_E, mask_strides
 
-LN_2_ = gl.constexpr(0.6931471805599453)
 _ROWS = 64  # query rows of a consumer warpgroup
 
 
-@gluon.jit
-def _tile(tile, nq, heads, mask_head_stride, list_length, counts_ptr, fulls_ptr):
-    """Query block, head, list offset, count and number of full blocks of a tile."""
-    head = tile // nq
-    query_block = tile % nq
-    mask_row = head * mask_head_stride + query_block
-    count = gl.load(counts_ptr + mask_row)
-    full = gl.load(fulls_ptr + mask_row)
-    return query_block, head, mask_row.to(gl.int64) * list_length, count, full
+@dataclass(frozen=True)
+class HopperConfig:
+    """Buffers of key and value blocks, of query tiles, and whether the consumers take turns at products."""
 
-
-@gluon.jit
-def _produce(
-    q_desc,
-    k_desc,
-    v_desc,
-    shared,
-    counts_ptr,
-    fulls_ptr,
-    index_ptr,
-    nq,
-    heads,
-    num_tiles,
-    mask_head_stride,
-    list_length,
-    BLOCK_K: gl.constexpr,
-    HEAD_DIM: gl.constexpr,
-    STAGES: gl.constexpr,
-    PERMUTED: gl.constexpr,
-):
-    """Stream Q (unless gathered by the consumers), K and V; V runs one block behind K, as it is used."""
-    q_smem, k_smem, v_smem, q_full, q_empty, k_full, k_empty, v_full, v_empty = shared
-    step = gl.to_tensor(0)
-    turn = gl.to_tensor(0)
-    for tile in range(gl.program_id(0), num_tiles, gl.num_programs(0)):
-        query_block, head, at, count, _full = _tile(
-            tile, nq, heads, mask_head_stride, list_length, counts_ptr, fulls_ptr
-        )
-        column = head * HEAD_DIM
-        if count > 0:
-            if not PERMUTED:
-                for half in gl.static_range(2):
-                    mbarrier.wait(q_empty.index(half), (turn & 1) ^ 1)
-                    mbarrier.expect(q_full.index(half), q_desc.block_type.nbytes)
-                    tma.async_copy_global_to_shared(
-                        q_desc,
-                        [query_block * 128 + half * 64, column],
-                        q_full.index(half),
-                        q_smem.index(half),
-                    )
-            turn += 1
-            block = gl.load(index_ptr + at)
-            for entry in range(0, count):
-                stage = step % STAGES
-                phase = ((step // STAGES) & 1) ^ 1
-                mbarrier.wait(k_empty.index(stage), phase)
-                mbarrier.expect(k_full.index(stage), k_desc.block_type.nbytes)
-                tma.async_copy_global_to_shared(
-                    k_desc, [block * BLOCK_K, column], k_full.index(stage), k_smem.index(stage)
-                )
-                mbarrier.wait(v_empty.index(stage), phase)
-                mbarrier.expect(v_full.index(stage), v_desc.block_type.nbytes)
-                tma.async_copy_global_to_shared(
-                    v_desc, [block * BLOCK_K, column], v_full.index(stage), v_smem.index(stage)
-                )
-                block = gl.load(index_ptr + at + entry + 1, mask=entry + 1 < count, other=0)
-                step += 1
-
-
-@gluon.jit
-def _hide(
-    scores,
-    block,
-    bit_row,
-    bits_ptr,
-    key_mask_ptr,
-    rows_ptr,
-    kv_len,
-    HALF: gl.constexpr,
-    BLOCK_K: gl.constexpr,
-    LAYOUT: gl.constexpr,
-    PERMUTED: gl.constexpr,
-    HAS_BITS: gl.constexpr,
-    HAS_KEY_MASK: gl.constexpr,
-):
-    """Scores of a partial block with ``-inf`` in place of every key that a query does not see."""
-    offs_n = gl.arange(0, BLOCK_K, layout=gl.SliceLayout(0, LAYOUT))
-    slot = block * BLOCK_K + offs_n
-    inside = slot < kv_len
-    if HAS_KEY_MASK:
-        key_row = slot
-        if PERMUTED:
-            key_row = gl.load(rows_ptr + slot, mask=inside, other=0)
-        inside = inside & (gl.load(key_mask_ptr + key_row, mask=inside, other=0) != 0)
-    scores = gl.where(inside[None, :], scores, float("-inf"))
-    if HAS_BITS:
-        words_per_row: gl.constexpr = BLOCK_K // 32
-        offs_m = HALF * 64 + gl.arange(0, 64, layout=gl.SliceLayout(1, LAYOUT))
-        base = bits_ptr + gl.maximum(bit_row, 0).to(gl.int64) * (128 * words_per_row)
-        words = gl.load(base + offs_m[:, None] * words_per_row + (offs_n // 32)[None, :])
-        seen = (((words >> (offs_n % 32)[None, :]) & 1) != 0) | (bit_row < 0)
-        scores = gl.where(seen, scores, float("-inf"))
-    return scores
-
-
-@gluon.jit
-def _softmax(scores, peak, total, scale_log2, dtype: gl.constexpr, OPERAND: gl.constexpr):
-    """Weights of a block as the left operand of the next product, and the rescaled row state."""
-    new_peak = gl.maximum(peak, gl.max(scores, 1) * scale_log2)
-    # A row that has seen nothing keeps peak -inf; 0 in its place avoids inf - inf.
-    base = gl.where(new_peak == float("-inf"), 0.0, new_peak)
-    weights = gl.exp2(scores * scale_log2 - base[:, None])
-    shrink = gl.exp2(peak - base)
-    total = total * shrink + gl.sum(weights, 1)
-    return gl.convert_layout(weights.to(dtype), OPERAND), new_peak, total, shrink
-
-
-@gluon.jit
-def _consume(
-    shared,
-    q_ptr,
-    out_ptr,
-    lse_ptr,
-    lists,
-    HALF: gl.constexpr,
-    BLOCK_K: gl.constexpr,
-    HEAD_DIM: gl.constexpr,
-    STAGES: gl.constexpr,
-    PERMUTED: gl.constexpr,
-    HAS_BITS: gl.constexpr,
-    HAS_KEY_MASK: gl.constexpr,
-):
-    (
-        counts_ptr,
-        fulls_ptr,
-        index_ptr,
-        bit_rows_ptr,
-        bits_ptr,
-        rows_ptr,
-        key_mask_ptr,
-        stride_qs,
-        stride_qh,
-        stride_os,
-        stride_oh,
-        rows_head_stride,
-        nq,
-        heads,
-        num_tiles,
-        mask_head_stride,
-        list_length,
-        q_len,
-        kv_len,
-        scale_log2,
-    ) = lists
-    q_smem, k_smem, v_smem, q_full, q_empty, k_full, k_empty, v_full, v_empty = shared
-    dtype: gl.constexpr = q_smem.dtype
-    S_LAYOUT: gl.constexpr = gl.NVMMADistributedLayout(
-        version=[3, 0], warps_per_cta=[4, 1], instr_shape=[16, BLOCK_K, 16]
-    )
-    O_LAYOUT: gl.constexpr = gl.NVMMADistributedLayout(
-        version=[3, 0], warps_per_cta=[4, 1], instr_shape=[16, HEAD_DIM, 16]
-    )
-    P_LAYOUT: gl.constexpr = gl.DotOperandLayout(operand_index=0, parent=O_LAYOUT, k_width=2)
-    LOAD: gl.constexpr = gl.BlockedLayout([1, 8], [2, 16], [4, 1], [1, 0])
-    step = gl.to_tensor(0)
-    turn = gl.to_tensor(0)
-    q_tile = q_smem.index(HALF)
-    for tile in range(gl.program_id(0), num_tiles, gl.num_programs(0)):
-        query_block, head, at, count, full = _tile(
-            tile, nq, heads, mask_head_stride, list_length, counts_ptr, fulls_ptr
-        )
-        first_slot = query_block * 128 + HALF * 64
-        rows_at = rows_ptr + head.to(gl.int64) * rows_head_stride
-        acc = gl.zeros([64, HEAD_DIM], gl.float32, layout=O_LAYOUT)
-        peak = gl.full([64], float("-inf"), gl.float32, layout=gl.SliceLayout(1, S_LAYOUT))
-        total = gl.zeros([64], gl.float32, layout=gl.SliceLayout(1, S_LAYOUT))
-        blank = gl.zeros([64, BLOCK_K], gl.float32, layout=S_LAYOUT)
-        if count > 0:
-            if PERMUTED:
-                slot = first_slot + gl.arange(0, 64, layout=gl.SliceLayout(1, LOAD))
-                columns = gl.arange(0, HEAD_DIM, layout=gl.SliceLayout(0, LOAD))
-                row = gl.load(rows_at + slot, mask=slot < q_len, other=0).to(gl.int64)
-                q_at = q_ptr + head.to(gl.int64) * stride_qh
-                q_rows = gl.load(
-                    q_at + row[:, None] * stride_qs + columns[None, :],
-                    mask=(slot < q_len)[:, None],
-                    other=0.0,
-                )
-                q_tile.store(q_rows)
-                fence_async_shared()
-            else:
-                mbarrier.wait(q_full.index(HALF), turn & 1)
-            turn += 1
-
-            stage = step % STAGES
-            mbarrier.wait(k_full.index(stage), (step // STAGES) & 1)
-            token = warpgroup_mma(
-                q_tile, k_smem.index(stage).permute([1, 0]), blank, use_acc=False, is_async=True
-            )
-            scores = warpgroup_mma_wait(0, deps=[token])
-            mbarrier.arrive(k_empty.index(stage), count=1)
-            if full == 0:
-                scores = _hide(
-                    scores,
-                    gl.load(index_ptr + at),
-                    gl.load(bit_rows_ptr + at),
-                    bits_ptr,
-                    key_mask_ptr,
-                    rows_at,
-                    kv_len,
-                    HALF,
-                    BLOCK_K,
-                    S_LAYOUT,
-                    PERMUTED,
-                    HAS_BITS,
-                    HAS_KEY_MASK,
-                )
-            weights, peak, total, shrink = _softmax(scores, peak, total, scale_log2, dtype, P_LAYOUT)
-            step += 1
-
-            for partial in gl.static_range(2):
-                begin = gl.maximum(full, 1) if partial else 1
-                end = count if partial else full
-                for entry in range(begin, end):
-                    stage = step % STAGES
-                    last = (step - 1) % STAGES
-                    mbarrier.wait(k_full.index(stage), (step // STAGES) & 1)
-                    token = warpgroup_mma(
-                        q_tile, k_smem.index(stage).permute([1, 0]), blank, use_acc=False, is_async=True
-                    )
-                    mbarrier.wait(v_full.index(last), ((step - 1) // STAGES) & 1)
-                    acc_token = warpgroup_mma(weights, v_smem.index(last), acc, is_async=True)
-                    scores = warpgroup_mma_wait(1, deps=[token])
-                    mbarrier.arrive(k_empty.index(stage), count=1)
-                    if partial:
-                        scores = _hide(
-                            scores,
-                            gl.load(index_ptr + at + entry),
-                            gl.load(bit_rows_ptr + at + entry),
-                            bits_ptr,
-                            key_mask_ptr,
-                            rows_at,
-                            kv_len,
-                            HALF,
-                            BLOCK_K,
-                            S_LAYOUT,
-                            PERMUTED,
-                            HAS_BITS,
-                            HAS_KEY_MASK,
-                        )
-                    next_weights, peak, total, shrink = _softmax(
-                        scores, peak, total, scale_log2, dtype, P_LAYOUT
-                    )
-                    acc, weights = warpgroup_mma_wait(0, deps=[acc_token, weights])
-                    mbarrier.arrive(v_empty.index(last), count=1)
-                    acc = acc * gl.convert_layout(shrink, gl.SliceLayout(1, O_LAYOUT))[:, None]
-                    weights = next_weights
-                    step += 1
-            if not PERMUTED:
-                # The last scores are done: the producer may overwrite Q while the tail is computed.
-                mbarrier.arrive(q_empty.index(HALF), count=1)
-            last = (step - 1) % STAGES
-            mbarrier.wait(v_full.index(last), ((step - 1) // STAGES) & 1)
-            acc_token = warpgroup_mma(weights, v_smem.index(last), acc, is_async=True)
-            acc = warpgroup_mma_wait(0, deps=[acc_token])
-            mbarrier.arrive(v_empty.index(last), count=1)
-
-        nothing = total == 0.0
-        safe = gl.where(nothing, 1.0, total)
-        lse = gl.where(nothing, float("-inf"), (peak + gl.log2(safe)) * LN_2_)
-        slot = first_slot + gl.arange(0, 64, layout=gl.SliceLayout(1, S_LAYOUT))
-        row = slot
-        if PERMUTED:
-            row = gl.load(rows_at + slot, mask=slot < q_len, other=0)
-        gl.store(lse_ptr + head.to(gl.int64) * q_len + row, lse, mask=slot < q_len)
-        acc = acc * gl.convert_layout(1.0 / safe, gl.SliceLayout(1, O_LAYOUT))[:, None]
-        slot = first_slot + gl.arange(0, 64, layout=gl.SliceLayout(1, O_LAYOUT))
-        row = slot
-        if PERMUTED:
-            row = gl.load(rows_at + slot, mask=slot < q_len, other=0)
-        columns = gl.arange(0, HEAD_DIM, layout=gl.SliceLayout(0, O_LAYOUT))
-        out_at = out_ptr + head.to(gl.int64) * stride_oh + row.to(gl.int64)[:, None] * stride_os
-        gl.store(out_at + columns[None, :], acc.to(dtype), mask=(slot < q_len)[:, None])
-
-
-@gluon.jit(do_not_specialize=(*SIZES, "nq", "num_tiles"))
-def hopper_fwd_kernel(
-    q_desc,
-    k_desc,
-    v_desc,
-    q_ptr,
-    out_ptr,
-    lse_ptr,
-    counts_ptr,
-    fulls_ptr,
-    index_ptr,
-    bit_rows_ptr,
-    bits_ptr,
-    rows_ptr,
-    key_mask_ptr,
-    stride_qs,
-    stride_qh,
-    stride_os,
-    stride_oh,
-    rows_head_stride,
-    nq,
-    heads,
-    num_tiles,
-    mask_head_stride,
-    list_length,
-    q_len,
-    kv_len,
-    scale_log2,
-    BLOCK_K: gl.constexpr,
-    HEAD_DIM: gl.constexpr,
-    STAGES: gl.constexpr,
-    PERMUTED: gl.constexpr,
-    HAS_BITS: gl.constexpr,
-    HAS_KEY_MASK: gl.constexpr,
-):
-    q_smem = gl.allocate_shared_memory(q_desc.dtype, [2, 64, HEAD_DIM], q_desc.layout)
-    k_smem = gl.allocate_shared_memory(k_desc.dtype, [STAGES, BLOCK_K, HEAD_DIM], k_desc.layout)
-    v_smem = gl.allocate_shared_memory(v_desc.dtype, [STAGES, BLOCK_K, HEAD_DIM], v_desc.layout)
-    q_full = gl.allocate_shared_memory(gl.int64, [2, 1], mbarrier.MBarrierLayout())
-    q_empty = gl.allocate_shared_memory(gl.int64, [2, 1], mbarrier.MBarrierLayout())
-    k_full = gl.allocate_shared_memory(gl.int64, [STAGES, 1], mbarrier.MBarrierLayout())
-    k_empty = gl.allocate_shared_memory(gl.int64, [STAGES, 1], mbarrier.MBarrierLayout())
-    v_full = gl.allocate_shared_memory(gl.int64, [STAGES, 1], mbarrier.MBarrierLayout())
-    v_empty = gl.allocate_shared_memory(gl.int64, [STAGES, 1], mbarrier.MBarrierLayout())
-    for half in gl.static_range(2):
-        mbarrier.init(q_full.index(half), count=1)
-        mbarrier.init(q_empty.index(half), count=1)
-    for stage in gl.static_range(STAGES):
-        mbarrier.init(k_full.index(stage), count=1)
-        mbarrier.init(v_full.index(stage), count=1)
-        # Both consumers read every block.
-        mbarrier.init(k_empty.index(stage), count=2)
-        mbarrier.init(v_empty.index(stage), count=2)
-    fence_async_shared()
-
-    shared = (q_smem, k_smem, v_smem, q_full, q_empty, k_full, k_empty, v_full, v_empty)
-    lists = (
-        counts_ptr,
-        fulls_ptr,
-        index_ptr,
-        bit_rows_ptr,
-        bits_ptr,
-        rows_ptr,
-        key_mask_ptr,
-        stride_qs,
-        stride_qh,
-        stride_os,
-        stride_oh,
-        rows_head_stride,
-        nq,
-        heads,
-        num_tiles,
-        mask_head_stride,
-        list_length,
-        q_len,
-        kv_len,
-        scale_log2,
-    )
-    first: gl.constexpr = 0
-    second: gl.constexpr = 1
-    gl.warp_specialize(
-        [
-            (
-                _consume,
-                (
-                    shared,
-                    q_ptr,
-                    out_ptr,
-                    lse_ptr,
-                    lists,
-                    first,
-                    BLOCK_K,
-                    HEAD_DIM,
-                    STAGES,
-                    PERMUTED,
-                    HAS_BITS,
-                    HAS_KEY_MASK,
-                ),
-            ),
-            (
-                _consume,
-                (
-                    shared,
-                    q_ptr,
-                    out_ptr,
-                    lse_ptr,
-                    lists,
-                    second,
-                    BLOCK_K,
-                    HEAD_DIM,
-                    STAGES,
-                    PERMUTED,
-                    HAS_BITS,
-                    HAS_KEY_MASK,
-                ),
-            ),
-            (
-                _produce,
-                (
-                    q_desc,
-                    k_desc,
-                    v_desc,
-                    shared,
-                    counts_ptr,
-                    fulls_ptr,
-                    index_ptr,
-                    nq,
-                    heads,
-                    num_tiles,
-                    mask_head_stride,
-                    list_length,
-                    BLOCK_K,
-                    HEAD_DIM,
-                    STAGES,
-                    PERMUTED,
-                ),
-            ),
-        ],
-        [4, 1],
-        [240, 24],
-    )
+    stages: int
+    q_stages: int
+    take_turns: bool
 
 
 def why_not_hopper(
     q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, mask: BlockMask, rows: torch.Tensor | None
 ) -> str | None:
     """Why this kernel cannot run a call that the Triton backend can, or None if it can."""
-    if not q.is_cuda or torch.cuda.get_device_capability(q.device) != (9, 0):
+    reason = why_not_hopper_shape(q, mask)
+    if reason is not None:
+        return reason
+    for name, x in (("q", q), ("k", k), ("v", v)):
+        if x.stride(-1) != 1 or (rows is None and x.stride(2) != x.shape[3]):
+            return f"the heads of {name} do not lie side by side"
+        if x.data_ptr() % 16 or (x.stride(1) * 2) % 16 or (x.stride(0) * 2) % 16:
+            return f"{name} is not aligned to 16 bytes"
+    return None
+
+
+def why_not_hopper_shape(q: torch.Tensor, mask: BlockMask) -> str | None:
+    """The part of :func:`why_not_hopper` that quantised inputs share."""
+    if not q.is_cuda or _capability(q.device.index or 0) != (9, 0):
         return "it needs a GPU of compute capability 9.0"
     if q.dtype not in (torch.float16, torch.bfloat16):
         return f"it takes float16 or bfloat16, got {q.dtype}"
@@ -469,20 +52,42 @@ def why_not_hopper(
         return f"it takes head dims 64 and 128, got {q.shape[-1]}"
     if mask.block_q != 128 or mask.block_k not in (64, 128):
         return f"it takes blocks of 128x64 and 128x128, got {mask.block_q}x{mask.block_k}"
-    for name, x in (("q", q), ("k", k), ("v", v)):
-        permuted = rows is not None
-        if x.stride(-1) != 1 or (not permuted and x.stride(2) != x.shape[3]):
-            return f"the heads of {name} do not lie side by side"
-        if x.data_ptr() % 16 or (x.stride(1) * 2) % 16 or (x.stride(0) * 2) % 16:
-            return f"{name} is not aligned to 16 bytes"
     return None
 
 
-def _descriptor(x: torch.Tensor, rows: int) -> TensorDescriptor:
-    """Tiles ``[rows, D]`` of one batch entry ``[S, H, D]``; rows past S read as zero."""
+@cache
+def _capability(index: int) -> tuple[int, int]:
+    return torch.cuda.get_device_capability(index)
+
+
+@cache
+def _multiprocessors(index: int) -> int:
+    return torch.cuda.get_device_properties(index).multi_processor_count
+
+
+def _tiles(x: torch.Tensor, rows: int, columns: int) -> TensorDescriptor:
+    """Tiles ``[rows, columns]`` of a matrix; what lies past its last row reads as zero and is not written."""
+    bits = x.element_size() * 8
+    swizzle = min(128, columns * x.element_size())
+    layout = gl.NVMMASharedLayout(swizzle_byte_width=swizzle, element_bitwidth=bits, rank=2)
+    return TensorDescriptor(x, list(x.shape), list(x.stride()), [rows, columns], layout)
+
+
+def _side_by_side(x: torch.Tensor) -> torch.Tensor:
+    """``[S, H, D]`` with adjacent heads as the matrix ``[S, H * D]``."""
     length, heads, dim = x.shape
-    layout = gl.NVMMASharedLayout(swizzle_byte_width=128, element_bitwidth=16, rank=2)
-    return TensorDescriptor(x, [length, heads * dim], [x.stride(0), 1], [rows, dim], layout)
+    return x.as_strided((length, heads * dim), (x.stride(0), 1))
+
+
+def default_config(mask: BlockMask, dim: int, quantized: str | None = None) -> HopperConfig:
+    """Buffers that fit 227 KiB of shared memory."""
+    half = 2 * dim
+    q_row = half if quantized is None else dim
+    k_row = half if quantized is None else dim
+    v_row = dim if quantized == "int8_fp8" else half
+    out = 0 if quantized is None else 128 * half
+    stages = ((224 << 10) - 128 * q_row - out) // (mask.block_k * (k_row + v_row))
+    return HopperConfig(min(4, stages), 1, False)
 
 
 def hopper_forward(
@@ -493,60 +98,88 @@ def hopper_forward(
     rows: torch.Tensor | None,
     key_mask: torch.Tensor | None,
     scale: float,
-    stages: int | None = None,
+    *,
+    quantized: QuantizedInputs | None = None,
+    config: HopperConfig | None = None,
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """``out`` and ``lse`` of a call for which :func:`why_not_hopper` found nothing."""
+    """``out [B, Sq, H, D]`` and ``lse [B, H, Sq]`` of a call for which :func:`why_not_hopper` found nothing.
+
+    With ``quantized``, made from the same q, k, v and rows, the numbers come from there; q, k and v then only
+    give shapes and the output dtype.
+    """
     batch, q_len, heads, dim = q.shape
     kv_len = k.shape[1]
     out = torch.empty((batch, q_len, heads, dim), dtype=q.dtype, device=q.device)
     lse = torch.empty((batch, heads, q_len), dtype=torch.float32, device=q.device)
-    nq, _ = mask.num_blocks
+    nq, nk = mask.num_blocks
     if rows is not None:
         rows = rows.to(torch.int32).contiguous()
-        k, v = reorder_pair(k, v, rows)
+        if quantized is None:
+            k, v = reorder_pair(k, v, rows)
+    fp8 = quantized is not None and quantized.v_scale is not None
+    precision = None if quantized is None else "int8_fp8" if fp8 else "int8"
+    config = config or default_config(mask, dim, precision)
     counts, fulls, index = (x.contiguous() for x in (mask.kv_num_blocks, mask.kv_num_full, mask.kv_indices))
     bit_rows = index if mask.kv_bits is None else mask.kv_bits.contiguous()
     bits = index if mask.token_bits is None else mask.token_bits.contiguous()
     hidden = None if key_mask is None else key_mask.contiguous().view(torch.uint8)
-    programs = min(nq * heads, torch.cuda.get_device_properties(q.device).multi_processor_count)
-    if stages is None:
-        # Shared memory: 128 query rows, then keys and values of every stage.
-        stages = min(4, (220 << 10) // 2 // (2 * mask.block_k * dim) - (1 if mask.block_k == 64 else 0))
     rows_strides = (0, 0) if rows is None else mask_strides(rows, q_len)
     for b in range(batch):
         mb = b if counts.shape[0] > 1 else 0
-        rows_b = index if rows is None else rows[b if rows.shape[0] > 1 else 0]
-        hopper_fwd_kernel[(programs,)](
-            _descriptor(q[b], _ROWS),
-            _descriptor(k[b], mask.block_k),
-            _descriptor(v[b], mask.block_k),
-            q[b],
+        if quantized is None:
+            q_in = q[b]
+            k_in, v_in = _side_by_side(k[b]), _side_by_side(v[b])
+            q_tiles = _tiles(_side_by_side(q_in) if rows is None else k_in, _ROWS, dim)
+            scales = (lse, lse, lse, lse)
+            planes = (0, 0, dim)
+        else:
+            q_in = quantized.q[b]
+            k_in = quantized.k[b].flatten(0, 1)
+            v_in = quantized.v[b].flatten(0, 1)
+            q_tiles = _tiles(q_in.flatten(0, 1), _ROWS, dim)
+            v_scale = lse if quantized.v_scale is None else quantized.v_scale[b]
+            scales = (quantized.q_scale[b], quantized.k_scale[b], v_scale, quantized.q_shift[b])
+            planes = (nq * mask.block_q, nk * mask.block_k, 0)
+        v_tile = (dim, mask.block_k) if fp8 else (mask.block_k, dim)
+        hopper_fwd_kernel[(min(nq * heads, _multiprocessors(q.device.index or 0)),)](
+            q_tiles,
+            _tiles(k_in, mask.block_k, dim),
+            _tiles(v_in, *v_tile),
+            _tiles(_side_by_side(out[b]), _ROWS, dim),
+            q_in,
             out[b],
             lse[b],
+            *scales,
             counts[mb],
             fulls[mb],
             index[mb],
             bit_rows[mb],
             bits,
-            rows_b,
+            index if rows is None else rows[b if rows.shape[0] > 1 else 0],
             index if hidden is None else hidden[b],
-            *q.stride()[1:3],
-            *out.stride()[1:3],
-            rows_strides[1],
+            *q.stride()[:3],
+            *out.stride()[:3],
+            *rows_strides,
             nq,
             heads,
             nq * heads,
+            0,
             mask_strides(index, nq)[1],
             index.shape[-1],
+            *planes,
             q_len,
             kv_len,
             scale * LOG2_E,
             BLOCK_K=mask.block_k,
             HEAD_DIM=dim,
-            STAGES=stages,
+            STAGES=config.stages,
+            Q_STAGES=config.q_stages,
             PERMUTED=rows is not None,
             HAS_BITS=mask.kv_bits is not None and mask.token_bits.shape[0] > 0,
             HAS_KEY_MASK=key_mask is not None,
+            TAKE_TURNS=config.take_turns,
+            QUANTIZED=quantized is not None,
+            FP8=fp8,
             num_warps=4,
         )
     return out, lse

@@ -145,9 +145,9 @@ def pooled_scores(
         q_mean, k_mean = pool_pair_triton(
             q, k, block_q, block_k, rows=rows, k_rows=k_rows, key_mask=key_mask, scale=scale
         )
-    else:
-        q_mean = pool_blocks(q, block_q, rows=rows, impl=impl) * scale
-        k_mean = pool_blocks(k, block_k, rows=k_rows, key_mask=key_mask, impl=impl)
+        return (q_mean @ k_mean.transpose(-1, -2))[..., : -(-k.shape[1] // block_k)]
+    q_mean = pool_blocks(q, block_q, rows=rows, impl=impl) * scale
+    k_mean = pool_blocks(k, block_k, rows=k_rows, key_mask=key_mask, impl=impl)
     return q_mean @ k_mean.transpose(-1, -2)
 
 

@@ -7,6 +7,7 @@ import torch
 from .block_mask import BlockMask
 from .triton_backward import backward
 from .triton_forward import forward
+from .variants import why_not_hopper_half
 
 
 def _mask_of(
@@ -41,6 +42,10 @@ def block_sparse_fwd(
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """``out [B, Sq, H, D]`` and ``lse [B, H, Sq]``; the lists are those of a BlockMask."""
     mask = _mask_of(counts, indices, fulls, bit_rows, token_bits, block_q, block_k, q.shape[1], k.shape[1])
+    if why_not_hopper_half(q, k, v, mask, rows) is None:
+        from .hopper_forward import hopper_forward
+
+        return hopper_forward(q, k, v, mask, rows, key_mask, scale)
     return forward(q, k, v, mask, rows, key_mask, scale)
 
 

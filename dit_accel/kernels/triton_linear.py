@@ -30,10 +30,12 @@ SPLITS = 264
 """Programs that share a sum over all tokens, all heads together: two per multiprocessor of an H200."""
 
 STATE_TILES, STATE_STAGES = 4, 3
-"""Key tiles of one program that makes block states, and its pipeline depth."""
+"""Key tiles of one program that makes block states, and its pipeline depth (one less with a projection, whose
+weight takes that stage's shared memory)."""
 
-OUT_TILE, OUT_WARPS, OUT_STAGES = 64, 4, 2
-"""Query rows of one step of the output kernel, its warps and its pipeline depth."""
+OUT_PER_BLOCK, OUT_ALL = (64, 4, 2), (32, 4, 3)
+"""Query rows of one step of the output kernel, its warps and its pipeline depth: with a state per query
+block, and with one state for all."""
 
 
 @dataclass(frozen=True)
@@ -166,7 +168,7 @@ def launch_states(
             KIND=kind,
             TILE=shape.tile_k,
             num_warps=8 if shape.dim > 64 else 4,
-            num_stages=STATE_STAGES,
+            num_stages=STATE_STAGES - (weight is not None),
             maxnreg=registers(shape),
             **shape.constants,
         )
@@ -251,6 +253,7 @@ def launch_out(
 ) -> None:
     """Output of the queries of every head of ``states`` [heads of the launch, groups or 1, D * D + D]."""
     groups = triton.cdiv(shape.q_len, group_tokens)
+    tile, warps, stages = OUT_ALL if states.shape[1] == 1 else OUT_PER_BLOCK
     with torch.cuda.device_of(q):
         linear_out_fwd_kernel[(states.shape[0] * groups,)](
             q,
@@ -275,9 +278,9 @@ def launch_out(
             HAS_BIAS=bias is not None,
             ADD=add,
             KIND=kind,
-            TILE=min(group_tokens, OUT_TILE),
-            num_warps=OUT_WARPS if shape.dim > 64 else 4,
-            num_stages=OUT_STAGES,
+            TILE=min(group_tokens, tile),
+            num_warps=warps,
+            num_stages=stages,
             **shape.constants,
         )
 
@@ -311,7 +314,7 @@ def linear_forward(
         # The sum over tokens is scaled to a mean, so eps is scaled with it.
         states = all_states(k, v, key_mask, weight, shape, kind)
         group = triton.cdiv(shape.q_len, max(1, 2 * SPLITS // states.shape[0]))
-        group = triton.cdiv(group, OUT_TILE) * OUT_TILE
+        group = triton.cdiv(group, 64) * 64
         launch_out(q, rows, states, out, bias, add, shape, kind, eps / shape.kv_len, group_tokens=group)
         return out
     nq, nk = critical.num_blocks

@@ -35,13 +35,17 @@ STATE_SHARE = 0.5
 """Backward states may take this share of the bytes of q, k, v and out: fewer, fuller launches."""
 
 
+DQ_TILE, DQ_STAGES = 32, 1
+"""Query rows of one step of the dq kernel (64 spills registers), and its pipeline depth."""
+
+
 @triton.jit
 def feature_map_backward(x, phi, dphi, KIND: tl.constexpr):
     """dx from dphi, all float32 [T, DIM_PAD]."""
     if KIND == "softmax":
         dx = phi * (dphi - tl.sum(phi * dphi, 1)[:, None])
     elif KIND == "elu":
-        dx = dphi * tl.where(x > 0, 1.0, tl.exp(tl.minimum(x, 0.0)))
+        dx = dphi * tl.where(x > 0, 1.0, phi)
     else:
         dx = tl.where(x > 0, dphi, 0.0)
     return dx
@@ -109,11 +113,10 @@ def linear_dq_bwd_kernel(
         ok = valid[:, None] & in_d[None, :]
         b_q = tl.load(q_ptr + row * stride_qs + o_d[None, :] * stride_qd, mask=ok, other=0.0).to(tl.float32)
         b_do = tl.load(do_ptr + row * stride_gs + o_d[None, :] * stride_gd, mask=ok, other=0.0)
-        phi = feature_map(b_q, in_d, KIND)
-        phi_low = phi.to(b_h.dtype)
-        den = tl.sum(phi_low.to(tl.float32) * b_z[None, :], 1) + eps
+        phi = feature_map(b_q, valid, in_d, KIND, True, DIM != DIM_PAD)
+        den = tl.sum(phi * b_z[None, :], 1) + eps
         inverse = tl.where(den > 0.0, 1.0 / tl.where(den > 0.0, den, 1.0), 0.0)
-        b_o = tl.dot(phi_low, b_h, input_precision=PRECISION) * inverse[:, None]
+        b_o = tl.dot(phi.to(b_h.dtype), b_h, input_precision=PRECISION) * inverse[:, None]
         delta = tl.sum(b_do.to(tl.float32) * b_o, 1)
         dphi = tl.dot(b_do, tl.trans(b_h), input_precision=PRECISION)
         dphi = (dphi - delta[:, None] * b_z[None, :]) * inverse[:, None]
@@ -190,7 +193,7 @@ def linear_dkv_bwd_kernel(
     b_v = tl.load(v_ptr + row * stride_vs + o_d[None, :] * stride_vd, mask=ok, other=0.0)
     b_g = tl.load(dstate_ptr + o_d[:, None] * DIM + o_d[None, :], mask=ok_h, other=0.0)
     b_gz = tl.load(dstate_ptr + DIM * DIM + o_d, mask=in_d, other=0.0).to(tl.float32)
-    phi = feature_map(b_k, in_d, KIND)
+    phi = feature_map(b_k, valid, in_d, KIND, True, DIM != DIM_PAD)
     dphi = tl.dot(b_v, tl.trans(b_g), input_precision=PRECISION) + b_gz[None, :]
     b_dk = tl.where(ok, feature_map_backward(b_k, phi, dphi * scale, KIND), 0.0)
     b_dv = tl.where(ok, tl.dot(phi.to(b_g.dtype), b_g, input_precision=PRECISION) * scale, 0.0)
@@ -245,9 +248,9 @@ def launch_dq(
             0 if states.shape[1] == 1 else shape.state_width,
             HAS_ROWS=rows is not None,
             KIND=kind,
-            TILE=min(shape.block_q, 64),
+            TILE=min(shape.block_q, DQ_TILE),
             num_warps=8 if shape.dim > 64 else 4,
-            num_stages=1,
+            num_stages=DQ_STAGES,
             **shape.constants,
         )
 

@@ -7,15 +7,20 @@ import triton.language as tl
 
 
 @triton.jit
-def feature_map(x, in_d, KIND: tl.constexpr):
-    """phi of float32 rows [T, DIM_PAD]; 0 in the padding of the head dim."""
+def feature_map(x, valid, in_d, KIND: tl.constexpr, NORMALISE: tl.constexpr, PADDED: tl.constexpr):
+    """phi of float32 rows [T, DIM_PAD]; 0 in the padding of the head dim, and in invalid rows if NORMALISE.
+
+    Without NORMALISE softmax leaves its row sums out, which cancel where phi is divided by phi . Z.
+    """
     if KIND == "softmax":
-        x = tl.where(in_d[None, :], x, float("-inf"))
-        e = tl.exp(x - tl.max(x, 1)[:, None])
-        phi = e / tl.sum(e, 1)[:, None]
+        if PADDED:
+            x = tl.where(in_d[None, :], x, float("-inf"))
+        phi = tl.exp2(x * 1.4426950408889634 - (tl.max(x, 1) * 1.4426950408889634)[:, None])
+        if NORMALISE:
+            phi = phi * tl.where(valid, 1.0 / tl.sum(phi, 1), 0.0)[:, None]
     elif KIND == "elu":
         phi = tl.where(x > 0, x + 1.0, tl.exp(tl.minimum(x, 0.0)))
-        phi = tl.where(in_d[None, :], phi, 0.0)
+        phi = tl.where(valid[:, None] & in_d[None, :], phi, 0.0)
     else:
         phi = tl.maximum(x, 0.0)
     return phi
@@ -94,8 +99,9 @@ def linear_state_fwd_kernel(
         b_w = tl.load(p_w, mask=ok_h, other=0.0)
     tiles = tl.cdiv(seq, TILE)
     first = g * group_tiles
+    FOLD: tl.constexpr = 16 if TILE > 16 else TILE
     b_h = tl.zeros([DIM_PAD, DIM_PAD], tl.float32)
-    b_z = tl.zeros([DIM_PAD], tl.float32)
+    b_z = tl.zeros([FOLD, DIM_PAD], tl.float32)
     for t in range(first, tl.minimum(first + group_tiles, tiles)):
         slot = t * TILE + tl.arange(0, TILE)
         valid = slot < seq
@@ -108,20 +114,21 @@ def linear_state_fwd_kernel(
         b_v = tl.load(v_ptr + row * stride_vs + o_d[None, :] * stride_vd, mask=ok, other=0.0)
         if PROJECT:
             b_v = tl.dot(b_v, b_w, input_precision=PRECISION).to(b_v.dtype)
-        phi = tl.where(valid[:, None], feature_map(b_k.to(tl.float32), in_d, KIND), 0.0).to(b_v.dtype)
-        b_h = tl.dot(tl.trans(phi), b_v, b_h, input_precision=PRECISION)
-        b_z += tl.sum(phi.to(tl.float32), 0)
+        phi = feature_map(b_k.to(tl.float32), valid, in_d, KIND, True, DIM != DIM_PAD)
+        b_h = tl.dot(tl.trans(phi.to(b_v.dtype)), b_v, b_h, input_precision=PRECISION)
+        # Rows a thread holds are added as they come, the rest when a state is complete: no exchange per tile.
+        b_z += tl.sum(tl.reshape(phi, [TILE // FOLD, FOLD, DIM_PAD]), 0)
         if PER_BLOCK:  # noqa: SIM102 (the first is known at compile time, the second is not)
             if (t % TILES_PER_STATE == TILES_PER_STATE - 1) | (t == tiles - 1):
                 p_state = state_ptr + (t // TILES_PER_STATE) * (DIM * DIM + DIM)
                 tl.store(p_state + o_state, b_h.to(out_dtype), mask=ok_h)
-                tl.store(p_state + DIM * DIM + o_d, b_z.to(out_dtype), mask=in_d)
+                tl.store(p_state + DIM * DIM + o_d, tl.sum(b_z, 0).to(out_dtype), mask=in_d)
                 b_h = tl.zeros([DIM_PAD, DIM_PAD], tl.float32)
-                b_z = tl.zeros([DIM_PAD], tl.float32)
+                b_z = tl.zeros([FOLD, DIM_PAD], tl.float32)
     if not PER_BLOCK:
         p_state = state_ptr + g.to(tl.int64) * (DIM * DIM + DIM)
         tl.store(p_state + o_state, b_h.to(out_dtype), mask=ok_h)
-        tl.store(p_state + DIM * DIM + o_d, b_z.to(out_dtype), mask=in_d)
+        tl.store(p_state + DIM * DIM + o_d, tl.sum(b_z, 0).to(out_dtype), mask=in_d)
 
 
 @triton.jit
@@ -209,6 +216,9 @@ def linear_out_fwd_kernel(
     state_ptr += row_h.to(tl.int64) * stride_state + g.to(tl.int64) * stride_state_g
     b_h = tl.load(state_ptr + o_d[:, None] * DIM + o_d[None, :], mask=ok_h, other=0.0)
     b_z = tl.load(state_ptr + DIM * DIM + o_d, mask=in_d, other=0.0).to(tl.float32)
+    if KIND == "softmax":
+        # Features add up to one, so this is eps added to phi . Z, also for an unnormalised phi.
+        b_z += eps
     if HAS_BIAS:
         b_bias = tl.load(bias_ptr + h * stride_bh + o_d, mask=in_d, other=0.0).to(tl.float32)
     first = g * group_tokens
@@ -220,10 +230,12 @@ def linear_out_fwd_kernel(
         ok = valid[:, None] & in_d[None, :]
         b_q = tl.load(q_ptr + row * stride_qs + o_d[None, :] * stride_qd, mask=ok, other=0.0)
         p_out = out_ptr + row * stride_os + o_d[None, :] * stride_od
-        phi = feature_map(b_q.to(tl.float32), in_d, KIND).to(b_h.dtype)
-        den = tl.sum(phi.to(tl.float32) * b_z[None, :], 1) + eps
+        phi = feature_map(b_q.to(tl.float32), valid, in_d, KIND, False, DIM != DIM_PAD)
+        den = tl.sum(phi * b_z[None, :], 1)
+        if KIND != "softmax":
+            den += eps
         inverse = tl.where(den > 0.0, 1.0 / tl.where(den > 0.0, den, 1.0), 0.0)
-        b_o = tl.dot(phi, b_h, input_precision=PRECISION) * inverse[:, None]
+        b_o = tl.dot(phi.to(b_h.dtype), b_h, input_precision=PRECISION) * inverse[:, None]
         if HAS_BIAS:
             b_o += b_bias[None, :]
         b_o = b_o.to(out_ptr.dtype.element_ty)

@@ -6,7 +6,7 @@ import torch
 import triton
 import triton.language as tl
 
-POOL_ELEMENTS, POOL_WARPS = 8192, 4
+POOL_ELEMENTS, POOL_WARPS = 2048, 1
 """Elements and warps of one pooling step."""
 
 
@@ -202,10 +202,13 @@ def pool_pair_triton(
     key_mask: torch.Tensor | None,
     scale: float,
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """``scale`` times the block means of q, and those of k."""
+    """``scale`` times the block means of q, and those of k with zero blocks up to a multiple of 16.
+
+    Rows of scores that start at multiples of 16 can be read in wide loads.
+    """
     batch, q_len, heads, dim = q.shape
     kv_len = k.shape[1]
-    nq, nk = triton.cdiv(q_len, block_q), triton.cdiv(kv_len, block_k)
+    nq, nk = triton.cdiv(q_len, block_q), triton.cdiv(triton.cdiv(kv_len, block_k), 16) * 16
     dim_pad = triton.next_power_of_2(dim)
     means = torch.empty(batch * heads * (nq + nk) * dim, dtype=torch.float32, device=q.device)
     q_mean = means[: batch * heads * nq * dim].view(batch, heads, nq, dim)

@@ -108,7 +108,10 @@ def select_fwd_kernel(
         above = key > at
         tied = (key == at) & candidate
         quota = count - tl.sum(above.to(tl.int32), 0)
-        keep = keep | above | (tied & (tl.cumsum(tied.to(tl.int32), 0) <= quota))
+        # The scan that gives ties to the lower index is needed only when they do not all fit.
+        if tl.sum(tied.to(tl.int32), 0) > quota:
+            tied = tied & (tl.cumsum(tied.to(tl.int32), 0) <= quota)
+        keep = keep | above | tied
     if BY_MASS:
         ppm_m = mass_ppm
         if mass_ppm_ptr is not None:
@@ -138,7 +141,9 @@ def select_fwd_kernel(
         rest = need - tl.sum(tl.where(above_m, weight, 0), 0) * PPM
         each = tl.maximum(tl.max(tl.where(tied_m, weight, 0), 0), 1) * PPM
         quota_m = (rest + each - 1) // each
-        keep = keep | above_m | (tied_m & (tl.cumsum(tied_m.to(tl.int32), 0) <= quota_m))
+        if tl.sum(tied_m.to(tl.int32), 0) > quota_m:
+            tied_m = tied_m & (tl.cumsum(tied_m.to(tl.int32), 0) <= quota_m)
+        keep = keep | above_m | tied_m
     if HAS_FORCED_Q:
         read_all = tl.load(forced_q_ptr + b * stride_qb + h * stride_qh + i).to(tl.int32)
         keep = keep | (alive & (j < read_all * WIDTH))

@@ -1,7 +1,7 @@
 """Real transformer architectures with random weights, built where they run: nothing is downloaded.
 
-For measuring speed: the time of a forward depends on shapes and dtypes, not on what the weights have learned. Configs
-are those of the published checkpoints, as diffusers' conversion scripts and class defaults give them.
+For measuring speed: the time of a forward depends on shapes and dtypes, not on what the weights have learned.
+Configs are those of the published checkpoints, as diffusers' conversion scripts and class defaults give them.
 """
 
 from __future__ import annotations
@@ -78,7 +78,8 @@ class Architecture:
         temporal, spatial = self.vae
         if frames < 1 or (frames - 1) % temporal:
             raise ValueError(
-                f"{self.name} needs a multiple of {temporal} frames plus one, such as {self.size[2]}, got {frames}."
+                f"{self.name} needs a multiple of {temporal} frames plus one, such as {self.size[2]}, "
+                f"got {frames}."
             )
         if not self.is_video and frames != 1:
             raise ValueError(f"{self.name} makes images: frames must be 1, got {frames}.")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import inspect
+import re
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -51,8 +52,8 @@ def generate(
 ) -> Generated:
     """Generate one video or image.
 
-    None leaves a setting to the pipeline's own default. The noise is drawn on the CPU, so that a seed means the
-    same on every device.
+    None leaves a setting to the pipeline's own default. The noise is drawn on the CPU, so that a seed means
+    the same on every device.
 
     Args:
         pipe: a diffusers pipeline.
@@ -75,7 +76,7 @@ def generate(
         "num_inference_steps": steps,
         scale: guidance,
     }
-    given = {name: value for name, value in settings.items() if value is not None}
+    given: dict[str, Any] = {name: value for name, value in settings.items() if value is not None}
     for name, value in given.items():
         if name not in takes:
             raise ValueError(f"{type(pipe).__name__} takes no {name}, got {value!r}.")
@@ -106,11 +107,32 @@ def generate(
     )
 
 
+def makes_video(pipe: Any) -> bool:
+    """Whether a pipeline makes videos, else images: known before it has run."""
+    return "num_frames" in inspect.signature(type(pipe).__call__).parameters
+
+
+def output_path(path: Path, is_video: bool) -> Path:
+    """The path with the suffix of what is saved there; a name without one gets it.
+
+    Raises:
+        ValueError: the suffix of another kind of file.
+    """
+    suffix = ".mp4" if is_video else ".png"
+    if path.suffix.lower() == suffix:
+        return path
+    # A model's name may hold a dot: only what is surely a suffix counts as one.
+    if re.fullmatch(r"\.[a-z][a-z0-9]{2,3}", path.suffix.lower()):
+        kind = "a video" if is_video else "an image"
+        raise ValueError(f"This pipeline makes {kind}, saved as {suffix}; got {path.name}.")
+    return path.with_name(path.name + suffix)
+
+
 def save(generated: Generated, path: Path) -> Path:
     """Write an mp4 (H.264, readable by any player) for a video, a png for an image.
 
     Args:
-        path: with or without suffix; folders are made as needed.
+        path: with or without suffix, see :func:`output_path`; folders are made as needed.
 
     Returns:
         The path written.
@@ -120,11 +142,7 @@ def save(generated: Generated, path: Path) -> Path:
     """
     import imageio.v3 as iio
 
-    suffix = ".mp4" if generated.is_video else ".png"
-    if path.suffix and path.suffix.lower() != suffix:
-        kind = "a video" if generated.is_video else "an image"
-        raise ValueError(f"This pipeline makes {kind}, saved as {suffix}; got {path.name}.")
-    path = path.with_suffix(suffix)
+    path = output_path(path, generated.is_video)
     path.parent.mkdir(parents=True, exist_ok=True)
     if not generated.is_video:
         iio.imwrite(path, generated.frames[0])

@@ -21,8 +21,8 @@ def load(
     Args:
         name_or_path: a built-in model (:func:`~dit_accel.pipelines.builtin.builtins`), a folder that
             ``save_pretrained`` wrote, or an id on the model hub.
-        dtype: of the weights; bfloat16 on a GPU and float32 on a CPU if None. A Wan autoencoder stays float32,
-            as its authors advise.
+        dtype: of the weights; bfloat16 on a GPU and float32 on a CPU if None. A Wan autoencoder stays
+            float32, as its authors advise.
         device: where to put it; None leaves it on the CPU.
 
     Raises:
@@ -48,8 +48,8 @@ def _from_pretrained(name_or_path: str, dtype: torch.dtype, offered: list[str]) 
             raise ValueError(f"The folder {name_or_path} holds no pipeline: it has no model_index.json.")
     elif not HUB_ID.fullmatch(name_or_path):
         raise ValueError(
-            f"{name_or_path!r} is neither a built-in model ({', '.join(offered)}), nor a folder, nor a hub id "
-            "(owner/name)."
+            f"{name_or_path!r} is neither a built-in model ({', '.join(offered)}), nor a folder, nor a hub "
+            "id (owner/name)."
         )
     try:
         config = DiffusionPipeline.load_config(name_or_path)

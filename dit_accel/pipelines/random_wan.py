@@ -1,7 +1,7 @@
 """A small Wan pipeline with random weights, offline: text really goes in, noise-like frames come out.
 
-It has every part of the real one (tokenizer, UMT5 text encoder, Wan transformer, causal video VAE), so that the
-whole path can be run and timed on a laptop. Its pictures mean nothing.
+It has every part of the real one (tokenizer, UMT5 text encoder, Wan transformer, causal video VAE), so that
+the whole path can be run and timed on a laptop. Its pictures mean nothing.
 """
 
 from __future__ import annotations
@@ -32,7 +32,8 @@ def build_random_wan(dtype: torch.dtype | None = None) -> Any:
     tokenizer = _character_tokenizer()
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)
-        text_encoder = UMT5EncoderModel(
+        # diffusers and transformers models are modules, which their lazy imports hide from a type checker.
+        text_encoder: Any = UMT5EncoderModel(
             UMT5Config(
                 vocab_size=len(tokenizer),
                 d_model=TEXT_DIM,
@@ -43,7 +44,7 @@ def build_random_wan(dtype: torch.dtype | None = None) -> Any:
                 dropout_rate=0.0,
             )
         )
-        transformer = WanTransformer3DModel(
+        transformer: Any = WanTransformer3DModel(
             # One latent a token: thousands of tokens from few pixels, which the autoencoder decodes quickly.
             patch_size=(1, 1, 1),
             num_attention_heads=4,
@@ -55,7 +56,7 @@ def build_random_wan(dtype: torch.dtype | None = None) -> Any:
             ffn_dim=512,
             num_layers=3,
         )
-        vae = AutoencoderKLWan(base_dim=4, z_dim=16, dim_mult=[1, 1, 1, 1], num_res_blocks=1)
+        vae: Any = AutoencoderKLWan(base_dim=4, z_dim=16, dim_mult=[1, 1, 1, 1], num_res_blocks=1)
     if dtype is not None:
         cast(transformer, dtype)
         text_encoder.to(dtype)

@@ -1,0 +1,45 @@
+# make demo and make test do all the set-up on a fresh machine, in .venv.
+PYTHON ?= python3
+VENV ?= .venv
+# Which torch: on a machine without a GPU, point pip at a CPU build to save the CUDA download, for example with
+# PIP_EXTRA_INDEX_URL or PIP_FIND_LINKS.
+TORCH ?= torch==2.13.0
+PROMPT ?= a red fox running over green grass
+BIN := $(VENV)/bin
+INSTALL := $(BIN)/python -m pip install --disable-pip-version-check -q -c constraints.txt
+
+.PHONY: demo test test-gpu lint clean
+
+demo: $(VENV)/.package
+	$(BIN)/dit-accel generate --prompt "$(PROMPT)" --compare-dense --out outputs/demo.mp4
+
+test: $(VENV)/.dev
+	HF_HUB_OFFLINE=1 TRANSFORMERS_OFFLINE=1 $(BIN)/python -m pytest -m "not gpu"
+
+test-gpu: $(VENV)/.dev
+	$(BIN)/python -m pytest -m gpu
+
+lint: $(VENV)/.dev
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+
+clean:
+	rm -rf $(VENV) build dist outputs *.egg-info .pytest_cache .mypy_cache .ruff_cache
+	find . -name __pycache__ -type d -prune -exec rm -rf {} +
+
+$(VENV)/.torch: constraints.txt
+	$(PYTHON) -c "import sys; sys.exit(sys.version_info < (3, 10) and 'dit-accel needs Python 3.10 or newer.')"
+	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install --disable-pip-version-check -q --upgrade pip
+	# torch first and alone, so that nothing else decides which build is taken.
+	$(INSTALL) $(TORCH)
+	touch $@
+
+$(VENV)/.package: $(VENV)/.torch pyproject.toml
+	$(INSTALL) -e .
+	touch $@
+
+$(VENV)/.dev: $(VENV)/.torch pyproject.toml
+	$(INSTALL) -e ".[dev]"
+	touch $@ $(VENV)/.package

@@ -1,0 +1,129 @@
+"""What the quantising prologue writes, and the same numbers in plain torch as its oracle.
+
+INT8 queries with one scale a token, INT8 keys with one scale a key block after subtracting the mean key
+(SageAttention, arXiv 2410.02367 and 2411.10958: softmax does not see a vector common to all keys), FP8
+(e4m3) values with one scale a channel.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+
+PRECISIONS = ("int8", "int8_fp8")
+FP8_MAX = 448.0
+# Position, inside a group of 16 keys, at which FP8 values of key n are stored. In this order the register
+# layout of the scores is, without any exchange between threads, that of the 8-bit left operand of the
+# second product on Hopper; a sum over keys does not mind its order.
+KEY_PLACE = tuple((n & 4) * 2 + (n & 2) * 2 + (n & 8) // 4 + (n & 1) for n in range(16))
+
+
+@dataclass(frozen=True, eq=False)
+class QuantizedInputs:
+    """Quantised q, k and v in (permuted) sequence order, padded with zeros to whole blocks.
+
+    Attributes:
+        q: int8 ``[B, H, nq * block_q, D]``; ``q_scale`` float32 ``[B, H, nq * block_q]``, one per token.
+        k: int8 ``[B, H, nk * block_k, D]``; ``k_scale`` float32 ``[B, H, nk]``, one per block.
+        v: ``[B, H, nk * block_k, D]`` in the input dtype, or e4m3 ``[B, H, D, nk * block_k]`` with the keys
+            of every 16 in the order ``KEY_PLACE`` and ``v_scale`` float32 ``[B, H, D]``.
+        q_mean, k_mean: float32 ``[B, H, nq, D]`` and ``[B, H, nk, D]``, block means over the real tokens of
+            the inputs (before smoothing), which selection reads.
+        q_shift: float32 ``[B, H, nq * block_q]``, ``q . mean(k)``: what smoothing took from every logit of
+            the row, before the softmax scale; zero without smoothing.
+        smooth_q: whether the block mean was taken from q before quantising. The kernel then adds
+            ``q_mean . k`` of the dequantised keys back to the logits.
+    """
+
+    q: torch.Tensor
+    q_scale: torch.Tensor
+    k: torch.Tensor
+    k_scale: torch.Tensor
+    v: torch.Tensor
+    v_scale: torch.Tensor | None
+    q_mean: torch.Tensor
+    k_mean: torch.Tensor
+    q_shift: torch.Tensor
+    smooth_q: bool
+
+
+def reference_quantize(
+    q: torch.Tensor,
+    k: torch.Tensor,
+    v: torch.Tensor,
+    block_q: int,
+    block_k: int,
+    *,
+    precision: str = "int8",
+    rows: torch.Tensor | None = None,
+    smooth_k: bool = True,
+    smooth_q: bool = False,
+) -> QuantizedInputs:
+    """:class:`QuantizedInputs` of ``[B, S, H, D]`` inputs in plain torch, on any device."""
+    if precision not in PRECISIONS:
+        raise ValueError(f"precision must be one of {', '.join(PRECISIONS)}, got {precision!r}.")
+    qh, kh, vh = (x.transpose(1, 2) for x in (q, k, v))
+    if rows is not None:
+        index = rows.long().expand(qh.shape[:3])[..., None].expand_as(qh)
+        qh, kh, vh = (x.gather(2, index) for x in (qh, kh, vh))
+    qf, q_count = _blocks(qh.float(), block_q)
+    kf, k_count = _blocks(kh.float(), block_k)
+    q_mean, k_mean = qf.sum(3) / q_count, kf.sum(3) / k_count
+    center = kh.float().mean(2) if smooth_k else torch.zeros_like(k_mean[:, :, 0])
+    q_shift = (qf * center[:, :, None, None]).sum(-1).flatten(2)
+    k_real = torch.arange(kf.shape[2] * block_k, device=k.device).view(-1, block_k) < k.shape[1]
+    q_real = torch.arange(qf.shape[2] * block_q, device=q.device).view(-1, block_q) < q.shape[1]
+    kf = (kf - center[:, :, None, None]) * k_real[..., None]
+    if smooth_q:
+        qf = (qf - q_mean[:, :, :, None]) * q_real[..., None]
+    q_scale = qf.abs().amax(-1).clamp_min(1e-12) / 127
+    k_scale = kf.abs().amax((-1, -2)).clamp_min(1e-12) / 127
+    v_scale = None
+    length = kf.shape[2] * block_k
+    value = F.pad(vh, (0, 0, 0, length - vh.shape[2]))
+    if precision == "int8_fp8":
+        v_scale = value.float().abs().amax(2).clamp_min(1e-12) / FP8_MAX
+        scaled = (value.float() / v_scale[:, :, None]).transpose(2, 3)
+        grouped = scaled.unflatten(-1, (-1, 16))
+        place = torch.tensor(KEY_PLACE, device=v.device)
+        value = torch.empty_like(grouped)
+        value[..., place] = grouped
+        value = value.flatten(-2).to(torch.float8_e4m3fn)
+    return QuantizedInputs(
+        q=(qf / q_scale[..., None]).round().to(torch.int8).flatten(2, 3),
+        q_scale=q_scale.flatten(2),
+        k=(kf / k_scale[..., None, None]).round().to(torch.int8).flatten(2, 3),
+        k_scale=k_scale,
+        v=value,
+        v_scale=v_scale,
+        q_mean=q_mean,
+        k_mean=k_mean,
+        q_shift=q_shift,
+        smooth_q=smooth_q,
+    )
+
+
+def _blocks(x: torch.Tensor, block: int) -> tuple[torch.Tensor, torch.Tensor]:
+    """``[B, H, S, D]`` padded and cut to ``[B, H, n, block, D]``, and the real tokens a block ``[n, 1]``."""
+    length = x.shape[2]
+    count = -(-length // block)
+    padded = F.pad(x, (0, 0, 0, count * block - length)).unflatten(2, (count, block))
+    real = (length - torch.arange(count, device=x.device) * block).clamp_max(block)
+    return padded, real[:, None].to(x.dtype)
+
+
+def dequantize(quantized: QuantizedInputs, block_q: int, block_k: int) -> tuple[torch.Tensor, ...]:
+    """float32 q, k, v ``[B, H, S_padded, D]`` that the quantised kernels in effect multiply.
+
+    k lacks the mean key, q its block mean when smoothed; add ``q_mean . k`` to the logits for the latter.
+    """
+    q = quantized.q.float() * quantized.q_scale[..., None]
+    k = quantized.k.float().unflatten(2, (-1, block_k)) * quantized.k_scale[..., None, None]
+    v = quantized.v.float()
+    if quantized.v_scale is not None:
+        place = torch.tensor(KEY_PLACE, device=v.device)
+        v = v.unflatten(-1, (-1, 16))[..., place].flatten(-2).transpose(2, 3)
+        v = v * quantized.v_scale[:, :, None]
+    return q, k.flatten(2, 3), v

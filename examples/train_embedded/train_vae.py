@@ -1,0 +1,257 @@
+"""Trains the small `AutoencoderKLWan` on rendered clips; ends by measuring the latents' mean and spread.
+
+Loss: L1 + L1 of gradients at four scales + L1 of frame differences + a little KL. Crops first, whole clips last.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import math
+import random
+import time
+from pathlib import Path
+
+import torch
+import torch.nn.functional as F
+from captions import sample_scene
+from checkpoint import (
+    flatten_state,
+    load_tensors,
+    random_state,
+    restore_random_state,
+    save_json,
+    save_tensors,
+    unflatten_state,
+)
+from clip_autoencoder import build_autoencoder, decode_clip, encode_clip
+from compose import ClipGeometry, render_clips
+from diffusers import AutoencoderKLWan
+from PIL import Image
+from optimizer import Muon
+from sprites import SpriteBank, load_sprites
+
+WHOLE_FROM = 0.85  # from here on whole frames instead of crops
+REUSE = 3  # steps that crop the same rendered clips; checkpoints belong on a multiple of it
+
+
+def reconstruction_loss(
+    output: torch.Tensor, target: torch.Tensor, cover: torch.Tensor
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """L1 with edges at four scales and motion. Subjects count three times. Returns (loss, plain L1)."""
+    weight = 1 + 2 * cover
+    plain = (output - target).abs()
+    loss = (plain * weight).mean()
+    error = output - target
+    loss = loss + 0.5 * (error[:, :, 1:] - error[:, :, :-1]).abs().mean() if error.shape[2] > 1 else loss
+    for _ in range(4):
+        loss = loss + 0.5 * (error[..., 1:] - error[..., :-1]).abs().mean()
+        loss = loss + 0.5 * (error[..., 1:, :] - error[..., :-1, :]).abs().mean()
+        error = F.avg_pool3d(error, (1, 2, 2))
+        loss = loss + 0.25 * error.abs().mean()
+    return loss, plain.mean()
+
+
+def random_crops(
+    clips: torch.Tensor, cover: torch.Tensor, size: int, frames: int, rng: random.Random
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """One common crop of `size` pixels and `frames` frames for the whole batch."""
+    t0 = rng.randrange(clips.shape[2] - frames + 1)
+    y0 = rng.randrange((clips.shape[3] - size) // 8 + 1) * 8
+    x0 = rng.randrange((clips.shape[4] - size) // 8 + 1) * 8
+    window = (..., slice(t0, t0 + frames), slice(y0, y0 + size), slice(x0, x0 + size))
+    return clips[window], cover[window]
+
+
+class Trainer:
+    """The autoencoder, its optimizer, its average and its random numbers: everything a checkpoint holds."""
+
+    def __init__(self, sprites: Path, geometry: ClipGeometry, device: torch.device, compile_: bool, seed: int) -> None:
+        self.device, self.geometry = device, geometry
+        torch.manual_seed(seed)
+        self.vae = build_autoencoder().to(device).train()
+        for parameter in self.vae.parameters():
+            if parameter.dim() == 5:
+                parameter.data = parameter.data.contiguous(memory_format=torch.channels_last_3d)
+        self.average = {k: v.detach().clone() for k, v in self.vae.state_dict().items()}
+        self.rng = random.Random(seed)
+        self.textures = torch.Generator(device).manual_seed(seed)
+        self.noise = torch.Generator(device).manual_seed(seed + 1)
+        self.bank = SpriteBank(load_sprites(sprites), device)
+        kernels, others = [], []
+        for name, parameter in self.vae.named_parameters():
+            inner = parameter.dim() >= 4 and min(parameter.shape[0], parameter[0].numel()) >= 32
+            edge = "conv_in" in name or "conv_out" in name or "quant" in name
+            (kernels if inner and not edge else others).append(parameter)
+        fused = device.type == "cuda"
+        self.optimizers: dict[str, torch.optim.Optimizer] = {
+            "muon": Muon(kernels, lr=1e-3),
+            "adamw": torch.optim.AdamW(others, lr=1e-3, betas=(0.9, 0.98), weight_decay=0.01, fused=fused),
+        }
+        self.step = 0
+        self.rendered: tuple[torch.Tensor, torch.Tensor] | None = None
+        self.log: list[tuple[int, float, float]] = []
+        self._run = torch.compile(self._forward, dynamic=False) if compile_ else self._forward
+
+    def _forward(
+        self, clips: torch.Tensor, cover: torch.Tensor, noise: torch.Tensor
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        with torch.autocast(self.device.type, torch.bfloat16, enabled=self.device.type == "cuda"):
+            mean, log_variance = encode_clip(self.vae, clips).chunk(2, dim=1)
+            mean, log_variance = mean.float(), log_variance.float().clamp(-30, 20)
+            latents = mean + (0.5 * log_variance).exp() * noise
+            output = decode_clip(self.vae, latents).float()
+        loss, plain = reconstruction_loss(output, clips, cover)
+        kl = 0.5 * (mean.square() + log_variance.exp() - 1 - log_variance).mean()
+        return loss + 1e-4 * kl, plain
+
+    def train_step(self, batch: int, crop: int, frames: int, rates: dict[str, float]) -> None:
+        if self.step % REUSE == 0 or self.rendered is None:
+            scenes = [sample_scene(self.rng) for _ in range(batch)]
+            self.rendered = render_clips(scenes, self.bank, self.geometry, self.rng, self.textures)
+        clips, cover = random_crops(*self.rendered, crop, frames, self.rng)
+        clips = clips.contiguous(memory_format=torch.channels_last_3d)
+        shape = (clips.shape[0], 16, (frames - 1) // 4 + 1, crop // 8, crop // 8)
+        noise = torch.randn(shape, generator=self.noise, device=self.device)
+        for name, optimizer in self.optimizers.items():
+            for group in optimizer.param_groups:
+                group["lr"] = rates[name]
+        loss, plain = self._run(clips, cover, noise)
+        loss.backward()
+        torch.nn.utils.clip_grad_norm_(self.vae.parameters(), 1.0)
+        for optimizer in self.optimizers.values():
+            optimizer.step()
+            optimizer.zero_grad(set_to_none=True)
+        self.step += 1
+        decay = min(0.995, self.step / (self.step + 20))
+        with torch.no_grad():
+            values = [v for v in self.vae.state_dict().values()]
+            torch._foreach_lerp_(list(self.average.values()), values, 1 - decay)
+        if self.step % 10 == 0:
+            self.log.append((self.step, loss.item(), plain.item()))
+
+    def averaged(self) -> AutoencoderKLWan:
+        """A copy that holds the averaged weights."""
+        copy = build_autoencoder().to(self.device).eval()
+        copy.load_state_dict(self.average)
+        return copy
+
+    def save(self, folder: Path) -> None:
+        tensors: dict[str, torch.Tensor] = {}
+        rest = {}
+        for name, optimizer in self.optimizers.items():
+            state_tensors, rest[name] = flatten_state(optimizer.state_dict(), name)
+            tensors.update(state_tensors)
+        tensors.update({f"model.{k}": v for k, v in self.vae.state_dict().items()})
+        tensors.update({f"average.{k}": v for k, v in self.average.items()})
+        save_tensors(tensors, folder, "vae")
+        state = random_state(self.rng, {"textures": self.textures, "noise": self.noise})
+        save_json(folder / "vae.json", {"step": self.step, "log": self.log, "optimizers": rest, "random": state})
+
+    def load(self, folder: Path) -> None:
+        tensors = load_tensors(folder, "vae")
+        meta = json.loads((folder / "vae.json").read_text())
+        self.vae.load_state_dict({k[6:]: v for k, v in tensors.items() if k.startswith("model.")})
+        self.average = {k[8:]: v.to(self.device) for k, v in tensors.items() if k.startswith("average.")}
+        for name, optimizer in self.optimizers.items():
+            optimizer.load_state_dict(unflatten_state(tensors, meta["optimizers"][name], name))
+        restore_random_state(meta["random"], self.rng, {"textures": self.textures, "noise": self.noise})
+        self.step, self.log = meta["step"], [tuple(row) for row in meta["log"]]
+
+
+@torch.no_grad()
+def measure_statistics(vae: AutoencoderKLWan, trainer: Trainer, batches: int, batch: int) -> dict[str, float]:
+    """Writes latents_mean and latents_std into the config; returns PSNR in dB of whole held-out clips."""
+    means = []
+    error = 0.0
+    for _ in range(batches):
+        scenes = [sample_scene(trainer.rng, held_out=True) for _ in range(batch)]
+        clips, _ = render_clips(scenes, trainer.bank, trainer.geometry, trainer.rng, trainer.textures)
+        with torch.autocast(trainer.device.type, torch.bfloat16, enabled=trainer.device.type == "cuda"):
+            mean = encode_clip(vae, clips).chunk(2, dim=1)[0]
+            output = decode_clip(vae, mean)
+        error += float((output.float().clamp(-1, 1) - clips).square().mean()) / batches
+        means.append(mean.float().transpose(0, 1).flatten(1))
+    latents = torch.cat(means, dim=1)
+    vae.register_to_config(
+        latents_mean=[round(float(x), 5) for x in latents.mean(1)],
+        latents_std=[round(float(x), 5) for x in latents.std(1)],
+    )
+    return {"psnr_db": 10 * torch.log10(torch.tensor(4 / error)).item(), "mse": error}
+
+
+@torch.no_grad()
+def draw_reconstructions(vae: AutoencoderKLWan, trainer: Trainer, out: Path) -> None:
+    """Original and stock reconstruction, three frames of six held-out clips."""
+    scenes = [sample_scene(trainer.rng, held_out=True) for _ in range(6)]
+    clips, _ = render_clips(scenes, trainer.bank, trainer.geometry, trainer.rng, trainer.textures)
+    decoded = vae.decode(vae.encode(clips).latent_dist.mode()).sample
+    frames = [0, clips.shape[2] // 2, clips.shape[2] - 1]
+    rows = [torch.cat([x[:, k] for k in frames for x in (clip, again)], 2) for clip, again in zip(clips, decoded)]
+    picture = ((torch.cat(rows, 1).clamp(-1, 1) + 1) * 127.5).byte().permute(1, 2, 0).cpu().numpy()
+    Image.fromarray(picture).save(out)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--sprites", type=Path, default=Path("data/sprites.zip"))
+    parser.add_argument("--out", type=Path, default=Path("runs/vae"))
+    parser.add_argument("--resume", type=Path, help="folder with a checkpoint to go on from")
+    parser.add_argument("--seconds", type=float, default=170, help="wall-clock budget for the steps")
+    parser.add_argument("--max-steps", type=int, default=10**9)
+    parser.add_argument("--batch", type=int, default=12)
+    parser.add_argument("--crop", type=int, default=96)
+    parser.add_argument("--frames", type=int, default=29, help="frames of a crop")
+    parser.add_argument("--rate", type=float, default=2e-3, help="of AdamW: norms, biases, first and last layers")
+    parser.add_argument("--muon-rate", type=float, default=2e-3, help="of Muon: the convolution kernels")
+    parser.add_argument("--size", type=int, default=192, help="clip height and width in pixels")
+    parser.add_argument("--clip-frames", type=int, default=29)
+    parser.add_argument("--no-compile", action="store_true")
+    parser.add_argument("--checkpoint", action="store_true", help="also write a resumable checkpoint at the end")
+    parser.add_argument("--seed", type=int, default=0)
+    args = parser.parse_args()
+
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    torch.backends.cudnn.benchmark = True
+    torch.backends.cuda.matmul.allow_tf32 = True
+    torch.backends.cudnn.allow_tf32 = True
+    geometry = ClipGeometry(args.clip_frames, args.size, args.size)
+    trainer = Trainer(args.sprites, geometry, device, not args.no_compile and device.type == "cuda", args.seed)
+    if args.resume:
+        trainer.load(args.resume)
+
+    start = time.monotonic()
+    last = start
+    target = trainer.step + args.max_steps
+    while trainer.step < target and (elapsed := time.monotonic() - start) < args.seconds:
+        # Progress by time, since the budget is time: warm up over 3 %, then cosine to a twentieth.
+        done = max(elapsed / args.seconds, trainer.step / target)
+        factor = min(1.0, done / 0.03 + 0.05) * (0.03 + 0.97 * 0.5 * (1 + math.cos(math.pi * done)))
+        rates = {"muon": args.muon_rate * factor, "adamw": args.rate * factor}
+        if done < WHOLE_FROM:
+            trainer.train_step(args.batch, args.crop, args.frames, rates)
+        else:
+            if trainer.rendered is not None and trainer.rendered[0].shape[0] == args.batch:
+                trainer.rendered = None
+            trainer.train_step(max(1, args.batch // 3), args.size, args.clip_frames, rates)
+        if trainer.step % 50 == 0:
+            now = time.monotonic()
+            _, loss, plain = trainer.log[-1]
+            print(f"step {trainer.step} loss {loss:.4f} l1 {plain:.4f} {1000 * (now - last) / 50:.0f} ms/step", flush=True)
+            last = now
+
+    trainer.rendered = None
+    vae = trainer.averaged()
+    result = measure_statistics(vae, trainer, 8 if device.type == "cuda" else 1, min(args.batch, 16))
+    result["steps"] = trainer.step
+    print("result", json.dumps(result), flush=True)
+    args.out.mkdir(parents=True, exist_ok=True)
+    draw_reconstructions(vae, trainer, args.out / "reconstructions.png")
+    vae.to(torch.bfloat16).save_pretrained(args.out / "vae")
+    save_json(args.out / "vae_log.json", {"log": trainer.log, "result": result})
+    if args.checkpoint:
+        trainer.save(args.out / "checkpoint")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,187 @@
+"""The command line from outside: JSON on stdout, files, and one sentence on errors."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import imageio.v3 as iio
+import pytest
+from typer.testing import CliRunner
+
+from dit_accel.cli.main import app
+from dit_accel.kernels import BACKENDS
+from dit_accel.patches.families import FAMILIES
+from dit_accel.presets import PRESETS
+
+BENCH = ["bench", "--layers", "1", "--size", "64x64", "--frames", "5", "--device", "cpu", "--repeats", "2"]
+GENERATE = ["generate", "random-wan", "--prompt", "a cat", "--device", "cpu"]
+SMALL = ["--size", "96x96", "--frames", "5", "--steps", "3"]
+
+
+def run(*arguments: str) -> Any:
+    return CliRunner().invoke(app, list(arguments))
+
+
+def run_json(*arguments: str) -> dict[str, Any]:
+    result = run(*arguments, "--json")
+    assert result.exit_code == 0, result.stderr
+    data: dict[str, Any] = json.loads(result.stdout)
+    return data
+
+
+def test_info_lists_everything() -> None:
+    data = run_json("info", "--device", "cpu")
+    assert data["device"]["type"] == "cpu"
+    assert {"torch", "diffusers", "dit-accel"} <= set(data["versions"])
+    assert [row["name"] for row in data["backends"]] == list(BACKENDS)
+    assert all(row["available"] or row["reason"] for row in data["backends"])
+    assert [row["name"] for row in data["families"]] == [family.name for family in FAMILIES]
+    recipes = {row["name"]: row["options"] for row in data["recipes"]}
+    assert set(recipes) == set(PRESETS)
+    assert recipes["pooled"]["density"] == 0.2
+    assert data["axes"]["select"]["pooled"]["block"] == [128, 64]
+
+
+def test_info_as_text() -> None:
+    result = run("info", "--device", "cpu")
+    assert result.exit_code == 0
+    for word in ("Backends", "HunyuanVideoTransformer3DModel", "pooled", "select.density=0.2", "random-wan"):
+        assert word in result.stdout
+
+
+def test_bench_measures_both_variants(tmp_path: Path) -> None:
+    out = tmp_path / "deep" / "bench.json"
+    data = run_json(*BENCH, "--set", "select.density=0.5", "--out", str(out))
+    assert data == json.loads(out.read_text())
+    assert data["latent_tokens"] == 2 * 4 * 4
+    assert len(data["dense"]["seconds"]) == len(data["patched"]["seconds"]) == 2
+    assert data["speedup"] == pytest.approx(data["dense"]["median_s"] / data["patched"]["median_s"])
+    assert data["recipe"]["select"]["density"] == 0.5
+    # Two warm-up forwards and two measured ones.
+    assert data["summary"]["sparse_calls"] == 4
+    assert 0 < data["density"] <= 1
+    assert data["finite"]
+    assert any("dense_fraction" in note for note in data["notes"])
+
+
+def test_bench_of_the_dense_recipe_is_bit_equal() -> None:
+    data = run_json(*BENCH, "--recipe", "dense")
+    assert data["relative_difference"] == 0
+    assert data["density"] is None
+    assert data["mean_density"] == 1
+
+
+def test_bench_as_text() -> None:
+    result = run(*BENCH, "--backend", "reference")
+    assert result.exit_code == 0, result.stderr
+    for word in ("speed-up", "1 of 30 layers", "reference (asked for by name)", "relative difference"):
+        assert word in result.stdout
+
+
+def test_compiled_bench_runs_its_own_code() -> None:
+    """torch.compile reuses code between modules: the patched model must not get the dense one's."""
+    import dataclasses
+
+    import torch
+
+    from dit_accel import presets
+    from dit_accel.cli.forward_bench import bench_forward
+    from dit_accel.pipelines.architectures import architecture
+
+    known = architecture("wan2.1-1.3b")
+    known = dataclasses.replace(known, config={**known.config, "num_attention_heads": 2, "ffn_dim": 64})
+    report = bench_forward(
+        known,
+        width=128,
+        height=128,
+        frames=9,
+        recipe=presets.pooled(density=0.5),
+        dtype=torch.float32,
+        device=torch.device("cpu"),
+        layers=12,
+        repeats=2,
+        compiler="eager",
+    )
+    assert report.summary.sparse_calls == 12 * 4
+    assert 0 < report.relative_difference < 1
+
+
+def test_generate_writes_a_video_and_reports(tmp_path: Path) -> None:
+    data = run_json(*GENERATE, *SMALL, "--recipe", "pooled", "--out", str(tmp_path / "cat.mp4"))
+    assert data["files"] == {"out": str(tmp_path / "cat.mp4")}
+    assert iio.imread(tmp_path / "cat.mp4", plugin="FFMPEG").shape == (5, 96, 96, 3)
+    assert data["random_weights"]
+    assert data["settings"]["steps"] == 3
+    # 3 layers, 2 guidance branches; of 3 steps the first is dense.
+    assert data["summary"]["sparse_calls"] == 3 * 2 * 2
+    assert data["summary"]["dense_calls"] == {"dense phase": 3 * 2}
+    assert 0 < data["density"] < data["mean_density"] <= 1
+    assert data["seconds"] > 0
+
+
+def test_generate_auto_stays_dense_for_a_short_sequence(tmp_path: Path) -> None:
+    data = run_json(*GENERATE, *SMALL, "--out", str(tmp_path / "cat.mp4"))
+    assert data["summary"]["sparse_calls"] == 0
+    assert any("too few to gain" in reason for reason in data["summary"]["dense_calls"])
+    assert data["summary"]["note"]
+
+
+def test_generate_compares_with_dense(tmp_path: Path) -> None:
+    out = tmp_path / "cat.mp4"
+    data = run_json(*GENERATE, *SMALL, "--recipe", "dense", "--compare-dense", "--out", str(out))
+    assert data["psnr_db"] == "inf"
+    assert data["speedup"] == pytest.approx(data["dense_seconds"] / data["seconds"])
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["cat.dense.mp4", "cat.mp4"]
+    sparse = ["--recipe", "pooled", "--set", "select.density=0.1", "--compare-dense"]
+    data = run_json(*GENERATE, *SMALL, *sparse, "--out", str(out))
+    assert 0 < data["psnr_db"] < 100
+    assert data["recipe"]["select"]["density"] == 0.1
+
+
+def test_generate_as_text(tmp_path: Path) -> None:
+    result = run(*GENERATE, *SMALL, "--compare-dense", "--recipe", "window", "--out", str(tmp_path / "cat"))
+    assert result.exit_code == 0, result.stderr
+    for word in ("speed-up", "PSNR", "sparse calls at density", "weights are random"):
+        assert word in result.stdout
+
+
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [
+        (["bench", "--arch", "sdxl"], "Unknown architecture 'sdxl'; known are wan2.1-1.3b,"),
+        ([*BENCH, "--size", "64"], "--size must be WIDTHxHEIGHT in pixels, such as 832x480, got '64'"),
+        ([*BENCH, "--size", "0x64"], "got '0x64'"),
+        ([*BENCH, "--size", "72x64"], "multiples of 16, got 72x64"),
+        ([*BENCH, "--frames", "6"], "multiple of 4 frames plus one"),
+        ([*BENCH, "--recipe", "magic"], "Unknown recipe 'magic'; known are dense, window, pooled"),
+        ([*BENCH, "--set", "select.foo=1"], "has no field 'foo'; its fields are density"),
+        ([*BENCH, "--set", "choose.foo=1"], "Unknown axis 'choose'; the axes are order, select"),
+        ([*BENCH, "--set", "select.density"], "--set must be AXIS.FIELD=VALUE"),
+        ([*BENCH, "--set", "select.density=2"], "must lie in (0, 1], got 2"),
+        ([*BENCH, "--recipe", "window", "--set", "select.window=(9,9,9)"], "the grid has 2 in frames"),
+        ([*BENCH, "--backend", "cuda"], "Unknown backend 'cuda'; known are auto"),
+        ([*BENCH, "--dtype", "fp8"], "--dtype must be one of fp32, fp16, bf16, got 'fp8'"),
+        ([*BENCH, "--device", "tpu"], "--device must be cpu, cuda or cuda:N, got 'tpu'"),
+        ([*BENCH, "--device", "cuda:99"], "--device cuda:99 is not there"),
+        ([*BENCH, "--repeats", "0"], "repeats must be at least 1, got 0"),
+        ([*BENCH, "--batch", "0"], "batch must be at least 1, got 0"),
+        ([*GENERATE[:1], "no-such-model", *GENERATE[2:]], "neither a built-in model"),
+        ([*GENERATE, "--size", "huge"], "--size must be"),
+        ([*GENERATE, *SMALL, "--out", "film.png"], "saved as .mp4; got film.png"),
+    ],
+)
+def test_errors_are_one_sentence(arguments: list[str], words: str) -> None:
+    result = run(*arguments)
+    assert result.exit_code == 2
+    assert result.stdout == ""
+    error = [line for line in result.stderr.splitlines() if line.startswith("Error: ")]
+    assert len(error) == 1
+    assert words in error[0]
+    assert "Traceback" not in result.stderr
+
+
+def test_debug_shows_the_traceback() -> None:
+    result = run("bench", "--arch", "sdxl", "--debug")
+    assert isinstance(result.exception, ValueError)
