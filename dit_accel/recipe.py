@@ -10,16 +10,25 @@ from typing import Any
 
 from .stages.compensate import COMPENSATIONS, NoCompensation
 from .stages.order import Order, Raster, Tiles
+from .stages.order_axes import AxisOrder, Chunks
+from .stages.order_curve import Curve
 from .stages.precision import PRECISIONS, ModelDtype
 from .stages.schedule import SCHEDULES, Schedule
 from .stages.select import Select
 from .stages.select_dynamic import Pooled
+from .stages.select_gate import GlobalGate
 from .stages.select_gated import GatedPooled
 from .stages.select_grid import Circle, Radial, TileWindow
 from .stages.select_mass import FrozenMass, Mass
 from .stages.select_static import DenseSelect, Window
 
-ORDERS: dict[str, type[Order]] = {"raster": Raster, "tiles": Tiles}
+ORDERS: dict[str, type[Order]] = {
+    "raster": Raster,
+    "tiles": Tiles,
+    "axes": AxisOrder,
+    "chunks": Chunks,
+    "curve": Curve,
+}
 SELECTS: dict[str, type[DenseSelect] | type[Select]] = {
     "dense": DenseSelect,
     "window": Window,
@@ -27,6 +36,7 @@ SELECTS: dict[str, type[DenseSelect] | type[Select]] = {
     "gated_pooled": GatedPooled,
     "mass": Mass,
     "frozen_mass": FrozenMass,
+    "global_gate": GlobalGate,
     "tile_window": TileWindow,
     "circle": Circle,
     "radial": Radial,

@@ -11,7 +11,7 @@ from ..stages.schedule import Schedule
 from ..stages.select_dynamic import Pooled
 from ..stages.select_static import Window
 from .grid import clear, dina, gna, na, radial, sta
-from .searched import adaspa, sparge, sparsed
+from .searched import adaspa, sparge, sparsed, vmoba
 
 
 def dense() -> Recipe:
@@ -66,6 +66,7 @@ PRESETS: dict[str, Callable[..., Recipe]] = {
     "adaspa": adaspa,
     "sparsed": sparsed,
     "sparge": sparge,
+    "vmoba": vmoba,
     "na": na,
     "dina": dina,
     "gna": gna,

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 import torch
 
 from ..kernels import BlockMask
-from ..kernels.selection import pooled_scores, select_blocks
+from ..kernels.selection import own_blocks, pooled_scores, select_blocks
 from ..plan import LayerMemory, SequenceBlocks
 from .select import check_block, check_share
 
@@ -44,6 +44,28 @@ def keep_best(
         q_len=blocks.layout.seq_len,
         kv_len=blocks.layout.seq_len,
     )
+
+
+def keep_chosen(blocks: SequenceBlocks, chosen: torch.Tensor, key_mask: torch.Tensor | None) -> BlockMask:
+    """Mask of the ``chosen`` pairs, bool ``[B, H, nq, nk]``, with text and own blocks, without empty ones."""
+    seq_len = blocks.layout.seq_len
+    keep = chosen | own_blocks(blocks.block_q, blocks.block_k, seq_len, seq_len, blocks.device)
+    if blocks.forced_q is not None and blocks.forced_k is not None:
+        keep = keep | blocks.forced_q[..., None] | blocks.forced_k[..., None, :]
+    partial = None
+    if key_mask is not None:
+        some_hidden, all_hidden = blocks.hidden_k(key_mask)
+        partial = some_hidden[..., None, :]
+        keep = keep & ~all_hidden[..., None, :]
+    return BlockMask.from_dense(keep, blocks.block_q, blocks.block_k, seq_len, seq_len, partial=partial)
+
+
+def candidates(blocks: SequenceBlocks, key_mask: torch.Tensor | None) -> torch.Tensor:
+    """bool ``[B|1, H|1, nk]``: key blocks to choose from, without other tokens than latents and not empty."""
+    open_k = torch.ones(1, 1, blocks.num_blocks[1], dtype=torch.bool, device=blocks.device)
+    if blocks.forced_k is not None:
+        open_k = open_k & ~blocks.forced_k
+    return open_k if key_mask is None else open_k & ~blocks.hidden_k(key_mask)[1]
 
 
 def either(one: torch.Tensor | None, other: torch.Tensor | None) -> torch.Tensor | None:

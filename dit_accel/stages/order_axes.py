@@ -1,0 +1,95 @@
+"""Orders that run through the grid's axes in another sequence than the model does."""
+
+from __future__ import annotations
+
+from collections.abc import Hashable
+from dataclasses import dataclass
+
+import torch
+
+from ..layout import TokenLayout
+from .order import tile_order, whole_sequence
+
+AXIS_ORDERS = ("fhw", "fwh", "hfw", "hwf", "wfh", "whf")
+"""The six orders of frames, height and width, slowest axis first; "fhw" is the model's own."""
+
+
+@dataclass(frozen=True)
+class AxisOrder:
+    """One of the six axis orders, per layer and head: PAROAttention (arXiv 2506.16054).
+
+    Heads that attend along one axis get dense blocks when that axis runs fastest.
+
+    Attributes:
+        axes: per layer, and in it per head, one of :data:`AXIS_ORDERS`. A single layer's entry serves all
+            layers, and a single head's entry all heads.
+    """
+
+    axes: tuple[tuple[str, ...], ...] = (("fhw",),)
+
+    def __post_init__(self) -> None:
+        if not self.axes or not all(self.axes):
+            raise ValueError(f"order.axes needs at least one layer with one head, got {self.axes}.")
+        for name in (name for layer in self.axes for name in layer):
+            if name not in AXIS_ORDERS:
+                raise ValueError(f"order.axes must hold {', '.join(AXIS_ORDERS)}, got {name!r}.")
+
+    def variant(self, layer: int) -> Hashable:
+        return self._heads(layer)
+
+    def rows(self, layout: TokenLayout, device: torch.device, layer: int = 0) -> torch.Tensor | None:
+        heads = self._heads(layer)
+        if set(heads) == {"fhw"}:
+            return None
+        orders = {name: whole_sequence(axis_order(layout.grid, name, device), layout) for name in set(heads)}
+        return orders[heads[0]] if len(heads) == 1 else torch.stack([orders[name] for name in heads])
+
+    def _heads(self, layer: int) -> tuple[str, ...]:
+        if len(self.axes) == 1:
+            return self.axes[0]
+        if layer >= len(self.axes):
+            raise ValueError(f"order.axes names {len(self.axes)} layers, the model has a layer {layer}.")
+        return self.axes[layer]
+
+
+def axis_order(grid: tuple[int, int, int], axes: str, device: torch.device) -> torch.Tensor:
+    """int64 ``[F * H * W]``: raster indices with the first letter of ``axes`` slowest, the last fastest."""
+    number = torch.arange(grid[0] * grid[1] * grid[2], device=device).view(grid)
+    return number.permute(*("fhw".index(axis) for axis in axes)).flatten()
+
+
+@dataclass(frozen=True)
+class Chunks:
+    """Temporal, spatial and 3-D chunks in turn, layer by layer: VMoBA's cyclic partition (arXiv 2506.23858).
+
+    Layer 0, 3, 6... cuts the clip in time, layer 1, 4... in height and width, layer 2, 5... in all three. The
+    tokens of a chunk are contiguous; chunks at the far borders may be smaller.
+
+    Attributes:
+        temporal: frames of a temporal chunk.
+        spatial: height and width of a spatial chunk, which reaches through all frames.
+        volume: frames, height and width of a 3-D chunk.
+    """
+
+    temporal: int = 1
+    spatial: tuple[int, int] = (4, 4)
+    volume: tuple[int, int, int] = (4, 4, 4)
+
+    def __post_init__(self) -> None:
+        if min(self.temporal, *self.spatial, *self.volume) < 1:
+            raise ValueError(
+                f"order.temporal, order.spatial and order.volume must be at least 1 token per dimension, got "
+                f"{self.temporal}, {self.spatial} and {self.volume}."
+            )
+
+    def variant(self, layer: int) -> Hashable:
+        return layer % 3
+
+    def rows(self, layout: TokenLayout, device: torch.device, layer: int = 0) -> torch.Tensor | None:
+        frames, height, width = layout.grid
+        chunk = (
+            (self.temporal, height, width),
+            (frames, *self.spatial),
+            self.volume,
+        )[layer % 3]
+        return whole_sequence(tile_order(layout.grid, chunk, device), layout)

@@ -1,0 +1,117 @@
+"""Key chunks chosen by one threshold for a whole head: VMoBA (arXiv 2506.23858)."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+
+from ..kernels import BlockMask
+from ..kernels.selection import own_blocks, pooled_scores
+from ..plan import LayerMemory, SequenceBlocks
+from .select import check_block, check_share
+from .select_dynamic import candidates, keep_chosen
+
+
+@dataclass(frozen=True)
+class GlobalGate:
+    """Rank all (query block, key block) pairs of a head together; keep the best until a share of the gates.
+
+    The gate of a pair is the dot product of mean query and mean key. Per head the gates are scaled to
+    [0, 1]; own blocks are always kept, and further pairs, largest first, up to and including the first at
+    which the kept gates reach ``threshold`` of their sum. Heads and rows thus differ in density.
+
+    The paper gates every query token on its own and calls the keys' chunks of several hundred tokens; here a
+    query block shares one gate, that of its mean query, and a key block is a chunk. See
+    :func:`per_query_chunks` for the paper's form.
+
+    Attributes:
+        threshold: share of the gates to keep, in (0, 1].
+        block: tokens in a query and in a key block.
+    """
+
+    threshold: float = 0.25
+    block: tuple[int, int] = (128, 64)
+
+    def __post_init__(self) -> None:
+        check_share("threshold", self.threshold)
+        check_block(self.block)
+
+    @property
+    def is_static(self) -> bool:
+        return False
+
+    def prepare(self, blocks: SequenceBlocks) -> None:
+        """Nothing is worked out ahead of the call."""
+
+    def select(
+        self,
+        blocks: SequenceBlocks,
+        tables: None,
+        q: torch.Tensor,
+        k: torch.Tensor,
+        key_mask: torch.Tensor | None,
+        scale: float | None,
+        memory: LayerMemory | None = None,
+    ) -> BlockMask:
+        """Mask of one call from its queries and keys, both (B, S, H, D)."""
+        gates = pooled_scores(
+            q, k, blocks.block_q, blocks.block_k, rows=blocks.kernel_rows, key_mask=key_mask, scale=1.0
+        )
+        pairs = candidates(blocks, key_mask)[..., None, :]
+        if blocks.forced_q is not None:
+            pairs = pairs & ~blocks.forced_q[..., None]
+        seq_len = blocks.layout.seq_len
+        own = own_blocks(blocks.block_q, blocks.block_k, seq_len, seq_len, gates.device)
+        chosen = global_choice(gates, pairs.expand(gates.shape), own.expand(gates.shape), self.threshold)
+        return keep_chosen(blocks, chosen, key_mask)
+
+
+def global_choice(
+    gates: torch.Tensor, pairs: torch.Tensor, own: torch.Tensor, threshold: float
+) -> torch.Tensor:
+    """VMoBA's "head_global" rule on gates ``[B, H, queries, chunks]``: which pairs are kept.
+
+    Args:
+        gates: any real numbers.
+        pairs: bool, likewise: pairs that take part at all.
+        own: bool, likewise: pairs of a query and its own chunk, always kept.
+        threshold: share of the normalised gates to reach.
+    """
+    wide = gates.flatten(2).double()
+    pairs, own = pairs.flatten(2), (own & pairs).flatten(2)
+    low = wide.masked_fill(~pairs, torch.inf).amin(-1, keepdim=True)
+    high = wide.masked_fill(~pairs, -torch.inf).amax(-1, keepdim=True)
+    share = ((wide - low) / (high - low).clamp_min(torch.finfo(wide.dtype).tiny)).masked_fill(~pairs, 0.0)
+    total = share.sum(-1, keepdim=True).clamp_min(torch.finfo(wide.dtype).tiny)
+    need = threshold - share.masked_fill(~own, 0.0).sum(-1, keepdim=True) / total
+    others = share.masked_fill(own | ~pairs, -1.0)
+    ranked, order = others.sort(dim=-1, descending=True, stable=True)
+    gained = ranked.clamp_min(0.0).cumsum(-1) / total
+    # A pair is kept if those before it do not suffice; the first is always kept, as in the released code.
+    kept = torch.cat([torch.ones_like(gained[..., :1]).bool(), gained[..., :-1] < need], -1) & (ranked >= 0)
+    chosen = torch.zeros_like(own).scatter_(-1, order, kept)
+    return (chosen | own).view(gates.shape)
+
+
+def per_query_chunks(
+    q: torch.Tensor, k: torch.Tensor, chunk_of_token: torch.Tensor, threshold: float
+) -> torch.Tensor:
+    """The paper's own form: every query token gates the mean keys of the chunks by itself.
+
+    A reference: the attention it asks for needs a gather per query, which no block kernel can do.
+
+    Args:
+        q, k: ``[B, S, H, D]``.
+        chunk_of_token: int64 ``[S]``, chunk ``0 .. C - 1`` of each token; no chunk is empty.
+        threshold: share of the normalised gates to keep.
+
+    Returns:
+        bool ``[B, H, S, C]``: the chunks that each query reads.
+    """
+    chunks = int(chunk_of_token.max()) + 1
+    member = torch.nn.functional.one_hot(chunk_of_token, chunks).double()
+    means = torch.einsum("bshd,sc->bhcd", k.double(), member) / member.sum(0)[:, None]
+    gates = torch.einsum("bshd,bhcd->bhsc", q.double(), means)
+    own = member.bool().expand(gates.shape)
+    return global_choice(gates, torch.ones_like(own), own, threshold)
