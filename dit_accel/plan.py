@@ -20,10 +20,12 @@ class AttentionPlan:
         rows: int32 ``[B|1, H|1, S]``, token read by each slot of the permuted sequence; None for raster
             order.
         mask: kept blocks of the permuted sequence.
+        negligible: blocks that the compensation leaves out too, where it has such a class.
     """
 
     rows: torch.Tensor | None
     mask: BlockMask
+    negligible: BlockMask | None = None
 
 
 @dataclass

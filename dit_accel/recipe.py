@@ -8,7 +8,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field, fields, replace
 from typing import Any
 
-from .stages.compensate import COMPENSATIONS, NoCompensation
+from .stages.compensate import COMPENSATIONS, LinearBranch, NoCompensation
 from .stages.order import Order, Raster, Tiles
 from .stages.order_axes import AxisOrder, Chunks
 from .stages.order_curve import Curve
@@ -64,7 +64,7 @@ class Recipe:
 
     order: Order = field(default_factory=Raster)
     select: DenseSelect | Select = field(default_factory=DenseSelect)
-    compensate: NoCompensation = field(default_factory=NoCompensation)
+    compensate: NoCompensation | LinearBranch = field(default_factory=NoCompensation)
     precision: ModelDtype = field(default_factory=ModelDtype)
     schedule: Schedule = field(default_factory=Schedule)
 

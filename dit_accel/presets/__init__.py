@@ -12,6 +12,7 @@ from ..stages.select_dynamic import Pooled
 from ..stages.select_static import Window
 from .grid import clear, dina, gna, na, radial, sta
 from .searched import adaspa, sparge, sparsed, vmoba
+from .trained import sla, sparge2, ssa
 
 
 def dense() -> Recipe:
@@ -73,6 +74,9 @@ PRESETS: dict[str, Callable[..., Recipe]] = {
     "sta": sta,
     "clear": clear,
     "radial": radial,
+    "sla": sla,
+    "sparge2": sparge2,
+    "ssa": ssa,
 }
 
 
