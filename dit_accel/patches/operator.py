@@ -193,7 +193,7 @@ def _backward(ctx: Any, grad: torch.Tensor) -> tuple[Any, ...]:
     grads = attention_backward_op(
         grad, q, k, v, attn_mask, layer, ctx.grid, ctx.count, ids, learned, *ctx.options
     )
-    return (*grads[:3], None, None, None, None, None, grads[3:], *[None] * len(ctx.options))
+    return (*grads[:3], None, None, None, None, None, list(grads[3:]), *[None] * len(ctx.options))
 
 
 attention_op.register_autograd(_backward, setup_context=_save)

@@ -118,8 +118,8 @@ def generate_samples(
                 pipe(**call | settings, generator=generator, output_type="latent")
             if latents[-1].shape != shape:
                 raise ValueError(
-                    f"{type(pipe).__name__} denoises latents {list(latents[-1].shape)}, its transformer takes "
-                    f"{list(shape)}; such models cannot be fine-tuned yet."
+                    f"{type(pipe).__name__} denoises latents {list(latents[-1].shape)}, its "
+                    f"transformer takes {list(shape)}; such models cannot be fine-tuned yet."
                 )
             save_sample(Sample(path.stem, latents[-1], scale, condition), path)
         if progress is not None:
