@@ -4,9 +4,11 @@ VENV ?= .venv
 # Which torch: on a machine without a GPU, point pip at a CPU build to save the CUDA download, for example with
 # PIP_EXTRA_INDEX_URL or PIP_FIND_LINKS.
 TORCH ?= torch==2.13.0
+# Two workers: interpreted kernels keep one core each busy, and two cores are what small machines have.
+PYTEST_ARGS ?= -n 2 --dist loadfile
 PROMPT ?= a red fox running over green grass
 BIN := $(VENV)/bin
-INSTALL := $(BIN)/python -m pip install --disable-pip-version-check -q -c constraints.txt
+INSTALL := $(BIN)/python -m pip install --disable-pip-version-check -qq -c constraints.txt
 
 .PHONY: demo test test-gpu lint clean
 
@@ -14,7 +16,7 @@ demo: $(VENV)/.package
 	$(BIN)/dit-accel generate --prompt "$(PROMPT)" --compare-dense --out outputs/demo.mp4
 
 test: $(VENV)/.dev
-	HF_HUB_OFFLINE=1 TRANSFORMERS_OFFLINE=1 $(BIN)/python -m pytest -m "not gpu"
+	HF_HUB_OFFLINE=1 TRANSFORMERS_OFFLINE=1 OMP_NUM_THREADS=1 $(BIN)/python -m pytest -m "not gpu" $(PYTEST_ARGS)
 
 test-gpu: $(VENV)/.dev
 	$(BIN)/python -m pytest -m gpu
@@ -31,7 +33,7 @@ clean:
 $(VENV)/.torch: constraints.txt
 	$(PYTHON) -c "import sys; sys.exit(sys.version_info < (3, 10) and 'dit-accel needs Python 3.10 or newer.')"
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
-	$(BIN)/python -m pip install --disable-pip-version-check -q --upgrade pip
+	$(BIN)/python -m pip install --disable-pip-version-check -qq --upgrade pip
 	# torch first and alone, so that nothing else decides which build is taken.
 	$(INSTALL) $(TORCH)
 	touch $@

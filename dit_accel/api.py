@@ -24,11 +24,10 @@ from .patches.learned import SaveWithoutLearned, attach, head_shape
 from .patches.seam import divert, seam_symbol
 from .patches.session import Session
 from .recipe import Recipe
+from .stages.compensate_linear import LinearBranch
 
 
-def patch(
-    target: Any, recipe: Recipe | str | None = None, *, backend: str = "auto", **options: Any
-) -> PatchHandle:
+def patch(target: Any, recipe: Recipe | str | None = None, *, backend: str = "auto", **options: Any) -> PatchHandle:
     """Make a diffusers pipeline run its self-attention under a recipe.
 
     Only the given pipeline is affected; weights and forward code stay as they are. A recipe that learns adds
@@ -82,9 +81,7 @@ def unpatch(target: Any) -> None:
     Raises:
         ValueError: it is not patched.
     """
-    handles = {
-        id(hook.handle): hook.handle for _, model, _ in transformers_of(target) if (hook := _root_hook(model))
-    }
+    handles = {id(hook.handle): hook.handle for _, model, _ in transformers_of(target) if (hook := _root_hook(model))}
     if not handles:
         raise ValueError(f"{type(target).__name__} is not patched.")
     for handle in handles.values():
@@ -114,9 +111,7 @@ def transformers_of(target: Any) -> list[tuple[str, nn.Module, Family]]:
     models = {name: _unwrap(value) for name, value in components.items() if isinstance(value, nn.Module)}
     found = [(name, model, family) for name, model in models.items() if (family := family_of(model))]
     if not found:
-        classes = [
-            type(m).__name__ for n, m in models.items() if n == "" or n.startswith(("transformer", "unet"))
-        ]
+        classes = [type(m).__name__ for n, m in models.items() if n == "" or n.startswith(("transformer", "unet"))]
         known = ", ".join(f"{family.name} ({', '.join(family.transformers)})" for family in FAMILIES)
         raise ValueError(
             f"No known transformer in {type(target).__name__}: got {', '.join(classes) or 'none'}. "
@@ -165,14 +160,14 @@ def _patch_transformer(
     handle.record(model.register_forward_hook(hooks.ClearAll(), always_call=True).remove)
     for index, (_, module) in enumerate(layers):
         handle.record(partial(setattr, module, "__class__", type(module)))
-        module.__class__ = hooks.patched_class(type(module))
+        module.__class__ = hooks.patched_class(type(module))  # type: ignore[arg-type]
         handle.record(module.register_forward_pre_hook(hooks.PublishLayer(session.id, index)).remove)
         handle.record(module.register_forward_hook(hooks.ClearLayer()).remove)
-        if handle.recipe.schedule.dense_reason(StepContext(), index, len(layers)) is None:
+        always_dense = handle.recipe.schedule.dense_reason(StepContext(), index, len(layers)) is not None
+        if isinstance(handle.recipe.compensate, LinearBranch) and not always_dense:
             learned = handle.recipe.compensate.build(*head_shape(module))
-            if learned is not None:
-                handle.record(attach(module, learned))
-                engine.learned[index] = learned
+            handle.record(attach(module, learned))
+            engine.learned[index] = learned
     if engine.learned and hasattr(model, "save_pretrained"):
         saver = SaveWithoutLearned(model.save_pretrained)  # type: ignore[arg-type]
         handle.record(_replace_method(model, "save_pretrained", saver))

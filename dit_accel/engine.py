@@ -16,8 +16,9 @@ from .kernels import block_sparse_attention, choose_backend
 from .layout import StepContext, TokenLayout
 from .plan import AttentionPlan, LayerMemory, SequenceBlocks
 from .recipe import Recipe
-from .stages.compensate import LearnedCompensation
+from .stages.compensate_linear import LearnedCompensation
 from .stages.drift import BlockMeans
+from .stages.order_sorted import SortedSegments
 from .stages.select import Select
 from .stages.select_static import DenseSelect
 from .timing import Stopwatch
@@ -43,13 +44,17 @@ class _Prepared:
     tables: Any
 
 
-@dataclass(frozen=True, eq=False)
-class ObservedCall:
-    """One attention call as an observer sees it: tensors (B, S, H, D) after norms and rotary embedding.
+@dataclass(eq=False)
+class AttentionCall:
+    """One attention call: tensors (B, S, H, D) after norms and rotary embedding.
 
     Attributes:
+        layer: index of the self-attention layer.
+        step: where the call sits in the trajectory.
+        key_mask: bool ``[B, S]``, False for hidden keys.
+        scale: of the logits; None for the default.
         layout: of the sequence, or the reason why there is none.
-        plan: of a sparse call; None where the call was dense.
+        plan: what a sparse call ran; None for a dense one.
     """
 
     layer: int
@@ -60,7 +65,7 @@ class ObservedCall:
     key_mask: torch.Tensor | None
     scale: float | None
     layout: TokenLayout | str
-    plan: AttentionPlan | None
+    plan: AttentionPlan | None = None
 
 
 @dataclass(frozen=True, eq=False)
@@ -102,7 +107,7 @@ class Engine:
         self.sparse_time = Stopwatch()
         self.dense_time = Stopwatch()
         self.backends_used: dict[str, str] = {}
-        self.observer: Callable[[ObservedCall], None] | None = None
+        self.observer: Callable[[AttentionCall], None] | None = None
         self.switched_on = True
         self.density: float | None = None
         self.output_tap: OutputTap | None = None
@@ -142,59 +147,76 @@ class Engine:
         if not self.switched_on:
             out = dense()
             return out if self.output_tap is None else self.output_tap(layer, out, None)
-        key_mask, reason = _key_mask(attn_mask, q)
-        if q.shape[2] != k.shape[2]:
-            reason = reason or f"grouped-query attention ({q.shape[2]} query and {k.shape[2]} key heads)"
-        reason = reason or self._dense_reason(layer, layout, step)
-        book = self.records[layer] if record else LayerRecord("")
-        call = ObservedCall(layer, step, q, k, v, key_mask, scale, layout, None)
-        if reason is not None:
-            return self._dense(reason, book, call, dense)
-        with _exact_dtypes(q, k, v) as (q, k, v):
-            assert isinstance(layout, TokenLayout)
-            begin = self.plan_time.start(q.device)
-            made, plan = self._plan(layer, q, k, key_mask, scale, layout, step, book)
-            backend = self._choose_backend(q, k, v, plan)
-            self.plan_time.stop(begin, q.device)
-            search = self.recipe.schedule.dense_refresh and made.forward_id == step.forward_id
-            if not search:
-                self._show(replace(call, plan=plan))
-                out = self._sparse(layer, q, k, v, plan, key_mask, scale, backend, book, learned)
-        if search:
-            return self._dense("search step", book, call, dense)
-        return out if self.output_tap is None else self.output_tap(layer, out, dense)
+        out, was_dense = self._attend(layer, q, k, v, attn_mask, scale, layout, step, dense, record, learned)
+        return out if self.output_tap is None else self.output_tap(layer, out, None if was_dense else dense)
 
-    def _sparse(
+    def _attend(
         self,
         layer: int,
         q: torch.Tensor,
         k: torch.Tensor,
         v: torch.Tensor,
-        plan: AttentionPlan,
-        key_mask: torch.Tensor | None,
+        attn_mask: torch.Tensor | None,
         scale: float | None,
-        backend: str,
-        book: LayerRecord,
+        layout: TokenLayout | str,
+        step: StepContext,
+        dense: Callable[[], torch.Tensor],
+        record: bool,
         learned: Sequence[torch.Tensor] | None,
+    ) -> tuple[torch.Tensor, bool]:
+        """The output, and whether it is the model's own attention's."""
+        key_mask, reason = _key_mask(attn_mask, q)
+        call = AttentionCall(layer, step, q, k, v, key_mask, scale, layout)
+        book = self.records[layer] if record else LayerRecord("")
+        reason = reason or self._dense_reason(call)
+        if reason is not None:
+            return self._run_dense(call, reason, dense, book), True
+        with _autocast_done(call):
+            begin = self.plan_time.start(q.device)
+            made, plan = self._plan(call, book)
+            backend = self._choose_backend(call.q, call.k, call.v, plan)
+            self.plan_time.stop(begin, q.device)
+            # A bare transformer has no trajectory, and a forward of it would search each time.
+            searching = step.index is not None and made.forward_id == step.forward_id
+            search = self.recipe.schedule.dense_refresh and searching
+            if not search:
+                call.plan = plan
+                return self._run_sparse(call, plan, backend, learned, book), False
+        return self._run_dense(call, "search step", dense, book), True
+
+    def _run_sparse(
+        self,
+        call: AttentionCall,
+        plan: AttentionPlan,
+        backend: str,
+        learned: Sequence[torch.Tensor] | None,
+        book: LayerRecord,
     ) -> torch.Tensor:
+        if self.observer is not None:
+            self.observer(call)
+        compensate, module = self.recipe.compensate, self.learned.get(call.layer)
+        q, k, v, key_mask, scale = call.q, call.k, call.v, call.key_mask, call.scale
+
+        def sparse() -> tuple[torch.Tensor, torch.Tensor]:
+            result = block_sparse_attention(
+                q,
+                k,
+                v,
+                plan.mask,
+                rows=plan.rows,
+                key_mask=key_mask,
+                scale=scale,
+                return_lse=backend == "triton",
+                backend=backend,
+            )
+            # Where the kernel has the log-sum-exp at hand it shows a NaN at a hundredth of the bytes.
+            return result if isinstance(result, tuple) else (result, result)
+
         begin = self.sparse_time.start(q.device)
-        result = block_sparse_attention(
-            q,
-            k,
-            v,
-            plan.mask,
-            rows=plan.rows,
-            key_mask=key_mask,
-            scale=scale,
-            return_lse=backend == "triton",
-            backend=backend,
-        )
-        # Where the kernel has the log-sum-exp at hand it shows a NaN at a hundredth of the bytes.
-        out, witness = result if isinstance(result, tuple) else (result, result)
+        out, witness = compensate.attend(q, k, v, plan, key_mask, scale, sparse)
         with torch.no_grad():
             book.nan_calls = book.nan_calls + witness.detach().isnan().any()
-            book.density_sum = book.density_sum + plan.mask.density()
-        module = self.learned.get(layer)
+            book.density_sum = book.density_sum + compensate.density(plan)
         if module is not None and learned is None:
             out = module(out, q, k, v, plan, key_mask)
         elif module is not None and learned is not None:
@@ -204,81 +226,70 @@ class Engine:
         book.sparse_calls += 1
         return out
 
-    def _dense(
-        self, reason: str, book: LayerRecord, call: ObservedCall, dense: Callable[[], torch.Tensor]
-    ) -> torch.Tensor:
-        self._show(call)
-        book.dense_calls[reason] += 1
-        begin = self.dense_time.start(call.q.device)
-        out = dense()
-        self.dense_time.stop(begin, call.q.device)
-        return out if self.output_tap is None else self.output_tap(call.layer, out, None)
-
     def forget(self) -> None:
         """Drop every plan, memory and cached table."""
         self._plans.clear()
         self._memories.clear()
         self._prepared.clear()
 
-    def _show(self, call: ObservedCall) -> None:
+    def _run_dense(
+        self, call: AttentionCall, reason: str, dense: Callable[[], torch.Tensor], book: LayerRecord
+    ) -> torch.Tensor:
         if self.observer is not None:
             self.observer(call)
+        book.dense_calls[reason] += 1
+        begin = self.dense_time.start(call.q.device)
+        out = dense()
+        self.dense_time.stop(begin, call.q.device)
+        return out
 
-    def _dense_reason(self, layer: int, layout: TokenLayout | str, step: StepContext) -> str | None:
+    def _dense_reason(self, call: AttentionCall) -> str | None:
         if isinstance(self.recipe.select, DenseSelect):
             return "recipe is dense"
-        if isinstance(layout, str):
-            return layout
-        if layout.seq_len < self.min_tokens:
-            return f"{layout.seq_len} tokens, too few to gain (below {self.min_tokens})"
-        return self.recipe.schedule.dense_reason(step, layer, len(self.records))
+        if isinstance(call.layout, str):
+            return call.layout
+        if call.q.shape[2] != call.k.shape[2]:
+            return f"grouped-query attention ({call.q.shape[2]} query and {call.k.shape[2]} key heads)"
+        if call.layout.seq_len < self.min_tokens:
+            return f"{call.layout.seq_len} tokens, too few to gain (below {self.min_tokens})"
+        return self.recipe.schedule.dense_reason(call.step, call.layer, len(self.records))
 
-    def _plan(
-        self,
-        layer: int,
-        q: torch.Tensor,
-        k: torch.Tensor,
-        key_mask: torch.Tensor | None,
-        scale: float | None,
-        layout: TokenLayout,
-        step: StepContext,
-        book: LayerRecord,
-    ) -> tuple[StepContext, AttentionPlan]:
+    def _plan(self, call: AttentionCall, book: LayerRecord) -> tuple[StepContext, AttentionPlan]:
         """The plan of a call, and when it was made."""
-        select, schedule = self._selection(step), self.recipe.schedule
-        static = select.is_static and not self.recipe.compensate.is_dynamic
-        prepared = self._prepare(layout, q.device, layer, q.shape[2])
-        if static:
+        assert isinstance(call.layout, TokenLayout)
+        layout, device = call.layout, call.q.device
+        q, k = call.q.detach(), call.k.detach()
+        select, schedule = self._selection(call.step), self.recipe.schedule
+        if select.is_static:
             # One plan serves all layers of one order; a prompt's padding can change it, so it is kept only
             # without any.
-            key: tuple[Any, ...] = (layout, q.device, self.recipe.order.variant(layer))
-            keep = key_mask is None
+            key: tuple[Any, ...] = (layout, device, self.recipe.order.variant(call.layer))
+            keep = call.key_mask is None
         else:
-            key = (layer, step.branch, layout, q.shape[0], q.device)
+            key = (call.layer, call.step.branch, layout, call.q.shape[0], device)
             keep = schedule.keeps_plans
         kept = self._plans.get(key) if keep else None
-        guarded = keep and schedule.drift_bound is not None and not static
+        guarded = keep and schedule.drift_bound is not None and not select.is_static
         means = None
         with torch.no_grad():
-            if kept is not None and (static or not schedule.needs_plan(step, kept.made)):
-                if kept.means is None or step.forward_id == kept.made.forward_id:
+            if kept is not None and (select.is_static or not schedule.needs_plan(call.step, kept.made)):
+                if kept.means is None or call.step.forward_id == kept.made.forward_id:
                     return kept.made, kept.plan
-                means = BlockMeans.of(q.detach(), k.detach(), key_mask, select.block)
+                means = BlockMeans.of(q, k, call.key_mask, select.block)
                 assert schedule.drift_bound is not None
                 if bool(means.change_since(kept.means) <= schedule.drift_bound):
                     return kept.made, kept.plan
-            memory = None if static else self._memory(key, step)
-            mask = select.select(
-                prepared.blocks, prepared.tables, q.detach(), k.detach(), key_mask, scale, memory
-            )
-            negligible = self.recipe.compensate.negligible(prepared.blocks, q.detach(), k.detach(), key_mask)
+            memory = None if select.is_static else self._memory(key, call.step)
+            prepared = self._prepare(call)
+            mask = select.select(prepared.blocks, prepared.tables, q, k, call.key_mask, call.scale, memory)
             if guarded and means is None:
-                means = BlockMeans.of(q.detach(), k.detach(), key_mask, select.block)
-        plan = AttentionPlan(prepared.blocks.kernel_rows, mask, negligible)
+                means = BlockMeans.of(q, k, call.key_mask, select.block)
+            state = self.recipe.compensate.prepare(prepared.blocks, mask, q, k, call.key_mask, call.scale)
+        plan = AttentionPlan(rows=prepared.blocks.kernel_rows, mask=mask, compensation=state)
         if keep:
-            self._plans[key] = _KeptPlan(step, plan, means)
+            self._plans[key] = _KeptPlan(call.step, plan, means)
         book.plans_made += 1
-        return step, plan
+        return call.step, plan
 
     def _selection(self, step: StepContext) -> Select:
         """The recipe's selection with the density that its schedule asks for at this step."""
@@ -297,19 +308,26 @@ class Engine:
         self._memories[key] = (step, memory)
         return memory
 
-    def _prepare(self, layout: TokenLayout, device: torch.device, layer: int, heads: int) -> _Prepared:
-        key = (layout, device, self.recipe.order.variant(layer))
+    def _prepare(self, call: AttentionCall) -> _Prepared:
+        assert isinstance(call.layout, TokenLayout)
+        layout, device, order, select = call.layout, call.q.device, self.recipe.order, self.recipe.select
+        assert not isinstance(select, DenseSelect)
+        if isinstance(order, SortedSegments):
+            # An order of the call itself: nothing to keep but the plan.
+            rows = order.rows_of_call(layout, call.q.detach(), call.k.detach(), call.key_mask, call.scale)
+            blocks = SequenceBlocks(layout, rows, *select.block, device)
+            return _Prepared(blocks, select.prepare(blocks))
+        key = (layout, device, order.variant(call.layer))
         # Two threads may run one transformer; the tables are built once.
         with self._lock:
             if key not in self._prepared:
-                select = self.recipe.select
-                assert not isinstance(select, DenseSelect)
-                rows = self.recipe.order.rows(layout, device, layer)
-                if rows is not None and rows.dim() == 2 and rows.shape[0] not in (1, heads):
+                fixed = order.rows(layout, device, call.layer)
+                heads = call.q.shape[2]
+                if fixed is not None and fixed.dim() == 2 and fixed.shape[0] not in (1, heads):
                     raise ValueError(
-                        f"The order of layer {layer} is for {rows.shape[0]} heads, the layer has {heads}."
+                        f"The order of layer {call.layer} is for {fixed.shape[0]} heads, the layer has {heads}."
                     )
-                blocks = SequenceBlocks(layout, rows, *select.block, device)
+                blocks = SequenceBlocks(layout, fixed, *select.block, device)
                 self._prepared[key] = _Prepared(blocks, select.prepare(blocks))
             return self._prepared[key]
 
@@ -323,15 +341,16 @@ class Engine:
 
 
 @contextmanager
-def _exact_dtypes(*tensors: torch.Tensor) -> Iterator[tuple[torch.Tensor, ...]]:
-    """What autocast would hand to an attention kernel, and no autocast inside: plans stay exact."""
-    device = tensors[0].device.type
-    if not torch.is_autocast_enabled(device) or tensors[0].dtype == torch.float64:
-        yield tensors
+def _autocast_done(call: AttentionCall) -> Iterator[None]:
+    """Cast the call as autocast would for an attention kernel, and no autocast inside: plans stay exact."""
+    device = call.q.device.type
+    if not torch.is_autocast_enabled(device) or call.q.dtype == torch.float64:
+        yield
         return
     dtype = torch.get_autocast_dtype(device)
+    call.q, call.k, call.v = call.q.to(dtype), call.k.to(dtype), call.v.to(dtype)
     with torch.autocast(device, enabled=False):
-        yield tuple(tensor.to(dtype) for tensor in tensors)
+        yield
 
 
 def _key_mask(attn_mask: torch.Tensor | None, q: torch.Tensor) -> tuple[torch.Tensor | None, str | None]:

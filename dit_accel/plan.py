@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from functools import cached_property
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -20,12 +21,12 @@ class AttentionPlan:
         rows: int32 ``[B|1, H|1, S]``, token read by each slot of the permuted sequence; None for raster
             order.
         mask: kept blocks of the permuted sequence.
-        negligible: blocks that the compensation leaves out too, where it has such a class.
+        compensation: what the recipe's compensation worked out for the blocks left out.
     """
 
     rows: torch.Tensor | None
     mask: BlockMask
-    negligible: BlockMask | None = None
+    compensation: Any = None
 
 
 @dataclass
@@ -73,9 +74,7 @@ class SequenceBlocks:
     @cached_property
     def latent_of_slot(self) -> torch.Tensor:
         """int64, shape of ``rows``: raster index on the grid of each slot's token, or -1 for any other."""
-        tokens = (
-            torch.arange(self.layout.seq_len, device=self.device) if self.rows is None else self.rows.long()
-        )
+        tokens = torch.arange(self.layout.seq_len, device=self.device) if self.rows is None else self.rows.long()
         latent = tokens - self.layout.latent_start
         return torch.where((latent >= 0) & (latent < self.layout.num_latent), latent, -1)
 
@@ -103,9 +102,18 @@ class SequenceBlocks:
 
     @cached_property
     def first_frame_k(self) -> torch.Tensor:
-        """bool ``[B|1, H|1, nk]``: key blocks with a token of the first latent frame."""
-        first = (self.latent_of_slot >= 0) & (self.coordinates[0] == 0)
+        """bool ``[B|1, H|1, nk]``: key blocks with a token of a video's first latent frame; none for an
+        image."""
+        first = (self.latent_of_slot >= 0) & (self.coordinates[0] == 0) & (self.layout.grid[0] > 1)
         return self._lead(self.any_in_block(first, self.block_k))
+
+    @cached_property
+    def extra_slots(self) -> torch.Tensor | None:
+        """int64 ``[n]``: slots of all tokens in the key blocks of :attr:`forced_k`; or None. They are the
+        same for all heads, since every order keeps other tokens than latents in their own order."""
+        if self.forced_k is None:
+            return None
+        return self.forced_k[0, 0].repeat_interleave(self.block_k)[: self.layout.seq_len].nonzero()[:, 0]
 
     @cached_property
     def latent_tokens(self) -> torch.Tensor:

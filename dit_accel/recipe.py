@@ -8,10 +8,11 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field, fields, replace
 from typing import Any
 
-from .stages.compensate import COMPENSATIONS, LinearBranch, NoCompensation
+from .stages.compensate import COMPENSATIONS, Compensation, NoCompensation
 from .stages.order import Order, Raster, Tiles
 from .stages.order_axes import AxisOrder, Chunks
 from .stages.order_curve import Curve
+from .stages.order_sorted import SortedSegments
 from .stages.precision import PRECISIONS, ModelDtype
 from .stages.schedule import SCHEDULES, Schedule
 from .stages.select import Select
@@ -20,6 +21,8 @@ from .stages.select_gate import GlobalGate
 from .stages.select_gated import GatedPooled
 from .stages.select_grid import Circle, Radial, TileWindow
 from .stages.select_mass import FrozenMass, Mass
+from .stages.select_rectified import Reallocated
+from .stages.select_sampled import Sampled
 from .stages.select_static import DenseSelect, Window
 
 ORDERS: dict[str, type[Order]] = {
@@ -28,6 +31,7 @@ ORDERS: dict[str, type[Order]] = {
     "axes": AxisOrder,
     "chunks": Chunks,
     "curve": Curve,
+    "sorted": SortedSegments,
 }
 SELECTS: dict[str, type[DenseSelect] | type[Select]] = {
     "dense": DenseSelect,
@@ -37,6 +41,8 @@ SELECTS: dict[str, type[DenseSelect] | type[Select]] = {
     "mass": Mass,
     "frozen_mass": FrozenMass,
     "global_gate": GlobalGate,
+    "reallocated": Reallocated,
+    "sampled": Sampled,
     "tile_window": TileWindow,
     "circle": Circle,
     "radial": Radial,
@@ -64,7 +70,7 @@ class Recipe:
 
     order: Order = field(default_factory=Raster)
     select: DenseSelect | Select = field(default_factory=DenseSelect)
-    compensate: NoCompensation | LinearBranch = field(default_factory=NoCompensation)
+    compensate: Compensation = field(default_factory=NoCompensation)
     precision: ModelDtype = field(default_factory=ModelDtype)
     schedule: Schedule = field(default_factory=Schedule)
 
@@ -74,6 +80,16 @@ class Recipe:
             if type(value) not in kinds.values():
                 allowed = ", ".join(kind.__name__ for kind in kinds.values())
                 raise TypeError(f"Recipe.{axis} must be one of {allowed}, got {value!r}.")
+        if isinstance(self.order, SortedSegments) and self.select.is_static:
+            raise ValueError(
+                "An order that follows the attention of a call needs a selection that does so too, got "
+                f"{type(self.select).__name__}."
+            )
+        if self.select.is_static and not self.compensate.is_static:
+            raise ValueError(
+                f"{type(self.compensate).__name__} follows the queries and keys of a call and needs a "
+                f"selection that does so too, got {type(self.select).__name__}."
+            )
         if self.schedule.density_points and not hasattr(self.select, "density"):
             raise ValueError(
                 f"schedule.density_points need a selection with a density, got {type(self.select).__name__}."
@@ -89,15 +105,15 @@ class Recipe:
             ValueError: unknown axis, kind or field, or a value that the field does not allow.
         """
         # Kinds first, so that fields apply to the kind that stays.
-        recipe = self
+        stages = {axis: getattr(self, axis) for axis in AXES}
         for name, value in sorted(changes.items(), key=lambda item: "." in item[0]):
             axis, _, field_name = name.partition(".")
-            if axis not in AXES:
-                raise ValueError(f"Unknown axis {axis!r}; the axes are {', '.join(AXES)}.")
-            stage = getattr(recipe, axis)
-            stage = _replace_fields(axis, stage, {field_name: value}) if field_name else _kind(axis, value)()
-            recipe = replace(recipe, **{axis: stage})
-        return recipe
+            _check_axis(axis)
+            if field_name:
+                stages[axis] = _replace_fields(axis, stages[axis], {field_name: value})
+            else:
+                stages[axis] = _kind(axis, value)()
+        return Recipe(**stages)
 
     def to_dict(self) -> dict[str, dict[str, Any]]:
         """Plain data for JSON; the inverse of :meth:`from_dict`."""
@@ -116,14 +132,17 @@ class Recipe:
         Raises:
             ValueError: unknown axis, kind or field.
         """
-        recipe = cls()
+        stages = {}
         for axis, values in data.items():
-            if axis not in AXES:
-                raise ValueError(f"Unknown axis {axis!r}; the axes are {', '.join(AXES)}.")
-            stage = _kind(axis, values.get("kind"))()
+            _check_axis(axis)
             changes = {name: value for name, value in values.items() if name != "kind"}
-            recipe = replace(recipe, **{axis: _replace_fields(axis, stage, changes)})
-        return recipe
+            stages[axis] = _replace_fields(axis, _kind(axis, values.get("kind"))(), changes)
+        return cls(**stages)
+
+
+def _check_axis(axis: str) -> None:
+    if axis not in AXES:
+        raise ValueError(f"Unknown axis {axis!r}; the axes are {', '.join(AXES)}.")
 
 
 def _kind(axis: str, name: Any) -> type[Any]:
@@ -139,9 +158,7 @@ def _replace_fields(axis: str, stage: Any, changes: Mapping[str, Any]) -> Any:
     for name in changes:
         if name not in known:
             allowed = ", ".join(known) or "none"
-            raise ValueError(
-                f"{type(stage).__name__} ({axis}) has no field {name!r}; its fields are {allowed}."
-            )
+            raise ValueError(f"{type(stage).__name__} ({axis}) has no field {name!r}; its fields are {allowed}.")
     values = {name: _read(f"{axis}.{name}", value, types[name]) for name, value in changes.items()}
     return replace(stage, **values)
 
@@ -152,9 +169,7 @@ def _read(name: str, value: Any, hint: Any) -> Any:
         try:
             value = ast.literal_eval(value)
         except (ValueError, SyntaxError):
-            raise ValueError(
-                f"{name} must be a Python literal such as 0.2 or (4, 4, 4), got {value!r}."
-            ) from None
+            raise ValueError(f"{name} must be a Python literal such as 0.2 or (4, 4, 4), got {value!r}.") from None
     value = _as_tuples(value)
     if not _matches(value, hint):
         raise ValueError(f"{name} must be {_spell(hint)}, got {value!r}.")

@@ -60,9 +60,7 @@ assert not torch.cuda.is_initialized()
     assert result.returncode == 0, result.stderr
 
 
-@pytest.mark.parametrize(
-    "command", [[], ["generate"], ["bench"], ["info"]], ids=lambda c: c[0] if c else "app"
-)
+@pytest.mark.parametrize("command", [[], ["generate"], ["bench"], ["info"]], ids=lambda c: c[0] if c else "app")
 def test_help_needs_no_torch(command: list[str]) -> None:
     code = f"""
 import sys

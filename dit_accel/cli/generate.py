@@ -40,9 +40,7 @@ def generate(
     ] = None,
     negative_prompt: Annotated[str | None, typer.Option(help="What to avoid.")] = None,
     size: Annotated[str | None, typer.Option(metavar="WxH", help="Pixels. Default: the model's.")] = None,
-    frames: Annotated[
-        int | None, typer.Option(min=1, help="Frames of a video. Default: the model's.")
-    ] = None,
+    frames: Annotated[int | None, typer.Option(min=1, help="Frames of a video. Default: the model's.")] = None,
     steps: Annotated[int | None, typer.Option(min=1, help="Denoising steps. Default: the model's.")] = None,
     guidance: Annotated[float | None, typer.Option(help="Guidance scale. Default: the model's.")] = None,
     seed: Annotated[int, typer.Option(help="Of the noise.")] = 0,
@@ -55,9 +53,7 @@ def generate(
     compare_dense: Annotated[
         bool, typer.Option("--compare-dense", help="Also generate dense with the same seed, and compare.")
     ] = False,
-    out: Annotated[
-        Path | None, typer.Option(help="File to write (.mp4 or .png). Default: outputs/MODEL-SEED.")
-    ] = None,
+    out: Annotated[Path | None, typer.Option(help="File to write (.mp4 or .png). Default: outputs/MODEL-SEED.")] = None,
     dtype: DtypeOption = None,
     device: DeviceOption = None,
     as_json: JsonOption = False,
@@ -71,16 +67,11 @@ def generate(
     number = read_dtype(dtype, target)
 
     from ..api import patch
-    from ..pipelines.builtin import builtins
     from ..pipelines.generate import generate as run
     from ..pipelines.generate import makes_video, output_path, save
-    from ..pipelines.load import load
+    from .model import open_model
 
-    offered = builtins()
-    name = model or next(iter(offered))
-    builtin = offered.get(name)
-    _say(f"{name}: {builtin.description}" if builtin else f"Loading {name}", as_json)
-    pipe = load(name, dtype=number, device=target)
+    name, builtin, pipe = open_model(model, number, target, quiet=as_json)
     default = Path("outputs") / f"{name.strip('./').replace('/', '--')}-{seed}"
     path = output_path(out or default, makes_video(pipe))
     arguments: dict[str, Any] = {"negative_prompt": negative_prompt}

@@ -89,9 +89,7 @@ def _recipe(name: str, preset: Any) -> dict[str, Any]:
     return {
         "name": name,
         "description": (inspect.getdoc(preset) or "").split("\n\n")[0].replace("\n", " "),
-        "options": {
-            option: parameter.default for option, parameter in inspect.signature(preset).parameters.items()
-        },
+        "options": {option: parameter.default for option, parameter in inspect.signature(preset).parameters.items()},
         "recipe": preset().to_dict(),
     }
 
@@ -123,9 +121,7 @@ def _show(data: dict[str, Any]) -> None:
         backends.add_row(row["name"], "yes" if row["available"] else "no", row["reason"])
     families = table("Model families", "name", "transformer", "auto stays dense below")
     for row in data["families"]:
-        families.add_row(
-            row["name"], "\n".join(row["transformers"]), f"{row['auto_dense_below_tokens']} tokens (GPU)"
-        )
+        families.add_row(row["name"], "\n".join(row["transformers"]), f"{row['auto_dense_below_tokens']} tokens (GPU)")
     recipes = table("Recipes", "name", "options", "what it does")
     for row in data["recipes"]:
         options = "\n".join(f"{name}={value}" for name, value in row["options"].items())

@@ -5,8 +5,10 @@ from __future__ import annotations
 import typer
 
 from .bench import bench
+from .compare import compare
 from .generate import generate
 from .info import info
+from .inspect import inspect
 
 app = typer.Typer(
     name="dit-accel",
@@ -16,6 +18,8 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
 )
 app.command()(generate)
+app.command()(compare)
+app.command()(inspect)
 app.command()(bench)
 app.command()(info)
 

@@ -18,9 +18,7 @@ DTYPES = {"fp32": "float32", "fp16": "float16", "bf16": "bfloat16"}
 
 SetOption = Annotated[
     list[str] | None,
-    typer.Option(
-        "--set", metavar="AXIS.FIELD=VALUE", help="Change one field of the recipe; may be repeated."
-    ),
+    typer.Option("--set", metavar="AXIS.FIELD=VALUE", help="Change one field of the recipe; may be repeated."),
 ]
 BackendOption = Annotated[str, typer.Option(help="Backend of the sparse attention; see `dit-accel info`.")]
 DtypeOption = Annotated[

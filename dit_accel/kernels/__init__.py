@@ -3,14 +3,16 @@
 from .block_mask import BlockMask
 from .block_sparse import BACKENDS, block_sparse_attention, choose_backend
 from .quantize import PRECISIONS, QuantizedInputs
-from .quantized import quantized_block_sparse_attention
+from .quantized import QUANTIZED_BACKENDS, quantize_inputs, quantized_block_sparse_attention
 
 __all__ = [
     "BACKENDS",
     "PRECISIONS",
+    "QUANTIZED_BACKENDS",
     "BlockMask",
     "QuantizedInputs",
     "block_sparse_attention",
     "choose_backend",
+    "quantize_inputs",
     "quantized_block_sparse_attention",
 ]

@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 import torch.nn.functional as F
 
-from .selection import Impl, gather_mask, gather_rows, use_triton
+from .selection import Impl, gather_mask, gather_rows, tile_obstacle, use_triton
 
 CHUNK_LOGITS = 1 << 24
 """The torch version holds about this many logits at a time."""
@@ -47,12 +47,10 @@ def block_mass(
         no key has ``lse`` -inf and contributes no mass.
     """
     if q.shape[0] != k.shape[0] or q.shape[2:] != k.shape[2:]:
-        raise ValueError(
-            f"q and k must agree in batch, heads and head dim, got {tuple(q.shape)} and {tuple(k.shape)}."
-        )
+        raise ValueError(f"q and k must agree in batch, heads and head dim, got {tuple(q.shape)} and {tuple(k.shape)}.")
     scale = q.shape[-1] ** -0.5 if scale is None else scale
     k_rows = rows if k_rows is None else k_rows
-    if use_triton(impl, q.device):
+    if use_triton(impl, q.device, tile_obstacle(q, block_q, block_k)):
         from .triton_block_mass import block_mass_triton
 
         return block_mass_triton(

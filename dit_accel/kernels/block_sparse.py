@@ -56,7 +56,7 @@ def block_sparse_attention(
         RuntimeError: the named backend cannot run the call; the message says why.
     """
     validate(q, k, v, mask, rows, key_mask)
-    name, _ = choose_backend(q, k, v, mask, backend=backend)
+    name, _ = choose_backend(q, k, v, mask, rows=rows, backend=backend)
     scale = 1.0 / math.sqrt(q.shape[-1]) if scale is None else float(scale)
     if name == "triton":
         from .triton_attention import triton_attention
@@ -65,9 +65,7 @@ def block_sparse_attention(
     elif name == "torch":
         from .gather import gather_attention
 
-        out, lse = gather_attention(
-            q, k, v, mask, rows=rows, key_mask=key_mask, scale=scale, return_lse=return_lse
-        )
+        out, lse = gather_attention(q, k, v, mask, rows=rows, key_mask=key_mask, scale=scale, return_lse=return_lse)
     else:
         from .reference import reference_attention
 
@@ -84,12 +82,13 @@ def choose_backend(
     v: torch.Tensor,
     mask: BlockMask,
     *,
+    rows: torch.Tensor | None = None,
     backend: str = "auto",
 ) -> tuple[str, str]:
     """Name the backend that :func:`block_sparse_attention` uses for a call, and say why.
 
     Returns:
-        ``(name, reason)``; for ``"auto"`` the reason lists why faster backends were passed over.
+        ``(name, reason)``; the reason lists why faster backends and kernels were passed over.
 
     Raises:
         ValueError: unknown backend name.
@@ -101,16 +100,29 @@ def choose_backend(
         reason = _PREDICATES[backend](q, mask)
         if reason is not None:
             raise RuntimeError(f"Backend {backend!r} cannot run this call: {reason}.")
-        return backend, "asked for by name"
+        return backend, "; ".join(["asked for by name", *_kernel(backend, q, k, v, mask, rows)])
     passed_over = []
     for name, predicate in _PREDICATES.items():
         reason = predicate(q, mask)
         if reason is None and name == "triton" and q.device.type != "cuda":
             reason = "the interpreter is for tests, ask for it by name"
         if reason is None:
+            passed_over.extend(_kernel(name, q, k, v, mask, rows))
             return name, "; ".join(passed_over) or "the fastest that runs here"
         passed_over.append(f"{name}: {reason}")
     raise RuntimeError(f"No backend can run this call: {'; '.join(passed_over)}.")
+
+
+def _kernel(
+    name: str, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, mask: BlockMask, rows: torch.Tensor | None
+) -> list[str]:
+    """What the Triton backend has to say about its choice of kernel; nothing when it is the fastest."""
+    if name != "triton":
+        return []
+    from .variants import why_not_hopper_half
+
+    reason = why_not_hopper_half(q, k, v, mask, rows)
+    return [] if reason is None else [f"portable kernel, not the Hopper one: {reason}"]
 
 
 def validate(
@@ -129,17 +141,11 @@ def validate(
     batch, q_len, heads, dim = q.shape
     kv_len = k.shape[1]
     if (batch, heads, dim) != (k.shape[0], k.shape[2], k.shape[3]):
-        raise ValueError(
-            f"q and k must agree in batch, heads and head dim, got {tuple(q.shape)} and {tuple(k.shape)}."
-        )
+        raise ValueError(f"q and k must agree in batch, heads and head dim, got {tuple(q.shape)} and {tuple(k.shape)}.")
     if not q.is_floating_point() or not q.dtype == k.dtype == v.dtype:
-        raise ValueError(
-            f"q, k and v must share one floating-point dtype, got {q.dtype}, {k.dtype} and {v.dtype}."
-        )
+        raise ValueError(f"q, k and v must share one floating-point dtype, got {q.dtype}, {k.dtype} and {v.dtype}.")
     if (mask.q_len, mask.kv_len) != (q_len, kv_len):
-        raise ValueError(
-            f"The mask is for {mask.q_len} queries and {mask.kv_len} keys, got {q_len} and {kv_len}."
-        )
+        raise ValueError(f"The mask is for {mask.q_len} queries and {mask.kv_len} keys, got {q_len} and {kv_len}.")
     lead = tuple(mask.kv_num_blocks.shape[:2])
     if lead[0] not in (1, batch) or lead[1] not in (1, heads):
         raise ValueError(f"The mask's batch and heads must be 1 or {batch} and 1 or {heads}, got {lead}.")
@@ -155,9 +161,7 @@ def validate(
         if rows.shape[2] != q_len:
             raise ValueError(f"rows must permute {q_len} tokens, got {rows.shape[2]}.")
     if key_mask is not None and (key_mask.dtype != torch.bool or tuple(key_mask.shape) != (batch, kv_len)):
-        raise ValueError(
-            f"key_mask must be bool [{batch}, {kv_len}], got {key_mask.dtype} {tuple(key_mask.shape)}."
-        )
+        raise ValueError(f"key_mask must be bool [{batch}, {kv_len}], got {key_mask.dtype} {tuple(key_mask.shape)}.")
     named = {"k": k, "v": v, "mask": mask.kv_indices, "rows": rows, "key_mask": key_mask}
     for name, tensor in named.items():
         if tensor is not None and tensor.device != q.device:

@@ -29,12 +29,14 @@ class _Chunk:
 
     Attributes:
         row_ids: int64 ``[n]``, query blocks numbered over batch, head and block.
+        span: begin and end when ``row_ids`` is that range, so that views do instead of copies.
         count: key blocks gathered for each.
         masked: whether any key of the gathered blocks must be hidden.
         short: the last gathered block is the ragged end of the sequence for all; it is cut, not masked.
     """
 
     row_ids: torch.Tensor
+    span: slice | None
     count: int
     masked: bool
     short: bool
@@ -61,9 +63,7 @@ def gather_attention(
     place = None
     if rows is not None:
         rows = rows.long().expand(batch, heads, q_len)
-        place = torch.empty_like(rows).scatter_(
-            -1, rows, torch.arange(q_len, device=q.device).expand_as(rows)
-        )
+        place = torch.empty_like(rows).scatter_(-1, rows, torch.arange(q_len, device=q.device).expand_as(rows))
     query = _to_blocks(q, rows, nq, mask.block_q).view(-1, mask.block_q, dim)
     key = _to_blocks(k, rows, nk, mask.block_k).view(-1, mask.block_k * dim)
     value = _to_blocks(v, rows, nk, mask.block_k).view(-1, mask.block_k * dim)
@@ -77,9 +77,10 @@ def gather_attention(
         lse = torch.empty(query.shape[:2], dtype=_lse_dtype(q), device=q.device) if return_lse else None
         for chunk in plan.chunks:
             part, part_lse = _attend_chunk(query, key, value, plan, chunk, scale, return_lse)
-            out.index_copy_(0, chunk.row_ids, part)
+            at = chunk.row_ids if chunk.span is None else chunk.span
+            out[at] = part
             if lse is not None:
-                lse.index_copy_(0, chunk.row_ids, part_lse)
+                lse[at] = part_lse
     out = out.view(batch, heads, nq * mask.block_q, dim)
     if lse is not None:
         lse = lse.view(batch, heads, nq * mask.block_q)[..., :q_len]
@@ -185,8 +186,15 @@ class _Plan:
         code = (kind * (nk + 1) + counts).cpu()
         sort = torch.sort(code, stable=True)
         budget = _CHUNK_BYTES_CPU if mask.kv_indices.device.type == "cpu" else _CHUNK_BYTES_GPU
+        in_order = bool((code[1:] >= code[:-1]).all())
         chunks = tuple(
-            _Chunk(sort.indices[begin:end].to(counts.device), count, hidden, cut)
+            _Chunk(
+                sort.indices[begin:end].to(counts.device),
+                slice(begin, end) if in_order else None,
+                count,
+                hidden,
+                cut,
+            )
             for begin, end, count, hidden, cut in _cut(sort.values, nk + 1, budget, block_bytes)
         )
         return cls(mask, indices, counts, fulls, bits, keys, chunks)
@@ -215,9 +223,7 @@ class _Plan:
         return seen.flatten(-2)
 
 
-def _cut(
-    codes: torch.Tensor, base: int, budget: int, block_bytes: int
-) -> Iterator[tuple[int, int, int, bool, bool]]:
+def _cut(codes: torch.Tensor, base: int, budget: int, block_bytes: int) -> Iterator[tuple[int, int, int, bool, bool]]:
     """Cut sorted codes ``kind * base + count`` into ``(begin, end, count, masked, short)`` chunks."""
     values, lengths = torch.unique_consecutive(codes, return_counts=True)
     begin = end = 0
@@ -251,7 +257,7 @@ def _attend_chunk(
     mask = plan.mask
     nq, nk = mask.num_blocks
     ids, dim = chunk.row_ids, query.shape[-1]
-    q = query.index_select(0, ids)
+    q = query.index_select(0, ids) if chunk.span is None else query[chunk.span]
     if chunk.count == 0:
         lse = q.new_full(q.shape[:2], float("-inf"), dtype=_lse_dtype(q)) if return_lse else None
         return torch.zeros_like(q), lse

@@ -23,7 +23,7 @@ import torch
 import torch.nn.functional as F
 
 from .block_mask import BlockMask
-from .selection import Impl, gather_mask, gather_rows, use_triton
+from .selection import Impl, gather_mask, gather_rows, tile_obstacle, use_triton
 
 FeatureMap = Literal["softmax", "elu", "relu", "hedgehog"]
 FEATURE_MAPS = ("softmax", "elu", "relu", "hedgehog")
@@ -122,7 +122,7 @@ def linear_branch(
     """
     check_linear(q, k, v, critical, negligible, feature_map)
     k_rows = rows if k_rows is None else k_rows
-    if _in_triton(impl, q.device, feature_map):
+    if use_triton(impl, q.device, linear_obstacle(impl, q, critical, feature_map)):
         from .triton_linear_backward import linear_branch_triton
 
         return linear_branch_triton(q, k, v, critical, negligible, feature_map, rows, k_rows, key_mask, eps)
@@ -176,7 +176,7 @@ def add_linear_branch(
     check_linear(q, k, v, critical, negligible, feature_map)
     k_rows = rows if k_rows is None else k_rows
     with torch.no_grad():
-        if _in_triton(impl, q.device, feature_map):
+        if use_triton(impl, q.device, linear_obstacle(impl, q, critical, feature_map)):
             from .triton_linear import linear_forward
 
             return linear_forward(
@@ -193,12 +193,17 @@ def add_linear_branch(
         return out.add_(branch if bias is None else branch + bias.to(branch.dtype))
 
 
-def _in_triton(impl: Impl, device: torch.device, feature_map: str) -> bool:
-    if feature_map != "hedgehog":
-        return use_triton(impl, device)
-    if impl == "triton":
-        raise ValueError("The hedgehog feature map has no Triton kernel; use impl 'torch' or 'auto'.")
-    return False
+def linear_obstacle(impl: Impl, q: torch.Tensor, critical: BlockMask | None, feature_map: str) -> str | None:
+    """Why the kernels cannot, or with "auto" should not, take this call; None if they can."""
+    if feature_map == "hedgehog":
+        return "The hedgehog feature map has no Triton kernel; use impl 'torch' or 'auto'."
+    dim = q.shape[-1]
+    if dim > 128:
+        return f"Head dim must be at most 128 for the linear branch's Triton kernels, got {dim}."
+    if impl == "auto" and q.dtype == torch.float32 and dim > 64:
+        return "Exact float32 tiles of this head dim spill registers and take minutes to compile."
+    blocks = (128, 64) if critical is None else (critical.block_q, critical.block_k)
+    return tile_obstacle(q, *blocks)
 
 
 def check_linear(
@@ -224,8 +229,7 @@ def check_linear(
             continue
         if (mask.q_len, mask.kv_len) != (q.shape[1], k.shape[1]):
             raise ValueError(
-                f"{name} is a mask of {mask.q_len} x {mask.kv_len} tokens, q and k have "
-                f"{q.shape[1]} x {k.shape[1]}."
+                f"{name} is a mask of {mask.q_len} x {mask.kv_len} tokens, q and k have {q.shape[1]} x {k.shape[1]}."
             )
         if (mask.block_q, mask.block_k) != (critical.block_q, critical.block_k):
             raise ValueError(

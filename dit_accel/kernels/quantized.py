@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 
 import torch
 
 from . import capability
 from .block_mask import BlockMask
-from .block_sparse import validate
+from .block_sparse import block_sparse_attention, validate
 from .quantize import PRECISIONS, QuantizedInputs, dequantize, reference_quantize
+
+QUANTIZED_BACKENDS = ("auto", "triton", "torch", "reference")
 
 
 def quantized_block_sparse_attention(
@@ -37,7 +40,8 @@ def quantized_block_sparse_attention(
         precision: ``"int8"`` keeps values and weights in the input dtype; ``"int8_fp8"`` has both in e4m3.
         smooth_k: subtract the mean key, which removes channel offsets at no loss.
         smooth_q: subtract each query block's mean too; its share of the logits is added back in float32.
-        backend: ``"auto"``, ``"triton"`` or ``"reference"`` (the same numbers in plain torch, quadratic).
+        backend: ``"triton"``, or the same quantised numbers in float32 on ``"torch"`` (any device, no faster
+            than ``block_sparse_attention``) or ``"reference"`` (quadratic); ``"auto"``: the first that runs.
         quantized: what :func:`quantize_inputs` made of the same q, k, v, rows and block sizes, to reuse it.
 
     Other arguments, results and errors are those of ``block_sparse_attention``. ``scale`` must be positive.
@@ -48,20 +52,65 @@ def quantized_block_sparse_attention(
     scale = 1.0 / math.sqrt(q.shape[-1]) if scale is None else float(scale)
     if not scale > 0:
         raise ValueError(f"scale must be positive for quantised attention, got {scale}.")
-    if backend not in ("auto", "triton", "reference"):
-        raise ValueError(f"backend must be one of auto, triton, reference, got {backend!r}.")
+    if backend not in QUANTIZED_BACKENDS:
+        raise ValueError(f"backend must be one of {', '.join(QUANTIZED_BACKENDS)}, got {backend!r}.")
     reason = why_not_quantized(q, mask, precision)
     if backend == "triton" and reason is not None:
         raise RuntimeError(f"Backend 'triton' cannot run this call: {reason}.")
-    use_triton = backend == "triton" or (backend == "auto" and reason is None and q.is_cuda)
+    if backend == "auto":
+        backend = "triton" if reason is None and q.is_cuda else "torch"
     with torch.no_grad():
-        if use_triton:
-            out, lse = _triton(q, k, v, mask, precision, rows, key_mask, scale, smooth_k, smooth_q, quantized)
-        else:
-            out, lse = _reference(
-                q, k, v, mask, precision, rows, key_mask, scale, smooth_k, smooth_q, quantized
+        if quantized is None:
+            make = _prologue(backend == "triton")
+            quantized = make(
+                q,
+                k,
+                v,
+                mask.block_q,
+                mask.block_k,
+                precision=precision,
+                rows=rows,
+                smooth_k=smooth_k,
+                smooth_q=smooth_q,
             )
+        if backend == "triton":
+            from .triton_quantized import quantized_forward
+
+            out, lse = quantized_forward(quantized, mask, rows, key_mask, scale, q.shape[2], q.dtype)
+        else:
+            out, lse = _emulate(quantized, mask, rows, key_mask, scale, backend)
+            out = out.to(q.dtype)
     return (out, lse) if return_lse else out
+
+
+def quantize_inputs(
+    q: torch.Tensor,
+    k: torch.Tensor,
+    v: torch.Tensor,
+    block_q: int,
+    block_k: int,
+    *,
+    precision: str = "int8",
+    rows: torch.Tensor | None = None,
+    smooth_k: bool = True,
+    smooth_q: bool = False,
+) -> QuantizedInputs:
+    """Quantise ``[B, S, H, D]`` inputs once, for selection (block means) and attention alike.
+
+    On a GPU one fused pass (after one over k for its mean, and v for FP8 scales), elsewhere plain torch.
+    Arguments are those of :func:`quantized_block_sparse_attention`; block sizes are the mask's.
+    """
+    return _prologue(q.is_cuda)(
+        q,
+        k,
+        v,
+        block_q,
+        block_k,
+        precision=precision,
+        rows=rows,
+        smooth_k=smooth_k,
+        smooth_q=smooth_q,
+    )
 
 
 def why_not_quantized(q: torch.Tensor, mask: BlockMask, precision: str) -> str | None:
@@ -76,63 +125,40 @@ def why_not_quantized(q: torch.Tensor, mask: BlockMask, precision: str) -> str |
     return reason
 
 
-def _triton(q, k, v, mask, precision, rows, key_mask, scale, smooth_k, smooth_q, quantized):
-    from .triton_quantize import quantize_inputs
-    from .triton_quantized import quantized_forward
-    from .variants import why_not_hopper_quantized
+def _prologue(fused: bool) -> Callable[..., QuantizedInputs]:
+    if not fused:
+        return reference_quantize
+    from . import triton_quantize
 
-    if quantized is None:
-        quantized = quantize_inputs(
-            q,
-            k,
-            v,
-            mask.block_q,
-            mask.block_k,
-            precision=precision,
-            rows=rows,
-            smooth_k=smooth_k,
-            smooth_q=smooth_q,
-        )
-    if why_not_hopper_quantized(q, mask, quantized) is None:
-        from .hopper_forward import hopper_forward
-
-        return hopper_forward(q, k, v, mask, rows, key_mask, scale, quantized=quantized)
-    return quantized_forward(quantized, mask, rows, key_mask, scale, q.shape[2], q.dtype)
+    return triton_quantize.quantize_inputs
 
 
-def _reference(q, k, v, mask, precision, rows, key_mask, scale, smooth_k, smooth_q, quantized):
-    """Attention of the dequantised inputs; weights are not rounded."""
-    if quantized is None:
-        quantized = reference_quantize(
-            q,
-            k,
-            v,
-            mask.block_q,
-            mask.block_k,
-            precision=precision,
-            rows=rows,
-            smooth_k=smooth_k,
-            smooth_q=smooth_q,
-        )
-    qf, kf, vf = dequantize(quantized, mask.block_q, mask.block_k)
+def _emulate(
+    quantized: QuantizedInputs,
+    mask: BlockMask,
+    rows: torch.Tensor | None,
+    key_mask: torch.Tensor | None,
+    scale: float,
+    backend: str,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Float32 attention of the dequantised inputs; unlike the kernels it does not round the weights."""
+    q, k, v = dequantize(quantized, mask.block_q, mask.block_k)
     if quantized.smooth_q:
-        qf = qf + quantized.q_mean.repeat_interleave(mask.block_q, 2)
-    batch, _, heads, _ = q.shape
-    qf, kf, vf = qf[:, :, : mask.q_len], kf[:, :, : mask.kv_len], vf[:, :, : mask.kv_len]
-    visible = mask.to_tokens().expand(batch, heads, mask.q_len, mask.kv_len)
-    if key_mask is not None:
-        keys = key_mask[:, None].expand(batch, heads, -1)
-        if rows is not None:
-            keys = keys.gather(-1, rows.long().expand_as(keys))
-        visible = visible & keys[:, :, None]
-    scores = (qf @ kf.transpose(-1, -2)) * scale
-    scores = scores.masked_fill(~visible, float("-inf"))
-    some = visible.any(-1, keepdim=True)
-    lse = torch.logsumexp(scores, -1, keepdim=True)
-    out = torch.exp(scores - torch.where(some, lse, torch.zeros_like(lse))) @ vf
-    lse = lse.squeeze(-1) + quantized.q_shift[:, :, : mask.q_len] * scale
+        q = q + quantized.q_mean.repeat_interleave(mask.block_q, 2)
+    q, k, v = q[:, :, : mask.q_len], k[:, :, : mask.kv_len], v[:, :, : mask.kv_len]
+    shift = quantized.q_shift[:, :, : mask.q_len] * scale
     if rows is not None:
-        index = rows.long().expand(batch, heads, mask.q_len)
-        lse = torch.empty_like(lse).scatter_(2, index, lse)
-        out = torch.empty_like(out).scatter_(2, index[..., None].expand_as(out), out)
-    return out.transpose(1, 2).to(q.dtype).contiguous(), lse
+        index = rows.long().expand(q.shape[:3])
+        wide = index[..., None].expand_as(q)
+        q, k, v = (torch.empty_like(x).scatter_(2, wide, x) for x in (q, k, v))
+        shift = torch.empty_like(shift).scatter_(2, index, shift)
+    out, lse = block_sparse_attention(
+        *(x.transpose(1, 2) for x in (q, k, v)),
+        mask,
+        rows=rows,
+        key_mask=key_mask,
+        scale=scale,
+        return_lse=True,
+        backend=backend,
+    )
+    return out, lse + shift

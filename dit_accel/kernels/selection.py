@@ -28,11 +28,26 @@ WEIGHT_ONE = 1 << 28
 MAX_BLOCKS = 16_384
 
 
-def use_triton(impl: Impl, device: torch.device) -> bool:
-    """Whether ``impl`` means the Triton kernel for tensors on ``device``."""
+def use_triton(impl: Impl, device: torch.device, obstacle: str | None = None) -> bool:
+    """Whether ``impl`` means the Triton kernel for tensors on ``device``.
+
+    ``obstacle`` says what the kernel cannot do about this call: "auto" then takes torch, "triton" raises it.
+    """
     if impl not in ("auto", "torch", "triton"):
         raise ValueError(f"impl must be 'auto', 'torch' or 'triton', got {impl!r}.")
-    return impl == "triton" or (impl == "auto" and device.type == "cuda")
+    if impl == "triton" and obstacle is not None:
+        raise ValueError(obstacle)
+    return impl == "triton" or (impl == "auto" and device.type == "cuda" and obstacle is None)
+
+
+def tile_obstacle(x: torch.Tensor, block_q: int, block_k: int) -> str | None:
+    """Why kernels that multiply whole tiles cannot take ``x`` in these blocks; None if they can."""
+    if x.dtype not in (torch.float16, torch.bfloat16, torch.float32):
+        return f"The Triton kernel takes float16, bfloat16 or float32, got {x.dtype}."
+    for name, block in (("block_q", block_q), ("block_k", block_k)):
+        if block < 16 or block & (block - 1):
+            return f"{name} must be a power of two from 16 for the Triton kernel, got {block}."
+    return None
 
 
 def gather_rows(x: torch.Tensor, rows: torch.Tensor | None) -> torch.Tensor:
@@ -166,9 +181,7 @@ def expand_blocks(mask: torch.Tensor | None, last: int, name: str) -> torch.Tens
     if mask is None:
         return None
     if not 1 <= mask.dim() <= 3 or mask.shape[-1] != last:
-        raise ValueError(
-            f"{name} must be bool [{last}], [B, {last}] or [B, H, {last}], got {tuple(mask.shape)}."
-        )
+        raise ValueError(f"{name} must be bool [{last}], [B, {last}] or [B, H, {last}], got {tuple(mask.shape)}.")
     if mask.dim() == 3:
         return mask.bool()
     return mask.bool().reshape(-1, 1, last)
@@ -322,9 +335,7 @@ def select_pooled(
     The arguments are those of :func:`pooled_scores` and :func:`select_blocks`; blocks that ``key_mask``
     hides in full are never selected, and those that it hides in part are listed as partial.
     """
-    scores = pooled_scores(
-        q, k, block_q, block_k, rows=rows, k_rows=k_rows, key_mask=key_mask, scale=scale, impl=impl
-    )
+    scores = pooled_scores(q, k, block_q, block_k, rows=rows, k_rows=k_rows, key_mask=key_mask, scale=scale, impl=impl)
     empty = partial = None
     if key_mask is not None:
         empty, partial = hidden_blocks(key_mask, block_k, rows=rows if k_rows is None else k_rows)

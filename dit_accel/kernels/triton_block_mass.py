@@ -167,11 +167,6 @@ def block_mass_triton(
     warps: int = 4,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """See :func:`dit_accel.kernels.block_mass.block_mass`."""
-    for name, block in (("block_q", block_q), ("block_k", block_k)):
-        if block < 16 or block & (block - 1):
-            raise ValueError(f"{name} must be a power of two from 16 for the Triton kernel, got {block}.")
-    if q.dtype not in (torch.float16, torch.bfloat16, torch.float32):
-        raise ValueError(f"q must be float16, bfloat16 or float32 for the Triton kernel, got {q.dtype}.")
     batch, q_len, heads, dim = q.shape
     kv_len = k.shape[1]
     rows = None if rows is None else rows.contiguous()

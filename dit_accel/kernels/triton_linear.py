@@ -81,22 +81,13 @@ class Shape:
 
 
 def shape_of(q: torch.Tensor, k: torch.Tensor, critical: BlockMask | None) -> Shape:
-    """Check what the kernels can do."""
-    if q.dtype not in (torch.float16, torch.bfloat16, torch.float32):
-        raise ValueError(f"q must be float16, bfloat16 or float32 for the Triton kernels, got {q.dtype}.")
-    if q.shape[-1] > 128:
-        raise ValueError(f"Head dim must be at most 128 for the linear branch's kernels, got {q.shape[-1]}.")
+    """The sizes of a call."""
     block_q, block_k = (128, 64) if critical is None else (critical.block_q, critical.block_k)
-    for name, block in (("block_q", block_q), ("block_k", block_k)):
-        if block < 16 or block & (block - 1):
-            raise ValueError(f"{name} must be a power of two from 16 for the Triton kernels, got {block}.")
     batch, q_len, heads, dim = q.shape
     return Shape(batch, q_len, k.shape[1], heads, dim, block_q, block_k, q.dtype)
 
 
-def scaled_map(
-    critical: BlockMask, negligible: BlockMask | None, dtype: torch.dtype, scale: float
-) -> torch.Tensor:
+def scaled_map(critical: BlockMask, negligible: BlockMask | None, dtype: torch.dtype, scale: float) -> torch.Tensor:
     """:func:`marginal_map` with ``scale`` for 1: ``[B|1, H|1, nq, nk]``."""
     masks = [critical] if negligible is None else [critical, negligible]
     nq, nk = critical.num_blocks
@@ -106,9 +97,7 @@ def scaled_map(
         num = mask.kv_num_blocks.expand(*lead, nq).contiguous()
         indices = mask.kv_indices.expand(*lead, nq, -1).contiguous()
         with torch.cuda.device_of(out):
-            marginal_map_kernel[(num.numel(),)](
-                num, indices, out, indices.shape[-1], nk, CHUNK=128, num_warps=1
-            )
+            marginal_map_kernel[(num.numel(),)](num, indices, out, indices.shape[-1], nk, CHUNK=128, num_warps=1)
     return out
 
 

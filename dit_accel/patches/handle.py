@@ -8,7 +8,7 @@ from functools import partial
 from types import TracebackType
 from typing import Any
 
-from ..engine import ObservedCall, OutputTap
+from ..engine import AttentionCall, OutputTap
 from ..recipe import Recipe
 from .session import Session
 from .summary import PatchSummary, summarise
@@ -50,7 +50,7 @@ class PatchHandle:
         return summarise(self.recipe, self.note, {name: s.engine for name, s in self.sessions.items()})
 
     @contextmanager
-    def observe(self, observer: Callable[[str, ObservedCall], None]) -> Iterator[None]:
+    def observe(self, observer: Callable[[str, AttentionCall], None]) -> Iterator[None]:
         """Show every attention call to ``observer(transformer_name, call)`` while the context is open."""
         for name, session in self.sessions.items():
             session.engine.observer = partial(observer, name)

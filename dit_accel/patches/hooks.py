@@ -8,7 +8,7 @@ from collections.abc import Callable, Mapping
 from contextlib import AbstractContextManager, contextmanager
 from functools import cache
 from types import MethodType
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, cast
 
 import torch
 from torch import nn
@@ -34,7 +34,7 @@ def patched_class(original: type[nn.Module]) -> type[nn.Module]:
     """
 
     def reduce_to_original(self: nn.Module, protocol: Any) -> Any:
-        make, arguments, *state = super(patched, self).__reduce_ex__(protocol)
+        make, arguments, *state = cast(tuple[Any, ...], original.__reduce_ex__(self, protocol))
         return make, tuple(original if a is patched else a for a in arguments), *state
 
     names = {

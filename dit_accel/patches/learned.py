@@ -9,7 +9,7 @@ from typing import Any
 
 from torch import nn
 
-from ..stages.compensate import LearnedCompensation
+from ..stages.compensate_linear import LearnedCompensation
 
 CHILD = "dit_accel"
 """Name of the module under an attention layer."""

@@ -30,13 +30,9 @@ def _dense(
         from diffusers.models.attention_dispatch import AttentionBackendName, dispatch_attention_fn
 
         name = None if backend is None else AttentionBackendName(backend)
-        return dispatch_attention_fn(
-            q, k, v, attn_mask=attn_mask, scale=scale, enable_gqa=enable_gqa, backend=name
-        )
+        return dispatch_attention_fn(q, k, v, attn_mask=attn_mask, scale=scale, enable_gqa=enable_gqa, backend=name)
     q, k, v = (tensor.transpose(1, 2) for tensor in (q, k, v))
-    out = torch.nn.functional.scaled_dot_product_attention(
-        q, k, v, attn_mask, scale=scale, enable_gqa=enable_gqa
-    )
+    out = torch.nn.functional.scaled_dot_product_attention(q, k, v, attn_mask, scale=scale, enable_gqa=enable_gqa)
     return out.transpose(1, 2)
 
 
@@ -190,10 +186,10 @@ def _save(ctx: Any, inputs: tuple[Any, ...], output: torch.Tensor) -> None:
 
 def _backward(ctx: Any, grad: torch.Tensor) -> tuple[Any, ...]:
     q, k, v, attn_mask, layer, ids, *learned = ctx.saved_tensors
-    grads = attention_backward_op(
-        grad, q, k, v, attn_mask, layer, ctx.grid, ctx.count, ids, learned, *ctx.options
-    )
-    return (*grads[:3], None, None, None, None, None, list(grads[3:]), *[None] * len(ctx.options))
+    grads = attention_backward_op(grad, q, k, v, attn_mask, layer, ctx.grid, ctx.count, ids, learned, *ctx.options)
+    # An empty list has no tensors to give None for: it wants an empty list back.
+    grid = None if ctx.grid else []
+    return (*grads[:3], None, None, grid, None, None, list(grads[3:]), *[None] * len(ctx.options))
 
 
 attention_op.register_autograd(_backward, setup_context=_save)

@@ -83,9 +83,7 @@ class Session:
         layout = self._layout(latents, q.shape[1])
         if self._step is None or self._step.forward_id != self._forward_id:
             self._step = self._read_step()  # it does not change within a forward
-        return self.engine.attend(
-            layer, q, k, v, attn_mask, scale, layout, self._step, dense, record, learned
-        )
+        return self.engine.attend(layer, q, k, v, attn_mask, scale, layout, self._step, dense, record, learned)
 
     def _read_step(self) -> StepContext:
         """Where the pipeline is, read from its scheduler without a device sync."""

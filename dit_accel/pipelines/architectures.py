@@ -78,8 +78,7 @@ class Architecture:
         temporal, spatial = self.vae
         if frames < 1 or (frames - 1) % temporal:
             raise ValueError(
-                f"{self.name} needs a multiple of {temporal} frames plus one, such as {self.size[2]}, "
-                f"got {frames}."
+                f"{self.name} needs a multiple of {temporal} frames plus one, such as {self.size[2]}, got {frames}."
             )
         if not self.is_video and frames != 1:
             raise ValueError(f"{self.name} makes images: frames must be 1, got {frames}.")

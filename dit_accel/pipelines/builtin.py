@@ -54,7 +54,7 @@ def _embedded(dtype: torch.dtype | None) -> Any:
 RANDOM_WAN = Builtin(
     name="random-wan",
     description="a small Wan pipeline with RANDOM weights: it shows speed, not pictures",
-    settings=Settings(width=320, height=192, frames=17, steps=8, guidance=4.0),
+    settings=Settings(width=320, height=192, frames=25, steps=8, guidance=4.0),
     build=_random_wan,
 )
 

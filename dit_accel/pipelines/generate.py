@@ -66,21 +66,16 @@ def generate(
     Raises:
         ValueError: the pipeline takes no such setting.
     """
-    takes = inspect.signature(type(pipe).__call__).parameters
-    scale = "guidance_scale" if "guidance_scale" in takes else "true_cfg_scale"
-    settings = {
-        "negative_prompt": negative_prompt,
-        "width": width,
-        "height": height,
-        "num_frames": frames,
-        "num_inference_steps": steps,
-        scale: guidance,
-    }
-    given: dict[str, Any] = {name: value for name, value in settings.items() if value is not None}
-    for name, value in given.items():
-        if name not in takes:
-            raise ValueError(f"{type(pipe).__name__} takes no {name}, got {value!r}.")
-    if progress is not None and "callback_on_step_end" in takes:
+    given = call_arguments(
+        pipe,
+        negative_prompt=negative_prompt,
+        width=width,
+        height=height,
+        frames=frames,
+        steps=steps,
+        guidance=guidance,
+    )
+    if progress is not None and "callback_on_step_end" in inspect.signature(type(pipe).__call__).parameters:
 
         def after_step(current: Any, step: int, timestep: Any, state: dict[str, Any]) -> dict[str, Any]:
             progress(step + 1, current.num_timesteps)
@@ -101,10 +96,42 @@ def generate(
     return Generated(
         frames=pixels.round().astype(np.uint8),
         seconds=seconds,
-        fps=_fps(pipe),
+        fps=frames_per_second(pipe),
         is_video=is_video,
         nan_values=int(finite.size - finite.sum()),
     )
+
+
+def call_arguments(
+    pipe: Any,
+    *,
+    negative_prompt: str | None = None,
+    width: int | None = None,
+    height: int | None = None,
+    frames: int | None = None,
+    steps: int | None = None,
+    guidance: float | None = None,
+) -> dict[str, Any]:
+    """The settings of :func:`generate` as arguments of this pipeline's call; None leaves one out.
+
+    Raises:
+        ValueError: the pipeline takes no such setting.
+    """
+    takes = inspect.signature(type(pipe).__call__).parameters
+    scale = "guidance_scale" if "guidance_scale" in takes else "true_cfg_scale"
+    settings = {
+        "negative_prompt": negative_prompt,
+        "width": width,
+        "height": height,
+        "num_frames": frames,
+        "num_inference_steps": steps,
+        scale: guidance,
+    }
+    given = {name: value for name, value in settings.items() if value is not None}
+    for name, value in given.items():
+        if name not in takes:
+            raise ValueError(f"{type(pipe).__name__} takes no {name}, got {value!r}.")
+    return given
 
 
 def makes_video(pipe: Any) -> bool:
@@ -169,6 +196,7 @@ def _wait(pipe: Any) -> None:
         torch.cuda.synchronize()
 
 
-def _fps(pipe: Any) -> float:
+def frames_per_second(pipe: Any) -> float:
+    """Frames a second that a pipeline's model was trained for."""
     name = type(pipe).__name__
     return next((fps for prefix, fps in FRAMES_PER_SECOND.items() if name.startswith(prefix)), 16.0)

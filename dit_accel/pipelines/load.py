@@ -13,9 +13,7 @@ from .builtin import builtins
 HUB_ID = re.compile(r"[\w.-]+/[\w.-]+")
 
 
-def load(
-    name_or_path: str, *, dtype: torch.dtype | None = None, device: str | torch.device | None = None
-) -> Any:
+def load(name_or_path: str, *, dtype: torch.dtype | None = None, device: str | torch.device | None = None) -> Any:
     """Load a diffusers pipeline.
 
     Args:

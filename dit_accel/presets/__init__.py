@@ -11,7 +11,7 @@ from ..stages.schedule import Schedule
 from ..stages.select_dynamic import Pooled
 from ..stages.select_static import Window
 from .grid import clear, dina, gna, na, radial, sta
-from .searched import adaspa, sparge, sparsed, vmoba
+from .searched import adaspa, pbs, psa, rectified, sparge, sparsed, vmoba
 from .trained import sla, sparge2, ssa
 
 
@@ -68,6 +68,9 @@ PRESETS: dict[str, Callable[..., Recipe]] = {
     "sparsed": sparsed,
     "sparge": sparge,
     "vmoba": vmoba,
+    "pbs": pbs,
+    "rectified": rectified,
+    "psa": psa,
     "na": na,
     "dina": dina,
     "gna": gna,
@@ -89,8 +92,7 @@ def resolve(recipe: Recipe | str, **options: Any) -> Recipe:
     if isinstance(recipe, Recipe):
         if options:
             raise ValueError(
-                f"Options {sorted(options)} go with a preset's name; "
-                "change a Recipe with recipe.with_fields(...)."
+                f"Options {sorted(options)} go with a preset's name; change a Recipe with recipe.with_fields(...)."
             )
         return recipe
     if recipe not in PRESETS:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from ..recipe import Recipe
-from ..stages.compensate import LinearBranch
+from ..stages.compensate_linear import LinearBranch
 from ..stages.select_dynamic import Pooled
 
 
@@ -23,7 +23,7 @@ def sla(
 
     Args:
         density: share of the latent blocks that are critical.
-        negligible_share, feature_map, form: see :class:`~dit_accel.stages.compensate.LinearBranch`.
+        negligible_share, feature_map, form: see :class:`~dit_accel.stages.compensate_linear.LinearBranch`.
         block: tokens in a query and in a key block.
     """
     return Recipe(

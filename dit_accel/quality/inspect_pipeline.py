@@ -9,7 +9,7 @@ from typing import Any
 import torch
 
 from ..api import patch
-from ..engine import ObservedCall
+from ..engine import AttentionCall
 from ..layout import TokenLayout
 from ..recipe import Recipe
 from ..stages.order import Raster, Tiles
@@ -48,7 +48,7 @@ def inspect_pipeline(
     """
     seen: dict[tuple[str, int, int, str], Observation] = {}
 
-    def observer(transformer: str, call: ObservedCall) -> None:
+    def observer(transformer: str, call: AttentionCall) -> None:
         index = call.step.index or 0
         if (steps is not None and index not in steps) or (layers is not None and call.layer not in layers):
             return

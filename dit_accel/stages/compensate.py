@@ -4,69 +4,58 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any, ClassVar, Protocol
+from typing import Any, Protocol
 
 import torch
-import torch.nn.functional as F
-from torch import nn
 
 from ..kernels import BlockMask
-from ..kernels.linear_branch import add_linear_branch, linear_branch
-from ..kernels.selection import pooled_scores, select_blocks
+from ..kernels.pyramid import check_cumulative, energy_levels, pyramid_attention, similarity_cap
+from ..kernels.rectified import add_pooled_compensation, gain_exceeds_error
 from ..plan import AttentionPlan, SequenceBlocks
+from .compensate_linear import LinearBranch
+from .select_dynamic import candidates
+from .select_rectified import reallocated_shares
+from .select_sampled import sampled_importance
 
-FEATURE_MAPS = ("softmax", "elu", "relu", "hedgehog")
-FORMS = ("paper", "non_critical", "all_tokens")
-# Of the released code that sums over all tokens.
-ALL_TOKENS_EPS = 1e-5
+Attended = tuple[torch.Tensor, torch.Tensor]
+"""Output (B, S, H, D), and a tensor with a NaN wherever the output has one."""
 
 
-class LearnedCompensation(nn.Module):
-    """Parameters of one attention layer's compensation; :func:`dit_accel.patch` puts it under the layer."""
+class Compensation(Protocol):
+    """What is added to, or replaces, the sparse attention over the kept blocks."""
 
-    def forward(
+    @property
+    def is_static(self) -> bool:
+        """Whether nothing has to be worked out from queries and keys."""
+        ...
+
+    def prepare(
         self,
-        out: torch.Tensor,
+        blocks: SequenceBlocks,
+        mask: BlockMask,
+        q: torch.Tensor,
+        k: torch.Tensor,
+        key_mask: torch.Tensor | None,
+        scale: float | None,
+    ) -> Any:
+        """What a plan keeps for :meth:`attend`, from queries and keys (B, S, H, D)."""
+        ...
+
+    def attend(
+        self,
         q: torch.Tensor,
         k: torch.Tensor,
         v: torch.Tensor,
         plan: AttentionPlan,
         key_mask: torch.Tensor | None,
-    ) -> torch.Tensor:
-        """The sparse output with what the layer adds to it; all tensors (B, S, H, D) in the model's order."""
-        raise NotImplementedError
-
-    def _apply(self, fn: Callable[[torch.Tensor], torch.Tensor], recurse: bool = True) -> LearnedCompensation:
-        # The parameters stay in full precision when a model is cast to half: steps of a fine-tuning are
-        # smaller than what half precision resolves.
-        def moved(tensor: torch.Tensor) -> torch.Tensor:
-            result = fn(tensor)
-            narrower = result.is_floating_point() and result.element_size() < tensor.element_size()
-            return tensor.to(result.device) if narrower else result
-
-        super()._apply(moved, recurse)
-        return self
-
-    def __deepcopy__(self, memo: dict[int, Any]) -> None:
-        """Nothing: the copy of a patched model is not patched, and torch reads None as no module."""
-
-
-class Compensate(Protocol):
-    """A choice of what stands in for the blocks left out."""
-
-    @property
-    def is_dynamic(self) -> bool:
-        """Whether its part of a plan depends on the queries and keys."""
+        scale: float | None,
+        sparse: Callable[[], Attended],
+    ) -> Attended:
+        """Attention of (B, S, H, D) tensors; ``sparse`` computes that over the kept blocks alone."""
         ...
 
-    def negligible(
-        self, blocks: SequenceBlocks, q: torch.Tensor, k: torch.Tensor, key_mask: torch.Tensor | None
-    ) -> BlockMask | None:
-        """Blocks that nothing stands in for; of (B, S, H, D) queries and keys."""
-        ...
-
-    def build(self, heads: int, head_dim: int) -> LearnedCompensation | None:
-        """Fresh parameters for one attention layer; None if there is nothing to learn."""
+    def density(self, plan: AttentionPlan) -> torch.Tensor:
+        """Share of the work of dense attention, a 0-d tensor."""
         ...
 
 
@@ -74,142 +63,198 @@ class Compensate(Protocol):
 class NoCompensation:
     """Left-out blocks are left out: the softmax runs over the kept keys alone."""
 
-    is_dynamic: ClassVar[bool] = False
+    @property
+    def is_static(self) -> bool:
+        return True
 
-    def negligible(
-        self, blocks: SequenceBlocks, q: torch.Tensor, k: torch.Tensor, key_mask: torch.Tensor | None
-    ) -> None:
-        """None: no block is treated apart."""
-
-    def build(self, heads: int, head_dim: int) -> None:
-        """None: nothing is learned."""
-
-
-@dataclass(frozen=True)
-class LinearBranch:
-    """Linear attention over left-out blocks, through a learned projection (SLA, arXiv 2509.24006).
-
-    ``out = sparse + projection(phi(q) H / (phi(q) . Z))`` with ``H`` and ``Z`` the sums of ``phi(k)^T v`` and
-    ``phi(k)`` over the blocks that the branch takes. The projection, D to D, is shared by the heads of a
-    layer, kept in float32 and zero at the start: an untrained branch adds nothing.
-
-    Attributes:
-        form: "paper": marginal blocks, neither critical (selected) nor negligible; "non_critical": all blocks
-            that are not selected (the released SLA-1); "all_tokens": all tokens, selected or not, with 1e-5
-            added to the denominator (the released main branch and TurboDiffusion).
-        feature_map: phi: "softmax" over the features, "elu" (plus one), "relu", or "hedgehog" (softmax of a
-            learned map and of its negative, arXiv 2402.04347; runs without a Triton kernel).
-        negligible_share: share of the latent key blocks, those of lowest pooled score, that a query block
-            neglects; for the paper's form only.
-    """
-
-    form: str = "paper"
-    feature_map: str = "softmax"
-    negligible_share: float = 0.1
-
-    is_dynamic: ClassVar[bool] = True
-
-    def __post_init__(self) -> None:
-        if self.form not in FORMS:
-            raise ValueError(f"compensate.form must be one of {', '.join(FORMS)}, got {self.form!r}.")
-        if self.feature_map not in FEATURE_MAPS:
-            raise ValueError(
-                f"compensate.feature_map must be one of {', '.join(FEATURE_MAPS)}, got {self.feature_map!r}."
-            )
-        if not 0.0 <= self.negligible_share < 1.0:
-            raise ValueError(f"compensate.negligible_share must lie in [0, 1), got {self.negligible_share}.")
-
-    def negligible(
-        self, blocks: SequenceBlocks, q: torch.Tensor, k: torch.Tensor, key_mask: torch.Tensor | None
-    ) -> BlockMask | None:
-        """The lowest-scored latent key blocks; None in the released forms."""
-        if self.form != "paper" or self.negligible_share == 0.0:
-            return None
-        # Pooled anew rather than taken from the selection, so that any selection will do; smoothing the keys
-        # would shift a row's scores alike and leave the ranking as it is.
-        scores = pooled_scores(
-            q, k, blocks.block_q, blocks.block_k, rows=blocks.kernel_rows, key_mask=key_mask
-        )
-        _, outside = (None, None) if key_mask is None else blocks.hidden_k(key_mask)
-        if blocks.forced_k is not None:
-            outside = blocks.forced_k if outside is None else outside | blocks.forced_k
-        return select_blocks(
-            -scores,
-            density=self.negligible_share,
-            empty_k=outside,
-            keep_own=False,
-            block_q=blocks.block_q,
-            block_k=blocks.block_k,
-            q_len=blocks.layout.seq_len,
-            kv_len=blocks.layout.seq_len,
-        )
-
-    def build(self, heads: int, head_dim: int) -> LearnedCompensation:
-        """The projection of one layer, zero, and hedgehog's maps, the identity."""
-        return LinearBranchLayer(self, heads, head_dim)
-
-
-class LinearBranchLayer(LearnedCompensation):
-    """The learned part of :class:`LinearBranch` for one attention layer.
-
-    Parameters ``weight [D, D]`` and ``bias [D]`` of the projection; for hedgehog also ``feature_q`` and
-    ``feature_k [H, D, D]``. They are the module's own, not a child's, so that offloading hooks, which act on
-    a module's forward, bring them to the device.
-    """
-
-    def __init__(self, choice: LinearBranch, heads: int, head_dim: int) -> None:
-        super().__init__()
-        self.choice = choice
-        self.weight = nn.Parameter(torch.zeros(head_dim, head_dim))
-        self.bias = nn.Parameter(torch.zeros(head_dim))
-        if choice.feature_map == "hedgehog":
-            identity = torch.eye(head_dim).repeat(heads, 1, 1)
-            self.feature_q = nn.Parameter(identity)
-            self.feature_k = nn.Parameter(identity.clone())
-
-    def forward(
+    def prepare(
         self,
-        out: torch.Tensor,
+        blocks: SequenceBlocks,
+        mask: BlockMask,
+        q: torch.Tensor,
+        k: torch.Tensor,
+        key_mask: torch.Tensor | None,
+        scale: float | None,
+    ) -> None:
+        """Nothing to keep."""
+
+    def attend(
+        self,
         q: torch.Tensor,
         k: torch.Tensor,
         v: torch.Tensor,
         plan: AttentionPlan,
         key_mask: torch.Tensor | None,
+        scale: float | None,
+        sparse: Callable[[], Attended],
+    ) -> Attended:
+        """The sparse attention as it is."""
+        return sparse()
+
+    def density(self, plan: AttentionPlan) -> torch.Tensor:
+        """Kept share of all block pairs."""
+        return plan.mask.density()
+
+
+@dataclass(frozen=True)
+class PooledMass:
+    """Left-out blocks give their mean value, weighted by pooled attention (Rectified SpaAttn).
+
+    ``out = R * sparse + sum of p_J mean(V_J)`` over the compensated blocks J, with p the reallocated shares
+    of :func:`~dit_accel.stages.select_rectified.reallocated_shares` and R the rest of the mass (arXiv
+    2511.19835). A plan that is reused keeps its shares. Inference only.
+
+    Attributes:
+        gain_aware: compensate only blocks whose pooled logit exceeds the error that pooling may make; the
+            mass of the others goes to the sparse output.
+    """
+
+    gain_aware: bool = True
+
+    @property
+    def is_static(self) -> bool:
+        return False
+
+    def prepare(
+        self,
+        blocks: SequenceBlocks,
+        mask: BlockMask,
+        q: torch.Tensor,
+        k: torch.Tensor,
+        key_mask: torch.Tensor | None,
+        scale: float | None,
+    ) -> tuple[torch.Tensor, torch.Tensor | None]:
+        """Shares, float32 ``[B, H, nq, nk]``, and which blocks may be compensated."""
+        shares, _ = reallocated_shares(blocks, q, k, key_mask, scale)
+        if not self.gain_aware:
+            return shares, None
+        gains = gain_exceeds_error(q, k, blocks.block_q, blocks.block_k, rows=blocks.kernel_rows, key_mask=key_mask)
+        return shares, gains
+
+    def attend(
+        self,
+        q: torch.Tensor,
+        k: torch.Tensor,
+        v: torch.Tensor,
+        plan: AttentionPlan,
+        key_mask: torch.Tensor | None,
+        scale: float | None,
+        sparse: Callable[[], Attended],
+    ) -> Attended:
+        """The sparse attention, scaled, plus the pooled one."""
+        _refuse_gradients(q, k, v)
+        out, witness = sparse()
+        shares, gains = plan.compensation
+        add_pooled_compensation(out, v, shares, plan.mask, gains, rows=plan.rows, key_mask=key_mask)
+        return out, witness
+
+    def density(self, plan: AttentionPlan) -> torch.Tensor:
+        """Kept share of all block pairs; the pooled part is not counted."""
+        return plan.mask.density()
+
+
+@dataclass(frozen=True)
+class KeyPyramid:
+    """Left-out blocks are read at a lower resolution, as means of 2, 4 or 8 neighbouring keys (PSA).
+
+    Blocks that the selection keeps are read in full. Of the others, those up to the first bound of the
+    cumulative sampled importance of a row are read in full too, up to the second at level 2, then 4 and 8;
+    beyond the last bound they are left out. All levels share one softmax. Inference only.
+
+    Attributes:
+        cumulative: bounds of levels 1, 2, 4 and 8, non-decreasing shares in [0, 1].
+        similarity: mean cosine of a block's keys that levels 2, 4 and 8 each need; empty turns this off.
+        share: sampled share of a block's tokens.
+        seed: of the sample.
+    """
+
+    cumulative: tuple[float, float, float, float] = (0.5, 0.6, 0.7, 0.8)
+    similarity: tuple[float, ...] = (0.7, 0.65, 0.6)
+    share: float = 0.25
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        check_cumulative(self.cumulative)
+        if len(self.similarity) not in (0, 3):
+            raise ValueError(f"compensate.similarity must be empty or three cosines, got {self.similarity}.")
+        if not 0.0 < self.share <= 1.0:
+            raise ValueError(f"compensate.share must lie in (0, 1], got {self.share}.")
+
+    @property
+    def is_static(self) -> bool:
+        return False
+
+    def prepare(
+        self,
+        blocks: SequenceBlocks,
+        mask: BlockMask,
+        q: torch.Tensor,
+        k: torch.Tensor,
+        key_mask: torch.Tensor | None,
+        scale: float | None,
     ) -> torch.Tensor:
-        """See :meth:`LearnedCompensation.forward`; ``out`` may be changed in place without gradients."""
-        everything = self.choice.form == "all_tokens"
-        critical = None if everything else plan.mask
-        negligible, rows, eps = plan.negligible, plan.rows, 0.0
-        if everything:
-            # The sum over all tokens knows no order and no blocks.
-            negligible, rows, eps = None, None, ALL_TOKENS_EPS
-        if self.choice.feature_map == "hedgehog":
-            if key_mask is not None:
-                # A padded prompt may hold anything, and the map's gradient reads every key.
-                k = k.masked_fill(~key_mask[..., None, None], 0)
-            q, k = _per_head(q, self.feature_q), _per_head(k, self.feature_k)
-        options: dict[str, Any] = {
-            "negligible": negligible,
-            "feature_map": self.choice.feature_map,
-            "rows": rows,
-            "key_mask": key_mask,
-            "eps": eps,
-        }
-        recorded = torch.is_grad_enabled() and any(
-            tensor.requires_grad for tensor in (out, q, k, v, self.weight, self.bias)
+        """Levels, int8 ``[B, H, nq, nk]``."""
+        importance = sampled_importance(
+            q,
+            k,
+            blocks.block_q,
+            blocks.block_k,
+            rows=blocks.kernel_rows,
+            key_mask=key_mask,
+            scale=scale,
+            share=self.share,
+            seed=self.seed,
         )
-        if not recorded:
-            return add_linear_branch(out, q, k, v, critical, self.weight, self.bias, **options)
-        branch = linear_branch(q, k, v, critical, **options)
-        return out + F.linear(branch.to(self.weight.dtype), self.weight, self.bias).to(out.dtype)
+        open_k = candidates(blocks, key_mask)[..., None, :]
+        levels = energy_levels(importance.masked_fill(~open_k, 0.0), self.cumulative, min_full=0.0)
+        if self.similarity:
+            low, middle, high = self.similarity
+            cap = similarity_cap(k, blocks.block_k, rows=blocks.kernel_rows, thresholds=(low, middle, high))
+            levels = levels.minimum(cap[:, :, None])
+        levels = levels.masked_fill(~open_k, 0)
+        return levels.masked_fill(mask.to_dense(), 1)
+
+    def attend(
+        self,
+        q: torch.Tensor,
+        k: torch.Tensor,
+        v: torch.Tensor,
+        plan: AttentionPlan,
+        key_mask: torch.Tensor | None,
+        scale: float | None,
+        sparse: Callable[[], Attended],
+    ) -> Attended:
+        """One softmax over all levels."""
+        _refuse_gradients(q, k, v)
+        result = pyramid_attention(
+            q,
+            k,
+            v,
+            plan.compensation,
+            block_q=plan.mask.block_q,
+            block_k=plan.mask.block_k,
+            rows=plan.rows,
+            key_mask=key_mask,
+            scale=scale,
+            return_lse=True,
+        )
+        assert isinstance(result, tuple)
+        return result
+
+    def density(self, plan: AttentionPlan) -> torch.Tensor:
+        """Keys read, means counted as one, as a share of all."""
+        levels = plan.compensation
+        return torch.where(levels > 0, 1.0 / levels.clamp_min(1), 0.0).mean()
 
 
-def _per_head(x: torch.Tensor, maps: torch.Tensor) -> torch.Tensor:
-    """(B, S, H, D) mapped by ``[H, D, D]`` (out, in), in x's dtype."""
-    return torch.einsum("bshd,hed->bshe", x.to(maps.dtype), maps).to(x.dtype)
+def _refuse_gradients(*tensors: torch.Tensor) -> None:
+    if torch.is_grad_enabled() and any(tensor.requires_grad for tensor in tensors):
+        raise RuntimeError("This compensation has no gradient; train with another or without one.")
 
 
-COMPENSATIONS: dict[str, type[NoCompensation] | type[LinearBranch]] = {
+COMPENSATIONS: dict[str, type[Compensation]] = {
     "none": NoCompensation,
+    "pooled_mass": PooledMass,
+    "key_pyramid": KeyPyramid,
     "linear": LinearBranch,
 }

@@ -18,8 +18,9 @@ class Schedule:
         dense_layers: self-attention layers that stay dense, by index; negative counts from the last.
         refresh_every: a plan serves this many denoising steps before it is made again.
         refresh_at: instead of a fixed stride, make plans only at these points of the trajectory (progress in
-            [0, 1)), and whenever there is none yet.
-        dense_refresh: compute a step that makes a plan densely, and use the plan from the next step on.
+            [0, 1)), and whenever there is none yet. Without a pipeline ``refresh_every`` counts forwards.
+        dense_refresh: compute a step that makes a plan densely, and use the plan from the next step on. Acts
+            in a pipeline only.
         density_points: density of the plans made along the trajectory, as (position, density) pairs in
             between which it is interpolated linearly and beyond which it stays; empty leaves the selection's
             own. A position is a progress in [0, 1) or a sigma, see ``density_over``.
@@ -46,9 +47,7 @@ class Schedule:
         if self.refresh_every < 1:
             raise ValueError(f"schedule.refresh_every must be at least 1 step, got {self.refresh_every}.")
         if any(not 0.0 <= point < 1.0 for point in self.refresh_at):
-            raise ValueError(
-                f"schedule.refresh_at must hold progress values in [0, 1), got {self.refresh_at}."
-            )
+            raise ValueError(f"schedule.refresh_at must hold progress values in [0, 1), got {self.refresh_at}.")
         for _, density in self.density_points:
             if not 0.0 < density <= 1.0:
                 raise ValueError(f"schedule.density_points must hold densities in (0, 1], got {density}.")

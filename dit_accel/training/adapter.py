@@ -74,9 +74,7 @@ def save_adapter(
         raise ValueError(f"Trained weights are of one transformer; the pipeline has {len(parts)}.")
     missing = [name for name in trained if backbone == "delta" and name not in (base or {})]
     if missing:
-        raise ValueError(
-            f"backbone 'delta' needs the base values of all trained parameters; {missing[0]} is missing."
-        )
+        raise ValueError(f"backbone 'delta' needs the base values of all trained parameters; {missing[0]} is missing.")
     tensors, fingerprints, lora = {}, {}, {}
     for part in parts:
         present = dict(part.model.named_parameters()) | dict(values or {})
@@ -142,9 +140,7 @@ def load_adapter(pipe: Any, folder: str | Path, *, backend: str = "auto") -> Pat
     for part in parts:
         difference = Fingerprint.from_dict(card["base"][part.name]).difference(part.model, part.attentions)
         if difference is not None:
-            raise ValueError(
-                f"The adapter in {folder} does not fit {type(part.model).__name__}: {difference}."
-            )
+            raise ValueError(f"The adapter in {folder} does not fit {type(part.model).__name__}: {difference}.")
     recipe = Recipe.from_dict(card["recipe"])
     try:
         handle, patched_here = handle_of(pipe), False
@@ -180,9 +176,7 @@ def _read(folder: Path) -> tuple[dict[str, Any], dict[str, torch.Tensor]]:
     except (OSError, json.JSONDecodeError, SafetensorError) as error:
         raise ValueError(f"{folder} holds no readable adapter ({CARD} and {TENSORS}): {error}") from error
     if card.get("format") != FORMAT:
-        raise ValueError(
-            f"The adapter in {folder} has format {card.get('format')}, this version reads {FORMAT}."
-        )
+        raise ValueError(f"The adapter in {folder} has format {card.get('format')}, this version reads {FORMAT}.")
     return card, tensors
 
 
@@ -191,9 +185,7 @@ def _first_difference(wanted: Recipe, got: Recipe) -> str:
     for axis, fields in mine.items():
         for name, value in fields.items():
             if its[axis].get(name, "absent") != value:
-                return (
-                    f"{axis}.{name} is {value!r} there and {its[axis].get(name, 'absent')!r} in the pipeline"
-                )
+                return f"{axis}.{name} is {value!r} there and {its[axis].get(name, 'absent')!r} in the pipeline"
     return "the recipes differ"
 
 
@@ -214,9 +206,7 @@ def _plan_load(
         target = present.get(name, own.get(name))
         if target is None or target.shape != value.shape:
             spelled = "is missing" if target is None else f"has shape {tuple(target.shape)}"
-            raise ValueError(
-                f"In the adapter {name} has shape {tuple(value.shape)}; in the model it {spelled}."
-            )
+            raise ValueError(f"In the adapter {name} has shape {tuple(value.shape)}; in the model it {spelled}.")
 
     def load(handle: PatchHandle) -> None:
         with torch.no_grad():
@@ -273,9 +263,7 @@ def add_lora(model: Any, target_modules: Collection[str], rank: int, alpha: floa
     return undo
 
 
-def _lora_state(
-    model: Any, present: Mapping[str, torch.Tensor]
-) -> tuple[dict[str, torch.Tensor], dict[str, Any]]:
+def _lora_state(model: Any, present: Mapping[str, torch.Tensor]) -> tuple[dict[str, torch.Tensor], dict[str, Any]]:
     from peft import get_peft_model_state_dict
 
     configs = getattr(model, "peft_config", {})

@@ -70,9 +70,7 @@ def capture_call(pipe: Any, arguments: Mapping[str, Any]) -> tuple[torch.Size, f
     latents, timestep = seen.pop("hidden_states"), seen.pop("timestep")
     seen.pop("return_dict", None)
     if timestep.dim() != 1:
-        raise ValueError(
-            f"One timestep a sample is needed, {type(pipe).__name__} gives {list(timestep.shape)}."
-        )
+        raise ValueError(f"One timestep a sample is needed, {type(pipe).__name__} gives {list(timestep.shape)}.")
     # The first step is at full noise, so that 1 and num_train_timesteps are far apart.
     steps = float(pipe.scheduler.config.num_train_timesteps)
     scale = steps if float(timestep.max()) > 1.5 else 1.0
@@ -163,9 +161,7 @@ def encode_clips(
         raise ValueError(f"{clips} holds no clip ({', '.join(CLIP_SUFFIXES)}).")
     stems = {path.stem for path in files}
     skipped = [
-        Skipped(path.name, "its clip is missing")
-        for path in sorted(clips.glob("*.txt"))
-        if path.stem not in stems
+        Skipped(path.name, "its clip is missing") for path in sorted(clips.glob("*.txt")) if path.stem not in stems
     ]
     total = len(files) + len(skipped)
     for index, path in enumerate(files):

@@ -92,9 +92,7 @@ def finetune(
         ValueError: settings that do not fit the model.
         TrainingStopped: a loss or gradient is not finite.
     """
-    return _Loop(pipe, recipe, data, Path(output), config or FinetuneConfig(), backend, options).run(
-        resume, on_step
-    )
+    return _Loop(pipe, recipe, data, Path(output), config or FinetuneConfig(), backend, options).run(resume, on_step)
 
 
 class _Loop:
@@ -139,12 +137,7 @@ class _Loop:
             kwargs_handlers=[DistributedDataParallelKwargs(find_unused_parameters=config.train == "all")],
         )
         self.sharded = self.accelerator.distributed_type == DistributedType.FSDP
-        if (
-            self.sharded
-            and config.objective.needs_teacher
-            and config.teacher == "frozen"
-            and not config.lora_rank
-        ):
+        if self.sharded and config.objective.needs_teacher and config.teacher == "frozen" and not config.lora_rank:
             raise ValueError("With FSDP a frozen teacher needs LoRA; set lora_rank, or teacher = 'current'.")
         self.was_checkpointing = bool(getattr(self.model, "is_gradient_checkpointing", False))
         if config.gradient_checkpointing:
@@ -164,9 +157,7 @@ class _Loop:
         self.shift = config.shift or float(getattr(pipe.scheduler.config, "shift", None) or 1.0)
         self.density = getattr(self.handle.recipe.select, "density", None)
         if config.density_start is not None and self.density is None:
-            raise ValueError(
-                f"density_start needs a recipe with a density, got {self.handle.recipe.select!r}."
-            )
+            raise ValueError(f"density_start needs a recipe with a density, got {self.handle.recipe.select!r}.")
         self.accelerator.register_save_state_pre_hook(self._save_trained)
         self.accelerator.register_load_state_pre_hook(self._load_trained)
 
@@ -214,18 +205,14 @@ class _Loop:
             names += batch_names
             with (
                 self.accelerator.accumulate(self.wrapped),
-                losses(
-                    self.wrapped, self.handle, config.objective, batch, self._teacher, full_stream
-                ) as found,
+                losses(self.wrapped, self.handle, config.objective, batch, self._teacher, full_stream) as found,
             ):
                 for name, value in {"loss": found.total.detach(), **found.terms}.items():
                     sums[name] = sums.get(name, torch.zeros_like(value)) + value / config.accumulation
                 self._stop_unless_finite("loss", found.total.detach(), step, names)
                 self.accelerator.backward(found.total)
                 if self.accelerator.sync_gradients:
-                    norm = self.accelerator.clip_grad_norm_(
-                        list(self.wrapped.parameters()), config.max_grad_norm
-                    )
+                    norm = self.accelerator.clip_grad_norm_(list(self.wrapped.parameters()), config.max_grad_norm)
                     self._stop_unless_finite("gradient norm", norm, step, names)
                 self.optimizer.step()
                 self.optimizer.zero_grad()
@@ -401,9 +388,7 @@ class _Loop:
             save_adapter(
                 self.pipe,
                 folder,
-                backbone="lora"
-                if self.trainables.lora
-                else ("delta" if self.trainables.backbone else "none"),
+                backbone="lora" if self.trainables.lora else ("delta" if self.trainables.backbone else "none"),
                 trained=self.trainables.backbone,
                 base=self.trainables.base,
                 values=values,

@@ -81,15 +81,10 @@ class Fingerprint:
             mine, its = getattr(self, name), getattr(other, name)
             if mine != its:
                 spelled = {"transformer": "a", "layers": "self-attention"}.get(name, "")
-                return f"it is for {spelled} {name.replace('_', ' ')} {mine}, the model has {its}".replace(
-                    "  ", " "
-                )
+                return f"it is for {spelled} {name.replace('_', ' ')} {mine}, the model has {its}".replace("  ", " ")
         for name in sorted(self.config.keys() & other.config.keys()):
             if self.config[name] != other.config[name]:
-                return (
-                    f"it is for a model with {name} = {self.config[name]!r}, this one has "
-                    f"{other.config[name]!r}"
-                )
+                return f"it is for a model with {name} = {self.config[name]!r}, this one has {other.config[name]!r}"
         parameters = base_parameters(model)
         for name, values in self.weights.items():
             if name not in parameters:
@@ -98,8 +93,7 @@ class Fingerprint:
             bound = TOLERANCE * max(map(abs, values + its_values), default=0.0)
             if any(abs(a - b) > bound for a, b in zip(values, its_values, strict=True)):
                 return (
-                    f"it is for other weights: {name} begins with {values[0]:.4g}, the model's with "
-                    f"{its_values[0]:.4g}"
+                    f"it is for other weights: {name} begins with {values[0]:.4g}, the model's with {its_values[0]:.4g}"
                 )
         return None
 

@@ -150,9 +150,7 @@ class _Outputs:
     def __init__(self) -> None:
         self.by_layer: dict[int, torch.Tensor] = {}
 
-    def __call__(
-        self, layer: int, output: torch.Tensor, dense: Callable[[], torch.Tensor] | None
-    ) -> torch.Tensor:
+    def __call__(self, layer: int, output: torch.Tensor, dense: Callable[[], torch.Tensor] | None) -> torch.Tensor:
         self.by_layer[layer] = output.detach()
         return output
 
@@ -170,9 +168,7 @@ class _LayerLosses:
         self.full_stream = full_stream
         self.found: dict[int, list[torch.Tensor]] = {}
 
-    def __call__(
-        self, layer: int, output: torch.Tensor, dense: Callable[[], torch.Tensor] | None
-    ) -> torch.Tensor:
+    def __call__(self, layer: int, output: torch.Tensor, dense: Callable[[], torch.Tensor] | None) -> torch.Tensor:
         if dense is None:
             return output  # a layer that is dense anyway has nothing to learn
         terms, used = [], output

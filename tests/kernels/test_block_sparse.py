@@ -1,5 +1,8 @@
 """The public operation on the reference and gather backends against an independent fp64 oracle."""
 
+import subprocess
+import sys
+
 import pytest
 import torch
 
@@ -80,9 +83,7 @@ def test_matches_oracle(case, backend):
     q, k, v, mask, rows, hide, visible = build(**CASES[case])
     exact, exact_lse = dense_attention(q, k, v, visible, rows)
     eager, eager_lse = dense_attention(q, k, v, visible, rows, dtype=torch.float32)
-    out, lse = block_sparse_attention(
-        q, k, v, mask, rows=rows, key_mask=hide, return_lse=True, backend=backend
-    )
+    out, lse = block_sparse_attention(q, k, v, mask, rows=rows, key_mask=hide, return_lse=True, backend=backend)
     only = block_sparse_attention(q, k, v, mask, rows=rows, key_mask=hide, backend=backend)
     assert out.shape == q.shape
     assert out.dtype == q.dtype
@@ -156,9 +157,7 @@ def test_scale(backend):
     q, k, v, mask, _, _, visible = build()
     exact, _ = dense_attention(q, k, v, visible, scale=0.31)
     eager, _ = dense_attention(q, k, v, visible, scale=0.31, dtype=torch.float32)
-    assert_close(
-        block_sparse_attention(q, k, v, mask, scale=0.31, backend=backend), exact, eager, torch.float32, "out"
-    )
+    assert_close(block_sparse_attention(q, k, v, mask, scale=0.31, backend=backend), exact, eager, torch.float32, "out")
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
@@ -180,9 +179,7 @@ def test_nan_propagates_to_the_rows_that_see_it(which, backend):
         assert torch.equal(touched, expected)
 
 
-@pytest.mark.parametrize(
-    "case", ["ragged", "rows_per_head", "bits_rows_key_mask", "empty_rows", "head_dim_72"]
-)
+@pytest.mark.parametrize("case", ["ragged", "rows_per_head", "bits_rows_key_mask", "empty_rows", "head_dim_72"])
 def test_gather_gradients(case):
     q, k, v, mask, rows, hide, visible = build(**CASES[case], dtype=torch.float64)
     inputs = [x.requires_grad_() for x in (q, k, v)]
@@ -261,6 +258,11 @@ def test_bad_input_is_named(change, message):
     call = {"q": q, "k": k, "v": v, "mask": mask, **change}
     with pytest.raises(ValueError, match=message):
         block_sparse_attention(**call)
+
+
+def test_import_takes_no_triton():
+    code = "import sys, dit_accel.kernels; sys.exit('triton' in sys.modules)"
+    assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0
 
 
 def test_mask_with_wrong_heads_is_named():

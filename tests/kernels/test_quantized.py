@@ -5,13 +5,16 @@ import torch
 
 pytest.importorskip("triton")
 
-from dit_accel.kernels import quantized_block_sparse_attention
+from dit_accel.kernels import quantize_inputs, quantized_block_sparse_attention
 from dit_accel.kernels.quantize import KEY_PLACE, dequantize, reference_quantize
 
 from .oracle import UNIT_ROUNDOFF, assert_close, dense_attention
 from .test_block_sparse import build
 
 GPU = torch.cuda.is_available()
+# Triton's interpreter drops the carry when an e4m3 mantissa rounds up to the next power of two: about 2% of
+# random values come out halved there, in the stored values and in the weights.
+LOST_CARRY = 0.0 if GPU else 0.1
 CASES = {
     "ragged": {"length": 203},
     "blocks_128x64": {"block": (128, 64), "length": 300},
@@ -34,15 +37,11 @@ def moved(device, *values):
 
 
 @pytest.mark.parametrize("precision", ["int8", "int8_fp8"])
-@pytest.mark.parametrize(
-    "options", [{}, {"smooth_q": True}, {"smooth_k": False}, {"permuted": True}], ids=str
-)
+@pytest.mark.parametrize("options", [{}, {"smooth_q": True}, {"smooth_k": False}, {"permuted": True}], ids=str)
 @pytest.mark.parametrize("block", [(64, 64), (128, 64), (64, 128)], ids=str)
 def test_prologue_matches_torch(block, options, precision, device):
     from dit_accel.kernels.triton_quantize import quantize_inputs
 
-    if precision == "int8_fp8" and not GPU:
-        pytest.skip("the interpreter has no e4m3 tensors")
     torch.manual_seed(3)
     options = dict(options)
     rows = torch.rand(2, 3, 203).argsort(-1) if options.pop("permuted", False) else None
@@ -67,7 +66,7 @@ def test_prologue_matches_torch(block, options, precision, device):
     else:
         assert torch.equal(actual.v_scale.cpu(), expected.v_scale)
         same = actual.v.cpu().view(torch.uint8) == expected.v.view(torch.uint8)
-        assert same.float().mean() > 0.999
+        assert same.float().mean() > (0.999 if GPU else 0.96)
 
 
 def test_key_place_is_a_permutation():
@@ -104,11 +103,12 @@ def check(device, precision, dtype, backend, **case):
     )
     out, lse = out.cpu(), lse.cpu()
     # Against the same quantised numbers: one rounding of the weights (e4m3 keeps 4 bits) and of the output.
-    weight_rounding = 2.0**-4 if precision == "int8_fp8" else UNIT_ROUNDOFF[dtype]
+    lost = LOST_CARRY if precision == "int8_fp8" else 0.0
+    weight_rounding = (2.0**-4 if precision == "int8_fp8" else UNIT_ROUNDOFF[dtype]) + lost
     eager = fake[0].double() + weight_rounding * v.double().abs().amax() / 2
     assert_close(out, fake[0].double(), eager, dtype, "out against the dequantised inputs")
     error = (out.double() - exact).norm() / exact.norm()
-    assert error <= (4e-2 if precision == "int8_fp8" else 2e-2), f"relative error {error:.3e}"
+    assert error <= (4e-2 if precision == "int8_fp8" else 2e-2) + lost, f"relative error {error:.3e}"
     seen = exact_lse.isfinite()
     assert torch.equal(lse.isfinite(), seen)
     assert (lse - exact_lse)[seen].abs().max() <= 0.05
@@ -119,6 +119,11 @@ def check(device, precision, dtype, backend, **case):
 @pytest.mark.parametrize("case", CASES)
 def test_int8_matches_dequantised_attention(case, device):
     check(device, "int8", torch.float16, "triton", **CASES[case])
+
+
+@pytest.mark.parametrize("case", ["ragged", "rows_key_mask"])
+def test_fp8_matches_dequantised_attention(case, device):
+    check(device, "int8_fp8", torch.float16, "triton", **CASES[case])
 
 
 @pytest.mark.gpu
@@ -134,8 +139,6 @@ def test_compiled(case, shape, dtype, precision, device):
 @pytest.mark.parametrize("smooth_q", [False, True])
 def test_channel_outliers(precision, smooth_q, device):
     """Channels 30 times as large as the rest: an offset that all tokens share, as real keys have it."""
-    if precision == "int8_fp8" and not GPU:
-        pytest.skip("the interpreter has no e4m3 tensors")
     q, k, v, mask, _, _, visible = build(length=300, dim=64, block=(64, 64), dtype=torch.float16)
     k[..., 5] += 30
     k[..., 40] -= 30
@@ -147,13 +150,38 @@ def test_channel_outliers(precision, smooth_q, device):
         q, k, v, mask, precision=precision, smooth_q=smooth_q, return_lse=True, backend="triton"
     )
     error = (out.cpu().double() - exact).norm() / exact.norm()
-    assert error <= (4e-2 if precision == "int8_fp8" else 2e-2)
+    assert error <= (4e-2 + LOST_CARRY if precision == "int8_fp8" else 2e-2)
     assert (lse.cpu() - exact_lse).abs().max() <= 0.1
-    rough = quantized_block_sparse_attention(
-        q, k, v, mask, precision=precision, smooth_k=False, backend="reference"
+    errors = {}
+    for smooth in (False, True):
+        plain = quantized_block_sparse_attention(
+            q,
+            k,
+            v,
+            mask,
+            precision=precision,
+            smooth_k=smooth,
+            smooth_q=smooth and smooth_q,
+            backend="reference",
+        )
+        errors[smooth] = (plain.cpu().double() - exact).norm() / exact.norm()
+    assert errors[False] > 2 * errors[True]
+
+
+def test_prepared_inputs_are_reused_and_the_default_runs_anywhere():
+    q, k, v, mask, rows, hide, visible = build(length=203, dim=64, rows=(1, 3), key_mask=True)
+    ready = quantize_inputs(q, k, v, 64, 64, rows=rows)
+    out, lse = quantized_block_sparse_attention(
+        q, k, v, mask, rows=rows, key_mask=hide, quantized=ready, return_lse=True
     )
-    unsmoothed = (rough.cpu().double() - exact).norm() / exact.norm()
-    assert unsmoothed > 2 * error
+    again, again_lse = quantized_block_sparse_attention(
+        q, k, v, mask, rows=rows, key_mask=hide, backend="reference", return_lse=True
+    )
+    torch.testing.assert_close(out, again, rtol=0, atol=1e-5)
+    torch.testing.assert_close(lse, again_lse, rtol=0, atol=1e-4)
+    exact, exact_lse = dense_attention(q, k, v, visible, rows)
+    assert (out.double() - exact).norm() / exact.norm() < 2e-2
+    assert (lse - exact_lse).abs().max() < 0.05
 
 
 def test_bad_arguments_are_named():
@@ -163,4 +191,4 @@ def test_bad_arguments_are_named():
     with pytest.raises(ValueError, match="positive"):
         quantized_block_sparse_attention(q, k, v, mask, scale=-1.0)
     with pytest.raises(ValueError, match="backend must be"):
-        quantized_block_sparse_attention(q, k, v, mask, backend="torch")
+        quantized_block_sparse_attention(q, k, v, mask, backend="cuda")

@@ -75,8 +75,7 @@ class View:
         return {
             j
             for j in range(len(self.k_blocks))
-            if j * size_k < i * size_q + len(self.q_blocks[i])
-            and j * size_k + len(self.k_blocks[j]) > i * size_q
+            if j * size_k < i * size_q + len(self.q_blocks[i]) and j * size_k + len(self.k_blocks[j]) > i * size_q
         }
 
     def complete(self, chosen: list[set[int]]) -> np.ndarray:
@@ -113,12 +112,12 @@ def views(
     batch, seq_len, heads, dim = q.shape
     latent = np.zeros(seq_len, bool)
     latent[layout.latent_start : layout.latent_start + layout.num_latent] = True
-    orders = [list(range(seq_len))] * heads
-    if rows is not None:
-        orders = [rows.tolist()] * heads if rows.dim() == 1 else rows.tolist()
+    slots = torch.arange(seq_len) if rows is None else rows
+    of_batch = slots.expand(batch, heads, seq_len).tolist()
     out = []
     for b in range(batch):
         out.append([])
+        orders = of_batch[b]
         for h in range(heads):
             visible = np.ones(seq_len, bool) if key_mask is None else key_mask[b].numpy()
             q_blocks = [orders[h][n : n + block[0]] for n in range(0, seq_len, block[0])]

@@ -121,3 +121,11 @@ def test_radial_work_grows_by_n_log_n():
 def test_impossible_rules(kind, changes, message):
     with pytest.raises(ValueError, match=message):
         kind(**changes)
+
+
+@pytest.mark.parametrize("select", [Circle(radius=3.0, sink_first_frame=True, block=(32, 32))], ids=["circle"])
+def test_an_image_has_no_first_frame_to_sink_to(select):
+    layout = LAYOUTS["image"]
+    blocks = SequenceBlocks(layout, None, 32, 32, CPU)
+    assert not select.prepare(blocks).keep.all()
+    assert not blocks.first_frame_k.any()

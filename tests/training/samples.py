@@ -7,7 +7,7 @@ from typing import Any
 import torch
 
 from dit_accel import Recipe
-from dit_accel.stages.compensate import LinearBranch
+from dit_accel.stages.compensate_linear import LinearBranch
 from dit_accel.stages.select_dynamic import Pooled
 from dit_accel.training.samples import Sample
 from tests.recipes import SMALL_TILES

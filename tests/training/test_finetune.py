@@ -50,9 +50,7 @@ def test_distillation_brings_the_sparse_model_back_to_dense(tmp_path):
     for block in pipe.transformer.blocks:
         block.attn1.norm_q.weight.data *= 2
         block.attn1.to_out[0].weight.data *= 4
-    config = replace(
-        FAST, steps=40, learning_rate=2e-3, batch_size=4, train="all", objective=OBJECTIVES["distill"]
-    )
+    config = replace(FAST, steps=40, learning_rate=2e-3, batch_size=4, train="all", objective=OBJECTIVES["distill"])
     result = finetune(pipe, recipe, samples(2), tmp_path, config)
     losses = [entry["loss"] for entry in result.curves.steps]
     assert sum(losses[-5:]) < 0.7 * sum(losses[:5])
@@ -146,9 +144,7 @@ def test_after_training_the_model_is_as_it_was_but_for_the_weights(tmp_path):
     assert all(torch.equal(value, before[name]) for name, value in trained(pipe).items())
     assert not any(p.requires_grad for p in pipe.transformer.parameters())
     assert (
-        pipe.transformer(
-            torch.zeros(1, 16, 1, 4, 4), torch.zeros(1), torch.zeros(1, 4, 32), return_dict=False
-        )[0].dtype
+        pipe.transformer(torch.zeros(1, 16, 1, 4, 4), torch.zeros(1), torch.zeros(1, 4, 32), return_dict=False)[0].dtype
         == torch.float32
     )
 
@@ -157,9 +153,7 @@ def test_only_the_learned_parameters_move_when_asked(tmp_path):
     pipe = tiny_pipe()
     before = trained(pipe)
     finetune(pipe, SLA, samples(), tmp_path, replace(FAST, train="learned"))
-    moved = {
-        name for name, value in trained(pipe).items() if not torch.equal(value, before.get(name, value + 1))
-    }
+    moved = {name for name, value in trained(pipe).items() if not torch.equal(value, before.get(name, value + 1))}
     assert moved == {f"blocks.{i}.attn1.dit_accel.{n}" for i in range(2) for n in ("weight", "bias")}
 
 
@@ -196,9 +190,7 @@ def test_settings_that_do_not_fit_the_model(tmp_path):
 
 
 def test_annealed_density():
-    assert [annealed_density(1.0, 0.2, step, 4) for step in (0, 2, 4, 9)] == pytest.approx(
-        [1.0, 0.6, 0.2, 0.2]
-    )
+    assert [annealed_density(1.0, 0.2, step, 4) for step in (0, 2, 4, 9)] == pytest.approx([1.0, 0.6, 0.2, 0.2])
     assert annealed_density(1.0, 0.2, 0, 0) == 0.2
 
 

@@ -13,7 +13,8 @@ import dit_accel
 from dit_accel import Recipe
 from dit_accel.engine import Engine
 from dit_accel.layout import StepContext, TokenLayout
-from dit_accel.stages.compensate import LinearBranch, NoCompensation
+from dit_accel.stages.compensate import NoCompensation
+from dit_accel.stages.compensate_linear import LinearBranch
 from dit_accel.stages.order import Raster, Tiles
 from dit_accel.stages.select_dynamic import Pooled
 from tests.recipes import SMALL_TILES
@@ -45,9 +46,7 @@ def classes(q, k, layout, rows, block, density, negligible, key_mask):
         for h in range(heads):
             for i, own in enumerate(blocks):
                 free = [j for j in range(len(blocks)) if not extra[j] and seen[j]]
-                score = {
-                    j: float(q[b, own, h].double().mean(0) @ k[b, seen[j], h].double().mean(0)) for j in free
-                }
+                score = {j: float(q[b, own, h].double().mean(0) @ k[b, seen[j], h].double().mean(0)) for j in free}
                 ranked = sorted(free, key=lambda j: (-score[j], j))
                 keep = set(ranked[: math.ceil(density * len(free))]) | {i}
                 keep |= {j for j in range(len(blocks)) if extra[j]}
@@ -126,9 +125,7 @@ def test_gradients_against_the_definition(case):
     twins = [tensor.detach().double().requires_grad_() for tensor in (q, k, v, *parameters)]
     exact = dict(zip(("q", "k", "v", *names), twins))
     maps = (exact["feature_q"], exact["feature_k"]) if feature_map == "hedgehog" else None
-    wanted = definition(
-        *twins[:3], exact["weight"], exact["bias"], critical, lowest, key_mask, form, feature_map, maps
-    )
+    wanted = definition(*twins[:3], exact["weight"], exact["bias"], critical, lowest, key_mask, form, feature_map, maps)
     # Every value passes a few dozen float32 roundings; sums are over 175 tokens at most.
     assert (out - wanted).abs().max() <= 4e-6 * wanted.abs().max()
     for label, grad, want in zip(exact, grads, torch.autograd.grad(wanted, twins, upstream.double())):
@@ -190,9 +187,7 @@ def test_saved_pipelines_load_in_stock_diffusers(tmp_path):
     with dit_accel.patch(pipe, SLA):
         pipe.transformer.save_pretrained(tmp_path / "transformer")
         assert any("dit_accel" in name for name in pipe.transformer.state_dict())
-    loaded, info = diffusers.WanTransformer3DModel.from_pretrained(
-        tmp_path / "transformer", output_loading_info=True
-    )
+    loaded, info = diffusers.WanTransformer3DModel.from_pretrained(tmp_path / "transformer", output_loading_info=True)
     assert not info["unexpected_keys"]
     assert not info["missing_keys"]
     assert all(torch.equal(value, state[name]) for name, value in loaded.state_dict().items())
@@ -249,9 +244,7 @@ def test_compiled_code_trains_the_parameters():
         with dit_accel.patch(transformer, SLA):
             model = torch.compile(transformer, backend="aot_eager") if compiled else transformer
             model(*inputs, return_dict=False)[0].square().mean().backward()
-            grads.append(
-                {name: p.grad.clone() for name, p in transformer.named_parameters() if p.grad is not None}
-            )
+            grads.append({name: p.grad.clone() for name, p in transformer.named_parameters() if p.grad is not None})
     assert any("dit_accel" in name for name in grads[0])
     assert grads[0].keys() == grads[1].keys()
     for name, grad in grads[0].items():

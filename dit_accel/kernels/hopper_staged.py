@@ -1,0 +1,152 @@
+"""Launches of the staged Hopper kernel: half-precision inputs in place, quantised ones from the prologue.
+
+Successor of ``hopper_forward``: the output leaves through shared memory, the next tile's list is read ahead,
+the consumers can take turns, and q, k and v may be quantised. It compiles for sm_90 with hardly a spill;
+until its GPU tests have been run, nothing chooses it by itself (see ``variants``).
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from triton.experimental.gluon import language as gl
+from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
+
+from .block_mask import BlockMask
+from .hopper_forward import multiprocessors
+from .hopper_staged_kernel import hopper_staged_kernel
+from .quantize import QuantizedInputs
+from .reorder import reorder_pair
+from .triton_forward import LOG2_E, mask_strides
+
+_ROWS = 64  # query rows of a consumer warpgroup
+
+
+@dataclass(frozen=True)
+class StagedConfig:
+    """Buffers of key and value blocks, of query tiles, and whether the consumers take turns at products."""
+
+    stages: int
+    q_stages: int
+    take_turns: bool
+
+
+def _tiles(x: torch.Tensor, rows: int, columns: int) -> TensorDescriptor:
+    """Tiles ``[rows, columns]`` of a matrix; what lies past its last row reads as zero and is not written."""
+    bits = x.element_size() * 8
+    swizzle = min(128, columns * x.element_size())
+    layout = gl.NVMMASharedLayout(swizzle_byte_width=swizzle, element_bitwidth=bits, rank=2)
+    return TensorDescriptor(x, list(x.shape), list(x.stride()), [rows, columns], layout)
+
+
+def _side_by_side(x: torch.Tensor) -> torch.Tensor:
+    """``[S, H, D]`` with adjacent heads as the matrix ``[S, H * D]``."""
+    length, heads, dim = x.shape
+    return x.as_strided((length, heads * dim), (x.stride(0), 1))
+
+
+def default_config(mask: BlockMask, dim: int, quantized: str | None = None) -> StagedConfig:
+    """Buffers that fit 227 KiB of shared memory."""
+    half = 2 * dim
+    q_row = half if quantized is None else dim
+    k_row = half if quantized is None else dim
+    v_row = dim if quantized == "int8_fp8" else half
+    out = 0 if quantized is None else 128 * half
+    stages = ((224 << 10) - 128 * q_row - out) // (mask.block_k * (k_row + v_row))
+    return StagedConfig(min(4, stages), 1, False)
+
+
+def staged_forward(
+    q: torch.Tensor,
+    k: torch.Tensor,
+    v: torch.Tensor,
+    mask: BlockMask,
+    rows: torch.Tensor | None,
+    key_mask: torch.Tensor | None,
+    scale: float,
+    *,
+    quantized: QuantizedInputs | None = None,
+    config: StagedConfig | None = None,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """``out [B, Sq, H, D]`` and ``lse [B, H, Sq]`` of a call for which ``why_not_hopper`` found nothing.
+
+    With ``quantized``, made from the same q, k, v and rows, the numbers come from there; q, k and v then only
+    give shapes and the output dtype.
+    """
+    batch, q_len, heads, dim = q.shape
+    kv_len = k.shape[1]
+    out = torch.empty((batch, q_len, heads, dim), dtype=q.dtype, device=q.device)
+    lse = torch.empty((batch, heads, q_len), dtype=torch.float32, device=q.device)
+    nq, nk = mask.num_blocks
+    if rows is not None:
+        rows = rows.to(torch.int32).contiguous()
+        if quantized is None:
+            k, v = reorder_pair(k, v, rows)
+    fp8 = quantized is not None and quantized.v_scale is not None
+    precision = None if quantized is None else "int8_fp8" if fp8 else "int8"
+    config = config or default_config(mask, dim, precision)
+    counts, fulls, index = (x.contiguous() for x in (mask.kv_num_blocks, mask.kv_num_full, mask.kv_indices))
+    bit_rows = index if mask.kv_bits is None else mask.kv_bits.contiguous()
+    bits = index if mask.token_bits is None else mask.token_bits.contiguous()
+    hidden = None if key_mask is None else key_mask.contiguous().view(torch.uint8)
+    rows_strides = (0, 0) if rows is None else mask_strides(rows, q_len)
+    for b in range(batch):
+        mb = b if counts.shape[0] > 1 else 0
+        if quantized is None:
+            q_in = q[b]
+            k_in, v_in = _side_by_side(k[b]), _side_by_side(v[b])
+            q_tiles = _tiles(_side_by_side(q_in) if rows is None else k_in, _ROWS, dim)
+            scales = (lse, lse, lse, lse)
+            planes = (0, 0, dim)
+        else:
+            q_in = quantized.q[b]
+            k_in = quantized.k[b].flatten(0, 1)
+            v_in = quantized.v[b].flatten(0, 1)
+            q_tiles = _tiles(q_in.flatten(0, 1), _ROWS, dim)
+            v_scale = lse if quantized.v_scale is None else quantized.v_scale[b]
+            scales = (quantized.q_scale[b], quantized.k_scale[b], v_scale, quantized.q_shift[b])
+            planes = (nq * mask.block_q, nk * mask.block_k, 0)
+        v_tile = (dim, mask.block_k) if fp8 else (mask.block_k, dim)
+        hopper_staged_kernel[(min(nq * heads, multiprocessors(q.device.index or 0)),)](
+            q_tiles,
+            _tiles(k_in, mask.block_k, dim),
+            _tiles(v_in, *v_tile),
+            _tiles(_side_by_side(out[b]), _ROWS, dim),
+            q_in,
+            out[b],
+            lse[b],
+            *scales,
+            counts[mb],
+            fulls[mb],
+            index[mb],
+            bit_rows[mb],
+            bits,
+            index if rows is None else rows[b if rows.shape[0] > 1 else 0],
+            index if hidden is None else hidden[b],
+            *q.stride()[:3],
+            *out.stride()[:3],
+            *rows_strides,
+            nq,
+            heads,
+            nq * heads,
+            0,
+            mask_strides(index, nq)[1],
+            index.shape[-1],
+            *planes,
+            q_len,
+            kv_len,
+            scale * LOG2_E,
+            BLOCK_K=mask.block_k,
+            HEAD_DIM=dim,
+            STAGES=config.stages,
+            Q_STAGES=config.q_stages,
+            PERMUTED=rows is not None,
+            HAS_BITS=mask.kv_bits is not None and mask.token_bits.shape[0] > 0,
+            HAS_KEY_MASK=key_mask is not None,
+            TAKE_TURNS=config.take_turns,
+            QUANTIZED=quantized is not None,
+            FP8=fp8,
+            num_warps=4,
+        )
+    return out, lse

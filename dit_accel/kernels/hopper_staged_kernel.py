@@ -1,0 +1,627 @@
+"""Device code of block-sparse attention on Hopper, in Gluon: TMA, asynchronous WGMMA, specialised warps.
+
+One producer warp streams the listed key and value blocks into shared memory. Two consumer warpgroups hold
+64 query rows each; they take turns at issuing products, so that one is in its softmax while the other keeps
+the matrix units busy, and inside a warpgroup the scores of block ``n + 1`` and the weighted values of block
+``n`` are in flight during the softmax (FlashAttention-3, arXiv 2407.08608). A program stays on its
+multiprocessor and takes query blocks in turn, so that loads for the next one start before the last one is
+written.
+
+With ``QUANTIZED`` q and k are INT8 with scales (per query token, per key block); with ``FP8`` the values and
+weights are e4m3 and every block's product is added in float32 (SageAttention 2, arXiv 2411.10958).
+"""
+
+from __future__ import annotations
+
+from triton.experimental import gluon
+from triton.experimental.gluon import language as gl
+from triton.experimental.gluon.language.nvidia.hopper import (
+    fence_async_shared,
+    mbarrier,
+    tma,
+    warpgroup_mma,
+    warpgroup_mma_wait,
+)
+
+from .triton_forward import SIZES
+
+LN_2_ = gl.constexpr(0.6931471805599453)
+# Weights are at most 1; e4m3 holds 448.
+FP8_WEIGHT = gl.constexpr(448.0)
+
+
+@gluon.jit
+def _header(tile, num_tiles, nq, heads, mask_batch_stride, mask_head_stride, counts_ptr, fulls_ptr):
+    """Row of the lists, count and number of full blocks of a tile; zeros past the last one."""
+    plane = tile // nq
+    row = (plane // heads) * mask_batch_stride + (plane % heads) * mask_head_stride + tile % nq
+    inside = tile < num_tiles
+    return (
+        row,
+        gl.load(counts_ptr + row, mask=inside, other=0),
+        gl.load(fulls_ptr + row, mask=inside, other=0),
+    )
+
+
+@gluon.jit
+def _produce(
+    descriptors,
+    shared,
+    lists,
+    sizes,
+    BLOCK_K: gl.constexpr,
+    HEAD_DIM: gl.constexpr,
+    STAGES: gl.constexpr,
+    Q_STAGES: gl.constexpr,
+    GATHER_Q: gl.constexpr,
+    FP8: gl.constexpr,
+):
+    """Stream Q (unless the consumers gather it), K and V of every tile of this program."""
+    q_desc, k_desc, v_desc, _out_desc = descriptors
+    q_smem, k_smem, v_smem, _o_smem, q_full, q_empty, k_full, k_empty, v_full, v_empty, _order = shared
+    counts_ptr, fulls_ptr, index_ptr, _bit_rows_ptr, _bits_ptr, _rows_ptr, _key_mask_ptr = lists
+    nq, heads, num_tiles, mask_batch_stride, mask_head_stride, list_length, q_rows, k_rows, plane_cols = sizes
+    step = gl.to_tensor(0)
+    turn = gl.to_tensor(0)
+    programs = gl.num_programs(0)
+    row, count, _full = _header(
+        gl.program_id(0), num_tiles, nq, heads, mask_batch_stride, mask_head_stride, counts_ptr, fulls_ptr
+    )
+    first = gl.load(index_ptr + row.to(gl.int64) * list_length)
+    for tile in range(gl.program_id(0), num_tiles, programs):
+        next_row, next_count, _full = _header(
+            tile + programs, num_tiles, nq, heads, mask_batch_stride, mask_head_stride, counts_ptr, fulls_ptr
+        )
+        at = index_ptr + row.to(gl.int64) * list_length
+        plane = tile // nq
+        column = plane * plane_cols
+        if count > 0:
+            block = first
+            for entry in range(0, count):
+                following = gl.load(at + entry + 1, mask=entry + 1 < count, other=0)
+                stage = step % STAGES
+                phase = ((step // STAGES) & 1) ^ 1
+                mbarrier.wait(k_empty.index(stage), phase)
+                mbarrier.expect(k_full.index(stage), k_desc.block_type.nbytes)
+                tma.async_copy_global_to_shared(
+                    k_desc,
+                    [plane * k_rows + block * BLOCK_K, column],
+                    k_full.index(stage),
+                    k_smem.index(stage),
+                )
+                mbarrier.wait(v_empty.index(stage), phase)
+                mbarrier.expect(v_full.index(stage), v_desc.block_type.nbytes)
+                if FP8:
+                    tma.async_copy_global_to_shared(
+                        v_desc,
+                        [plane * HEAD_DIM, block * BLOCK_K],
+                        v_full.index(stage),
+                        v_smem.index(stage),
+                    )
+                else:
+                    tma.async_copy_global_to_shared(
+                        v_desc,
+                        [plane * k_rows + block * BLOCK_K, column],
+                        v_full.index(stage),
+                        v_smem.index(stage),
+                    )
+                if not GATHER_Q:  # noqa: SIM102 - a compile-time condition around a run-time one
+                    if entry == 0:
+                        # After the first block: its loads need not wait for the last tile's Q and output.
+                        for half in gl.static_range(2):
+                            buffer = (turn % Q_STAGES) * 2 + half
+                            mbarrier.wait(q_empty.index(buffer), ((turn // Q_STAGES) & 1) ^ 1)
+                            mbarrier.expect(q_full.index(buffer), q_desc.block_type.nbytes)
+                            tma.async_copy_global_to_shared(
+                                q_desc,
+                                [plane * q_rows + (tile % nq) * 128 + half * 64, column],
+                                q_full.index(buffer),
+                                q_smem.index(buffer),
+                            )
+                block = following
+                step += 1
+            turn += 1
+        row, count = next_row, next_count
+        first = gl.load(index_ptr + row.to(gl.int64) * list_length, mask=tile + programs < num_tiles, other=0)
+
+
+@gluon.jit
+def _hide(
+    scores,
+    block,
+    bit_row,
+    bits_ptr,
+    key_mask_ptr,
+    rows_ptr,
+    kv_len,
+    HALF: gl.constexpr,
+    BLOCK_K: gl.constexpr,
+    LAYOUT: gl.constexpr,
+    PERMUTED: gl.constexpr,
+    HAS_BITS: gl.constexpr,
+    HAS_KEY_MASK: gl.constexpr,
+):
+    """Scores of a partial block with ``-inf`` in place of every key that a query does not see."""
+    offs_n = gl.arange(0, BLOCK_K, layout=gl.SliceLayout(0, LAYOUT))
+    slot = block * BLOCK_K + offs_n
+    inside = slot < kv_len
+    if HAS_KEY_MASK:
+        key_row = slot
+        if PERMUTED:
+            key_row = gl.load(rows_ptr + slot, mask=inside, other=0)
+        inside = inside & (gl.load(key_mask_ptr + key_row, mask=inside, other=0) != 0)
+    scores = gl.where(inside[None, :], scores, float("-inf"))
+    if HAS_BITS:
+        words_per_row: gl.constexpr = BLOCK_K // 32
+        offs_m = HALF * 64 + gl.arange(0, 64, layout=gl.SliceLayout(1, LAYOUT))
+        base = bits_ptr + gl.maximum(bit_row, 0).to(gl.int64) * (128 * words_per_row)
+        words = gl.load(base + offs_m[:, None] * words_per_row + (offs_n // 32)[None, :])
+        seen = (((words >> (offs_n % 32)[None, :]) & 1) != 0) | (bit_row < 0)
+        scores = gl.where(seen, scores, float("-inf"))
+    return scores
+
+
+@gluon.jit
+def _softmax(scores, peak, total, factor, dtype: gl.constexpr, OPERAND: gl.constexpr, FP8: gl.constexpr):
+    """Weights of a block as the left operand of the next product, and the rescaled row state."""
+    new_peak = gl.maximum(peak, gl.max(scores, 1) * factor)
+    # A row that has seen nothing keeps peak -inf; 0 in its place avoids inf - inf.
+    base = gl.where(new_peak == float("-inf"), 0.0, new_peak)
+    weights = gl.exp2(scores * factor[:, None] - base[:, None])
+    shrink = gl.exp2(peak - base)
+    total = total * shrink + gl.sum(weights, 1)
+    if FP8:
+        # Keys in the order KEY_PLACE of the stored values: with it the scores' registers are the operand's.
+        packed = (weights * FP8_WEIGHT).to(gl.float8e4nv)
+        packed = packed.reshape([64, weights.shape[1] // 16, 2, 4, 2]).permute([0, 1, 3, 2, 4])
+        operand = gl.convert_layout(packed.reshape([64, weights.shape[1]]), OPERAND, assert_trivial=True)
+    else:
+        operand = gl.convert_layout(weights.to(dtype), OPERAND)
+    return operand, new_peak, total, shrink
+
+
+@gluon.jit
+def _consume(
+    out_desc,
+    shared,
+    lists,
+    sizes,
+    state,
+    HALF: gl.constexpr,
+    BLOCK_K: gl.constexpr,
+    HEAD_DIM: gl.constexpr,
+    STAGES: gl.constexpr,
+    Q_STAGES: gl.constexpr,
+    PERMUTED: gl.constexpr,
+    HAS_BITS: gl.constexpr,
+    HAS_KEY_MASK: gl.constexpr,
+    TAKE_TURNS: gl.constexpr,
+    QUANTIZED: gl.constexpr,
+    FP8: gl.constexpr,
+):
+    """Attention of 64 query rows of every tile of this program."""
+    q_smem, k_smem, v_smem, o_smem, q_full, q_empty, k_full, k_empty, v_full, v_empty, order = shared
+    counts_ptr, fulls_ptr, index_ptr, bit_rows_ptr, bits_ptr, rows_ptr, key_mask_ptr = lists
+    nq, heads, num_tiles, mask_batch_stride, mask_head_stride, list_length, q_rows, k_rows, _plane_cols = sizes
+    (
+        q_ptr,
+        out_ptr,
+        lse_ptr,
+        q_scale_ptr,
+        k_scale_ptr,
+        v_scale_ptr,
+        q_shift_ptr,
+        stride_qb,
+        stride_qs,
+        stride_qh,
+        stride_ob,
+        stride_os,
+        stride_oh,
+        rows_batch_stride,
+        rows_head_stride,
+        q_len,
+        kv_len,
+        scale_log2,
+    ) = state
+    GATHER_Q: gl.constexpr = PERMUTED and not QUANTIZED
+    dtype: gl.constexpr = o_smem.dtype
+    K_INSTR: gl.constexpr = 32 if QUANTIZED else 16
+    S_LAYOUT: gl.constexpr = gl.NVMMADistributedLayout(
+        version=[3, 0], warps_per_cta=[4, 1], instr_shape=[16, BLOCK_K, K_INSTR]
+    )
+    O_LAYOUT: gl.constexpr = gl.NVMMADistributedLayout(
+        version=[3, 0], warps_per_cta=[4, 1], instr_shape=[16, HEAD_DIM, 32 if FP8 else 16]
+    )
+    OPERAND: gl.constexpr = gl.DotOperandLayout(operand_index=0, parent=O_LAYOUT, k_width=4 if FP8 else 2)
+    ROW: gl.constexpr = gl.SliceLayout(1, S_LAYOUT)
+    COPY: gl.constexpr = gl.BlockedLayout([1, 8], [2, 16], [4, 1], [1, 0])
+    step = gl.to_tensor(0)
+    turn = gl.to_tensor(0)
+    beat = gl.to_tensor(0)
+    programs = gl.num_programs(0)
+    blank = gl.zeros([64, BLOCK_K], gl.int32 if QUANTIZED else gl.float32, layout=S_LAYOUT)
+    if TAKE_TURNS and HALF == 1:
+        mbarrier.arrive(order.index(0), count=1)
+    list_row, count, full = _header(
+        gl.program_id(0), num_tiles, nq, heads, mask_batch_stride, mask_head_stride, counts_ptr, fulls_ptr
+    )
+    for tile in range(gl.program_id(0), num_tiles, programs):
+        next_row, next_count, next_full = _header(
+            tile + programs, num_tiles, nq, heads, mask_batch_stride, mask_head_stride, counts_ptr, fulls_ptr
+        )
+        plane = (tile // nq).to(gl.int64)
+        batch, head = plane // heads, plane % heads
+        at = index_ptr + list_row.to(gl.int64) * list_length
+        bits_at = bit_rows_ptr + list_row.to(gl.int64) * list_length
+        rows_at = rows_ptr + batch * rows_batch_stride + head * rows_head_stride
+        hidden_at = key_mask_ptr + batch * kv_len
+        first_slot = (tile % nq) * 128 + HALF * 64
+        buffer = 0 if GATHER_Q else (turn % Q_STAGES) * 2
+        q_tile = q_smem.index(buffer + HALF)
+        o_tile = o_smem.index((turn % Q_STAGES) * 2 + HALF if not (GATHER_Q or QUANTIZED) else HALF)
+        acc = gl.zeros([64, HEAD_DIM], gl.float32, layout=O_LAYOUT)
+        peak = gl.full([64], float("-inf"), gl.float32, layout=ROW)
+        total = gl.zeros([64], gl.float32, layout=ROW)
+        slot = first_slot + gl.arange(0, 64, layout=ROW)
+        if QUANTIZED:
+            row_scale = gl.load(q_scale_ptr + plane * q_rows + slot) * scale_log2
+            scales_at = k_scale_ptr + plane * (k_rows // BLOCK_K)
+            key_scale = gl.load(scales_at + gl.load(at, mask=count > 0, other=0))
+            following = gl.load(at + 1, mask=count > 1, other=0)
+        else:
+            row_scale = gl.full([64], scale_log2, gl.float32, layout=ROW)
+        if count > 0:
+            if GATHER_Q:
+                gather_slot = first_slot + gl.arange(0, 64, layout=gl.SliceLayout(1, COPY))
+                gather_columns = gl.arange(0, HEAD_DIM, layout=gl.SliceLayout(0, COPY))
+                gather_live = gather_slot < q_len
+                gather_row = gl.load(rows_at + gather_slot, mask=gather_live, other=0).to(gl.int64)
+                q_at = (
+                    q_ptr
+                    + batch * stride_qb
+                    + head * stride_qh
+                    + gather_row[:, None] * stride_qs
+                    + gather_columns[None, :]
+                )
+                q_tile.store(gl.load(q_at, mask=gather_live[:, None], other=0.0))
+                fence_async_shared()
+            else:
+                mbarrier.wait(q_full.index(buffer + HALF), (turn // Q_STAGES) & 1)
+
+            stage = step % STAGES
+            mbarrier.wait(k_full.index(stage), (step // STAGES) & 1)
+            token = warpgroup_mma(q_tile, k_smem.index(stage).permute([1, 0]), blank, use_acc=False, is_async=True)
+            scores = warpgroup_mma_wait(0, deps=[token]).to(gl.float32)
+            mbarrier.arrive(k_empty.index(stage), count=1)
+            if full == 0:
+                scores = _hide(
+                    scores,
+                    gl.load(at),
+                    gl.load(bits_at),
+                    bits_ptr,
+                    hidden_at,
+                    rows_at,
+                    kv_len,
+                    HALF,
+                    BLOCK_K,
+                    S_LAYOUT,
+                    PERMUTED,
+                    HAS_BITS,
+                    HAS_KEY_MASK,
+                )
+            factor = row_scale
+            if QUANTIZED:
+                factor = row_scale * key_scale
+            weights, peak, total, shrink = _softmax(scores, peak, total, factor, dtype, OPERAND, FP8)
+            step += 1
+
+            for partial in gl.static_range(2):
+                begin = gl.maximum(full, 1) if partial else 1
+                end = count if partial else full
+                for entry in range(begin, end):
+                    if QUANTIZED:
+                        # Two dependent loads, each one block ahead of its use.
+                        key_scale = gl.load(scales_at + following)
+                        following = gl.load(at + entry + 1, mask=entry + 1 < count, other=0)
+                    stage = step % STAGES
+                    last = (step - 1) % STAGES
+                    mbarrier.wait(k_full.index(stage), (step // STAGES) & 1)
+                    if TAKE_TURNS:
+                        mbarrier.wait(order.index(HALF), beat & 1)
+                    token = warpgroup_mma(
+                        q_tile, k_smem.index(stage).permute([1, 0]), blank, use_acc=False, is_async=True
+                    )
+                    mbarrier.wait(v_full.index(last), ((step - 1) // STAGES) & 1)
+                    if FP8:
+                        fresh = gl.zeros([64, HEAD_DIM], gl.float32, layout=O_LAYOUT)
+                        acc_token = warpgroup_mma(
+                            weights, v_smem.index(last).permute([1, 0]), fresh, use_acc=False, is_async=True
+                        )
+                    else:
+                        acc_token = warpgroup_mma(weights, v_smem.index(last), acc, is_async=True)
+                    if TAKE_TURNS:
+                        mbarrier.arrive(order.index(1 - HALF), count=1)
+                        beat += 1
+                    scores = warpgroup_mma_wait(1, deps=[token]).to(gl.float32)
+                    mbarrier.arrive(k_empty.index(stage), count=1)
+                    if partial:
+                        scores = _hide(
+                            scores,
+                            gl.load(at + entry),
+                            gl.load(bits_at + entry),
+                            bits_ptr,
+                            hidden_at,
+                            rows_at,
+                            kv_len,
+                            HALF,
+                            BLOCK_K,
+                            S_LAYOUT,
+                            PERMUTED,
+                            HAS_BITS,
+                            HAS_KEY_MASK,
+                        )
+                    factor = row_scale
+                    if QUANTIZED:
+                        factor = row_scale * key_scale
+                    next_weights, peak, total, shrink = _softmax(scores, peak, total, factor, dtype, OPERAND, FP8)
+                    if FP8:
+                        # The wait takes no 8-bit operand; the assembler keeps its registers until here.
+                        product = warpgroup_mma_wait(0, deps=[acc_token])
+                        acc = acc + product
+                    else:
+                        acc, weights = warpgroup_mma_wait(0, deps=[acc_token, weights])
+                    mbarrier.arrive(v_empty.index(last), count=1)
+                    acc = acc * gl.convert_layout(shrink, gl.SliceLayout(1, O_LAYOUT))[:, None]
+                    weights = next_weights
+                    step += 1
+            last = (step - 1) % STAGES
+            mbarrier.wait(v_full.index(last), ((step - 1) // STAGES) & 1)
+            if FP8:
+                fresh = gl.zeros([64, HEAD_DIM], gl.float32, layout=O_LAYOUT)
+                acc_token = warpgroup_mma(
+                    weights, v_smem.index(last).permute([1, 0]), fresh, use_acc=False, is_async=True
+                )
+                product = warpgroup_mma_wait(0, deps=[acc_token])
+                acc = acc + product
+            else:
+                acc_token = warpgroup_mma(weights, v_smem.index(last), acc, is_async=True)
+                acc = warpgroup_mma_wait(0, deps=[acc_token])
+            mbarrier.arrive(v_empty.index(last), count=1)
+
+        nothing = total == 0.0
+        safe = gl.where(nothing, 1.0, total)
+        lse = (peak + gl.log2(safe)) * LN_2_
+        row = slot
+        if PERMUTED:
+            row = gl.load(rows_at + slot, mask=slot < q_len, other=0)
+        if QUANTIZED:
+            # Smoothing took scale * q . mean(k) from every logit of the row.
+            lse += gl.load(q_shift_ptr + plane * q_rows + slot) * (scale_log2 * LN_2_)
+        lse = gl.where(nothing, float("-inf"), lse)
+        gl.store(lse_ptr + plane * q_len + row, lse, mask=slot < q_len)
+        acc = acc * gl.convert_layout(1.0 / safe, gl.SliceLayout(1, O_LAYOUT))[:, None]
+        columns = gl.arange(0, HEAD_DIM, layout=gl.SliceLayout(0, O_LAYOUT))
+        if FP8:
+            value_scale = gl.load(v_scale_ptr + plane * HEAD_DIM + columns) * (1.0 / FP8_WEIGHT)
+            acc = acc * value_scale[None, :]
+        out_at = out_ptr + batch * stride_ob + head * stride_oh
+        if count > 0:
+            # Through shared memory the output leaves in whole lines; Q's buffer is free by now.
+            o_tile.store(acc.to(dtype))
+            if PERMUTED:
+                copy_slot = first_slot + gl.arange(0, 64, layout=gl.SliceLayout(1, COPY))
+                copy_columns = gl.arange(0, HEAD_DIM, layout=gl.SliceLayout(0, COPY))
+                live = copy_slot < q_len
+                copy_row = gl.load(rows_at + copy_slot, mask=live, other=0).to(gl.int64)
+                whole = o_tile.load(COPY)
+                gl.store(out_at + copy_row[:, None] * stride_os + copy_columns[None, :], whole, mask=live[:, None])
+            else:
+                fence_async_shared()
+                tma.async_copy_shared_to_global(out_desc, [first_slot, (head * HEAD_DIM).to(gl.int32)], o_tile)
+                tma.store_wait(pendings=0)
+            if not GATHER_Q:
+                mbarrier.arrive(q_empty.index(buffer + HALF), count=1)
+            turn += 1
+        else:
+            blank_slot = first_slot + gl.arange(0, 64, layout=gl.SliceLayout(1, O_LAYOUT))
+            blank_live = blank_slot < q_len
+            blank_row = blank_slot
+            if PERMUTED:
+                blank_row = gl.load(rows_at + blank_slot, mask=blank_live, other=0)
+            blank_at = out_at + blank_row.to(gl.int64)[:, None] * stride_os + columns[None, :]
+            gl.store(blank_at, acc.to(dtype), mask=blank_live[:, None])
+        list_row, count, full = next_row, next_count, next_full
+
+
+@gluon.jit(
+    do_not_specialize=(
+        *SIZES,
+        "nq",
+        "num_tiles",
+        "q_rows",
+        "k_rows",
+        "plane_cols",
+        "stride_qb",
+        "stride_ob",
+        "stride_oh",
+    )
+)
+def hopper_staged_kernel(
+    q_desc,
+    k_desc,
+    v_desc,
+    out_desc,
+    q_ptr,
+    out_ptr,
+    lse_ptr,
+    q_scale_ptr,
+    k_scale_ptr,
+    v_scale_ptr,
+    q_shift_ptr,
+    counts_ptr,
+    fulls_ptr,
+    index_ptr,
+    bit_rows_ptr,
+    bits_ptr,
+    rows_ptr,
+    key_mask_ptr,
+    stride_qb,
+    stride_qs,
+    stride_qh,
+    stride_ob,
+    stride_os,
+    stride_oh,
+    rows_batch_stride,
+    rows_head_stride,
+    nq,
+    heads,
+    num_tiles,
+    mask_batch_stride,
+    mask_head_stride,
+    list_length,
+    q_rows,
+    k_rows,
+    plane_cols,
+    q_len,
+    kv_len,
+    scale_log2,
+    BLOCK_K: gl.constexpr,
+    HEAD_DIM: gl.constexpr,
+    STAGES: gl.constexpr,
+    Q_STAGES: gl.constexpr,
+    PERMUTED: gl.constexpr,
+    HAS_BITS: gl.constexpr,
+    HAS_KEY_MASK: gl.constexpr,
+    TAKE_TURNS: gl.constexpr,
+    QUANTIZED: gl.constexpr,
+    FP8: gl.constexpr,
+):
+    """Query blocks of 128 rows. ``q_rows`` and ``k_rows`` are a head's rows, ``plane_cols`` its columns."""
+    q_smem = gl.allocate_shared_memory(q_desc.dtype, [2 * Q_STAGES, 64, HEAD_DIM], q_desc.layout)
+    k_smem = gl.allocate_shared_memory(k_desc.dtype, [STAGES, BLOCK_K, HEAD_DIM], k_desc.layout)
+    V_ROWS: gl.constexpr = HEAD_DIM if FP8 else BLOCK_K
+    V_COLS: gl.constexpr = BLOCK_K if FP8 else HEAD_DIM
+    v_smem = gl.allocate_shared_memory(v_desc.dtype, [STAGES, V_ROWS, V_COLS], v_desc.layout)
+    o_smem = q_smem
+    if QUANTIZED:
+        o_smem = gl.allocate_shared_memory(out_desc.dtype, [2, 64, HEAD_DIM], out_desc.layout)
+    q_full = gl.allocate_shared_memory(gl.int64, [2 * Q_STAGES, 1], mbarrier.MBarrierLayout())
+    q_empty = gl.allocate_shared_memory(gl.int64, [2 * Q_STAGES, 1], mbarrier.MBarrierLayout())
+    k_full = gl.allocate_shared_memory(gl.int64, [STAGES, 1], mbarrier.MBarrierLayout())
+    k_empty = gl.allocate_shared_memory(gl.int64, [STAGES, 1], mbarrier.MBarrierLayout())
+    v_full = gl.allocate_shared_memory(gl.int64, [STAGES, 1], mbarrier.MBarrierLayout())
+    v_empty = gl.allocate_shared_memory(gl.int64, [STAGES, 1], mbarrier.MBarrierLayout())
+    order = gl.allocate_shared_memory(gl.int64, [2, 1], mbarrier.MBarrierLayout())
+    for half in gl.static_range(2):
+        mbarrier.init(order.index(half), count=1)
+    for buffer in gl.static_range(2 * Q_STAGES):
+        mbarrier.init(q_full.index(buffer), count=1)
+        mbarrier.init(q_empty.index(buffer), count=1)
+    for stage in gl.static_range(STAGES):
+        mbarrier.init(k_full.index(stage), count=1)
+        mbarrier.init(v_full.index(stage), count=1)
+        # Both consumers read every block.
+        mbarrier.init(k_empty.index(stage), count=2)
+        mbarrier.init(v_empty.index(stage), count=2)
+    fence_async_shared()
+
+    descriptors = (q_desc, k_desc, v_desc, out_desc)
+    shared = (q_smem, k_smem, v_smem, o_smem, q_full, q_empty, k_full, k_empty, v_full, v_empty, order)
+    lists = (counts_ptr, fulls_ptr, index_ptr, bit_rows_ptr, bits_ptr, rows_ptr, key_mask_ptr)
+    sizes = (
+        nq,
+        heads,
+        num_tiles,
+        mask_batch_stride,
+        mask_head_stride,
+        list_length,
+        q_rows,
+        k_rows,
+        plane_cols,
+    )
+    state = (
+        q_ptr,
+        out_ptr,
+        lse_ptr,
+        q_scale_ptr,
+        k_scale_ptr,
+        v_scale_ptr,
+        q_shift_ptr,
+        stride_qb,
+        stride_qs,
+        stride_qh,
+        stride_ob,
+        stride_os,
+        stride_oh,
+        rows_batch_stride,
+        rows_head_stride,
+        q_len,
+        kv_len,
+        scale_log2,
+    )
+    FIRST: gl.constexpr = 0
+    SECOND: gl.constexpr = 1
+    GATHER_Q: gl.constexpr = PERMUTED and not QUANTIZED
+    gl.warp_specialize(
+        [
+            (
+                _consume,
+                (
+                    out_desc,
+                    shared,
+                    lists,
+                    sizes,
+                    state,
+                    FIRST,
+                    BLOCK_K,
+                    HEAD_DIM,
+                    STAGES,
+                    Q_STAGES,
+                    PERMUTED,
+                    HAS_BITS,
+                    HAS_KEY_MASK,
+                    TAKE_TURNS,
+                    QUANTIZED,
+                    FP8,
+                ),
+            ),
+            (
+                _consume,
+                (
+                    out_desc,
+                    shared,
+                    lists,
+                    sizes,
+                    state,
+                    SECOND,
+                    BLOCK_K,
+                    HEAD_DIM,
+                    STAGES,
+                    Q_STAGES,
+                    PERMUTED,
+                    HAS_BITS,
+                    HAS_KEY_MASK,
+                    TAKE_TURNS,
+                    QUANTIZED,
+                    FP8,
+                ),
+            ),
+            (
+                _produce,
+                (
+                    descriptors,
+                    shared,
+                    lists,
+                    sizes,
+                    BLOCK_K,
+                    HEAD_DIM,
+                    STAGES,
+                    Q_STAGES,
+                    GATHER_Q,
+                    FP8,
+                ),
+            ),
+        ],
+        [4, 1],
+        [240, 24],
+    )

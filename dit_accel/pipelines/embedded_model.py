@@ -1,0 +1,72 @@
+"""The trained model that ships with the package: a small Wan text-to-video pipeline.
+
+It is made of stock diffusers classes and knows 28 subjects, 6 colours, 10 places, 9 motions, and counts up
+to three; `docs/embedded.md` lists them. The scripts in `examples/train_embedded` trained it.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from .builtin import Settings
+
+if TYPE_CHECKING:
+    import torch
+
+FOLDER = Path(__file__).parent / "embedded"
+CHECKSUMS = "checksums.json"
+DESCRIPTION = "a small trained Wan text-to-video pipeline: animated subjects that move over painted places"
+# 29 frames of 192 x 192 pixels are 8 x 24 x 24 = 4608 latent tokens.
+SETTINGS = Settings(width=192, height=192, frames=29, steps=10, guidance=2.0)
+
+
+def check_files(folder: Path) -> None:
+    """Compare every file of the model with the digest it was released with.
+
+    Raises:
+        FileNotFoundError: a file is missing; the message names it.
+        ValueError: a file is truncated or otherwise not what was released; the message names it.
+    """
+    index = folder / CHECKSUMS
+    if not index.is_file():
+        raise FileNotFoundError(f"The embedded model is incomplete: {index} is missing. Install dit-accel again.")
+    try:
+        digests: dict[str, str] = json.loads(index.read_text())
+    except ValueError as error:
+        raise ValueError(f"The embedded model is damaged: {index} is not JSON. Install dit-accel again.") from error
+    for name, expected in digests.items():
+        file = folder / name
+        if not file.is_file():
+            raise FileNotFoundError(f"The embedded model is incomplete: {file} is missing. Install dit-accel again.")
+        found = hashlib.sha256(file.read_bytes()).hexdigest()
+        if found != expected:
+            raise ValueError(
+                f"The embedded model is damaged: {file} ({file.stat().st_size} bytes) is not the released "
+                "file. Install dit-accel again."
+            )
+
+
+def load_embedded(dtype: torch.dtype | None = None, folder: Path | None = None) -> Any:
+    """Load the embedded pipeline from the installed package; never touches the network.
+
+    Args:
+        dtype: of the transformer and the text encoder; bfloat16, as stored, if None.
+            The autoencoder is float32.
+        folder: another copy of the model's folder.
+
+    Returns:
+        A `WanPipeline` on the CPU.
+
+    Raises:
+        FileNotFoundError, ValueError: see :func:`check_files`.
+    """
+    import torch
+    from diffusers import WanPipeline
+
+    folder = FOLDER if folder is None else folder
+    check_files(folder)
+    dtypes = {"default": torch.bfloat16 if dtype is None else dtype, "vae": torch.float32}
+    return WanPipeline.from_pretrained(folder, torch_dtype=dtypes, local_files_only=True)

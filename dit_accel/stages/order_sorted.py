@@ -1,0 +1,98 @@
+"""An order that depends on the call: keys sorted by the attention they get, inside segments of the grid."""
+
+from __future__ import annotations
+
+from collections.abc import Hashable
+from dataclasses import dataclass
+
+import torch
+
+from ..layout import TokenLayout
+from .order import fold_tile, tile_order
+
+LOGITS_AT_ONCE = 1 << 26
+
+
+@dataclass(frozen=True)
+class SortedSegments:
+    """Tokens of a segment by falling attention, so that its important keys share blocks (PBS-Attn).
+
+    Permuted block-sparse attention (arXiv 2510.21270) sorts the keys of each segment by their mean
+    probability under the last query block of a prompt. A latent grid has no last block: here a sample of
+    queries, evenly spread over the latents, stands for all. Queries follow the order of the keys.
+
+    Attributes:
+        segment: latent tokens of a segment (frames, height, width); an image folds it as tiles.
+        samples: queries whose attention is averaged.
+    """
+
+    segment: tuple[int, int, int] = (4, 16, 16)
+    samples: int = 128
+
+    def __post_init__(self) -> None:
+        if len(self.segment) != 3 or min(self.segment) < 1:
+            raise ValueError(f"order.segment must be three sizes of at least 1, got {self.segment}.")
+        if self.samples < 1:
+            raise ValueError(f"order.samples must be at least 1 query, got {self.samples}.")
+
+    def variant(self, layer: int) -> Hashable:
+        return None
+
+    def rows(self, layout: TokenLayout, device: torch.device, layer: int = 0) -> torch.Tensor | None:
+        raise TypeError("SortedSegments orders the tokens of a call; use rows_of_call.")
+
+    def rows_of_call(
+        self,
+        layout: TokenLayout,
+        q: torch.Tensor,
+        k: torch.Tensor,
+        key_mask: torch.Tensor | None,
+        scale: float | None,
+    ) -> torch.Tensor:
+        """int32 ``[B, H, S]``: the token at each slot, from queries and keys (B, S, H, D)."""
+        device = q.device
+        tile = fold_tile(self.segment, layout.grid[0])
+        base = tile_order(layout.grid, tile, device)
+        segment = _tile_numbers(layout.grid, tile, device)[base]
+        latents = layout.latent_start + base
+        score = sampled_attention(layout, q, k, key_mask, scale, self.samples)[:, :, latents]
+        # Two stable sorts: by attention, then by segment.
+        by_score = score.argsort(dim=-1, descending=True, stable=True)
+        by_segment = segment[by_score].argsort(dim=-1, stable=True)
+        latent_rows = latents[by_score.gather(-1, by_segment)]
+        before = torch.arange(layout.latent_start, device=device)
+        after = torch.arange(layout.latent_start + layout.num_latent, layout.seq_len, device=device)
+        others = torch.cat([before, after]).expand(*score.shape[:2], -1)
+        return torch.cat([latent_rows, others], -1).to(torch.int32)
+
+
+def sampled_attention(
+    layout: TokenLayout,
+    q: torch.Tensor,
+    k: torch.Tensor,
+    key_mask: torch.Tensor | None,
+    scale: float | None,
+    samples: int,
+) -> torch.Tensor:
+    """Mean probability of every key under a sample of latent queries, float32 ``[B, H, S]``."""
+    scale = q.shape[-1] ** -0.5 if scale is None else scale
+    count = min(samples, layout.num_latent)
+    # Evenly spread: the middles of ``count`` equal stretches.
+    picked = layout.latent_start + ((2 * torch.arange(count, device=q.device) + 1) * layout.num_latent // (2 * count))
+    keys = k.permute(0, 2, 3, 1)
+    hidden = None if key_mask is None else ~key_mask[:, None, None]
+    total = torch.zeros(q.shape[0], q.shape[2], q.shape[1], device=q.device)
+    at_once = max(1, LOGITS_AT_ONCE // (q.shape[0] * q.shape[2] * q.shape[1]))
+    for part in picked.split(at_once):
+        logits = ((q[:, part].transpose(1, 2) * scale) @ keys).float()
+        if hidden is not None:
+            logits = logits.masked_fill(hidden, -torch.inf)
+        total += logits.softmax(-1).sum(2)
+    return total / count
+
+
+def _tile_numbers(grid: tuple[int, int, int], tile: tuple[int, int, int], device: torch.device) -> torch.Tensor:
+    """int64 ``[F * H * W]``: the tile of each latent, by raster index."""
+    f, h, w = (torch.arange(side, device=device) // size for side, size in zip(grid, tile, strict=True))
+    tiles_h, tiles_w = -(-grid[1] // tile[1]), -(-grid[2] // tile[2])
+    return ((f[:, None, None] * tiles_h + h[None, :, None]) * tiles_w + w[None, None, :]).flatten()

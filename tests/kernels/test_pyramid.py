@@ -1,0 +1,145 @@
+"""Pyramid attention against its definition, token by token in float64."""
+
+from __future__ import annotations
+
+import math
+
+import pytest
+import torch
+
+from dit_accel.kernels.pyramid import (
+    LEVELS,
+    energy_levels,
+    pyramid_attention,
+    quota_levels,
+    similarity_cap,
+)
+
+from .test_selection import IMPLS, at, permutations
+
+
+def oracle(q, k, v, levels, block_q, block_k, rows=None, key_mask=None):
+    """One query block at a time: collect what it reads, run by run, and take a plain softmax."""
+    batch, seq, heads, dim = q.shape
+    out = torch.zeros(batch, seq, heads, dim, dtype=torch.float64)
+    lse = torch.full((batch, heads, seq), -torch.inf, dtype=torch.float64)
+    for b in range(batch):
+        for h in range(heads):
+            order = list(range(seq))
+            if rows is not None:
+                order = rows[min(b, rows.shape[0] - 1), min(h, rows.shape[1] - 1)].tolist()
+            level_map = levels[min(b, levels.shape[0] - 1), min(h, levels.shape[1] - 1)]
+            for i in range(level_map.shape[0]):
+                keys, values, bias = [], [], []
+                for j in range(level_map.shape[1]):
+                    level = int(level_map[i, j])
+                    if level == 0:
+                        continue
+                    for start in range(j * block_k, min((j + 1) * block_k, seq), level):
+                        run = order[start : min(start + level, seq)]
+                        run = [n for n in run if key_mask is None or key_mask[b, n]]
+                        if run:
+                            keys.append(k[b, run, h].double().mean(0))
+                            values.append(v[b, run, h].double().mean(0))
+                            bias.append(math.log(len(run)))
+                mine = order[i * block_q : (i + 1) * block_q]
+                if keys:
+                    logits = q[b, mine, h].double() @ torch.stack(keys).T * dim**-0.5
+                    logits = logits + torch.tensor(bias, dtype=torch.float64)
+                    out[b, mine, h] = logits.softmax(-1) @ torch.stack(values)
+                    lse[b, h, mine] = logits.logsumexp(-1)
+    return out, lse
+
+
+@pytest.mark.parametrize("impl", IMPLS)
+@pytest.mark.parametrize(
+    ("batch", "seq", "heads", "dim", "block_q", "block_k", "lead", "permuted", "masked", "dtype"),
+    [
+        (1, 128, 1, 32, 64, 32, (1, 1), False, False, torch.float32),
+        (2, 150, 2, 40, 32, 16, (2, 2), False, False, torch.float32),
+        (1, 203, 2, 64, 64, 64, (1, 2), True, False, torch.float32),
+        (2, 101, 2, 16, 32, 32, (1, 2), True, True, torch.float32),
+        (1, 150, 2, 64, 64, 32, (1, 1), False, True, torch.float16),
+    ],
+)
+def test_pyramid_attention(impl, batch, seq, heads, dim, block_q, block_k, lead, permuted, masked, dtype, device):
+    gen = torch.Generator().manual_seed(0)
+    q, k, v = (torch.randn(batch, heads, seq, dim, generator=gen).to(dtype).transpose(1, 2) for _ in range(3))
+    nq, nk = -(-seq // block_q), -(-seq // block_k)
+    levels = torch.tensor((0, *LEVELS))[torch.randint(0, 5, (*lead, nq, nk), generator=gen)].to(torch.int8)
+    levels[..., 0, :] = 0  # a row that reads nothing
+    rows = permutations(1, heads, seq) if permuted else None
+    key_mask = None
+    if masked:
+        key_mask = torch.rand(batch, seq, generator=gen) > 0.3
+        k[~key_mask], v[~key_mask] = torch.nan, torch.inf
+    want, want_lse = oracle(q, k, v, levels, block_q, block_k, rows, key_mask)
+    moved = [x.to(device) if x is not None else None for x in (q, k, v, levels, rows, key_mask)]
+    out, lse = pyramid_attention(
+        *moved[:4], block_q=block_q, block_k=block_k, rows=moved[4], key_mask=moved[5], return_lse=True,
+        impl=impl,
+    )  # fmt: skip
+    assert out.dtype == dtype
+    # Pooled rows, probabilities and the output are rounded once each to the input's precision.
+    unit = 2.0**-11 if dtype == torch.float16 else 2.0**-24 * 16
+    assert (out.cpu() - want).abs().max() <= 8 * unit * want.abs().max()
+    assert torch.equal(lse.cpu() == -torch.inf, want_lse == -torch.inf)
+    assert (lse.cpu() - want_lse).nan_to_num(0.0).abs().max() <= 8 * unit * want_lse.nan_to_num(
+        0.0, 0.0, 0.0
+    ).abs().max()
+
+
+def test_level_one_is_exact_and_gradients_flow():
+    """All blocks at level 1 are plain attention; the torch version is differentiable in float64."""
+    torch.manual_seed(0)
+    q, k, v = (torch.randn(1, 20, 1, 4, dtype=torch.float64, requires_grad=True) for _ in range(3))
+    ones = torch.ones(1, 1, 3, 3, dtype=torch.int8)
+    out = pyramid_attention(q, k, v, ones, block_q=8, block_k=8, impl="torch")
+    want = torch.nn.functional.scaled_dot_product_attention(*(x.transpose(1, 2) for x in (q, k, v)))
+    torch.testing.assert_close(out, want.transpose(1, 2))
+    levels = torch.tensor([[1, 2, 4], [8, 1, 0], [2, 8, 1]])[None, None]
+    assert torch.autograd.gradcheck(
+        lambda *x: pyramid_attention(*x, levels, block_q=8, block_k=8, impl="torch"), (q, k, v)
+    )
+
+
+def test_level_assignment():
+    gen = torch.Generator().manual_seed(0)
+    importance = torch.rand(2, 2, 3, 40, generator=gen)
+    importance[0, 0, 0] = 1.0  # ties: lower index first
+    quota = quota_levels(importance, (0.05, 0.1, 0.15, 0.25))
+    energy = energy_levels(importance, (0.3, 0.5, 0.6, 0.8))
+    for b, h, i in ((b, h, i) for b in range(2) for h in range(2) for i in range(3)):
+        row = importance[b, h, i].tolist()
+        ranked = sorted(range(40), key=lambda j: (-row[j], j))
+        total, before = sum(row), 0.0
+        for rank, j in enumerate(ranked):
+            want = next((level for level, end in zip(LEVELS, (2, 4, 6, 10)) if rank < end), 0)
+            assert int(quota[b, h, i, j]) == want
+            bounds = zip(LEVELS, (0.3, 0.5, 0.6, 0.8))
+            want = next((level for level, share in bounds if before / total < share), 0)
+            want = 1 if rank < 3 else want
+            assert int(energy[b, h, i, j]) == want
+            before += row[j]
+    with pytest.raises(ValueError, match="non-decreasing"):
+        quota_levels(importance, (0.5, 0.1, 0.15, 0.25))
+
+
+def test_similarity_cap():
+    k = torch.randn(1, 44, 1, 16, generator=torch.Generator().manual_seed(0))
+    k[0, 16:32, 0] = torch.randn(16, generator=torch.Generator().manual_seed(1))
+    k[0, 32:, 0] = torch.randn(6, 16, generator=torch.Generator().manual_seed(2)).repeat_interleave(2, 0)
+    cap = similarity_cap(k, 16)
+    assert cap[0, 0].tolist() == [1, 8, 2]
+    assert at(cap[0, 0] > 1, 0, 0, 1)
+
+
+def test_errors(device):
+    q = torch.randn(1, 32, 1, 16, device=device)
+    levels = torch.ones(1, 1, 2, 2, device=device)
+    with pytest.raises(ValueError, match="multiple of 8"):
+        pyramid_attention(q, q, q, levels, block_q=16, block_k=20)
+    with pytest.raises(ValueError, match="levels must be"):
+        pyramid_attention(q, q, q, levels, block_q=16, block_k=32)
+    with pytest.raises(ValueError, match="forward only"):
+        pyramid_attention(q.requires_grad_(), q, q, levels, block_q=16, block_k=16, impl="triton")
