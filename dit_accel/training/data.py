@@ -109,7 +109,8 @@ def generate_samples(
         path = folder / f"generated-{index:06d}.safetensors"
         if not path.exists():
             call = {"prompt": prompt} if isinstance(prompt, str) else dict(prompt)
-            plain = {k: v for k, v in call.items() if k not in ("guidance_scale", "true_cfg_scale")}
+            own = ("guidance_scale", "true_cfg_scale", "num_inference_steps")
+            plain = {k: v for k, v in call.items() if k not in own}
             shape, scale, condition = capture_call(pipe, plain | size)
             generator = torch.Generator("cpu").manual_seed(seed + index)
             with dense(), _last_latents(pipe.scheduler) as latents:
