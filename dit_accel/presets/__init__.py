@@ -12,6 +12,7 @@ from ..stages.select_dynamic import Pooled
 from ..stages.select_static import Window
 from .grid import clear, dina, gna, na, radial, sta
 from .searched import adaspa, pbs, psa, rectified, sparge, sparsed, vmoba
+from .trained import sla, sparge2, ssa
 
 
 def dense() -> Recipe:
@@ -76,6 +77,9 @@ PRESETS: dict[str, Callable[..., Recipe]] = {
     "sta": sta,
     "clear": clear,
     "radial": radial,
+    "sla": sla,
+    "sparge2": sparge2,
+    "ssa": ssa,
 }
 
 

@@ -77,9 +77,7 @@ def test_loads_offline_and_without_a_home_to_write_to() -> None:
     )
     env = {k: v for k, v in os.environ.items() if not k.startswith(("HF_", "XDG_", "TRANSFORMERS_"))}
     env |= {"HF_HUB_OFFLINE": "1", "HOME": "/proc/nobody", "PYTHONPATH": str(FOLDER.parents[2])}
-    done = subprocess.run(
-        [sys.executable, "-c", script], env=env, capture_output=True, text=True, check=False
-    )
+    done = subprocess.run([sys.executable, "-c", script], env=env, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr[-2000:]
     assert done.stdout.split() == ["torch.bfloat16", "torch.float32"]
 
@@ -122,9 +120,7 @@ def test_damaged_weights_are_named(tmp_path: Path, damage: str) -> None:
         file.write_bytes(data)
     else:
         file.unlink()
-    with pytest.raises(
-        (ValueError, FileNotFoundError), match=r"transformer.diffusion_pytorch_model\.safetensors"
-    ):
+    with pytest.raises((ValueError, FileNotFoundError), match=r"transformer.diffusion_pytorch_model\.safetensors"):
         load_embedded(folder=folder)
 
 
