@@ -15,15 +15,18 @@ if TYPE_CHECKING:
     from .api import patch, unpatch
     from .patches.handle import PatchHandle
     from .recipe import Recipe
+    from .training.adapter import load_adapter, save_adapter
 
 _HOME = {
     "patch": "api",
     "unpatch": "api",
     "PatchHandle": "patches.handle",
     "Recipe": "recipe",
+    "load_adapter": "training.adapter",
+    "save_adapter": "training.adapter",
 }
 
-__all__ = ["PatchHandle", "Recipe", "patch", "presets", "unpatch"]
+__all__ = ["PatchHandle", "Recipe", "load_adapter", "patch", "presets", "save_adapter", "unpatch"]
 
 
 def __getattr__(name: str) -> Any:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import inspect
 import sys
 import weakref
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from functools import partial
 from typing import Any
 
@@ -15,21 +15,24 @@ from torch import nn
 from . import presets
 from .engine import Engine
 from .kernels import BACKENDS
+from .layout import StepContext
 from .patches import hooks
 from .patches.families import FAMILIES, Family, family_of
 from .patches.families.family import patch_size
 from .patches.handle import PatchHandle
+from .patches.learned import SaveWithoutLearned, attach, head_shape
 from .patches.seam import divert, seam_symbol
 from .patches.session import Session
 from .recipe import Recipe
+from .stages.compensate_linear import LinearBranch
 
 
-def patch(
-    target: Any, recipe: Recipe | str | None = None, *, backend: str = "auto", **options: Any
-) -> PatchHandle:
+def patch(target: Any, recipe: Recipe | str | None = None, *, backend: str = "auto", **options: Any) -> PatchHandle:
     """Make a diffusers pipeline run its self-attention under a recipe.
 
-    Only the given pipeline is affected; weights, state dict and forward code stay as they are. The calls of a
+    Only the given pipeline is affected; weights and forward code stay as they are. A recipe that learns adds
+    its parameters as modules named ``dit_accel`` under the attention layers; ``save_pretrained`` leaves them
+    out, :func:`~dit_accel.save_adapter` saves them. The calls of a
     step are decided when they run, so the patch works under torch.compile, offloading, LoRA and caching,
     whether those came before or come after.
 
@@ -51,7 +54,7 @@ def patch(
     """
     if backend not in BACKENDS:
         raise ValueError(f"Unknown backend {backend!r}; known are {', '.join(BACKENDS)}.")
-    transformers = _transformers(target)
+    transformers = transformers_of(target)
     chosen, note = _choose(recipe, options)
     for name, model, _ in transformers:
         if _root_hook(model) is not None:
@@ -78,17 +81,27 @@ def unpatch(target: Any) -> None:
     Raises:
         ValueError: it is not patched.
     """
-    handles = {
-        id(hook.handle): hook.handle for _, model, _ in _transformers(target) if (hook := _root_hook(model))
-    }
+    handles = {id(hook.handle): hook.handle for _, model, _ in transformers_of(target) if (hook := _root_hook(model))}
     if not handles:
         raise ValueError(f"{type(target).__name__} is not patched.")
     for handle in handles.values():
         handle.remove()
 
 
-def _transformers(target: Any) -> list[tuple[str, nn.Module, Family]]:
-    """Name, module and family of every transformer to patch."""
+def handle_of(target: Any) -> PatchHandle:
+    """The handle of a patched pipeline or transformer.
+
+    Raises:
+        ValueError: it is not patched.
+    """
+    for _, model, _ in transformers_of(target):
+        if (hook := _root_hook(model)) is not None:
+            return hook.handle
+    raise ValueError(f"{type(target).__name__} is not patched.")
+
+
+def transformers_of(target: Any) -> list[tuple[str, nn.Module, Family]]:
+    """Name, module and family of every transformer of a pipeline, or of the one given, to patch."""
     if isinstance(target, nn.Module):
         components: Mapping[str, Any] = {"": target}
     elif hasattr(target, "components"):
@@ -98,9 +111,7 @@ def _transformers(target: Any) -> list[tuple[str, nn.Module, Family]]:
     models = {name: _unwrap(value) for name, value in components.items() if isinstance(value, nn.Module)}
     found = [(name, model, family) for name, model in models.items() if (family := family_of(model))]
     if not found:
-        classes = [
-            type(m).__name__ for n, m in models.items() if n == "" or n.startswith(("transformer", "unet"))
-        ]
+        classes = [type(m).__name__ for n, m in models.items() if n == "" or n.startswith(("transformer", "unet"))]
         known = ", ".join(f"{family.name} ({', '.join(family.transformers)})" for family in FAMILIES)
         raise ValueError(
             f"No known transformer in {type(target).__name__}: got {', '.join(classes) or 'none'}. "
@@ -130,7 +141,7 @@ def _min_tokens(model: nn.Module, family: Family) -> int:
 def _patch_transformer(
     handle: PatchHandle, name: str, model: nn.Module, family: Family, backend: str, min_tokens: int
 ) -> None:
-    layers = list(_self_attentions(model, family))
+    layers = list(self_attentions(model, family))
     if not layers:
         raise ValueError(
             f"{type(model).__name__} has no self-attention at {', '.join(family.self_attention)}; "
@@ -152,26 +163,36 @@ def _patch_transformer(
         module.__class__ = hooks.patched_class(type(module))  # type: ignore[arg-type]
         handle.record(module.register_forward_pre_hook(hooks.PublishLayer(session.id, index)).remove)
         handle.record(module.register_forward_hook(hooks.ClearLayer()).remove)
+        always_dense = handle.recipe.schedule.dense_reason(StepContext(), index, len(layers)) is not None
+        if isinstance(handle.recipe.compensate, LinearBranch) and not always_dense:
+            learned = handle.recipe.compensate.build(*head_shape(module))
+            handle.record(attach(module, learned))
+            engine.learned[index] = learned
+    if engine.learned and hasattr(model, "save_pretrained"):
+        saver = SaveWithoutLearned(model.save_pretrained)  # type: ignore[arg-type]
+        handle.record(_replace_method(model, "save_pretrained", saver))
     if hasattr(model, "cache_context"):
-        _wrap_cache_context(handle, model)
+        handle.record(_replace_method(model, "cache_context", hooks.BranchContext(model.cache_context)))  # type: ignore[arg-type]
 
 
-def _self_attentions(model: nn.Module, family: Family) -> Iterator[tuple[str, Any]]:
+def self_attentions(model: nn.Module, family: Family) -> Iterator[tuple[str, Any]]:
+    """Path and module of every self-attention that a patch would take."""
     for path, module in model.named_modules():
         if family.has_self_attention(path) and hasattr(module, "processor"):
             yield path, module
 
 
-def _wrap_cache_context(handle: PatchHandle, model: nn.Module) -> None:
-    before = vars(model).get("cache_context")
-    model.cache_context = hooks.BranchContext(model.cache_context)  # type: ignore[assignment, arg-type]
+def _replace_method(model: nn.Module, name: str, replacement: Callable[..., Any]) -> Callable[[], None]:
+    """Shadow a method of one instance. Returns the undo."""
+    before = vars(model).get(name)
+    setattr(model, name, replacement)
 
     def undo() -> None:
-        del model.cache_context
+        delattr(model, name)
         if before is not None:
-            model.cache_context = before
+            setattr(model, name, before)
 
-    handle.record(undo)
+    return undo
 
 
 def _root_hook(model: nn.Module) -> hooks.PublishLatents | None:

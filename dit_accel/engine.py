@@ -4,16 +4,19 @@ from __future__ import annotations
 
 import threading
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
+from torch.func import functional_call
 
 from .kernels import block_sparse_attention, choose_backend
 from .layout import StepContext, TokenLayout
 from .plan import AttentionPlan, LayerMemory, SequenceBlocks
 from .recipe import Recipe
+from .stages.compensate_linear import LearnedCompensation
 from .stages.drift import BlockMeans
 from .stages.order_sorted import SortedSegments
 from .stages.select import Select
@@ -74,6 +77,11 @@ class _KeptPlan:
     means: BlockMeans | None
 
 
+# Sees layer, output and the model's own attention of a call (None where that is the output already); what it
+# returns takes the output's place.
+OutputTap = Callable[[int, torch.Tensor, Callable[[], torch.Tensor] | None], torch.Tensor]
+
+
 class Engine:
     """Attention of one transformer under one recipe.
 
@@ -82,6 +90,12 @@ class Engine:
         layer_names: the self-attention modules, in order of execution.
         backend: of :func:`~dit_accel.kernels.block_sparse_attention`.
         min_tokens: stay dense below this sequence length.
+
+    Attributes:
+        switched_on: False lets every call through to the model's own attention, uncounted.
+        density: in place of the selection's own and the schedule's, while a training anneals it.
+        output_tap: sees, and may replace, every output; for losses on attention outputs.
+        learned: learned compensation of each layer by index; empty for recipes without parameters.
     """
 
     def __init__(self, recipe: Recipe, layer_names: list[str], backend: str, min_tokens: int) -> None:
@@ -94,6 +108,10 @@ class Engine:
         self.dense_time = Stopwatch()
         self.backends_used: dict[str, str] = {}
         self.observer: Callable[[AttentionCall], None] | None = None
+        self.switched_on = True
+        self.density: float | None = None
+        self.output_tap: OutputTap | None = None
+        self.learned: dict[int, LearnedCompensation] = {}
         self._prepared: dict[tuple[Any, ...], _Prepared] = {}
         self._plans: dict[tuple[Any, ...], _KeptPlan] = {}
         self._memories: dict[tuple[Any, ...], tuple[StepContext, LayerMemory]] = {}
@@ -112,6 +130,7 @@ class Engine:
         step: StepContext,
         dense: Callable[[], torch.Tensor],
         record: bool = True,
+        learned: Sequence[torch.Tensor] | None = None,
     ) -> torch.Tensor:
         """Attention of (B, S, H, D) queries, keys and values.
 
@@ -122,42 +141,88 @@ class Engine:
             step: where the call sits in the trajectory.
             dense: the model's own attention for this very call.
             record: whether to count the call; False when a call is repeated for its gradients.
+            learned: parameters to use in place of the layer's own, in the order of ``parameters()``: a
+                compiled graph hands them in so that they get their gradients.
         """
+        if not self.switched_on:
+            out = dense()
+            return out if self.output_tap is None else self.output_tap(layer, out, None)
+        out, was_dense = self._attend(layer, q, k, v, attn_mask, scale, layout, step, dense, record, learned)
+        return out if self.output_tap is None else self.output_tap(layer, out, None if was_dense else dense)
+
+    def _attend(
+        self,
+        layer: int,
+        q: torch.Tensor,
+        k: torch.Tensor,
+        v: torch.Tensor,
+        attn_mask: torch.Tensor | None,
+        scale: float | None,
+        layout: TokenLayout | str,
+        step: StepContext,
+        dense: Callable[[], torch.Tensor],
+        record: bool,
+        learned: Sequence[torch.Tensor] | None,
+    ) -> tuple[torch.Tensor, bool]:
+        """The output, and whether it is the model's own attention's."""
         key_mask, reason = _key_mask(attn_mask, q)
         call = AttentionCall(layer, step, q, k, v, key_mask, scale, layout)
         book = self.records[layer] if record else LayerRecord("")
         reason = reason or self._dense_reason(call)
         if reason is not None:
-            return self._run_dense(call, reason, dense, book)
-        begin = self.plan_time.start(q.device)
-        made, plan = self._plan(call, book)
-        backend = self._choose_backend(q, k, v, plan)
-        self.plan_time.stop(begin, q.device)
-        # A bare transformer has no trajectory, and a forward of it would search each time.
-        searching = step.index is not None and made.forward_id == step.forward_id
-        if self.recipe.schedule.dense_refresh and searching:
-            return self._run_dense(call, "search step", dense, book)
-        call.plan = plan
+            return self._run_dense(call, reason, dense, book), True
+        with _autocast_done(call):
+            begin = self.plan_time.start(q.device)
+            made, plan = self._plan(call, book)
+            backend = self._choose_backend(call.q, call.k, call.v, plan)
+            self.plan_time.stop(begin, q.device)
+            # A bare transformer has no trajectory, and a forward of it would search each time.
+            searching = step.index is not None and made.forward_id == step.forward_id
+            search = self.recipe.schedule.dense_refresh and searching
+            if not search:
+                call.plan = plan
+                return self._run_sparse(call, plan, backend, learned, book), False
+        return self._run_dense(call, "search step", dense, book), True
+
+    def _run_sparse(
+        self,
+        call: AttentionCall,
+        plan: AttentionPlan,
+        backend: str,
+        learned: Sequence[torch.Tensor] | None,
+        book: LayerRecord,
+    ) -> torch.Tensor:
         if self.observer is not None:
             self.observer(call)
+        compensate, module = self.recipe.compensate, self.learned.get(call.layer)
+        q, k, v, key_mask, scale = call.q, call.k, call.v, call.key_mask, call.scale
+
+        def sparse() -> tuple[torch.Tensor, torch.Tensor]:
+            result = block_sparse_attention(
+                q,
+                k,
+                v,
+                plan.mask,
+                rows=plan.rows,
+                key_mask=key_mask,
+                scale=scale,
+                return_lse=backend == "triton",
+                backend=backend,
+            )
+            # Where the kernel has the log-sum-exp at hand it shows a NaN at a hundredth of the bytes.
+            return result if isinstance(result, tuple) else (result, result)
+
         begin = self.sparse_time.start(q.device)
-        result = block_sparse_attention(
-            q,
-            k,
-            v,
-            plan.mask,
-            rows=plan.rows,
-            key_mask=key_mask,
-            scale=scale,
-            return_lse=backend == "triton",
-            backend=backend,
-        )
-        self.sparse_time.stop(begin, q.device)
-        # Where the kernel has the log-sum-exp at hand it shows a NaN at a hundredth of the bytes.
-        out, witness = result if isinstance(result, tuple) else (result, result)
+        out, witness = compensate.attend(q, k, v, plan, key_mask, scale, sparse)
         with torch.no_grad():
             book.nan_calls = book.nan_calls + witness.detach().isnan().any()
-            book.density_sum = book.density_sum + plan.mask.density()
+            book.density_sum = book.density_sum + compensate.density(plan)
+        if module is not None and learned is None:
+            out = module(out, q, k, v, plan, key_mask)
+        elif module is not None and learned is not None:
+            given = dict(zip((name for name, _ in module.named_parameters()), learned, strict=True))
+            out = functional_call(module, given, (out, q, k, v, plan, key_mask))
+        self.sparse_time.stop(begin, q.device)
         book.sparse_calls += 1
         return out
 
@@ -219,7 +284,8 @@ class Engine:
             mask = select.select(prepared.blocks, prepared.tables, q, k, call.key_mask, call.scale, memory)
             if guarded and means is None:
                 means = BlockMeans.of(q, k, call.key_mask, select.block)
-        plan = AttentionPlan(rows=prepared.blocks.kernel_rows, mask=mask)
+            state = self.recipe.compensate.prepare(prepared.blocks, mask, q, k, call.key_mask, call.scale)
+        plan = AttentionPlan(rows=prepared.blocks.kernel_rows, mask=mask, compensation=state)
         if keep:
             self._plans[key] = _KeptPlan(call.step, plan, means)
         book.plans_made += 1
@@ -229,7 +295,7 @@ class Engine:
         """The recipe's selection with the density that its schedule asks for at this step."""
         select = self.recipe.select
         assert not isinstance(select, DenseSelect)
-        density = self.recipe.schedule.density(step)
+        density = self.recipe.schedule.density(step) if self.density is None else self.density
         return select if density is None else replace(select, density=density)  # type: ignore[type-var]
 
     def _memory(self, key: tuple[Any, ...], step: StepContext) -> LayerMemory:
@@ -259,8 +325,7 @@ class Engine:
                 heads = call.q.shape[2]
                 if fixed is not None and fixed.dim() == 2 and fixed.shape[0] not in (1, heads):
                     raise ValueError(
-                        f"The order of layer {call.layer} is for {fixed.shape[0]} heads, the layer has "
-                        f"{heads}."
+                        f"The order of layer {call.layer} is for {fixed.shape[0]} heads, the layer has {heads}."
                     )
                 blocks = SequenceBlocks(layout, fixed, *select.block, device)
                 self._prepared[key] = _Prepared(blocks, select.prepare(blocks))
@@ -273,6 +338,19 @@ class Engine:
             self._backend_choice[key] = name
             self.backends_used[name] = reason
         return self._backend_choice[key]
+
+
+@contextmanager
+def _autocast_done(call: AttentionCall) -> Iterator[None]:
+    """Cast the call as autocast would for an attention kernel, and no autocast inside: plans stay exact."""
+    device = call.q.device.type
+    if not torch.is_autocast_enabled(device) or call.q.dtype == torch.float64:
+        yield
+        return
+    dtype = torch.get_autocast_dtype(device)
+    call.q, call.k, call.v = call.q.to(dtype), call.k.to(dtype), call.v.to(dtype)
+    with torch.autocast(device, enabled=False):
+        yield
 
 
 def _key_mask(attn_mask: torch.Tensor | None, q: torch.Tensor) -> tuple[torch.Tensor | None, str | None]:

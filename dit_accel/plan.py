@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from functools import cached_property
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -20,10 +21,12 @@ class AttentionPlan:
         rows: int32 ``[B|1, H|1, S]``, token read by each slot of the permuted sequence; None for raster
             order.
         mask: kept blocks of the permuted sequence.
+        compensation: what the recipe's compensation worked out for the blocks left out.
     """
 
     rows: torch.Tensor | None
     mask: BlockMask
+    compensation: Any = None
 
 
 @dataclass
@@ -71,9 +74,7 @@ class SequenceBlocks:
     @cached_property
     def latent_of_slot(self) -> torch.Tensor:
         """int64, shape of ``rows``: raster index on the grid of each slot's token, or -1 for any other."""
-        tokens = (
-            torch.arange(self.layout.seq_len, device=self.device) if self.rows is None else self.rows.long()
-        )
+        tokens = torch.arange(self.layout.seq_len, device=self.device) if self.rows is None else self.rows.long()
         latent = tokens - self.layout.latent_start
         return torch.where((latent >= 0) & (latent < self.layout.num_latent), latent, -1)
 

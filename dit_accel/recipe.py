@@ -8,7 +8,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field, fields, replace
 from typing import Any
 
-from .stages.compensate import COMPENSATIONS, NoCompensation
+from .stages.compensate import COMPENSATIONS, Compensation, NoCompensation
 from .stages.order import Order, Raster, Tiles
 from .stages.order_axes import AxisOrder, Chunks
 from .stages.order_curve import Curve
@@ -22,6 +22,7 @@ from .stages.select_gated import GatedPooled
 from .stages.select_grid import Circle, Radial, TileWindow
 from .stages.select_mass import FrozenMass, Mass
 from .stages.select_rectified import Reallocated
+from .stages.select_sampled import Sampled
 from .stages.select_static import DenseSelect, Window
 
 ORDERS: dict[str, type[Order]] = {
@@ -41,6 +42,7 @@ SELECTS: dict[str, type[DenseSelect] | type[Select]] = {
     "frozen_mass": FrozenMass,
     "global_gate": GlobalGate,
     "reallocated": Reallocated,
+    "sampled": Sampled,
     "tile_window": TileWindow,
     "circle": Circle,
     "radial": Radial,
@@ -68,7 +70,7 @@ class Recipe:
 
     order: Order = field(default_factory=Raster)
     select: DenseSelect | Select = field(default_factory=DenseSelect)
-    compensate: NoCompensation = field(default_factory=NoCompensation)
+    compensate: Compensation = field(default_factory=NoCompensation)
     precision: ModelDtype = field(default_factory=ModelDtype)
     schedule: Schedule = field(default_factory=Schedule)
 
@@ -82,6 +84,11 @@ class Recipe:
             raise ValueError(
                 "An order that follows the attention of a call needs a selection that does so too, got "
                 f"{type(self.select).__name__}."
+            )
+        if self.select.is_static and not self.compensate.is_static:
+            raise ValueError(
+                f"{type(self.compensate).__name__} follows the queries and keys of a call and needs a "
+                f"selection that does so too, got {type(self.select).__name__}."
             )
         if self.schedule.density_points and not hasattr(self.select, "density"):
             raise ValueError(
@@ -151,9 +158,7 @@ def _replace_fields(axis: str, stage: Any, changes: Mapping[str, Any]) -> Any:
     for name in changes:
         if name not in known:
             allowed = ", ".join(known) or "none"
-            raise ValueError(
-                f"{type(stage).__name__} ({axis}) has no field {name!r}; its fields are {allowed}."
-            )
+            raise ValueError(f"{type(stage).__name__} ({axis}) has no field {name!r}; its fields are {allowed}.")
     values = {name: _read(f"{axis}.{name}", value, types[name]) for name, value in changes.items()}
     return replace(stage, **values)
 
@@ -164,9 +169,7 @@ def _read(name: str, value: Any, hint: Any) -> Any:
         try:
             value = ast.literal_eval(value)
         except (ValueError, SyntaxError):
-            raise ValueError(
-                f"{name} must be a Python literal such as 0.2 or (4, 4, 4), got {value!r}."
-            ) from None
+            raise ValueError(f"{name} must be a Python literal such as 0.2 or (4, 4, 4), got {value!r}.") from None
     value = _as_tuples(value)
     if not _matches(value, hint):
         raise ValueError(f"{name} must be {_spell(hint)}, got {value!r}.")

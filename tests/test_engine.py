@@ -30,9 +30,7 @@ def _inputs(layout: TokenLayout, dtype: torch.dtype, batch: int = 2) -> list[tor
     ]
 
 
-def _attend(
-    recipe: Recipe, layout: TokenLayout, q, k, v, attn_mask=None, engine=None, **step
-) -> torch.Tensor:
+def _attend(recipe: Recipe, layout: TokenLayout, q, k, v, attn_mask=None, engine=None, **step) -> torch.Tensor:
     engine = engine or Engine(recipe, ["layer"], "auto", 0)
 
     def dense() -> torch.Tensor:
@@ -91,9 +89,7 @@ def test_padded_prompts(kind, shape):
     assert (out.double() - expected).abs().max() <= TOLERANCE[torch.float32] * expected.abs().max()
 
 
-@pytest.mark.parametrize(
-    "select", [Pooled(density=1.0), Window(window=(1.0, 1.0, 1.0))], ids=["pooled", "window"]
-)
+@pytest.mark.parametrize("select", [Pooled(density=1.0), Window(window=(1.0, 1.0, 1.0))], ids=["pooled", "window"])
 def test_density_one_equals_dense(select):
     layout = LAYOUTS["text first"]
     q, k, v = _inputs(layout, torch.float32)

@@ -25,8 +25,7 @@ def test_a_preset_equals_attention_under_its_own_mask(name, preset, dtype):
     layout, dim, visible = CASES[name]
     generator = torch.Generator("cuda").manual_seed(0)
     q, k, v = (
-        torch.randn(2, layout.seq_len, 3, dim, device="cuda", dtype=dtype, generator=generator)
-        for _ in range(3)
+        torch.randn(2, layout.seq_len, 3, dim, device="cuda", dtype=dtype, generator=generator) for _ in range(3)
     )
     attn_mask = None
     if visible is not None:
@@ -43,10 +42,7 @@ def test_a_preset_equals_attention_under_its_own_mask(name, preset, dtype):
     if attn_mask is not None:
         mask = mask & attn_mask
     expected = torch.stack(
-        [
-            masked_attention(q[b : b + 1], k[b : b + 1], v[b : b + 1], mask[b % len(mask)][None])[0]
-            for b in range(2)
-        ]
+        [masked_attention(q[b : b + 1], k[b : b + 1], v[b : b + 1], mask[b % len(mask)][None])[0] for b in range(2)]
     )
     # An eager kernel in the same dtype, on the same mask, plus one rounding of the output.
     eager = torch.nn.functional.scaled_dot_product_attention(

@@ -73,8 +73,7 @@ def test_drift_below_the_bound_keeps_the_plan_and_above_it_makes_another():
         means = [x[0].unflatten(0, (-1, 32)).mean(1).double() for x in (q, k)]
         if made is not None:
             change = max(
-                float((now - then).abs().sum() / then.abs().sum())
-                for now, then in zip(means, made, strict=True)
+                float((now - then).abs().sum() / then.abs().sum()) for now, then in zip(means, made, strict=True)
             )
         if made is None or change > 0.2:
             expected, made = expected + 1, means

@@ -6,6 +6,7 @@ import typer
 
 from .bench import bench
 from .compare import compare
+from .finetune import finetune
 from .generate import generate
 from .info import info
 from .inspect import inspect
@@ -20,6 +21,7 @@ app = typer.Typer(
 app.command()(generate)
 app.command()(compare)
 app.command()(inspect)
+app.command()(finetune)
 app.command()(bench)
 app.command()(info)
 

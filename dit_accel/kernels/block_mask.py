@@ -47,18 +47,14 @@ class BlockMask:
         nq, nk = self.num_blocks
         lead = tuple(self.kv_num_blocks.shape)
         if len(lead) != 3 or lead[2] != nq:
-            raise ValueError(
-                f"kv_num_blocks must be [B, H, {nq}] for {self.q_len} rows by {self.block_q}, got {lead}."
-            )
+            raise ValueError(f"kv_num_blocks must be [B, H, {nq}] for {self.q_len} rows by {self.block_q}, got {lead}.")
         if tuple(self.kv_indices.shape[:3]) != lead or not 1 <= self.kv_indices.shape[3] <= nk:
             raise ValueError(
                 f"kv_indices must be [{lead[0]}, {lead[1]}, {nq}, K] with 1 <= K <= {nk}, "
                 f"got {tuple(self.kv_indices.shape)}."
             )
         if tuple(self.kv_num_full.shape) != lead:
-            raise ValueError(
-                f"kv_num_full must have kv_num_blocks' shape {lead}, got {tuple(self.kv_num_full.shape)}."
-            )
+            raise ValueError(f"kv_num_full must have kv_num_blocks' shape {lead}, got {tuple(self.kv_num_full.shape)}.")
         if (self.kv_bits is None) != (self.token_bits is None):
             raise ValueError("kv_bits and token_bits belong together: give both or neither.")
 
@@ -102,9 +98,7 @@ class BlockMask:
         indices = rank.argsort(dim=-1, stable=True).to(torch.int32)
         bits = None
         if bit_rows is not None:
-            bits = (
-                bit_rows.to(torch.int32).expand(*keep.shape[:-1], nk).gather(-1, indices.long()).contiguous()
-            )
+            bits = bit_rows.to(torch.int32).expand(*keep.shape[:-1], nk).gather(-1, indices.long()).contiguous()
         return cls(
             kv_num_blocks=(rank < 2).sum(-1, dtype=torch.int32),
             kv_indices=indices.contiguous(),
@@ -124,9 +118,7 @@ class BlockMask:
         listed = slot < self.kv_num_blocks[..., None]
         # Undefined entries go to an extra column, which is cut off.
         target = torch.where(listed, self.kv_indices.long(), nk)
-        keep = torch.zeros(
-            *self.kv_indices.shape[:3], nk + 1, dtype=torch.bool, device=self.kv_indices.device
-        )
+        keep = torch.zeros(*self.kv_indices.shape[:3], nk + 1, dtype=torch.bool, device=self.kv_indices.device)
         return keep.scatter_(-1, target, True)[..., :nk]
 
     def to_tokens(self) -> torch.Tensor:
@@ -139,9 +131,7 @@ class BlockMask:
             unpacked = ((self.token_bits[..., None] >> shift) & 1).bool().flatten(-2)
             slot = torch.arange(self.kv_indices.shape[-1], device=self.kv_indices.device)
             masked = (
-                (slot >= self.kv_num_full[..., None])
-                & (slot < self.kv_num_blocks[..., None])
-                & (self.kv_bits >= 0)
+                (slot >= self.kv_num_full[..., None]) & (slot < self.kv_num_blocks[..., None]) & (self.kv_bits >= 0)
             )
             b, h, i, s = masked.nonzero(as_tuple=True)
             tokens[b, h, i, :, self.kv_indices[b, h, i, s].long()] = unpacked[self.kv_bits[b, h, i, s].long()]
@@ -150,7 +140,5 @@ class BlockMask:
 
     def to(self, device: torch.device | str) -> BlockMask:
         """The same mask with every tensor on ``device``."""
-        moved = {
-            name: value.to(device) for name, value in vars(self).items() if isinstance(value, torch.Tensor)
-        }
+        moved = {name: value.to(device) for name, value in vars(self).items() if isinstance(value, torch.Tensor)}
         return replace(self, **moved)

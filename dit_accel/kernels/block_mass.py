@@ -47,9 +47,7 @@ def block_mass(
         no key has ``lse`` -inf and contributes no mass.
     """
     if q.shape[0] != k.shape[0] or q.shape[2:] != k.shape[2:]:
-        raise ValueError(
-            f"q and k must agree in batch, heads and head dim, got {tuple(q.shape)} and {tuple(k.shape)}."
-        )
+        raise ValueError(f"q and k must agree in batch, heads and head dim, got {tuple(q.shape)} and {tuple(k.shape)}.")
     scale = q.shape[-1] ** -0.5 if scale is None else scale
     k_rows = rows if k_rows is None else k_rows
     if use_triton(impl, q.device, tile_obstacle(q, block_q, block_k)):

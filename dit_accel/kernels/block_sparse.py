@@ -65,9 +65,7 @@ def block_sparse_attention(
     elif name == "torch":
         from .gather import gather_attention
 
-        out, lse = gather_attention(
-            q, k, v, mask, rows=rows, key_mask=key_mask, scale=scale, return_lse=return_lse
-        )
+        out, lse = gather_attention(q, k, v, mask, rows=rows, key_mask=key_mask, scale=scale, return_lse=return_lse)
     else:
         from .reference import reference_attention
 
@@ -143,17 +141,11 @@ def validate(
     batch, q_len, heads, dim = q.shape
     kv_len = k.shape[1]
     if (batch, heads, dim) != (k.shape[0], k.shape[2], k.shape[3]):
-        raise ValueError(
-            f"q and k must agree in batch, heads and head dim, got {tuple(q.shape)} and {tuple(k.shape)}."
-        )
+        raise ValueError(f"q and k must agree in batch, heads and head dim, got {tuple(q.shape)} and {tuple(k.shape)}.")
     if not q.is_floating_point() or not q.dtype == k.dtype == v.dtype:
-        raise ValueError(
-            f"q, k and v must share one floating-point dtype, got {q.dtype}, {k.dtype} and {v.dtype}."
-        )
+        raise ValueError(f"q, k and v must share one floating-point dtype, got {q.dtype}, {k.dtype} and {v.dtype}.")
     if (mask.q_len, mask.kv_len) != (q_len, kv_len):
-        raise ValueError(
-            f"The mask is for {mask.q_len} queries and {mask.kv_len} keys, got {q_len} and {kv_len}."
-        )
+        raise ValueError(f"The mask is for {mask.q_len} queries and {mask.kv_len} keys, got {q_len} and {kv_len}.")
     lead = tuple(mask.kv_num_blocks.shape[:2])
     if lead[0] not in (1, batch) or lead[1] not in (1, heads):
         raise ValueError(f"The mask's batch and heads must be 1 or {batch} and 1 or {heads}, got {lead}.")
@@ -169,9 +161,7 @@ def validate(
         if rows.shape[2] != q_len:
             raise ValueError(f"rows must permute {q_len} tokens, got {rows.shape[2]}.")
     if key_mask is not None and (key_mask.dtype != torch.bool or tuple(key_mask.shape) != (batch, kv_len)):
-        raise ValueError(
-            f"key_mask must be bool [{batch}, {kv_len}], got {key_mask.dtype} {tuple(key_mask.shape)}."
-        )
+        raise ValueError(f"key_mask must be bool [{batch}, {kv_len}], got {key_mask.dtype} {tuple(key_mask.shape)}.")
     named = {"k": k, "v": v, "mask": mask.kv_indices, "rows": rows, "key_mask": key_mask}
     for name, tensor in named.items():
         if tensor is not None and tensor.device != q.device:

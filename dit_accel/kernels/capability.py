@@ -58,7 +58,6 @@ def why_not_triton(q: torch.Tensor, mask: BlockMask) -> str | None:
         return f"the triton kernels take head dims up to {TRITON_MAX_HEAD_DIM}, got {q.shape[-1]}"
     if mask.block_q not in TRITON_BLOCKS_Q or mask.block_k not in TRITON_BLOCKS_K:
         return (
-            f"the triton kernels take block_q and block_k in {TRITON_BLOCKS_Q}, "
-            f"got {mask.block_q} and {mask.block_k}"
+            f"the triton kernels take block_q and block_k in {TRITON_BLOCKS_Q}, got {mask.block_q} and {mask.block_k}"
         )
     return None

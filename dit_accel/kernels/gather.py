@@ -63,9 +63,7 @@ def gather_attention(
     place = None
     if rows is not None:
         rows = rows.long().expand(batch, heads, q_len)
-        place = torch.empty_like(rows).scatter_(
-            -1, rows, torch.arange(q_len, device=q.device).expand_as(rows)
-        )
+        place = torch.empty_like(rows).scatter_(-1, rows, torch.arange(q_len, device=q.device).expand_as(rows))
     query = _to_blocks(q, rows, nq, mask.block_q).view(-1, mask.block_q, dim)
     key = _to_blocks(k, rows, nk, mask.block_k).view(-1, mask.block_k * dim)
     value = _to_blocks(v, rows, nk, mask.block_k).view(-1, mask.block_k * dim)
@@ -225,9 +223,7 @@ class _Plan:
         return seen.flatten(-2)
 
 
-def _cut(
-    codes: torch.Tensor, base: int, budget: int, block_bytes: int
-) -> Iterator[tuple[int, int, int, bool, bool]]:
+def _cut(codes: torch.Tensor, base: int, budget: int, block_bytes: int) -> Iterator[tuple[int, int, int, bool, bool]]:
     """Cut sorted codes ``kind * base + count`` into ``(begin, end, count, masked, short)`` chunks."""
     values, lengths = torch.unique_consecutive(codes, return_counts=True)
     begin = end = 0

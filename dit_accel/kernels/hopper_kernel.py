@@ -220,9 +220,7 @@ def _consume(
 
             stage = step % STAGES
             mbarrier.wait(k_full.index(stage), (step // STAGES) & 1)
-            token = warpgroup_mma(
-                q_tile, k_smem.index(stage).permute([1, 0]), blank, use_acc=False, is_async=True
-            )
+            token = warpgroup_mma(q_tile, k_smem.index(stage).permute([1, 0]), blank, use_acc=False, is_async=True)
             scores = warpgroup_mma_wait(0, deps=[token])
             mbarrier.arrive(k_empty.index(stage), count=1)
             if full == 0:
@@ -274,9 +272,7 @@ def _consume(
                             HAS_BITS,
                             HAS_KEY_MASK,
                         )
-                    next_weights, peak, total, shrink = _softmax(
-                        scores, peak, total, scale_log2, dtype, P_LAYOUT
-                    )
+                    next_weights, peak, total, shrink = _softmax(scores, peak, total, scale_log2, dtype, P_LAYOUT)
                     acc, weights = warpgroup_mma_wait(0, deps=[acc_token, weights])
                     mbarrier.arrive(v_empty.index(last), count=1)
                     acc = acc * gl.convert_layout(shrink, gl.SliceLayout(1, O_LAYOUT))[:, None]

@@ -202,9 +202,7 @@ def _consume(
     """Attention of 64 query rows of every tile of this program."""
     q_smem, k_smem, v_smem, o_smem, q_full, q_empty, k_full, k_empty, v_full, v_empty, order = shared
     counts_ptr, fulls_ptr, index_ptr, bit_rows_ptr, bits_ptr, rows_ptr, key_mask_ptr = lists
-    nq, heads, num_tiles, mask_batch_stride, mask_head_stride, list_length, q_rows, k_rows, _plane_cols = (
-        sizes
-    )
+    nq, heads, num_tiles, mask_batch_stride, mask_head_stride, list_length, q_rows, k_rows, _plane_cols = sizes
     (
         q_ptr,
         out_ptr,
@@ -292,9 +290,7 @@ def _consume(
 
             stage = step % STAGES
             mbarrier.wait(k_full.index(stage), (step // STAGES) & 1)
-            token = warpgroup_mma(
-                q_tile, k_smem.index(stage).permute([1, 0]), blank, use_acc=False, is_async=True
-            )
+            token = warpgroup_mma(q_tile, k_smem.index(stage).permute([1, 0]), blank, use_acc=False, is_async=True)
             scores = warpgroup_mma_wait(0, deps=[token]).to(gl.float32)
             mbarrier.arrive(k_empty.index(stage), count=1)
             if full == 0:
@@ -367,9 +363,7 @@ def _consume(
                     factor = row_scale
                     if QUANTIZED:
                         factor = row_scale * key_scale
-                    next_weights, peak, total, shrink = _softmax(
-                        scores, peak, total, factor, dtype, OPERAND, FP8
-                    )
+                    next_weights, peak, total, shrink = _softmax(scores, peak, total, factor, dtype, OPERAND, FP8)
                     if FP8:
                         # The wait takes no 8-bit operand; the assembler keeps its registers until here.
                         product = warpgroup_mma_wait(0, deps=[acc_token])
@@ -420,14 +414,10 @@ def _consume(
                 live = copy_slot < q_len
                 copy_row = gl.load(rows_at + copy_slot, mask=live, other=0).to(gl.int64)
                 whole = o_tile.load(COPY)
-                gl.store(
-                    out_at + copy_row[:, None] * stride_os + copy_columns[None, :], whole, mask=live[:, None]
-                )
+                gl.store(out_at + copy_row[:, None] * stride_os + copy_columns[None, :], whole, mask=live[:, None])
             else:
                 fence_async_shared()
-                tma.async_copy_shared_to_global(
-                    out_desc, [first_slot, (head * HEAD_DIM).to(gl.int32)], o_tile
-                )
+                tma.async_copy_shared_to_global(out_desc, [first_slot, (head * HEAD_DIM).to(gl.int32)], o_tile)
                 tma.store_wait(pendings=0)
             if not GATHER_Q:
                 mbarrier.arrive(q_empty.index(buffer + HALF), count=1)

@@ -25,12 +25,16 @@ import torch.nn.functional as F
 from .block_mask import BlockMask
 from .selection import Impl, gather_mask, gather_rows, tile_obstacle, use_triton
 
-FeatureMap = Literal["softmax", "elu", "relu"]
-FEATURE_MAPS = ("softmax", "elu", "relu")
+FeatureMap = Literal["softmax", "elu", "relu", "hedgehog"]
+FEATURE_MAPS = ("softmax", "elu", "relu", "hedgehog")
 
 
 def apply_feature_map(x: torch.Tensor, feature_map: FeatureMap) -> torch.Tensor:
-    """phi(x) over the last dimension: softmax, ``elu(x) + 1``, or relu; float32 inside, float64 kept."""
+    """phi(x) over the last dimension; float32 inside, float64 kept.
+
+    ``"softmax"``; ``"elu"``, plus one; ``"relu"``; ``"hedgehog"``, the softmax of x and that of -x side by
+    side, twice the features (arXiv 2402.04347; x comes from its learned map).
+    """
     x = x if x.dtype == torch.float64 else x.float()
     if feature_map == "softmax":
         return x.softmax(-1)
@@ -38,6 +42,8 @@ def apply_feature_map(x: torch.Tensor, feature_map: FeatureMap) -> torch.Tensor:
         return F.elu(x) + 1
     if feature_map == "relu":
         return x.relu()
+    if feature_map == "hedgehog":
+        return torch.cat([x.softmax(-1), (-x).softmax(-1)], -1)
     raise ValueError(f"feature_map must be one of {FEATURE_MAPS}, got {feature_map!r}.")
 
 
@@ -104,7 +110,8 @@ def linear_branch(
         critical: blocks that the sparse branch reads and this one leaves out; None takes all tokens.
         negligible: blocks that neither branch reads (``select_blocks(-scores, density=0.1,
             keep_own=False)`` lists the lowest tenth); where both list a block it is critical.
-        feature_map: ``"softmax"`` over features, ``"elu"`` (plus one) or ``"relu"``.
+        feature_map: see :func:`apply_feature_map`; ``"hedgehog"`` has no Triton kernel, ``"auto"`` then means
+            torch.
         rows, k_rows, key_mask: see :func:`dit_accel.kernels.selection.pooled_scores`. Output rows are in
             original order.
         eps: added to the denominator.
@@ -115,7 +122,7 @@ def linear_branch(
     """
     check_linear(q, k, v, critical, negligible, feature_map)
     k_rows = rows if k_rows is None else k_rows
-    if use_triton(impl, q.device, linear_obstacle(impl, q, critical)):
+    if use_triton(impl, q.device, linear_obstacle(impl, q, critical, feature_map)):
         from .triton_linear_backward import linear_branch_triton
 
         return linear_branch_triton(q, k, v, critical, negligible, feature_map, rows, k_rows, key_mask, eps)
@@ -169,7 +176,7 @@ def add_linear_branch(
     check_linear(q, k, v, critical, negligible, feature_map)
     k_rows = rows if k_rows is None else k_rows
     with torch.no_grad():
-        if use_triton(impl, q.device, linear_obstacle(impl, q, critical)):
+        if use_triton(impl, q.device, linear_obstacle(impl, q, critical, feature_map)):
             from .triton_linear import linear_forward
 
             return linear_forward(
@@ -186,8 +193,10 @@ def add_linear_branch(
         return out.add_(branch if bias is None else branch + bias.to(branch.dtype))
 
 
-def linear_obstacle(impl: Impl, q: torch.Tensor, critical: BlockMask | None) -> str | None:
+def linear_obstacle(impl: Impl, q: torch.Tensor, critical: BlockMask | None, feature_map: str) -> str | None:
     """Why the kernels cannot, or with "auto" should not, take this call; None if they can."""
+    if feature_map == "hedgehog":
+        return "The hedgehog feature map has no Triton kernel; use impl 'torch' or 'auto'."
     dim = q.shape[-1]
     if dim > 128:
         return f"Head dim must be at most 128 for the linear branch's Triton kernels, got {dim}."
@@ -220,8 +229,7 @@ def check_linear(
             continue
         if (mask.q_len, mask.kv_len) != (q.shape[1], k.shape[1]):
             raise ValueError(
-                f"{name} is a mask of {mask.q_len} x {mask.kv_len} tokens, q and k have "
-                f"{q.shape[1]} x {k.shape[1]}."
+                f"{name} is a mask of {mask.q_len} x {mask.kv_len} tokens, q and k have {q.shape[1]} x {k.shape[1]}."
             )
         if (mask.block_q, mask.block_k) != (critical.block_q, critical.block_k):
             raise ValueError(

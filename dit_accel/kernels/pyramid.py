@@ -101,9 +101,7 @@ def similarity_cap(
     return cap
 
 
-def pool_level(
-    x: torch.Tensor, visible: torch.Tensor | None, level: int
-) -> tuple[torch.Tensor, torch.Tensor]:
+def pool_level(x: torch.Tensor, visible: torch.Tensor | None, level: int) -> tuple[torch.Tensor, torch.Tensor]:
     """Means over runs of ``level`` slots of x ``[B, H, S, D]`` and the number of tokens in each."""
     seq = x.shape[2]
     seen = torch.ones(1, 1, seq, dtype=torch.bool, device=x.device) if visible is None else visible

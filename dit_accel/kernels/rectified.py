@@ -54,9 +54,7 @@ def pooled_attention(
         return prob, torch.zeros_like(prob[..., 0])
     start, stop = text
     if not 0 <= start < stop <= seq or start % block_k or (stop % block_k and stop != seq):
-        raise ValueError(
-            f"text must be a span of whole key blocks of {block_k} within {seq} tokens, got {text}."
-        )
+        raise ValueError(f"text must be a span of whole key blocks of {block_k} within {seq} tokens, got {text}.")
     bias = bias.clone()
     bias[..., start // block_k : -(-stop // block_k)] = -torch.inf
     if rows is None:

@@ -181,9 +181,7 @@ def expand_blocks(mask: torch.Tensor | None, last: int, name: str) -> torch.Tens
     if mask is None:
         return None
     if not 1 <= mask.dim() <= 3 or mask.shape[-1] != last:
-        raise ValueError(
-            f"{name} must be bool [{last}], [B, {last}] or [B, H, {last}], got {tuple(mask.shape)}."
-        )
+        raise ValueError(f"{name} must be bool [{last}], [B, {last}] or [B, H, {last}], got {tuple(mask.shape)}.")
     if mask.dim() == 3:
         return mask.bool()
     return mask.bool().reshape(-1, 1, last)
@@ -337,9 +335,7 @@ def select_pooled(
     The arguments are those of :func:`pooled_scores` and :func:`select_blocks`; blocks that ``key_mask``
     hides in full are never selected, and those that it hides in part are listed as partial.
     """
-    scores = pooled_scores(
-        q, k, block_q, block_k, rows=rows, k_rows=k_rows, key_mask=key_mask, scale=scale, impl=impl
-    )
+    scores = pooled_scores(q, k, block_q, block_k, rows=rows, k_rows=k_rows, key_mask=key_mask, scale=scale, impl=impl)
     empty = partial = None
     if key_mask is not None:
         empty, partial = hidden_blocks(key_mask, block_k, rows=rows if k_rows is None else k_rows)

@@ -87,9 +87,7 @@ def shape_of(q: torch.Tensor, k: torch.Tensor, critical: BlockMask | None) -> Sh
     return Shape(batch, q_len, k.shape[1], heads, dim, block_q, block_k, q.dtype)
 
 
-def scaled_map(
-    critical: BlockMask, negligible: BlockMask | None, dtype: torch.dtype, scale: float
-) -> torch.Tensor:
+def scaled_map(critical: BlockMask, negligible: BlockMask | None, dtype: torch.dtype, scale: float) -> torch.Tensor:
     """:func:`marginal_map` with ``scale`` for 1: ``[B|1, H|1, nq, nk]``."""
     masks = [critical] if negligible is None else [critical, negligible]
     nq, nk = critical.num_blocks
@@ -99,9 +97,7 @@ def scaled_map(
         num = mask.kv_num_blocks.expand(*lead, nq).contiguous()
         indices = mask.kv_indices.expand(*lead, nq, -1).contiguous()
         with torch.cuda.device_of(out):
-            marginal_map_kernel[(num.numel(),)](
-                num, indices, out, indices.shape[-1], nk, CHUNK=128, num_warps=1
-            )
+            marginal_map_kernel[(num.numel(),)](num, indices, out, indices.shape[-1], nk, CHUNK=128, num_warps=1)
     return out
 
 

@@ -199,9 +199,7 @@ def linear_dkv_bwd_kernel(
     b_dv = tl.where(ok, tl.dot(phi.to(b_g.dtype), b_g, input_precision=PRECISION) * scale, 0.0)
     # Hidden tokens get gradients too: zeros.
     ok_out = valid[:, None] & in_d[None, :]
-    o_out = (
-        b.to(tl.int64) * stride_ob + h.to(tl.int64) * stride_oh + row * stride_os + o_d[None, :] * stride_od
-    )
+    o_out = b.to(tl.int64) * stride_ob + h.to(tl.int64) * stride_oh + row * stride_os + o_d[None, :] * stride_od
     tl.store(dk_ptr + o_out, b_dk.to(dk_ptr.dtype.element_ty), mask=ok_out)
     tl.store(dv_ptr + o_out, b_dv.to(dv_ptr.dtype.element_ty), mask=ok_out)
 
@@ -332,9 +330,7 @@ def linear_backward(
         group = triton.cdiv(triton.cdiv(shape.q_len, max(1, SPLITS // total)), 64) * 64
         groups = triton.cdiv(shape.q_len, group)
         partial = torch.empty(total, groups, shape.state_width, dtype=torch.float32, device=q.device)
-        launch_dq(
-            q, grad, rows, states, dq, partial, shape, kind, eps / shape.kv_len, 1.0, group_tokens=group
-        )
+        launch_dq(q, grad, rows, states, dq, partial, shape, kind, eps / shape.kv_len, 1.0, group_tokens=group)
         dstates = combine(partial, None, shape, 1.0)
         launch_dkv(k, v, None, key_mask, dstates, dk, dv, shape, kind, 1.0 / shape.kv_len)
         return dq, dk, dv

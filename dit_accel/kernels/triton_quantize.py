@@ -147,12 +147,8 @@ def quantize_kernel(
         mean = tl.sum(tl.where(inside[:, None], k, 0.0), 0) / count
         at = k_mean_ptr + (plane * (kv_padded // BLOCK_K) + block) * HEAD_DIM + offs_d
         tl.store(at, mean, mask=column & (block * BLOCK_K + offs_d * 0 < kv_padded))
-        k_scale = (
-            tl.maximum(tl.max(tl.max(tl.where(inside[:, None], tl.abs(smooth), 0.0), 1), 0), 1e-12) / 127
-        )
-        tl.store(
-            k_scale_ptr + plane * (kv_padded // BLOCK_K) + block, k_scale, mask=block * BLOCK_K < kv_padded
-        )
+        k_scale = tl.maximum(tl.max(tl.max(tl.where(inside[:, None], tl.abs(smooth), 0.0), 1), 0), 1e-12) / 127
+        tl.store(k_scale_ptr + plane * (kv_padded // BLOCK_K) + block, k_scale, mask=block * BLOCK_K < kv_padded)
         row_scale = tl.where(inside, k_scale, row_scale)
     k_out = _round_int8(smooth / row_scale[:, None])
     tl.store(k_out_ptr + (plane * kv_padded + slot)[:, None] * HEAD_DIM + offs_d[None, :], k_out, mask=fits)

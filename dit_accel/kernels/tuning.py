@@ -46,9 +46,7 @@ def launch_config(op: str, q: torch.Tensor, mask: BlockMask, permuted: bool) -> 
     """The table's entry for a call, or a default that fits any GPU's shared memory."""
     dim = q.shape[-1]
     if q.is_cuda and q.dtype != torch.float32:
-        found = _table(_device_name(q.device.index or 0)).get(
-            entry_key(op, mask.block_q, mask.block_k, dim, permuted)
-        )
+        found = _table(_device_name(q.device.index or 0)).get(entry_key(op, mask.block_q, mask.block_k, dim, permuted))
         if found is not None:
             return LaunchConfig(*found)
     padded = max(16, 1 << (dim - 1).bit_length())

@@ -44,6 +44,7 @@ class Traced:
     def __init__(self) -> None:
         self.layer: torch.Tensor | None = None
         self.latents: LatentTokens | None = None
+        self.learned: tuple[torch.Tensor, ...] = ()
 
 
 EAGER = Eager()

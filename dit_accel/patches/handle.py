@@ -8,7 +8,7 @@ from functools import partial
 from types import TracebackType
 from typing import Any
 
-from ..engine import AttentionCall
+from ..engine import AttentionCall, OutputTap
 from ..recipe import Recipe
 from .session import Session
 from .summary import PatchSummary, summarise
@@ -59,6 +59,47 @@ class PatchHandle:
         finally:
             for session in self.sessions.values():
                 session.engine.observer = None
+
+    @contextmanager
+    def disabled(self) -> Iterator[None]:
+        """The model's own attention, uncounted, while the context is open: the dense model from the same
+        weights, without a second copy of them."""
+        engines = [session.engine for session in self.sessions.values()]
+        before = [engine.switched_on for engine in engines]
+        for engine in engines:
+            engine.switched_on = False
+        try:
+            yield
+        finally:
+            for engine, was_on in zip(engines, before, strict=True):
+                engine.switched_on = was_on
+
+    @contextmanager
+    def tap_outputs(self, tap: OutputTap) -> Iterator[None]:
+        """Give every attention output (B, S, H, D) to ``tap(layer, output, dense)``, and go on with what it
+        returns. ``dense`` computes the model's own attention of the call; it is None where ``output`` is that
+        already. Compiled code takes no gradients from what a tap keeps."""
+        engines = [session.engine for session in self.sessions.values()]
+        for engine in engines:
+            engine.output_tap = tap
+        try:
+            yield
+        finally:
+            for engine in engines:
+                engine.output_tap = None
+
+    def set_density(self, density: float | None) -> None:
+        """Select with another density from the next plan on; None returns to the recipe's own.
+
+        Raises:
+            ValueError: a recipe whose selection has no density, or a density outside (0, 1].
+        """
+        if density is not None and getattr(self.recipe.select, "density", None) is None:
+            raise ValueError(f"{type(self.recipe.select).__name__} has no density to set, got {density}.")
+        if density is not None and not 0.0 < density <= 1.0:
+            raise ValueError(f"density must lie in (0, 1], got {density}.")
+        for session in self.sessions.values():
+            session.engine.density = density
 
     def __enter__(self) -> PatchHandle:
         return self

@@ -14,6 +14,7 @@ import torch
 from torch import nn
 
 from .ambient import EAGER, TRACED
+from .learned import CHILD
 
 if TYPE_CHECKING:
     from .handle import PatchHandle
@@ -56,6 +57,9 @@ class PublishLayer:
     def __call__(self, module: nn.Module, args: tuple[Any, ...]) -> None:
         if torch.compiler.is_compiling():
             TRACED.layer = self.layer
+            # Inputs of the graph, so that they get their gradients; eager calls find them by layer.
+            learned = module._modules.get(CHILD)
+            TRACED.learned = () if learned is None else tuple(learned.parameters())
         else:
             EAGER.layer = self.layer
 
@@ -69,6 +73,7 @@ class ClearLayer:
     def __call__(self, module: nn.Module, args: tuple[Any, ...], output: Any) -> None:
         if torch.compiler.is_compiling():
             TRACED.layer = None
+            TRACED.learned = ()
         else:
             EAGER.layer = None
 
@@ -104,6 +109,7 @@ class ClearAll:
     def __call__(self, module: nn.Module, args: tuple[Any, ...], output: Any) -> None:
         if torch.compiler.is_compiling():
             TRACED.layer = TRACED.latents = None
+            TRACED.learned = ()
         else:
             EAGER.layer = EAGER.latents = None
 

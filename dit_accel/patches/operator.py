@@ -30,13 +30,9 @@ def _dense(
         from diffusers.models.attention_dispatch import AttentionBackendName, dispatch_attention_fn
 
         name = None if backend is None else AttentionBackendName(backend)
-        return dispatch_attention_fn(
-            q, k, v, attn_mask=attn_mask, scale=scale, enable_gqa=enable_gqa, backend=name
-        )
+        return dispatch_attention_fn(q, k, v, attn_mask=attn_mask, scale=scale, enable_gqa=enable_gqa, backend=name)
     q, k, v = (tensor.transpose(1, 2) for tensor in (q, k, v))
-    out = torch.nn.functional.scaled_dot_product_attention(
-        q, k, v, attn_mask, scale=scale, enable_gqa=enable_gqa
-    )
+    out = torch.nn.functional.scaled_dot_product_attention(q, k, v, attn_mask, scale=scale, enable_gqa=enable_gqa)
     return out.transpose(1, 2)
 
 
@@ -49,6 +45,7 @@ def _run(
     grid: list[int],
     count: int,
     ids: torch.Tensor | None,
+    learned: list[torch.Tensor],
     scale: float | None,
     enable_gqa: bool,
     backend: str | None,
@@ -63,7 +60,7 @@ def _run(
     if session is None:
         return dense()
     latents = LatentTokens(tuple(grid), count, ids) if count else None
-    return session.attend(index, q, k, v, attn_mask, scale, latents, dense, record)
+    return session.attend(index, q, k, v, attn_mask, scale, latents, dense, record, learned or None)
 
 
 # A captured CUDA graph would replay one step's decision for ever.
@@ -80,6 +77,7 @@ def attention_op(
     grid: list[int],
     count: int,
     ids: torch.Tensor | None,
+    learned: list[torch.Tensor],
     scale: float | None,
     enable_gqa: bool,
     backend: str | None,
@@ -87,7 +85,20 @@ def attention_op(
 ) -> torch.Tensor:
     """Attention of the announced layer, (B, S, H, D), contiguous."""
     out = _run(
-        q, k, v, attn_mask, layer, grid, count, ids, scale, enable_gqa, backend, through_dispatch, record=True
+        q,
+        k,
+        v,
+        attn_mask,
+        layer,
+        grid,
+        count,
+        ids,
+        learned,
+        scale,
+        enable_gqa,
+        backend,
+        through_dispatch,
+        record=True,
     )
     return out.contiguous()
 
@@ -116,14 +127,15 @@ def attention_backward_op(
     grid: list[int],
     count: int,
     ids: torch.Tensor | None,
+    learned: list[torch.Tensor],
     scale: float | None,
     enable_gqa: bool,
     backend: str | None,
     through_dispatch: bool,
-) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """Gradients of queries, keys and values."""
+) -> list[torch.Tensor]:
+    """Gradients of queries, keys, values and learned parameters."""
     with _recording():
-        q, k, v = (tensor.detach().requires_grad_() for tensor in (q, k, v))
+        q, k, v, *learned = (tensor.detach().requires_grad_() for tensor in (q, k, v, *learned))
         out = _run(
             q,
             k,
@@ -133,35 +145,51 @@ def attention_backward_op(
             grid,
             count,
             ids,
+            learned,
             scale,
             enable_gqa,
             backend,
             through_dispatch,
             record=False,
         )
-        grads = torch.autograd.grad(out, (q, k, v), grad)
-    dq, dk, dv = (gradient.contiguous() for gradient in grads)
-    return dq, dk, dv
+        inputs = (q, k, v, *learned)
+        # A layer that stays dense leaves its learned parameters alone.
+        grads = torch.autograd.grad(out, inputs, grad, allow_unused=True)
+    return [
+        torch.zeros_like(x) if gradient is None else gradient.contiguous()
+        for x, gradient in zip(inputs, grads, strict=True)
+    ]
 
 
 @attention_backward_op.register_fake
 def _(
-    grad: torch.Tensor, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, *rest: Any
-) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    dq, dk, dv = (torch.empty_like(tensor, memory_format=torch.contiguous_format) for tensor in (q, k, v))
-    return dq, dk, dv
+    grad: torch.Tensor,
+    q: torch.Tensor,
+    k: torch.Tensor,
+    v: torch.Tensor,
+    attn_mask: torch.Tensor | None,
+    layer: torch.Tensor,
+    grid: list[int],
+    count: int,
+    ids: torch.Tensor | None,
+    learned: list[torch.Tensor],
+    *rest: Any,
+) -> list[torch.Tensor]:
+    return [torch.empty_like(x, memory_format=torch.contiguous_format) for x in (q, k, v, *learned)]
 
 
 def _save(ctx: Any, inputs: tuple[Any, ...], output: torch.Tensor) -> None:
-    q, k, v, attn_mask, layer, grid, count, ids, *options = inputs
-    ctx.save_for_backward(q, k, v, attn_mask, layer, ids)
+    q, k, v, attn_mask, layer, grid, count, ids, learned, *options = inputs
+    ctx.save_for_backward(q, k, v, attn_mask, layer, ids, *learned)
     ctx.grid, ctx.count, ctx.options = grid, count, options
 
 
-def _backward(ctx: Any, grad: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
-    q, k, v, attn_mask, layer, ids = ctx.saved_tensors
-    grads = attention_backward_op(grad, q, k, v, attn_mask, layer, ctx.grid, ctx.count, ids, *ctx.options)
-    return (*grads, *[None] * 9)
+def _backward(ctx: Any, grad: torch.Tensor) -> tuple[Any, ...]:
+    q, k, v, attn_mask, layer, ids, *learned = ctx.saved_tensors
+    grads = attention_backward_op(grad, q, k, v, attn_mask, layer, ctx.grid, ctx.count, ids, learned, *ctx.options)
+    # An empty list has no tensors to give None for: it wants an empty list back.
+    grid = None if ctx.grid else []
+    return (*grads[:3], None, None, grid, None, None, list(grads[3:]), *[None] * len(ctx.options))
 
 
 attention_op.register_autograd(_backward, setup_context=_save)

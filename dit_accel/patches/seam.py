@@ -102,6 +102,7 @@ def _attend(
             list(grid),
             count,
             ids,
+            list(TRACED.learned),
             scale,
             enable_gqa,
             backend,

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import itertools
 import weakref
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -65,6 +65,7 @@ class Session:
         latents: LatentTokens | None,
         dense: Callable[[], torch.Tensor],
         record: bool = True,
+        learned: Sequence[torch.Tensor] | None = None,
     ) -> torch.Tensor:
         """One intercepted call, (B, S, H, D); see :meth:`dit_accel.engine.Engine.attend`.
 
@@ -82,7 +83,7 @@ class Session:
         layout = self._layout(latents, q.shape[1])
         if self._step is None or self._step.forward_id != self._forward_id:
             self._step = self._read_step()  # it does not change within a forward
-        return self.engine.attend(layer, q, k, v, attn_mask, scale, layout, self._step, dense, record)
+        return self.engine.attend(layer, q, k, v, attn_mask, scale, layout, self._step, dense, record, learned)
 
     def _read_step(self) -> StepContext:
         """Where the pipeline is, read from its scheduler without a device sync."""

@@ -1,7 +1,7 @@
-"""The trained model that ships with the package: a small Wan text-to-video pipeline in stock diffusers classes.
+"""The trained model that ships with the package: a small Wan text-to-video pipeline.
 
-It knows 28 subjects, 6 colours, 10 places, 9 motions and counts up to three; `docs/embedded.md` lists them. It was
-trained by the scripts in `examples/train_embedded`.
+It is made of stock diffusers classes and knows 28 subjects, 6 colours, 10 places, 9 motions, and counts up
+to three; `docs/embedded.md` lists them. The scripts in `examples/train_embedded` trained it.
 """
 
 from __future__ import annotations
@@ -44,8 +44,8 @@ def check_files(folder: Path) -> None:
         found = hashlib.sha256(file.read_bytes()).hexdigest()
         if found != expected:
             raise ValueError(
-                f"The embedded model is damaged: {file} ({file.stat().st_size} bytes) is not the released file. "
-                "Install dit-accel again."
+                f"The embedded model is damaged: {file} ({file.stat().st_size} bytes) is not the released "
+                "file. Install dit-accel again."
             )
 
 
@@ -53,7 +53,8 @@ def load_embedded(dtype: torch.dtype | None = None, folder: Path | None = None) 
     """Load the embedded pipeline from the installed package; never touches the network.
 
     Args:
-        dtype: of the transformer and the text encoder; bfloat16, as stored, if None. The autoencoder is float32.
+        dtype: of the transformer and the text encoder; bfloat16, as stored, if None.
+            The autoencoder is float32.
         folder: another copy of the model's folder.
 
     Returns:

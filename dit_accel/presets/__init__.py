@@ -11,7 +11,8 @@ from ..stages.schedule import Schedule
 from ..stages.select_dynamic import Pooled
 from ..stages.select_static import Window
 from .grid import clear, dina, gna, na, radial, sta
-from .searched import adaspa, pbs, sparge, sparsed, vmoba
+from .searched import adaspa, pbs, psa, rectified, sparge, sparsed, vmoba
+from .trained import sla, sparge2, ssa
 
 
 def dense() -> Recipe:
@@ -68,12 +69,17 @@ PRESETS: dict[str, Callable[..., Recipe]] = {
     "sparge": sparge,
     "vmoba": vmoba,
     "pbs": pbs,
+    "rectified": rectified,
+    "psa": psa,
     "na": na,
     "dina": dina,
     "gna": gna,
     "sta": sta,
     "clear": clear,
     "radial": radial,
+    "sla": sla,
+    "sparge2": sparge2,
+    "ssa": ssa,
 }
 
 
@@ -86,8 +92,7 @@ def resolve(recipe: Recipe | str, **options: Any) -> Recipe:
     if isinstance(recipe, Recipe):
         if options:
             raise ValueError(
-                f"Options {sorted(options)} go with a preset's name; "
-                "change a Recipe with recipe.with_fields(...)."
+                f"Options {sorted(options)} go with a preset's name; change a Recipe with recipe.with_fields(...)."
             )
         return recipe
     if recipe not in PRESETS:

@@ -3,13 +3,17 @@
 from __future__ import annotations
 
 from ..recipe import Recipe
+from ..stages.compensate import KeyPyramid, PooledMass
 from ..stages.order_axes import Chunks
+from ..stages.order_curve import Curve
 from ..stages.order_sorted import SortedSegments
 from ..stages.schedule import Schedule
 from ..stages.select_dynamic import Pooled
 from ..stages.select_gate import GlobalGate
 from ..stages.select_gated import GatedPooled
 from ..stages.select_mass import FrozenMass, Mass
+from ..stages.select_rectified import Reallocated
+from ..stages.select_sampled import Sampled
 
 
 def adaspa(
@@ -145,6 +149,74 @@ def pbs(
     return Recipe(
         order=SortedSegments(segment=segment, samples=samples),
         select=Pooled(density=None, top_p=top_p),
+        schedule=Schedule(dense_fraction=dense_fraction, refresh_every=refresh_every),
+    )
+
+
+def rectified(
+    density: float = 0.25,
+    top_p: float = 0.3,
+    dense_fraction: float = 0.2,
+    dense_layers: tuple[int, ...] = (0, 1),
+    gain_aware: bool = True,
+    refresh_every: int = 1,
+) -> Recipe:
+    """Rectified SpaAttn (arXiv 2511.19835): pooled shares that count tokens, and pooled values for the rest.
+
+    Defaults of the released code: at least a quarter of the blocks and 0.3 of the attention, blocks of 128,
+    the first frame and neighbouring blocks always read, the first two layers and (of 50, on Wan) the first
+    ten steps dense, gain-aware rectification.
+
+    Deviations: neighbours are the blocks before and after in the order, a generalised Hilbert curve; text has
+    its own share but does not count towards ``top_p``, and may be of any length; an image has no first frame
+    to read; inputs are not changed in place, and any batch size runs. A reused plan keeps its shares.
+
+    Args:
+        density, top_p: see :class:`~dit_accel.stages.select_rectified.Reallocated`.
+        dense_fraction: share of the denoising steps that stay dense at the start.
+        dense_layers: self-attention layers that stay dense.
+        gain_aware: see :class:`~dit_accel.stages.compensate.PooledMass`.
+        refresh_every: denoising steps that share one plan.
+    """
+    return Recipe(
+        order=Curve(),
+        select=Reallocated(density=density, top_p=top_p),
+        compensate=PooledMass(gain_aware=gain_aware),
+        schedule=Schedule(dense_fraction=dense_fraction, dense_layers=dense_layers, refresh_every=refresh_every),
+    )
+
+
+def psa(
+    cumulative: tuple[float, float, float, float] = (0.5, 0.6, 0.7, 0.8),
+    min_full: float = 0.06,
+    similarity: tuple[float, ...] = (0.7, 0.65, 0.6),
+    dense_fraction: float = 0.24,
+    refresh_every: int = 1,
+    block: tuple[int, int] = (128, 64),
+) -> Recipe:
+    """Pyramid sparse attention (PSA, ziplab): blocks of little importance are read at a lower resolution.
+
+    Defaults of the released code for Wan2.1-1.3B by energy: bounds .5/.6/.7/.8, at least 0.06 of the blocks
+    in full, similarity gate .7/.65/.6, a quarter of the tokens sampled, 12 of 50 steps dense, a space-filling
+    curve. For Wan2.1-14B: ``psa(cumulative=(0.4, 0.5, 0.6, 0.8), similarity=())``. The code's blocks are 128;
+    64 keys are this package's default.
+
+    Deviations: the sampled places are the same in every block and step; importance is summed over a block;
+    a block that crosses a bound gets the finer level; counts of a level are not rounded to whole hardware
+    tiles, since the kernel does not need it; fixed quotas in place of energy are not offered as a preset.
+
+    Args:
+        cumulative, similarity: see :class:`~dit_accel.stages.compensate.KeyPyramid`.
+        min_full: least share of the latent key blocks that is read in full.
+        dense_fraction: share of the denoising steps that stay dense at the start.
+        refresh_every: denoising steps that share one plan.
+        block: tokens in a query and in a key block.
+    """
+    return Recipe(
+        order=Curve(),
+        # What both choose to read in full is the same sample's choice.
+        select=Sampled(density=min_full, top_p=max(cumulative[0], 1e-6), block=block),
+        compensate=KeyPyramid(cumulative=cumulative, similarity=similarity),
         schedule=Schedule(dense_fraction=dense_fraction, refresh_every=refresh_every),
     )
 

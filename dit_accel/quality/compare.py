@@ -266,9 +266,7 @@ def _notes(name: str, warm: RunSummary, end: RunSummary) -> list[str]:
     notes = []
     if dense_total:
         reasons = ", ".join(f"{count} {reason}" for reason, count in dense.items() if count)
-        notes.append(
-            f"{name}: {dense_total} of {sparse + dense_total} self-attention calls ran dense ({reasons})."
-        )
+        notes.append(f"{name}: {dense_total} of {sparse + dense_total} self-attention calls ran dense ({reasons}).")
     if not sparse + dense_total:
         notes.append(f"{name}: no self-attention call went through the patch.")
     nan_calls = end.nan_calls - warm.nan_calls
@@ -284,9 +282,7 @@ def _facts(pipe: Any, arguments: Mapping[str, Any], warm_up: bool) -> dict[str, 
         device = torch.cuda.get_device_name()
     else:
         device = f"CPU ({platform.machine()}, {torch.get_num_threads()} threads)"
-    settings = {
-        name: value for name, value in arguments.items() if isinstance(value, (str, int, float, bool))
-    }
+    settings = {name: value for name, value in arguments.items() if isinstance(value, (str, int, float, bool))}
     return {
         "device": device,
         "versions": ", ".join(
@@ -295,9 +291,7 @@ def _facts(pipe: Any, arguments: Mapping[str, Any], warm_up: bool) -> dict[str, 
             if (found := _version(name)) is not None
         ),
         "settings": ", ".join(f"{name}={value}" for name, value in settings.items()) or "pipeline defaults",
-        "warm-up": f"{_WARM_UP_STEPS} untimed steps before dense and before each recipe"
-        if warm_up
-        else "none",
+        "warm-up": f"{_WARM_UP_STEPS} untimed steps before dense and before each recipe" if warm_up else "none",
     }
 
 

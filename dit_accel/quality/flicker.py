@@ -86,9 +86,7 @@ class FlickerExcess:
 def _mean_where(values: torch.Tensor, where: torch.Tensor) -> float:
     count = where.sum().item() * values.shape[-1]
     if count == 0:
-        raise MetricUnavailable(
-            "Flicker by flow found no pixel that the reference's optical flow can follow."
-        )
+        raise MetricUnavailable("Flicker by flow found no pixel that the reference's optical flow can follow.")
     return (values.double() * where[..., None]).sum().item() / count
 
 
@@ -145,7 +143,5 @@ def _opencv() -> Any:
     try:
         import cv2
     except ImportError as error:
-        raise MetricUnavailable(
-            "Flicker by flow needs OpenCV: pip install opencv-python-headless."
-        ) from error
+        raise MetricUnavailable("Flicker by flow needs OpenCV: pip install opencv-python-headless.") from error
     return cv2

@@ -70,9 +70,7 @@ def generate_clip(pipe: Any, prompt: str, seed: int, arguments: Mapping[str, Any
 
 def shortened(pipe: Any, arguments: Mapping[str, Any], steps: int) -> dict[str, Any]:
     """The same arguments with ``steps`` denoising steps, where the pipeline lets them be chosen."""
-    return (
-        {**arguments, "num_inference_steps": steps} if _takes(pipe, "num_inference_steps") else {**arguments}
-    )
+    return {**arguments, "num_inference_steps": steps} if _takes(pipe, "num_inference_steps") else {**arguments}
 
 
 def _takes(pipe: Any, argument: str) -> bool:

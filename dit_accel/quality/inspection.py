@@ -104,9 +104,7 @@ def inspect_patterns(observations: Sequence[Observation], target: float = 0.95) 
         recall = mask_density = change = reuse = None
         if masked:
             recall = torch.stack([_heads(p.recall) for p in masked if p.recall is not None]).mean(0)
-            mask_density = torch.stack(
-                [_heads(p.keep.float().mean((-1, -2))) for p in masked if p.keep is not None]
-            )
+            mask_density = torch.stack([_heads(p.keep.float().mean((-1, -2))) for p in masked if p.keep is not None])
             mask_density = mask_density.mean(0)
         if len(group) > 1:
             moves, kept = [], []
@@ -153,9 +151,7 @@ def write_inspection(
     tree = {**inspection.to_json(), "facts": dict(facts or {})}
     (folder / "patterns.json").write_text(json.dumps(tree, indent=1, allow_nan=False) + "\n")
     for (layer, order), group in _groups(observations).items():
-        sheet = map_sheet(
-            f"Layer {layer}, {order} order: share of attention mass by block", _panels(group, target)
-        )
+        sheet = map_sheet(f"Layer {layer}, {order} order: share of attention mass by block", _panels(group, target))
         sheet.save(folder / f"maps_{_file_name(order)}_layer{layer:02d}.png")
     for order in dict.fromkeys(f.order for f in inspection.findings):
         for quantity, title in (
@@ -166,9 +162,7 @@ def write_inspection(
             rows = _table(inspection, order, quantity)
             if rows:
                 names = [f"layer {layer}" for layer in rows]
-                value_table(title, names, list(rows.values())).save(
-                    folder / f"{quantity}_{_file_name(order)}.png"
-                )
+                value_table(title, names, list(rows.values())).save(folder / f"{quantity}_{_file_name(order)}.png")
     return inspection
 
 

@@ -156,8 +156,7 @@ class Lpips:
         _, height, width, _ = pair.reference.shape
         if min(height, width) < _SMALLEST_SIDE:
             raise MetricUnavailable(
-                f"LPIPS needs frames of at least {_SMALLEST_SIDE}x{_SMALLEST_SIDE} pixels, "
-                f"got {height}x{width}."
+                f"LPIPS needs frames of at least {_SMALLEST_SIDE}x{_SMALLEST_SIDE} pixels, got {height}x{width}."
             )
         total = 0.0
         x, y = pair.reference.permute(0, 3, 1, 2), pair.candidate.permute(0, 3, 1, 2)

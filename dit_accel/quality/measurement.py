@@ -33,8 +33,7 @@ class Measurement:
     def __post_init__(self) -> None:
         if (self.value is None) == (self.reason is None):
             raise ValueError(
-                f"a Measurement has either a value or a reason, got value={self.value!r} and "
-                f"reason={self.reason!r}."
+                f"a Measurement has either a value or a reason, got value={self.value!r} and reason={self.reason!r}."
             )
         if self.value is not None and math.isnan(self.value):
             raise ValueError("a Measurement's value must not be NaN; give a reason instead.")

@@ -34,9 +34,7 @@ def report_page(report: ComparisonReport, folder: Path, *, embed_limit: int = 64
     """
     summaries = [report.summary(name) for name in report.recipes]
     dense = report.summary(DENSE)
-    metrics = [
-        m for m in METRICS.values() if any(m.name in s.metrics or m.name in s.missing for s in summaries)
-    ]
+    metrics = [m for m in METRICS.values() if any(m.name in s.metrics or m.name in s.missing for s in summaries)]
     body = [
         f"<h1>{escape(report.pipeline)}: dense and accelerated</h1>",
         f'<p class="lead">{escape(_headline(report, summaries, dense))}</p>',
@@ -63,9 +61,7 @@ def report_page(report: ComparisonReport, folder: Path, *, embed_limit: int = 64
 def _headline(report: ComparisonReport, summaries: Sequence[RecipeSummary], dense: RecipeSummary) -> str:
     seeds = len({seed for _, seed in report.pairs})
     clips = (
-        f"{_count(len(report.pairs), 'pair')} of prompt and seed"
-        if seeds > 1
-        else _count(len(report.pairs), "prompt")
+        f"{_count(len(report.pairs), 'pair')} of prompt and seed" if seeds > 1 else _count(len(report.pairs), "prompt")
     )
     start = f"{clips}, the same noise for every column. "
     if not summaries:
@@ -128,9 +124,7 @@ def _cost_table(report: ComparisonReport, summaries: Sequence[RecipeSummary], de
     return _table(heads, [*rows, last])
 
 
-def _fidelity_table(
-    report: ComparisonReport, summaries: Sequence[RecipeSummary], metrics: Sequence[Metric]
-) -> str:
+def _fidelity_table(report: ComparisonReport, summaries: Sequence[RecipeSummary], metrics: Sequence[Metric]) -> str:
     heads = ["Recipe"]
     for metric in metrics:
         unit = f", {metric.unit}" if metric.unit else ""
@@ -160,9 +154,7 @@ def _fidelity(report: ComparisonReport, summaries: Sequence[RecipeSummary], metr
     text = "Each clip against the dense clip of the same prompt and seed; arrows show which way is better. "
     if any(m.name.startswith("flicker") for m in metrics):
         text += "Flicker is in 8-bit levels: how differently the two clips change from frame to frame."
-    return (
-        f'<h2>Fidelity to dense</h2>{_fidelity_table(report, summaries, metrics)}<p class="soft">{text}</p>'
-    )
+    return f'<h2>Fidelity to dense</h2>{_fidelity_table(report, summaries, metrics)}<p class="soft">{text}</p>'
 
 
 def _plots(summaries: Sequence[RecipeSummary], dense: RecipeSummary, metrics: Sequence[Metric]) -> str:
@@ -218,9 +210,7 @@ def _clips(report: ComparisonReport, folder: Path, metrics: Sequence[Metric], em
         out += [_clip(result, folder, metrics) for result in row if result.clip]
         out.append("</div>")
     if left_out:
-        out.append(
-            f'<p class="soft">{_count(left_out, "more prompt")} in the clips folder beside this page.</p>'
-        )
+        out.append(f'<p class="soft">{_count(left_out, "more prompt")} in the clips folder beside this page.</p>')
     return "".join(out) if len(out) > 1 else ""
 
 
@@ -289,7 +279,6 @@ def _facts(report: ComparisonReport) -> str:
     if not report.facts:
         return ""
     rows = "".join(
-        f"<dt>{escape(name)}</dt><dd><code>{escape(value)}</code></dd>"
-        for name, value in report.facts.items()
+        f"<dt>{escape(name)}</dt><dd><code>{escape(value)}</code></dd>" for name, value in report.facts.items()
     )
     return f"<h2>How this was made</h2><dl>{rows}</dl>"

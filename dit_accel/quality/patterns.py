@@ -64,9 +64,7 @@ def block_pattern(
     batch, heads, q_len, dim = q.shape
     kv_len = k.shape[2]
     if mask is not None and (mask.q_len, mask.kv_len) != (q_len, kv_len):
-        raise ValueError(
-            f"the mask is for {mask.q_len} queries and {mask.kv_len} keys, got {q_len} and {kv_len}."
-        )
+        raise ValueError(f"the mask is for {mask.q_len} queries and {mask.kv_len} keys, got {q_len} and {kv_len}.")
     block_q, block_k = (block, block) if mask is None else (mask.block_q, mask.block_k)
     visible = None if key_mask is None else key_mask[:, None].expand(batch, heads, kv_len)
     if rows is not None:

@@ -97,11 +97,7 @@ class LatentMse:
         """Mean over all elements, in the pipeline's own (normalised) latent units, squared."""
         x, y = pair.reference_latents, pair.candidate_latents
         if x is None or y is None:
-            raise MetricUnavailable(
-                "Latent MSE needs the final latents of both clips; this pipeline gave none."
-            )
+            raise MetricUnavailable("Latent MSE needs the final latents of both clips; this pipeline gave none.")
         if x.shape != y.shape:
-            raise MetricUnavailable(
-                f"Latent MSE needs latents of one shape, got {list(x.shape)} and {list(y.shape)}."
-            )
+            raise MetricUnavailable(f"Latent MSE needs latents of one shape, got {list(x.shape)} and {list(y.shape)}.")
         return (x.detach().cpu().double() - y.detach().cpu().double()).square().mean().item()

@@ -116,9 +116,7 @@ def _front(points: Sequence[ParetoPoint], higher_is_better: bool) -> list[Pareto
     return front
 
 
-def _place(
-    name: str, px: float, py: float, taken: list[tuple[float, float, float, float]]
-) -> tuple[float, float, str]:
+def _place(name: str, px: float, py: float, taken: list[tuple[float, float, float, float]]) -> tuple[float, float, str]:
     """First free place for a name around its point; adds it to ``taken``."""
     width = 6.6 * len(name) + 4
     best: tuple[float, float, str] | None = None

@@ -59,9 +59,7 @@ def _write_film(report: ComparisonReport, folder: Path) -> Path | None:
     ]
     if not rows:
         return None
-    labels = [
-        name if name == DENSE else f"{name}  {report.summary(name).speedup.mean:.2f}x" for name in names
-    ]
+    labels = [name if name == DENSE else f"{name}  {report.summary(name).speedup.mean:.2f}x" for name in names]
 
     def pictures() -> Iterator[np.ndarray[Any, Any]]:
         size: tuple[int, ...] | None = None

@@ -135,9 +135,7 @@ class ComparisonReport:
             recipe=recipe,
             clips=len(clips),
             total_seconds=bootstrap_mean([clip.total_seconds for clip in clips]),
-            speedup=bootstrap_mean(
-                [d.total_seconds / c.total_seconds for d, c in zip(dense, clips, strict=True)]
-            ),
+            speedup=bootstrap_mean([d.total_seconds / c.total_seconds for d, c in zip(dense, clips, strict=True)]),
             attention_seconds=_interval_of_known(attention),
             attention_speedup=bootstrap_mean(ratios) if ratios else None,
             density=_interval_of_known([clip.density for clip in clips]),
@@ -169,8 +167,7 @@ class ComparisonReport:
         """
         if (tree.get("format"), tree.get("version")) != (_FORMAT, _VERSION):
             raise ValueError(
-                f"expected {_FORMAT} version {_VERSION}, got {tree.get('format')!r} "
-                f"version {tree.get('version')!r}."
+                f"expected {_FORMAT} version {_VERSION}, got {tree.get('format')!r} version {tree.get('version')!r}."
             )
         return cls(
             pipeline=tree["pipeline"],

@@ -21,9 +21,7 @@ def as_video(frames: Any, name: str = "video") -> torch.Tensor:
     """
     clip = torch.as_tensor(frames).detach().cpu()
     if clip.ndim != 4 or clip.shape[-1] != 3 or 0 in clip.shape:
-        raise ValueError(
-            f"{name} must be [frames, height, width, 3] with no empty side, got {list(clip.shape)}."
-        )
+        raise ValueError(f"{name} must be [frames, height, width, 3] with no empty side, got {list(clip.shape)}.")
     if clip.dtype == torch.uint8:
         return clip.float() / 255
     if not clip.dtype.is_floating_point:
@@ -62,8 +60,7 @@ class ClipPair:
         object.__setattr__(self, "candidate", as_video(self.candidate, "candidate"))
         if self.reference.shape != self.candidate.shape:
             raise ValueError(
-                f"paired clips must have one shape, got {list(self.reference.shape)} and "
-                f"{list(self.candidate.shape)}."
+                f"paired clips must have one shape, got {list(self.reference.shape)} and {list(self.candidate.shape)}."
             )
         if not self.fps > 0:
             raise ValueError(f"fps must be positive, got {self.fps}.")

@@ -56,8 +56,7 @@ class Vmaf:
         frames, height, width, _ = pair.reference.shape
         if min(height, width) < _SMALLEST_SIDE:
             raise MetricUnavailable(
-                f"VMAF needs frames of at least {_SMALLEST_SIDE}x{_SMALLEST_SIDE} pixels, "
-                f"got {height}x{width}."
+                f"VMAF needs frames of at least {_SMALLEST_SIDE}x{_SMALLEST_SIDE} pixels, got {height}x{width}."
             )
         # Each picture holds the candidate above the reference, and the filter cuts it apart again: frames
         # then pair by index whatever ffmpeg does with timestamps.
@@ -74,14 +73,10 @@ class Vmaf:
         command += ["-filter_complex", graph, "-f", "null", "-"]
         with tempfile.TemporaryDirectory() as folder:
             # A relative log path needs no escaping in the filter graph.
-            run = subprocess.run(
-                command, input=stacked.numpy().tobytes(), capture_output=True, cwd=folder, check=False
-            )
+            run = subprocess.run(command, input=stacked.numpy().tobytes(), capture_output=True, cwd=folder, check=False)
             log = Path(folder) / "vmaf.json"
             if run.returncode or not log.is_file():
-                raise MetricUnavailable(
-                    f"VMAF failed in ffmpeg: {run.stderr.decode(errors='replace').strip()[-300:]}."
-                )
+                raise MetricUnavailable(f"VMAF failed in ffmpeg: {run.stderr.decode(errors='replace').strip()[-300:]}.")
             report = json.loads(log.read_text())
         if len(report["frames"]) != frames:
             raise MetricUnavailable(f"VMAF scored {len(report['frames'])} of {frames} frames.")

@@ -25,9 +25,7 @@ class BlockMeans:
     k: torch.Tensor
 
     @classmethod
-    def of(
-        cls, q: torch.Tensor, k: torch.Tensor, key_mask: torch.Tensor | None, block: tuple[int, int]
-    ) -> BlockMeans:
+    def of(cls, q: torch.Tensor, k: torch.Tensor, key_mask: torch.Tensor | None, block: tuple[int, int]) -> BlockMeans:
         """Means of (B, S, H, D) queries and keys; keys that ``key_mask`` (B, S) hides do not count."""
         return cls(pool_blocks(q, block[0]), pool_blocks(k, block[1], key_mask=key_mask))
 

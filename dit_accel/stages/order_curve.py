@@ -59,9 +59,7 @@ def _walk(start: Vector, forward: Vector, across: Vector, deep: Vector) -> Itera
                 yield from _walk(*box)
 
 
-def _parts(
-    start: Vector, forward: Vector, across: Vector, deep: Vector
-) -> list[tuple[Vector, Vector, Vector, Vector]]:
+def _parts(start: Vector, forward: Vector, across: Vector, deep: Vector) -> list[tuple[Vector, Vector, Vector, Vector]]:
     length, breadth, depth = _size(forward), _size(across), _size(deep)
     half_f, half_a, half_d = _half(forward), _half(across), _half(deep)
     rest_f, rest_a, rest_d = _minus(forward, half_f), _minus(across, half_a), _minus(deep, half_d)

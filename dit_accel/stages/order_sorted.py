@@ -78,9 +78,7 @@ def sampled_attention(
     scale = q.shape[-1] ** -0.5 if scale is None else scale
     count = min(samples, layout.num_latent)
     # Evenly spread: the middles of ``count`` equal stretches.
-    picked = layout.latent_start + (
-        (2 * torch.arange(count, device=q.device) + 1) * layout.num_latent // (2 * count)
-    )
+    picked = layout.latent_start + ((2 * torch.arange(count, device=q.device) + 1) * layout.num_latent // (2 * count))
     keys = k.permute(0, 2, 3, 1)
     hidden = None if key_mask is None else ~key_mask[:, None, None]
     total = torch.zeros(q.shape[0], q.shape[2], q.shape[1], device=q.device)
@@ -93,9 +91,7 @@ def sampled_attention(
     return total / count
 
 
-def _tile_numbers(
-    grid: tuple[int, int, int], tile: tuple[int, int, int], device: torch.device
-) -> torch.Tensor:
+def _tile_numbers(grid: tuple[int, int, int], tile: tuple[int, int, int], device: torch.device) -> torch.Tensor:
     """int64 ``[F * H * W]``: the tile of each latent, by raster index."""
     f, h, w = (torch.arange(side, device=device) // size for side, size in zip(grid, tile, strict=True))
     tiles_h, tiles_w = -(-grid[1] // tile[1]), -(-grid[2] // tile[2])

@@ -47,9 +47,7 @@ class Schedule:
         if self.refresh_every < 1:
             raise ValueError(f"schedule.refresh_every must be at least 1 step, got {self.refresh_every}.")
         if any(not 0.0 <= point < 1.0 for point in self.refresh_at):
-            raise ValueError(
-                f"schedule.refresh_at must hold progress values in [0, 1), got {self.refresh_at}."
-            )
+            raise ValueError(f"schedule.refresh_at must hold progress values in [0, 1), got {self.refresh_at}.")
         for _, density in self.density_points:
             if not 0.0 < density <= 1.0:
                 raise ValueError(f"schedule.density_points must hold densities in (0, 1], got {density}.")

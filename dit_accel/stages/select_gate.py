@@ -67,9 +67,7 @@ class GlobalGate:
         return keep_chosen(blocks, chosen, key_mask)
 
 
-def global_choice(
-    gates: torch.Tensor, pairs: torch.Tensor, own: torch.Tensor, threshold: float
-) -> torch.Tensor:
+def global_choice(gates: torch.Tensor, pairs: torch.Tensor, own: torch.Tensor, threshold: float) -> torch.Tensor:
     """VMoBA's "head_global" rule on gates ``[B, H, queries, chunks]``: which pairs are kept.
 
     Args:
@@ -94,9 +92,7 @@ def global_choice(
     return (chosen | own).view(gates.shape)
 
 
-def per_query_chunks(
-    q: torch.Tensor, k: torch.Tensor, chunk_of_token: torch.Tensor, threshold: float
-) -> torch.Tensor:
+def per_query_chunks(q: torch.Tensor, k: torch.Tensor, chunk_of_token: torch.Tensor, threshold: float) -> torch.Tensor:
     """The paper's own form: every query token gates the mean keys of the chunks by itself.
 
     A reference: the attention it asks for needs a gather per query, which no block kernel can do.

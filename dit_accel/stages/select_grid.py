@@ -67,9 +67,7 @@ class TileWindow(_GridRule):
         """Work out a layout's kept block pairs, and the token masks of those at the window's edge."""
         grid = blocks.layout.grid
         tile = fold_tile(self.tile, grid[0])
-        visible = [
-            self._visible(*sizes).to(blocks.device) for sizes in zip(grid, tile, self.window, strict=True)
-        ]
+        visible = [self._visible(*sizes).to(blocks.device) for sizes in zip(grid, tile, self.window, strict=True)]
         return token_tables(blocks, separable(visible), self.sink_first_frame)
 
     @staticmethod

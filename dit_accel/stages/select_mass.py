@@ -96,9 +96,7 @@ def adapted_densities(recall: torch.Tensor, density: float, target: float) -> to
     shift = min(density / 2, 1.0 - density)
     number = (recall > target).sum(-1, keepdim=True).clamp(max=heads // 2)
     order = recall.argsort(dim=-1, descending=True, stable=True)
-    rank = torch.empty_like(order).scatter_(
-        -1, order, torch.arange(heads, device=order.device).expand_as(order)
-    )
+    rank = torch.empty_like(order).scatter_(-1, order, torch.arange(heads, device=order.device).expand_as(order))
     best, worst = rank < number, rank >= heads - number
     return density - shift * best.double() + shift * worst.double()
 

@@ -59,9 +59,7 @@ class Window:
                 )
         for name in ("stride", "dilation"):
             if min(getattr(self, name)) < 1:
-                raise ValueError(
-                    f"select.{name} must be at least 1 per dimension, got {getattr(self, name)}."
-                )
+                raise ValueError(f"select.{name} must be at least 1 per dimension, got {getattr(self, name)}.")
         check_block(self.block)
 
     @property

@@ -123,9 +123,7 @@ def choose(
     best: tuple[tuple[int, int], Shape, Shape, Shape] | None = None
     for tile_q, tile_k in product(_shapes(block[0]), _shapes(block[1])):
         # Dimensions do not interact: each has its own best stride, and the visits multiply.
-        axes = [
-            _best_stride(*sizes) for sizes in zip(grid, window, limits, dilation, tile_q, tile_k, strict=True)
-        ]
+        axes = [_best_stride(*sizes) for sizes in zip(grid, window, limits, dilation, tile_q, tile_k, strict=True)]
         stride = (axes[0][1], axes[1][1], axes[2][1])
         key = (prod(visits for visits, _ in axes), sum(stride))
         if best is None or key < best[0]:
@@ -134,9 +132,7 @@ def choose(
     (visited, _), stride, tile_q, tile_k = best
     grown = [_grow(*sizes) for sizes in zip(grid, window, stride, dilation, tile_q, tile_k, strict=True)]
     largest = (grown[0], grown[1], grown[2])
-    return TileChoice(
-        largest, stride, tile_q, tile_k, _cost(grid, largest, visited, prod(tile_q), prod(tile_k))
-    )
+    return TileChoice(largest, stride, tile_q, tile_k, _cost(grid, largest, visited, prod(tile_q), prod(tile_k)))
 
 
 def planned_cost(layout: TokenLayout, order: Order, window: Window) -> TileCost:
@@ -178,18 +174,14 @@ def _start(position: int, members: int, window: int, stride: int) -> int:
     return min(max(leader - window // 2, 0), members - window)
 
 
-def _best_stride(
-    length: int, window: int, limit: int, dilation: int, tile_q: int, tile_k: int
-) -> tuple[int, int]:
+def _best_stride(length: int, window: int, limit: int, dilation: int, tile_q: int, tile_k: int) -> tuple[int, int]:
     strides = range(1, min(window, limit) + 1)
     return min((_visits(length, window, stride, dilation, tile_q, tile_k), stride) for stride in strides)
 
 
 def _grow(length: int, window: int, stride: int, dilation: int, tile_q: int, tile_k: int) -> int:
     cost = _visits(length, window, stride, dilation, tile_q, tile_k)
-    while (window + 1) * dilation <= length and (
-        _visits(length, window + 1, stride, dilation, tile_q, tile_k) == cost
-    ):
+    while (window + 1) * dilation <= length and (_visits(length, window + 1, stride, dilation, tile_q, tile_k) == cost):
         window += 1
     return window
 

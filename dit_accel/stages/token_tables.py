@@ -76,10 +76,7 @@ def token_tables(blocks: SequenceBlocks, sees: Sees, sink_first_frame: bool = Fa
         return _tables_of([blocks], sees, sink_first_frame, None)
     # Heads that share an order share its tables.
     distinct, head_to_order = blocks.rows.unique(dim=0, return_inverse=True)
-    orders = [
-        SequenceBlocks(blocks.layout, rows, blocks.block_q, blocks.block_k, blocks.device)
-        for rows in distinct
-    ]
+    orders = [SequenceBlocks(blocks.layout, rows, blocks.block_q, blocks.block_k, blocks.device) for rows in distinct]
     return _tables_of(orders, sees, sink_first_frame, head_to_order)
 
 
@@ -111,9 +108,7 @@ def _tables_of(
     return TokenTables(keep_map, full_map, bit_rows, token_bits)
 
 
-def _token_chunks(
-    blocks: SequenceBlocks, sees: Sees, sink_first_frame: bool
-) -> Iterator[tuple[int, torch.Tensor]]:
+def _token_chunks(blocks: SequenceBlocks, sees: Sees, sink_first_frame: bool) -> Iterator[tuple[int, torch.Tensor]]:
     """First query block and bool ``[blocks, block_q, nk, block_k]`` of successive groups of query blocks."""
     seq_len, block_q, block_k = blocks.layout.seq_len, blocks.block_q, blocks.block_k
     num_q, num_k = blocks.num_blocks
@@ -136,9 +131,7 @@ def _token_chunks(
 
 def _pack(tokens: torch.Tensor) -> torch.Tensor:
     """int32 ``[P, block_q, block_k // 32]`` from bool ``[P, block_q, block_k]``."""
-    weights = torch.ones(32, dtype=torch.int64, device=tokens.device) << torch.arange(
-        32, device=tokens.device
-    )
+    weights = torch.ones(32, dtype=torch.int64, device=tokens.device) << torch.arange(32, device=tokens.device)
     words = (tokens.unflatten(-1, (-1, 32)).long() * weights).sum(-1)
     return torch.where(words >= 1 << 31, words - (1 << 32), words).to(torch.int32)
 

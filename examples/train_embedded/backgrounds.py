@@ -1,7 +1,8 @@
 """Procedural backgrounds: two static layers (far, near) that a slow camera pans over at different speeds.
 
-Every painter returns `(far, near)`: far [n, 3, H, W] opaque and near [n, 4, H, W] with straight alpha, in [0, 1].
-W is wider than the frame by the room the camera needs. Painters follow the order of `captions.BACKGROUNDS`.
+Every painter returns `(far, near)`: far [n, 3, H, W] opaque and near [n, 4, H, W] with straight alpha, in
+[0, 1]. W is wider than the frame by the room the camera needs. Painters follow the order of
+`captions.BACKGROUNDS`.
 """
 
 from __future__ import annotations
@@ -32,7 +33,7 @@ class Canvas:
         return (base + self.uniform(-spread, spread, 3, 1, 1)).clamp(0, 1)
 
     def noise(self, rows: int, columns: int, octaves: int = 3) -> Tensor:
-        """Smooth noise [n, 1, H, W], about zero mean and unit spread; `rows` x `columns` is the coarsest grid."""
+        """Smooth noise [n, 1, H, W] of about unit spread; `rows` x `columns` is the coarsest grid."""
         total = torch.zeros(self.n, 1, self.height, self.width, device=self.generator.device)
         for octave in range(octaves):
             grid = (self.n, 1, min(rows << octave, self.height), min(columns << octave, self.width))
@@ -116,7 +117,11 @@ def meadow(c: Canvas) -> tuple[Tensor, Tensor]:
 
 def desert(c: Canvas) -> tuple[Tensor, Tensor]:
     far = c.gradient(c.color(0.55, 0.78, 0.92), c.color(0.98, 0.90, 0.72), 0.6)
-    far = mix(far, c.color(1.0, 0.95, 0.70, 0.02), c.disc(c.uniform(0.2, 1.0), c.uniform(0.12, 0.25), c.uniform(0.05, 0.07)))
+    far = mix(
+        far,
+        c.color(1.0, 0.95, 0.70, 0.02),
+        c.disc(c.uniform(0.2, 1.0), c.uniform(0.12, 0.25), c.uniform(0.05, 0.07)),
+    )
     far = mix(far, c.color(0.90, 0.72, 0.46), c.below(c.ridge(0.55, 0.04, 3, 1)))
     sand = c.gradient(c.color(0.90, 0.68, 0.38), c.color(0.76, 0.50, 0.24)) + 0.025 * c.noise(30, 5, 2)
     return far, layer(sand, c.below(c.ridge(0.68, 0.05, 3, 1)))
@@ -144,7 +149,11 @@ def snow(c: Canvas) -> tuple[Tensor, Tensor]:
     peaks, phase = 2.4, c.uniform(0, 1)
     wave = (2 * ((c.x * peaks + phase) % 1.0) - 1).abs()
     crest = 0.28 + 0.34 * wave + 0.02 * (c.ridge(0.0, 1.0, 24, 1))
-    rock = mix(c.color(0.40, 0.45, 0.56).expand(c.n, 3, c.height, c.width), torch.ones_like(far), 1 - c.below(crest + 0.11))
+    rock = mix(
+        c.color(0.40, 0.45, 0.56).expand(c.n, 3, c.height, c.width),
+        torch.ones_like(far),
+        1 - c.below(crest + 0.11),
+    )
     far = mix(far, rock, c.below(crest))
     ground = c.gradient(c.color(0.97, 0.98, 1.0, 0.02), c.color(0.80, 0.87, 0.95)) + 0.012 * c.noise(12, 6, 2)
     return far, layer(ground, c.below(c.ridge(0.68, 0.03, 3)))
@@ -166,7 +175,9 @@ def night_city(c: Canvas) -> tuple[Tensor, Tensor]:
     lit = c.uniform(0, 1, 1, rows + 1, 64 * 4)
     column = (position * 4).long().clamp(0, 64 * 4 - 1).expand(c.n, 1, c.height, c.width)
     row = (c.y * rows).long().expand(c.n, 1, c.height, c.width)
-    cell = torch.gather(lit.flatten(2), 2, (row * (64 * 4) + column).flatten(2)).view(c.n, 1, c.height, c.width)
+    cell = torch.gather(lit.flatten(2), 2, (row * (64 * 4) + column).flatten(2)).view(
+        c.n, 1, c.height, c.width
+    )
     pane = ((position * 4) % 1.0 > 0.35) & ((c.y * rows) % 1.0 > 0.4) & (cell > 0.55)
     shade = 0.75 + 0.5 * torch.gather(c.uniform(0, 1, 1, 1, 64), 3, index)
     tower = c.color(0.07, 0.06, 0.13, 0.02) * shade

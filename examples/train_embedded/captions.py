@@ -1,7 +1,8 @@
 """The caption grammar of the embedded model: what a scene is, what it is called, which scenes are held out.
 
-A scene is one subject with a colour, a count, a size, a motion and a background. `caption` writes it as a sentence
-of the grammar; `vocabulary` lists every word the grammar can produce; `is_held_out` splits the combinations.
+A scene is one subject with a colour, a count, a size, a motion and a background. `caption` writes it as a
+sentence of the grammar; `vocabulary` lists every word the grammar can produce; `is_held_out` splits the
+combinations.
 """
 
 from __future__ import annotations
@@ -56,7 +57,8 @@ SUBJECTS: tuple[Subject, ...] = (
     Subject("ladybug", "ladybugs", "1f41e", 0),
 )
 
-# Hue of each colour word on the unit circle (red = 0); sprites are rotated in HSV so that their drawn hue lands here.
+# Hue of each colour word on the unit circle (red = 0); sprites are rotated in HSV so that their drawn hue
+# lands here.
 COLORS: dict[str, float] = {
     "red": 0.985,
     "orange": 0.075,
@@ -112,7 +114,7 @@ class Scene:
 
 
 def is_held_out(subject: int, background: int, motion: int) -> bool:
-    """Whether this combination is kept out of training (one in ten, by a hash, so no list has to be shipped)."""
+    """Whether this combination is kept out of training (one in ten, by a hash)."""
     name = f"{SUBJECTS[subject].name}|{BACKGROUND_NAMES[background]}|{MOTION_NAMES[motion]}"
     return hashlib.sha256(name.encode()).digest()[0] % 10 == 0
 

@@ -1,8 +1,9 @@
-"""Runs `AutoencoderKLWan` over whole clips at once, equal to its own loop over chunks but compilable and faster.
+"""Runs `AutoencoderKLWan` over whole clips at once: equal to its own loop over chunks, but faster.
 
-The stock `encode` and `decode` feed one latent frame after another through caches of past frames. All convolutions
-are causal, so one pass over the clip gives the same numbers, provided the first frame is kept out of the temporal
-up- and downsampling as the stock loop does. `tests/pipelines/test_embedded.py` compares both.
+The stock `encode` and `decode` feed one latent frame after another through caches of past frames. All
+convolutions are causal, so one pass over the clip gives the same numbers, provided the first frame is kept
+out of the temporal up- and downsampling as the stock loop does. `tests/pipelines/test_embedded.py` compares
+both.
 """
 
 from __future__ import annotations
@@ -70,7 +71,8 @@ def _resample(layer: WanResample, x: torch.Tensor) -> torch.Tensor:
 
 
 def _normalize(norm: WanRMS_norm, x: torch.Tensor) -> torch.Tensor:
-    # The same as norm(x), as one kernel over channels-last memory: this is where the stock block spends its time.
+    # The same as norm(x), as one kernel over channels-last memory: this is where the stock block spends its
+    # time.
     with torch.autocast(x.device.type, enabled=False):
         y = F.rms_norm(x.movedim(1, -1), (x.shape[1],), norm.gamma.flatten().to(x.dtype), eps=1e-12)
     return y.movedim(-1, 1)

@@ -34,7 +34,9 @@ class ClipGeometry:
         return (self.frames - 1) // 4 + 1, self.height // 8, self.width // 8
 
 
-def _trajectory(motion: str, time: torch.Tensor, rng: random.Random) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+def _trajectory(
+    motion: str, time: torch.Tensor, rng: random.Random
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """Centre x, y (as offsets in frame heights) and scale over normalised `time` in [0, 1]."""
     zero, one = torch.zeros_like(time), torch.ones_like(time)
     x, y = rng.uniform(-0.1, 0.1) + zero, rng.uniform(-0.08, 0.08) + zero
@@ -145,7 +147,9 @@ def render_clips(
         if active.numel() == 0:
             break
         sprite = bank.frames[variant[active].unsqueeze(1), phase[active, slot]].flatten(0, 1)
-        grid = F.affine_grid(theta[active, slot].flatten(0, 1), [sprite.shape[0], 4, height, width], align_corners=False)
+        grid = F.affine_grid(
+            theta[active, slot].flatten(0, 1), [sprite.shape[0], 4, height, width], align_corners=False
+        )
         drawn = F.grid_sample(sprite, grid.to(sprite.dtype) if sprite.is_cuda else grid, align_corners=False)
         drawn = drawn.view(active.numel(), t, 4, height, width).transpose(1, 2).to(clips.dtype)
         alpha = drawn[:, 3:]
@@ -187,7 +191,7 @@ def _backgrounds(
 
 def _pan(image: torch.Tensor, shift: torch.Tensor, columns: torch.Tensor, middle: float) -> torch.Tensor:
     """Slides a window over [n, c, h, wide] with sub-pixel steps: [n, c, t, h, w]."""
-    n, c, h, wide = image.shape
+    n, _c, h, wide = image.shape
     position = (columns.view(1, 1, -1) + middle + shift.unsqueeze(2)) * h - 0.5
     position = position.clamp(0, wide - 1.001)
     left = position.floor().long()
@@ -212,6 +216,8 @@ def _snowfall(picture: torch.Tensor, generator: torch.Generator) -> torch.Tensor
     """Falling flakes: one random field per clip, rolled down a few pixels per frame."""
     n, _, t, height, width = picture.shape
     points = torch.rand(n, 1, height // 3, width // 3, generator=generator, device=picture.device)
-    flakes = F.interpolate((points > 0.988).float(), size=(height, width), mode="bilinear", align_corners=False)
+    flakes = F.interpolate(
+        (points > 0.988).float(), size=(height, width), mode="bilinear", align_corners=False
+    )
     frames = torch.stack([torch.roll(flakes, shifts=(3 * k, -k), dims=(2, 3)) for k in range(t)], dim=2)
     return picture + (1 - picture) * frames * 0.85

@@ -25,7 +25,7 @@ def token_ids() -> dict[str, int]:
 def encode_words(text: str, ids: dict[str, int]) -> list[int]:
     """What the tokenizer gives for `text`, without its cost."""
     unknown = ids[UNKNOWN]
-    return [ids.get(word, unknown) for word in parse_words(text)][: CAPTION_TOKENS - 1] + [ids[END]]
+    return [*[ids.get(word, unknown) for word in parse_words(text)][: CAPTION_TOKENS - 1], ids[END]]
 
 
 def build_tokenizer() -> PreTrainedTokenizerFast:
@@ -83,8 +83,10 @@ def build_transformer(layers: int = 8, heads: int = 4, head_dim: int = 64) -> Wa
     return transformer
 
 
-def prompt_embeddings(encoder: UMT5EncoderModel, ids: torch.Tensor, length: int = TEXT_TOKENS) -> torch.Tensor:
-    """Embeds padded ids [n, CAPTION_TOKENS] the way WanPipeline does: zeros after each caption, up to `length`."""
+def prompt_embeddings(
+    encoder: UMT5EncoderModel, ids: torch.Tensor, length: int = TEXT_TOKENS
+) -> torch.Tensor:
+    """Embeds padded ids [n, CAPTION_TOKENS] as WanPipeline does: zeros after each caption, up to `length`."""
     mask = ids != 0
     hidden = encoder(ids, mask.long()).last_hidden_state * mask.unsqueeze(-1)
     return torch.nn.functional.pad(hidden, (0, 0, 0, length - ids.shape[1]))

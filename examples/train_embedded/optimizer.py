@@ -1,7 +1,8 @@
 """Muon for hidden matrices and convolution kernels: momentum, orthogonalised by Newton-Schulz iterations.
 
-Jordan et al., "Muon: an optimizer for hidden layers in neural networks" (2024); the step is scaled to the size of an
-AdamW step as in Liu et al., "Muon is scalable for LLM training" (2025). Matrices of one shape are updated together.
+Jordan et al., "Muon: an optimizer for hidden layers in neural networks" (2024); the step is scaled to the
+size of an AdamW step as in Liu et al., "Muon is scalable for LLM training" (2025). Matrices of one shape
+are updated together.
 """
 
 from __future__ import annotations
@@ -33,7 +34,11 @@ class Muon(torch.optim.Optimizer):
     """
 
     def __init__(
-        self, params: Iterable[torch.nn.Parameter], lr: float, momentum: float = 0.95, weight_decay: float = 0.02
+        self,
+        params: Iterable[torch.nn.Parameter],
+        lr: float,
+        momentum: float = 0.95,
+        weight_decay: float = 0.02,
     ) -> None:
         super().__init__(params, {"lr": lr, "momentum": momentum, "weight_decay": weight_decay})
 

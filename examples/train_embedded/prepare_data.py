@@ -1,4 +1,4 @@
-"""Fetches the animated emoji from npm (MIT licence) and packs the subjects of the grammar into one small zip."""
+"""Fetches animated emoji from npm (MIT licence) and packs the subjects of the grammar into one small zip."""
 
 from __future__ import annotations
 
@@ -14,16 +14,24 @@ PACKAGES = tuple(f"@lobehub/fluent-emoji-anim-{i}@1.0.0" for i in (1, 2, 3, 4))
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--work", type=Path, default=Path("data"), help="folder for the downloads (about 1 GB)")
+    parser.add_argument(
+        "--work", type=Path, default=Path("data"), help="folder for the downloads (about 1 GB)"
+    )
     parser.add_argument("--out", type=Path, default=Path("data/sprites.zip"))
-    parser.add_argument("--assets", type=Path, nargs="*", help="folders with *.webp already unpacked: no download")
+    parser.add_argument(
+        "--assets", type=Path, nargs="*", help="folders with *.webp already unpacked: no download"
+    )
     args = parser.parse_args()
     folders: list[Path] = args.assets or []
     if not folders:
         args.work.mkdir(parents=True, exist_ok=True)
         for package in PACKAGES:
             name = subprocess.run(
-                ["npm", "pack", "--silent", package], cwd=args.work, check=True, capture_output=True, text=True
+                ["npm", "pack", "--silent", package],
+                cwd=args.work,
+                check=True,
+                capture_output=True,
+                text=True,
             ).stdout.split()[-1]
             target = args.work / name.removesuffix(".tgz")
             with tarfile.open(args.work / name) as archive:

@@ -1,4 +1,4 @@
-"""Saves the stock pipeline from averaged weights and draws a contact sheet of prompts from held-out combinations."""
+"""Saves the stock pipeline from averaged weights and draws a contact sheet of held-out prompts."""
 
 from __future__ import annotations
 
@@ -11,7 +11,16 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from captions import BACKGROUND_NAMES, COLOR_NAMES, MOTION_NAMES, SUBJECTS, Scene, caption, is_held_out, sample_scene
+from captions import (
+    BACKGROUND_NAMES,
+    COLOR_NAMES,
+    MOTION_NAMES,
+    SUBJECTS,
+    Scene,
+    caption,
+    is_held_out,
+    sample_scene,
+)
 from checkpoint import load_tensors
 from diffusers import AutoencoderKLWan, WanPipeline
 from model import assemble, build_text_encoder, build_transformer
@@ -44,7 +53,10 @@ def export_pipeline(ema: Path, vae: Path, out: Path, layers: int, heads: int, he
         {k[13:]: v for k, v in trained.items() if k.startswith("text_encoder.")}, strict=False
     )
     # The input embedding is stored once and tied to a second name.
-    if set(missing.missing_keys) - {"encoder.embed_tokens.weight", "shared.weight"} or missing.unexpected_keys:
+    if (
+        set(missing.missing_keys) - {"encoder.embed_tokens.weight", "shared.weight"}
+        or missing.unexpected_keys
+    ):
         raise RuntimeError(f"text encoder weights do not fit: {missing}")
     text_encoder.tie_weights()
     autoencoder = AutoencoderKLWan.from_pretrained(vae, torch_dtype=torch.float32)
@@ -131,7 +143,10 @@ def main() -> None:
         target = args.sheet.with_stem(f"{args.sheet.stem}-g{guidance:g}-f{args.frames}")
         sheet.save(target)
         held = [is_held_out(s.subject, s.background, s.motion) for s in scenes]
-        print(f"{target}: {len(prompts)} clips in {time.monotonic() - began:.1f} s, held out {sum(held)}", flush=True)
+        print(
+            f"{target}: {len(prompts)} clips in {time.monotonic() - began:.1f} s, held out {sum(held)}",
+            flush=True,
+        )
 
 
 if __name__ == "__main__":

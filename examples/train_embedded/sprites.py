@@ -1,4 +1,4 @@
-"""Animated RGBA sprites: packed into one file on the CPU, expanded to a bank of recoloured variants on the GPU."""
+"""Animated RGBA sprites: packed into one file, expanded to a bank of recoloured variants on the GPU."""
 
 from __future__ import annotations
 
@@ -30,7 +30,9 @@ def pack_sprites(assets: list[Path], out: Path) -> None:
             files = [folder / f"{subject.codepoint}.webp" for folder in assets]
             file = next((f for f in files if f.is_file()), None)
             if file is None:
-                raise FileNotFoundError(f"no animation {subject.codepoint}.webp for {subject.name!r} in {assets}")
+                raise FileNotFoundError(
+                    f"no animation {subject.codepoint}.webp for {subject.name!r} in {assets}"
+                )
             image = Image.open(file)
             total = getattr(image, "n_frames", 1)
             strip = Image.new("RGBA", (SPRITE_SIZE * SPRITE_FRAMES, SPRITE_SIZE))
@@ -44,7 +46,7 @@ def pack_sprites(assets: list[Path], out: Path) -> None:
 
 
 def load_sprites(path: Path) -> torch.Tensor:
-    """Reads a packed zip. Returns uint8 [subjects, frames, 4, size, size], straight (not premultiplied) alpha."""
+    """Reads a packed zip. Returns uint8 [subjects, frames, 4, size, size] with straight alpha."""
     strips = []
     with zipfile.ZipFile(path) as archive:
         for subject in SUBJECTS:
@@ -92,8 +94,9 @@ def drawn_hue(rgba: torch.Tensor, named: float) -> float:
 class SpriteBank:
     """Every subject in every colour, on one device.
 
-    `frames` is [variants, SPRITE_FRAMES, 4, size, size] half precision (float on the CPU), premultiplied alpha.
-    Variant of (subject, colour): `variant[subject][colour]`; subjects that keep their colours have one.
+    `frames` is [variants, SPRITE_FRAMES, 4, size, size] half precision (float on the CPU), premultiplied
+    alpha. Variant of (subject, colour): `variant[subject][colour]`; subjects that keep their colours have
+    one.
     """
 
     def __init__(self, sprites: torch.Tensor, device: torch.device) -> None:

@@ -1,8 +1,9 @@
 """Trains the text encoder and the transformer with flow matching on a pool of encoded clips.
 
-Stages grow the clip: single frames, then 3 latent frames, then all 8, at the final spatial resolution throughout, so
-that what a subject looks like is learnt where it is cheap and motion where it has to be. Each stage has a share of the
-wall-clock budget. The pool is rendered and encoded on the device and renewed while training.
+Stages grow the clip: single frames, then 3 latent frames, then all 8, at the final spatial resolution
+throughout, so that what a subject looks like is learnt where it is cheap and motion where it has to be.
+Each stage has a share of the wall-clock budget. The pool is rendered and encoded on the device and renewed
+while training.
 
 Convention of FlowMatchEulerDiscreteScheduler: x = (1 - sigma) * clean + sigma * noise, the model predicts
 noise - clean, and its timestep is 1000 * sigma.
@@ -32,6 +33,7 @@ from checkpoint import (
 )
 from clip_autoencoder import encode_clip, latent_statistics
 from compose import ClipGeometry, render_clips
+from diffusers import WanTransformer3DModel
 from model import (
     CAPTION_TOKENS,
     TEXT_TOKENS,
@@ -46,14 +48,15 @@ from model import (
 from optimizer import Muon
 from sprites import SpriteBank, load_sprites
 from torch.nn.attention import SDPBackend, sdpa_kernel
+from transformers import UMT5EncoderModel
 
 
 @dataclass(frozen=True)
 class Stage:
-    """`latent_frames` a clip, `batch` size, `capacity` of the pool in clips, `renew` a chunk every so many steps.
+    """A part of the training: `latent_frames` a clip, `batch` size, `capacity` of the pool in clips.
 
-    `share` of the time; `text_tokens` to pad captions to: 512 as WanPipeline does by default, fewer where the clip is
-    short and so much padding would cost more than the clip.
+    `renew` a chunk of the pool every so many steps; `share` of the time; `text_tokens` to pad captions to:
+    512 as WanPipeline does by default, fewer where the clip is short and padding would cost more than that.
     """
 
     latent_frames: int
@@ -81,7 +84,8 @@ def parse_stage(text: str) -> Stage:
 class LatentPool:
     """Encoded clips with their scenes, renewed a chunk at a time.
 
-    `latents` is [capacity, 16, t, h, w], normalised; `cover` [capacity, 1, t, h, w] says where the subjects are.
+    `latents` is [capacity, 16, t, h, w], normalised; `cover` [capacity, 1, t, h, w] says where the subjects
+    are.
     """
 
     def __init__(self, trainer: Trainer, stage: Stage, chunk: int) -> None:
@@ -89,7 +93,9 @@ class LatentPool:
         _, h, w = trainer.geometry.latent_shape
         capacity = max(chunk, stage.capacity // chunk * chunk)
         store = torch.bfloat16 if trainer.device.type == "cuda" else torch.float32
-        self.latents = torch.empty(capacity, 16, stage.latent_frames, h, w, dtype=store, device=trainer.device)
+        self.latents = torch.empty(
+            capacity, 16, stage.latent_frames, h, w, dtype=store, device=trainer.device
+        )
         self.cover = torch.empty(capacity, 1, stage.latent_frames, h, w, dtype=store, device=trainer.device)
         self.scenes: list[Scene] = []
         self.next = 0
@@ -103,7 +109,9 @@ class LatentPool:
         scenes = [sample_scene(t.rng) for _ in range(self.chunk)]
         clips, cover = render_clips(scenes, t.bank, t.geometry, t.rng, t.textures, self.stage.frames)
         with torch.autocast(t.device.type, torch.bfloat16, enabled=t.device.type == "cuda"):
-            mean = encode_clip(t.vae, clips.contiguous(memory_format=torch.channels_last_3d)).chunk(2, dim=1)[0]
+            mean = encode_clip(t.vae, clips.contiguous(memory_format=torch.channels_last_3d)).chunk(2, dim=1)[
+                0
+            ]
         where = slice(self.next, self.next + self.chunk)
         self.latents[where] = ((mean.float() - t.mean) / t.std).to(self.latents.dtype)
         cover = F.pad(F.max_pool3d(cover, (1, 8, 8)), (0, 0, 0, 0, 3, 0))
@@ -148,7 +156,9 @@ class Trainer:
         fused = device.type == "cuda"
         self.rates = {"adamw": args.rate, "muon": args.muon_rate}
         self.optimizers: dict[str, torch.optim.Optimizer] = {
-            "adamw": torch.optim.AdamW(others, lr=args.rate, betas=(0.9, 0.98), weight_decay=0.01, fused=fused)
+            "adamw": torch.optim.AdamW(
+                others, lr=args.rate, betas=(0.9, 0.98), weight_decay=0.01, fused=fused
+            )
         }
         if matrices:
             self.optimizers["muon"] = Muon(matrices, lr=args.muon_rate)
@@ -165,7 +175,8 @@ class Trainer:
     def caption_ids(self, scenes: list[Scene]) -> torch.Tensor:
         rows = []
         for scene in scenes:
-            # One caption in ten is dropped for guidance; a few words are unknown, so that unknown words do no harm.
+            # One caption in ten is dropped for guidance; a few words are unknown, so that unknown words do
+            # no harm.
             text = "" if self.rng.random() < 0.1 else caption(scene, self.rng)
             row = encode_words(text, self.ids)
             if len(row) > 1 and self.rng.random() < 0.05:
@@ -173,12 +184,17 @@ class Trainer:
             rows.append((row + [0] * CAPTION_TOKENS)[:CAPTION_TOKENS])
         return torch.tensor(rows).to(self.device, non_blocking=True)
 
-    def train_step(self, pool: LatentPool, factor: float) -> torch.Tensor:
+    def train_step(self, pool: LatentPool, factor: float, image: bool = False) -> torch.Tensor:
+        """One step; `image` trains on first frames alone, which the causal encoder keeps separate."""
         clean, cover, scenes = pool.batch(pool.stage.batch)
+        if image:
+            clean, cover = clean[:, :, :1], cover[:, :, :1]
         ids = self.caption_ids(scenes)
         n = clean.shape[0]
         # Stratified draws: one in every n-th part of the unit interval, then the scheduler's shift.
-        uniform = (torch.arange(n, device=self.device) + torch.rand(n, generator=self.noise, device=self.device)) / n
+        uniform = (
+            torch.arange(n, device=self.device) + torch.rand(n, generator=self.noise, device=self.device)
+        ) / n
         sigma = TIME_SHIFT * uniform / (1 + (TIME_SHIFT - 1) * uniform)
         noise = torch.randn(clean.shape, generator=self.noise, device=self.device)
         s = sigma.view(-1, 1, 1, 1, 1)
@@ -235,12 +251,19 @@ class Trainer:
                 parameter.copy_(values[name])
 
     def warm_start(self, folder: Path) -> None:
-        """Starts from averaged weights alone; optimizers begin anew."""
-        values = load_tensors(folder, "ema")
+        """Starts from averaged weights or a saved pipeline; optimizers begin anew."""
+        if (folder / "model_index.json").is_file():
+            released = {
+                "transformer": WanTransformer3DModel.from_pretrained(folder / "transformer"),
+                "text_encoder": UMT5EncoderModel.from_pretrained(folder / "text_encoder"),
+            }
+            values = {f"{part}.{k}": v for part, net in released.items() for k, v in net.named_parameters()}
+        else:
+            values = load_tensors(folder, "ema")
+            meta = json.loads((folder / "log.json").read_text())
+            self.step, self.log = meta["step"], [tuple(row) for row in meta["log"]]
         self.load_values(values)
         self.average = {k: v.detach().clone() for k, v in self.named_values().items()}
-        meta = json.loads((folder / "log.json").read_text())
-        self.step, self.log = meta["step"], [tuple(row) for row in meta["log"]]
 
     def save_average(self, folder: Path) -> None:
         save_tensors(self.average, folder, "ema")
@@ -256,7 +279,12 @@ def attention_backend(device: torch.device) -> contextlib.AbstractContextManager
     """cuDNN attention on the GPU when it runs there, else PyTorch's choice."""
     if device.type != "cuda":
         return contextlib.nullcontext()
-    order = [SDPBackend.CUDNN_ATTENTION, SDPBackend.FLASH_ATTENTION, SDPBackend.EFFICIENT_ATTENTION, SDPBackend.MATH]
+    order = [
+        SDPBackend.CUDNN_ATTENTION,
+        SDPBackend.FLASH_ATTENTION,
+        SDPBackend.EFFICIENT_ATTENTION,
+        SDPBackend.MATH,
+    ]
     return sdpa_kernel(order, set_priority=True)
 
 
@@ -266,12 +294,26 @@ def main() -> None:
     parser.add_argument("--vae", type=Path, default=Path("runs/vae/vae"))
     parser.add_argument("--out", type=Path, default=Path("runs/transformer"))
     parser.add_argument("--resume", type=Path, help="checkpoint folder: go on exactly")
-    parser.add_argument("--warm-start", type=Path, help="folder with ema-*.safetensors: new optimizers")
-    parser.add_argument("--seconds", type=float, default=540, help="wall-clock budget, pools and compilation included")
+    parser.add_argument(
+        "--warm-start", type=Path, help="folder with ema-*.safetensors, or a pipeline: new optimizers"
+    )
+    parser.add_argument(
+        "--seconds", type=float, default=540, help="wall-clock budget, pools and compilation included"
+    )
     parser.add_argument("--max-steps", type=int, default=10**9, help="stop after so many steps a stage")
-    parser.add_argument("--stages", type=parse_stage, nargs="+", default=[
-        Stage(1, 256, 12288, 8, 0.1, 64), Stage(3, 128, 6144, 6, 0.3, 64), Stage(8, 48, 4096, 8, 0.6)])
-    parser.add_argument("--schedule-start", type=float, default=0.0, help="where in the schedule this run begins")
+    parser.add_argument(
+        "--stages",
+        type=parse_stage,
+        nargs="+",
+        default=[
+            Stage(1, 256, 12288, 8, 0.1, 64),
+            Stage(3, 128, 6144, 6, 0.3, 64),
+            Stage(8, 48, 4096, 8, 0.6),
+        ],
+    )
+    parser.add_argument(
+        "--schedule-start", type=float, default=0.0, help="where in the schedule this run begins"
+    )
     parser.add_argument("--schedule-end", type=float, default=1.0, help="where in the schedule this run ends")
     parser.add_argument("--warmup", type=float, default=0.02)
     parser.add_argument("--optimizer", choices=("muon", "adamw"), default="muon")
@@ -284,9 +326,14 @@ def main() -> None:
     parser.add_argument("--size", type=int, default=192)
     parser.add_argument("--clip-frames", type=int, default=29)
     parser.add_argument("--chunk", type=int, default=64, help="clips rendered and encoded at once")
+    parser.add_argument(
+        "--image-every", type=int, default=8, help="every so many steps train on first frames alone"
+    )
     parser.add_argument("--no-compile", action="store_true")
     parser.add_argument("--checkpoint", action="store_true", help="also write a resumable checkpoint")
-    parser.add_argument("--save-every", type=float, default=90, help="seconds between saves of the averaged weights")
+    parser.add_argument(
+        "--save-every", type=float, default=90, help="seconds between saves of the averaged weights"
+    )
     parser.add_argument("--seed", type=int, default=0)
     args = parser.parse_args()
 
@@ -320,29 +367,37 @@ def main() -> None:
             print(f"stage {stage}: pool in {time.monotonic() - opened:.1f} s", flush=True)
             steps, running, ticked = 0, [], time.monotonic()
             while steps < args.max_steps and (elapsed := time.monotonic() - start) < deadline:
-                if args.max_steps < 10**9:
-                    done = steps / args.max_steps
-                else:
-                    done = elapsed / args.seconds
+                done = steps / args.max_steps if args.max_steps < 10**9 else elapsed / args.seconds
                 place = args.schedule_start + (args.schedule_end - args.schedule_start) * done
                 # New optimizers need a short warm-up of their own.
                 ramp = min(1.0, (trainer.step + 1) / 100 if not args.warm_start else (steps + 1) / 60)
-                running.append(trainer.train_step(pool, ramp * schedule(place, args.warmup)))
+                image = args.image_every > 0 and steps % args.image_every == args.image_every - 1
+                loss = trainer.train_step(pool, ramp * schedule(place, args.warmup), image)
+                if not image:
+                    running.append(loss)
                 steps += 1
                 if steps % stage.renew == 0:
                     pool.renew()
                 if steps % 25 == 0:
-                    loss = torch.stack(running).mean().item()
+                    average = torch.stack(running).mean().item()
                     running = []
-                    trainer.log.append((trainer.step, stage.latent_frames, loss))
+                    trainer.log.append((trainer.step, stage.latent_frames, average))
                     if steps % 100 == 0:
                         rate = (time.monotonic() - ticked) / 100
                         ticked = time.monotonic()
-                        print(f"step {trainer.step} frames {stage.latent_frames} loss {loss:.4f} {1000 * rate:.0f} ms/step", flush=True)
+                        print(
+                            f"step {trainer.step} frames {stage.latent_frames} "
+                            f"loss {average:.4f} {1000 * rate:.0f} ms/step",
+                            flush=True,
+                        )
                     if time.monotonic() - saved > args.save_every:
                         trainer.save_average(args.out)
                         saved = time.monotonic()
-            print(f"stage {stage.latent_frames}: {steps} steps, memory {torch.cuda.max_memory_allocated() / 2**30 if device.type == 'cuda' else 0:.1f} GiB", flush=True)
+            peak = torch.cuda.max_memory_allocated() / 2**30 if device.type == "cuda" else 0.0
+            print(
+                f"stage {stage.latent_frames}: {steps} steps, memory {peak:.1f} GiB",
+                flush=True,
+            )
             del pool
     trainer.save_average(args.out)
     if args.checkpoint:

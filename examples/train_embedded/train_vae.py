@@ -1,6 +1,7 @@
 """Trains the small `AutoencoderKLWan` on rendered clips; ends by measuring the latents' mean and spread.
 
-Loss: L1 + L1 of gradients at four scales + L1 of frame differences + a little KL. Crops first, whole clips last.
+Loss: L1 + L1 of gradients at four scales + L1 of frame differences + a little KL. Crops first, whole clips
+last.
 """
 
 from __future__ import annotations
@@ -27,8 +28,8 @@ from checkpoint import (
 from clip_autoencoder import build_autoencoder, decode_clip, encode_clip
 from compose import ClipGeometry, render_clips
 from diffusers import AutoencoderKLWan
-from PIL import Image
 from optimizer import Muon
+from PIL import Image
 from sprites import SpriteBank, load_sprites
 
 WHOLE_FROM = 0.85  # from here on whole frames instead of crops
@@ -66,7 +67,9 @@ def random_crops(
 class Trainer:
     """The autoencoder, its optimizer, its average and its random numbers: everything a checkpoint holds."""
 
-    def __init__(self, sprites: Path, geometry: ClipGeometry, device: torch.device, compile_: bool, seed: int) -> None:
+    def __init__(
+        self, sprites: Path, geometry: ClipGeometry, device: torch.device, compile_: bool, seed: int
+    ) -> None:
         self.device, self.geometry = device, geometry
         torch.manual_seed(seed)
         self.vae = build_autoencoder().to(device).train()
@@ -125,7 +128,7 @@ class Trainer:
         self.step += 1
         decay = min(0.995, self.step / (self.step + 20))
         with torch.no_grad():
-            values = [v for v in self.vae.state_dict().values()]
+            values = list(self.vae.state_dict().values())
             torch._foreach_lerp_(list(self.average.values()), values, 1 - decay)
         if self.step % 10 == 0:
             self.log.append((self.step, loss.item(), plain.item()))
@@ -146,7 +149,9 @@ class Trainer:
         tensors.update({f"average.{k}": v for k, v in self.average.items()})
         save_tensors(tensors, folder, "vae")
         state = random_state(self.rng, {"textures": self.textures, "noise": self.noise})
-        save_json(folder / "vae.json", {"step": self.step, "log": self.log, "optimizers": rest, "random": state})
+        save_json(
+            folder / "vae.json", {"step": self.step, "log": self.log, "optimizers": rest, "random": state}
+        )
 
     def load(self, folder: Path) -> None:
         tensors = load_tensors(folder, "vae")
@@ -187,7 +192,9 @@ def draw_reconstructions(vae: AutoencoderKLWan, trainer: Trainer, out: Path) -> 
     clips, _ = render_clips(scenes, trainer.bank, trainer.geometry, trainer.rng, trainer.textures)
     decoded = vae.decode(vae.encode(clips).latent_dist.mode()).sample
     frames = [0, clips.shape[2] // 2, clips.shape[2] - 1]
-    rows = [torch.cat([x[:, k] for k in frames for x in (clip, again)], 2) for clip, again in zip(clips, decoded)]
+    rows = [
+        torch.cat([x[:, k] for k in frames for x in (clip, again)], 2) for clip, again in zip(clips, decoded)
+    ]
     picture = ((torch.cat(rows, 1).clamp(-1, 1) + 1) * 127.5).byte().permute(1, 2, 0).cpu().numpy()
     Image.fromarray(picture).save(out)
 
@@ -202,12 +209,16 @@ def main() -> None:
     parser.add_argument("--batch", type=int, default=12)
     parser.add_argument("--crop", type=int, default=96)
     parser.add_argument("--frames", type=int, default=29, help="frames of a crop")
-    parser.add_argument("--rate", type=float, default=2e-3, help="of AdamW: norms, biases, first and last layers")
+    parser.add_argument(
+        "--rate", type=float, default=2e-3, help="of AdamW: norms, biases, first and last layers"
+    )
     parser.add_argument("--muon-rate", type=float, default=2e-3, help="of Muon: the convolution kernels")
     parser.add_argument("--size", type=int, default=192, help="clip height and width in pixels")
     parser.add_argument("--clip-frames", type=int, default=29)
     parser.add_argument("--no-compile", action="store_true")
-    parser.add_argument("--checkpoint", action="store_true", help="also write a resumable checkpoint at the end")
+    parser.add_argument(
+        "--checkpoint", action="store_true", help="also write a resumable checkpoint at the end"
+    )
     parser.add_argument("--seed", type=int, default=0)
     args = parser.parse_args()
 
@@ -216,7 +227,9 @@ def main() -> None:
     torch.backends.cuda.matmul.allow_tf32 = True
     torch.backends.cudnn.allow_tf32 = True
     geometry = ClipGeometry(args.clip_frames, args.size, args.size)
-    trainer = Trainer(args.sprites, geometry, device, not args.no_compile and device.type == "cuda", args.seed)
+    trainer = Trainer(
+        args.sprites, geometry, device, not args.no_compile and device.type == "cuda", args.seed
+    )
     if args.resume:
         trainer.load(args.resume)
 
@@ -237,7 +250,10 @@ def main() -> None:
         if trainer.step % 50 == 0:
             now = time.monotonic()
             _, loss, plain = trainer.log[-1]
-            print(f"step {trainer.step} loss {loss:.4f} l1 {plain:.4f} {1000 * (now - last) / 50:.0f} ms/step", flush=True)
+            print(
+                f"step {trainer.step} loss {loss:.4f} l1 {plain:.4f} {1000 * (now - last) / 50:.0f} ms/step",
+                flush=True,
+            )
             last = now
 
     trainer.rendered = None

@@ -76,9 +76,7 @@ def random_mask(
     if key_mask is not None:
         hidden = ~key_mask.cpu()[:, None]
         if rows is not None:
-            hidden = hidden.expand(-1, rows.shape[1], -1).gather(
-                -1, rows.cpu().long().expand(hidden.shape[0], -1, -1)
-            )
+            hidden = hidden.expand(-1, rows.shape[1], -1).gather(-1, rows.cpu().long().expand(hidden.shape[0], -1, -1))
         padded = torch.nn.functional.pad(hidden, (0, nk * block_k - kv_len))
         partial = padded.unflatten(-1, (nk, block_k)).any(-1)
         partial = partial.any(0, keepdim=True) if lead[0] == 1 else partial
@@ -147,9 +145,7 @@ def random_rows(lead: tuple[int, int], length: int, dtype: torch.dtype = torch.i
     return torch.rand(*lead, length).argsort(-1).to(dtype)
 
 
-def assert_close(
-    actual: torch.Tensor, exact: torch.Tensor, eager: torch.Tensor, dtype: torch.dtype, what: str
-) -> None:
+def assert_close(actual: torch.Tensor, exact: torch.Tensor, eager: torch.Tensor, dtype: torch.dtype, what: str) -> None:
     """Error at most the eager computation's own error plus a rounding budget.
 
     ``exact`` is float64. ``eager`` is what plain torch gives in ``dtype``. The budget is a few roundings of

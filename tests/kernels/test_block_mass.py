@@ -23,9 +23,7 @@ def oracle(q, k, block_q, block_k, rows=None, key_mask=None, scale=None):
         prob = prob.gather(2, index[..., None].expand_as(prob))
         prob = prob.gather(3, index[..., None, :].expand_as(prob))
     rows_of = torch.split(prob, block_q, dim=2)
-    mass = torch.stack(
-        [torch.stack([t.sum((2, 3)) for t in torch.split(r, block_k, dim=3)], -1) for r in rows_of], 2
-    )
+    mass = torch.stack([torch.stack([t.sum((2, 3)) for t in torch.split(r, block_k, dim=3)], -1) for r in rows_of], 2)
     return mass, lse
 
 
@@ -54,9 +52,7 @@ def test_block_mass(impl, batch, seq, heads, dim, block_q, block_k, permuted, ma
     assert torch.equal(lse.cpu() == -torch.inf, want_lse == -torch.inf)
     assert (mass.cpu() - want).abs().max() <= tol * block_q
     # One pass with the cached normaliser gives the same masses.
-    again, same = block_mass(
-        q, k, block_q=block_q, block_k=block_k, lse=lse, rows=rows, key_mask=key_mask, impl=impl
-    )
+    again, same = block_mass(q, k, block_q=block_q, block_k=block_k, lse=lse, rows=rows, key_mask=key_mask, impl=impl)
     assert torch.equal(same, lse)
     assert (again - mass).abs().max() <= tol * block_q
     stale, _ = block_mass(

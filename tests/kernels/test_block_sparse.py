@@ -83,9 +83,7 @@ def test_matches_oracle(case, backend):
     q, k, v, mask, rows, hide, visible = build(**CASES[case])
     exact, exact_lse = dense_attention(q, k, v, visible, rows)
     eager, eager_lse = dense_attention(q, k, v, visible, rows, dtype=torch.float32)
-    out, lse = block_sparse_attention(
-        q, k, v, mask, rows=rows, key_mask=hide, return_lse=True, backend=backend
-    )
+    out, lse = block_sparse_attention(q, k, v, mask, rows=rows, key_mask=hide, return_lse=True, backend=backend)
     only = block_sparse_attention(q, k, v, mask, rows=rows, key_mask=hide, backend=backend)
     assert out.shape == q.shape
     assert out.dtype == q.dtype
@@ -159,9 +157,7 @@ def test_scale(backend):
     q, k, v, mask, _, _, visible = build()
     exact, _ = dense_attention(q, k, v, visible, scale=0.31)
     eager, _ = dense_attention(q, k, v, visible, scale=0.31, dtype=torch.float32)
-    assert_close(
-        block_sparse_attention(q, k, v, mask, scale=0.31, backend=backend), exact, eager, torch.float32, "out"
-    )
+    assert_close(block_sparse_attention(q, k, v, mask, scale=0.31, backend=backend), exact, eager, torch.float32, "out")
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
@@ -183,9 +179,7 @@ def test_nan_propagates_to_the_rows_that_see_it(which, backend):
         assert torch.equal(touched, expected)
 
 
-@pytest.mark.parametrize(
-    "case", ["ragged", "rows_per_head", "bits_rows_key_mask", "empty_rows", "head_dim_72"]
-)
+@pytest.mark.parametrize("case", ["ragged", "rows_per_head", "bits_rows_key_mask", "empty_rows", "head_dim_72"])
 def test_gather_gradients(case):
     q, k, v, mask, rows, hide, visible = build(**CASES[case], dtype=torch.float64)
     inputs = [x.requires_grad_() for x in (q, k, v)]

@@ -78,9 +78,7 @@ def test_linear_branch(impl, case, everything, device):
     rows = permutations(1, heads, seq).to(device) if permuted else None
     key_mask = None
     if masked:
-        key_mask = (
-            torch.rand(batch, seq, device=device, generator=torch.Generator(device).manual_seed(1)) > 0.3
-        )
+        key_mask = torch.rand(batch, seq, device=device, generator=torch.Generator(device).manual_seed(1)) > 0.3
         k[~key_mask] = torch.nan  # padded prompts may hold anything
         v[~key_mask] = torch.inf
     if everything:
@@ -161,7 +159,7 @@ def test_linear_states_and_errors(device):
     torch.testing.assert_close(h[:, :, 3].double(), last, atol=1e-6, rtol=1e-5)
     torch.testing.assert_close(z.sum(2).double(), phi.sum(2), atol=1e-5, rtol=1e-5)
     with pytest.raises(ValueError, match="feature_map must be one of"):
-        linear_branch(q, k, v, critical, feature_map="hedgehog")
+        linear_branch(q, k, v, critical, feature_map="cosine")
     with pytest.raises(ValueError, match="must agree"):
         linear_branch(q, k, v[:, :-1], critical)
     with pytest.raises(ValueError, match="negligible needs critical"):

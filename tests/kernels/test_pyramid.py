@@ -62,9 +62,7 @@ def oracle(q, k, v, levels, block_q, block_k, rows=None, key_mask=None):
         (1, 150, 2, 64, 64, 32, (1, 1), False, True, torch.float16),
     ],
 )
-def test_pyramid_attention(
-    impl, batch, seq, heads, dim, block_q, block_k, lead, permuted, masked, dtype, device
-):
+def test_pyramid_attention(impl, batch, seq, heads, dim, block_q, block_k, lead, permuted, masked, dtype, device):
     gen = torch.Generator().manual_seed(0)
     q, k, v = (torch.randn(batch, heads, seq, dim, generator=gen).to(dtype).transpose(1, 2) for _ in range(3))
     nq, nk = -(-seq // block_q), -(-seq // block_k)

@@ -37,9 +37,7 @@ def moved(device, *values):
 
 
 @pytest.mark.parametrize("precision", ["int8", "int8_fp8"])
-@pytest.mark.parametrize(
-    "options", [{}, {"smooth_q": True}, {"smooth_k": False}, {"permuted": True}], ids=str
-)
+@pytest.mark.parametrize("options", [{}, {"smooth_q": True}, {"smooth_k": False}, {"permuted": True}], ids=str)
 @pytest.mark.parametrize("block", [(64, 64), (128, 64), (64, 128)], ids=str)
 def test_prologue_matches_torch(block, options, precision, device):
     from dit_accel.kernels.triton_quantize import quantize_inputs

@@ -54,9 +54,7 @@ def test_rectified(impl, case, device):
     prob, text_mass = pooled_attention(on[0], on[1], block_q, block_k, text=text, key_mask=on[5], **options)
     gain = gain_exceeds_error(on[0], on[1], block_q, block_k, key_mask=on[5], **options)
     nk = prob.shape[-1]
-    kept = select_blocks(
-        prob, density=0.3, block_q=block_q, block_k=block_k, q_len=seq, kv_len=seq, impl="torch"
-    )
+    kept = select_blocks(prob, density=0.3, block_q=block_q, block_k=block_k, q_len=seq, kv_len=seq, impl="torch")
     out = add_pooled_compensation(on[3].clone(), on[2], prob, kept, gain, **{**options, "key_mask": on[5]})
     keep = kept.to_dense().cpu()
     want = torch.zeros(batch, seq, heads, dim, dtype=torch.float64)

@@ -242,9 +242,7 @@ def test_select_pooled(impl, device):
     key_mask[0, 70:] = False
     rows = permutations(1, 1, 150).to(device)
     for order in (None, rows):
-        mask = select_pooled(
-            q, k, block_q=32, block_k=16, density=0.3, rows=order, key_mask=key_mask, impl=impl
-        )
+        mask = select_pooled(q, k, block_q=32, block_k=16, density=0.3, rows=order, key_mask=key_mask, impl=impl)
         empty, partial = hidden_blocks(key_mask, 16, rows=order)
         scores = pooled_scores(q, k, 32, 16, rows=order, key_mask=key_mask, impl=impl)
         want = loop_select(

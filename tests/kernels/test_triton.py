@@ -41,9 +41,7 @@ def on(device, *values):
 
 def run(device, q, k, v, mask, rows=None, hide=None):
     q, k, v, mask, rows, hide = on(device, q, k, v, mask, rows, hide)
-    out, lse = block_sparse_attention(
-        q, k, v, mask, rows=rows, key_mask=hide, return_lse=True, backend="triton"
-    )
+    out, lse = block_sparse_attention(q, k, v, mask, rows=rows, key_mask=hide, return_lse=True, backend="triton")
     return out.cpu(), lse.cpu()
 
 
@@ -148,9 +146,7 @@ def gradients(device, dtype, **case):
     grad, weight, seen, mask, rows, hide = on(device, grad, weight, seen, mask, rows, hide)
 
     def ours():
-        out, lse = block_sparse_attention(
-            *inputs, mask, rows=rows, key_mask=hide, return_lse=True, backend="triton"
-        )
+        out, lse = block_sparse_attention(*inputs, mask, rows=rows, key_mask=hide, return_lse=True, backend="triton")
         loss = (out.float() * grad.float()).sum() + (lse * weight.float())[seen].sum()
         return torch.autograd.grad(loss, inputs)
 

@@ -110,9 +110,7 @@ def test_lora_loads_and_unloads():
     pipe = tiny.build()
     plain = tiny.run(pipe)
     with dit_accel.patch(pipe, "dense"):
-        pipe.transformer.add_adapter(
-            LoraConfig(r=2, target_modules=["to_q", "to_k"], init_lora_weights=False)
-        )
+        pipe.transformer.add_adapter(LoraConfig(r=2, target_modules=["to_q", "to_k"], init_lora_weights=False))
         adapted = tiny.run(pipe)
         assert not torch.equal(adapted, plain)
         pipe.transformer.disable_adapters()
@@ -133,9 +131,7 @@ def test_attention_backend_of_the_user_stays_the_dense_path(when, monkeypatch):
     registry = attention_dispatch._AttentionBackendRegistry
     name = attention_dispatch.AttentionBackendName._NATIVE_MATH
     math_backend = registry._backends[name]
-    monkeypatch.setitem(
-        registry._backends, name, lambda **arguments: used.append(1) or math_backend(**arguments)
-    )
+    monkeypatch.setitem(registry._backends, name, lambda **arguments: used.append(1) or math_backend(**arguments))
     monkeypatch.setattr(registry, "_active_backend", registry._active_backend)
     if when == "before":
         pipe.transformer.set_attention_backend("_native_math")

@@ -149,9 +149,7 @@ def test_a_run_that_breaks_leaves_the_recipes_it_finished(tmp_path: Path) -> Non
 
     pipe = FakePipe()
     with pytest.raises(RuntimeError, match="out of memory"):
-        compare(
-            pipe, _RECIPES, ["a cat"], out=tmp_path, patch=BreakingHandle, metrics=["psnr"], warm_up=False
-        )
+        compare(pipe, _RECIPES, ["a cat"], out=tmp_path, patch=BreakingHandle, metrics=["psnr"], warm_up=False)
     assert json.loads((tmp_path / "report.json").read_text())["recipes"] == ["exact"]
     assert pipe.patched_with is None
 

@@ -85,9 +85,7 @@ def test_a_hostile_checkpoint_runs_nothing(tmp_path: Path) -> None:
 
     path = tmp_path / "alexnet.ckpt"
     path.write_bytes(pickle.dumps(Hostile(), protocol=3))
-    with pytest.raises(
-        MetricUnavailable, match=r"alexnet\.ckpt cannot be read: weights may hold numpy arrays"
-    ):
+    with pytest.raises(MetricUnavailable, match=r"alexnet\.ckpt cannot be read: weights may hold numpy arrays"):
         AlexNetLpips.read(path)
     assert not (tmp_path / "touched").exists()
 

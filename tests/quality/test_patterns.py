@@ -22,9 +22,7 @@ from dit_accel.quality.patterns import (
 )
 
 
-def _qk(
-    length: int, heads: int = 2, dim: int = 16, batch: int = 2, seed: int = 0
-) -> tuple[torch.Tensor, ...]:
+def _qk(length: int, heads: int = 2, dim: int = 16, batch: int = 2, seed: int = 0) -> tuple[torch.Tensor, ...]:
     generator = torch.Generator().manual_seed(seed)
     return tuple(2 * torch.randn(batch, length, heads, dim, generator=generator) for _ in range(2))
 
@@ -39,9 +37,7 @@ def _dense(q: torch.Tensor, k: torch.Tensor, hidden: torch.Tensor | None = None)
 
 def _block_means(share: torch.Tensor, block_q: int, block_k: int) -> torch.Tensor:
     rows = [part.mean(2) for part in share.split(block_q, dim=2)]
-    return torch.stack(
-        [torch.stack([part.sum(-1) for part in row.split(block_k, dim=-1)], -1) for row in rows], 2
-    )
+    return torch.stack([torch.stack([part.sum(-1) for part in row.split(block_k, dim=-1)], -1) for row in rows], 2)
 
 
 @pytest.mark.parametrize("length", [128, 100, 65, 33])
@@ -59,9 +55,7 @@ def test_mass_is_exact(length: int) -> None:
 def test_permutation_hidden_keys_and_shared_heads() -> None:
     q, k = _qk(100, heads=4)
     k = k[:, :, :2]
-    rows = torch.stack([torch.randperm(100, generator=torch.Generator().manual_seed(h)) for h in range(4)])[
-        None
-    ]
+    rows = torch.stack([torch.randperm(100, generator=torch.Generator().manual_seed(h)) for h in range(4)])[None]
     visible = torch.ones(2, 100, dtype=torch.bool)
     visible[1, 70:] = False
     pattern = block_pattern(q, k, block=32, rows=rows, key_mask=visible)

@@ -87,9 +87,7 @@ def test_latent_mse() -> None:
 
 
 def test_uint8_and_numpy_clips_are_the_same_clip() -> None:
-    levels = torch.randint(
-        0, 256, (2, 8, 8, 3), dtype=torch.uint8, generator=torch.Generator().manual_seed(0)
-    )
+    levels = torch.randint(0, 256, (2, 8, 8, 3), dtype=torch.uint8, generator=torch.Generator().manual_seed(0))
     assert torch.equal(as_video(levels), levels.float() / 255)
     assert torch.equal(as_video(levels.numpy()), as_video(levels))
     assert torch.equal(as_video((levels.double() / 255).numpy()), as_video(levels))

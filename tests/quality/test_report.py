@@ -34,9 +34,7 @@ def _report(folder: Path, frames: int = 5) -> ComparisonReport:
             }
             path = save_clip(candidate, folder / "clips" / f"{i}-{name}", 8)
             seconds = 3.0 if name == "exact" else 1.5
-            results.append(
-                ClipResult(prompt, i, name, seconds, 1.0, 0.2, metrics, str(path.relative_to(folder)))
-            )
+            results.append(ClipResult(prompt, i, name, seconds, 1.0, 0.2, metrics, str(path.relative_to(folder))))
     facts = {"command": "dit-accel compare embedded", "device": "CPU"}
     return ComparisonReport("Tiny", tuple(results), ("exact", "rough"), {}, 8, facts, ("rough: <odd>",))
 
@@ -138,9 +136,7 @@ def test_side_by_side_refuses_unequal_clips() -> None:
 
 
 def _points(*values: tuple[float, float]) -> list[ParetoPoint]:
-    return [
-        ParetoPoint(f"r{i}", Interval(s, s, s, 2), Interval(f, f, f, 2), i) for i, (s, f) in enumerate(values)
-    ]
+    return [ParetoPoint(f"r{i}", Interval(s, s, s, 2), Interval(f, f, f, 2), i) for i, (s, f) in enumerate(values)]
 
 
 @pytest.mark.parametrize(("higher", "fidelity"), [(True, (20, 30, 25)), (False, (0.3, 0.1, 0.2))])

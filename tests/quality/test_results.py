@@ -19,9 +19,7 @@ def _report(psnr: tuple[float, ...] = (30.0, 40.0), attention: float | None = 6.
             "vmaf": Measurement(reason="no ffmpeg"),
         }
         results.append(ClipResult("a cat", i, "fast", 5.0, 2.0, 0.2 + 0.1 * i, metrics, f"clips/{i}.mp4"))
-    return ComparisonReport(
-        "Tiny", tuple(results), ("fast",), {"fast": "pooled"}, 8, {"device": "CPU"}, ("n",)
-    )
+    return ComparisonReport("Tiny", tuple(results), ("fast",), {"fast": "pooled"}, 8, {"device": "CPU"}, ("n",))
 
 
 def test_summary() -> None:

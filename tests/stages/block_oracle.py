@@ -75,8 +75,7 @@ class View:
         return {
             j
             for j in range(len(self.k_blocks))
-            if j * size_k < i * size_q + len(self.q_blocks[i])
-            and j * size_k + len(self.k_blocks[j]) > i * size_q
+            if j * size_k < i * size_q + len(self.q_blocks[i]) and j * size_k + len(self.k_blocks[j]) > i * size_q
         }
 
     def complete(self, chosen: list[set[int]]) -> np.ndarray:

@@ -42,9 +42,7 @@ def window_tokens(
     mask = torch.ones(layout.seq_len, layout.seq_len, dtype=torch.bool)
     for i, q in enumerate(places):
         for j, k in enumerate(places):
-            seen = all(tables[axis][q[axis]][k[axis]] for axis in range(3)) or (
-                sink_first_frame and k[0] == 0
-            )
+            seen = all(tables[axis][q[axis]][k[axis]] for axis in range(3)) or (sink_first_frame and k[0] == 0)
             mask[layout.latent_start + i, layout.latent_start + j] = seen
     return mask
 
@@ -93,9 +91,7 @@ def pooled_tokens(
                 mass = np.cumsum(weights / weights.sum())
                 keep |= set(ranked[: int(np.searchsorted(mass, top_p)) + 1])
             keep |= {
-                j
-                for j in range(len(k_blocks))
-                if j * block_k < (i + 1) * block_q and (j + 1) * block_k > i * block_q
+                j for j in range(len(k_blocks)) if j * block_k < (i + 1) * block_q and (j + 1) * block_k > i * block_q
             }
             if extra(q_tokens):
                 keep = set(range(len(k_blocks)))

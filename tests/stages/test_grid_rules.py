@@ -123,9 +123,7 @@ def test_impossible_rules(kind, changes, message):
         kind(**changes)
 
 
-@pytest.mark.parametrize(
-    "select", [Circle(radius=3.0, sink_first_frame=True, block=(32, 32))], ids=["circle"]
-)
+@pytest.mark.parametrize("select", [Circle(radius=3.0, sink_first_frame=True, block=(32, 32))], ids=["circle"])
 def test_an_image_has_no_first_frame_to_sink_to(select):
     layout = LAYOUTS["image"]
     blocks = SequenceBlocks(layout, None, 32, 32, CPU)

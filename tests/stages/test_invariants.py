@@ -102,10 +102,10 @@ def test_every_preset_runs_a_trajectory(preset, name):
     layout = LAYOUTS[name]
     q, k = inputs(layout)
     v = torch.randn(q.shape, generator=torch.Generator().manual_seed(9))
-    engine = Engine(presets.resolve(preset), ["first", "second"], "auto", 0)
+    engine = Engine(presets.resolve(preset), ["first", "second", "third"], "auto", 0)
     for index in range(10):
-        for layer in range(2):
+        for layer in range(3):
             step = StepContext(index=index, num_steps=10, sigma=1 - index / 10, forward_id=index)
             out = engine.attend(layer, q, k, v, None, None, layout, step, lambda: v)
             assert out.isfinite().all()
-    assert engine.records[1].sparse_calls >= 5
+    assert engine.records[2].sparse_calls >= 5

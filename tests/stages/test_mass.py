@@ -36,10 +36,7 @@ def _keep(view, mass, density):
 
 def _adaspa(heads, masses, density, target):
     """Listing of the paper for one batch item: base mask, recall per head, densities by rank, final mask."""
-    recalls = [
-        (mass * _keep(view, mass, density)).sum() / mass.sum()
-        for view, mass in zip(heads, masses, strict=True)
-    ]
+    recalls = [(mass * _keep(view, mass, density)).sum() / mass.sum() for view, mass in zip(heads, masses, strict=True)]
     number = min(sum(value > target for value in recalls), len(heads) // 2)
     ranked = sorted(range(len(heads)), key=lambda n: -recalls[n])
     shares = [density] * len(heads)
@@ -110,9 +107,7 @@ def test_sparsed(name, order, hidden):
     def choose(view):
         importance = view.block_sums(view.probabilities(view.latent))
         return [
-            best({j: importance[i, j] / len(view.alive[j]) for j in view.candidates}, 0.3)
-            if view.candidates
-            else set()
+            best({j: importance[i, j] / len(view.alive[j]) for j in view.candidates}, 0.3) if view.candidates else set()
             for i in range(len(view.q_blocks))
         ]
 

@@ -163,9 +163,7 @@ def test_scored_selections_with_an_order_per_head(name, hidden):
         assert torch.equal(selected(select, layout, rows, q, k, key_mask), from_scores(scores)), select
 
 
-@pytest.mark.parametrize(
-    "order", [MIXED, Curve(), Chunks(1, (3, 3), (2, 3, 3))], ids=["per head", "curve", "chunks"]
-)
+@pytest.mark.parametrize("order", [MIXED, Curve(), Chunks(1, (3, 3), (2, 3, 3))], ids=["per head", "curve", "chunks"])
 @pytest.mark.parametrize("hidden", [False, True])
 @pytest.mark.parametrize("name", ["alone", "text first", "text last"])
 def test_windows_are_exact_in_any_order(name, order, hidden):

@@ -20,8 +20,7 @@ def _shares(view, i):
     """Shares of row i: by candidate, and of the text."""
     mean = view.q[view.q_blocks[i]].mean(0)
     blocks = {
-        j: len(view.alive[j]) * math.exp(view.scale * (mean @ view.k[view.alive[j]].mean(0)))
-        for j in view.candidates
+        j: len(view.alive[j]) * math.exp(view.scale * (mean @ view.k[view.alive[j]].mean(0))) for j in view.candidates
     }
     text = sum(
         math.exp(view.scale * (mean @ view.k[token]))
@@ -74,8 +73,7 @@ def test_rectified(name, order, hidden, density, top_p, neighbours):
             first = {
                 j
                 for j, tokens in enumerate(view.k_blocks)
-                if layout.grid[0] > 1
-                and any(0 <= token - layout.latent_start < per_frame for token in tokens)
+                if layout.grid[0] > 1 and any(0 <= token - layout.latent_start < per_frame for token in tokens)
             }
             chosen.append(set(ranked[:count]) | near | first)
         return chosen

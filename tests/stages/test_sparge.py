@@ -51,11 +51,7 @@ def _sparge(view, density, top_p, similarity, forced):
             chosen.append(set(range(len(view.k_blocks))))
             continue
         mean = view.q[tokens].mean(0)
-        scores = {
-            j: view.scale * float(mean @ k[view.alive[j]].mean(0))
-            for j in view.candidates
-            if j not in loose_k
-        }
+        scores = {j: view.scale * float(mean @ k[view.alive[j]].mean(0)) for j in view.candidates if j not in loose_k}
         picked = set(loose_k) | text
         if density is not None and scores:
             picked |= best(scores, density)

@@ -1,0 +1,201 @@
+"""``dit-accel finetune``: a short fine-tuning under a recipe, on one device or many."""
+
+from __future__ import annotations
+
+import json
+import sys
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from .errors import one_sentence_errors
+from .options import (
+    BackendOption,
+    DebugOption,
+    DeviceOption,
+    DtypeOption,
+    JsonOption,
+    SetOption,
+    quiet_libraries,
+    read_device,
+    read_dtype,
+    read_recipe,
+    read_size,
+)
+
+if TYPE_CHECKING:
+    from ..training.samples import Skipped
+
+
+@one_sentence_errors
+def finetune(
+    model: Annotated[
+        str | None,
+        typer.Argument(help="Hub id, local folder or built-in model. Default: the best built-in model."),
+    ] = None,
+    recipe: Annotated[str, typer.Option(help="A name from `dit-accel info`.")] = "sla",
+    changes: SetOption = None,
+    data: Annotated[Path | None, typer.Option(help="Folder of precomputed samples (*.safetensors).")] = None,
+    clips: Annotated[Path | None, typer.Option(help="Folder of clips with captions (cat.mp4, cat.txt).")] = None,
+    prompts_file: Annotated[
+        Path | None, typer.Option(help="One prompt a line, for samples that the model itself generates.")
+    ] = None,
+    count: Annotated[int, typer.Option(min=1, help="Samples to generate, without --data and --clips.")] = 64,
+    size: Annotated[str | None, typer.Option(metavar="WxH", help="Pixels. Default: the model's.")] = None,
+    frames: Annotated[int | None, typer.Option(min=1, help="Default: the model's.")] = None,
+    generate_steps: Annotated[int | None, typer.Option(min=1, help="Denoising steps of generated samples.")] = None,
+    guidance: Annotated[float | None, typer.Option(help="Guidance scale of generated samples.")] = None,
+    out: Annotated[Path, typer.Option(help="Folder for samples, curves, checkpoints and the adapter.")] = Path(
+        "outputs/finetune"
+    ),
+    steps: Annotated[int, typer.Option(min=1, help="Optimizer steps.")] = 500,
+    batch: Annotated[int, typer.Option(min=1, help="Samples a device and micro-batch.")] = 1,
+    accumulate: Annotated[int, typer.Option(min=1, help="Micro-batches a step.")] = 1,
+    learning_rate: Annotated[float, typer.Option(help="Of AdamW.")] = 1e-5,
+    warmup: Annotated[int, typer.Option(min=0, help="Steps until the learning rate is reached.")] = 0,
+    train: Annotated[str, typer.Option(metavar="learned|attention|all", help="What is trained.")] = "attention",
+    lora_rank: Annotated[int, typer.Option(min=0, help="Train LoRA layers of this rank; 0 trains weights.")] = 0,
+    objective: Annotated[
+        str | None, typer.Option(metavar="flow|distill|clear|ssa", help="Default: as the recipe's authors.")
+    ] = None,
+    teacher: Annotated[
+        str, typer.Option(metavar="frozen|current", help="Dense teacher: weights before the training, or present.")
+    ] = "frozen",
+    density_start: Annotated[float | None, typer.Option(help="Begin here and go down to the recipe's.")] = None,
+    density_steps: Annotated[int, typer.Option(min=0, help="Steps until the recipe's density.")] = 0,
+    precision: Annotated[
+        str | None, typer.Option(metavar="no|bf16", help="Default: bf16 on a GPU, no on a CPU.")
+    ] = None,
+    gradient_checkpointing: Annotated[bool, typer.Option(help="Trade time for memory.")] = False,
+    ema: Annotated[float | None, typer.Option(help="Decay of a moving average to evaluate and save.")] = None,
+    seed: Annotated[int, typer.Option(help="Of data order and noise.")] = 0,
+    checkpoint_every: Annotated[int, typer.Option(min=0, help="Steps; 0: never.")] = 100,
+    evaluate_every: Annotated[int, typer.Option(min=0, help="Steps; 0: at both ends.")] = 100,
+    resume: Annotated[bool, typer.Option("--resume", help="Go on from the newest checkpoint in --out.")] = False,
+    backend: BackendOption = "auto",
+    dtype: DtypeOption = None,
+    device: DeviceOption = None,
+    as_json: JsonOption = False,
+    debug: DebugOption = False,
+) -> None:
+    """Fine-tune a model under sparse attention and save an adapter. Start it with `accelerate launch` for several
+    devices."""
+    quiet_libraries()
+    if data is not None and clips is not None:
+        raise ValueError("Give --data or --clips, not both.")
+    pixels = read_size(size) if size else None
+    chosen = read_recipe(recipe, changes)
+    if chosen is None:
+        raise ValueError("--recipe auto cannot be trained; name a recipe, such as sla.")
+    target = read_device(device)
+    number = read_dtype(dtype, target)
+
+    from accelerate import PartialState
+
+    from ..quality.prompts import DEFAULT_PROMPTS
+    from ..training.config import FinetuneConfig
+    from ..training.data import encode_clips, generate_samples
+    from ..training.finetune import finetune as run
+    from ..training.objective import OBJECTIVES, objective_for
+    from ..training.samples import LatentFolder
+    from .model import open_model
+
+    aim = objective or objective_for(recipe)
+    if aim not in OBJECTIVES:
+        raise ValueError(f"--objective must be one of {', '.join(OBJECTIVES)}, got {aim!r}.")
+    config = FinetuneConfig(
+        steps=steps,
+        batch_size=batch,
+        accumulation=accumulate,
+        learning_rate=learning_rate,
+        warmup_steps=warmup,
+        train=train,
+        lora_rank=lora_rank,
+        objective=OBJECTIVES[aim],
+        teacher=teacher,
+        density_start=density_start,
+        density_steps=density_steps,
+        precision=precision or ("bf16" if target.type == "cuda" else "no"),
+        gradient_checkpointing=gradient_checkpointing,
+        ema_decay=ema,
+        seed=seed,
+        checkpoint_every=checkpoint_every,
+        evaluate_every=evaluate_every,
+    )
+    state = PartialState(cpu=target.type == "cpu")
+    quiet = as_json or not state.is_main_process
+    name, builtin, pipe = open_model(model, number, state.device if state.num_processes > 1 else target, quiet=quiet)
+    defaults = vars(builtin.settings) if builtin else {}
+    width, height = pixels or (defaults.get("width"), defaults.get("height"))
+    length = frames or defaults.get("frames")
+    skipped: list[Skipped] = []
+    folder = data or out / "samples"
+    # The first process makes the files, the others find them.
+    with state.main_process_first():
+        if clips is not None:
+            if width is None or height is None or length is None:
+                raise ValueError("--clips needs --size and --frames for this model.")
+            skipped = encode_clips(pipe, clips, folder, width=width, height=height, frames=length)
+        elif data is None:
+            prompts = list(DEFAULT_PROMPTS)
+            if prompts_file is not None:
+                prompts = [line.strip() for line in prompts_file.read_text().splitlines() if line.strip()]
+            settings = {
+                "width": width,
+                "height": height,
+                "num_frames": length,
+                "num_inference_steps": generate_steps or defaults.get("steps"),
+                "guidance_scale": guidance if guidance is not None else defaults.get("guidance"),
+            }
+            generate_samples(
+                pipe,
+                [prompts[i % len(prompts)] for i in range(count)],
+                folder,
+                settings={key: value for key, value in settings.items() if value is not None},
+                seed=seed,
+                progress=None if quiet else lambda done, total: _say(f"sample {done} of {total}", done, total),
+            )
+    samples = LatentFolder(folder)
+    result = run(
+        pipe,
+        chosen,
+        samples,
+        out,
+        config,
+        resume=resume,
+        backend=backend,
+        on_step=None if quiet else lambda n: _say(f"step {n['step']}: loss {n['loss']:.4g}", n["step"], steps),
+    )
+    if not state.is_main_process:
+        return
+    evaluations = result.curves.evaluations
+    report: dict[str, Any] = {
+        "model": name,
+        "recipe": chosen.to_dict(),
+        "objective": aim,
+        "steps": steps,
+        "processes": state.num_processes,
+        "samples": len(samples),
+        "skipped": {item.name: item.reason for item in [*skipped, *samples.skipped]},
+        "first": {**result.curves.steps[0], **evaluations[0]} if evaluations else result.curves.steps[0],
+        "last": {**result.curves.steps[-1], **evaluations[-1]} if evaluations else result.curves.steps[-1],
+        "adapter": str(result.adapter),
+        "curves": str(out / "curves.json"),
+    }
+    if as_json:
+        from .environment import environment
+
+        print(json.dumps({**report, **environment(target)}, indent=2))
+        return
+    for label in ("first", "last"):
+        numbers = report[label]
+        print(f"{label:5}  loss {numbers['loss']:.4g}   velocity error against dense {numbers['velocity_error']:.4g}")
+    print(f"adapter  {report['adapter']}")
+    print(f"curves   {out / 'curves.png'}")
+
+
+def _say(text: str, done: float, total: float) -> None:
+    """About twenty lines in all, on stderr."""
+    if done == total or done % max(1, total // 20) == 0:
+        print(text, file=sys.stderr)

@@ -1,0 +1,69 @@
+"""Learned parameters of a recipe as modules under the attention layers: seen by optimizers, left out of saved
+pipelines."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from types import MethodType
+from typing import Any
+
+from torch import nn
+
+from ..stages.compensate_linear import LearnedCompensation
+
+CHILD = "dit_accel"
+"""Name of the module under an attention layer."""
+
+
+def head_shape(module: Any) -> tuple[int, int]:
+    """Heads of a diffusers attention module, and features of each.
+
+    Raises:
+        ValueError: the module does not tell.
+    """
+    heads, inner = getattr(module, "heads", None), getattr(module, "inner_dim", None)
+    if inner is None and hasattr(module, "to_q"):
+        inner = module.to_q.out_features
+    if not heads or not inner:
+        raise ValueError(f"{type(module).__name__} does not tell its number of heads and their size.")
+    return int(heads), int(inner) // int(heads)
+
+
+def attach(module: nn.Module, learned: LearnedCompensation) -> Callable[[], None]:
+    """Put parameters under an attention layer, on its device. Returns the undo."""
+    device = next((p.device for p in module.parameters() if p.device.type != "meta"), None)
+    module.add_module(CHILD, learned if device is None else learned.to(device))
+
+    def undo() -> None:
+        module._modules.pop(CHILD, None)
+
+    return undo
+
+
+def is_learned(name: str) -> bool:
+    """Whether a parameter's name is that of a recipe's parameter, not of the model's own."""
+    return f".{CHILD}." in f".{name}"
+
+
+class SaveWithoutLearned:
+    """Stands in for a model's ``save_pretrained``: what it writes loads in stock diffusers."""
+
+    def __init__(self, original: Callable[..., Any]) -> None:
+        self.original = original
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        model: nn.Module = self.original.__self__  # type: ignore[attr-defined]
+        hook = model.register_state_dict_post_hook(_drop_learned)
+        try:
+            return self.original(*args, **kwargs)
+        finally:
+            hook.remove()
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> Any:
+        copy = memo.get(id(self.original.__self__))  # type: ignore[attr-defined]
+        return self.original if copy is None else MethodType(type(copy).save_pretrained, copy)
+
+
+def _drop_learned(module: nn.Module, state: dict[str, Any], prefix: str, metadata: Any) -> None:
+    for name in [name for name in state if is_learned(name)]:
+        del state[name]

@@ -1,0 +1,59 @@
+"""Methods whose quality comes from a short fine-tuning; see :mod:`dit_accel.training`."""
+
+from __future__ import annotations
+
+from ..recipe import Recipe
+from ..stages.compensate_linear import LinearBranch
+from ..stages.select_dynamic import Pooled
+
+
+def sla(
+    density: float = 0.05,
+    negligible_share: float = 0.1,
+    feature_map: str = "softmax",
+    form: str = "paper",
+    block: tuple[int, int] = (64, 64),
+) -> Recipe:
+    """SLA (arXiv 2509.24006): softmax over critical blocks, linear attention over marginal ones.
+
+    Defaults of the paper: 5% of the blocks critical, the lowest 10% negligible, blocks of 64, softmax
+    feature map, sparse in every step, raster order. Without training the linear branch adds nothing.
+
+    Deviations: a query block always reads its own tokens; text is always critical.
+
+    Args:
+        density: share of the latent blocks that are critical.
+        negligible_share, feature_map, form: see :class:`~dit_accel.stages.compensate_linear.LinearBranch`.
+        block: tokens in a query and in a key block.
+    """
+    return Recipe(
+        select=Pooled(density=density, block=block),
+        compensate=LinearBranch(form=form, feature_map=feature_map, negligible_share=negligible_share),
+    )
+
+
+def sparge2(density: float = 0.03, top_p: float = 0.2, block: tuple[int, int] = (128, 64)) -> Recipe:
+    """SpargeAttention2 (arXiv 2602.13515): union of top-k and top-p, made good by distilling velocities.
+
+    Defaults of the paper for 480p: the best 3% of the blocks and those that hold 0.2 of the pooled softmax
+    mass, blocks of 128 queries and 64 keys, sparse in every step, raster order. Train it with the
+    "distill" objective.
+
+    Deviations: a query block always reads its own tokens; text is always read.
+
+    Args:
+        density, top_p, block: see :class:`~dit_accel.stages.select_dynamic.Pooled`.
+    """
+    return Recipe(select=Pooled(density=density, top_p=top_p, block=block))
+
+
+def ssa(density: float = 0.1, block: tuple[int, int] = (64, 64)) -> Recipe:
+    """Sparse attention trained beside full attention, each aligned with the other (SSA, arXiv 2511.20102).
+
+    The paper is on language models (16 blocks of 16 tokens, a gate); its way of training carries over: train
+    this plain top-k selection with the "ssa" objective. The defaults are this package's.
+
+    Args:
+        density, block: see :class:`~dit_accel.stages.select_dynamic.Pooled`.
+    """
+    return Recipe(select=Pooled(density=density, block=block))

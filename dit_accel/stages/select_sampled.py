@@ -1,0 +1,124 @@
+"""Key blocks chosen by the exact attention of a sample of tokens: PSA's importance."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+
+from ..kernels import BlockMask
+from ..kernels.selection import gather_rows
+from ..plan import LayerMemory, SequenceBlocks
+from .select import check_block, check_share
+from .select_dynamic import keep_best
+
+
+@dataclass(frozen=True)
+class Sampled:
+    """Keep the key blocks with the largest mass between sampled queries and sampled keys.
+
+    In every block a share of the tokens is drawn, and their exact softmax is summed by block (PSA, ziplab,
+    and BLADE). Per row the ``density`` share of the blocks with the most mass is kept, or the fewest that
+    hold ``top_p`` of it; with both, the union.
+
+    Attributes:
+        density: kept share of the latent key blocks, in (0, 1]; None to use ``top_p`` alone.
+        top_p: share of the sampled mass to keep, in (0, 1]; None to use ``density`` alone.
+        share: sampled share of a block's tokens, in (0, 1].
+        seed: of the sample; the same places are drawn in every block and call.
+        block: tokens in a query and in a key block.
+    """
+
+    density: float | None = 0.2
+    top_p: float | None = None
+    share: float = 0.25
+    seed: int = 0
+    block: tuple[int, int] = (128, 64)
+
+    def __post_init__(self) -> None:
+        if self.density is None and self.top_p is None:
+            raise ValueError("select needs a density, a top_p, or both; got neither.")
+        for name in ("density", "top_p", "share"):
+            check_share(name, getattr(self, name))
+        check_block(self.block)
+
+    @property
+    def is_static(self) -> bool:
+        return False
+
+    def prepare(self, blocks: SequenceBlocks) -> None:
+        """Nothing is worked out ahead of the call."""
+
+    def select(
+        self,
+        blocks: SequenceBlocks,
+        tables: None,
+        q: torch.Tensor,
+        k: torch.Tensor,
+        key_mask: torch.Tensor | None,
+        scale: float | None,
+        memory: LayerMemory | None = None,
+    ) -> BlockMask:
+        """Mask of one call from its queries and keys, both (B, S, H, D)."""
+        mass = sampled_importance(
+            q,
+            k,
+            blocks.block_q,
+            blocks.block_k,
+            rows=blocks.kernel_rows,
+            key_mask=key_mask,
+            scale=scale,
+            share=self.share,
+            seed=self.seed,
+        )
+        # The softmax over logarithms of masses is the masses' share of their sum.
+        return keep_best(blocks, mass.log(), key_mask, density=self.density, top_p=self.top_p)
+
+
+def sampled_importance(
+    q: torch.Tensor,
+    k: torch.Tensor,
+    block_q: int,
+    block_k: int,
+    *,
+    rows: torch.Tensor | None = None,
+    key_mask: torch.Tensor | None = None,
+    scale: float | None = None,
+    share: float = 0.25,
+    seed: int = 0,
+) -> torch.Tensor:
+    """Mass between a random sample of queries and keys, by block: float32 ``[B, H, nq, nk]``.
+
+    Args:
+        q, k: ``[B, S, H, D]``.
+        rows, key_mask, scale: as everywhere.
+        share: sampled share of a block's tokens; the same places in every block.
+        seed: of the sample.
+    """
+    scale = q.shape[-1] ** -0.5 if scale is None else scale
+    seq_len = q.shape[1]
+    slots_q, slots_k = _sample(seq_len, block_q, share, seed), _sample(seq_len, block_k, share, seed)
+    slots_q, slots_k = slots_q.to(q.device), slots_k.to(q.device)
+    queries = gather_rows(q, slots_q[None, None] if rows is None else rows[..., slots_q])
+    keys = gather_rows(k, slots_k[None, None] if rows is None else rows[..., slots_k])
+    logits = (queries.float() * scale) @ keys.float().transpose(-1, -2)
+    if key_mask is not None:
+        visible = key_mask[:, None].expand(-1, 1 if rows is None else rows.shape[1], -1)
+        index = slots_k[None, None] if rows is None else rows[..., slots_k].long()
+        logits = logits.masked_fill(~torch.take_along_dim(visible, index, dim=2)[:, :, None], -torch.inf)
+    mass = torch.nan_to_num(logits.softmax(-1))
+    nq, nk = -(-seq_len // block_q), -(-seq_len // block_k)
+    to_q = F.one_hot(slots_q // block_q, nq).float()
+    to_k = F.one_hot(slots_k // block_k, nk).float()
+    return to_q.T @ mass @ to_k
+
+
+def _sample(seq_len: int, block: int, share: float, seed: int) -> torch.Tensor:
+    places = torch.randperm(block, generator=torch.Generator().manual_seed(seed))
+    kept = places[: max(1, round(share * block))].sort().values
+    slots = (torch.arange(0, seq_len, block)[:, None] + kept).flatten()
+    # A short last block may hold none of the places: then its first token speaks for it.
+    last = (seq_len - 1) // block * block
+    slots = slots[slots < seq_len]
+    return slots if bool((slots >= last).any()) else torch.cat([slots, torch.tensor([last])])

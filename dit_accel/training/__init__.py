@@ -1,0 +1,1 @@
+"""Fine-tuning of models under sparse attention, and adapters to share the result."""

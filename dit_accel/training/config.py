@@ -1,0 +1,85 @@
+"""The settings of a fine-tuning."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+from .objective import Objective
+
+TRAINED = ("learned", "attention", "all")
+TEACHERS = ("frozen", "current")
+
+
+@dataclass(frozen=True)
+class FinetuneConfig:
+    """How to fine-tune a model under a recipe.
+
+    Attributes:
+        steps: optimizer steps.
+        batch_size: samples a device and micro-batch.
+        accumulation: micro-batches a step.
+        learning_rate, betas, weight_decay: of AdamW.
+        warmup_steps: steps over which the learning rate rises from 0.
+        max_grad_norm: gradients are scaled down to this norm.
+        train: "learned", a recipe's own parameters alone (SLA's author: not enough); "attention", also
+            queries, keys, values and output of the patched attentions; "all", the whole transformer.
+        lora_rank: train LoRA layers of this rank (peft) around the linear layers of the patched attentions
+            in place of their weights; 0 trains the weights.
+        objective: what is minimised.
+        teacher: "frozen", the weights before the training; only the trained ones are kept twice, none with
+            LoRA. "current", the present weights.
+        density_start: density at the first step, from which it descends to the recipe's; None stays there.
+        density_steps: length of that descent.
+        precision: "no" or "bf16" (autocast; trained weights stay float32).
+        gradient_checkpointing: compute a block again in the backward instead of keeping it.
+        ema_decay: of the moving average that is evaluated and saved; None keeps none.
+        time_mean, time_std: of the normal distribution whose sigmoid is sigma.
+        shift: of sigma; None takes the scheduler's.
+        seed: of data order and noise.
+        checkpoint_every, evaluate_every: steps; 0 only at the end.
+        keep_checkpoints: the newest ones that stay.
+        evaluate_samples: samples held out for evaluation, where there are enough.
+    """
+
+    steps: int = 1000
+    batch_size: int = 1
+    accumulation: int = 1
+    learning_rate: float = 1e-5
+    betas: tuple[float, float] = (0.9, 0.999)
+    weight_decay: float = 0.01
+    warmup_steps: int = 0
+    max_grad_norm: float = 1.0
+    train: str = "attention"
+    lora_rank: int = 0
+    objective: Objective = field(default_factory=Objective)
+    teacher: str = "frozen"
+    density_start: float | None = None
+    density_steps: int = 0
+    precision: str = "no"
+    gradient_checkpointing: bool = False
+    ema_decay: float | None = None
+    time_mean: float = 0.0
+    time_std: float = 1.0
+    shift: float | None = None
+    seed: int = 0
+    checkpoint_every: int = 0
+    evaluate_every: int = 0
+    keep_checkpoints: int = 2
+    evaluate_samples: int = 2
+
+    def __post_init__(self) -> None:
+        for name in ("steps", "batch_size", "accumulation", "keep_checkpoints", "evaluate_samples"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"{name} must be at least 1, got {getattr(self, name)}.")
+        for name in ("warmup_steps", "density_steps", "lora_rank", "checkpoint_every", "evaluate_every"):
+            if getattr(self, name) < 0:
+                raise ValueError(f"{name} must not be negative, got {getattr(self, name)}.")
+        if not self.learning_rate > 0.0:
+            raise ValueError(f"learning_rate must be above 0, got {self.learning_rate}.")
+        if self.ema_decay is not None and not 0.0 < self.ema_decay < 1.0:
+            raise ValueError(f"ema_decay must lie in (0, 1), got {self.ema_decay}.")
+        for name, allowed in (("train", TRAINED), ("teacher", TEACHERS), ("precision", ("no", "bf16"))):
+            if getattr(self, name) not in allowed:
+                raise ValueError(f"{name} must be one of {', '.join(allowed)}, got {getattr(self, name)!r}.")
+        if self.lora_rank and self.train != "attention":
+            raise ValueError(f"LoRA is for train = 'attention', got {self.train!r}.")

@@ -1,0 +1,452 @@
+"""The fine-tuning loop, on accelerate: one process or many, from any checkpoint on with the same numbers."""
+
+from __future__ import annotations
+
+import json
+import math
+import shutil
+import time
+from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any, Protocol
+
+import torch
+
+from ..api import handle_of, patch, self_attentions, transformers_of
+from ..patches.handle import PatchHandle
+from ..recipe import Recipe
+from .adapter import save_adapter
+from .config import FinetuneConfig
+from .curves import Curves
+from .data import trained_transformer
+from .objective import NoisyBatch, annealed_density, draw_sigma, losses, velocity
+from .samples import Sample, collate
+from .trainables import Trainables, copy_values
+
+EVALUATION_SIGMAS = (0.25, 0.5, 0.75)
+CHECKPOINTS, ADAPTER, TRAINED_FILE, PROGRESS = (
+    "checkpoints",
+    "adapter",
+    "trained.safetensors",
+    "progress.json",
+)
+
+
+class Samples(Protocol):
+    """Samples by index, e.g. a :class:`~dit_accel.training.samples.LatentFolder` or a list."""
+
+    def __len__(self) -> int: ...
+
+    def __getitem__(self, index: int, /) -> Sample: ...
+
+
+class TrainingStopped(RuntimeError):
+    """A loss or gradient was not finite; says at which step, in which batch, and the last good checkpoint."""
+
+
+@dataclass(frozen=True, eq=False)
+class FinetuneResult:
+    """A finished fine-tuning: the pipeline is patched and holds the trained weights.
+
+    Attributes:
+        handle: of the patch.
+        curves: losses and evaluations.
+        adapter: folder of the saved adapter.
+    """
+
+    handle: PatchHandle
+    curves: Curves
+    adapter: Path
+
+
+def finetune(
+    pipe: Any,
+    recipe: Recipe | str,
+    data: Samples,
+    output: str | Path,
+    config: FinetuneConfig | None = None,
+    *,
+    resume: bool = False,
+    backend: str = "auto",
+    on_step: Callable[[dict[str, float]], None] | None = None,
+    **options: Any,
+) -> FinetuneResult:
+    """Fine-tune a pipeline's transformer under a recipe, and save an adapter.
+
+    Started once for each device (``accelerate launch``, ``torchrun``) it trains on all of them. Data order
+    and noise depend on the seed and the position of a sample alone, so that neither the number of processes
+    nor a resumption changes them.
+
+    Args:
+        pipe: a flow-matching pipeline with one transformer; patched with ``recipe`` unless it is already.
+        recipe: see :func:`~dit_accel.patch`; ``options`` are those of a preset.
+        data: training samples.
+        output: folder for curves (JSON, PNG, TensorBoard), checkpoints and the adapter.
+        config: settings.
+        resume: go on from the newest checkpoint in ``output``, if there is one.
+        on_step: called with each step's numbers, on the first process.
+
+    Raises:
+        ValueError: settings that do not fit the model.
+        TrainingStopped: a loss or gradient is not finite.
+    """
+    return _Loop(pipe, recipe, data, Path(output), config or FinetuneConfig(), backend, options).run(resume, on_step)
+
+
+class _Loop:
+    def __init__(
+        self,
+        pipe: Any,
+        recipe: Recipe | str,
+        data: Samples,
+        output: Path,
+        config: FinetuneConfig,
+        backend: str,
+        options: dict[str, Any],
+    ) -> None:
+        from accelerate import Accelerator, DistributedDataParallelKwargs
+        from accelerate.utils import DistributedType, ProjectConfiguration
+
+        self.pipe, self.data, self.output, self.config = pipe, data, output, config
+        self.model = trained_transformer(pipe)
+        if config.precision == "no" and self.model.dtype != torch.float32:
+            raise ValueError(
+                f"precision 'no' trains float32 models, the transformer is {self.model.dtype}; use 'bf16'."
+            )
+        try:
+            self.handle = handle_of(pipe)
+        except ValueError:
+            self.handle = patch(pipe, recipe, backend=backend, **options)
+        # A pipeline that has generated leaves its last step here; training is at no step of a trajectory.
+        pipe.scheduler.num_inference_steps = None
+        attentions = {
+            path: module
+            for _, model, family in transformers_of(pipe)
+            for path, module in self_attentions(model, family)
+        }
+        self.trainables = Trainables(self.model, self.handle, attentions, config)
+        self.accelerator = Accelerator(
+            mixed_precision=config.precision,
+            gradient_accumulation_steps=config.accumulation,
+            log_with="tensorboard" if _has_tensorboard() else None,
+            project_config=ProjectConfiguration(str(output), logging_dir=str(output)),
+            cpu=not torch.cuda.is_available() or torch.device(pipe.device).type == "cpu",
+            step_scheduler_with_optimizer=False,
+            kwargs_handlers=[DistributedDataParallelKwargs(find_unused_parameters=config.train == "all")],
+        )
+        self.sharded = self.accelerator.distributed_type == DistributedType.FSDP
+        if self.sharded and config.objective.needs_teacher and config.teacher == "frozen" and not config.lora_rank:
+            raise ValueError("With FSDP a frozen teacher needs LoRA; set lora_rank, or teacher = 'current'.")
+        self.was_checkpointing = bool(getattr(self.model, "is_gradient_checkpointing", False))
+        if config.gradient_checkpointing:
+            self.model.enable_gradient_checkpointing()
+        self.was_training = self.model.training
+        self.model.train()
+        optimizer = torch.optim.AdamW(
+            self.trainables.named().values(),
+            lr=config.learning_rate,
+            betas=config.betas,
+            weight_decay=config.weight_decay,
+        )
+        self.wrapped, self.optimizer = self.accelerator.prepare(self.model, optimizer)
+        self.ema = self._average()
+        self.curves = Curves()
+        self.train_indices, self.held_out = _split(len(data), config.evaluate_samples)
+        self.shift = config.shift or float(getattr(pipe.scheduler.config, "shift", None) or 1.0)
+        self.density = getattr(self.handle.recipe.select, "density", None)
+        if config.density_start is not None and self.density is None:
+            raise ValueError(f"density_start needs a recipe with a density, got {self.handle.recipe.select!r}.")
+        self.accelerator.register_save_state_pre_hook(self._save_trained)
+        self.accelerator.register_load_state_pre_hook(self._load_trained)
+
+    def run(self, resume: bool, on_step: Callable[[dict[str, float]], None] | None) -> FinetuneResult:
+        first = self._resume() if resume else 0
+        if self.accelerator.is_main_process:
+            self.output.mkdir(parents=True, exist_ok=True)
+        self.accelerator.wait_for_everyone()
+        if self.accelerator.log_with:
+            self.accelerator.init_trackers("tensorboard")
+        try:
+            if first == 0:
+                self._evaluate(0)
+            for step in range(first, self.config.steps):
+                numbers = self._step(step)
+                self.curves.steps.append(numbers)
+                self.accelerator.log({k: v for k, v in numbers.items() if k != "step"}, step=step + 1)
+                if on_step is not None and self.accelerator.is_main_process:
+                    on_step(numbers)
+                last = step + 1 == self.config.steps
+                if _due(step + 1, self.config.evaluate_every, last):
+                    self._evaluate(step + 1)
+                if _due(step + 1, self.config.checkpoint_every, last and self.config.checkpoint_every > 0):
+                    self._checkpoint(step + 1)
+            return self._finish()
+        finally:
+            self._write_curves()
+            self.accelerator.end_training()
+            self._release()
+
+    # One step.
+
+    def _step(self, step: int) -> dict[str, float]:
+        start, config = time.perf_counter(), self.config
+        for group in self.optimizer.param_groups:
+            group["lr"] = config.learning_rate * min(1.0, (step + 1) / max(1, config.warmup_steps))
+        density = self._set_density(step)
+        generator = torch.Generator().manual_seed(_mix(config.seed, step, 1))
+        full_stream = float(torch.rand((), generator=generator)) < config.objective.full_stream
+        torch.manual_seed(_mix(config.seed, step, 2))  # for models with dropout
+        sums: dict[str, torch.Tensor] = {}
+        names: list[str] = []
+        for micro in range(config.accumulation):
+            batch, batch_names = self._batch(step, micro)
+            names += batch_names
+            with (
+                self.accelerator.accumulate(self.wrapped),
+                losses(self.wrapped, self.handle, config.objective, batch, self._teacher, full_stream) as found,
+            ):
+                for name, value in {"loss": found.total.detach(), **found.terms}.items():
+                    sums[name] = sums.get(name, torch.zeros_like(value)) + value / config.accumulation
+                self._stop_unless_finite("loss", found.total.detach(), step, names)
+                self.accelerator.backward(found.total)
+                if self.accelerator.sync_gradients:
+                    norm = self.accelerator.clip_grad_norm_(list(self.wrapped.parameters()), config.max_grad_norm)
+                    self._stop_unless_finite("gradient norm", norm, step, names)
+                self.optimizer.step()
+                self.optimizer.zero_grad()
+        if self.ema is not None:
+            self.ema.step(self.trainables.named().values())
+        mean = {name: float(self.accelerator.reduce(value, "mean")) for name, value in sums.items()}
+        numbers = {"step": step + 1, **mean, "learning_rate": self.optimizer.param_groups[0]["lr"]}
+        if density is not None:
+            numbers["density"] = density
+        return {**numbers, "seconds": time.perf_counter() - start}
+
+    def _teacher(self) -> AbstractContextManager[None]:
+        return self.trainables.dense_teacher(self.config.teacher == "frozen")
+
+    def _set_density(self, step: int) -> float | None:
+        if self.config.density_start is None or self.density is None:
+            return self.density
+        density = annealed_density(self.config.density_start, self.density, step, self.config.density_steps)
+        self.handle.set_density(density)
+        return density
+
+    def _batch(self, step: int, micro: int) -> tuple[NoisyBatch, list[str]]:
+        config, world = self.config, self.accelerator.num_processes
+        first = (step * config.accumulation + micro) * world * config.batch_size
+        first += self.accelerator.process_index * config.batch_size
+        positions = range(first, first + config.batch_size)
+        samples = [self.data[self._index(position)] for position in positions]
+        generators = [torch.Generator().manual_seed(_mix(config.seed, position, 3)) for position in positions]
+        sigmas = [draw_sigma(g, config.time_mean, config.time_std, self.shift) for g in generators]
+        return self._noisy(samples, sigmas, generators), [sample.name for sample in samples]
+
+    def _index(self, position: int) -> int:
+        epoch, place = divmod(position, len(self.train_indices))
+        generator = torch.Generator().manual_seed(_mix(self.config.seed, epoch, 4))
+        return self.train_indices[int(torch.randperm(len(self.train_indices), generator=generator)[place])]
+
+    def _noisy(
+        self, samples: Sequence[Sample], sigmas: Sequence[float], generators: Sequence[torch.Generator]
+    ) -> NoisyBatch:
+        device = self.accelerator.device
+        latents, condition = collate(samples, device)
+        latents = latents.float()
+        # Drawn on the CPU, so that a seed means the same on every device.
+        noise = torch.cat(
+            [torch.randn(s.latents.shape, generator=g) for s, g in zip(samples, generators, strict=True)]
+        ).to(device)
+        sigma = torch.tensor(sigmas, dtype=torch.float32, device=device)
+        wide = sigma.view(-1, *[1] * (latents.dim() - 1))
+        dtype = torch.float32 if self.config.precision == "no" else self.model.dtype
+        return NoisyBatch(
+            latents=((1 - wide) * latents + wide * noise).to(dtype),
+            target=noise - latents,
+            timestep=sigma * samples[0].timestep_scale,
+            condition=condition,
+        )
+
+    def _stop_unless_finite(self, what: str, value: Any, step: int, names: Sequence[str]) -> None:
+        value = torch.as_tensor(value, device=self.accelerator.device).float()
+        bad = self.accelerator.reduce((~value.isfinite()).float(), "sum")
+        if not bad:
+            return
+        good = _newest_checkpoint(self.output)
+        spelled = f"the last good checkpoint is {good}" if good else "there is no checkpoint yet"
+        raise TrainingStopped(
+            f"The {what} is {float(value)} at step {step + 1} (batch: {', '.join(names)}); {spelled}."
+        )
+
+    # Evaluation.
+
+    def _evaluate(self, step: int) -> None:
+        """Paired against dense: the same samples, noise and sigmas, with and without the patch."""
+        if self.ema is not None:
+            self.ema.store(self.trainables.named().values())
+            self.ema.copy_to(self.trainables.named().values())
+        self.handle.set_density(None)
+        error = norm = flow = dense_flow = 0.0
+        with torch.no_grad():
+            for index in self.held_out:
+                sample = self.data[index]
+                for number, sigma in enumerate(EVALUATION_SIGMAS):
+                    seed = _mix(self.config.seed, index * len(EVALUATION_SIGMAS) + number, 5)
+                    batch = self._noisy([sample], [sigma], [torch.Generator().manual_seed(seed)])
+                    with self.trainables.dense_teacher(frozen=not self.sharded):
+                        wanted = velocity(self.wrapped, batch)
+                    got = velocity(self.wrapped, batch)
+                    error += float((got - wanted).square().sum())
+                    norm += float(wanted.square().sum())
+                    flow += float((got - batch.target).square().mean())
+                    dense_flow += float((wanted - batch.target).square().mean())
+        if self.ema is not None:
+            self.ema.restore(self.trainables.named().values())
+        count = len(self.held_out) * len(EVALUATION_SIGMAS)
+        numbers = {
+            "velocity_error": math.sqrt(error / norm) if norm else math.nan,
+            "flow_loss": flow / count,
+            "dense_flow_loss": dense_flow / count,
+        }
+        self.curves.evaluations.append({"step": step, **numbers})
+        self.accelerator.log({f"evaluation/{k}": v for k, v in numbers.items()}, step=step)
+
+    # Checkpoints.
+
+    def _checkpoint(self, step: int) -> None:
+        self._write_curves()
+        folder = self.output / CHECKPOINTS / f"step-{step:07d}"
+        # Written aside and renamed, so that a crash leaves no half checkpoint to resume from.
+        aside = folder.with_name(f".{folder.name}")
+        self.accelerator.save_state(str(aside))
+        self.accelerator.wait_for_everyone()
+        if self.accelerator.is_main_process:
+            progress = {"step": step, "config": asdict(self.config), "curves": self.curves.to_dict()}
+            (aside / PROGRESS).write_text(json.dumps(progress))
+            shutil.rmtree(folder, ignore_errors=True)
+            aside.rename(folder)
+            for old in _checkpoints(self.output)[: -self.config.keep_checkpoints]:
+                shutil.rmtree(old)
+        self.accelerator.wait_for_everyone()
+
+    def _resume(self) -> int:
+        folder = _newest_checkpoint(self.output)
+        if folder is None:
+            return 0
+        progress = json.loads((folder / PROGRESS).read_text())
+        mine = json.loads(json.dumps(asdict(self.config)))
+        for name, value in mine.items():
+            if name not in ("steps", "checkpoint_every", "evaluate_every", "keep_checkpoints"):
+                theirs = progress["config"].get(name)
+                if theirs != value:
+                    raise ValueError(f"{folder} was trained with {name} = {theirs!r}, got {value!r}.")
+        self.accelerator.load_state(str(folder))
+        self.curves = Curves.from_dict(progress["curves"])
+        return int(progress["step"])
+
+    def _save_trained(self, models: list[Any], weights: list[Any], folder: str) -> None:
+        """Accelerate would write the whole model; only what is trained changes."""
+        from safetensors.torch import save_file
+
+        if self.sharded:
+            return
+        weights.clear()
+        if self.accelerator.is_main_process:
+            Path(folder).mkdir(parents=True, exist_ok=True)
+            values = {n: p.detach().cpu().contiguous() for n, p in self.trainables.named().items()}
+            save_file(values, Path(folder) / TRAINED_FILE)
+
+    def _load_trained(self, models: list[Any], folder: str) -> None:
+        from safetensors.torch import load_file
+
+        if self.sharded:
+            return
+        models.clear()
+        copy_values(self.trainables.named(), load_file(Path(folder) / TRAINED_FILE))
+
+    # Ends.
+
+    def _average(self) -> Any:
+        if self.config.ema_decay is None:
+            return None
+        from diffusers.training_utils import EMAModel
+
+        ema = EMAModel(list(self.trainables.named().values()), decay=self.config.ema_decay)
+        ema.to(self.accelerator.device)
+        self.accelerator.register_for_checkpointing(ema)
+        return ema
+
+    def _finish(self) -> FinetuneResult:
+        if self.ema is not None:
+            self.ema.copy_to(self.trainables.named().values())
+        self.handle.set_density(None)
+        folder = self.output / ADAPTER
+        values = self.accelerator.get_state_dict(self.wrapped) if self.sharded else None
+        if self.accelerator.is_main_process:
+            save_adapter(
+                self.pipe,
+                folder,
+                backbone="lora" if self.trainables.lora else ("delta" if self.trainables.backbone else "none"),
+                trained=self.trainables.backbone,
+                base=self.trainables.base,
+                values=values,
+                summary={
+                    "steps": self.config.steps,
+                    "samples": len(self.data),
+                    "processes": self.accelerator.num_processes,
+                    "config": asdict(self.config),
+                    "first": self.curves.evaluations[0] if self.curves.evaluations else None,
+                    "last": self.curves.evaluations[-1] if self.curves.evaluations else None,
+                },
+            )
+        self.accelerator.wait_for_everyone()
+        return FinetuneResult(self.handle, self.curves, folder)
+
+    def _write_curves(self) -> None:
+        if self.accelerator.is_main_process and self.output.is_dir():
+            self.curves.write(self.output)
+
+    def _release(self) -> None:
+        self.handle.set_density(None)
+        self.trainables.release()
+        if self.config.gradient_checkpointing and not self.was_checkpointing:
+            self.model.disable_gradient_checkpointing()
+        self.model.train(self.was_training)
+        # Accelerate's autocast wrapper around forward is the training's, not the model's.
+        self.accelerator.unwrap_model(self.wrapped, keep_fp32_wrapper=False)
+        self.accelerator.free_memory()
+
+
+def _mix(seed: int, number: int, purpose: int) -> int:
+    """One seed from three numbers, spread so that neighbours share no stream."""
+    value = (seed * 0x9E3779B97F4A7C15 + number * 0xBF58476D1CE4E5B9 + purpose * 0x94D049BB133111EB) % 2**64
+    value = ((value ^ (value >> 31)) * 0xD6E8FEB86659FD93) % 2**64
+    return (value ^ (value >> 32)) % 2**63
+
+
+def _split(count: int, held_out: int) -> tuple[list[int], list[int]]:
+    """Indices to train on and to evaluate on; a small set serves for both."""
+    indices = list(range(count))
+    if count > 2 * held_out:
+        return indices[:-held_out], indices[-held_out:]
+    return indices, indices[:held_out]
+
+
+def _due(step: int, every: int, last: bool) -> bool:
+    return last or (every > 0 and step % every == 0)
+
+
+def _checkpoints(output: Path) -> list[Path]:
+    return sorted(folder for folder in (output / CHECKPOINTS).glob("step-*") if (folder / PROGRESS).is_file())
+
+
+def _newest_checkpoint(output: Path) -> Path | None:
+    return next(iter(reversed(_checkpoints(output))), None)
+
+
+def _has_tensorboard() -> bool:
+    from importlib.util import find_spec
+
+    return find_spec("tensorboard") is not None

@@ -1,0 +1,115 @@
+"""What an adapter remembers of the model it was trained on, and how another model differs from that."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Collection, Mapping
+from dataclasses import asdict, dataclass
+from typing import Any
+
+import torch
+from torch import nn
+
+from ..patches.learned import head_shape, is_learned
+
+SAMPLED_TENSORS = 64
+VALUES_PER_TENSOR = 4
+# bfloat16 keeps 8 bits: the same weights in another dtype differ by less than this share of the largest.
+TOLERANCE = 1 / 64
+
+
+@dataclass(frozen=True)
+class Fingerprint:
+    """One transformer, without its weights.
+
+    Attributes:
+        transformer: class name.
+        layers: number of self-attention layers.
+        heads, head_dim: of each of them.
+        config: as diffusers saves it, without names and versions.
+        weights: a few values of some tensors, by parameter name.
+    """
+
+    transformer: str
+    layers: int
+    heads: int
+    head_dim: int
+    config: dict[str, Any]
+    weights: dict[str, list[float]]
+
+    @classmethod
+    def of(
+        cls,
+        model: nn.Module,
+        attentions: Mapping[str, nn.Module],
+        trained: Collection[str] = (),
+        base: Mapping[str, torch.Tensor] | None = None,
+    ) -> Fingerprint:
+        """Of a model whose parameters ``trained`` have changed since; ``base`` knows their first values."""
+        heads, head_dim = head_shape(next(iter(attentions.values())))
+        config = {k: v for k, v in dict(getattr(model, "config", {})).items() if not k.startswith("_")}
+        known = base or {}
+        weights = {
+            name: known.get(name, value)
+            for name, value in base_parameters(model).items()
+            if value.is_floating_point() and (name in known or name not in trained)
+        }
+        names = sorted(weights)
+        names = names[:: max(1, len(names) // SAMPLED_TENSORS)][:SAMPLED_TENSORS]
+        return cls(
+            transformer=type(model).__name__,
+            layers=len(attentions),
+            heads=heads,
+            head_dim=head_dim,
+            config=json.loads(json.dumps(config, default=str)),
+            weights={name: _values(weights[name]) for name in names},
+        )
+
+    @classmethod
+    def from_dict(cls, data: Mapping[str, Any]) -> Fingerprint:
+        """The inverse of :meth:`to_dict`."""
+        return cls(**data)
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain data for JSON."""
+        return asdict(self)
+
+    def difference(self, model: nn.Module, attentions: Mapping[str, nn.Module]) -> str | None:
+        """How a model differs from this one, in words; None if the adapter fits it."""
+        other = Fingerprint.of(model, attentions)
+        for name in ("transformer", "heads", "head_dim", "layers"):
+            mine, its = getattr(self, name), getattr(other, name)
+            if mine != its:
+                spelled = {"transformer": "a", "layers": "self-attention"}.get(name, "")
+                return f"it is for {spelled} {name.replace('_', ' ')} {mine}, the model has {its}".replace("  ", " ")
+        for name in sorted(self.config.keys() & other.config.keys()):
+            if self.config[name] != other.config[name]:
+                return f"it is for a model with {name} = {self.config[name]!r}, this one has {other.config[name]!r}"
+        parameters = base_parameters(model)
+        for name, values in self.weights.items():
+            if name not in parameters:
+                return f"the model has no parameter {name}"
+            its_values = _values(parameters[name])
+            bound = TOLERANCE * max(map(abs, values + its_values), default=0.0)
+            if any(abs(a - b) > bound for a, b in zip(values, its_values, strict=True)):
+                return (
+                    f"it is for other weights: {name} begins with {values[0]:.4g}, the model's with {its_values[0]:.4g}"
+                )
+        return None
+
+
+def base_parameters(model: nn.Module) -> dict[str, torch.Tensor]:
+    """The model's own parameters by the names they have without LoRA layers around them."""
+    return {
+        name.replace(".base_layer.", "."): value
+        for name, value in model.named_parameters()
+        if not is_learned(name) and ".lora_" not in name
+    }
+
+
+def _values(tensor: torch.Tensor) -> list[float]:
+    flat = tensor.detach().flatten()
+    count = min(VALUES_PER_TENSOR, flat.numel())
+    picks = torch.linspace(0, flat.numel() - 1, count, dtype=torch.float64).long()
+    values: list[float] = flat[picks.to(flat.device)].float().tolist()
+    return values

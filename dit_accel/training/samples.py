@@ -1,0 +1,149 @@
+"""Training samples as files: latents and the conditioning that a transformer's forward takes."""
+
+from __future__ import annotations
+
+import json
+import sys
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+
+
+@dataclass(frozen=True, eq=False)
+class Sample:
+    """One training sample, as the transformer sees it.
+
+    Attributes:
+        name: for messages.
+        latents: clean, ``[1, ...]`` in the layout of the forward's ``hidden_states``.
+        timestep_scale: factor from sigma to the forward's ``timestep``.
+        condition: all other arguments of the forward: tensors, tuples of tensors, plain values.
+    """
+
+    name: str
+    latents: torch.Tensor
+    timestep_scale: float
+    condition: dict[str, Any]
+
+
+@dataclass(frozen=True)
+class Skipped:
+    """A file that could not be used, and why."""
+
+    name: str
+    reason: str
+
+
+def save_sample(sample: Sample, path: Path) -> None:
+    """Write a sample as safetensors; :func:`read_sample` is the inverse."""
+    tensors = {"latents": sample.latents}
+    plain, sizes = {}, {}
+    for name, value in sample.condition.items():
+        if isinstance(value, torch.Tensor):
+            tensors[f"condition.{name}"] = value
+        elif isinstance(value, (tuple, list)) and value and all(isinstance(v, torch.Tensor) for v in value):
+            sizes[name] = len(value)
+            tensors |= {f"condition.{name}.{i}": v for i, v in enumerate(value)}
+        else:
+            plain[name] = value
+    try:
+        metadata = {
+            "name": sample.name,
+            "timestep_scale": repr(sample.timestep_scale),
+            "plain": json.dumps(plain),
+            "tuples": json.dumps(sizes),
+        }
+    except TypeError as error:
+        raise ValueError(f"The forward's arguments cannot be saved: {error}.") from error
+    path.parent.mkdir(parents=True, exist_ok=True)
+    save_file({n: v.detach().cpu().contiguous().clone() for n, v in tensors.items()}, path, metadata)
+
+
+def read_sample(path: Path) -> Sample:
+    """Read a sample.
+
+    Raises:
+        ValueError: the file is missing, broken, or no sample.
+    """
+    try:
+        with safe_open(path, framework="pt") as file:
+            metadata = file.metadata() or {}
+            tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+        condition = json.loads(metadata["plain"])
+        for name, size in json.loads(metadata["tuples"]).items():
+            condition[name] = tuple(tensors.pop(f"condition.{name}.{i}") for i in range(size))
+        latents = tensors.pop("latents")
+        condition |= {name.removeprefix("condition."): value for name, value in tensors.items()}
+        return Sample(metadata["name"], latents, float(metadata["timestep_scale"]), condition)
+    except (OSError, SafetensorError, KeyError, ValueError) as error:
+        raise ValueError(f"{path.name} is no readable sample: {error}") from error
+
+
+class LatentFolder:
+    """The samples of a folder, read when asked for.
+
+    Files that cannot be opened are named on stderr and left out; ``skipped`` keeps them.
+
+    Raises:
+        ValueError: there is no folder, or no usable sample in it.
+    """
+
+    def __init__(self, folder: str | Path) -> None:
+        self.folder = Path(folder)
+        if not self.folder.is_dir():
+            raise ValueError(f"There is no folder {folder}.")
+        self.paths: list[Path] = []
+        self.skipped: list[Skipped] = []
+        for path in sorted(self.folder.glob("*.safetensors")):
+            try:
+                read_sample(path)
+                self.paths.append(path)
+            except ValueError as error:
+                self.skipped.append(Skipped(path.name, str(error)))
+        report_skipped(self.skipped, len(self.skipped) + len(self.paths))
+        if not self.paths:
+            raise ValueError(f"{folder} holds no usable sample (*.safetensors).")
+
+    def __len__(self) -> int:
+        return len(self.paths)
+
+    def __getitem__(self, index: int) -> Sample:
+        return read_sample(self.paths[index])
+
+
+def report_skipped(skipped: Sequence[Skipped], total: int) -> None:
+    """Name what was left out, with the count last, on stderr."""
+    for item in skipped:
+        print(f"Skipped {item.name}: {item.reason}", file=sys.stderr)
+    if skipped:
+        print(f"Skipped {len(skipped)} of {total} files.", file=sys.stderr)
+
+
+def collate(samples: Sequence[Sample], device: torch.device) -> tuple[torch.Tensor, dict[str, Any]]:
+    """Latents ``[B, ...]`` and conditioning of a batch, on a device.
+
+    Tensors with a leading batch dimension of 1 are joined; others (position ids) belong to all samples alike.
+
+    Raises:
+        ValueError: samples of different sizes.
+    """
+    shapes = {tuple(sample.latents.shape) for sample in samples}
+    if len(shapes) > 1:
+        raise ValueError(f"Samples of one batch must have one size, got {sorted(shapes)}; use batch_size 1.")
+
+    def join(values: Sequence[Any]) -> Any:
+        first = values[0]
+        if isinstance(first, torch.Tensor):
+            batched = first.dim() > 0 and first.shape[0] == 1
+            return (torch.cat(list(values)) if batched else first).to(device)
+        if isinstance(first, (tuple, list)) and first and isinstance(first[0], torch.Tensor):
+            return tuple(join(items) for items in zip(*values, strict=True))
+        return first
+
+    condition = {name: join([s.condition[name] for s in samples]) for name in samples[0].condition}
+    return torch.cat([sample.latents for sample in samples]).to(device), condition

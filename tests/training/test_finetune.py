@@ -1,0 +1,225 @@
+"""The loop on tiny models: it learns, resumes to the bit, stops on NaN, and trains on two processes alike."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+import dit_accel
+from dit_accel.training.config import FinetuneConfig
+from dit_accel.training.finetune import TrainingStopped, finetune
+from dit_accel.training.objective import OBJECTIVES, Objective, annealed_density
+from tests.recipes import POOLED
+from tests.training.samples import SLA, samples, tiny_pipe
+
+FAST = FinetuneConfig(steps=4, learning_rate=1e-3, evaluate_samples=1)
+
+
+def trained(pipe) -> dict[str, torch.Tensor]:
+    return {name: value.detach().clone() for name, value in pipe.transformer.named_parameters()}
+
+
+def test_the_loss_falls_and_everything_is_written(tmp_path):
+    pipe = tiny_pipe()
+    config = replace(FAST, steps=25, learning_rate=5e-3, batch_size=2, train="all", evaluate_every=10)
+    result = finetune(pipe, SLA, samples(), tmp_path, config)
+    losses = [entry["loss"] for entry in result.curves.steps]
+    assert len(losses) == 25
+    assert sum(losses[-5:]) < 0.8 * sum(losses[:5])
+    assert [entry["step"] for entry in result.curves.evaluations] == [0, 10, 20, 25]
+    assert result.curves.evaluations[-1]["flow_loss"] < result.curves.evaluations[0]["flow_loss"]
+    assert json.loads((tmp_path / "curves.json").read_text()) == result.curves.to_dict()
+    assert (tmp_path / "curves.png").stat().st_size > 1000
+    assert list(tmp_path.glob("**/events.out.tfevents*"))
+    assert pipe.transformer.blocks[0].attn1.dit_accel.weight.abs().max() > 0
+
+
+def test_distillation_brings_the_sparse_model_back_to_dense(tmp_path):
+    """Velocity error against the frozen dense model falls, and the dense teacher did not move."""
+    pipe = tiny_pipe()
+    recipe = SLA.with_fields({"select.density": 0.1})
+    # Sharpened attention, so that leaving blocks out is felt.
+    for block in pipe.transformer.blocks:
+        block.attn1.norm_q.weight.data *= 2
+        block.attn1.to_out[0].weight.data *= 4
+    config = replace(FAST, steps=40, learning_rate=2e-3, batch_size=4, train="all", objective=OBJECTIVES["distill"])
+    result = finetune(pipe, recipe, samples(2), tmp_path, config)
+    losses = [entry["loss"] for entry in result.curves.steps]
+    assert sum(losses[-5:]) < 0.7 * sum(losses[:5])
+    first, last = result.curves.evaluations[0], result.curves.evaluations[-1]
+    assert last["velocity_error"] < 0.9 * first["velocity_error"]
+    assert last["dense_flow_loss"] == first["dense_flow_loss"]
+
+
+@pytest.mark.parametrize("name", OBJECTIVES)
+@pytest.mark.parametrize("checkpointing", [False, True], ids=["kept", "checkpointed"])
+def test_objectives_train_and_checkpointing_changes_nothing(name, checkpointing, tmp_path):
+    objective = replace(OBJECTIVES[name], full_stream=1.0 if name == "ssa" else 0.0)
+    pipe = tiny_pipe()
+    config = replace(FAST, steps=2, objective=objective, gradient_checkpointing=checkpointing)
+    result = finetune(pipe, SLA, samples(2), tmp_path / "a", config)
+    assert not pipe.transformer.is_gradient_checkpointing
+    for entry in result.curves.steps:
+        terms = [n for n in ("flow", "velocity", "outputs", "align") if getattr(objective, n)]
+        total = sum(getattr(objective, n) * entry[n] for n in terms)
+        assert entry["loss"] == pytest.approx(total, rel=1e-5)
+        assert all(entry[n] > 0 for n in terms)
+    if checkpointing:
+        other = tiny_pipe()
+        finetune(other, SLA, samples(2), tmp_path / "b", replace(config, gradient_checkpointing=False))
+        for name, value in trained(pipe).items():
+            assert torch.equal(value, dict(other.transformer.named_parameters())[name]), name
+
+
+@pytest.mark.parametrize("kind", ["weights", "lora"])
+def test_a_resumed_run_equals_an_uninterrupted_one_to_the_bit(kind, tmp_path):
+    config = replace(
+        FAST,
+        steps=5,
+        ema_decay=0.9,
+        accumulation=2,
+        warmup_steps=3,
+        density_start=0.8,
+        density_steps=4,
+        objective=Objective(flow=1.0, velocity=1.0, align=1.0, full_stream=0.5),
+        checkpoint_every=3,
+        lora_rank=4 if kind == "lora" else 0,
+    )
+    whole = tiny_pipe()
+    straight = finetune(whole, SLA, samples(), tmp_path / "whole", config)
+    stopped = tiny_pipe()
+    finetune(stopped, SLA, samples(), tmp_path / "parts", replace(config, steps=3))
+    resumed = tiny_pipe()
+    joined = finetune(resumed, SLA, samples(), tmp_path / "parts", config, resume=True)
+    assert trained(whole).keys() == trained(resumed).keys()
+    for name, value in trained(whole).items():
+        assert torch.equal(value, trained(resumed)[name]), name
+    strip = [{k: v for k, v in e.items() if k != "seconds"} for e in straight.curves.steps]
+    assert strip == [{k: v for k, v in e.items() if k != "seconds"} for e in joined.curves.steps]
+    assert [entry["density"] for entry in strip] == pytest.approx([0.8, 0.675, 0.55, 0.425, 0.3])
+    ours, theirs = (load_file(r.adapter / "adapter.safetensors") for r in (straight, joined))
+    assert ours.keys() == theirs.keys()
+    assert all(torch.equal(ours[name], theirs[name]) for name in ours)
+
+
+def test_resuming_refuses_other_settings(tmp_path):
+    finetune(tiny_pipe(), SLA, samples(), tmp_path, replace(FAST, steps=1, checkpoint_every=1))
+    with pytest.raises(ValueError, match=r"learning_rate = 0\.001, got 0\.1"):
+        finetune(tiny_pipe(), SLA, samples(), tmp_path, replace(FAST, learning_rate=0.1), resume=True)
+
+
+def test_a_nan_loss_stops_with_step_batch_and_last_good_checkpoint(tmp_path):
+    data = samples(4)
+    pipe = tiny_pipe()
+
+    def poison(numbers):
+        if numbers["step"] == 3:
+            for sample in data:
+                sample.latents[0, 0, 0, 0, 0] = float("nan")
+
+    with pytest.raises(TrainingStopped, match=r"loss is nan at step 4 \(batch: sample-\d\); .*step-0000002"):
+        finetune(pipe, SLA, data, tmp_path, replace(FAST, steps=6, checkpoint_every=2), on_step=poison)
+    assert len(json.loads((tmp_path / "curves.json").read_text())["steps"]) == 3
+    assert all(torch.isfinite(value).all() for value in trained(pipe).values())
+    assert not (tmp_path / "adapter").exists()
+
+
+def test_after_training_the_model_is_as_it_was_but_for_the_weights(tmp_path):
+    pipe = tiny_pipe()
+    before = trained(pipe)
+    pipe.transformer.requires_grad_(False)
+    pipe.transformer.eval()
+    result = finetune(pipe, SLA, samples(), tmp_path, replace(FAST, lora_rank=2))
+    assert not pipe.transformer.training
+    result.handle.remove()
+    assert trained(pipe).keys() == before.keys()
+    assert all(torch.equal(value, before[name]) for name, value in trained(pipe).items())
+    assert not any(p.requires_grad for p in pipe.transformer.parameters())
+    assert (
+        pipe.transformer(torch.zeros(1, 16, 1, 4, 4), torch.zeros(1), torch.zeros(1, 4, 32), return_dict=False)[0].dtype
+        == torch.float32
+    )
+
+
+def test_only_the_learned_parameters_move_when_asked(tmp_path):
+    pipe = tiny_pipe()
+    before = trained(pipe)
+    finetune(pipe, SLA, samples(), tmp_path, replace(FAST, train="learned"))
+    moved = {name for name, value in trained(pipe).items() if not torch.equal(value, before.get(name, value + 1))}
+    assert moved == {f"blocks.{i}.attn1.dit_accel.{n}" for i in range(2) for n in ("weight", "bias")}
+
+
+def test_bf16_trains_float32_weights(tmp_path):
+    pipe = tiny_pipe()
+    result = finetune(pipe, SLA, samples(), tmp_path, replace(FAST, steps=2, precision="bf16"))
+    assert all(torch.isfinite(torch.tensor(entry["loss"])) for entry in result.curves.steps)
+    assert pipe.transformer.dtype == torch.float32
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"train": "heads"}, "train must be one of learned"),
+        ({"steps": 0}, "steps must be at least 1"),
+        ({"ema_decay": 1.0}, "ema_decay must lie in"),
+        ({"lora_rank": 4, "train": "all"}, "LoRA is for train = 'attention'"),
+    ],
+)
+def test_bad_settings(changes, message):
+    with pytest.raises(ValueError, match=message):
+        FinetuneConfig(**changes)
+
+
+def test_settings_that_do_not_fit_the_model(tmp_path):
+    with pytest.raises(ValueError, match="no parameters of its own"):
+        finetune(tiny_pipe(), POOLED, samples(), tmp_path, replace(FAST, train="learned"))
+    pipe = tiny_pipe()
+    pipe.transformer.to(torch.bfloat16)
+    with pytest.raises(ValueError, match="precision 'no' trains float32 models"):
+        finetune(pipe, SLA, samples(), tmp_path, FAST)
+    with pytest.raises(ValueError, match="at least one term"):
+        Objective(flow=0.0)
+
+
+def test_annealed_density():
+    assert [annealed_density(1.0, 0.2, step, 4) for step in (0, 2, 4, 9)] == pytest.approx([1.0, 0.6, 0.2, 0.2])
+    assert annealed_density(1.0, 0.2, 0, 0) == 0.2
+
+
+def test_two_processes_equal_one_with_twice_the_batch(tmp_path):
+    """DDP over gloo: the same samples and noise, so the same weights up to the order of a sum."""
+    root = Path(__file__).parents[2]
+    env = {**os.environ, "PYTHONPATH": str(root), "OMP_NUM_THREADS": "1", "ACCELERATE_USE_CPU": "true"}
+    command = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node=2", "--standalone"]
+    done = subprocess.run(
+        [*command, "-m", "tests.training.two_processes", str(tmp_path / "two")],
+        env=env,
+        cwd=root,
+        capture_output=True,
+        text=True,
+        timeout=300,
+    )
+    assert done.returncode == 0, done.stderr[-3000:]
+    pipe = tiny_pipe()
+    single = finetune(pipe, SLA, samples(), tmp_path / "one", replace(FAST, steps=3, accumulation=2))
+    curves = json.loads((tmp_path / "two" / "curves.json").read_text())
+    for ours, theirs in zip(single.curves.steps, curves["steps"], strict=True):
+        assert ours["loss"] == pytest.approx(theirs["loss"], rel=1e-5)
+    ours, theirs = (
+        load_file(folder / "adapter.safetensors") for folder in (single.adapter, tmp_path / "two" / "adapter")
+    )
+    # Adam's first steps are a sign of the gradient: compare the sum of changes, not single values.
+    for name, value in ours.items():
+        assert (value - theirs[name]).norm() <= 0.05 * value.norm() + 1e-7, name
+
+
+def test_public_names():
+    assert dit_accel.save_adapter.__module__ == "dit_accel.training.adapter"
