@@ -76,7 +76,8 @@ def save_adapter(
     missing = [name for name in trained if backbone == "delta" and name not in (base or {})]
     if missing:
         raise ValueError(f"backbone 'delta' needs the base values of all trained parameters; {missing[0]} is missing.")
-    tensors, fingerprints, lora = {}, {}, {}
+    tensors: dict[str, torch.Tensor] = {}
+    fingerprints, lora = {}, {}
     for part in parts:
         present = dict(part.model.named_parameters()) | dict(values or {})
         unknown = [name for name in trained if name not in present]
@@ -236,7 +237,7 @@ def _swap(target: torch.Tensor, value: torch.Tensor) -> Callable[[], None]:
     return undo
 
 
-def add_lora(model: Any, target_modules: Collection[str], rank: int, alpha: float) -> Callable[[], None]:
+def add_lora(model: Any, target_modules: Collection[str], rank: int, alpha: int) -> Callable[[], None]:
     """LoRA layers (peft) around linear layers of a diffusers transformer. Returns the undo.
 
     Args:

@@ -245,7 +245,8 @@ def _without_guidance(pipe: Any) -> dict[str, float]:
 @contextmanager
 def _last_latents(scheduler: Any) -> Iterator[list[torch.Tensor]]:
     """The latents after the last step of a run, as the transformer would see them."""
-    original, found = scheduler.step, []
+    original = scheduler.step
+    found: list[torch.Tensor] = []
 
     def step(*args: Any, **kwargs: Any) -> Any:
         result = original(*args, **kwargs)

@@ -57,7 +57,7 @@ class Trainables:
                 for name, child in module.named_modules()
                 if isinstance(child, nn.Linear) and name.split(".")[0] in PROJECTIONS
             ]
-            handle.record(add_lora(model, layers, config.lora_rank, float(config.lora_rank)))
+            handle.record(add_lora(model, layers, config.lora_rank, config.lora_rank))
         self.backbone: list[str] = []
         for name, parameter in model.named_parameters():
             train = is_learned(name) or (f".{LORA_NAME}." in name and ".lora_" in name)
