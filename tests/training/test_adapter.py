@@ -183,7 +183,7 @@ def test_a_users_own_lora_stays(tmp_path):
     pipe.transformer.add_adapter(lora, adapter_name="mine")
     plain = generate(pipe)
     handle = dit_accel.load_adapter(pipe, folder)
-    assert set(pipe.transformer.active_adapters()) == {"mine", "dit_accel"}
+    assert set(pipe.transformer.active_adapters()) == {"mine", "dit_accel_lora"}
     handle.remove()
     assert list(pipe.transformer.peft_config) == ["mine"]
     assert torch.equal(generate(pipe), plain)
