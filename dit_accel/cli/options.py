@@ -22,7 +22,7 @@ SetOption = Annotated[
 ]
 BackendOption = Annotated[str, typer.Option(help="Backend of the sparse attention; see `dit-accel info`.")]
 DtypeOption = Annotated[
-    str | None, typer.Option(metavar="fp32|fp16|bf16", help="Default: bf16 on a GPU, fp32 on a CPU.")
+    str | None, typer.Option(metavar="fp32|fp16|bf16", help="Default: bf16 on a GPU or a CPU with AMX, else fp32.")
 ]
 DeviceOption = Annotated[str | None, typer.Option(help="Default: cuda if there is a GPU, else cpu.")]
 JsonOption = Annotated[bool, typer.Option("--json", help="Print one JSON object and nothing else.")]
@@ -73,7 +73,9 @@ def read_dtype(name: str | None, device: torch.device) -> torch.dtype:
     import torch
 
     if name is None:
-        return torch.bfloat16 if device.type == "cuda" else torch.float32
+        from ..pipelines.load import usual_dtype
+
+        return usual_dtype(device)
     if name not in DTYPES:
         raise ValueError(f"--dtype must be one of {', '.join(DTYPES)}, got {name!r}.")
     dtype: torch.dtype = getattr(torch, DTYPES[name])

@@ -19,7 +19,7 @@ def load(name_or_path: str, *, dtype: torch.dtype | None = None, device: str | t
     Args:
         name_or_path: a built-in model (:func:`~dit_accel.pipelines.builtin.builtins`), a folder that
             ``save_pretrained`` wrote, or an id on the model hub.
-        dtype: of the weights; bfloat16 on a GPU and float32 on a CPU if None. A Wan autoencoder stays
+        dtype: of the weights; :func:`usual_dtype` of the device if None. A Wan autoencoder stays
             float32, as its authors advise.
         device: where to put it; None leaves it on the CPU.
 
@@ -28,13 +28,20 @@ def load(name_or_path: str, *, dtype: torch.dtype | None = None, device: str | t
     """
     target = None if device is None else torch.device(device)
     if dtype is None:
-        dtype = torch.bfloat16 if target is not None and target.type == "cuda" else torch.float32
+        dtype = usual_dtype(target or torch.device("cpu"))
     offered = builtins()
     if name_or_path in offered:
         pipe = offered[name_or_path].build(dtype)
     else:
         pipe = _from_pretrained(name_or_path, dtype, list(offered))
     return pipe if target is None else pipe.to(target)
+
+
+def usual_dtype(device: torch.device) -> torch.dtype:
+    """bfloat16 where the device multiplies it fast: GPUs, and CPUs with AMX tiles. Otherwise float32."""
+    # torch has no public question for AMX.
+    amx = getattr(torch.cpu, "_is_amx_tile_supported", lambda: False)
+    return torch.bfloat16 if device.type != "cpu" or amx() else torch.float32
 
 
 def _from_pretrained(name_or_path: str, dtype: torch.dtype, offered: list[str]) -> Any:
