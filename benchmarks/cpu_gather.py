@@ -77,8 +77,7 @@ def main() -> None:
             rows.append(row)
             print(
                 "  ".join(
-                    f"{key} {value:.4g}" if isinstance(value, float) else f"{value}"
-                    for key, value in row.items()
+                    f"{key} {value:.4g}" if isinstance(value, float) else f"{value}" for key, value in row.items()
                 )
             )
     if args.json:

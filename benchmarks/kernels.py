@@ -53,9 +53,7 @@ def oracle_error(out: torch.Tensor, q, k, v, mask: BlockMask, rows=None, samples
     worst = 0.0
     for n in range(samples):
         head, block = (5 * n) % q.shape[2], (nq - 1) * n // max(1, samples - 1)
-        slots = torch.arange(
-            block * mask.block_q, min((block + 1) * mask.block_q, q.shape[1]), device=q.device
-        )
+        slots = torch.arange(block * mask.block_q, min((block + 1) * mask.block_q, q.shape[1]), device=q.device)
         kept = mask.kv_indices[0, min(head, mask.kv_indices.shape[1] - 1), block]
         kept = kept[: int(mask.kv_num_blocks[0, min(head, mask.kv_indices.shape[1] - 1), block])].long()
         keys = (kept[:, None] * mask.block_k + torch.arange(mask.block_k, device=q.device)).flatten()
@@ -82,10 +80,7 @@ class Report:
             traceback.print_exc(limit=3)
             row = {**labels, "error": f"{type(error).__name__}: {str(error)[:160]}"}
         self.rows.append(row)
-        text = (
-            f"{key}={value:.4g}" if isinstance(value, float) else f"{key}={value}"
-            for key, value in row.items()
-        )
+        text = (f"{key}={value:.4g}" if isinstance(value, float) else f"{key}={value}" for key, value in row.items())
         print("  ".join(text), flush=True)
         return row
 
@@ -107,9 +102,7 @@ def dense_cudnn(q, k, v) -> Callable[[], torch.Tensor]:
 def implementations(q, k, v, mask: BlockMask, rows) -> dict[str, Callable[[], torch.Tensor]]:
     """Every forward that can run the case, by name."""
     scale = q.shape[-1] ** -0.5
-    found: dict[str, Callable[[], torch.Tensor]] = {
-        "triton": lambda: forward(q, k, v, mask, rows, None, scale)[0]
-    }
+    found: dict[str, Callable[[], torch.Tensor]] = {"triton": lambda: forward(q, k, v, mask, rows, None, scale)[0]}
     try:
         from dit_accel.kernels.hopper_forward import hopper_forward, why_not_hopper
 
@@ -125,9 +118,7 @@ def section_forward(report: Report, args: argparse.Namespace) -> None:
         q, k, v = inputs(length, args.heads, args.head_dim)
         dense = dense_cudnn(q, k, v)
         full = 4 * args.heads * length * length * args.head_dim
-        base = report.add(
-            lambda: {"ms": (ms := median_ms(dense)), "eff": full / ms / 1e9}, op="cudnn", S=length
-        )
+        base = report.add(lambda: {"ms": (ms := median_ms(dense)), "eff": full / ms / 1e9}, op="cudnn", S=length)
         for block_q, block_k in BLOCKS:
             for density in DENSITIES:
                 mask = random_mask(args.heads, length, block_q, block_k, density)
@@ -164,15 +155,11 @@ def section_rows(report: Report, args: argparse.Namespace) -> None:
                         error = oracle_error(call(), q, k, v, mask, rows)
                         return {"ms": median_ms(call), "error": error}
 
-                    report.add(
-                        measure, op=f"{name} rows", S=length, block=f"{block_q}x{block_k}", density=density
-                    )
+                    report.add(measure, op=f"{name} rows", S=length, block=f"{block_q}x{block_k}", density=density)
         try:
             from dit_accel.kernels.reorder import reorder_pair
 
-            report.add(
-                lambda: {"ms": median_ms(lambda: reorder_pair(k, v, rows))}, op="reorder k, v", S=length
-            )
+            report.add(lambda: {"ms": median_ms(lambda: reorder_pair(k, v, rows))}, op="reorder k, v", S=length)
         except ImportError:
             pass
         index = rows.long().transpose(1, 2)[..., None].expand_as(q)
@@ -297,9 +284,7 @@ def section_backward(report: Report, args: argparse.Namespace) -> None:
                         "over_cudnn": base.get("ms", math.nan) / ms,
                     }
 
-                report.add(
-                    measure, op="fwd+bwd", S=length, block=f"{block_q}x{block_k}", density=0.1, rows=permuted
-                )
+                report.add(measure, op="fwd+bwd", S=length, block=f"{block_q}x{block_k}", density=0.1, rows=permuted)
 
 
 def section_sweep(report: Report, args: argparse.Namespace) -> None:
@@ -332,9 +317,7 @@ def section_sweep(report: Report, args: argparse.Namespace) -> None:
                                 if number % shards == shard:
                                     report.add(lambda: {"ok": call() is not None}, sweep=key)
                                 continue
-                            row = report.add(
-                                lambda: {"ms": median_ms(call, 40)}, sweep=key, warps=warps, stages=stages
-                            )
+                            row = report.add(lambda: {"ms": median_ms(call, 40)}, sweep=key, warps=warps, stages=stages)
                             if row.get("ms", math.inf) < best.get(key, (math.inf,))[0]:
                                 best[key] = (row["ms"], warps, stages)
     entries = {key: list(value[1:]) for key, value in sorted(best.items())}

@@ -177,9 +177,7 @@ def time_mass() -> None:
         name = f"S={seq} {block_q}x{block_k}"
         args = {"block_q": block_q, "block_k": block_k}
         record(f"block mass, lse given, {name}", median(block_mass, q, k, lse=lse, **args))
-    record(
-        f"block mass with its own lse pass, S={seq} 128x64", median(block_mass, q, k, block_q=128, block_k=64)
-    )
+    record(f"block mass with its own lse pass, S={seq} 128x64", median(block_mass, q, k, block_q=128, block_k=64))
 
 
 def linear_oracle(
@@ -270,9 +268,7 @@ def time_linear_parts() -> None:
     record("  product, 2 heads", device_median(torch.bmm, marginal[0, :2], states[:2]))
     sums, out = torch.bmm(marginal[0], states), torch.zeros_like(q)
     args = (q, None, sums, out, None, True, shape, "softmax", 0.0)
-    record(
-        "  output added, a state per block", device_median(triton_linear.launch_out, *args, group_tokens=128)
-    )
+    record("  output added, a state per block", device_median(triton_linear.launch_out, *args, group_tokens=128))
     record(
         "  states of all tokens",
         device_median(triton_linear.all_states, k, v, None, weight, shape, "softmax"),
@@ -329,9 +325,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--out", type=Path, default=Path("benchmarks/results/routing.json"))
     parser.add_argument("--only", nargs="*", help=f"of: {', '.join(ITEMS)}")
-    parser.add_argument(
-        "--dry", action="store_true", help="run everything once, untimed: fills Triton's cache"
-    )
+    parser.add_argument("--dry", action="store_true", help="run everything once, untimed: fills Triton's cache")
     args = parser.parse_args()
     global DRY
     DRY = args.dry

@@ -188,7 +188,7 @@ def _backward(ctx: Any, grad: torch.Tensor) -> tuple[Any, ...]:
     q, k, v, attn_mask, layer, ids, *learned = ctx.saved_tensors
     grads = attention_backward_op(grad, q, k, v, attn_mask, layer, ctx.grid, ctx.count, ids, learned, *ctx.options)
     # An empty list has no tensors to give None for: it wants an empty list back.
-    grid: list[torch.Tensor] | None = None if ctx.grid else []
+    grid: list[None] | None = None if ctx.grid else []
     return (*grads[:3], None, None, grid, None, None, list(grads[3:]), *[None] * len(ctx.options))
 
 

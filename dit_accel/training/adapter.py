@@ -22,8 +22,7 @@ from .fingerprint import Fingerprint, base_parameters
 CARD, TENSORS = "adapter.json", "adapter.safetensors"
 FORMAT = 1
 BACKBONES = ("none", "full", "delta", "lora")
-# Not the name of the learned modules: parameter names hold both.
-LORA_NAME = "dit_accel_lora"
+LORA_NAME = "dit_accel"
 
 
 @dataclass(frozen=True, eq=False)
@@ -77,7 +76,8 @@ def save_adapter(
     if missing:
         raise ValueError(f"backbone 'delta' needs the base values of all trained parameters; {missing[0]} is missing.")
     tensors: dict[str, torch.Tensor] = {}
-    fingerprints, lora = {}, {}
+    fingerprints: dict[str, Any] = {}
+    lora: dict[str, Any] = {}
     for part in parts:
         present = dict(part.model.named_parameters()) | dict(values or {})
         unknown = [name for name in trained if name not in present]

@@ -28,12 +28,8 @@ def tile_order(frames: int, height: int, width: int) -> torch.Tensor:
         ValueError: when a side is not a multiple of 4.
     """
     if frames % TILE or height % TILE or width % TILE:
-        raise ValueError(
-            f"tiles of {TILE}^3 need sides that are multiples of {TILE}, got {(frames, height, width)}"
-        )
-    index = torch.arange(frames * height * width).view(
-        frames // TILE, TILE, height // TILE, TILE, width // TILE, TILE
-    )
+        raise ValueError(f"tiles of {TILE}^3 need sides that are multiples of {TILE}, got {(frames, height, width)}")
+    index = torch.arange(frames * height * width).view(frames // TILE, TILE, height // TILE, TILE, width // TILE, TILE)
     return index.permute(0, 2, 4, 1, 3, 5).flatten()
 
 
@@ -57,9 +53,7 @@ def block_mass(query: torch.Tensor, key: torch.Tensor, order: torch.Tensor | Non
         part = query[:, start : start + rows]
         scores = torch.softmax((part @ key.mT).float() * dim**-0.5, dim=-1)
         n = part.shape[1] // BLOCK
-        mass[:, start // BLOCK : start // BLOCK + n] = (
-            scores.view(heads, n, BLOCK, blocks, BLOCK).sum((2, 4)) / BLOCK
-        )
+        mass[:, start // BLOCK : start // BLOCK + n] = scores.view(heads, n, BLOCK, blocks, BLOCK).sum((2, 4)) / BLOCK
     return mass
 
 
@@ -73,15 +67,11 @@ def density_keeping(mass: torch.Tensor, share: float = 0.95) -> torch.Tensor:
 class Recorder:
     """Stands in for the attention processors and measures before it calls them."""
 
-    def __init__(
-        self, layer: int, processor: Any, records: list[dict[str, Any]], order: torch.Tensor
-    ) -> None:
+    def __init__(self, layer: int, processor: Any, records: list[dict[str, Any]], order: torch.Tensor) -> None:
         self.layer, self.processor, self.records, self.order = layer, processor, records, order
         self.step: int | None = None
 
-    def __call__(
-        self, attn: Any, hidden_states: Any, encoder: Any = None, mask: Any = None, rotary: Any = None
-    ) -> Any:
+    def __call__(self, attn: Any, hidden_states: Any, encoder: Any = None, mask: Any = None, rotary: Any = None) -> Any:
         if self.step is not None:
             query, key = attn.norm_q(attn.to_q(hidden_states)), attn.norm_k(attn.to_k(hidden_states))
             pair = []
@@ -100,9 +90,7 @@ class Recorder:
 
 
 @torch.no_grad()
-def measure(
-    pipeline: WanPipeline, prompt: str, steps: int, measured: list[int], seed: int
-) -> list[dict[str, Any]]:
+def measure(pipeline: WanPipeline, prompt: str, steps: int, measured: list[int], seed: int) -> list[dict[str, Any]]:
     """Generates one clip of 29 frames of 192 x 192 pixels and returns the densities at the measured steps."""
     records: list[dict[str, Any]] = []
     order = tile_order(8, 24, 24)

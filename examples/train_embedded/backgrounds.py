@@ -175,9 +175,7 @@ def night_city(c: Canvas) -> tuple[Tensor, Tensor]:
     lit = c.uniform(0, 1, 1, rows + 1, 64 * 4)
     column = (position * 4).long().clamp(0, 64 * 4 - 1).expand(c.n, 1, c.height, c.width)
     row = (c.y * rows).long().expand(c.n, 1, c.height, c.width)
-    cell = torch.gather(lit.flatten(2), 2, (row * (64 * 4) + column).flatten(2)).view(
-        c.n, 1, c.height, c.width
-    )
+    cell = torch.gather(lit.flatten(2), 2, (row * (64 * 4) + column).flatten(2)).view(c.n, 1, c.height, c.width)
     pane = ((position * 4) % 1.0 > 0.35) & ((c.y * rows) % 1.0 > 0.4) & (cell > 0.55)
     shade = 0.75 + 0.5 * torch.gather(c.uniform(0, 1, 1, 1, 64), 3, index)
     tower = c.color(0.07, 0.06, 0.13, 0.02) * shade

@@ -81,9 +81,7 @@ def random_state(rng: random.Random, generators: dict[str, torch.Generator]) -> 
     }
 
 
-def restore_random_state(
-    state: dict[str, Any], rng: random.Random, generators: dict[str, torch.Generator]
-) -> None:
+def restore_random_state(state: dict[str, Any], rng: random.Random, generators: dict[str, torch.Generator]) -> None:
     """Puts back what `random_state` saved."""
     version, numbers, gauss = state["python"]
     rng.setstate((version, tuple(numbers), gauss))

@@ -34,9 +34,7 @@ class ClipGeometry:
         return (self.frames - 1) // 4 + 1, self.height // 8, self.width // 8
 
 
-def _trajectory(
-    motion: str, time: torch.Tensor, rng: random.Random
-) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+def _trajectory(motion: str, time: torch.Tensor, rng: random.Random) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """Centre x, y (as offsets in frame heights) and scale over normalised `time` in [0, 1]."""
     zero, one = torch.zeros_like(time), torch.ones_like(time)
     x, y = rng.uniform(-0.1, 0.1) + zero, rng.uniform(-0.08, 0.08) + zero
@@ -216,8 +214,6 @@ def _snowfall(picture: torch.Tensor, generator: torch.Generator) -> torch.Tensor
     """Falling flakes: one random field per clip, rolled down a few pixels per frame."""
     n, _, t, height, width = picture.shape
     points = torch.rand(n, 1, height // 3, width // 3, generator=generator, device=picture.device)
-    flakes = F.interpolate(
-        (points > 0.988).float(), size=(height, width), mode="bilinear", align_corners=False
-    )
+    flakes = F.interpolate((points > 0.988).float(), size=(height, width), mode="bilinear", align_corners=False)
     frames = torch.stack([torch.roll(flakes, shifts=(3 * k, -k), dims=(2, 3)) for k in range(t)], dim=2)
     return picture + (1 - picture) * frames * 0.85

@@ -92,9 +92,7 @@ def run_generate(args: argparse.Namespace) -> None:
         out = generate(pipeline, prompts, args.steps, args.guidance, 29, 192, 1000 + i)
         clips.append(shrink(torch.from_numpy(out).permute(0, 4, 1, 2, 3) * 2 - 1))
     print(f"{args.count} clips in {time.monotonic() - began:.0f} s")
-    np.savez_compressed(
-        args.clips, clips=torch.cat(clips).numpy(), scenes=json.dumps([asdict(s) for s in scenes])
-    )
+    np.savez_compressed(args.clips, clips=torch.cat(clips).numpy(), scenes=json.dumps([asdict(s) for s in scenes]))
 
 
 def render_small(
@@ -110,9 +108,7 @@ def render_small(
     )
 
 
-def accuracy(
-    model: Classifier, clips: torch.Tensor, subject: torch.Tensor, motion: torch.Tensor
-) -> dict[str, float]:
+def accuracy(model: Classifier, clips: torch.Tensor, subject: torch.Tensor, motion: torch.Tensor) -> dict[str, float]:
     """Shares of clips with the right subject, motion, and both."""
     right_s, right_m = [], []
     with torch.no_grad():
@@ -140,15 +136,11 @@ def run_classify(args: argparse.Namespace) -> None:
     store: list[tuple[torch.Tensor, torch.Tensor, torch.Tensor]] = []
     while (done := (time.monotonic() - start) / args.seconds) < 1:
         if step % args.reuse == 0 or len(store) < 4:
-            scenes = [
-                s for s in (sample_scene(rng) for _ in range(3 * args.batch)) if s.count == 1 and s.size > 0
-            ]
+            scenes = [s for s in (sample_scene(rng) for _ in range(3 * args.batch)) if s.count == 1 and s.size > 0]
             store.append(render_small(scenes[: args.batch], bank, args.render_size, rng, textures))
             store = store[-args.store :]
         clips, subject, motion = rng.choice(store)
-        noisy = clips.float() + 6 * torch.randn_like(
-            clips, dtype=torch.float32
-        )  # generated clips are a bit soft
+        noisy = clips.float() + 6 * torch.randn_like(clips, dtype=torch.float32)  # generated clips are a bit soft
         if rng.random() < 0.5:
             noisy = F.avg_pool3d(noisy, (1, 3, 3), stride=1, padding=(0, 1, 1), count_include_pad=False)
         a, b = model(noisy)

@@ -83,18 +83,14 @@ def build_transformer(layers: int = 8, heads: int = 4, head_dim: int = 64) -> Wa
     return transformer
 
 
-def prompt_embeddings(
-    encoder: UMT5EncoderModel, ids: torch.Tensor, length: int = TEXT_TOKENS
-) -> torch.Tensor:
+def prompt_embeddings(encoder: UMT5EncoderModel, ids: torch.Tensor, length: int = TEXT_TOKENS) -> torch.Tensor:
     """Embeds padded ids [n, CAPTION_TOKENS] as WanPipeline does: zeros after each caption, up to `length`."""
     mask = ids != 0
     hidden = encoder(ids, mask.long()).last_hidden_state * mask.unsqueeze(-1)
     return torch.nn.functional.pad(hidden, (0, 0, 0, length - ids.shape[1]))
 
 
-def assemble(
-    transformer: WanTransformer3DModel, text_encoder: UMT5EncoderModel, vae: AutoencoderKLWan
-) -> WanPipeline:
+def assemble(transformer: WanTransformer3DModel, text_encoder: UMT5EncoderModel, vae: AutoencoderKLWan) -> WanPipeline:
     """The stock pipeline of the parts."""
     return WanPipeline(
         tokenizer=build_tokenizer(),

@@ -14,13 +14,9 @@ PACKAGES = tuple(f"@lobehub/fluent-emoji-anim-{i}@1.0.0" for i in (1, 2, 3, 4))
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument(
-        "--work", type=Path, default=Path("data"), help="folder for the downloads (about 1 GB)"
-    )
+    parser.add_argument("--work", type=Path, default=Path("data"), help="folder for the downloads (about 1 GB)")
     parser.add_argument("--out", type=Path, default=Path("data/sprites.zip"))
-    parser.add_argument(
-        "--assets", type=Path, nargs="*", help="folders with *.webp already unpacked: no download"
-    )
+    parser.add_argument("--assets", type=Path, nargs="*", help="folders with *.webp already unpacked: no download")
     args = parser.parse_args()
     folders: list[Path] = args.assets or []
     if not folders:

@@ -46,23 +46,16 @@ def export_pipeline(ema: Path, vae: Path, out: Path, layers: int, heads: int, he
     trained = load_tensors(ema, "ema")
     transformer = build_transformer(layers, heads, head_dim)
     text_encoder = build_text_encoder()
-    transformer.load_state_dict(
-        {k[12:]: v for k, v in trained.items() if k.startswith("transformer.")}, strict=True
-    )
+    transformer.load_state_dict({k[12:]: v for k, v in trained.items() if k.startswith("transformer.")}, strict=True)
     missing = text_encoder.load_state_dict(
         {k[13:]: v for k, v in trained.items() if k.startswith("text_encoder.")}, strict=False
     )
     # The input embedding is stored once and tied to a second name.
-    if (
-        set(missing.missing_keys) - {"encoder.embed_tokens.weight", "shared.weight"}
-        or missing.unexpected_keys
-    ):
+    if set(missing.missing_keys) - {"encoder.embed_tokens.weight", "shared.weight"} or missing.unexpected_keys:
         raise RuntimeError(f"text encoder weights do not fit: {missing}")
     text_encoder.tie_weights()
     autoencoder = AutoencoderKLWan.from_pretrained(vae, torch_dtype=torch.float32)
-    pipeline = assemble(
-        transformer.to(torch.bfloat16), text_encoder.to(torch.bfloat16), autoencoder.to(torch.bfloat16)
-    )
+    pipeline = assemble(transformer.to(torch.bfloat16), text_encoder.to(torch.bfloat16), autoencoder.to(torch.bfloat16))
     pipeline.save_pretrained(out, safe_serialization=True)
     # transformers 5 writes a new name for its fast tokenizer; the old one is understood by 4.57 as well.
     for file in (out / "model_index.json", out / "tokenizer" / "tokenizer_config.json"):

@@ -30,9 +30,7 @@ def pack_sprites(assets: list[Path], out: Path) -> None:
             files = [folder / f"{subject.codepoint}.webp" for folder in assets]
             file = next((f for f in files if f.is_file()), None)
             if file is None:
-                raise FileNotFoundError(
-                    f"no animation {subject.codepoint}.webp for {subject.name!r} in {assets}"
-                )
+                raise FileNotFoundError(f"no animation {subject.codepoint}.webp for {subject.name!r} in {assets}")
             image = Image.open(file)
             total = getattr(image, "n_frames", 1)
             strip = Image.new("RGBA", (SPRITE_SIZE * SPRITE_FRAMES, SPRITE_SIZE))

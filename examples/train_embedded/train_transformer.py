@@ -55,8 +55,8 @@ from transformers import UMT5EncoderModel
 class Stage:
     """A part of the training: `latent_frames` a clip, `batch` size, `capacity` of the pool in clips.
 
-    `renew` a chunk of the pool every so many steps; `share` of the time; `text_tokens` to pad captions to: 512 as
-    WanPipeline does by default, fewer where the clip is short and the padding would cost more than the clip.
+    `renew` a chunk of the pool every so many steps; `share` of the time; `text_tokens` to pad captions to:
+    512 as WanPipeline does by default, fewer where the clip is short and padding would cost more than that.
     """
 
     latent_frames: int
@@ -93,9 +93,7 @@ class LatentPool:
         _, h, w = trainer.geometry.latent_shape
         capacity = max(chunk, stage.capacity // chunk * chunk)
         store = torch.bfloat16 if trainer.device.type == "cuda" else torch.float32
-        self.latents = torch.empty(
-            capacity, 16, stage.latent_frames, h, w, dtype=store, device=trainer.device
-        )
+        self.latents = torch.empty(capacity, 16, stage.latent_frames, h, w, dtype=store, device=trainer.device)
         self.cover = torch.empty(capacity, 1, stage.latent_frames, h, w, dtype=store, device=trainer.device)
         self.scenes: list[Scene] = []
         self.next = 0
@@ -109,9 +107,7 @@ class LatentPool:
         scenes = [sample_scene(t.rng) for _ in range(self.chunk)]
         clips, cover = render_clips(scenes, t.bank, t.geometry, t.rng, t.textures, self.stage.frames)
         with torch.autocast(t.device.type, torch.bfloat16, enabled=t.device.type == "cuda"):
-            mean = encode_clip(t.vae, clips.contiguous(memory_format=torch.channels_last_3d)).chunk(2, dim=1)[
-                0
-            ]
+            mean = encode_clip(t.vae, clips.contiguous(memory_format=torch.channels_last_3d)).chunk(2, dim=1)[0]
         where = slice(self.next, self.next + self.chunk)
         self.latents[where] = ((mean.float() - t.mean) / t.std).to(self.latents.dtype)
         cover = F.pad(F.max_pool3d(cover, (1, 8, 8)), (0, 0, 0, 0, 3, 0))
@@ -156,9 +152,7 @@ class Trainer:
         fused = device.type == "cuda"
         self.rates = {"adamw": args.rate, "muon": args.muon_rate}
         self.optimizers: dict[str, torch.optim.Optimizer] = {
-            "adamw": torch.optim.AdamW(
-                others, lr=args.rate, betas=(0.9, 0.98), weight_decay=0.01, fused=fused
-            )
+            "adamw": torch.optim.AdamW(others, lr=args.rate, betas=(0.9, 0.98), weight_decay=0.01, fused=fused)
         }
         if matrices:
             self.optimizers["muon"] = Muon(matrices, lr=args.muon_rate)
@@ -192,9 +186,7 @@ class Trainer:
         ids = self.caption_ids(scenes)
         n = clean.shape[0]
         # Stratified draws: one in every n-th part of the unit interval, then the scheduler's shift.
-        uniform = (
-            torch.arange(n, device=self.device) + torch.rand(n, generator=self.noise, device=self.device)
-        ) / n
+        uniform = (torch.arange(n, device=self.device) + torch.rand(n, generator=self.noise, device=self.device)) / n
         sigma = TIME_SHIFT * uniform / (1 + (TIME_SHIFT - 1) * uniform)
         noise = torch.randn(clean.shape, generator=self.noise, device=self.device)
         s = sigma.view(-1, 1, 1, 1, 1)
@@ -294,12 +286,8 @@ def main() -> None:
     parser.add_argument("--vae", type=Path, default=Path("runs/vae/vae"))
     parser.add_argument("--out", type=Path, default=Path("runs/transformer"))
     parser.add_argument("--resume", type=Path, help="checkpoint folder: go on exactly")
-    parser.add_argument(
-        "--warm-start", type=Path, help="folder with ema-*.safetensors, or a pipeline: new optimizers"
-    )
-    parser.add_argument(
-        "--seconds", type=float, default=540, help="wall-clock budget, pools and compilation included"
-    )
+    parser.add_argument("--warm-start", type=Path, help="folder with ema-*.safetensors, or a pipeline: new optimizers")
+    parser.add_argument("--seconds", type=float, default=540, help="wall-clock budget, pools and compilation included")
     parser.add_argument("--max-steps", type=int, default=10**9, help="stop after so many steps a stage")
     parser.add_argument(
         "--stages",
@@ -311,9 +299,7 @@ def main() -> None:
             Stage(8, 48, 4096, 8, 0.6),
         ],
     )
-    parser.add_argument(
-        "--schedule-start", type=float, default=0.0, help="where in the schedule this run begins"
-    )
+    parser.add_argument("--schedule-start", type=float, default=0.0, help="where in the schedule this run begins")
     parser.add_argument("--schedule-end", type=float, default=1.0, help="where in the schedule this run ends")
     parser.add_argument("--warmup", type=float, default=0.02)
     parser.add_argument("--optimizer", choices=("muon", "adamw"), default="muon")
@@ -326,14 +312,10 @@ def main() -> None:
     parser.add_argument("--size", type=int, default=192)
     parser.add_argument("--clip-frames", type=int, default=29)
     parser.add_argument("--chunk", type=int, default=64, help="clips rendered and encoded at once")
-    parser.add_argument(
-        "--image-every", type=int, default=8, help="every so many steps train on first frames alone"
-    )
+    parser.add_argument("--image-every", type=int, default=8, help="every so many steps train on first frames alone")
     parser.add_argument("--no-compile", action="store_true")
     parser.add_argument("--checkpoint", action="store_true", help="also write a resumable checkpoint")
-    parser.add_argument(
-        "--save-every", type=float, default=90, help="seconds between saves of the averaged weights"
-    )
+    parser.add_argument("--save-every", type=float, default=90, help="seconds between saves of the averaged weights")
     parser.add_argument("--seed", type=int, default=0)
     args = parser.parse_args()
 

@@ -67,9 +67,7 @@ def random_crops(
 class Trainer:
     """The autoencoder, its optimizer, its average and its random numbers: everything a checkpoint holds."""
 
-    def __init__(
-        self, sprites: Path, geometry: ClipGeometry, device: torch.device, compile_: bool, seed: int
-    ) -> None:
+    def __init__(self, sprites: Path, geometry: ClipGeometry, device: torch.device, compile_: bool, seed: int) -> None:
         self.device, self.geometry = device, geometry
         torch.manual_seed(seed)
         self.vae = build_autoencoder().to(device).train()
@@ -149,9 +147,7 @@ class Trainer:
         tensors.update({f"average.{k}": v for k, v in self.average.items()})
         save_tensors(tensors, folder, "vae")
         state = random_state(self.rng, {"textures": self.textures, "noise": self.noise})
-        save_json(
-            folder / "vae.json", {"step": self.step, "log": self.log, "optimizers": rest, "random": state}
-        )
+        save_json(folder / "vae.json", {"step": self.step, "log": self.log, "optimizers": rest, "random": state})
 
     def load(self, folder: Path) -> None:
         tensors = load_tensors(folder, "vae")
@@ -192,9 +188,7 @@ def draw_reconstructions(vae: AutoencoderKLWan, trainer: Trainer, out: Path) -> 
     clips, _ = render_clips(scenes, trainer.bank, trainer.geometry, trainer.rng, trainer.textures)
     decoded = vae.decode(vae.encode(clips).latent_dist.mode()).sample
     frames = [0, clips.shape[2] // 2, clips.shape[2] - 1]
-    rows = [
-        torch.cat([x[:, k] for k in frames for x in (clip, again)], 2) for clip, again in zip(clips, decoded)
-    ]
+    rows = [torch.cat([x[:, k] for k in frames for x in (clip, again)], 2) for clip, again in zip(clips, decoded)]
     picture = ((torch.cat(rows, 1).clamp(-1, 1) + 1) * 127.5).byte().permute(1, 2, 0).cpu().numpy()
     Image.fromarray(picture).save(out)
 
@@ -209,16 +203,12 @@ def main() -> None:
     parser.add_argument("--batch", type=int, default=12)
     parser.add_argument("--crop", type=int, default=96)
     parser.add_argument("--frames", type=int, default=29, help="frames of a crop")
-    parser.add_argument(
-        "--rate", type=float, default=2e-3, help="of AdamW: norms, biases, first and last layers"
-    )
+    parser.add_argument("--rate", type=float, default=2e-3, help="of AdamW: norms, biases, first and last layers")
     parser.add_argument("--muon-rate", type=float, default=2e-3, help="of Muon: the convolution kernels")
     parser.add_argument("--size", type=int, default=192, help="clip height and width in pixels")
     parser.add_argument("--clip-frames", type=int, default=29)
     parser.add_argument("--no-compile", action="store_true")
-    parser.add_argument(
-        "--checkpoint", action="store_true", help="also write a resumable checkpoint at the end"
-    )
+    parser.add_argument("--checkpoint", action="store_true", help="also write a resumable checkpoint at the end")
     parser.add_argument("--seed", type=int, default=0)
     args = parser.parse_args()
 
@@ -227,9 +217,7 @@ def main() -> None:
     torch.backends.cuda.matmul.allow_tf32 = True
     torch.backends.cudnn.allow_tf32 = True
     geometry = ClipGeometry(args.clip_frames, args.size, args.size)
-    trainer = Trainer(
-        args.sprites, geometry, device, not args.no_compile and device.type == "cuda", args.seed
-    )
+    trainer = Trainer(args.sprites, geometry, device, not args.no_compile and device.type == "cuda", args.seed)
     if args.resume:
         trainer.load(args.resume)
 
