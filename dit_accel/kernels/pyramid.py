@@ -12,6 +12,7 @@ from itertools import pairwise
 
 import torch
 import torch.nn.functional as F
+from torch.utils.checkpoint import checkpoint
 
 from .selection import Impl, gather_mask, gather_rows, tile_obstacle, use_triton
 
@@ -189,14 +190,23 @@ def _pyramid_attention_torch(
     block_all, level_all = torch.cat(block_of), torch.cat(level_of)
     step = max(1, CHUNK_LOGITS // (batch * heads * block_q * k_all.shape[-1])) * block_q
     outs, lses = [], []
-    for start in range(0, q_len, step):
-        part = slice(start, min(start + step, q_len))
-        row_block = torch.arange(part.start, part.stop, device=q.device) // block_q
+
+    def attend(
+        q_part: torch.Tensor, k_all: torch.Tensor, v_all: torch.Tensor, bias_all: torch.Tensor, start: int
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        row_block = torch.arange(start, start + q_part.shape[2], device=q.device) // block_q
         read = levels[:, :, row_block][..., block_all] == level_all
-        logits = torch.where(read, q_slots[:, :, part] @ k_all + bias_all, -torch.inf)
+        logits = torch.where(read, q_part @ k_all + bias_all, -torch.inf)
         lse = logits.logsumexp(-1)
         prob = torch.exp(logits - lse.masked_fill(lse == -torch.inf, 0.0)[..., None])
-        outs.append(prob @ v_all)
+        return prob @ v_all, lse
+
+    recorded = torch.is_grad_enabled() and any(x.requires_grad for x in (q, k, v))
+    for start in range(0, q_len, step):
+        inputs = (q_slots[:, :, start : min(start + step, q_len)], k_all, v_all, bias_all, start)
+        # Without recomputation autograd would keep the logits of all chunks.
+        out, lse = checkpoint(attend, *inputs, use_reentrant=False) if recorded else attend(*inputs)
+        outs.append(out)
         lses.append(lse)
     out, lse = torch.cat(outs, 2), torch.cat(lses, 2)
     if rows is not None:

@@ -192,7 +192,10 @@ class LinearBranchLayer(LearnedCompensation):
         if not recorded:
             return add_linear_branch(out, q, k, v, critical, self.weight, self.bias, **options)
         branch = linear_branch(q, k, v, critical, **options)
-        return out + F.linear(branch.to(self.weight.dtype), self.weight, self.bias).to(out.dtype)
+        # In the activations' dtype, as the inference kernel does: in float32 the copy of the branch that the
+        # backward needs would be as large as queries and keys together.
+        weight, bias = self.weight.to(branch.dtype), self.bias.to(branch.dtype)
+        return out + F.linear(branch, weight, bias)
 
 
 def _per_head(x: torch.Tensor, maps: torch.Tensor) -> torch.Tensor:

@@ -22,8 +22,7 @@ from .fingerprint import Fingerprint, base_parameters
 CARD, TENSORS = "adapter.json", "adapter.safetensors"
 FORMAT = 1
 BACKBONES = ("none", "full", "delta", "lora")
-# Not the name of the learned modules: parameter names hold both.
-LORA_NAME = "dit_accel_lora"
+LORA_NAME = "dit_accel"
 
 
 @dataclass(frozen=True, eq=False)

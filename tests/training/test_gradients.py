@@ -1,0 +1,151 @@
+"""Gradients of the trainable recipes without parameters, against float64 autograd of what they define;
+and what a call keeps for its backward. SLA's own are in ``test_linear_branch_stage``."""
+
+from __future__ import annotations
+
+import itertools
+
+import pytest
+import torch
+
+from dit_accel import presets
+from dit_accel.engine import AttentionCall, Engine
+from dit_accel.layout import StepContext, TokenLayout
+from tests.stages.oracle import masked_attention, pooled_tokens
+
+LAYOUTS = {
+    "alone": TokenLayout((3, 6, 9), 0, 162),
+    "text first": TokenLayout((3, 6, 9), 11, 173),
+    "text last": TokenLayout((3, 6, 9), 0, 175),
+}
+
+
+def circle_tokens(layout: TokenLayout, radius: float) -> torch.Tensor:
+    """bool ``[S, S]``: latents see the disc around them in all frames, and text; text sees everything."""
+    places = list(itertools.product(*map(range, layout.grid)))
+    mask = torch.ones(layout.seq_len, layout.seq_len, dtype=torch.bool)
+    for (i, (_, y, x)), (j, (_, v, u)) in itertools.product(enumerate(places), repeat=2):
+        mask[layout.latent_start + i, layout.latent_start + j] = (y - v) ** 2 + (x - u) ** 2 < radius**2
+    return mask
+
+
+def plan_tokens(call: AttentionCall) -> torch.Tensor:
+    """bool ``[B, H, S, S]`` in the model's order, from the plan that a call used."""
+    slots = call.plan.mask.to_tokens()
+    if call.plan.rows is None:
+        return slots
+    place = call.plan.rows.long().argsort(-1)
+    wide = (*torch.broadcast_shapes(slots.shape[:2], place.shape[:2]), *slots.shape[2:])
+    place = place.expand(*wide[:2], -1)
+    return slots.expand(wide).gather(2, place[..., None].expand(wide)).gather(3, place[:, :, None].expand(wide))
+
+
+def pyramid(q, k, v, call: AttentionCall) -> torch.Tensor:
+    """PSA from its definition: one softmax over means of 1, 2, 4 or 8 neighbouring keys."""
+    batch, seq_len, heads, dim = q.shape
+    rows, block = call.plan.rows, call.plan.mask.block_q
+    rows = torch.arange(seq_len)[None, None] if rows is None else rows.long()
+    rows = rows.expand(batch, heads, seq_len)
+    levels = call.plan.compensation.expand(batch, heads, -1, -1)
+    visible = torch.ones(batch, seq_len) if call.key_mask is None else call.key_mask.double()
+    outs = []
+    for b, h in itertools.product(range(batch), range(heads)):
+        order = rows[b, h]
+        seen = visible[b, order].double()
+        kb, vb, qb = k[b, order, h], v[b, order, h], q[b, order, h]
+        logits, values = [], []
+        for level in (1, 2, 4, 8):
+            runs = torch.arange(seq_len) // level
+            member = (runs[None] == torch.arange(int(runs[-1]) + 1)[:, None]).double() * seen
+            count = member.sum(-1)
+            mean = member / count.clamp_min(1)[:, None]
+            read = levels[b, h][:, torch.arange(len(count)) * level // block] == level
+            read = read.repeat_interleave(block, 0)[:seq_len] & (count > 0)
+            score = qb @ (mean @ kb).T * dim**-0.5 + count.clamp_min(1).log()
+            logits.append(score.masked_fill(~read, -torch.inf))
+            values.append(mean @ vb)
+        out = torch.cat(logits, 1).softmax(-1) @ torch.cat(values)
+        outs.append(out[order.argsort()])
+    return torch.stack(outs).view(batch, heads, seq_len, dim).transpose(1, 2)
+
+
+RECIPES = {
+    "sparge2": presets.sparge2(density=0.2, top_p=0.3, block=(32, 32)),
+    "ssa": presets.ssa(density=0.3, block=(32, 32)),
+    "clear": presets.clear(radius=3.0),
+    "vmoba": presets.vmoba(temporal=1, spatial=(3, 3), volume=(2, 3, 3), block=(32, 32)),
+    "psa": presets.psa(cumulative=(0.2, 0.4, 0.6, 0.9), similarity=(), block=(32, 32)),
+}
+CASES = [("alone", 64), ("text first", 96), ("text last", 128)]
+
+
+@pytest.mark.parametrize(("name", "dim"), CASES, ids=lambda x: str(x))
+@pytest.mark.parametrize("recipe_name", RECIPES)
+def test_gradients_against_the_definition(recipe_name, name, dim):
+    recipe, layout = RECIPES[recipe_name], LAYOUTS[name]
+    generator = torch.Generator().manual_seed(7)
+    q, k, v, upstream = (torch.randn(2, layout.seq_len, 2, dim, generator=generator) for _ in range(4))
+    key_mask = None
+    if name == "text last":
+        key_mask = torch.ones(2, layout.seq_len, dtype=torch.bool)
+        key_mask[0, 168:] = False
+        key_mask[1, 172:] = False
+    engine, calls = Engine(recipe, ["layer"], "auto", 0), []
+    engine.observer = calls.append
+    leaves = [tensor.clone().requires_grad_() for tensor in (q, k, v)]
+    mask = None if key_mask is None else key_mask[:, None, None]
+    out = engine.attend(0, *leaves, mask, None, layout, StepContext(), lambda: pytest.fail("dense"))
+    grads = torch.autograd.grad(out, leaves, upstream)
+
+    twins = [tensor.detach().double().requires_grad_() for tensor in (q, k, v)]
+    if recipe_name == "psa":
+        assert len(calls[0].plan.compensation.unique()) >= 4, "too few levels, the case shows nothing"
+        wanted = pyramid(*twins, calls[0])
+    else:
+        if recipe_name == "clear":
+            tokens = circle_tokens(layout, 3.0)
+        elif recipe_name == "vmoba":
+            tokens = plan_tokens(calls[0])  # which blocks it selects has tests of its own
+        else:
+            tokens = pooled_tokens(
+                layout,
+                list(range(layout.seq_len)),
+                q,
+                k,
+                (32, 32),
+                recipe.select.density,
+                recipe.select.top_p,
+                key_mask,
+            )
+        if key_mask is not None:
+            tokens = tokens & key_mask[:, None, None]
+        assert tokens.double().mean() < 0.97
+        wanted = masked_attention(*twins, tokens)
+    assert (out - wanted).abs().max() <= 4e-6 * wanted.abs().max()
+    for label, grad, want in zip("qkv", grads, torch.autograd.grad(wanted, twins, upstream.double())):
+        assert (grad - want).abs().max() <= 1e-5 * want.abs().max(), label
+
+
+@pytest.mark.parametrize("recipe_name", ["sla", "sparge2", "clear", "psa"])
+def test_what_a_call_keeps_for_its_backward_grows_with_the_tokens(recipe_name):
+    """No tensor of the size of the logits: twice the tokens keep about twice the bytes, not four times."""
+    recipe = presets.sla(density=0.1, block=(32, 32)) if recipe_name == "sla" else RECIPES[recipe_name]
+    kept = []
+    for frames in (4, 8):
+        layout = TokenLayout((frames, 16, 16), 0, frames * 256)
+        engine = Engine(recipe, ["layer"], "auto", 0)
+        if recipe_name == "sla":
+            engine.learned[0] = recipe.compensate.build(1, 64)
+        q, k, v = (torch.randn(1, layout.seq_len, 1, 64, requires_grad=True) for _ in range(3))
+        sizes: dict[int, int] = {}
+
+        def pack(tensor, sizes=sizes):
+            sizes[tensor.untyped_storage().data_ptr()] = tensor.untyped_storage().nbytes()
+            return tensor
+
+        with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
+            out = engine.attend(0, q, k, v, None, None, layout, StepContext(), lambda: pytest.fail("dense"))
+        out.sum().backward()
+        assert max(sizes.values()) < layout.seq_len**2 * 4 / 2
+        kept.append(sum(sizes.values()))
+    assert kept[1] < 2.6 * kept[0]
