@@ -208,7 +208,7 @@ def test_settings_that_do_not_fit_the_model(tmp_path):
 
 def test_annealed_density():
     assert [annealed_density(1.0, 0.2, step, 4) for step in (0, 2, 4, 9)] == pytest.approx([1.0, 0.6, 0.2, 0.2])
-    assert annealed_density(1.0, 0.2, 0, 0) == 0.2
+    assert annealed_density(1.0, 0.2, 0, 0) == pytest.approx(0.2)
 
 
 def test_two_processes_equal_one_with_twice_the_batch(tmp_path):
