@@ -44,7 +44,8 @@ def main() -> None:
 
     state = PartialState(cpu=not torch.cuda.is_available())
     on_gpu = state.device.type == "cuda"
-    pipe = load(arguments.model, device=state.device)
+    dtype = torch.bfloat16 if on_gpu else torch.float32
+    pipe = load(arguments.model, dtype=dtype, device=state.device)
     size = {"width": arguments.width, "height": arguments.height}
 
     with state.main_process_first():
@@ -80,7 +81,7 @@ def main() -> None:
     print(f"velocity error against dense: {first['velocity_error']:.3f} before, {last['velocity_error']:.3f} after")
 
     # What somebody else does with the adapter.
-    fresh = load(arguments.model, device=state.device)
+    fresh = load(arguments.model, dtype=dtype, device=state.device)
     handle = dit_accel.load_adapter(fresh, result.adapter)
     clip = generate(fresh, PROMPTS[0], **size, frames=arguments.frames, steps=arguments.denoising_steps)
     print(save(clip, arguments.out / "clip"), handle.summary())

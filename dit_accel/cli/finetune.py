@@ -65,7 +65,7 @@ def finetune(
     density_start: Annotated[float | None, typer.Option(help="Begin here and go down to the recipe's.")] = None,
     density_steps: Annotated[int, typer.Option(min=0, help="Steps until the recipe's density.")] = 0,
     precision: Annotated[
-        str | None, typer.Option(metavar="no|bf16", help="Default: bf16 on a GPU, no on a CPU.")
+        str | None, typer.Option(metavar="no|bf16", help="Default: bf16 for a bf16 model.")
     ] = None,
     gradient_checkpointing: Annotated[bool, typer.Option(help="Trade time for memory.")] = False,
     ema: Annotated[float | None, typer.Option(help="Decay of a moving average to evaluate and save.")] = None,
@@ -116,7 +116,7 @@ def finetune(
         teacher=teacher,
         density_start=density_start,
         density_steps=density_steps,
-        precision=precision or ("bf16" if target.type == "cuda" else "no"),
+        precision=precision or ("bf16" if str(number) == "torch.bfloat16" else "no"),
         gradient_checkpointing=gradient_checkpointing,
         ema_decay=ema,
         seed=seed,

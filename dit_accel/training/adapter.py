@@ -22,7 +22,8 @@ from .fingerprint import Fingerprint, base_parameters
 CARD, TENSORS = "adapter.json", "adapter.safetensors"
 FORMAT = 1
 BACKBONES = ("none", "full", "delta", "lora")
-LORA_NAME = "dit_accel"
+# Not the name of the learned modules: parameter names hold both.
+LORA_NAME = "dit_accel_lora"
 
 
 @dataclass(frozen=True, eq=False)

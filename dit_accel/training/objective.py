@@ -200,7 +200,9 @@ def _tapped(handle: PatchHandle, tap: _LayerLosses | None) -> Iterator[None]:
 
 def annealed_density(start: float, target: float, step: int, steps: int) -> float:
     """Density at a step of a linear descent from ``start`` to ``target`` over ``steps`` steps."""
-    share = min(1.0, step / steps) if steps else 1.0
+    if step >= steps:
+        return target
+    share = step / steps
     return start + (target - start) * share
 
 
