@@ -64,9 +64,7 @@ def finetune(
     ] = "frozen",
     density_start: Annotated[float | None, typer.Option(help="Begin here and go down to the recipe's.")] = None,
     density_steps: Annotated[int, typer.Option(min=0, help="Steps until the recipe's density.")] = 0,
-    precision: Annotated[
-        str | None, typer.Option(metavar="no|bf16", help="Default: bf16 for a bf16 model.")
-    ] = None,
+    precision: Annotated[str | None, typer.Option(metavar="no|bf16", help="Default: bf16 for a bf16 model.")] = None,
     gradient_checkpointing: Annotated[bool, typer.Option(help="Trade time for memory.")] = False,
     ema: Annotated[float | None, typer.Option(help="Decay of a moving average to evaluate and save.")] = None,
     seed: Annotated[int, typer.Option(help="Of data order and noise.")] = 0,
