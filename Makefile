@@ -6,7 +6,7 @@ VENV ?= .venv
 TORCH ?= torch==2.13.0
 # Two workers: interpreted kernels keep one core each busy, and two cores are what small machines have.
 PYTEST_ARGS ?= -n 2 --dist loadfile
-PROMPT ?= a red fox running over green grass
+PROMPT ?= a green dragon flying left over the sea at night
 BIN := $(VENV)/bin
 INSTALL := $(BIN)/python -m pip install --disable-pip-version-check -qq -c constraints.txt
 
