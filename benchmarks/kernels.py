@@ -170,7 +170,7 @@ def section_rows(report: Report, args: argparse.Namespace) -> None:
         )
 
 
-STAGED_CONFIGS = {
+HOPPER_CONFIGS = {
     # kind: (stages at 128 keys a block, query buffers, turns)
     "half": ((3, 1, False), (3, 1, True), (2, 2, False), (2, 2, True)),
     "int8": ((3, 1, False), (3, 1, True), (3, 2, False), (3, 2, True)),
@@ -178,9 +178,9 @@ STAGED_CONFIGS = {
 }
 
 
-def section_staged(report: Report, args: argparse.Namespace) -> None:
-    """Buffer counts and turn-taking of the staged Hopper kernel, all precisions; takes ``--shard``."""
-    from dit_accel.kernels.hopper_staged import StagedConfig, staged_forward
+def section_hopper(report: Report, args: argparse.Namespace) -> None:
+    """Buffer counts and turn-taking of the Hopper kernel, all precisions; takes ``--shard``."""
+    from dit_accel.kernels.hopper_forward import HopperConfig, hopper_forward
     from dit_accel.kernels.triton_quantize import quantize_inputs
 
     shard, shards = (int(x) for x in args.shard.split("/")) if args.shard else (0, 0)
@@ -188,17 +188,17 @@ def section_staged(report: Report, args: argparse.Namespace) -> None:
     length = args.lengths[0]
     q, k, v = inputs(length, args.heads, args.head_dim)
     scale = q.shape[-1] ** -0.5
-    for block_k in args.staged_blocks:
+    for block_k in args.hopper_blocks:
         masks = {density: random_mask(args.heads, length, 128, block_k, density) for density in (0.05, 0.2)}
-        for kind, configs in STAGED_CONFIGS.items():
+        for kind, configs in HOPPER_CONFIGS.items():
             data = None if kind == "half" else quantize_inputs(q, k, v, 128, block_k, precision=kind)
             for stages, q_stages, turns in configs[:2] if block_k == 64 else configs:
                 number += 1
                 if shards and number % shards != shard:
                     continue
-                config = StagedConfig(stages * 128 // block_k, q_stages, turns)
+                config = HopperConfig(stages * 128 // block_k, q_stages, turns)
                 for density, mask in masks.items():
-                    call = lambda: staged_forward(  # noqa: E731
+                    call = lambda: hopper_forward(  # noqa: E731
                         q, k, v, mask, None, None, scale, quantized=data, config=config
                     )[0]
 
@@ -211,7 +211,7 @@ def section_staged(report: Report, args: argparse.Namespace) -> None:
 
                     report.add(
                         measure,
-                        op=f"staged {kind}",
+                        op=f"hopper {kind}",
                         block_k=block_k,
                         density=density,
                         config=str(config)[12:],
@@ -340,12 +340,12 @@ def main() -> None:
     parser.add_argument("--heads", type=int, default=12)
     parser.add_argument("--head-dim", type=int, default=128)
     parser.add_argument("--sweep-dims", default="128,64")
-    parser.add_argument("--staged-blocks", default="128,64")
+    parser.add_argument("--hopper-blocks", default="128,64")
     parser.add_argument("--shard", default="")
     parser.add_argument("--json", type=Path)
     args = parser.parse_args()
     args.lengths = [int(x) for x in args.lengths.split(",")]
-    args.staged_blocks = [int(x) for x in args.staged_blocks.split(",")]
+    args.hopper_blocks = [int(x) for x in args.hopper_blocks.split(",")]
     args.sweep_dims = [int(x) for x in args.sweep_dims.split(",")]
     torch.manual_seed(0)
     report = Report()
