@@ -174,7 +174,7 @@ class Engine:
         with _autocast_done(call):
             begin = self.plan_time.start(q.device)
             made, plan = self._plan(call, book)
-            backend = self._choose_backend(call.q, call.k, call.v, plan)
+            backend = self._choose_backend(call, plan)
             self.plan_time.stop(begin, q.device)
             # A bare transformer has no trajectory, and a forward of it would search each time.
             searching = step.index is not None and made.forward_id == step.forward_id
@@ -206,7 +206,7 @@ class Engine:
                 rows=plan.rows,
                 key_mask=key_mask,
                 scale=scale,
-                return_lse=backend == "triton",
+                return_lse=backend in ("triton", "fa4"),
                 backend=backend,
             )
             # Where the kernel has the log-sum-exp at hand it shows a NaN at a hundredth of the bytes.
@@ -331,10 +331,13 @@ class Engine:
                 self._prepared[key] = _Prepared(blocks, select.prepare(blocks))
             return self._prepared[key]
 
-    def _choose_backend(self, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, plan: AttentionPlan) -> str:
-        key = (q.device, q.dtype, q.shape[-1], q.requires_grad)
+    def _choose_backend(self, call: AttentionCall, plan: AttentionPlan) -> str:
+        q, permuted, hidden = call.q, plan.rows is not None, call.key_mask is not None
+        key = (q.device, q.dtype, q.shape[-1], q.requires_grad, permuted, hidden, plan.mask.token_bits is None)
         if key not in self._backend_choice:
-            name, reason = choose_backend(q, k, v, plan.mask, backend=self.backend)
+            name, reason = choose_backend(
+                q, call.k, call.v, plan.mask, rows=plan.rows, key_mask=call.key_mask, backend=self.backend
+            )
             self._backend_choice[key] = name
             self.backends_used[name] = reason
         return self._backend_choice[key]

@@ -7,7 +7,7 @@ from collections.abc import Callable
 
 import torch
 
-from . import capability
+from . import capability, tuning
 from .block_mask import BlockMask
 
 _PREDICATES: dict[str, Callable[[torch.Tensor, BlockMask], str | None]] = {
@@ -15,7 +15,7 @@ _PREDICATES: dict[str, Callable[[torch.Tensor, BlockMask], str | None]] = {
     "torch": capability.why_not_torch,
     "reference": capability.why_not_reference,
 }
-BACKENDS = ("auto", *_PREDICATES)
+BACKENDS = ("auto", *_PREDICATES, "fa4")
 
 
 def block_sparse_attention(
@@ -56,12 +56,16 @@ def block_sparse_attention(
         RuntimeError: the named backend cannot run the call; the message says why.
     """
     validate(q, k, v, mask, rows, key_mask)
-    name, _ = choose_backend(q, k, v, mask, rows=rows, backend=backend)
+    name, _ = choose_backend(q, k, v, mask, rows=rows, key_mask=key_mask, backend=backend)
     scale = 1.0 / math.sqrt(q.shape[-1]) if scale is None else float(scale)
     if name == "triton":
         from .triton_attention import triton_attention
 
         out, lse = triton_attention(q, k, v, mask, rows=rows, key_mask=key_mask, scale=scale)
+    elif name == "fa4":
+        from .flash_attn4 import fa4_attention
+
+        out, lse = fa4_attention(q, k, v, mask, scale=scale)
     elif name == "torch":
         from .gather import gather_attention
 
@@ -83,9 +87,12 @@ def choose_backend(
     mask: BlockMask,
     *,
     rows: torch.Tensor | None = None,
+    key_mask: torch.Tensor | None = None,
     backend: str = "auto",
 ) -> tuple[str, str]:
     """Name the backend that :func:`block_sparse_attention` uses for a call, and say why.
+
+    ``"fa4"`` is chosen by itself only for cases that the GPU's tuning table lists as measured faster there.
 
     Returns:
         ``(name, reason)``; the reason lists why faster backends and kernels were passed over.
@@ -95,13 +102,21 @@ def choose_backend(
         RuntimeError: the named backend cannot run the call.
     """
     if backend != "auto":
-        if backend not in _PREDICATES:
+        if backend not in BACKENDS:
             raise ValueError(f"backend must be one of {', '.join(BACKENDS)}, got {backend!r}.")
-        reason = _PREDICATES[backend](q, mask)
+        if backend == "fa4":
+            reason = capability.why_not_fa4(q, mask, rows, key_mask)
+        else:
+            reason = _PREDICATES[backend](q, mask)
         if reason is not None:
             raise RuntimeError(f"Backend {backend!r} cannot run this call: {reason}.")
         return backend, "; ".join(["asked for by name", *_kernel(backend, q, k, v, mask, rows)])
     passed_over = []
+    if tuning.fa4_is_fastest(q, mask):
+        reason = capability.why_not_fa4(q, mask, rows, key_mask)
+        if reason is None:
+            return "fa4", "measured the fastest for this block size and head dim"
+        passed_over.append(f"fa4: {reason}")
     for name, predicate in _PREDICATES.items():
         reason = predicate(q, mask)
         if reason is None and name == "triton" and q.device.type != "cuda":

@@ -5,6 +5,7 @@ Nothing here imports Triton; the predicates are the same for the automatic choic
 
 from __future__ import annotations
 
+import importlib.metadata
 import importlib.util
 import os
 from functools import cache
@@ -16,10 +17,23 @@ from .block_mask import BlockMask
 TRITON_BLOCKS_Q = (16, 32, 64, 128)
 TRITON_BLOCKS_K = (16, 32, 64, 128)
 TRITON_MAX_HEAD_DIM = 256
+FA4_BLOCKS = (64, 128)
 
 
 # Looked up once, without importing it; a cached function would make torch.compile warn.
 _TRITON_INSTALLED = importlib.util.find_spec("triton") is not None
+
+
+def _distribution_installed(name: str) -> bool:
+    # By distribution: looking for the module flash_attn.cute would import flash-attn 2 where that is installed.
+    try:
+        importlib.metadata.version(name)
+    except importlib.metadata.PackageNotFoundError:
+        return False
+    return True
+
+
+_FA4_INSTALLED = _distribution_installed("flash-attn-4")
 
 
 @cache
@@ -60,4 +74,32 @@ def why_not_triton(q: torch.Tensor, mask: BlockMask) -> str | None:
         return (
             f"the triton kernels take block_q and block_k in {TRITON_BLOCKS_Q}, got {mask.block_q} and {mask.block_k}"
         )
+    return None
+
+
+def why_not_fa4(
+    q: torch.Tensor, mask: BlockMask, rows: torch.Tensor | None = None, key_mask: torch.Tensor | None = None
+) -> str | None:
+    """Why flash-attn-4 cannot run a call, or None if it can; its gradients come from the Triton backward."""
+    if not _FA4_INSTALLED:
+        return "flash-attn-4 is not installed (pip install dit-accel[fa4])"
+    if q.device.type != "cuda":
+        return f"flash-attn-4 needs a CUDA device, got {q.device.type}"
+    major, minor = _compute_capability(q.device.index or 0)
+    if (major, minor) != (9, 0):
+        return f"flash-attn-4's block lists are translated for compute capability 9.0, got {major}.{minor}"
+    if q.dtype not in (torch.float16, torch.bfloat16):
+        return f"flash-attn-4 takes float16 or bfloat16, got {q.dtype}"
+    if q.shape[-1] % 8 or q.shape[-1] > 128:
+        return f"flash-attn-4 takes head dims that are multiples of 8, up to 128 with block lists, got {q.shape[-1]}"
+    if mask.block_q not in FA4_BLOCKS or mask.block_k not in FA4_BLOCKS:
+        return f"flash-attn-4 takes blocks of 64 and 128 tokens here, got {mask.block_q}x{mask.block_k}"
+    if rows is not None:
+        return "flash-attn-4 reads rows in order; a permutation would need reordered copies of q, k, v and the output"
+    if key_mask is not None:
+        return "flash-attn-4 has no key mask with block lists"
+    if mask.token_bits is not None and mask.token_bits.shape[0] > 0:
+        return "flash-attn-4 has no token bits"
+    if q.requires_grad:
+        return why_not_triton(q, mask)
     return None

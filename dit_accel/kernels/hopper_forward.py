@@ -1,7 +1,8 @@
-"""Launch of the Hopper kernel: which calls it can run, and the call."""
+"""Launch of the Hopper kernel: which calls it can run, and the call, half precision in place or quantised."""
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from functools import cache
 
 import torch
@@ -10,16 +11,40 @@ from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
 
 from .block_mask import BlockMask
 from .hopper_kernel import hopper_fwd_kernel
+from .quantize import QuantizedInputs
 from .reorder import reorder_pair
 from .triton_forward import LOG2_E, mask_strides
 
 _ROWS = 64  # query rows of a consumer warpgroup
+_SHARED_BYTES = 224 << 10  # of 227 KiB: barriers and alignment take a little
+
+
+@dataclass(frozen=True)
+class HopperConfig:
+    """Buffers of key and value blocks, of query tiles, and whether the consumers take turns at products."""
+
+    stages: int
+    q_stages: int
+    take_turns: bool
 
 
 def why_not_hopper(
     q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, mask: BlockMask, rows: torch.Tensor | None
 ) -> str | None:
-    """Why this kernel cannot run a call that the Triton backend can, or None if it can."""
+    """Why this kernel cannot run a half-precision call that the Triton backend can, or None if it can."""
+    reason = why_not_shape(q, mask)
+    if reason is not None:
+        return reason
+    for name, x in (("q", q), ("k", k), ("v", v)):
+        if x.stride(-1) != 1 or (rows is None and x.stride(2) != x.shape[3]):
+            return f"the heads of {name} do not lie side by side"
+        if x.data_ptr() % 16 or (x.stride(1) * 2) % 16 or (x.stride(0) * 2) % 16:
+            return f"{name} is not aligned to 16 bytes"
+    return None
+
+
+def why_not_shape(q: torch.Tensor, mask: BlockMask) -> str | None:
+    """Why this kernel can take neither these inputs nor a quantised copy of them, or None if it can."""
     if not q.is_cuda or _capability(q.device.index or 0) != (9, 0):
         return "it needs a GPU of compute capability 9.0"
     if q.dtype not in (torch.float16, torch.bfloat16):
@@ -28,11 +53,6 @@ def why_not_hopper(
         return f"it takes head dims 64 and 128, got {q.shape[-1]}"
     if mask.block_q != 128 or mask.block_k not in (64, 128):
         return f"it takes blocks of 128x64 and 128x128, got {mask.block_q}x{mask.block_k}"
-    for name, x in (("q", q), ("k", k), ("v", v)):
-        if x.stride(-1) != 1 or (rows is None and x.stride(2) != x.shape[3]):
-            return f"the heads of {name} do not lie side by side"
-        if x.data_ptr() % 16 or (x.stride(1) * 2) % 16 or (x.stride(0) * 2) % 16:
-            return f"{name} is not aligned to 16 bytes"
     return None
 
 
@@ -47,11 +67,35 @@ def multiprocessors(index: int) -> int:
     return torch.cuda.get_device_properties(index).multi_processor_count
 
 
-def _descriptor(x: torch.Tensor, rows: int) -> TensorDescriptor:
-    """Tiles ``[rows, D]`` of one batch entry ``[S, H, D]``; rows past S read as zero."""
+def default_config(block_k: int, dim: int, precision: str | None) -> HopperConfig:
+    """The fastest buffers measured on an H200 at head dim 128, and what fits shared memory elsewhere.
+
+    ``precision`` is None for half-precision inputs.
+    """
+    half = 2 * dim
+    in_row = half if precision is None else dim
+    value_row = dim if precision == "int8_fp8" else half
+    # A second query tile and turns paid only with INT8 keys and 16-bit values.
+    int8 = precision == "int8"
+    q_stages = 2 if int8 and block_k == 128 else 1
+    out = 0 if precision is None else 128 * half
+    stages = (_SHARED_BYTES - q_stages * 128 * in_row - out) // (block_k * (in_row + value_row))
+    most = (3 if int8 else 4) * 128 // block_k
+    return HopperConfig(min(most, stages), q_stages, int8)
+
+
+def _tiles(x: torch.Tensor, rows: int, columns: int) -> TensorDescriptor:
+    """Tiles ``[rows, columns]`` of a matrix; what lies past its last row reads as zero and is not written."""
+    bits = x.element_size() * 8
+    swizzle = min(128, columns * x.element_size())
+    layout = gl.NVMMASharedLayout(swizzle_byte_width=swizzle, element_bitwidth=bits, rank=2)
+    return TensorDescriptor(x, list(x.shape), list(x.stride()), [rows, columns], layout)
+
+
+def _side_by_side(x: torch.Tensor) -> torch.Tensor:
+    """``[S, H, D]`` with adjacent heads as the matrix ``[S, H * D]``."""
     length, heads, dim = x.shape
-    layout = gl.NVMMASharedLayout(swizzle_byte_width=128, element_bitwidth=16, rank=2)
-    return TensorDescriptor(x, [length, heads * dim], [x.stride(0), 1], [rows, dim], layout)
+    return x.as_strided((length, heads * dim), (x.stride(0), 1))
 
 
 def hopper_forward(
@@ -62,60 +106,88 @@ def hopper_forward(
     rows: torch.Tensor | None,
     key_mask: torch.Tensor | None,
     scale: float,
-    stages: int | None = None,
+    *,
+    quantized: QuantizedInputs | None = None,
+    config: HopperConfig | None = None,
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """``out`` and ``lse`` of a call for which :func:`why_not_hopper` found nothing."""
+    """``out [B, Sq, H, D]`` and ``lse [B, H, Sq]`` of a call for which ``why_not_hopper`` found nothing.
+
+    With ``quantized``, made from the same q, k, v and rows, the numbers come from there; q, k and v then only
+    give shapes and the output dtype.
+    """
     batch, q_len, heads, dim = q.shape
     kv_len = k.shape[1]
     out = torch.empty((batch, q_len, heads, dim), dtype=q.dtype, device=q.device)
     lse = torch.empty((batch, heads, q_len), dtype=torch.float32, device=q.device)
-    nq, _ = mask.num_blocks
+    nq, nk = mask.num_blocks
     if rows is not None:
         rows = rows.to(torch.int32).contiguous()
-        k, v = reorder_pair(k, v, rows)
+        if quantized is None:
+            k, v = reorder_pair(k, v, rows)
+    fp8 = quantized is not None and quantized.v_scale is not None
+    precision = None if quantized is None else "int8_fp8" if fp8 else "int8"
+    config = config or default_config(mask.block_k, dim, precision)
     counts, fulls, index = (x.contiguous() for x in (mask.kv_num_blocks, mask.kv_num_full, mask.kv_indices))
     bit_rows = index if mask.kv_bits is None else mask.kv_bits.contiguous()
     bits = index if mask.token_bits is None else mask.token_bits.contiguous()
     hidden = None if key_mask is None else key_mask.contiguous().view(torch.uint8)
-    programs = min(nq * heads, multiprocessors(q.device.index or 0))
-    if stages is None:
-        # Shared memory: 128 query rows, then keys and values of every stage.
-        stages = min(4, (220 << 10) // 2 // (2 * mask.block_k * dim) - (1 if mask.block_k == 64 else 0))
     rows_strides = (0, 0) if rows is None else mask_strides(rows, q_len)
     for b in range(batch):
         mb = b if counts.shape[0] > 1 else 0
-        rows_b = index if rows is None else rows[b if rows.shape[0] > 1 else 0]
-        hopper_fwd_kernel[(programs,)](
-            _descriptor(q[b], _ROWS),
-            _descriptor(k[b], mask.block_k),
-            _descriptor(v[b], mask.block_k),
-            q[b],
+        if quantized is None:
+            q_in = q[b]
+            k_in, v_in = _side_by_side(k[b]), _side_by_side(v[b])
+            q_tiles = _tiles(_side_by_side(q_in) if rows is None else k_in, _ROWS, dim)
+            scales = (lse, lse, lse, lse)
+            planes = (0, 0, dim)
+        else:
+            q_in = quantized.q[b]
+            k_in = quantized.k[b].flatten(0, 1)
+            v_in = quantized.v[b].flatten(0, 1)
+            q_tiles = _tiles(q_in.flatten(0, 1), _ROWS, dim)
+            v_scale = lse if quantized.v_scale is None else quantized.v_scale[b]
+            scales = (quantized.q_scale[b], quantized.k_scale[b], v_scale, quantized.q_shift[b])
+            planes = (nq * mask.block_q, nk * mask.block_k, 0)
+        v_tile = (dim, mask.block_k) if fp8 else (mask.block_k, dim)
+        hopper_fwd_kernel[(min(nq * heads, multiprocessors(q.device.index or 0)),)](
+            q_tiles,
+            _tiles(k_in, mask.block_k, dim),
+            _tiles(v_in, *v_tile),
+            _tiles(_side_by_side(out[b]), _ROWS, dim),
+            q_in,
             out[b],
             lse[b],
+            *scales,
             counts[mb],
             fulls[mb],
             index[mb],
             bit_rows[mb],
             bits,
-            rows_b,
+            index if rows is None else rows[b if rows.shape[0] > 1 else 0],
             index if hidden is None else hidden[b],
-            *q.stride()[1:3],
-            *out.stride()[1:3],
-            rows_strides[1],
+            *q.stride()[:3],
+            *out.stride()[:3],
+            *rows_strides,
             nq,
             heads,
             nq * heads,
+            0,
             mask_strides(index, nq)[1],
             index.shape[-1],
+            *planes,
             q_len,
             kv_len,
             scale * LOG2_E,
             BLOCK_K=mask.block_k,
             HEAD_DIM=dim,
-            STAGES=stages,
+            STAGES=config.stages,
+            Q_STAGES=config.q_stages,
             PERMUTED=rows is not None,
             HAS_BITS=mask.kv_bits is not None and mask.token_bits.shape[0] > 0,
             HAS_KEY_MASK=key_mask is not None,
+            TAKE_TURNS=config.take_turns,
+            QUANTIZED=quantized is not None,
+            FP8=fp8,
             num_warps=4,
         )
     return out, lse

@@ -88,7 +88,7 @@ def reference_quantize(
         scaled = (value.float() / v_scale[:, :, None]).transpose(2, 3)
         grouped = scaled.unflatten(-1, (-1, 16))
         place = torch.tensor(KEY_PLACE, device=v.device)
-        value = torch.empty_like(grouped)
+        value = torch.empty_like(grouped, memory_format=torch.contiguous_format)
         value[..., place] = grouped
         value = value.flatten(-2).to(torch.float8_e4m3fn)
     return QuantizedInputs(

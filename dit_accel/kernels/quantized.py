@@ -74,9 +74,7 @@ def quantized_block_sparse_attention(
                 smooth_q=smooth_q,
             )
         if backend == "triton":
-            from .triton_quantized import quantized_forward
-
-            out, lse = quantized_forward(quantized, mask, rows, key_mask, scale, q.shape[2], q.dtype)
+            out, lse = _run_triton(q, k, v, mask, rows, key_mask, scale, quantized)
         else:
             out, lse = _emulate(quantized, mask, rows, key_mask, scale, backend)
             out = out.to(q.dtype)
@@ -123,6 +121,27 @@ def why_not_quantized(q: torch.Tensor, mask: BlockMask, precision: str) -> str |
         if (major, minor) < (8, 9):
             reason = f"FP8 needs compute capability 8.9 or newer, got {major}.{minor}"
     return reason
+
+
+def _run_triton(
+    q: torch.Tensor,
+    k: torch.Tensor,
+    v: torch.Tensor,
+    mask: BlockMask,
+    rows: torch.Tensor | None,
+    key_mask: torch.Tensor | None,
+    scale: float,
+    quantized: QuantizedInputs,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    from .variants import why_not_hopper_quantized
+
+    if why_not_hopper_quantized(q, mask, quantized.smooth_q) is None:
+        from .hopper_forward import hopper_forward
+
+        return hopper_forward(q, k, v, mask, rows, key_mask, scale, quantized=quantized)
+    from .triton_quantized import quantized_forward
+
+    return quantized_forward(quantized, mask, rows, key_mask, scale, q.shape[2], q.dtype)
 
 
 def _prologue(fused: bool) -> Callable[..., QuantizedInputs]:

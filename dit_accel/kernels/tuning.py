@@ -6,6 +6,7 @@ import json
 from dataclasses import dataclass
 from functools import cache
 from importlib import resources
+from typing import Any
 
 import torch
 
@@ -21,14 +22,19 @@ class LaunchConfig:
 
 
 @cache
-def _table(device_name: str) -> dict[str, list[int]]:
-    """Entries ``"op/block_q x block_k/padded head dim/order" -> [num_warps, num_stages]`` of a GPU."""
+def _table(device_name: str) -> dict[str, Any]:
+    """What was measured on a GPU.
+
+    ``entries``: ``"op/block_q x block_k/padded head dim/order" -> [num_warps, num_stages]``;
+    ``fa4_fastest``: such keys of forwards that flash-attn-4 runs faster than any kernel of ours.
+    """
     known = {"NVIDIA H200": "h200.json", "NVIDIA H100": "h200.json"}
     for prefix, file in known.items():
         if device_name.startswith(prefix):
             path = resources.files(__package__).joinpath("tuning_tables", file)
-            return json.loads(path.read_text())["entries"]
-    return {}
+            table: dict[str, Any] = json.loads(path.read_text())
+            return table
+    return {"entries": {}, "fa4_fastest": []}
 
 
 @cache
@@ -46,7 +52,9 @@ def launch_config(op: str, q: torch.Tensor, mask: BlockMask, permuted: bool) -> 
     """The table's entry for a call, or a default that fits any GPU's shared memory."""
     dim = q.shape[-1]
     if q.is_cuda and q.dtype != torch.float32:
-        found = _table(_device_name(q.device.index or 0)).get(entry_key(op, mask.block_q, mask.block_k, dim, permuted))
+        found = _table(_device_name(q.device.index or 0))["entries"].get(
+            entry_key(op, mask.block_q, mask.block_k, dim, permuted)
+        )
         if found is not None:
             return LaunchConfig(*found)
     padded = max(16, 1 << (dim - 1).bit_length())
@@ -54,3 +62,11 @@ def launch_config(op: str, q: torch.Tensor, mask: BlockMask, permuted: bool) -> 
     stage_bytes = 2 * mask.block_k * padded * q.element_size()
     stages = max(1, min(3, (96 << 10) // stage_bytes))
     return LaunchConfig(warps, stages)
+
+
+def fa4_is_fastest(q: torch.Tensor, mask: BlockMask) -> bool:
+    """Whether the table lists a forward of this head dim and block size as faster on flash-attn-4."""
+    if not q.is_cuda:
+        return False
+    key = entry_key("forward", mask.block_q, mask.block_k, q.shape[-1], False)
+    return key in _table(_device_name(q.device.index or 0))["fa4_fastest"]

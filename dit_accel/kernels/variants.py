@@ -12,14 +12,32 @@ from .block_mask import BlockMask
 def why_not_hopper_half(
     q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, mask: BlockMask, rows: torch.Tensor | None
 ) -> str | None:
-    """Why the Hopper kernel cannot run a half-precision call, or None if it can.
+    """Why the Hopper kernel cannot run a half-precision call, or None if it can."""
+    reason = _why_not_gluon(q)
+    if reason is not None:
+        return reason
+    from .hopper_forward import why_not_hopper
 
-    The staged kernel, also for quantised inputs, is not chosen here: it has not been run on a GPU yet.
-    """
+    return why_not_hopper(q, k, v, mask, rows)
+
+
+def why_not_hopper_quantized(q: torch.Tensor, mask: BlockMask, smooth_q: bool) -> str | None:
+    """Why the Hopper kernel cannot run a quantised call, or None if it can; ``q`` as before quantisation."""
+    reason = _why_not_gluon(q)
+    if reason is not None:
+        return reason
+    if smooth_q:
+        return "it does not add the mean query's logits back"
+    from .hopper_forward import why_not_shape
+
+    return why_not_shape(q, mask)
+
+
+def _why_not_gluon(q: torch.Tensor) -> str | None:
     if not q.is_cuda or os.environ.get("TRITON_INTERPRET", "0") == "1":
         return "it needs a GPU"
     try:
-        from .hopper_forward import why_not_hopper
+        from . import hopper_forward  # noqa: F401
     except ImportError as error:  # Gluon is experimental: other Triton versions may lack a name
         return f"this Triton lacks a part of Gluon ({error})"
-    return why_not_hopper(q, k, v, mask, rows)
+    return None

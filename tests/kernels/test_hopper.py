@@ -26,10 +26,9 @@ CASES = {
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=str)
 @pytest.mark.parametrize("shape", [(128, 128), (128, 64), (64, 128), (64, 64)], ids=str)
 @pytest.mark.parametrize("case", CASES)
-@pytest.mark.parametrize("kernel", ["forward", "staged", "staged_turns"])
-def test_matches_oracle(kernel, case, shape, dtype, device):
-    from dit_accel.kernels.hopper_forward import hopper_forward, why_not_hopper
-    from dit_accel.kernels.hopper_staged import StagedConfig, staged_forward
+@pytest.mark.parametrize("turns", [False, True], ids=["default", "turns"])
+def test_matches_oracle(turns, case, shape, dtype, device):
+    from dit_accel.kernels.hopper_forward import HopperConfig, hopper_forward, why_not_hopper
 
     block_k, dim = shape
     settings = {"block": (128, block_k), "dim": dim, "dtype": dtype, **CASES[case]}
@@ -44,11 +43,8 @@ def test_matches_oracle(kernel, case, shape, dtype, device):
     eager, eager_lse = dense_attention(*moved[:3], visible, moved[4], dtype=torch.float32)
     eager = eager + UNIT_ROUNDOFF[dtype] * v.double().abs().amax()
     scale = dim**-0.5
-    if kernel == "forward":
-        first, second = (hopper_forward(*moved, scale) for _ in range(2))
-    else:
-        config = StagedConfig(2, 2, True) if kernel == "staged_turns" else None
-        first, second = (staged_forward(*moved, scale, config=config) for _ in range(2))
+    config = HopperConfig(2, 2, True) if turns else None
+    first, second = (hopper_forward(*moved, scale, config=config) for _ in range(2))
     assert torch.equal(first[0], second[0])
     out, lse = first
     assert_close(out, exact, eager, dtype, "out")
@@ -61,8 +57,8 @@ def test_matches_oracle(kernel, case, shape, dtype, device):
 @pytest.mark.parametrize("precision", ["int8", "int8_fp8"])
 @pytest.mark.parametrize("shape", [(128, 128), (128, 64), (64, 128)], ids=str)
 @pytest.mark.parametrize("case", CASES)
-def test_staged_kernel_agrees_with_the_portable_one_on_quantised_inputs(case, shape, precision, device):
-    from dit_accel.kernels.hopper_staged import staged_forward
+def test_agrees_with_the_portable_one_on_quantised_inputs(case, shape, precision, device):
+    from dit_accel.kernels.hopper_forward import hopper_forward
     from dit_accel.kernels.triton_quantize import quantize_inputs
     from dit_accel.kernels.triton_quantized import quantized_forward
 
@@ -74,7 +70,7 @@ def test_staged_kernel_agrees_with_the_portable_one_on_quantised_inputs(case, sh
     q, k, v, mask, rows, hide = (None if x is None else x.to(device) for x in (q, k, v, mask, rows, hide))
     ready = quantize_inputs(q, k, v, 128, block_k, precision=precision, rows=rows)
     scale = dim**-0.5
-    out, lse = staged_forward(q, k, v, mask, rows, hide, scale, quantized=ready)
+    out, lse = hopper_forward(q, k, v, mask, rows, hide, scale, quantized=ready)
     expected, expected_lse = quantized_forward(ready, mask, rows, hide, scale, q.shape[2], q.dtype)
     # The same numbers in another order: a rounding of the weights (e4m3 keeps 4 bits) and of the output.
     rounding = 2.0**-4 if precision == "int8_fp8" else UNIT_ROUNDOFF[torch.bfloat16]
@@ -84,19 +80,16 @@ def test_staged_kernel_agrees_with_the_portable_one_on_quantised_inputs(case, sh
     torch.testing.assert_close(lse[seen], expected_lse[seen], rtol=0, atol=1e-4)
 
 
-@pytest.mark.parametrize("kernel", ["forward", "staged"])
 @pytest.mark.parametrize("which", ["q", "k", "v"])
-def test_nan_reaches_the_rows_that_see_it_and_no_others(which, kernel, device):
+def test_nan_reaches_the_rows_that_see_it_and_no_others(which, device):
     from dit_accel.kernels.hopper_forward import hopper_forward
-    from dit_accel.kernels.hopper_staged import staged_forward
 
     if torch.cuda.get_device_capability() != (9, 0):
         pytest.skip("it needs a GPU of compute capability 9.0")
     q, k, v, mask, _, _, visible = build(length=1000, block=(128, 128), dim=128, dtype=torch.bfloat16)
     {"q": q, "k": k, "v": v}[which][0, 170, 1, 5] = float("nan")
     q, k, v, mask = (x.to(device) for x in (q, k, v, mask))
-    run = hopper_forward if kernel == "forward" else staged_forward
-    out, _ = run(q, k, v, mask, None, None, 0.1)
+    out, _ = hopper_forward(q, k, v, mask, None, None, 0.1)
     expected = torch.zeros(1000, 3, dtype=torch.bool)
     if which == "q":
         expected[170, 1] = True

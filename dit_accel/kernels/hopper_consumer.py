@@ -1,15 +1,4 @@
-"""Device code of block-sparse attention on Hopper, in Gluon: TMA, asynchronous WGMMA, specialised warps.
-
-One producer warp streams the listed key and value blocks into shared memory. Two consumer warpgroups hold
-64 query rows each; they take turns at issuing products, so that one is in its softmax while the other keeps
-the matrix units busy, and inside a warpgroup the scores of block ``n + 1`` and the weighted values of block
-``n`` are in flight during the softmax (FlashAttention-3, arXiv 2407.08608). A program stays on its
-multiprocessor and takes query blocks in turn, so that loads for the next one start before the last one is
-written.
-
-With ``QUANTIZED`` q and k are INT8 with scales (per query token, per key block); with ``FP8`` the values and
-weights are e4m3 and every block's product is added in float32 (SageAttention 2, arXiv 2411.10958).
-"""
+"""Arithmetic of the Hopper kernel: a warpgroup's 64 query rows against the blocks that the producer loads."""
 
 from __future__ import annotations
 
@@ -23,7 +12,7 @@ from triton.experimental.gluon.language.nvidia.hopper import (
     warpgroup_mma_wait,
 )
 
-from .triton_forward import SIZES
+from .hopper_producer import tile_header
 
 LN_2_ = gl.constexpr(0.6931471805599453)
 # Weights are at most 1; e4m3 holds 448.
@@ -31,102 +20,7 @@ FP8_WEIGHT = gl.constexpr(448.0)
 
 
 @gluon.jit
-def _header(tile, num_tiles, nq, heads, mask_batch_stride, mask_head_stride, counts_ptr, fulls_ptr):
-    """Row of the lists, count and number of full blocks of a tile; zeros past the last one."""
-    plane = tile // nq
-    row = (plane // heads) * mask_batch_stride + (plane % heads) * mask_head_stride + tile % nq
-    inside = tile < num_tiles
-    return (
-        row,
-        gl.load(counts_ptr + row, mask=inside, other=0),
-        gl.load(fulls_ptr + row, mask=inside, other=0),
-    )
-
-
-@gluon.jit
-def _produce(
-    descriptors,
-    shared,
-    lists,
-    sizes,
-    BLOCK_K: gl.constexpr,
-    HEAD_DIM: gl.constexpr,
-    STAGES: gl.constexpr,
-    Q_STAGES: gl.constexpr,
-    GATHER_Q: gl.constexpr,
-    FP8: gl.constexpr,
-):
-    """Stream Q (unless the consumers gather it), K and V of every tile of this program."""
-    q_desc, k_desc, v_desc, _out_desc = descriptors
-    q_smem, k_smem, v_smem, _o_smem, q_full, q_empty, k_full, k_empty, v_full, v_empty, _order = shared
-    counts_ptr, fulls_ptr, index_ptr, _bit_rows_ptr, _bits_ptr, _rows_ptr, _key_mask_ptr = lists
-    nq, heads, num_tiles, mask_batch_stride, mask_head_stride, list_length, q_rows, k_rows, plane_cols = sizes
-    step = gl.to_tensor(0)
-    turn = gl.to_tensor(0)
-    programs = gl.num_programs(0)
-    row, count, _full = _header(
-        gl.program_id(0), num_tiles, nq, heads, mask_batch_stride, mask_head_stride, counts_ptr, fulls_ptr
-    )
-    first = gl.load(index_ptr + row.to(gl.int64) * list_length)
-    for tile in range(gl.program_id(0), num_tiles, programs):
-        next_row, next_count, _full = _header(
-            tile + programs, num_tiles, nq, heads, mask_batch_stride, mask_head_stride, counts_ptr, fulls_ptr
-        )
-        at = index_ptr + row.to(gl.int64) * list_length
-        plane = tile // nq
-        column = plane * plane_cols
-        if count > 0:
-            block = first
-            for entry in range(0, count):
-                following = gl.load(at + entry + 1, mask=entry + 1 < count, other=0)
-                stage = step % STAGES
-                phase = ((step // STAGES) & 1) ^ 1
-                mbarrier.wait(k_empty.index(stage), phase)
-                mbarrier.expect(k_full.index(stage), k_desc.block_type.nbytes)
-                tma.async_copy_global_to_shared(
-                    k_desc,
-                    [plane * k_rows + block * BLOCK_K, column],
-                    k_full.index(stage),
-                    k_smem.index(stage),
-                )
-                mbarrier.wait(v_empty.index(stage), phase)
-                mbarrier.expect(v_full.index(stage), v_desc.block_type.nbytes)
-                if FP8:
-                    tma.async_copy_global_to_shared(
-                        v_desc,
-                        [plane * HEAD_DIM, block * BLOCK_K],
-                        v_full.index(stage),
-                        v_smem.index(stage),
-                    )
-                else:
-                    tma.async_copy_global_to_shared(
-                        v_desc,
-                        [plane * k_rows + block * BLOCK_K, column],
-                        v_full.index(stage),
-                        v_smem.index(stage),
-                    )
-                if not GATHER_Q:  # noqa: SIM102 - a compile-time condition around a run-time one
-                    if entry == 0:
-                        # After the first block: its loads need not wait for the last tile's Q and output.
-                        for half in gl.static_range(2):
-                            buffer = (turn % Q_STAGES) * 2 + half
-                            mbarrier.wait(q_empty.index(buffer), ((turn // Q_STAGES) & 1) ^ 1)
-                            mbarrier.expect(q_full.index(buffer), q_desc.block_type.nbytes)
-                            tma.async_copy_global_to_shared(
-                                q_desc,
-                                [plane * q_rows + (tile % nq) * 128 + half * 64, column],
-                                q_full.index(buffer),
-                                q_smem.index(buffer),
-                            )
-                block = following
-                step += 1
-            turn += 1
-        row, count = next_row, next_count
-        first = gl.load(index_ptr + row.to(gl.int64) * list_length, mask=tile + programs < num_tiles, other=0)
-
-
-@gluon.jit
-def _hide(
+def hide_keys(
     scores,
     block,
     bit_row,
@@ -162,7 +56,7 @@ def _hide(
 
 
 @gluon.jit
-def _softmax(scores, peak, total, factor, dtype: gl.constexpr, OPERAND: gl.constexpr, FP8: gl.constexpr):
+def block_softmax(scores, peak, total, factor, dtype: gl.constexpr, OPERAND: gl.constexpr, FP8: gl.constexpr):
     """Weights of a block as the left operand of the next product, and the rescaled row state."""
     new_peak = gl.maximum(peak, gl.max(scores, 1) * factor)
     # A row that has seen nothing keeps peak -inf; 0 in its place avoids inf - inf.
@@ -181,7 +75,7 @@ def _softmax(scores, peak, total, factor, dtype: gl.constexpr, OPERAND: gl.const
 
 
 @gluon.jit
-def _consume(
+def consume(
     out_desc,
     shared,
     lists,
@@ -242,11 +136,11 @@ def _consume(
     blank = gl.zeros([64, BLOCK_K], gl.int32 if QUANTIZED else gl.float32, layout=S_LAYOUT)
     if TAKE_TURNS and HALF == 1:
         mbarrier.arrive(order.index(0), count=1)
-    list_row, count, full = _header(
+    list_row, count, full = tile_header(
         gl.program_id(0), num_tiles, nq, heads, mask_batch_stride, mask_head_stride, counts_ptr, fulls_ptr
     )
     for tile in range(gl.program_id(0), num_tiles, programs):
-        next_row, next_count, next_full = _header(
+        next_row, next_count, next_full = tile_header(
             tile + programs, num_tiles, nq, heads, mask_batch_stride, mask_head_stride, counts_ptr, fulls_ptr
         )
         plane = (tile // nq).to(gl.int64)
@@ -294,7 +188,7 @@ def _consume(
             scores = warpgroup_mma_wait(0, deps=[token]).to(gl.float32)
             mbarrier.arrive(k_empty.index(stage), count=1)
             if full == 0:
-                scores = _hide(
+                scores = hide_keys(
                     scores,
                     gl.load(at),
                     gl.load(bits_at),
@@ -312,7 +206,7 @@ def _consume(
             factor = row_scale
             if QUANTIZED:
                 factor = row_scale * key_scale
-            weights, peak, total, shrink = _softmax(scores, peak, total, factor, dtype, OPERAND, FP8)
+            weights, peak, total, shrink = block_softmax(scores, peak, total, factor, dtype, OPERAND, FP8)
             step += 1
 
             for partial in gl.static_range(2):
@@ -345,7 +239,7 @@ def _consume(
                     scores = warpgroup_mma_wait(1, deps=[token]).to(gl.float32)
                     mbarrier.arrive(k_empty.index(stage), count=1)
                     if partial:
-                        scores = _hide(
+                        scores = hide_keys(
                             scores,
                             gl.load(at + entry),
                             gl.load(bits_at + entry),
@@ -363,7 +257,7 @@ def _consume(
                     factor = row_scale
                     if QUANTIZED:
                         factor = row_scale * key_scale
-                    next_weights, peak, total, shrink = _softmax(scores, peak, total, factor, dtype, OPERAND, FP8)
+                    next_weights, peak, total, shrink = block_softmax(scores, peak, total, factor, dtype, OPERAND, FP8)
                     if FP8:
                         # The wait takes no 8-bit operand; the assembler keeps its registers until here.
                         product = warpgroup_mma_wait(0, deps=[acc_token])
@@ -431,197 +325,3 @@ def _consume(
             blank_at = out_at + blank_row.to(gl.int64)[:, None] * stride_os + columns[None, :]
             gl.store(blank_at, acc.to(dtype), mask=blank_live[:, None])
         list_row, count, full = next_row, next_count, next_full
-
-
-@gluon.jit(
-    do_not_specialize=(
-        *SIZES,
-        "nq",
-        "num_tiles",
-        "q_rows",
-        "k_rows",
-        "plane_cols",
-        "stride_qb",
-        "stride_ob",
-        "stride_oh",
-    )
-)
-def hopper_staged_kernel(
-    q_desc,
-    k_desc,
-    v_desc,
-    out_desc,
-    q_ptr,
-    out_ptr,
-    lse_ptr,
-    q_scale_ptr,
-    k_scale_ptr,
-    v_scale_ptr,
-    q_shift_ptr,
-    counts_ptr,
-    fulls_ptr,
-    index_ptr,
-    bit_rows_ptr,
-    bits_ptr,
-    rows_ptr,
-    key_mask_ptr,
-    stride_qb,
-    stride_qs,
-    stride_qh,
-    stride_ob,
-    stride_os,
-    stride_oh,
-    rows_batch_stride,
-    rows_head_stride,
-    nq,
-    heads,
-    num_tiles,
-    mask_batch_stride,
-    mask_head_stride,
-    list_length,
-    q_rows,
-    k_rows,
-    plane_cols,
-    q_len,
-    kv_len,
-    scale_log2,
-    BLOCK_K: gl.constexpr,
-    HEAD_DIM: gl.constexpr,
-    STAGES: gl.constexpr,
-    Q_STAGES: gl.constexpr,
-    PERMUTED: gl.constexpr,
-    HAS_BITS: gl.constexpr,
-    HAS_KEY_MASK: gl.constexpr,
-    TAKE_TURNS: gl.constexpr,
-    QUANTIZED: gl.constexpr,
-    FP8: gl.constexpr,
-):
-    """Query blocks of 128 rows. ``q_rows`` and ``k_rows`` are a head's rows, ``plane_cols`` its columns."""
-    q_smem = gl.allocate_shared_memory(q_desc.dtype, [2 * Q_STAGES, 64, HEAD_DIM], q_desc.layout)
-    k_smem = gl.allocate_shared_memory(k_desc.dtype, [STAGES, BLOCK_K, HEAD_DIM], k_desc.layout)
-    V_ROWS: gl.constexpr = HEAD_DIM if FP8 else BLOCK_K
-    V_COLS: gl.constexpr = BLOCK_K if FP8 else HEAD_DIM
-    v_smem = gl.allocate_shared_memory(v_desc.dtype, [STAGES, V_ROWS, V_COLS], v_desc.layout)
-    o_smem = q_smem
-    if QUANTIZED:
-        o_smem = gl.allocate_shared_memory(out_desc.dtype, [2, 64, HEAD_DIM], out_desc.layout)
-    q_full = gl.allocate_shared_memory(gl.int64, [2 * Q_STAGES, 1], mbarrier.MBarrierLayout())
-    q_empty = gl.allocate_shared_memory(gl.int64, [2 * Q_STAGES, 1], mbarrier.MBarrierLayout())
-    k_full = gl.allocate_shared_memory(gl.int64, [STAGES, 1], mbarrier.MBarrierLayout())
-    k_empty = gl.allocate_shared_memory(gl.int64, [STAGES, 1], mbarrier.MBarrierLayout())
-    v_full = gl.allocate_shared_memory(gl.int64, [STAGES, 1], mbarrier.MBarrierLayout())
-    v_empty = gl.allocate_shared_memory(gl.int64, [STAGES, 1], mbarrier.MBarrierLayout())
-    order = gl.allocate_shared_memory(gl.int64, [2, 1], mbarrier.MBarrierLayout())
-    for half in gl.static_range(2):
-        mbarrier.init(order.index(half), count=1)
-    for buffer in gl.static_range(2 * Q_STAGES):
-        mbarrier.init(q_full.index(buffer), count=1)
-        mbarrier.init(q_empty.index(buffer), count=1)
-    for stage in gl.static_range(STAGES):
-        mbarrier.init(k_full.index(stage), count=1)
-        mbarrier.init(v_full.index(stage), count=1)
-        # Both consumers read every block.
-        mbarrier.init(k_empty.index(stage), count=2)
-        mbarrier.init(v_empty.index(stage), count=2)
-    fence_async_shared()
-
-    descriptors = (q_desc, k_desc, v_desc, out_desc)
-    shared = (q_smem, k_smem, v_smem, o_smem, q_full, q_empty, k_full, k_empty, v_full, v_empty, order)
-    lists = (counts_ptr, fulls_ptr, index_ptr, bit_rows_ptr, bits_ptr, rows_ptr, key_mask_ptr)
-    sizes = (
-        nq,
-        heads,
-        num_tiles,
-        mask_batch_stride,
-        mask_head_stride,
-        list_length,
-        q_rows,
-        k_rows,
-        plane_cols,
-    )
-    state = (
-        q_ptr,
-        out_ptr,
-        lse_ptr,
-        q_scale_ptr,
-        k_scale_ptr,
-        v_scale_ptr,
-        q_shift_ptr,
-        stride_qb,
-        stride_qs,
-        stride_qh,
-        stride_ob,
-        stride_os,
-        stride_oh,
-        rows_batch_stride,
-        rows_head_stride,
-        q_len,
-        kv_len,
-        scale_log2,
-    )
-    FIRST: gl.constexpr = 0
-    SECOND: gl.constexpr = 1
-    GATHER_Q: gl.constexpr = PERMUTED and not QUANTIZED
-    gl.warp_specialize(
-        [
-            (
-                _consume,
-                (
-                    out_desc,
-                    shared,
-                    lists,
-                    sizes,
-                    state,
-                    FIRST,
-                    BLOCK_K,
-                    HEAD_DIM,
-                    STAGES,
-                    Q_STAGES,
-                    PERMUTED,
-                    HAS_BITS,
-                    HAS_KEY_MASK,
-                    TAKE_TURNS,
-                    QUANTIZED,
-                    FP8,
-                ),
-            ),
-            (
-                _consume,
-                (
-                    out_desc,
-                    shared,
-                    lists,
-                    sizes,
-                    state,
-                    SECOND,
-                    BLOCK_K,
-                    HEAD_DIM,
-                    STAGES,
-                    Q_STAGES,
-                    PERMUTED,
-                    HAS_BITS,
-                    HAS_KEY_MASK,
-                    TAKE_TURNS,
-                    QUANTIZED,
-                    FP8,
-                ),
-            ),
-            (
-                _produce,
-                (
-                    descriptors,
-                    shared,
-                    lists,
-                    sizes,
-                    BLOCK_K,
-                    HEAD_DIM,
-                    STAGES,
-                    Q_STAGES,
-                    GATHER_Q,
-                    FP8,
-                ),
-            ),
-        ],
-        [4, 1],
-        [240, 24],
-    )
