@@ -32,7 +32,6 @@ from fidelity_presets import METHODS, Method, at_density, method
 
 from dit_accel import patch
 from dit_accel.engine import AttentionCall
-from dit_accel.pipelines.builtin import builtins
 from dit_accel.pipelines.generate import call_arguments
 from dit_accel.pipelines.load import load
 from dit_accel.quality.bootstrap import bootstrap_mean
@@ -180,14 +179,14 @@ class Sweep:
         """uint8 frames and final latents of every prompt."""
         clips = []
         self.seconds = 0.0
+        last: list[torch.Tensor] = []
+
+        def keep(_pipe: Any, _step: int, _timestep: Any, state: dict[str, Any]) -> dict[str, Any]:
+            last[:] = [state["latents"]]
+            return state
+
         for first in range(0, len(prompts), self.args.batch):
             part = list(prompts[first : first + self.args.batch])
-            last: list[torch.Tensor] = []
-
-            def keep(_pipe: Any, _step: int, _timestep: Any, state: dict[str, Any]) -> dict[str, Any]:
-                last[:] = [state["latents"]]
-                return state
-
             generators = [torch.Generator().manual_seed(first + n) for n in range(len(part))]
             start = time.perf_counter()
             output = self.pipe(

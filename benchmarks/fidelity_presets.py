@@ -29,7 +29,7 @@ class Method:
         name: of the row.
         build: the recipe for a value of the setting.
         span: lowest and highest value of a setting that density grows with; None where it is the density itself.
-        values: instead of a span, all values there are.
+        values: instead of a span, the values to try on a grid for a density.
         fixed: whether there is nothing to set, so that one row serves all densities.
         note: for the reader of the table.
     """
@@ -37,14 +37,20 @@ class Method:
     name: str
     build: Callable[..., Recipe]
     span: tuple[float, float] | None = None
-    values: tuple[object, ...] = ()
+    values: Callable[[tuple[int, int, int], float], list[object]] | None = None
     fixed: bool = False
     note: str = ""
 
 
-def _tiles() -> tuple[object, ...]:
-    """Windows in tiles of (4, 4, 4) on a grid of (2, 6, 6) tiles."""
-    return tuple((f, h, w) for f, h, w in product((1, 2), range(1, 7), range(1, 7)) if abs(h - w) <= 1)
+def _tile_windows(grid: tuple[int, int, int], density: float) -> list[object]:
+    """The windows in tiles of (4, 4, 4) that come nearest to a density, alike in height and width."""
+    frames, height, width = (-(-size // 4) for size in grid)
+    shares = {
+        (f, h, w): f * h * w / (frames * height * width)
+        for f, h in product(range(1, frames + 1), range(1, height + 1))
+        for w in {max(1, h * width // height), min(width, -(-h * width // height))}
+    }
+    return sorted(shares, key=lambda window: abs(shares[window] - density))[:3]
 
 
 METHODS = (
@@ -66,7 +72,7 @@ METHODS = (
     Method("na", lambda x: presets.na(window=(1.0, x, x), dense_fraction=DENSE), (0.05, 1.0)),
     Method("gna", lambda x: presets.gna(window=(1.0, x, x), dense_fraction=DENSE), (0.17, 1.0)),
     Method("dina", lambda x: presets.dina(window=(1.0, x, x), dense_fraction=DENSE), (0.05, 0.5)),
-    Method("sta", lambda x: presets.sta(window=x, tile=(4, 4, 4), dense_fraction=DENSE), values=_tiles()),
+    Method("sta", lambda x: presets.sta(window=x, tile=(4, 4, 4), dense_fraction=DENSE), values=_tile_windows),
     Method("clear", lambda x: presets.clear(radius=x, dense_fraction=DENSE), (1.0, 34.0), note="untrained"),
     Method("radial", lambda x: presets.radial(decay=x, dense_fraction=DENSE, dense_layers=()), (0.005, 1.0)),
     Method("sparge2", lambda x: _dense_first(presets.sparge2(density=x, top_p=None)), note="untrained"),
@@ -103,8 +109,10 @@ def at_density(chosen: Method, density: float, calls: Sequence[AttentionCall]) -
     """The method's recipe whose density on recorded calls comes nearest to the asked one."""
     if chosen.fixed:
         return chosen.build()
-    if chosen.values:
-        recipes = [chosen.build(value) for value in chosen.values]
+    if chosen.values is not None:
+        layout = calls[0].layout
+        assert isinstance(layout, TokenLayout)
+        recipes = [chosen.build(value) for value in chosen.values(layout.grid, density)]
         return min(recipes, key=lambda recipe: abs(density_on(recipe, calls) - density))
     if chosen.span is None:
         return chosen.build(density)
@@ -119,6 +127,10 @@ def at_density(chosen: Method, density: float, calls: Sequence[AttentionCall]) -
     return min(ends, key=lambda recipe: abs(density_on(recipe, calls) - density))
 
 
+def _never() -> torch.Tensor:
+    raise RuntimeError("A recorded call would run dense: its step lies in the dense phase.")
+
+
 def density_on(recipe: Recipe, calls: Sequence[AttentionCall]) -> float:
     """Mean density of the recipe's plans on recorded calls; grid rules look at the first call alone."""
     calls = calls[:1] if recipe.select.is_static else calls
@@ -126,6 +138,6 @@ def density_on(recipe: Recipe, calls: Sequence[AttentionCall]) -> float:
     for call in calls:
         assert isinstance(call.layout, TokenLayout)
         with torch.no_grad():
-            engine.attend(call.layer, call.q, call.k, call.v, None, call.scale, call.layout, call.step, lambda: call.q)
+            engine.attend(call.layer, call.q, call.k, call.v, None, call.scale, call.layout, call.step, _never)
     sparse = sum(record.sparse_calls for record in engine.records)
     return float(sum(record.density_sum for record in engine.records)) / max(sparse, 1)
