@@ -53,6 +53,12 @@ def _tile_windows(grid: tuple[int, int, int], density: float) -> list[object]:
     return sorted(shares, key=lambda window: abs(shares[window] - density))[:3]
 
 
+def _agent_tiles(grid: tuple[int, int, int], density: float) -> list[object]:
+    """The tiles whose agents make the number of products come nearest: two agents times tokens."""
+    tiles = [tile for tile in product((1, 2, 4), repeat=3) if tile[0] * tile[1] * tile[2] > 2 and tile[1] <= tile[2]]
+    return sorted(tiles, key=lambda tile: abs(2 / (tile[0] * tile[1] * tile[2]) - density))[:4]
+
+
 METHODS = (
     Method("pooled", lambda x: presets.pooled(density=x, dense_fraction=DENSE)),
     Method("adaspa", lambda x: presets.adaspa(density=x, search_at=(SEARCH,)), note="one search"),
@@ -78,6 +84,10 @@ METHODS = (
     Method("sparge2", lambda x: _dense_first(presets.sparge2(density=x, top_p=None)), note="untrained"),
     Method("ssa", lambda x: _dense_first(presets.ssa(density=x)), note="untrained"),
     Method("sla", lambda x: _dense_first(presets.sla(density=x)), note="untrained: its linear branch adds nothing"),
+    Method("agent", lambda x: presets.agent(tile=x, dense_fraction=DENSE), values=_agent_tiles),
+    Method("sage", lambda: presets.sage(dense_fraction=DENSE), fixed=True),
+    Method("sage-fp8", lambda: presets.sage(values="fp8", dense_fraction=DENSE), fixed=True),
+    Method("adaspa-int8", lambda x: presets.adaspa(x, search_at=(SEARCH,)).with_fields({"precision": "int8"})),
     Method("adaspa-2", lambda x: presets.adaspa(density=x, search_at=(SEARCH, 0.6)), note="two searches: 30% dense"),
 )
 

@@ -12,7 +12,6 @@ from typing import Any
 import torch
 from torch.func import functional_call
 
-from .kernels import block_sparse_attention, choose_backend
 from .layout import StepContext, TokenLayout
 from .plan import AttentionPlan, LayerMemory, SequenceBlocks
 from .recipe import Recipe
@@ -198,19 +197,7 @@ class Engine:
         q, k, v, key_mask, scale = call.q, call.k, call.v, call.key_mask, call.scale
 
         def sparse() -> tuple[torch.Tensor, torch.Tensor]:
-            result = block_sparse_attention(
-                q,
-                k,
-                v,
-                plan.mask,
-                rows=plan.rows,
-                key_mask=key_mask,
-                scale=scale,
-                return_lse=backend == "triton",
-                backend=backend,
-            )
-            # Where the kernel has the log-sum-exp at hand it shows a NaN at a hundredth of the bytes.
-            return result if isinstance(result, tuple) else (result, result)
+            return self.recipe.precision.attend(q, k, v, plan.mask, plan.rows, key_mask, scale, backend)
 
         begin = self.sparse_time.start(q.device)
         out, witness = compensate.attend(q, k, v, plan, key_mask, scale, sparse)
@@ -334,7 +321,7 @@ class Engine:
     def _choose_backend(self, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, plan: AttentionPlan) -> str:
         key = (q.device, q.dtype, q.shape[-1], q.requires_grad)
         if key not in self._backend_choice:
-            name, reason = choose_backend(q, k, v, plan.mask, backend=self.backend)
+            name, reason = self.recipe.precision.choose_backend(q, k, v, plan.mask, self.backend)
             self._backend_choice[key] = name
             self.backends_used[name] = reason
         return self._backend_choice[key]
