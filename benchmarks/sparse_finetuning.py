@@ -38,7 +38,7 @@ ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT / "examples" / "train_embedded"))
 
 # What it takes at the end: last evaluation, clips, adapter; and until all files are together.
-RESERVE_SECONDS = 60
+RESERVE_SECONDS = 70
 SIDE_STEPS = 400
 CLIP_SETS = ("training-free", "trained")
 COMPARED_CLIPS = 8
@@ -371,7 +371,7 @@ def judge(args: argparse.Namespace) -> None:
     scenes = test_scenes(args.test_clips)
     labels = [torch.tensor([getattr(s, name) for s in scenes], device=device) for name in ("subject", "motion")]
     wait_for(args, ["ready"])
-    begin, end = time.time(), args.deadline - RESERVE_SECONDS - 10
+    begin, end = time.time(), args.deadline - RESERVE_SECONDS - 15
     model, steps = train_classifier(
         bank,
         device,
@@ -589,7 +589,7 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--test-clips", type=int, default=64, help="generated clips to judge")
     parser.add_argument("--steps", type=int, default=3000, help="of the main variants, at most")
     parser.add_argument("--side-steps", type=int, default=SIDE_STEPS, help="of the ablations")
-    parser.add_argument("--evaluate-every", type=int, default=50)
+    parser.add_argument("--evaluate-every", type=int, default=100)
     parser.add_argument("--batch", type=int, default=8)
     parser.add_argument("--chunk", type=int, default=64, help="clips rendered and encoded at once")
     parser.add_argument("--clip-batch", type=int, default=16, help="clips generated at once")
