@@ -54,6 +54,7 @@ class Variant:
         recipe, options: of the patch.
         objective: a name from ``dit_accel.training.objective.OBJECTIVES``.
         train: what is trained.
+        rate: factor on the learning rate.
         main: trains to the end of the time, keeps its adapter, and makes the clips that are judged; others
             stop after ``SIDE_STEPS``.
         leads: compiles its kernels while the clips are being encoded, for the others too.
@@ -63,6 +64,7 @@ class Variant:
     options: Mapping[str, Any] = field(default_factory=dict)
     objective: str = "flow"
     train: str = "attention"
+    rate: float = 1.0
     main: bool = False
     leads: bool = False
 
@@ -80,7 +82,8 @@ VARIANTS: dict[str, Variant] = {
     "sla-0.05-no-linear-branch": Variant("ssa", {"density": 0.05}),
     "sla-0.05-no-negligible": Variant("sla", {"density": 0.05, "negligible_share": 0.0}),
     "sla-0.05-all-tokens": Variant("sla", {"density": 0.05, "form": "all_tokens"}),
-    "sla-0.05-learned-only": Variant("sla", {"density": 0.05}, train="learned"),
+    "sla-0.05-learned-only": Variant("sla", {"density": 0.05}, train="learned", rate=5.0),
+    "sla-0.05-rate-x3": Variant("sla", {"density": 0.05}, rate=3.0),
 }
 
 
@@ -171,12 +174,12 @@ def train(args: argparse.Namespace) -> None:
     config = FinetuneConfig(
         steps=args.steps if variant.main else min(args.steps, args.side_steps),
         batch_size=args.batch,
-        learning_rate=args.learning_rate,
+        learning_rate=args.learning_rate * variant.rate,
         warmup_steps=min(20, args.steps),
         train=variant.train,
         objective=OBJECTIVES[variant.objective],
         precision="bf16" if device.type == "cuda" else "no",
-        ema_decay=0.98,
+        ema_decay=0.99,
         evaluate_every=args.evaluate_every,
         evaluate_samples=args.held_out,
     )
@@ -211,7 +214,6 @@ def train(args: argparse.Namespace) -> None:
         "steps": len(result.curves.steps),
         "seconds": seconds,
         "density": summary.density,
-        "dense_calls": dict(getattr(summary, "dense_calls", {})),
         "adapter_bytes": adapter,
         "peak_gib": torch.cuda.max_memory_allocated() / 2**30 if device.type == "cuda" else None,
         "clip_distances": judge.distances,
@@ -593,7 +595,7 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--batch", type=int, default=8)
     parser.add_argument("--chunk", type=int, default=64, help="clips rendered and encoded at once")
     parser.add_argument("--clip-batch", type=int, default=16, help="clips generated at once")
-    parser.add_argument("--learning-rate", type=float, default=5e-4)
+    parser.add_argument("--learning-rate", type=float, default=2e-4)
     parser.add_argument("--size", type=int, default=192, help="pixels")
     parser.add_argument("--frames", type=int, default=29)
     parser.add_argument("--denoising-steps", type=int, default=10)
