@@ -309,5 +309,6 @@ def quantize_inputs(
         SMOOTH_Q=smooth_q,
         FP8=fp8,
         num_warps=8,
+        maxnreg=128,  # two programs a multiprocessor: one loads while the other computes
     )
     return result
