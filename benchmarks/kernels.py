@@ -332,18 +332,20 @@ def main() -> None:
     args.sweep_dims = [int(x) for x in args.sweep_dims.split(",")]
     torch.manual_seed(0)
     report = Report()
-    for section in args.sections.split(","):
-        globals()[f"section_{section}"](report, args)
-    if args.json:
-        head = {
-            "device": torch.cuda.get_device_name(),
-            "torch": torch.__version__,
-            "triton": triton.__version__,
-            "cudnn": torch.backends.cudnn.version(),
-            "command": " ".join(["python", *sys.argv]),
-            "units": "ms: median milliseconds; eff: TFLOP/s of the kept blocks; error: relative Frobenius",
-        }
-        args.json.write_text(json.dumps({**head, "rows": report.rows}, indent=1) + "\n")
+    try:
+        for section in args.sections.split(","):
+            globals()[f"section_{section}"](report, args)
+    finally:  # a run that is interrupted keeps what it measured
+        if args.json:
+            head = {
+                "device": torch.cuda.get_device_name(),
+                "torch": torch.__version__,
+                "triton": triton.__version__,
+                "cudnn": torch.backends.cudnn.version(),
+                "command": " ".join(["python", *sys.argv]),
+                "units": "ms: median milliseconds; eff: TFLOP/s of the kept blocks; error: relative Frobenius",
+            }
+            args.json.write_text(json.dumps({**head, "rows": report.rows}, indent=1) + "\n")
 
 
 if __name__ == "__main__":
