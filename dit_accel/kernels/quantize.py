@@ -86,8 +86,9 @@ def reference_quantize(
     value = v if rows is None else vh.transpose(1, 2)
     if precision == "int8_fp8":
         value = F.pad(vh, (0, 0, 0, kf.shape[2] * block_k - vh.shape[2]))
-        v_scale = value.float().abs().amax(2).clamp_min(1e-12) / FP8_MAX
-        scaled = (value.float() / v_scale[:, :, None]).transpose(2, 3)
+        v_peak = value.float().abs().amax(2).clamp_min(1e-12)
+        v_scale = v_peak / FP8_MAX
+        scaled = (value.float() * _inverse(v_peak, FP8_MAX)[:, :, None]).transpose(2, 3)
         grouped = scaled.unflatten(-1, (-1, 16))
         place = torch.tensor(KEY_PLACE, device=v.device)
         value = torch.empty_like(grouped, memory_format=torch.contiguous_format)
@@ -107,9 +108,9 @@ def reference_quantize(
     )
 
 
-def _inverse(peak: torch.Tensor) -> torch.Tensor:
+def _inverse(peak: torch.Tensor, largest: float = 127) -> torch.Tensor:
     # A correctly rounded quotient, as in the kernel: ``127 / peak`` in torch is a reciprocal times 127.
-    return torch.full_like(peak, 127) / peak
+    return torch.full_like(peak, largest) / peak
 
 
 def _blocks(x: torch.Tensor, block: int) -> tuple[torch.Tensor, torch.Tensor]:

@@ -185,11 +185,13 @@ def quantize_kernel(
         v = tl.load(v_at + offs_d[None, :], mask=real, other=0.0)
         if FP8:
             v_peak = tl.max(_chunk_values(v_max_ptr, plane, chunks, HEAD_DIM, BLOCK_D, CHUNKS), 0)
-            v_scale = tl.maximum(v_peak, 1e-12) / FP8_MAX_
+            v_peak = tl.maximum(v_peak, 1e-12)
+            most = tl.full([BLOCK_D], FP8_MAX_, tl.float32)
+            v_scale = tl.div_rn(v_peak, most)
             tl.store(
                 v_scale_ptr + plane * HEAD_DIM + offs_d, v_scale, mask=column & (offs_d + block * BLOCK_D < BLOCK_D)
             )
-            stored = (v.to(tl.float32) / v_scale[None, :]).to(tl.float8e4nv)
+            stored = (v.to(tl.float32) * tl.div_rn(most, v_peak)[None, :]).to(tl.float8e4nv)
             key = block * BLOCK_K + tl.arange(0, BLOCK_K)
             v_out = v_out_ptr + (plane * HEAD_DIM + offs_d)[:, None] * (k_blocks * BLOCK_K) + key[None, :]
             tl.store(v_out, tl.trans(stored), mask=column[:, None])
