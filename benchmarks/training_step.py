@@ -1,6 +1,6 @@
 """Time a training step of a real architecture with random weights: dense attention against a trainable recipe.
 
-    python benchmarks/training_step.py --arch wan2.1-1.3b --recipe sla [--json out.json]
+    python benchmarks/training_step.py --arch wan2.1-1.3b --recipe sla --density 0.05 --json results/training_step.json
 
 Both variants are one model, the dense one with the patch switched off; they alternate. A step is forward,
 backward with gradient checkpointing, and AdamW on the attention projections and the recipe's own parameters.
@@ -22,6 +22,7 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
+from torch.nn.attention import SDPBackend, sdpa_kernel
 
 import dit_accel
 from dit_accel.api import self_attentions, transformers_of
@@ -90,6 +91,7 @@ def time_steps(args: argparse.Namespace, device: torch.device, dtype: torch.dtyp
         "median_s": medians,
         "speedup": medians["dense"] / medians["patched"],
         "peak_gib": {name: value / 2**30 for name, value in memory.items()},
+        "peak_ratio": memory["patched"] / memory["dense"] if memory["dense"] else None,
         "finite": finite(),
         "density": handle.summary().density,
     }
@@ -107,7 +109,9 @@ def time_call(args: argparse.Namespace, device: torch.device, dtype: torch.dtype
     q, k, v = (torch.randn(shape, device=device, dtype=dtype, requires_grad=True) for _ in range(3))
 
     def dense() -> torch.Tensor:
-        return F.scaled_dot_product_attention(*(x.transpose(1, 2) for x in (q, k, v))).transpose(1, 2)
+        anchor = sdpa_kernel(SDPBackend.CUDNN_ATTENTION) if device.type == "cuda" else nullcontext()
+        with anchor:
+            return F.scaled_dot_product_attention(*(x.transpose(1, 2) for x in (q, k, v))).transpose(1, 2)
 
     def patched() -> torch.Tensor:
         return engine.attend(0, q, k, v, None, None, layout, StepContext(), dense)

@@ -12,7 +12,6 @@ from typing import Any
 import torch
 from torch.func import functional_call
 
-from .kernels import block_sparse_attention, choose_backend
 from .layout import StepContext, TokenLayout
 from .plan import AttentionPlan, LayerMemory, SequenceBlocks
 from .recipe import Recipe
@@ -198,19 +197,7 @@ class Engine:
         q, k, v, key_mask, scale = call.q, call.k, call.v, call.key_mask, call.scale
 
         def sparse() -> tuple[torch.Tensor, torch.Tensor]:
-            result = block_sparse_attention(
-                q,
-                k,
-                v,
-                plan.mask,
-                rows=plan.rows,
-                key_mask=key_mask,
-                scale=scale,
-                return_lse=backend in ("triton", "fa4"),
-                backend=backend,
-            )
-            # Where the kernel has the log-sum-exp at hand it shows a NaN at a hundredth of the bytes.
-            return result if isinstance(result, tuple) else (result, result)
+            return self.recipe.precision.attend(q, k, v, plan.mask, plan.rows, key_mask, scale, backend)
 
         begin = self.sparse_time.start(q.device)
         out, witness = compensate.attend(q, k, v, plan, key_mask, scale, sparse)
@@ -335,8 +322,8 @@ class Engine:
         q, permuted, hidden = call.q, plan.rows is not None, call.key_mask is not None
         key = (q.device, q.dtype, q.shape[-1], q.requires_grad, permuted, hidden, plan.mask.token_bits is None)
         if key not in self._backend_choice:
-            name, reason = choose_backend(
-                q, call.k, call.v, plan.mask, rows=plan.rows, key_mask=call.key_mask, backend=self.backend
+            name, reason = self.recipe.precision.choose_backend(
+                q, call.k, call.v, plan.mask, plan.rows, call.key_mask, self.backend
             )
             self._backend_choice[key] = name
             self.backends_used[name] = reason

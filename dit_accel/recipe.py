@@ -8,12 +8,13 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field, fields, replace
 from typing import Any
 
-from .stages.compensate import COMPENSATIONS, Compensation, NoCompensation
+from .stages.compensate import COMPENSATIONS, Compensation, KeyPyramid, NoCompensation
+from .stages.compensate_agent import AgentTokens
 from .stages.order import Order, Raster, Tiles
 from .stages.order_axes import AxisOrder, Chunks
 from .stages.order_curve import Curve
 from .stages.order_sorted import SortedSegments
-from .stages.precision import PRECISIONS, ModelDtype
+from .stages.precision import PRECISIONS, ModelDtype, Precision
 from .stages.schedule import SCHEDULES, Schedule
 from .stages.select import Select
 from .stages.select_dynamic import Pooled
@@ -23,7 +24,7 @@ from .stages.select_grid import Circle, Radial, TileWindow
 from .stages.select_mass import FrozenMass, Mass
 from .stages.select_rectified import Reallocated
 from .stages.select_sampled import Sampled
-from .stages.select_static import DenseSelect, Window
+from .stages.select_static import DenseSelect, FullSelect, Window
 
 ORDERS: dict[str, type[Order]] = {
     "raster": Raster,
@@ -35,6 +36,7 @@ ORDERS: dict[str, type[Order]] = {
 }
 SELECTS: dict[str, type[DenseSelect] | type[Select]] = {
     "dense": DenseSelect,
+    "full": FullSelect,
     "window": Window,
     "pooled": Pooled,
     "gated_pooled": GatedPooled,
@@ -71,7 +73,7 @@ class Recipe:
     order: Order = field(default_factory=Raster)
     select: DenseSelect | Select = field(default_factory=DenseSelect)
     compensate: Compensation = field(default_factory=NoCompensation)
-    precision: ModelDtype = field(default_factory=ModelDtype)
+    precision: Precision = field(default_factory=ModelDtype)
     schedule: Schedule = field(default_factory=Schedule)
 
     def __post_init__(self) -> None:
@@ -89,6 +91,16 @@ class Recipe:
             raise ValueError(
                 f"{type(self.compensate).__name__} follows the queries and keys of a call and needs a "
                 f"selection that does so too, got {type(self.select).__name__}."
+            )
+        if self.precision.is_quantized and isinstance(self.compensate, (KeyPyramid, AgentTokens)):
+            raise ValueError(
+                f"{type(self.compensate).__name__} has kernels of its own, in the model's dtype, and does not go "
+                f"with precision {type(self.precision).__name__}."
+            )
+        if self.precision.is_quantized and isinstance(self.select, DenseSelect):
+            raise ValueError(
+                f"Precision {type(self.precision).__name__} acts on this package's kernels, and a dense selection "
+                "runs the model's own; use select 'full' to read every block in these numbers."
             )
         if self.schedule.density_points and not hasattr(self.select, "density"):
             raise ValueError(

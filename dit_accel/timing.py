@@ -6,6 +6,9 @@ import time
 
 import torch
 
+# A training makes millions of events; those that are long past are summed up before there are more than so many.
+KEPT_EVENTS = 2048
+
 
 class Stopwatch:
     """Adds up the time of code regions: wall-clock on the CPU, events on a GPU."""
@@ -26,14 +29,19 @@ class Stopwatch:
             self._seconds += time.perf_counter() - begin
         else:
             self._events.append((begin, _event(device)))
+            if len(self._events) > KEPT_EVENTS:
+                self._add_up(KEPT_EVENTS // 2)
 
     def seconds(self) -> float:
         """Total so far; waits for the device."""
-        for begin, end in self._events:
+        self._add_up(len(self._events))
+        return self._seconds
+
+    def _add_up(self, count: int) -> None:
+        for begin, end in self._events[:count]:
             end.synchronize()
             self._seconds += begin.elapsed_time(end) / 1000
-        self._events.clear()
-        return self._seconds
+        del self._events[:count]
 
 
 def _event(device: torch.device) -> torch.cuda.Event:

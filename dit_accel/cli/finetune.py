@@ -50,6 +50,7 @@ def finetune(
         "outputs/finetune"
     ),
     steps: Annotated[int, typer.Option(min=1, help="Optimizer steps.")] = 500,
+    max_seconds: Annotated[float | None, typer.Option(help="Stop after so many seconds, and save as usual.")] = None,
     batch: Annotated[int, typer.Option(min=1, help="Samples a device and micro-batch.")] = 1,
     accumulate: Annotated[int, typer.Option(min=1, help="Micro-batches a step.")] = 1,
     learning_rate: Annotated[float, typer.Option(help="Of AdamW.")] = 1e-5,
@@ -104,6 +105,7 @@ def finetune(
         raise ValueError(f"--objective must be one of {', '.join(OBJECTIVES)}, got {aim!r}.")
     config = FinetuneConfig(
         steps=steps,
+        max_seconds=max_seconds,
         batch_size=batch,
         accumulation=accumulate,
         learning_rate=learning_rate,
@@ -172,7 +174,7 @@ def finetune(
         "model": name,
         "recipe": chosen.to_dict(),
         "objective": aim,
-        "steps": steps,
+        "steps": len(result.curves.steps),
         "processes": state.num_processes,
         "samples": len(samples),
         "skipped": {item.name: item.reason for item in [*skipped, *samples.skipped]},

@@ -155,20 +155,20 @@ def bench_forward(
     architecture.latent_size(width, height, frames)
     with ExitStack() as stack:
         stack.enter_context(torch.no_grad())
-        stack.enter_context(_restored_dense_backend())
+        stack.enter_context(restored_dense_backend())
         candidates: dict[str, float | str] = {}
         if dense_backend is None:
             progress("choosing the dense backend")
-            dense_backend, candidates = _fastest_dense_backend(architecture, size, dtype, device)
+            dense_backend, candidates = fastest_dense_backend(architecture, size, dtype, device)
         progress("building the model")
         model = architecture.build(dtype=dtype, device=device, layers=layers)
         inputs = architecture.make_inputs(model, **size, dtype=dtype, device=device)
-        stack.enter_context(_dense_attention(model, dense_backend))
-        twin = _share_weights(model)
+        stack.enter_context(dense_attention(model, dense_backend))
+        twin = share_weights(model)
         handle = stack.enter_context(patch(twin, recipe, backend=backend))
         if compiler is not None:
-            stack.enter_context(_compiled(model, twin, compiler))
-        variants = {"dense": _Variant(model, inputs), "patched": _Variant(twin, inputs)}
+            stack.enter_context(compiled_blocks(model, twin, compiler))
+        variants = {"dense": Variant(model, inputs), "patched": Variant(twin, inputs)}
         progress("warming up" + (" and compiling" if compiler else ""))
         start = time.perf_counter()
         for variant in variants.values():
@@ -203,7 +203,7 @@ def bench_forward(
     )
 
 
-class _Variant:
+class Variant:
     """One model and what its forwards took."""
 
     def __init__(self, model: nn.Module, inputs: dict[str, Any]) -> None:
@@ -247,7 +247,7 @@ def _notes(recipe: Recipe, summary: PatchSummary) -> Iterator[str]:
         yield "No attention call ran sparse."
 
 
-def _share_weights(model: nn.Module) -> nn.Module:
+def share_weights(model: nn.Module) -> nn.Module:
     """A second model over the same parameters and buffers."""
     tensors = itertools.chain(model.parameters(), model.buffers())
     return copy.deepcopy(model, {id(tensor): tensor for tensor in tensors})
@@ -265,7 +265,7 @@ def _attends_through_dispatch(model: nn.Module) -> bool:
 
 
 @contextmanager
-def _restored_dense_backend() -> Iterator[None]:
+def restored_dense_backend() -> Iterator[None]:
     """``set_attention_backend`` also sets a process-wide default; put it back."""
     from diffusers.models.attention_dispatch import attention_backend
 
@@ -274,7 +274,7 @@ def _restored_dense_backend() -> Iterator[None]:
 
 
 @contextmanager
-def _dense_attention(model: Any, name: str) -> Iterator[None]:
+def dense_attention(model: Any, name: str) -> Iterator[None]:
     """Give a model's dense attention a backend, by diffusers' name, whichever way the model attends."""
     if _attends_through_dispatch(model):
         model.set_attention_backend(name)
@@ -296,20 +296,20 @@ def _dense_attention(model: Any, name: str) -> Iterator[None]:
         yield
 
 
-def _fastest_dense_backend(
+def fastest_dense_backend(
     architecture: Architecture, size: dict[str, int], dtype: torch.dtype, device: torch.device
 ) -> tuple[str, dict[str, float | str]]:
     """The dense backend with the fastest forward of a model of one block of each kind, and what each took."""
     if device.type != "cuda":
         return "native", {}
     model = architecture.build(dtype=dtype, device=device, layers=len(architecture.depth))
-    variant = _Variant(model, architecture.make_inputs(model, **size, dtype=dtype, device=device))
+    variant = Variant(model, architecture.make_inputs(model, **size, dtype=dtype, device=device))
     found: dict[str, float | str] = {}
     times: dict[str, float] = {}
     for name in DENSE_BACKENDS:
         variant.seconds.clear()
         try:
-            with _dense_attention(model, name):
+            with dense_attention(model, name):
                 for _ in range(4):
                     variant.run()
         except (RuntimeError, ValueError) as error:
@@ -323,7 +323,7 @@ def _fastest_dense_backend(
 
 
 @contextmanager
-def _compiled(model: nn.Module, twin: nn.Module, compiler: str) -> Iterator[None]:
+def compiled_blocks(model: nn.Module, twin: nn.Module, compiler: str) -> Iterator[None]:
     """Compile the repeated blocks of both models."""
     import torch._dynamo
 

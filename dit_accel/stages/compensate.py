@@ -12,6 +12,7 @@ from ..kernels import BlockMask
 from ..kernels.pyramid import check_cumulative, energy_levels, pyramid_attention, similarity_cap
 from ..kernels.rectified import add_pooled_compensation, gain_exceeds_error
 from ..plan import AttentionPlan, SequenceBlocks
+from .compensate_agent import AgentTokens
 from .compensate_linear import LinearBranch
 from .select_dynamic import candidates
 from .select_rectified import reallocated_shares
@@ -257,4 +258,5 @@ COMPENSATIONS: dict[str, type[Compensation]] = {
     "pooled_mass": PooledMass,
     "key_pyramid": KeyPyramid,
     "linear": LinearBranch,
+    "agents": AgentTokens,
 }

@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import nn
+from torch.utils.checkpoint import checkpoint
 
 from ..kernels import BlockMask
 from ..kernels.linear_branch import add_linear_branch, linear_branch
@@ -107,7 +109,7 @@ class LinearBranch:
         _, outside = (None, None) if key_mask is None else blocks.hidden_k(key_mask)
         if blocks.forced_k is not None:
             outside = blocks.forced_k if outside is None else outside | blocks.forced_k
-        return select_blocks(
+        lowest = select_blocks(
             -scores,
             density=self.negligible_share,
             empty_k=outside,
@@ -117,6 +119,9 @@ class LinearBranch:
             q_len=blocks.layout.seq_len,
             kv_len=blocks.layout.seq_len,
         )
+        # A backward keeps the lists; past a row's share (one more, for its rounding) there is nothing in them.
+        width = min(scores.shape[-1], math.ceil(self.negligible_share * scores.shape[-1]) + 1)
+        return replace(lowest, kv_indices=lowest.kv_indices[..., :width].contiguous())
 
     def attend(
         self,
@@ -174,11 +179,6 @@ class LinearBranchLayer(LearnedCompensation):
         if everything:
             # The sum over all tokens knows no order and no blocks.
             negligible, rows, eps = None, None, ALL_TOKENS_EPS
-        if self.choice.feature_map == "hedgehog":
-            if key_mask is not None:
-                # A padded prompt may hold anything, and the map's gradient reads every key.
-                k = k.masked_fill(~key_mask[..., None, None], 0)
-            q, k = _per_head(q, self.feature_q), _per_head(k, self.feature_k)
         options: dict[str, Any] = {
             "negligible": negligible,
             "feature_map": self.choice.feature_map,
@@ -186,16 +186,45 @@ class LinearBranchLayer(LearnedCompensation):
             "key_mask": key_mask,
             "eps": eps,
         }
+        maps = (self.feature_q, self.feature_k) if self.choice.feature_map == "hedgehog" else ()
         recorded = torch.is_grad_enabled() and any(
-            tensor.requires_grad for tensor in (out, q, k, v, self.weight, self.bias)
+            tensor.requires_grad for tensor in (out, q, k, v, self.weight, self.bias, *maps)
         )
         if not recorded:
+            q, k = _mapped(q, k, key_mask, *maps)
             return add_linear_branch(out, q, k, v, critical, self.weight, self.bias, **options)
-        branch = linear_branch(q, k, v, critical, **options)
-        # In the activations' dtype, as the inference kernel does: in float32 the copy of the branch that the
-        # backward needs would be as large as queries and keys together.
-        weight, bias = self.weight.to(branch.dtype), self.bias.to(branch.dtype)
-        return out + F.linear(branch, weight, bias)
+
+        def projected(
+            q: torch.Tensor,
+            k: torch.Tensor,
+            v: torch.Tensor,
+            weight: torch.Tensor,
+            bias: torch.Tensor,
+            *maps: torch.Tensor,
+        ) -> torch.Tensor:
+            q, k = _mapped(q, k, key_mask, *maps)
+            branch = linear_branch(q, k, v, critical, **options)
+            # In the activations' dtype, as the inference kernel does.
+            return F.linear(branch, weight.to(branch.dtype), bias.to(branch.dtype))
+
+        # The branch is computed again in the backward: kept for the projection's gradient it would be half as
+        # large again as dense attention's output. Parameters are arguments, since a functional call takes its
+        # own back before the backward.
+        return out + checkpoint(
+            projected, q, k, v, self.weight, self.bias, *maps, use_reentrant=False, preserve_rng_state=False
+        )
+
+
+def _mapped(
+    q: torch.Tensor, k: torch.Tensor, key_mask: torch.Tensor | None, *maps: torch.Tensor
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Queries and keys through hedgehog's maps, where there are any."""
+    if not maps:
+        return q, k
+    if key_mask is not None:
+        # A padded prompt may hold anything, and the map's gradient reads every key.
+        k = k.masked_fill(~key_mask[..., None, None], 0)
+    return _per_head(q, maps[0]), _per_head(k, maps[1])
 
 
 def _per_head(x: torch.Tensor, maps: torch.Tensor) -> torch.Tensor:

@@ -23,6 +23,47 @@ class DenseSelect:
 
 
 @dataclass(frozen=True)
+class FullSelect:
+    """Every query block reads every key block, in this package's kernels: for a precision or a compensation of
+    its own without a choice of blocks.
+
+    Attributes:
+        block: tokens in a query and in a key block.
+    """
+
+    block: tuple[int, int] = (128, 64)
+
+    def __post_init__(self) -> None:
+        check_block(self.block)
+
+    @property
+    def is_static(self) -> bool:
+        return True
+
+    def prepare(self, blocks: SequenceBlocks) -> None:
+        """Nothing has to be worked out."""
+
+    def select(
+        self,
+        blocks: SequenceBlocks,
+        tables: None,
+        q: torch.Tensor,
+        k: torch.Tensor,
+        key_mask: torch.Tensor | None,
+        scale: float | None,
+        memory: LayerMemory | None = None,
+    ) -> BlockMask:
+        """Mask of all blocks but those without a visible key, ``[B|1, 1, nq, nk]``."""
+        keep = torch.ones(1, 1, *blocks.num_blocks, dtype=torch.bool, device=blocks.device)
+        partial = None
+        if key_mask is not None:
+            some_hidden, all_hidden = blocks.hidden_k(key_mask)
+            keep, partial = keep & ~all_hidden[..., None, :], some_hidden[..., None, :]
+        length = blocks.layout.seq_len
+        return BlockMask.from_dense(keep, blocks.block_q, blocks.block_k, length, length, partial=partial)
+
+
+@dataclass(frozen=True)
 class Window:
     """A neighbourhood on the latent grid, exact to the token: generalised neighbourhood attention.
 

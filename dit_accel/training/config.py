@@ -16,6 +16,7 @@ class FinetuneConfig:
 
     Attributes:
         steps: optimizer steps.
+        max_seconds: after so many seconds the present step is the last; the run ends as usual. None: no limit.
         batch_size: samples a device and micro-batch.
         accumulation: micro-batches a step.
         learning_rate, betas, weight_decay: of AdamW.
@@ -42,6 +43,7 @@ class FinetuneConfig:
     """
 
     steps: int = 1000
+    max_seconds: float | None = None
     batch_size: int = 1
     accumulation: int = 1
     learning_rate: float = 1e-5
@@ -76,6 +78,8 @@ class FinetuneConfig:
                 raise ValueError(f"{name} must not be negative, got {getattr(self, name)}.")
         if not self.learning_rate > 0.0:
             raise ValueError(f"learning_rate must be above 0, got {self.learning_rate}.")
+        if self.max_seconds is not None and not self.max_seconds > 0.0:
+            raise ValueError(f"max_seconds must be above 0, got {self.max_seconds}.")
         if self.ema_decay is not None and not 0.0 < self.ema_decay < 1.0:
             raise ValueError(f"ema_decay must lie in (0, 1), got {self.ema_decay}.")
         for name, allowed in (("train", TRAINED), ("teacher", TEACHERS), ("precision", ("no", "bf16"))):

@@ -6,7 +6,7 @@ import json
 import math
 import shutil
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -71,6 +71,7 @@ def finetune(
     resume: bool = False,
     backend: str = "auto",
     on_step: Callable[[dict[str, float]], None] | None = None,
+    measure: Callable[[int], Mapping[str, float]] | None = None,
     **options: Any,
 ) -> FinetuneResult:
     """Fine-tune a pipeline's transformer under a recipe, and save an adapter.
@@ -87,12 +88,16 @@ def finetune(
         config: settings.
         resume: go on from the newest checkpoint in ``output``, if there is one.
         on_step: called with each step's numbers, on the first process.
+        measure: called at each evaluation with the steps done, the patch on and averaged weights in place;
+            its numbers join the curves. It may generate with ``pipe``.
 
     Raises:
         ValueError: settings that do not fit the model.
         TrainingStopped: a loss or gradient is not finite.
     """
-    return _Loop(pipe, recipe, data, Path(output), config or FinetuneConfig(), backend, options).run(resume, on_step)
+    return _Loop(pipe, recipe, data, Path(output), config or FinetuneConfig(), backend, options).run(
+        resume, on_step, measure
+    )
 
 
 class _Loop:
@@ -111,6 +116,7 @@ class _Loop:
 
         self.pipe, self.data, self.output, self.config = pipe, data, output, config
         self.model = trained_transformer(pipe)
+        self.dtype: torch.dtype = self.model.dtype
         if config.precision == "no" and self.model.dtype != torch.float32:
             raise ValueError(
                 f"precision 'no' trains float32 models, the transformer is {self.model.dtype}; use 'bf16'."
@@ -154,6 +160,7 @@ class _Loop:
         self.ema = self._average()
         self.curves = Curves()
         self.train_indices, self.held_out = _split(len(data), config.evaluate_samples)
+        self.dense_velocities: dict[int, torch.Tensor] = {}
         self.shift = config.shift or float(getattr(pipe.scheduler.config, "shift", None) or 1.0)
         self.density = getattr(self.handle.recipe.select, "density", None)
         if config.density_start is not None and self.density is None:
@@ -161,8 +168,13 @@ class _Loop:
         self.accelerator.register_save_state_pre_hook(self._save_trained)
         self.accelerator.register_load_state_pre_hook(self._load_trained)
 
-    def run(self, resume: bool, on_step: Callable[[dict[str, float]], None] | None) -> FinetuneResult:
-        first = self._resume() if resume else 0
+    def run(
+        self,
+        resume: bool,
+        on_step: Callable[[dict[str, float]], None] | None,
+        measure: Callable[[int], Mapping[str, float]] | None,
+    ) -> FinetuneResult:
+        first, begin = self._resume() if resume else 0, time.monotonic()
         if self.accelerator.is_main_process:
             self.output.mkdir(parents=True, exist_ok=True)
         self.accelerator.wait_for_everyone()
@@ -170,23 +182,31 @@ class _Loop:
             self.accelerator.init_trackers("tensorboard")
         try:
             if first == 0:
-                self._evaluate(0)
+                self._evaluate(0, measure)
             for step in range(first, self.config.steps):
                 numbers = self._step(step)
                 self.curves.steps.append(numbers)
                 self.accelerator.log({k: v for k, v in numbers.items() if k != "step"}, step=step + 1)
                 if on_step is not None and self.accelerator.is_main_process:
                     on_step(numbers)
-                last = step + 1 == self.config.steps
+                last = step + 1 == self.config.steps or self._time_is_up(begin)
                 if _due(step + 1, self.config.evaluate_every, last):
-                    self._evaluate(step + 1)
+                    self._evaluate(step + 1, measure)
                 if _due(step + 1, self.config.checkpoint_every, last and self.config.checkpoint_every > 0):
                     self._checkpoint(step + 1)
+                if last:
+                    break
             return self._finish()
         finally:
             self._write_curves()
             self.accelerator.end_training()
             self._release()
+
+    def _time_is_up(self, begin: float) -> bool:
+        if self.config.max_seconds is None:
+            return False
+        late = torch.tensor(float(time.monotonic() - begin > self.config.max_seconds), device=self.accelerator.device)
+        return bool(self.accelerator.reduce(late, "sum"))
 
     # One step.
 
@@ -282,36 +302,58 @@ class _Loop:
 
     # Evaluation.
 
-    def _evaluate(self, step: int) -> None:
+    def _evaluate(self, step: int, measure: Callable[[int], Mapping[str, float]] | None) -> None:
         """Paired against dense: the same samples, noise and sigmas, with and without the patch."""
         if self.ema is not None:
             self.ema.store(self.trainables.named().values())
             self.ema.copy_to(self.trainables.named().values())
         self.handle.set_density(None)
-        error = norm = flow = dense_flow = 0.0
+        self.model.eval()
         with torch.no_grad():
-            for index in self.held_out:
-                sample = self.data[index]
-                for number, sigma in enumerate(EVALUATION_SIGMAS):
-                    seed = _mix(self.config.seed, index * len(EVALUATION_SIGMAS) + number, 5)
-                    batch = self._noisy([sample], [sigma], [torch.Generator().manual_seed(seed)])
-                    with self.trainables.dense_teacher(frozen=not self.sharded):
-                        wanted = velocity(self.wrapped, batch)
-                    got = velocity(self.wrapped, batch)
-                    error += float((got - wanted).square().sum())
-                    norm += float(wanted.square().sum())
-                    flow += float((got - batch.target).square().mean())
-                    dense_flow += float((wanted - batch.target).square().mean())
+            numbers = self._against_dense()
+            if measure is not None:
+                numbers |= measure(step)
+                self.pipe.scheduler.num_inference_steps = None
+        self.model.train()
         if self.ema is not None:
             self.ema.restore(self.trainables.named().values())
+        self.curves.evaluations.append({"step": step, **numbers})
+        self.accelerator.log({f"evaluation/{k}": v for k, v in numbers.items()}, step=step)
+
+    def _against_dense(self) -> dict[str, float]:
+        error = norm = flow = dense_flow = 0.0
+        for number, batch in enumerate(self._evaluation_batches()):
+            got, wanted = velocity(self.wrapped, batch), self._dense_velocity(number, batch)
+            error += float((got - wanted).square().sum())
+            norm += float(wanted.square().sum())
+            flow += float((got - batch.target).square().flatten(1).mean(1).sum())
+            dense_flow += float((wanted - batch.target).square().flatten(1).mean(1).sum())
         count = len(self.held_out) * len(EVALUATION_SIGMAS)
-        numbers = {
+        return {
             "velocity_error": math.sqrt(error / norm) if norm else math.nan,
             "flow_loss": flow / count,
             "dense_flow_loss": dense_flow / count,
         }
-        self.curves.evaluations.append({"step": step, **numbers})
-        self.accelerator.log({f"evaluation/{k}": v for k, v in numbers.items()}, step=step)
+
+    def _evaluation_batches(self) -> Iterator[NoisyBatch]:
+        for first in range(0, len(self.held_out), self.config.batch_size):
+            indices = self.held_out[first : first + self.config.batch_size]
+            samples = [self.data[index] for index in indices]
+            for number, sigma in enumerate(EVALUATION_SIGMAS):
+                seeds = [_mix(self.config.seed, index * len(EVALUATION_SIGMAS) + number, 5) for index in indices]
+                generators = [torch.Generator().manual_seed(seed) for seed in seeds]
+                yield self._noisy(samples, [sigma] * len(samples), generators)
+
+    def _dense_velocity(self, number: int, batch: NoisyBatch) -> torch.Tensor:
+        """Of the dense model before the training, which is computed once; of the present one where shards
+        cannot be taken back."""
+        if self.sharded:
+            with self.trainables.dense_teacher(frozen=False):
+                return velocity(self.wrapped, batch)
+        if number not in self.dense_velocities:
+            with self.trainables.dense_teacher(frozen=True):
+                self.dense_velocities[number] = velocity(self.wrapped, batch).cpu()
+        return self.dense_velocities[number].to(batch.target.device)
 
     # Checkpoints.
 
@@ -338,7 +380,7 @@ class _Loop:
         progress = json.loads((folder / PROGRESS).read_text())
         mine = json.loads(json.dumps(asdict(self.config)))
         for name, value in mine.items():
-            if name not in ("steps", "checkpoint_every", "evaluate_every", "keep_checkpoints"):
+            if name not in ("steps", "max_seconds", "checkpoint_every", "evaluate_every", "keep_checkpoints"):
                 theirs = progress["config"].get(name)
                 if theirs != value:
                     raise ValueError(f"{folder} was trained with {name} = {theirs!r}, got {value!r}.")
@@ -392,8 +434,10 @@ class _Loop:
                 trained=self.trainables.backbone,
                 base=self.trainables.base,
                 values=values,
+                # More digits than the model's own weights have are lost when the adapter is loaded.
+                dtype=self.dtype,
                 summary={
-                    "steps": self.config.steps,
+                    "steps": len(self.curves.steps),
                     "samples": len(self.data),
                     "processes": self.accelerator.num_processes,
                     "config": asdict(self.config),

@@ -11,6 +11,7 @@ import argparse
 import json
 import random
 import time
+from collections.abc import Callable
 from dataclasses import asdict
 from pathlib import Path
 
@@ -124,17 +125,22 @@ def accuracy(model: Classifier, clips: torch.Tensor, subject: torch.Tensor, moti
     }
 
 
-def run_classify(args: argparse.Namespace) -> None:
-    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    bank = SpriteBank(load_sprites(args.sprites), device)
+def train_classifier(
+    bank: SpriteBank, device: torch.device, done: Callable[[], float], args: argparse.Namespace
+) -> tuple[Classifier, int]:
+    """A classifier trained on rendered clips, and its steps.
+
+    Args:
+        done: share of the training that is over; at 1 it ends.
+        args: ``width``, ``batch``, ``reuse``, ``store`` and ``render_size`` of the command line.
+    """
     rng, textures = random.Random(3), torch.Generator(device).manual_seed(3)
     torch.manual_seed(0)
     model = Classifier(args.width).to(device)
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-3, weight_decay=0.02)
-    start = time.monotonic()
     step = 0
     store: list[tuple[torch.Tensor, torch.Tensor, torch.Tensor]] = []
-    while (done := (time.monotonic() - start) / args.seconds) < 1:
+    while (share := done()) < 1:
         if step % args.reuse == 0 or len(store) < 4:
             scenes = [s for s in (sample_scene(rng) for _ in range(3 * args.batch)) if s.count == 1 and s.size > 0]
             store.append(render_small(scenes[: args.batch], bank, args.render_size, rng, textures))
@@ -146,14 +152,22 @@ def run_classify(args: argparse.Namespace) -> None:
         a, b = model(noisy)
         loss = F.cross_entropy(a, subject) + F.cross_entropy(b, motion)
         for group in optimizer.param_groups:
-            group["lr"] = 1e-3 * min(1, step / 50 + 0.02, (1 - done) / 0.5)
+            group["lr"] = 1e-3 * min(1, step / 50 + 0.02, (1 - share) / 0.5)
         loss.backward()
         optimizer.step()
         optimizer.zero_grad(set_to_none=True)
         step += 1
         if step % 50 == 0:
             print(f"step {step} loss {loss.item():.3f}", flush=True)
-    model.eval()
+    return model.eval(), step
+
+
+def run_classify(args: argparse.Namespace) -> None:
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    bank = SpriteBank(load_sprites(args.sprites), device)
+    rng, textures = random.Random(4), torch.Generator(device).manual_seed(4)
+    start = time.monotonic()
+    model, step = train_classifier(bank, device, lambda: (time.monotonic() - start) / args.seconds, args)
     parts = [
         render_small(single_scenes(args.batch, 100 + i, True), bank, args.render_size, rng, textures)
         for i in range(max(1, args.real // args.batch))

@@ -3,7 +3,8 @@
 Stages grow the clip: single frames, then 3 latent frames, then all 8, at the final spatial resolution
 throughout, so that what a subject looks like is learnt where it is cheap and motion where it has to be.
 Each stage has a share of the wall-clock budget. The pool is rendered and encoded on the device and renewed
-while training.
+while training. Under `torchrun --nproc-per-node N` every process draws clips and noise of its own, and the
+gradients are averaged; a stage's batch is per process.
 
 Convention of FlowMatchEulerDiscreteScheduler: x = (1 - sigma) * clean + sigma * noise, the model predicts
 noise - clean, and its timestep is 1000 * sigma.
@@ -14,12 +15,14 @@ from __future__ import annotations
 import argparse
 import contextlib
 import json
+import os
 import random
 import time
 from dataclasses import dataclass
 from pathlib import Path
 
 import torch
+import torch.distributed as dist
 import torch.nn.functional as F
 from captions import Scene, caption, sample_scene
 from checkpoint import (
@@ -33,6 +36,7 @@ from checkpoint import (
 )
 from clip_autoencoder import encode_clip, latent_statistics
 from compose import ClipGeometry, render_clips
+from concentration import attention_inputs, concentration_penalty, tile_masses
 from diffusers import WanTransformer3DModel
 from model import (
     CAPTION_TOKENS,
@@ -139,9 +143,12 @@ class Trainer:
                 parameter.data = parameter.data.contiguous(memory_format=torch.channels_last_3d)
         self.mean, self.std = latent_statistics(self.vae, device)
         self.bank = SpriteBank(load_sprites(args.sprites), device)
-        self.rng = random.Random(args.seed)
-        self.textures = torch.Generator(device).manual_seed(args.seed)
-        self.noise = torch.Generator(device).manual_seed(args.seed + 1)
+        self.processes = dist.get_world_size() if dist.is_initialized() else 1
+        seed = args.seed + (1000 * dist.get_rank() if self.processes > 1 else 0)
+        self.rng = random.Random(seed)
+        self.textures = torch.Generator(device).manual_seed(seed)
+        self.noise = torch.Generator(device).manual_seed(seed + 1)
+        self.concentration = args.concentration
         self.ids = token_ids()
         self.average = {k: v.detach().clone() for k, v in self.named_values().items()}
         matrices, others = [], []
@@ -158,6 +165,7 @@ class Trainer:
             self.optimizers["muon"] = Muon(matrices, lr=args.muon_rate)
         self.ema = args.ema
         self.step = 0
+        self.spread = torch.zeros((), device=device)
         self.log: list[tuple[int, int, float]] = []
 
     def named_values(self) -> dict[str, torch.Tensor]:
@@ -200,6 +208,9 @@ class Trainer:
         weight = 1 + 3 * cover
         loss = (error * weight).mean() / weight.mean()
         loss.backward()
+        if self.concentration > 0 and not image and pool.stage.latent_frames % 4 == 0:
+            self.concentrate((1 - s) * clean + s * noise, sigma * 1000, text.detach())
+        self.average_gradients()
         torch.nn.utils.clip_grad_norm_([*self.transformer.parameters(), *self.text_encoder.parameters()], 1.0)
         for optimizer in self.optimizers.values():
             optimizer.step()
@@ -209,6 +220,39 @@ class Trainer:
         with torch.no_grad():
             torch._foreach_lerp_(list(self.average.values()), list(self.named_values().values()), 1 - decay)
         return loss.detach()
+
+    def concentrate(self, noisy: torch.Tensor, timestep: torch.Tensor, text: torch.Tensor, samples: int = 2) -> None:
+        """Adds the gradient of the concentration penalty of one layer, the next one at every step."""
+        layer = self.step % len(self.transformer.blocks)
+        some = torch.randperm(len(noisy), generator=self.noise, device=self.device)[:samples]
+        grid = (noisy.shape[2], noisy.shape[3], noisy.shape[4])
+        count = grid[0] * grid[1] * grid[2] // 64
+        tiles = self.rng.sample(range(count), min(8, count))
+        with torch.autocast(self.device.type, torch.bfloat16, enabled=self.device.type == "cuda"):
+            query, key = attention_inputs(self.transformer, noisy[some], timestep[some], text[some], layer)
+        penalty = concentration_penalty(tile_masses(query, key, grid, tiles))
+        # One layer at a time stands for all of them.
+        (self.concentration * len(self.transformer.blocks) * penalty).backward()
+        self.spread = 0.98 * self.spread + 0.02 * penalty.detach()
+
+    def average_gradients(self) -> None:
+        """Means over the processes; a parameter that one of them did not touch counts as zero there."""
+        if self.processes == 1:
+            return
+        for values in (list(self.transformer.parameters()), list(self.text_encoder.parameters())):
+            grads = [torch.zeros_like(p) if p.grad is None else p.grad for p in values]
+            flat = torch.cat([g.flatten() for g in grads])
+            dist.all_reduce(flat, op=dist.ReduceOp.AVG)
+            for p, part in zip(values, flat.split([p.numel() for p in values])):
+                p.grad = part.view_as(p)
+
+    def together(self, seconds: float) -> float:
+        """The first process's clock, so that all of them stop at the same step."""
+        if self.processes == 1:
+            return seconds
+        shared = torch.tensor(seconds, dtype=torch.float64, device=self.device)
+        dist.broadcast(shared, 0)
+        return shared.item()
 
     def save(self, folder: Path) -> None:
         """A checkpoint to resume from exactly, given the same stage."""
@@ -313,6 +357,7 @@ def main() -> None:
     parser.add_argument("--clip-frames", type=int, default=29)
     parser.add_argument("--chunk", type=int, default=64, help="clips rendered and encoded at once")
     parser.add_argument("--image-every", type=int, default=8, help="every so many steps train on first frames alone")
+    parser.add_argument("--concentration", type=float, default=0.03, help="weight of the penalty of concentration.py")
     parser.add_argument("--no-compile", action="store_true")
     parser.add_argument("--checkpoint", action="store_true", help="also write a resumable checkpoint")
     parser.add_argument("--save-every", type=float, default=90, help="seconds between saves of the averaged weights")
@@ -321,6 +366,12 @@ def main() -> None:
 
     start = time.monotonic()
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    if "LOCAL_RANK" in os.environ:
+        if device.type == "cuda":
+            device = torch.device("cuda", int(os.environ["LOCAL_RANK"]))
+            torch.cuda.set_device(device)
+        dist.init_process_group("nccl" if device.type == "cuda" else "gloo")
+    first = not dist.is_initialized() or dist.get_rank() == 0
     torch.backends.cudnn.benchmark = True
     torch.backends.cuda.matmul.allow_tf32 = True
     torch.backends.cudnn.allow_tf32 = True
@@ -346,9 +397,15 @@ def main() -> None:
             pool = LatentPool(trainer, stage, min(chunk, stage.capacity))
             if device.type == "cuda":
                 torch.cuda.synchronize()
-            print(f"stage {stage}: pool in {time.monotonic() - opened:.1f} s", flush=True)
+            if first:
+                print(f"stage {stage}: pool in {time.monotonic() - opened:.1f} s", flush=True)
             steps, running, ticked = 0, [], time.monotonic()
-            while steps < args.max_steps and (elapsed := time.monotonic() - start) < deadline:
+            while steps < args.max_steps:
+                # Asking the clock of the first process waits for the device, so not at every step.
+                if steps % 16 == 0:
+                    elapsed = trainer.together(time.monotonic() - start)
+                if elapsed >= deadline:
+                    break
                 done = steps / args.max_steps if args.max_steps < 10**9 else elapsed / args.seconds
                 place = args.schedule_start + (args.schedule_end - args.schedule_start) * done
                 # New optimizers need a short warm-up of their own.
@@ -364,15 +421,15 @@ def main() -> None:
                     average = torch.stack(running).mean().item()
                     running = []
                     trainer.log.append((trainer.step, stage.latent_frames, average))
-                    if steps % 100 == 0:
+                    if steps % 100 == 0 and first:
                         rate = (time.monotonic() - ticked) / 100
                         ticked = time.monotonic()
                         print(
                             f"step {trainer.step} frames {stage.latent_frames} "
-                            f"loss {average:.4f} {1000 * rate:.0f} ms/step",
+                            f"loss {average:.4f} spread {trainer.spread.item():.3f} {1000 * rate:.0f} ms/step",
                             flush=True,
                         )
-                    if time.monotonic() - saved > args.save_every:
+                    if first and time.monotonic() - saved > args.save_every:
                         trainer.save_average(args.out)
                         saved = time.monotonic()
             peak = torch.cuda.max_memory_allocated() / 2**30 if device.type == "cuda" else 0.0
@@ -381,9 +438,12 @@ def main() -> None:
                 flush=True,
             )
             del pool
-    trainer.save_average(args.out)
-    if args.checkpoint:
-        trainer.save(args.out / "checkpoint")
+    if first:
+        trainer.save_average(args.out)
+        if args.checkpoint:
+            trainer.save(args.out / "checkpoint")
+    if dist.is_initialized():
+        dist.destroy_process_group()
 
 
 if __name__ == "__main__":

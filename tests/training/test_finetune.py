@@ -240,3 +240,51 @@ def test_two_processes_equal_one_with_twice_the_batch(tmp_path):
 
 def test_public_names():
     assert dit_accel.save_adapter.__module__ == "dit_accel.training.adapter"
+
+
+def test_a_time_limit_ends_a_run_as_usual(tmp_path):
+    result = finetune(tiny_pipe(), SLA, samples(), tmp_path, replace(FAST, steps=1000, max_seconds=1e-6))
+    assert len(result.curves.steps) == 1
+    assert [entry["step"] for entry in result.curves.evaluations] == [0, 1]
+    assert json.loads((result.adapter / "adapter.json").read_text())["training"]["steps"] == 1
+
+
+def test_what_the_caller_measures_joins_the_curves(tmp_path):
+    """With averaged weights and the patch on; generating in between changes nothing of the training."""
+    pipe = tiny_pipe()
+    seen = []
+
+    def measure(step):
+        seen.append((step, pipe.transformer.training, pipe.transformer.blocks[0].attn1.to_q.weight.sum().item()))
+        embeds = torch.zeros(1, 4, 32)
+        pipe(
+            prompt_embeds=embeds, height=32, width=32, num_frames=5, num_inference_steps=2, guidance_scale=1.0,
+            output_type="latent", generator=torch.Generator().manual_seed(0),
+        )  # fmt: skip
+        return {"found": float(step)}
+
+    config = replace(FAST, steps=3, evaluate_every=2, ema_decay=0.5)
+    result = finetune(pipe, SLA, samples(), tmp_path / "a", config, measure=measure)
+    assert [(step, training) for step, training, _ in seen] == [(0, False), (2, False), (3, False)]
+    assert [entry["found"] for entry in result.curves.evaluations] == [0.0, 2.0, 3.0]
+    assert seen[-1][2] == pipe.transformer.blocks[0].attn1.to_q.weight.sum().item()
+    plain = finetune(tiny_pipe(), SLA, samples(), tmp_path / "b", config)
+    assert [entry["loss"] for entry in plain.curves.steps] == [entry["loss"] for entry in result.curves.steps]
+
+
+def test_evaluation_does_not_depend_on_its_batches(tmp_path):
+    found = []
+    for size in (1, 3):
+        config = replace(FAST, steps=1, batch_size=size, evaluate_samples=2, learning_rate=1e-9)
+        result = finetune(tiny_pipe(), SLA, samples(), tmp_path / str(size), config)
+        found.append(result.curves.evaluations[0])
+    assert found[0] == pytest.approx(found[1], rel=1e-5)
+
+
+def test_a_delta_is_saved_in_the_precision_of_the_model(tmp_path):
+    pipe = tiny_pipe()
+    pipe.transformer.to(torch.bfloat16)
+    result = finetune(pipe, SLA, samples(), tmp_path, replace(FAST, precision="bf16"))
+    stored = load_file(result.adapter / "adapter.safetensors")
+    assert {v.dtype for n, v in stored.items() if "/delta/" in n} == {torch.bfloat16}
+    assert {v.dtype for n, v in stored.items() if "/learned/" in n} == {torch.float32}

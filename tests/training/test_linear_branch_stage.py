@@ -282,3 +282,27 @@ def test_recipe_round_trip():
     recipe = dit_accel.presets.sla(feature_map="elu", form="non_critical")
     assert Recipe.from_dict(recipe.to_dict()) == recipe
     assert recipe.with_fields({"compensate": "none"}).compensate == NoCompensation()
+
+
+@pytest.mark.parametrize("feature_map", ["softmax", "hedgehog"])
+def test_the_branch_keeps_nothing_for_its_backward(feature_map):
+    """Only inputs that live anyway: the branch's output is computed again, the lists are cut to their length."""
+    grid = (4, 8, 16)
+    layout = TokenLayout(grid, 0, 512)
+    recipe = SLA.with_fields({"compensate.feature_map": feature_map, "compensate.negligible_share": 0.1})
+    engine = Engine(recipe, ["layer"], "auto", 0)
+    layer = engine.learned[0] = recipe.compensate.build(2, 32)
+    generator = torch.Generator().manual_seed(0)
+    q, k, v = (torch.randn(1, 512, 2, 32, generator=generator, requires_grad=True) for _ in range(3))
+    calls, kept = [], []
+    forward = layer.forward
+    layer.forward = lambda out, *rest: calls.append((out, rest)) or out
+    engine.attend(0, q, k, v, None, None, layout, StepContext(), lambda: None)
+    (out, (q, k, v, plan, key_mask)) = calls[0]
+    with torch.autograd.graph.saved_tensors_hooks(lambda t: kept.append(t) or t, lambda t: t):
+        result = forward(out, q, k, v, plan, key_mask)
+    known = {t.untyped_storage().data_ptr() for t in (out, q, k, v, *layer.parameters())}
+    assert [t.shape for t in kept if t.untyped_storage().data_ptr() not in known] == []
+    assert plan.compensation.kv_indices.shape[-1] == 3  # ceil(0.1 * 16) and one more
+    result.sum().backward()
+    assert all(p.grad is not None and p.grad.abs().sum() > 0 for p in (layer.weight, layer.bias))

@@ -1,0 +1,132 @@
+"""Quantised calls of the engine against SageAttention's equations, in float64 with loops over heads."""
+
+import pytest
+import torch
+
+from dit_accel import Recipe, presets
+from dit_accel.engine import Engine
+from dit_accel.layout import StepContext
+from dit_accel.stages.compensate import KeyPyramid
+from dit_accel.stages.order import Raster, Tiles
+from dit_accel.stages.precision import Int8, Int8Fp8
+from dit_accel.stages.select_dynamic import Pooled
+from tests.stages.block_oracle import LAYOUTS, half_hidden, inputs
+from tests.stages.oracle import masked_attention
+
+BLOCK = (64, 32)
+
+
+def _inputs(layout):
+    q, k = inputs(layout)
+    # Keys with a common offset: without smoothing it would take the 8 bits' range.
+    return q, k + 6.0, torch.randn(q.shape, generator=torch.Generator().manual_seed(4))
+
+
+def _run(recipe, layout, q, k, v, key_mask=None, engine=None):
+    engine = engine or Engine(recipe, ["layer"], "auto", 0)
+    calls = []
+    engine.observer = calls.append
+    out = engine.attend(0, q, k, v, key_mask, None, layout, StepContext(), lambda: pytest.fail("ran dense"))
+    return out, calls[0].plan, engine
+
+
+def _steps(x, size):
+    """x rounded to 127 steps of its largest value, per row of the last dimensions or block of rows."""
+    step = x.abs().amax(-1 if size == 1 else (-1, -2), keepdim=True) / 127
+    return (x / step).round() * step
+
+
+def _expected(precision, layout, plan, q, k, v, key_mask):
+    """Attention of the rounded numbers over the plan's tokens, (B, S, H, D) float64."""
+    batch, length, heads, dim = q.shape
+    out = torch.zeros(q.shape, dtype=torch.float64)
+    kept = plan.mask.to_tokens().expand(batch, heads, -1, -1)
+    rows = torch.arange(length) if plan.rows is None else plan.rows[0, 0].long()
+    for b in range(batch):
+        for h in range(heads):
+            queries, keys, values = (x[b, rows, h].double() for x in (q, k, v))
+            # A mean over the sequence is the same for all keys of a row, and drops out of its softmax.
+            keys = keys - keys.mean(0)
+            logits = torch.zeros(length, length, dtype=torch.float64)
+            rounded = torch.cat([_steps(part, 2) for part in keys.split(BLOCK[1])])
+            for first in range(0, length, BLOCK[0]):
+                part = queries[first : first + BLOCK[0]]
+                mean = part.mean(0) if precision.smooth_q else torch.zeros(dim, dtype=torch.float64)
+                own = _steps(part - mean, 1) + mean
+                logits[first : first + BLOCK[0]] = own @ rounded.T * dim**-0.5
+            seen = kept[b, h].clone()
+            if key_mask is not None:
+                seen &= key_mask[b, rows]
+            if isinstance(precision, Int8Fp8):
+                top = values.abs().amax(0) / 448
+                values = (values / top).float().to(torch.float8_e4m3fn).double() * top
+            out[b, rows, h] = logits.masked_fill(~seen, -torch.inf).softmax(-1) @ values
+    return out
+
+
+@pytest.mark.parametrize("precision", [Int8(), Int8(smooth_q=True), Int8Fp8()], ids=repr)
+@pytest.mark.parametrize("order", [Raster(), Tiles((2, 4, 4))], ids=["raster", "tiles"])
+@pytest.mark.parametrize("name", LAYOUTS)
+@pytest.mark.parametrize("hidden", [False, True])
+def test_sparse_calls_are_those_of_the_rounded_numbers(name, order, precision, hidden):
+    layout = LAYOUTS[name]
+    q, k, v = _inputs(layout)
+    key_mask = half_hidden(layout) if hidden else None
+    recipe = Recipe(order=order, select=Pooled(density=0.4, block=BLOCK), precision=precision)
+    out, plan, engine = _run(recipe, layout, q, k, v, key_mask)
+    expected = _expected(precision, layout, plan, q, k, v, key_mask)
+    # A tie in rounding may fall to the other side: a step of one of 16 products, on logits of some tens.
+    assert (out.double() - expected).abs().max() <= 2e-2 * expected.abs().max()
+    assert (out.double() - expected).abs().mean() <= 2e-5 * expected.abs().max()
+    assert "emulated" in engine.backends_used["torch"]
+    exact, _, _ = _run(recipe.with_fields({"precision": "model"}), layout, q, k, v, key_mask)
+    assert (out - exact).abs().mean() > 1e-3 * exact.abs().mean(), "nothing was quantised"
+
+
+@pytest.mark.parametrize("values", ["model", "fp8"])
+@pytest.mark.parametrize("name", LAYOUTS)
+def test_sage_reads_everything_and_stays_close(name, values):
+    layout = LAYOUTS[name]
+    q, k, v = _inputs(layout)
+    out, plan, engine = _run(presets.sage(values=values), layout, q, k, v)
+    assert plan.mask.to_tokens().all()
+    assert float(engine.records[0].density_sum) == 1.0
+    exact = masked_attention(q, k, v, torch.ones(layout.seq_len, layout.seq_len, dtype=torch.bool))
+    # Half a step of 1/127 in q and in k, over logits of up to some tens, and of 1/16 in FP8 values.
+    bound = 0.03 if values == "model" else 0.05
+    assert (out.double() - exact).norm() <= bound * exact.norm()
+
+
+def test_sage_without_smoothing_is_worse():
+    layout = LAYOUTS["even"]
+    q, k, v = _inputs(layout)
+    k = k + 40.0  # steps of the keys grow about sevenfold
+    exact = masked_attention(q, k, v, torch.ones(layout.seq_len, layout.seq_len, dtype=torch.bool))
+    smooth, _, _ = _run(presets.sage(), layout, q, k, v)
+    rough, _, _ = _run(presets.sage().with_fields({"precision.smooth_k": False}), layout, q, k, v)
+    assert (rough.double() - exact).norm() > 2 * (smooth.double() - exact).norm()
+
+
+def test_what_cannot_be_quantised_says_so():
+    layout = LAYOUTS["even"]
+    q, k, v = _inputs(layout)
+    with pytest.raises(RuntimeError, match=r"int8.*no gradient"):
+        _run(presets.sage(), layout, q.requires_grad_(), k, v)
+    engine = Engine(presets.sage(), ["layer"], "triton", 0)
+    from dit_accel.kernels.capability import interpreted
+
+    if not interpreted():
+        with pytest.raises(RuntimeError, match=r"'int8' cannot run this call: .*CUDA"):
+            _run(presets.sage(), layout, q.detach(), k, v, engine=engine)
+    with pytest.raises(ValueError, match="KeyPyramid has kernels of its own"):
+        Recipe(select=Pooled(), compensate=KeyPyramid(), precision=Int8())
+    with pytest.raises(ValueError, match="select 'full'"):
+        Recipe(precision=Int8Fp8())
+    with pytest.raises(ValueError, match="values must be"):
+        presets.sage(values="int4")
+
+
+def test_precision_is_chosen_by_name_and_survives_json():
+    recipe = presets.pooled().with_fields({"precision": "int8", "precision.smooth_q": "True"})
+    assert recipe.precision == Int8(smooth_q=True)
+    assert Recipe.from_dict(recipe.to_dict()) == recipe != presets.pooled()
