@@ -12,7 +12,8 @@ from dataclasses import dataclass
 import torch
 import torch.nn.functional as F
 
-PRECISIONS = ("int8", "int8_fp8")
+PRECISIONS = ("int8", "int8_fp8", "int8_int8", "int8_int4")
+INTEGER_VALUES = {"int8_int8": 127, "int8_int4": 7}  # the largest value
 FP8_MAX = 448.0
 # Position, inside a group of 16 keys, at which FP8 values of key n are stored. In this order the register
 # layout of the scores is, without any exchange between threads, that of the 8-bit left operand of the
@@ -29,7 +30,8 @@ class QuantizedInputs:
         k: int8 ``[B, H, nk * block_k, D]``; ``k_scale`` float32 ``[B, H, nk]``, one per block.
         v: ``[B, Skv, H, D]`` in the input dtype, the given tensor itself where nothing is permuted; or e4m3
             ``[B, H, D, nk * block_k]`` with the keys of every 16 in the order ``KEY_PLACE`` and ``v_scale``
-            float32 ``[B, H, D]``.
+            float32 ``[B, H, D]``; or integers in int8 ``[B, H, nk * block_k, D]`` and ``v_scale``
+            ``[B, H, nk, D]``, one per key block and channel.
         q_mean, k_mean: float32 ``[B, H, nq, D]`` and ``[B, H, nk, D]``, block means over the real tokens of
             the inputs (before smoothing), which selection reads.
         q_shift: float32 ``[B, H, nq * block_q]``, ``q . mean(k)``: what smoothing took from every logit of
@@ -94,6 +96,12 @@ def reference_quantize(
         value = torch.empty_like(grouped, memory_format=torch.contiguous_format)
         value[..., place] = grouped
         value = value.flatten(-2).to(torch.float8_e4m3fn)
+    elif precision in INTEGER_VALUES:
+        most = INTEGER_VALUES[precision]
+        vf, _ = _blocks(vh.float(), block_k)
+        v_peak = vf.abs().amax(3).clamp_min(1e-12)
+        v_scale = v_peak / most
+        value = (vf * _inverse(v_peak, most)[:, :, :, None]).round().to(torch.int8).flatten(2, 3)
     return QuantizedInputs(
         q=(qf * _inverse(q_peak)[..., None]).round().to(torch.int8).flatten(2, 3),
         q_scale=q_scale.flatten(2),
@@ -132,6 +140,8 @@ def dequantize(quantized: QuantizedInputs, block_q: int, block_k: int) -> tuple[
     v = quantized.v.float()
     if quantized.v_scale is None:
         v = v.transpose(1, 2)
+    elif quantized.v_scale.dim() == 4:
+        v = (v.unflatten(2, (-1, block_k)) * quantized.v_scale[:, :, :, None]).flatten(2, 3)
     else:
         place = torch.tensor(KEY_PLACE, device=v.device)
         v = v.unflatten(-1, (-1, 16))[..., place].flatten(-2).transpose(2, 3)

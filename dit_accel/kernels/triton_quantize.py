@@ -11,7 +11,7 @@ import torch
 import triton
 import triton.language as tl
 
-from .quantize import FP8_MAX, PRECISIONS, QuantizedInputs
+from .quantize import FP8_MAX, QuantizedInputs
 from .triton_forward import SIZES, mask_strides, padded_head_dim, unit_stride
 
 FP8_MAX_ = tl.constexpr(FP8_MAX)
@@ -219,13 +219,13 @@ def quantize_inputs(
 
     Args:
         block_q, block_k: block sizes of the mask, powers of two.
-        precision: one of :data:`~dit_accel.kernels.quantize.PRECISIONS`.
+        precision: ``"int8"`` or ``"int8_fp8"``.
         rows: optional permutation ``[B or 1, H or 1, S]`` applied while writing.
         smooth_k: subtract the mean key.
         smooth_q: subtract the mean of each query block.
     """
-    if precision not in PRECISIONS:
-        raise ValueError(f"precision must be one of {', '.join(PRECISIONS)}, got {precision!r}.")
+    if precision not in ("int8", "int8_fp8"):
+        raise ValueError(f"precision must be int8 or int8_fp8 for the kernels, got {precision!r}.")
     batch, q_len, heads, dim = q.shape
     kv_len = k.shape[1]
     device = q.device
