@@ -14,7 +14,6 @@ import argparse
 import json
 import math
 import sys
-from collections.abc import Callable
 from pathlib import Path
 
 import torch
@@ -36,9 +35,6 @@ from kernel_cases import (
 )
 
 from dit_accel.kernels import BlockMask, block_sparse_attention
-from dit_accel.kernels.triton_backward import backward
-from dit_accel.kernels.triton_forward import forward
-from dit_accel.kernels.tuning import LaunchConfig, entry_key
 
 
 def section_forward(report: Report, args: argparse.Namespace) -> None:
@@ -270,80 +266,34 @@ def section_backward(report: Report, args: argparse.Namespace) -> None:
                 report.add(measure, op="fwd+bwd", S=length, block=f"{block_q}x{block_k}", density=0.1, rows=permuted)
 
 
-def section_sweep(report: Report, args: argparse.Namespace) -> None:
-    """Try launch configurations at density 0.1 and print the best as entries of the tuning table.
-
-    With ``--shard i/n`` only every n-th configuration is compiled and run once, untimed: start n such
-    processes first, and the timing run finds every kernel in Triton's cache.
-    """
-    length, best, number = args.lengths[0], {}, 0
-    shard, shards = (int(x) for x in args.shard.split("/")) if args.shard else (0, 0)
-    for dim in args.sweep_dims:
-        q, k, v = inputs(length, args.heads, dim)
-        grad = torch.randn_like(q)
-        rows = torch.rand(1, args.heads, length, device="cuda").argsort(-1).to(torch.int32)
-        for block_q, block_k in BLOCKS:
-            mask = random_mask(args.heads, length, block_q, block_k, 0.1)
-            for permuted in (False, True):
-                order = rows if permuted else None
-                state = (q, k, v, mask, order, None, dim**-0.5)
-                lse = torch.full((1, args.heads, length), 12.0, device="cuda")
-                for op in ("forward", "backward_dq", "backward_dkv"):
-                    if permuted and op != "forward":
-                        continue  # the backward takes the in-order entry
-                    key = entry_key(op, block_q, block_k, dim, permuted)
-                    for warps in (4, 8):
-                        for stages in (2, 3, 4) if op == "forward" else (1, 2, 3):
-                            call = _sweep_call(op, state, LaunchConfig(warps, stages), q, lse, grad)
-                            number += 1
-                            if shards:
-                                if number % shards == shard:
-                                    report.add(lambda: {"ok": call() is not None}, sweep=key)
-                                continue
-                            row = report.add(lambda: {"ms": median_ms(call, 40)}, sweep=key, warps=warps, stages=stages)
-                            if row.get("ms", math.inf) < best.get(key, (math.inf,))[0]:
-                                best[key] = (row["ms"], warps, stages)
-    entries = {key: list(value[1:]) for key, value in sorted(best.items())}
-    print(json.dumps({"device": torch.cuda.get_device_name(), "entries": entries}, indent=1))
-    report.rows.append({"entries": entries})
-
-
-def _sweep_call(op: str, state, config: LaunchConfig, out, lse, grad) -> Callable[[], object]:
-    if op == "forward":
-        return lambda: forward(*state, config)
-    small = LaunchConfig(8, 1)
-    dq, dkv = (config, small) if op == "backward_dq" else (small, config)
-    return lambda: backward(*state, out, lse, grad, None, config_dq=dq, config_dkv=dkv)
-
-
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--sections", default="forward,sla,quantized,backward,rows")
     parser.add_argument("--lengths", default="32768,32760,75600")
     parser.add_argument("--heads", type=int, default=12)
     parser.add_argument("--head-dim", type=int, default=128)
-    parser.add_argument("--sweep-dims", default="128,64")
     parser.add_argument("--hopper-blocks", default="128,64")
     parser.add_argument("--shard", default="")
     parser.add_argument("--json", type=Path)
     args = parser.parse_args()
     args.lengths = [int(x) for x in args.lengths.split(",")]
     args.hopper_blocks = [int(x) for x in args.hopper_blocks.split(",")]
-    args.sweep_dims = [int(x) for x in args.sweep_dims.split(",")]
     torch.manual_seed(0)
     report = Report()
-    for section in args.sections.split(","):
-        globals()[f"section_{section}"](report, args)
-    if args.json:
-        head = {
-            "device": torch.cuda.get_device_name(),
-            "torch": torch.__version__,
-            "triton": triton.__version__,
-            "cudnn": torch.backends.cudnn.version(),
-            "command": " ".join(["python", *sys.argv]),
-            "units": "ms: median milliseconds; eff: TFLOP/s of the kept blocks; error: relative Frobenius",
-        }
-        args.json.write_text(json.dumps({**head, "rows": report.rows}, indent=1) + "\n")
+    try:
+        for section in args.sections.split(","):
+            globals()[f"section_{section}"](report, args)
+    finally:  # a run that is interrupted keeps what it measured
+        if args.json:
+            head = {
+                "device": torch.cuda.get_device_name(),
+                "torch": torch.__version__,
+                "triton": triton.__version__,
+                "cudnn": torch.backends.cudnn.version(),
+                "command": " ".join(["python", *sys.argv]),
+                "units": "ms: median milliseconds; eff: TFLOP/s of the kept blocks; error: relative Frobenius",
+            }
+            args.json.write_text(json.dumps({**head, "rows": report.rows}, indent=1) + "\n")
 
 
 if __name__ == "__main__":

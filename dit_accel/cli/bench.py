@@ -42,6 +42,10 @@ def bench(
     compiled: Annotated[
         bool, typer.Option("--compile/--no-compile", help="Compile the repeated blocks of both variants.")
     ] = False,
+    kernels: Annotated[
+        bool,
+        typer.Option("--kernels", help="Tune the attention kernels for this GPU instead; --out is then the table."),
+    ] = False,
     dtype: DtypeOption = None,
     device: DeviceOption = None,
     out: Annotated[Path | None, typer.Option(help="Also write the JSON here.")] = None,
@@ -50,6 +54,9 @@ def bench(
 ) -> None:
     """Time one transformer forward with random weights, dense and patched, in alternation."""
     quiet_libraries()
+    if kernels:
+        _tune(read_device(device), out, as_json)
+        return
     from ..pipelines.architectures import architecture
 
     known = architecture(arch)
@@ -105,6 +112,36 @@ def bench(
     if not report.finite:
         print("Error: an output holds values that are not finite.", file=sys.stderr)
         raise typer.Exit(2)
+
+
+def _tune(device: Any, out: Path | None, as_json: bool) -> None:
+    """Measure launch configurations, print them, and write the table to ``out``."""
+    from ..kernels.tune import tune
+    from ..kernels.tuning import TABLE_VARIABLE
+    from .environment import environment
+
+    if device.type != "cuda":
+        raise RuntimeError(f"bench --kernels needs a CUDA GPU, got {device.type}.")
+    with _status(quiet=as_json) as progress:
+        table = {**tune(device, progress=progress), "environment": environment(device)}
+    if out is not None:
+        out.parent.mkdir(parents=True, exist_ok=True)
+        out.write_text(json.dumps(table, indent=1) + "\n")
+    if as_json:
+        print(json.dumps(table, indent=2))
+        return
+    from rich.console import Console
+    from rich.table import Table
+
+    console, shown = Console(), Table("kernel", "warps", "stages", "ms", show_edge=False)
+    for key, (warps, stages) in table["entries"].items():
+        ms = min(row["ms"] for row in table["measured"] if row["entry"] == key and "ms" in row and "warps" in row)
+        shown.add_row(key, str(warps), str(stages), f"{ms:.3f}")
+    console.print(shown)
+    for key in table["fa4_fastest"]:
+        console.print(f"flash-attn-4 is faster: {key}", highlight=False)
+    if out is not None:
+        console.print(f"to use it: export {TABLE_VARIABLE}={out}", highlight=False)
 
 
 def _status(quiet: bool) -> Any:

@@ -15,8 +15,8 @@ from triton.experimental.gluon.language.nvidia.hopper import (
 from .hopper_producer import tile_header
 
 LN_2_ = gl.constexpr(0.6931471805599453)
-# Weights are at most 1; e4m3 holds 448.
-FP8_WEIGHT = gl.constexpr(448.0)
+# Weights are at most 1 and e4m3 holds 448: its base-2 logarithm, added to the exponents.
+FP8_LIFT = gl.constexpr(8.807354922057604)
 
 
 @gluon.jit
@@ -56,22 +56,32 @@ def hide_keys(
 
 
 @gluon.jit
-def block_softmax(scores, peak, total, factor, dtype: gl.constexpr, OPERAND: gl.constexpr, FP8: gl.constexpr):
-    """Weights of a block as the left operand of the next product, and the rescaled row state."""
+def block_softmax(scores, peak, total, factor, LIFT: gl.constexpr):
+    """float32 weights ``2 ** (LIFT + scores - peak)`` of a block, the row state, and what shrinks older sums."""
     new_peak = gl.maximum(peak, gl.max(scores, 1) * factor)
     # A row that has seen nothing keeps peak -inf; 0 in its place avoids inf - inf.
     base = gl.where(new_peak == float("-inf"), 0.0, new_peak)
-    weights = gl.exp2(scores * factor[:, None] - base[:, None])
+    weights = gl.exp2(scores * factor[:, None] - (base - LIFT)[:, None])
     shrink = gl.exp2(peak - base)
     total = total * shrink + gl.sum(weights, 1)
+    return weights, new_peak, total, shrink
+
+
+@gluon.jit
+def as_operand(weights, dtype: gl.constexpr, OPERAND: gl.constexpr, FP8: gl.constexpr):
+    """Weights as the left operand of their product with the values.
+
+    Converted only once the last such product is done: then the operand's registers are the same ones each
+    time. With the two alive at once the assembler moves the wait for that product before the exponentials,
+    and nothing overlaps.
+    """
     if FP8:
         # Keys in the order KEY_PLACE of the stored values: with it the scores' registers are the operand's.
-        packed = (weights * FP8_WEIGHT).to(gl.float8e4nv)
+        packed = weights.to(gl.float8e4nv)
         packed = packed.reshape([64, weights.shape[1] // 16, 2, 4, 2]).permute([0, 1, 3, 2, 4])
-        operand = gl.convert_layout(packed.reshape([64, weights.shape[1]]), OPERAND, assert_trivial=True)
+        return gl.convert_layout(packed.reshape([64, weights.shape[1]]), OPERAND, assert_trivial=True)
     else:
-        operand = gl.convert_layout(weights.to(dtype), OPERAND)
-    return operand, new_peak, total, shrink
+        return gl.convert_layout(weights.to(dtype), OPERAND)
 
 
 @gluon.jit
@@ -128,6 +138,8 @@ def consume(
     )
     OPERAND: gl.constexpr = gl.DotOperandLayout(operand_index=0, parent=O_LAYOUT, k_width=4 if FP8 else 2)
     ROW: gl.constexpr = gl.SliceLayout(1, S_LAYOUT)
+    O_ROW: gl.constexpr = gl.SliceLayout(1, O_LAYOUT)
+    LIFT: gl.constexpr = FP8_LIFT if FP8 else 0.0
     COPY: gl.constexpr = gl.BlockedLayout([1, 8], [2, 16], [4, 1], [1, 0])
     step = gl.to_tensor(0)
     turn = gl.to_tensor(0)
@@ -206,8 +218,10 @@ def consume(
             factor = row_scale
             if QUANTIZED:
                 factor = row_scale * key_scale
-            weights, peak, total, shrink = block_softmax(scores, peak, total, factor, dtype, OPERAND, FP8)
+            likely, peak, total, shrink = block_softmax(scores, peak, total, factor, LIFT)
+            weights = as_operand(likely, dtype, OPERAND, FP8)
             step += 1
+            mbarrier.wait(k_full.index(step % STAGES), (step // STAGES) & 1, pred=count > 1)
 
             for partial in gl.static_range(2):
                 begin = gl.maximum(full, 1) if partial else 1
@@ -219,19 +233,21 @@ def consume(
                         following = gl.load(at + entry + 1, mask=entry + 1 < count, other=0)
                     stage = step % STAGES
                     last = (step - 1) % STAGES
-                    mbarrier.wait(k_full.index(stage), (step // STAGES) & 1)
                     if TAKE_TURNS:
                         mbarrier.wait(order.index(HALF), beat & 1)
                     token = warpgroup_mma(
                         q_tile, k_smem.index(stage).permute([1, 0]), blank, use_acc=False, is_async=True
                     )
                     mbarrier.wait(v_full.index(last), ((step - 1) // STAGES) & 1)
+                    earlier = gl.convert_layout(shrink, O_ROW)[:, None]
                     if FP8:
                         fresh = gl.zeros([64, HEAD_DIM], gl.float32, layout=O_LAYOUT)
                         acc_token = warpgroup_mma(
                             weights, v_smem.index(last).permute([1, 0]), fresh, use_acc=False, is_async=True
                         )
                     else:
+                        # While the scores are being made.
+                        acc = acc * earlier
                         acc_token = warpgroup_mma(weights, v_smem.index(last), acc, is_async=True)
                     if TAKE_TURNS:
                         mbarrier.arrive(order.index(1 - HALF), count=1)
@@ -257,19 +273,22 @@ def consume(
                     factor = row_scale
                     if QUANTIZED:
                         factor = row_scale * key_scale
-                    next_weights, peak, total, shrink = block_softmax(scores, peak, total, factor, dtype, OPERAND, FP8)
+                    likely, peak, total, shrink = block_softmax(scores, peak, total, factor, LIFT)
+                    step += 1
+                    # The next keys are awaited here, before the product: the wait's branch keeps the assembler
+                    # from moving the wait for the product up, in front of the exponentials it shall overlap.
+                    mbarrier.wait(k_full.index(step % STAGES), (step // STAGES) & 1, pred=entry + 1 < count)
                     if FP8:
                         # The wait takes no 8-bit operand; the assembler keeps its registers until here.
                         product = warpgroup_mma_wait(0, deps=[acc_token])
-                        acc = acc + product
+                        acc = acc * earlier + product
                     else:
                         acc, weights = warpgroup_mma_wait(0, deps=[acc_token, weights])
                     mbarrier.arrive(v_empty.index(last), count=1)
-                    acc = acc * gl.convert_layout(shrink, gl.SliceLayout(1, O_LAYOUT))[:, None]
-                    weights = next_weights
-                    step += 1
+                    weights = as_operand(likely, dtype, OPERAND, FP8)
             last = (step - 1) % STAGES
             mbarrier.wait(v_full.index(last), ((step - 1) // STAGES) & 1)
+            acc = acc * gl.convert_layout(shrink, O_ROW)[:, None]
             if FP8:
                 fresh = gl.zeros([64, HEAD_DIM], gl.float32, layout=O_LAYOUT)
                 acc_token = warpgroup_mma(
@@ -284,7 +303,7 @@ def consume(
 
         nothing = total == 0.0
         safe = gl.where(nothing, 1.0, total)
-        lse = (peak + gl.log2(safe)) * LN_2_
+        lse = (peak + gl.log2(safe) - LIFT) * LN_2_
         row = slot
         if PERMUTED:
             row = gl.load(rows_at + slot, mask=slot < q_len, other=0)
@@ -293,11 +312,10 @@ def consume(
             lse += gl.load(q_shift_ptr + plane * q_rows + slot) * (scale_log2 * LN_2_)
         lse = gl.where(nothing, float("-inf"), lse)
         gl.store(lse_ptr + plane * q_len + row, lse, mask=slot < q_len)
-        acc = acc * gl.convert_layout(1.0 / safe, gl.SliceLayout(1, O_LAYOUT))[:, None]
+        acc = acc * gl.convert_layout(1.0 / safe, O_ROW)[:, None]
         columns = gl.arange(0, HEAD_DIM, layout=gl.SliceLayout(0, O_LAYOUT))
         if FP8:
-            value_scale = gl.load(v_scale_ptr + plane * HEAD_DIM + columns) * (1.0 / FP8_WEIGHT)
-            acc = acc * value_scale[None, :]
+            acc = acc * gl.load(v_scale_ptr + plane * HEAD_DIM + columns)[None, :]
         out_at = out_ptr + batch * stride_ob + head * stride_oh
         if count > 0:
             # Through shared memory the output leaves in whole lines; Q's buffer is free by now.

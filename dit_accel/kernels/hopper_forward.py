@@ -36,10 +36,18 @@ def why_not_hopper(
     if reason is not None:
         return reason
     for name, x in (("q", q), ("k", k), ("v", v)):
-        if x.stride(-1) != 1 or (rows is None and x.stride(2) != x.shape[3]):
-            return f"the heads of {name} do not lie side by side"
-        if x.data_ptr() % 16 or (x.stride(1) * 2) % 16 or (x.stride(0) * 2) % 16:
-            return f"{name} is not aligned to 16 bytes"
+        reason = _why_not_tiles(x, by_head=rows is None)
+        if reason is not None:
+            return f"{name} {reason}"
+    return None
+
+
+def _why_not_tiles(x: torch.Tensor, by_head: bool = True) -> str | None:
+    """Why tiles of ``[B, S, H, D]`` cannot be copied by the hardware, or None if they can."""
+    if x.stride(-1) != 1 or (by_head and x.stride(2) != x.shape[3]):
+        return "does not have its heads side by side"
+    if x.data_ptr() % 16 or (x.stride(1) * 2) % 16 or (x.stride(0) * 2) % 16:
+        return "is not aligned to 16 bytes"
     return None
 
 
@@ -126,6 +134,9 @@ def hopper_forward(
             k, v = reorder_pair(k, v, rows)
     fp8 = quantized is not None and quantized.v_scale is not None
     precision = None if quantized is None else "int8_fp8" if fp8 else "int8"
+    values = quantized.v if precision == "int8" and _why_not_tiles(quantized.v) is None else None
+    if precision == "int8" and values is None:
+        values = quantized.v.contiguous()
     config = config or default_config(mask.block_k, dim, precision)
     counts, fulls, index = (x.contiguous() for x in (mask.kv_num_blocks, mask.kv_num_full, mask.kv_indices))
     bit_rows = index if mask.kv_bits is None else mask.kv_bits.contiguous()
@@ -143,7 +154,7 @@ def hopper_forward(
         else:
             q_in = quantized.q[b]
             k_in = quantized.k[b].flatten(0, 1)
-            v_in = quantized.v[b].flatten(0, 1)
+            v_in = quantized.v[b].flatten(0, 1) if fp8 else _side_by_side(values[b])
             q_tiles = _tiles(q_in.flatten(0, 1), _ROWS, dim)
             v_scale = lse if quantized.v_scale is None else quantized.v_scale[b]
             scales = (quantized.q_scale[b], quantized.k_scale[b], v_scale, quantized.q_shift[b])

@@ -78,7 +78,7 @@ def produce(
                 else:
                     tma.async_copy_global_to_shared(
                         v_desc,
-                        [plane * k_rows + block * BLOCK_K, column],
+                        [block * BLOCK_K, plane * HEAD_DIM],
                         v_full.index(stage),
                         v_smem.index(stage),
                     )

@@ -12,7 +12,8 @@ from dataclasses import dataclass
 import torch
 import torch.nn.functional as F
 
-PRECISIONS = ("int8", "int8_fp8")
+PRECISIONS = ("int8", "int8_fp8", "int8_int8", "int8_int4")
+INTEGER_VALUES = {"int8_int8": 127, "int8_int4": 7}  # the largest value
 FP8_MAX = 448.0
 # Position, inside a group of 16 keys, at which FP8 values of key n are stored. In this order the register
 # layout of the scores is, without any exchange between threads, that of the 8-bit left operand of the
@@ -22,13 +23,15 @@ KEY_PLACE = tuple((n & 4) * 2 + (n & 2) * 2 + (n & 8) // 4 + (n & 1) for n in ra
 
 @dataclass(frozen=True, eq=False)
 class QuantizedInputs:
-    """Quantised q, k and v in (permuted) sequence order, padded with zeros to whole blocks.
+    """Quantised q, k and v in (permuted) sequence order, the 8-bit ones padded with zeros to whole blocks.
 
     Attributes:
         q: int8 ``[B, H, nq * block_q, D]``; ``q_scale`` float32 ``[B, H, nq * block_q]``, one per token.
         k: int8 ``[B, H, nk * block_k, D]``; ``k_scale`` float32 ``[B, H, nk]``, one per block.
-        v: ``[B, H, nk * block_k, D]`` in the input dtype, or e4m3 ``[B, H, D, nk * block_k]`` with the keys
-            of every 16 in the order ``KEY_PLACE`` and ``v_scale`` float32 ``[B, H, D]``.
+        v: ``[B, Skv, H, D]`` in the input dtype, the given tensor itself where nothing is permuted; or e4m3
+            ``[B, H, D, nk * block_k]`` with the keys of every 16 in the order ``KEY_PLACE`` and ``v_scale``
+            float32 ``[B, H, D]``; or integers in int8 ``[B, H, nk * block_k, D]`` and ``v_scale``
+            ``[B, H, nk, D]``, one per key block and channel.
         q_mean, k_mean: float32 ``[B, H, nq, D]`` and ``[B, H, nk, D]``, block means over the real tokens of
             the inputs (before smoothing), which selection reads.
         q_shift: float32 ``[B, H, nq * block_q]``, ``q . mean(k)``: what smoothing took from every logit of
@@ -78,23 +81,31 @@ def reference_quantize(
     kf = (kf - center[:, :, None, None]) * k_real[..., None]
     if smooth_q:
         qf = (qf - q_mean[:, :, :, None]) * q_real[..., None]
-    q_scale = qf.abs().amax(-1).clamp_min(1e-12) / 127
-    k_scale = kf.abs().amax((-1, -2)).clamp_min(1e-12) / 127
+    q_peak = qf.abs().amax(-1).clamp_min(1e-12)
+    k_peak = kf.abs().amax((-1, -2)).clamp_min(1e-12)
+    q_scale, k_scale = q_peak / 127, k_peak / 127
     v_scale = None
-    length = kf.shape[2] * block_k
-    value = F.pad(vh, (0, 0, 0, length - vh.shape[2]))
+    value = v if rows is None else vh.transpose(1, 2)
     if precision == "int8_fp8":
-        v_scale = value.float().abs().amax(2).clamp_min(1e-12) / FP8_MAX
-        scaled = (value.float() / v_scale[:, :, None]).transpose(2, 3)
+        value = F.pad(vh, (0, 0, 0, kf.shape[2] * block_k - vh.shape[2]))
+        v_peak = value.float().abs().amax(2).clamp_min(1e-12)
+        v_scale = v_peak / FP8_MAX
+        scaled = (value.float() * _inverse(v_peak, FP8_MAX)[:, :, None]).transpose(2, 3)
         grouped = scaled.unflatten(-1, (-1, 16))
         place = torch.tensor(KEY_PLACE, device=v.device)
         value = torch.empty_like(grouped, memory_format=torch.contiguous_format)
         value[..., place] = grouped
         value = value.flatten(-2).to(torch.float8_e4m3fn)
+    elif precision in INTEGER_VALUES:
+        most = INTEGER_VALUES[precision]
+        vf, _ = _blocks(vh.float(), block_k)
+        v_peak = vf.abs().amax(3).clamp_min(1e-12)
+        v_scale = v_peak / most
+        value = (vf * _inverse(v_peak, most)[:, :, :, None]).round().to(torch.int8).flatten(2, 3)
     return QuantizedInputs(
-        q=(qf / q_scale[..., None]).round().to(torch.int8).flatten(2, 3),
+        q=(qf * _inverse(q_peak)[..., None]).round().to(torch.int8).flatten(2, 3),
         q_scale=q_scale.flatten(2),
-        k=(kf / k_scale[..., None, None]).round().to(torch.int8).flatten(2, 3),
+        k=(kf * _inverse(k_peak)[..., None, None]).round().to(torch.int8).flatten(2, 3),
         k_scale=k_scale,
         v=value,
         v_scale=v_scale,
@@ -103,6 +114,11 @@ def reference_quantize(
         q_shift=q_shift,
         smooth_q=smooth_q,
     )
+
+
+def _inverse(peak: torch.Tensor, largest: float = 127) -> torch.Tensor:
+    # A correctly rounded quotient, as in the kernel: ``127 / peak`` in torch is a reciprocal times 127.
+    return torch.full_like(peak, largest) / peak
 
 
 def _blocks(x: torch.Tensor, block: int) -> tuple[torch.Tensor, torch.Tensor]:
@@ -115,14 +131,18 @@ def _blocks(x: torch.Tensor, block: int) -> tuple[torch.Tensor, torch.Tensor]:
 
 
 def dequantize(quantized: QuantizedInputs, block_q: int, block_k: int) -> tuple[torch.Tensor, ...]:
-    """float32 q, k, v ``[B, H, S_padded, D]`` that the quantised kernels in effect multiply.
+    """float32 q, k, v ``[B, H, S, D]`` that the quantised kernels in effect multiply, 8-bit ones padded.
 
     k lacks the mean key, q its block mean when smoothed; add ``q_mean . k`` to the logits for the latter.
     """
     q = quantized.q.float() * quantized.q_scale[..., None]
     k = quantized.k.float().unflatten(2, (-1, block_k)) * quantized.k_scale[..., None, None]
     v = quantized.v.float()
-    if quantized.v_scale is not None:
+    if quantized.v_scale is None:
+        v = v.transpose(1, 2)
+    elif quantized.v_scale.dim() == 4:
+        v = (v.unflatten(2, (-1, block_k)) * quantized.v_scale[:, :, :, None]).flatten(2, 3)
+    else:
         place = torch.tensor(KEY_PLACE, device=v.device)
         v = v.unflatten(-1, (-1, 16))[..., place].flatten(-2).transpose(2, 3)
         v = v * quantized.v_scale[:, :, None]

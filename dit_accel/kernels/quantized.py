@@ -10,7 +10,8 @@ import torch
 from . import capability
 from .block_mask import BlockMask
 from .block_sparse import block_sparse_attention, validate
-from .quantize import PRECISIONS, QuantizedInputs, dequantize, reference_quantize
+from .integer_weights import integer_weight_attention
+from .quantize import INTEGER_VALUES, PRECISIONS, QuantizedInputs, dequantize, reference_quantize
 
 QUANTIZED_BACKENDS = ("auto", "triton", "torch", "reference")
 
@@ -37,7 +38,10 @@ def quantized_block_sparse_attention(
     SageAttention (arXiv 2410.02367, 2411.10958); the log-sum-exp is corrected for the subtraction.
 
     Args:
-        precision: ``"int8"`` keeps values and weights in the input dtype; ``"int8_fp8"`` has both in e4m3.
+        precision: ``"int8"`` keeps values and weights in the input dtype; ``"int8_fp8"`` has both in e4m3;
+            ``"int8_int8"`` and ``"int8_int4"`` have INT8 weights, a scale per block pair, and integer values of
+            8 or 4 bits (PAROAttention, arXiv 2506.16054), for their numbers only: they have no kernel, and are
+            computed exactly in float32 wherever the backend would have been.
         smooth_k: subtract the mean key, which removes channel offsets at no loss.
         smooth_q: subtract each query block's mean too; its share of the logits is added back in float32.
         backend: ``"triton"``, or the same quantised numbers in float32 on ``"torch"`` (any device, no faster
@@ -61,7 +65,7 @@ def quantized_block_sparse_attention(
         backend = "triton" if reason is None and q.is_cuda else "torch"
     with torch.no_grad():
         if quantized is None:
-            make = _prologue(backend == "triton")
+            make = _prologue(backend == "triton" and precision not in INTEGER_VALUES)
             quantized = make(
                 q,
                 k,
@@ -75,6 +79,9 @@ def quantized_block_sparse_attention(
             )
         if backend == "triton":
             out, lse = _run_triton(q, k, v, mask, rows, key_mask, scale, quantized)
+        elif precision in INTEGER_VALUES:
+            out, lse = integer_weight_attention(quantized, mask, rows, key_mask, scale)
+            out = out.to(q.dtype)
         else:
             out, lse = _emulate(quantized, mask, rows, key_mask, scale, backend)
             out = out.to(q.dtype)
@@ -98,7 +105,7 @@ def quantize_inputs(
     On a GPU one fused pass (after one over k for its mean, and v for FP8 scales), elsewhere plain torch.
     Arguments are those of :func:`quantized_block_sparse_attention`; block sizes are the mask's.
     """
-    return _prologue(q.is_cuda)(
+    return _prologue(q.is_cuda and precision not in INTEGER_VALUES)(
         q,
         k,
         v,
@@ -113,6 +120,8 @@ def quantize_inputs(
 
 def why_not_quantized(q: torch.Tensor, mask: BlockMask, precision: str) -> str | None:
     """Why the Triton kernels cannot run a quantised call, or None if they can."""
+    if precision in INTEGER_VALUES:
+        return "integer weights have no kernel, they are computed in float32 on the torch backend"
     reason = capability.why_not_triton(q, mask)
     if reason is None and (mask.block_q < 32 or mask.block_k < 32):
         reason = f"8-bit products need blocks of at least 32, got {mask.block_q}x{mask.block_k}"

@@ -1,4 +1,9 @@
-"""The quantising prologue: q, k and v read once, permuted, smoothed, quantised and averaged per block."""
+"""The quantising prologue: q, k and v read once, permuted, smoothed, quantised and averaged per block.
+
+Two launches: sums of k (and maxima of v for FP8) over chunks of tokens, then one program for every block of q,
+of k and, where v is rewritten at all, of v. The second adds up the chunks by itself, so that nothing small runs
+between the two.
+"""
 
 from __future__ import annotations
 
@@ -6,11 +11,13 @@ import torch
 import triton
 import triton.language as tl
 
-from .quantize import FP8_MAX, PRECISIONS, QuantizedInputs
+from .quantize import FP8_MAX, QuantizedInputs
 from .triton_forward import SIZES, mask_strides, padded_head_dim, unit_stride
 
 FP8_MAX_ = tl.constexpr(FP8_MAX)
-_CHUNK = 1024  # tokens summed by one program of the statistics pass
+_MAX_CHUNKS = 32  # each block adds them all up
+_CHUNK_PROGRAMS = 264  # two on each of an H200's multiprocessors
+_TILE = 128  # tokens that a program of the statistics reads at once
 
 
 @triton.jit(do_not_specialize=SIZES)
@@ -27,48 +34,66 @@ def key_value_stats_kernel(
     stride_vh,
     heads,
     kv_len,
-    CHUNK: tl.constexpr,
     TILE: tl.constexpr,
     BLOCK_D: tl.constexpr,
     HEAD_DIM: tl.constexpr,
-    WITH_V: tl.constexpr,
 ):
-    """Sums of k and absolute maxima of v over a chunk of tokens, per channel."""
+    """Per channel: sums of k (third program axis 0) or absolute maxima of v (1) over every n-th tile."""
     batch = (tl.program_id(1) // heads).to(tl.int64)
     head = (tl.program_id(1) % heads).to(tl.int64)
     offs_d = tl.arange(0, BLOCK_D)
-    k_ptr += batch * stride_kb + head * stride_kh
-    v_ptr += batch * stride_vb + head * stride_vh
-    k_sum = tl.zeros([BLOCK_D], tl.float32)
-    v_max = tl.zeros([BLOCK_D], tl.float32)
-    for tile in range(CHUNK // TILE):
-        row = tl.program_id(0) * CHUNK + tile * TILE + tl.arange(0, TILE)
-        live = (row < kv_len)[:, None] & (offs_d < HEAD_DIM)[None, :]
-        wide = row.to(tl.int64)[:, None]
-        k = tl.load(k_ptr + wide * stride_ks + offs_d[None, :], mask=live, other=0.0).to(tl.float32)
-        k_sum += tl.sum(k, 0)
-        if WITH_V:
-            v = tl.load(v_ptr + wide * stride_vs + offs_d[None, :], mask=live, other=0.0).to(tl.float32)
-            v_max = tl.maximum(v_max, tl.max(tl.abs(v), 0))
-    at = (tl.program_id(1).to(tl.int64) * tl.num_programs(0) + tl.program_id(0)) * HEAD_DIM + offs_d
-    tl.store(k_sum_ptr + at, k_sum, mask=offs_d < HEAD_DIM)
-    if WITH_V:
-        tl.store(v_max_ptr + at, v_max, mask=offs_d < HEAD_DIM)
+    column = (offs_d < HEAD_DIM)[None, :]
+    chunks = tl.num_programs(0)
+    at = (tl.program_id(1).to(tl.int64) * chunks + tl.program_id(0)) * HEAD_DIM + offs_d
+    found = tl.zeros([TILE, BLOCK_D], tl.float32)
+    if tl.program_id(2) == 0:
+        k_ptr += batch * stride_kb + head * stride_kh
+        for tile in range(tl.program_id(0), tl.cdiv(kv_len, TILE), chunks):
+            row = tile * TILE + tl.arange(0, TILE)
+            k_at = k_ptr + row.to(tl.int64)[:, None] * stride_ks + offs_d[None, :]
+            found += tl.load(k_at, mask=(row < kv_len)[:, None] & column, other=0.0).to(tl.float32)
+        tl.store(k_sum_ptr + at, tl.sum(found, 0), mask=offs_d < HEAD_DIM)
+    else:
+        v_ptr += batch * stride_vb + head * stride_vh
+        for tile in range(tl.program_id(0), tl.cdiv(kv_len, TILE), chunks):
+            row = tile * TILE + tl.arange(0, TILE)
+            v_at = v_ptr + row.to(tl.int64)[:, None] * stride_vs + offs_d[None, :]
+            v = tl.load(v_at, mask=(row < kv_len)[:, None] & column, other=0.0).to(tl.float32)
+            found = tl.maximum(found, tl.abs(v))
+        tl.store(v_max_ptr + at, tl.max(found, 0), mask=offs_d < HEAD_DIM)
+
+
+@triton.jit
+def _chunk_values(ptr, plane, chunks, HEAD_DIM: tl.constexpr, BLOCK_D: tl.constexpr, CHUNKS: tl.constexpr):
+    """``[CHUNKS, BLOCK_D]`` of a plane, zeros past ``chunks``."""
+    offs_c, offs_d = tl.arange(0, CHUNKS), tl.arange(0, BLOCK_D)
+    inside = (offs_c < chunks)[:, None] & (offs_d < HEAD_DIM)[None, :]
+    return tl.load(ptr + (plane * chunks + offs_c[:, None]) * HEAD_DIM + offs_d[None, :], mask=inside, other=0.0)
 
 
 @triton.jit
 def _round_int8(x):
-    return tl.floor(x + 0.5).to(tl.int8)
+    # Adding 1.5 * 2**23 leaves no bits for a fraction: the nearest integer, halves to even.
+    return ((x + 12582912.0) - 12582912.0).to(tl.int8)
 
 
-@triton.jit(do_not_specialize=(*SIZES, "q_padded", "kv_padded"))
+@triton.jit
+def _rows_at(ptr, rows_ptr, slot, length, batch, head, stride_b, stride_s, stride_h, PERMUTED: tl.constexpr):
+    """Address of every slot's row; slots past ``length`` point at some row and must be masked."""
+    row = slot
+    if PERMUTED:
+        row = tl.load(rows_ptr + slot, mask=slot < length, other=0)
+    return ptr + batch * stride_b + head * stride_h + row.to(tl.int64)[:, None] * stride_s
+
+
+@triton.jit(do_not_specialize=(*SIZES, "q_blocks", "k_blocks", "chunks"))
 def quantize_kernel(
     q_ptr,
     k_ptr,
     v_ptr,
     rows_ptr,
-    center_ptr,
-    v_scale_ptr,
+    k_sum_ptr,
+    v_max_ptr,
     q_out_ptr,
     q_scale_ptr,
     q_mean_ptr,
@@ -77,6 +102,7 @@ def quantize_kernel(
     k_scale_ptr,
     k_mean_ptr,
     v_out_ptr,
+    v_scale_ptr,
     stride_qb,
     stride_qs,
     stride_qh,
@@ -91,80 +117,87 @@ def quantize_kernel(
     heads,
     q_len,
     kv_len,
-    q_padded,
-    kv_padded,
-    TILE: tl.constexpr,
+    q_blocks,
+    k_blocks,
+    chunks,
     BLOCK_Q: tl.constexpr,
     BLOCK_K: tl.constexpr,
     BLOCK_D: tl.constexpr,
     HEAD_DIM: tl.constexpr,
+    CHUNKS: tl.constexpr,
     PERMUTED: tl.constexpr,
+    SMOOTH_K: tl.constexpr,
     SMOOTH_Q: tl.constexpr,
     FP8: tl.constexpr,
 ):
-    """Tokens ``[t * TILE, (t + 1) * TILE)`` of the permuted q, k and v of one head."""
+    """One block: of q, then of k, then (FP8 or permuted) of v, along the first program axis; a head a plane."""
+    place = tl.program_id(0)
     plane = tl.program_id(1).to(tl.int64)
     batch, head = plane // heads, plane % heads
-    slot = tl.program_id(0) * TILE + tl.arange(0, TILE)
     offs_d = tl.arange(0, BLOCK_D)
     column = offs_d < HEAD_DIM
     rows_ptr += batch * rows_batch_stride + head * rows_head_stride
-    row = slot
-    if PERMUTED:
-        row = tl.load(rows_ptr + slot, mask=slot < q_len, other=0)
-    wide = row.to(tl.int64)[:, None]
-    center = tl.load(center_ptr + plane * HEAD_DIM + offs_d, mask=column, other=0.0)
-
-    real = (slot < q_len)[:, None] & column[None, :]
-    fits = (slot < q_padded)[:, None] & column[None, :]
-    q_at = q_ptr + batch * stride_qb + head * stride_qh + wide * stride_qs + offs_d[None, :]
-    q = tl.load(q_at, mask=real, other=0.0).to(tl.float32)
-    tl.store(q_shift_ptr + plane * q_padded + slot, tl.sum(q * center[None, :], 1), mask=slot < q_padded)
-    for part in tl.static_range(TILE // BLOCK_Q):
-        inside = (slot - tl.program_id(0) * TILE) // BLOCK_Q == part
-        block = tl.program_id(0) * (TILE // BLOCK_Q) + part
-        count = tl.maximum(tl.minimum(q_len - block * BLOCK_Q, BLOCK_Q), 1)
-        mean = tl.sum(tl.where(inside[:, None], q, 0.0), 0) / count
-        at = q_mean_ptr + (plane * (q_padded // BLOCK_Q) + block) * HEAD_DIM + offs_d
-        tl.store(at, mean, mask=column & (block * BLOCK_Q + offs_d * 0 < q_padded))
+    if place < q_blocks:
+        slot = place * BLOCK_Q + tl.arange(0, BLOCK_Q)
+        real = (slot < q_len)[:, None] & column[None, :]
+        q_at = _rows_at(q_ptr, rows_ptr, slot, q_len, batch, head, stride_qb, stride_qs, stride_qh, PERMUTED)
+        q = tl.load(q_at + offs_d[None, :], mask=real, other=0.0).to(tl.float32)
+        at = plane * q_blocks * BLOCK_Q + slot
+        shift = tl.zeros([BLOCK_Q], tl.float32)
+        if SMOOTH_K:
+            center = tl.sum(_chunk_values(k_sum_ptr, plane, chunks, HEAD_DIM, BLOCK_D, CHUNKS), 0) / kv_len
+            shift = tl.sum(q * center[None, :], 1)
+        tl.store(q_shift_ptr + at, shift)
+        mean = tl.sum(q, 0) / tl.minimum(q_len - place * BLOCK_Q, BLOCK_Q)
+        tl.store(q_mean_ptr + (plane * q_blocks + place) * HEAD_DIM + offs_d, mean, mask=column)
         if SMOOTH_Q:
-            q = tl.where(inside[:, None] & real, q - mean[None, :], q)
-    q_scale = tl.maximum(tl.max(tl.abs(q), 1), 1e-12) / 127
-    q_out = _round_int8(q / q_scale[:, None])
-    tl.store(q_out_ptr + (plane * q_padded + slot)[:, None] * HEAD_DIM + offs_d[None, :], q_out, mask=fits)
-    tl.store(q_scale_ptr + plane * q_padded + slot, q_scale, mask=slot < q_padded)
-
-    real = (slot < kv_len)[:, None] & column[None, :]
-    fits = (slot < kv_padded)[:, None] & column[None, :]
-    k_at = k_ptr + batch * stride_kb + head * stride_kh + wide * stride_ks + offs_d[None, :]
-    k = tl.load(k_at, mask=real, other=0.0).to(tl.float32)
-    smooth = tl.where(real, k - center[None, :], 0.0)
-    row_scale = tl.zeros([TILE], tl.float32)
-    for part in tl.static_range(TILE // BLOCK_K):
-        inside = (slot - tl.program_id(0) * TILE) // BLOCK_K == part
-        block = tl.program_id(0) * (TILE // BLOCK_K) + part
-        count = tl.maximum(tl.minimum(kv_len - block * BLOCK_K, BLOCK_K), 1)
-        mean = tl.sum(tl.where(inside[:, None], k, 0.0), 0) / count
-        at = k_mean_ptr + (plane * (kv_padded // BLOCK_K) + block) * HEAD_DIM + offs_d
-        tl.store(at, mean, mask=column & (block * BLOCK_K + offs_d * 0 < kv_padded))
-        k_scale = tl.maximum(tl.max(tl.max(tl.where(inside[:, None], tl.abs(smooth), 0.0), 1), 0), 1e-12) / 127
-        tl.store(k_scale_ptr + plane * (kv_padded // BLOCK_K) + block, k_scale, mask=block * BLOCK_K < kv_padded)
-        row_scale = tl.where(inside, k_scale, row_scale)
-    k_out = _round_int8(smooth / row_scale[:, None])
-    tl.store(k_out_ptr + (plane * kv_padded + slot)[:, None] * HEAD_DIM + offs_d[None, :], k_out, mask=fits)
-
-    v_at = v_ptr + batch * stride_vb + head * stride_vh + wide * stride_vs + offs_d[None, :]
-    if FP8:
-        v = tl.load(v_at, mask=real, other=0.0).to(tl.float32)
-        v_scale = tl.load(v_scale_ptr + plane * HEAD_DIM + offs_d, mask=column, other=1.0)
-        # The order of KEY_PLACE, bit by bit.
-        place = (slot // 16) * 16 + (slot & 4) * 2 + (slot & 2) * 2 + (slot & 8) // 4 + (slot & 1)
-        v = (v / v_scale[None, :]).to(tl.float8e4nv)
-        v_out = v_out_ptr + (plane * HEAD_DIM + offs_d)[None, :] * kv_padded + place[:, None]
-        tl.store(v_out, v, mask=fits)
+            q = tl.where(real, q - mean[None, :], 0.0)
+        q_peak = tl.maximum(tl.max(tl.abs(q), 1), 1e-12)
+        tl.store(q_scale_ptr + at, q_peak / 127)
+        q_out = _round_int8(q * tl.div_rn(tl.full([BLOCK_Q], 127.0, tl.float32), q_peak)[:, None])
+        tl.store(q_out_ptr + at[:, None] * HEAD_DIM + offs_d[None, :], q_out, mask=column[None, :])
+    elif place < q_blocks + k_blocks:
+        block = place - q_blocks
+        slot = block * BLOCK_K + tl.arange(0, BLOCK_K)
+        real = (slot < kv_len)[:, None] & column[None, :]
+        k_at = _rows_at(k_ptr, rows_ptr, slot, kv_len, batch, head, stride_kb, stride_ks, stride_kh, PERMUTED)
+        k = tl.load(k_at + offs_d[None, :], mask=real, other=0.0).to(tl.float32)
+        mean = tl.sum(k, 0) / tl.minimum(kv_len - block * BLOCK_K, BLOCK_K)
+        tl.store(k_mean_ptr + (plane * k_blocks + block) * HEAD_DIM + offs_d, mean, mask=column)
+        if SMOOTH_K:
+            center = tl.sum(_chunk_values(k_sum_ptr, plane, chunks, HEAD_DIM, BLOCK_D, CHUNKS), 0) / kv_len
+            k = tl.where(real, k - center[None, :], 0.0)
+        k_peak = tl.maximum(tl.max(tl.max(tl.abs(k), 1), 0), 1e-12)
+        tl.store(k_scale_ptr + plane * k_blocks + block, k_peak / 127)
+        at = plane * k_blocks * BLOCK_K + slot
+        k_out = _round_int8(k * tl.div_rn(tl.full([], 127.0, tl.float32), k_peak))
+        tl.store(k_out_ptr + at[:, None] * HEAD_DIM + offs_d[None, :], k_out, mask=column[None, :])
     else:
-        v = tl.load(v_at, mask=real, other=0.0)
-        tl.store(v_out_ptr + (plane * kv_padded + slot)[:, None] * HEAD_DIM + offs_d[None, :], v, mask=fits)
+        block = place - q_blocks - k_blocks
+        slot = block * BLOCK_K + tl.arange(0, BLOCK_K)
+        if FP8:
+            # Loaded in the inverse order of KEY_PLACE, so that what is stored lies side by side.
+            slot = block * BLOCK_K + (tl.arange(0, BLOCK_K) // 16) * 16
+            n = tl.arange(0, BLOCK_K) % 16
+            slot += (n & 2) * 4 + (n & 8) // 2 + (n & 4) // 2 + (n & 1)
+        real = (slot < kv_len)[:, None] & column[None, :]
+        v_at = _rows_at(v_ptr, rows_ptr, slot, kv_len, batch, head, stride_vb, stride_vs, stride_vh, PERMUTED)
+        v = tl.load(v_at + offs_d[None, :], mask=real, other=0.0)
+        if FP8:
+            v_peak = tl.max(_chunk_values(v_max_ptr, plane, chunks, HEAD_DIM, BLOCK_D, CHUNKS), 0)
+            v_peak = tl.maximum(v_peak, 1e-12)
+            most = tl.full([BLOCK_D], FP8_MAX_, tl.float32)
+            v_scale = tl.div_rn(v_peak, most)
+            tl.store(
+                v_scale_ptr + plane * HEAD_DIM + offs_d, v_scale, mask=column & (offs_d + block * BLOCK_D < BLOCK_D)
+            )
+            stored = (v.to(tl.float32) * tl.div_rn(most, v_peak)[None, :]).to(tl.float8e4nv)
+            key = block * BLOCK_K + tl.arange(0, BLOCK_K)
+            v_out = v_out_ptr + (plane * HEAD_DIM + offs_d)[:, None] * (k_blocks * BLOCK_K) + key[None, :]
+            tl.store(v_out, tl.trans(stored), mask=column[:, None])
+        else:
+            v_out = v_out_ptr + ((batch * kv_len + slot)[:, None] * heads + head) * HEAD_DIM + offs_d[None, :]
+            tl.store(v_out, v, mask=real)
 
 
 def quantize_inputs(
@@ -181,35 +214,35 @@ def quantize_inputs(
 ) -> QuantizedInputs:
     """Quantise ``[B, S, H, D]`` inputs for :func:`quantized_block_sparse_attention`.
 
-    One pass over k (and v for FP8) for the mean key and the value scales, then one over q, k and v.
+    One pass over k (and v for FP8) for the mean key and the value scales, then one over q, k and v; v is left
+    where it is when it stays in its dtype and order.
 
     Args:
         block_q, block_k: block sizes of the mask, powers of two.
-        precision: one of :data:`~dit_accel.kernels.quantize.PRECISIONS`.
+        precision: ``"int8"`` or ``"int8_fp8"``.
         rows: optional permutation ``[B or 1, H or 1, S]`` applied while writing.
         smooth_k: subtract the mean key.
         smooth_q: subtract the mean of each query block.
     """
-    if precision not in PRECISIONS:
-        raise ValueError(f"precision must be one of {', '.join(PRECISIONS)}, got {precision!r}.")
+    if precision not in ("int8", "int8_fp8"):
+        raise ValueError(f"precision must be int8 or int8_fp8 for the kernels, got {precision!r}.")
     batch, q_len, heads, dim = q.shape
     kv_len = k.shape[1]
     device = q.device
     fp8 = precision == "int8_fp8"
     q, k, v = unit_stride(q), unit_stride(k), unit_stride(v)
     nq, nk = -(-q_len // block_q), -(-kv_len // block_k)
-    q_padded, kv_padded = nq * block_q, nk * block_k
     block_d = padded_head_dim(dim)
-    planes = (batch, heads)
+    planes = batch * heads
 
     def make(*shape: int, dtype: torch.dtype = torch.float32) -> torch.Tensor:
-        return torch.empty((*planes, *shape), dtype=dtype, device=device)
+        return torch.empty((batch, heads, *shape), dtype=dtype, device=device)
 
-    center, v_scale = torch.zeros((*planes, dim), dtype=torch.float32, device=device), None
+    chunks = min(_MAX_CHUNKS, triton.cdiv(kv_len, _TILE), max(1, _CHUNK_PROGRAMS // planes))
+    k_sum = make(chunks, dim)
+    v_max = make(chunks, dim) if fp8 else k_sum
     if smooth_k or fp8:
-        chunks = triton.cdiv(kv_len, _CHUNK)
-        k_sum, v_max = make(chunks, dim), make(chunks, dim)
-        key_value_stats_kernel[(chunks, batch * heads)](
+        key_value_stats_kernel[(chunks, planes, 2 if fp8 else 1)](
             k,
             v,
             k_sum,
@@ -218,40 +251,37 @@ def quantize_inputs(
             *v.stride()[:3],
             heads,
             kv_len,
-            CHUNK=_CHUNK,
-            TILE=64,
+            TILE=_TILE,
             BLOCK_D=block_d,
             HEAD_DIM=dim,
-            WITH_V=fp8,
-            num_warps=4,
+            num_warps=8,
         )
-        if smooth_k:
-            center = k_sum.sum(2) / kv_len
-        if fp8:
-            v_scale = v_max.amax(2).clamp_min(1e-12) / FP8_MAX
-    value = make(dim, kv_padded, dtype=torch.float8_e4m3fn) if fp8 else make(kv_padded, dim, dtype=v.dtype)
+    value, v_scale = v, None
+    if fp8:
+        value, v_scale = make(dim, nk * block_k, dtype=torch.float8_e4m3fn), make(dim)
+    elif rows is not None:
+        value = torch.empty((batch, kv_len, heads, dim), dtype=v.dtype, device=device)
     result = QuantizedInputs(
-        q=make(q_padded, dim, dtype=torch.int8),
-        q_scale=make(q_padded),
-        k=make(kv_padded, dim, dtype=torch.int8),
+        q=make(nq * block_q, dim, dtype=torch.int8),
+        q_scale=make(nq * block_q),
+        k=make(nk * block_k, dim, dtype=torch.int8),
         k_scale=make(nk),
         v=value,
         v_scale=v_scale,
         q_mean=make(nq, dim),
         k_mean=make(nk, dim),
-        q_shift=make(q_padded),
+        q_shift=make(nq * block_q),
         smooth_q=smooth_q,
     )
     if rows is not None:
         rows = rows.to(torch.int32).contiguous()
-    tile = max(block_q, block_k)
-    quantize_kernel[(triton.cdiv(max(q_len, kv_len), tile), batch * heads)](
+    quantize_kernel[(nq + nk + (nk if fp8 or rows is not None else 0), planes)](
         q,
         k,
         v,
-        center if rows is None else rows,
-        center,
-        center if v_scale is None else v_scale,
+        k_sum if rows is None else rows,
+        k_sum,
+        v_max,
         result.q,
         result.q_scale,
         result.q_mean,
@@ -260,6 +290,7 @@ def quantize_inputs(
         result.k_scale,
         result.k_mean,
         value,
+        k_sum if v_scale is None else v_scale,
         *q.stride()[:3],
         *k.stride()[:3],
         *v.stride()[:3],
@@ -267,16 +298,19 @@ def quantize_inputs(
         heads,
         q_len,
         kv_len,
-        q_padded,
-        kv_padded,
-        TILE=tile,
+        nq,
+        nk,
+        chunks,
         BLOCK_Q=block_q,
         BLOCK_K=block_k,
         BLOCK_D=block_d,
         HEAD_DIM=dim,
+        CHUNKS=max(2, triton.next_power_of_2(chunks)),
         PERMUTED=rows is not None,
+        SMOOTH_K=smooth_k,
         SMOOTH_Q=smooth_q,
         FP8=fp8,
         num_warps=8,
+        maxnreg=128,  # two programs a multiprocessor: one loads while the other computes
     )
     return result

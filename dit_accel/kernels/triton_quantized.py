@@ -32,6 +32,9 @@ def quantized_fwd_kernel(
     bits_ptr,
     rows_ptr,
     key_mask_ptr,
+    stride_vb,
+    stride_vs,
+    stride_vh,
     stride_ob,
     stride_os,
     stride_oh,
@@ -130,8 +133,9 @@ def quantized_fwd_kernel(
             v = tl.load(v_at, mask=column[None, :], other=0.0)
             acc += tl.dot((weights * 448.0).to(tl.float8e4nv), v)
         else:
-            v_at = v_ptr + key_at[:, None] * HEAD_DIM + offs_d[None, :]
-            v = tl.load(v_at, mask=column[None, :], other=0.0)
+            v_at = v_ptr + batch * stride_vb + head * stride_vh + key_slot.to(tl.int64)[:, None] * stride_vs
+            live = (key_slot < kv_len)[:, None] & column[None, :]
+            v = tl.load(v_at + offs_d[None, :], mask=live, other=0.0)
             acc = tl.dot(weights.to(HALF_TYPE), v, acc)
         peak = new_peak
 
@@ -194,6 +198,7 @@ def quantized_forward(
         index if mask.token_bits is None else mask.token_bits.contiguous(),
         index if rows is None else rows,
         index if key_mask is None else key_mask.contiguous().view(torch.uint8),
+        *quantized.v.stride()[:3],
         *out.stride()[:3],
         *mask_strides(index, nq),
         *((0, 0) if rows is None else mask_strides(rows, mask.q_len)),

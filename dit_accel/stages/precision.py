@@ -179,4 +179,42 @@ class Int8Fp8(Int8):
     _kernel: ClassVar[str] = "int8_fp8"
 
 
-PRECISIONS: dict[str, type[Precision]] = {"model": ModelDtype, "int8": Int8, "int8_fp8": Int8Fp8}
+@dataclass(frozen=True)
+class Int8Int8(Int8):
+    """:class:`Int8` with INT8 weights, a scale per block pair, and INT8 values: PAROAttention (arXiv 2506.16054).
+
+    For fidelity only: no kernel, the numbers are computed exactly in float32 on any device.
+    """
+
+    _kernel: ClassVar[str] = "int8_int8"
+
+    def choose_backend(
+        self,
+        q: torch.Tensor,
+        k: torch.Tensor,
+        v: torch.Tensor,
+        mask: BlockMask,
+        rows: torch.Tensor | None,
+        key_mask: torch.Tensor | None,
+        backend: str,
+    ) -> tuple[str, str]:
+        """The emulation, unless a kernel was asked for by name."""
+        if backend == "auto" and not any(x.requires_grad for x in (q, k, v)):
+            return "torch", f"{self._kernel} emulated in float32, no faster: it has no kernel"
+        return super().choose_backend(q, k, v, mask, rows, key_mask, backend)
+
+
+@dataclass(frozen=True)
+class Int8Int4(Int8Int8):
+    """:class:`Int8Int8` with INT4 values, for which Hopper has no matrix unit."""
+
+    _kernel: ClassVar[str] = "int8_int4"
+
+
+PRECISIONS: dict[str, type[Precision]] = {
+    "model": ModelDtype,
+    "int8": Int8,
+    "int8_fp8": Int8Fp8,
+    "int8_int8": Int8Int8,
+    "int8_int4": Int8Int4,
+}

@@ -272,7 +272,7 @@ def test_mask_with_wrong_heads_is_named():
         block_sparse_attention(q, k, v, mask)
 
 
-def test_named_backend_that_cannot_run_says_why():
-    q, k, v, mask, *_ = build(dtype=torch.float64)
+def test_named_backend_that_cannot_run_says_why(device):
+    q, k, v, mask = (x.to(device) for x in build(dtype=torch.float64)[:4])
     with pytest.raises(RuntimeError, match="float16, bfloat16 or float32"):
         block_sparse_attention(q, k, v, mask, backend="triton")

@@ -187,7 +187,7 @@ def test_prepared_inputs_are_reused_and_the_default_runs_anywhere():
 def test_bad_arguments_are_named():
     q, k, v, mask, *_ = build()
     with pytest.raises(ValueError, match="precision must be"):
-        quantized_block_sparse_attention(q, k, v, mask, precision="int4")
+        quantized_block_sparse_attention(q, k, v, mask, precision="int2")
     with pytest.raises(ValueError, match="positive"):
         quantized_block_sparse_attention(q, k, v, mask, scale=-1.0)
     with pytest.raises(ValueError, match="backend must be"):

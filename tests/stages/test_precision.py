@@ -83,6 +83,19 @@ def test_sparse_calls_are_those_of_the_rounded_numbers(name, order, precision, h
     assert (out - exact).abs().mean() > 1e-3 * exact.abs().mean(), "nothing was quantised"
 
 
+def test_integer_weights_are_emulated_and_lose_more():
+    layout = next(iter(LAYOUTS.values()))
+    q, k, v = _inputs(layout)
+    recipe = Recipe(select=Pooled(density=0.4, block=BLOCK))
+    exact, _, _ = _run(recipe, layout, q, k, v)
+    errors = []
+    for precision in ("int8", "int8_int8", "int8_int4"):
+        out, _, engine = _run(recipe.with_fields({"precision": precision}), layout, q, k, v)
+        assert "emulated" in engine.backends_used["torch"]
+        errors.append((out - exact).norm() / exact.norm())
+    assert errors[0] < errors[1] < errors[2] < 0.3
+
+
 @pytest.mark.parametrize("values", ["model", "fp8"])
 @pytest.mark.parametrize("name", LAYOUTS)
 def test_sage_reads_everything_and_stays_close(name, values):

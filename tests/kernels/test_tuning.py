@@ -1,0 +1,77 @@
+"""The tuner picks what is measured fastest, and the table it writes is the one that is read."""
+
+import json
+
+import pytest
+import torch
+
+from dit_accel.kernels import BlockMask, tuning
+
+pytest.importorskip("triton")
+
+KEY = "forward/32x32/d16/in_order"
+
+
+@pytest.fixture
+def table(device):
+    from dit_accel.kernels.tune import tune
+
+    count = 0
+
+    def measure(call):
+        """Runs every configuration; each third is refused, and later ones are faster."""
+        nonlocal count
+        count += 1
+        result = call()
+        first = result[0] if isinstance(result, tuple) else result
+        assert first.isfinite().all()
+        if count % 3 == 0:
+            raise RuntimeError("out of resource: shared memory\nmore")
+        return 1.0 / count
+
+    return tune(device, length=64, heads=1, dims=(16,), blocks=((32, 32),), dtype=torch.float16, measure=measure)
+
+
+def test_the_fastest_configuration_that_runs_wins(table):
+    # Six configurations an operation; the third and the sixth are refused, so the fifth is the fastest.
+    assert table["entries"] == {
+        "backward_dkv/32x32/d16/in_order": [8, 2],
+        "backward_dq/32x32/d16/in_order": [8, 2],
+        KEY: [8, 3],
+        "forward/32x32/d16/permuted": [8, 3],
+    }
+    refused = [row["error"] for row in table["measured"] if "error" in row and "warps" in row]
+    assert refused == ["RuntimeError: out of resource: shared memory"] * 8
+    assert table["fa4_fastest"] == []
+    assert any(row.get("backend") == "fa4" and "error" in row for row in table["measured"])
+
+
+@pytest.mark.parametrize(("name", "read"), [("NVIDIA Test 9 SXM", True), ("NVIDIA Other", False)])
+def test_a_written_table_is_read_for_its_gpu_only(name, read, table, tmp_path, monkeypatch):
+    path = tmp_path / "table.json"
+    path.write_text(json.dumps({**table, "device": "NVIDIA Test 9", "fa4_fastest": [KEY]}))
+    monkeypatch.setenv(tuning.TABLE_VARIABLE, str(path))
+    monkeypatch.setattr(tuning, "_device_name", lambda index: name)
+
+    class Query:
+        is_cuda = True
+        dtype = torch.float16
+        shape = (1, 64, 1, 16)
+        device = torch.device("cuda", 0)
+
+    mask = BlockMask.from_dense(torch.ones(1, 1, 2, 2, dtype=torch.bool), 32, 32, 64, 64)
+    tuning._table.cache_clear()
+    if read:
+        found = tuning.launch_config("forward", Query(), mask, False)
+        assert (found.num_warps, found.num_stages) == (8, 3)
+    assert tuning.fa4_is_fastest(Query(), mask) == read
+    tuning._table.cache_clear()
+
+
+def test_our_tables_name_known_operations():
+    for name in ("NVIDIA H200", "NVIDIA H100 80GB HBM3"):
+        tuning._table.cache_clear()
+        ours = tuning._table(name)
+        assert ours["entries"]
+        assert all(key.split("/")[0] in ("forward", "backward_dq", "backward_dkv") for key in ours["entries"])
+        assert all(key.startswith("forward/") for key in ours["fa4_fastest"])
