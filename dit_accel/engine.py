@@ -18,7 +18,7 @@ from .recipe import Recipe
 from .stages.compensate_linear import LearnedCompensation
 from .stages.drift import BlockMeans
 from .stages.order_sorted import SortedSegments
-from .stages.select import Select
+from .stages.select import HeadDensities, Select, density_of_layer
 from .stages.select_static import DenseSelect
 from .timing import Stopwatch
 
@@ -246,7 +246,7 @@ class Engine:
         assert isinstance(call.layout, TokenLayout)
         layout, device = call.layout, call.q.device
         q, k = call.q.detach(), call.k.detach()
-        select, schedule = self._selection(call.step), self.recipe.schedule
+        select, schedule = self._selection(call), self.recipe.schedule
         if select.is_static:
             # One plan serves all layers of one order; a prompt's padding can change it, so it is kept only
             # without any.
@@ -278,12 +278,18 @@ class Engine:
         book.plans_made += 1
         return call.step, plan
 
-    def _selection(self, step: StepContext) -> Select:
-        """The recipe's selection with the density that its schedule asks for at this step."""
+    def _selection(self, call: AttentionCall) -> Select:
+        """The recipe's selection with the density that holds for this layer and step."""
         select = self.recipe.select
         assert not isinstance(select, DenseSelect)
-        density = self.recipe.schedule.density(step) if self.density is None else self.density
-        return select if density is None else replace(select, density=density)  # type: ignore[type-var]
+        density = self.recipe.schedule.density(call.step) if self.density is None else self.density
+        per_head: HeadDensities = getattr(select, "head_densities", ())
+        if density is not None:
+            uniform = {"density": density, "head_densities": ()} if per_head else {"density": density}
+            return replace(select, **uniform)  # type: ignore[type-var]
+        if per_head:
+            return replace(select, head_densities=density_of_layer(per_head, call.layer))  # type: ignore[type-var]
+        return select
 
     def _memory(self, key: tuple[Any, ...], step: StepContext) -> LayerMemory:
         """The layer's memory of this run: empty in a new run, and always without a pipeline."""

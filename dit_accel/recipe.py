@@ -92,6 +92,8 @@ class Recipe:
                 f"{type(self.compensate).__name__} follows the queries and keys of a call and needs a "
                 f"selection that does so too, got {type(self.select).__name__}."
             )
+        if self.schedule.density_points and getattr(self.select, "head_densities", ()):
+            raise ValueError("schedule.density_points and select.head_densities both set the density: give one.")
         if self.precision.is_quantized and isinstance(self.compensate, (KeyPyramid, AgentTokens)):
             raise ValueError(
                 f"{type(self.compensate).__name__} has kernels of its own, in the model's dtype, and does not go "

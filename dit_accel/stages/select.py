@@ -61,3 +61,42 @@ def check_share(name: str, value: float | None) -> None:
     """Raise unless ``value`` is None or a share in (0, 1]."""
     if value is not None and not 0.0 < value <= 1.0:
         raise ValueError(f"select.{name} must lie in (0, 1], got {value}.")
+
+
+HeadDensities = tuple[tuple[float, ...], ...]
+"""A density per layer, and in it per head; a single layer's entry serves all layers."""
+
+
+def check_head_densities(densities: HeadDensities) -> None:
+    """Raise unless every layer has heads, and every head a share in (0, 1]."""
+    for layer in densities:
+        if not layer or not all(0.0 < share <= 1.0 for share in layer):
+            raise ValueError(f"select.head_densities must hold shares in (0, 1] for every layer, got {layer}.")
+
+
+def density_of_layer(densities: HeadDensities, layer: int) -> HeadDensities:
+    """The entry of one layer.
+
+    Raises:
+        ValueError: the model has more layers than there are entries.
+    """
+    if len(densities) <= 1:
+        return densities
+    if layer >= len(densities):
+        raise ValueError(f"select.head_densities names {len(densities)} layers, the model has a layer {layer}.")
+    return (densities[layer],)
+
+
+def shares_per_head(
+    densities: HeadDensities, density: float | None, heads: int, device: torch.device
+) -> float | torch.Tensor | None:
+    """``density``, or where one layer's densities are given float32 ``[1, H]``.
+
+    Raises:
+        ValueError: there are as many densities as heads, or one, in no layer.
+    """
+    if not densities:
+        return density
+    if len(densities) > 1 or len(densities[0]) not in (1, heads):
+        raise ValueError(f"select.head_densities are for {len(densities[0])} heads, the layer has {heads}.")
+    return torch.tensor(densities[0], device=device).expand(1, heads)

@@ -9,7 +9,7 @@ import torch
 from ..kernels import BlockMask
 from ..kernels.selection import own_blocks, pooled_scores, select_blocks
 from ..plan import LayerMemory, SequenceBlocks
-from .select import check_block, check_share
+from .select import HeadDensities, check_block, check_head_densities, check_share, shares_per_head
 
 
 def keep_best(
@@ -89,12 +89,15 @@ class Pooled:
         top_p: softmax mass to keep, in (0, 1]; None to use ``density`` alone.
         sink_first_frame: always read the blocks of the first latent frame.
         block: tokens in a query and in a key block.
+        head_densities: in place of ``density``, a share per layer and in it per head; a single layer's entry
+            serves all layers. :func:`~dit_accel.calibration.search.allocate` finds them.
     """
 
     density: float | None = 0.2
     top_p: float | None = None
     sink_first_frame: bool = False
     block: tuple[int, int] = (128, 64)
+    head_densities: HeadDensities = ()
 
     def __post_init__(self) -> None:
         if self.density is None and self.top_p is None:
@@ -102,6 +105,7 @@ class Pooled:
         check_share("density", self.density)
         check_share("top_p", self.top_p)
         check_block(self.block)
+        check_head_densities(self.head_densities)
 
     @property
     def is_static(self) -> bool:
@@ -125,4 +129,5 @@ class Pooled:
             q, k, blocks.block_q, blocks.block_k, rows=blocks.kernel_rows, key_mask=key_mask, scale=scale
         )
         forced_k = blocks.first_frame_k if self.sink_first_frame else None
-        return keep_best(blocks, scores, key_mask, density=self.density, top_p=self.top_p, forced_k=forced_k)
+        density = shares_per_head(self.head_densities, self.density, q.shape[2], q.device)
+        return keep_best(blocks, scores, key_mask, density=density, top_p=self.top_p, forced_k=forced_k)

@@ -9,7 +9,7 @@ import torch
 from ..kernels import BlockMask
 from ..kernels.block_mass import block_mass
 from ..plan import LayerMemory, SequenceBlocks
-from .select import check_block, check_share
+from .select import HeadDensities, check_block, check_head_densities, check_share, shares_per_head
 from .select_dynamic import keep_best
 
 
@@ -29,6 +29,8 @@ class Mass:
         recall_target: share of the mass that a head's mask must hold to count as well recalled.
         cache_lse: normalise later searches with the first search's log-sum-exp.
         block: tokens in a query and in a key block.
+        head_densities: in place of ``density`` and of ``head_adaptive``, see
+            :class:`~dit_accel.stages.select_dynamic.Pooled`.
     """
 
     density: float = 0.2
@@ -36,11 +38,13 @@ class Mass:
     recall_target: float = 0.8
     cache_lse: bool = True
     block: tuple[int, int] = (64, 64)
+    head_densities: HeadDensities = ()
 
     def __post_init__(self) -> None:
         check_share("density", self.density)
         check_share("recall_target", self.recall_target)
         check_block(self.block)
+        check_head_densities(self.head_densities)
 
     @property
     def is_static(self) -> bool:
@@ -73,8 +77,9 @@ class Mass:
         )
         if memory is not None and self.cache_lse:
             memory.lse = lse
-        mask = keep_best(blocks, mass, key_mask, density=self.density)
-        if not self.head_adaptive or q.shape[2] < 2:
+        shares = shares_per_head(self.head_densities, self.density, q.shape[2], q.device)
+        mask = keep_best(blocks, mass, key_mask, density=shares)
+        if not self.head_adaptive or self.head_densities or q.shape[2] < 2:
             return mask
         density = adapted_densities(recall(mass, mask), self.density, self.recall_target)
         return keep_best(blocks, mass, key_mask, density=density)
