@@ -18,6 +18,7 @@ from dit_accel.training.config import FinetuneConfig
 from dit_accel.training.finetune import TrainingStopped, finetune
 from dit_accel.training.objective import OBJECTIVES, Objective, annealed_density, objective_for
 from tests.recipes import POOLED
+from tests.tiny import TINY
 from tests.training.samples import SLA, samples, tiny_pipe
 from tests.training.test_gradients import RECIPES
 
@@ -240,6 +241,36 @@ def test_two_processes_equal_one_with_twice_the_batch(tmp_path):
 
 def test_public_names():
     assert dit_accel.save_adapter.__module__ == "dit_accel.training.adapter"
+
+
+def test_two_experts_each_train_on_their_sigmas_and_share_a_pipeline(tmp_path, monkeypatch):
+    """Wan 2.2: one run an expert, one adapter each; loaded together they are the two trained experts."""
+    seen: dict[str, list[float]] = {"transformer": [], "transformer_2": []}
+    adapters, values = [], {}
+    for name in seen:
+        pipe = TINY["wan2.2"].build()
+        model, other = (getattr(pipe, n) for n in (name, "transformer_2" if name == "transformer" else "transformer"))
+        model.register_forward_pre_hook(
+            lambda m, a, k, name=name: seen[name].append(float(k["timestep"].max()) / 1000), with_kwargs=True
+        )
+        before = {n: v.clone() for n, v in other.named_parameters()}
+        config = replace(FAST, steps=6, transformer=name, objective=OBJECTIVES["distill"])
+        result = finetune(pipe, SLA, samples(), tmp_path / name, config)
+        values[name] = {n: v.detach().clone() for n, v in model.named_parameters()}
+        assert all(torch.equal(v, dict(other.named_parameters())[n]) for n, v in before.items())
+        adapters.append(result.adapter)
+    assert all(sigma >= 0.5 for sigma in seen["transformer"])
+    assert all(sigma <= 0.5 for sigma in seen["transformer_2"])
+    assert min(map(len, seen.values())) > 6
+    fresh = TINY["wan2.2"].build()
+    handle = [dit_accel.load_adapter(fresh, folder) for folder in adapters][-1]
+    for name, wanted in values.items():
+        for n, value in getattr(fresh, name).named_parameters():
+            torch.testing.assert_close(value.detach(), wanted[n], rtol=0, atol=1e-7, msg=f"{name} {n}")
+    handle.remove()
+    assert trained(fresh).keys() == trained(TINY["wan2.2"].build()).keys()
+    with pytest.raises(ValueError, match="does not fit WanTransformer3DModel: it is for other weights"):
+        dit_accel.load_adapter(TINY["wan"].build(), adapters[1])
 
 
 def test_a_time_limit_ends_a_run_as_usual(tmp_path):
