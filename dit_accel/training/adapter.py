@@ -102,7 +102,7 @@ def save_adapter(
             state, lora[part.name] = _lora_state(part.model, present)
             saved |= {f"lora/{n}": v if dtype is None else v.to(dtype) for n, v in state.items()}
         tensors |= {f"{part.name}/{n}": v.detach().cpu().contiguous().clone() for n, v in saved.items()}
-        fingerprint = Fingerprint.of(part.model, part.attentions, trained, base)
+        fingerprint = Fingerprint.of(part.model, part.attentions, trained, base, values)
         fingerprints[part.name] = fingerprint.to_dict()
     from .. import __version__
 

@@ -293,6 +293,8 @@ class _Loop:
         )
 
     def _stop_unless_finite(self, what: str, value: Any, step: int, names: Sequence[str]) -> None:
+        # The norm of sharded gradients is itself in shards.
+        value = value.full_tensor() if hasattr(value, "full_tensor") else value
         value = torch.as_tensor(value, device=self.accelerator.device).float()
         bad = self.accelerator.reduce((~value.isfinite()).float(), "sum")
         if not bad:

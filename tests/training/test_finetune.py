@@ -212,31 +212,43 @@ def test_annealed_density():
     assert annealed_density(1.0, 0.2, 0, 0) == pytest.approx(0.2)
 
 
-def test_two_processes_equal_one_with_twice_the_batch(tmp_path):
-    """DDP over gloo: the same samples and noise, so the same weights up to the order of a sum."""
+def run_on_two(module: str, *arguments: str) -> None:
     root = Path(__file__).parents[2]
     env = {**os.environ, "PYTHONPATH": str(root), "OMP_NUM_THREADS": "1", "ACCELERATE_USE_CPU": "true"}
-    command = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node=2", "--standalone"]
-    done = subprocess.run(
-        [*command, "-m", "tests.training.two_processes", str(tmp_path / "two")],
-        env=env,
-        cwd=root,
-        capture_output=True,
-        text=True,
-        timeout=300,
-    )
+    command = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node=2", "--standalone", "-m", module]
+    done = subprocess.run([*command, *arguments], env=env, cwd=root, capture_output=True, text=True, timeout=300)
     assert done.returncode == 0, done.stderr[-3000:]
-    pipe = tiny_pipe()
-    single = finetune(pipe, SLA, samples(), tmp_path / "one", replace(FAST, steps=3, accumulation=2))
-    curves = json.loads((tmp_path / "two" / "curves.json").read_text())
+
+
+def assert_same_training(single, folder: Path) -> None:
+    """Two runs on the same samples and noise: the same losses, and weights up to the order of a sum."""
+    curves = json.loads((folder / "curves.json").read_text())
     for ours, theirs in zip(single.curves.steps, curves["steps"], strict=True):
         assert ours["loss"] == pytest.approx(theirs["loss"], rel=1e-5)
-    ours, theirs = (
-        load_file(folder / "adapter.safetensors") for folder in (single.adapter, tmp_path / "two" / "adapter")
-    )
+    for ours, theirs in zip(single.curves.evaluations, curves["evaluations"], strict=True):
+        assert ours["flow_loss"] == pytest.approx(theirs["flow_loss"], rel=1e-3)
+    ours, theirs = (load_file(path / "adapter.safetensors") for path in (single.adapter, folder / "adapter"))
+    assert ours.keys() == theirs.keys()
     # Adam's first steps are a sign of the gradient: compare the sum of changes, not single values.
     for name, value in ours.items():
         assert (value - theirs[name]).norm() <= 0.05 * value.norm() + 1e-7, name
+
+
+def test_two_processes_equal_one_with_twice_the_batch(tmp_path):
+    """DDP over gloo."""
+    run_on_two("tests.training.two_processes", str(tmp_path / "two"))
+    single = finetune(tiny_pipe(), SLA, samples(), tmp_path / "one", replace(FAST, steps=3, accumulation=2))
+    assert_same_training(single, tmp_path / "two")
+
+
+@pytest.mark.parametrize("kind", ["weights", "lora"])
+def test_two_shards_equal_one_with_twice_the_batch(kind, tmp_path):
+    """FSDP2 over gloo: every process holds half of each weight; the adapter has the whole of it."""
+    run_on_two("tests.training.two_shards", kind, str(tmp_path / "two"))
+    config = replace(FAST, steps=3, accumulation=2, lora_rank=4 if kind == "lora" else 0)
+    single = finetune(tiny_pipe(), SLA, samples(), tmp_path / "one", config)
+    assert_same_training(single, tmp_path / "two")
+    dit_accel.load_adapter(tiny_pipe(), tmp_path / "two" / "adapter").remove()
 
 
 def test_public_names():
