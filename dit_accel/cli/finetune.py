@@ -55,6 +55,9 @@ def finetune(
     accumulate: Annotated[int, typer.Option(min=1, help="Micro-batches a step.")] = 1,
     learning_rate: Annotated[float, typer.Option(help="Of AdamW.")] = 1e-5,
     warmup: Annotated[int, typer.Option(min=0, help="Steps until the learning rate is reached.")] = 0,
+    transformer: Annotated[
+        str, typer.Option(metavar="transformer|transformer_2", help="Which of two experts: high noise, low noise.")
+    ] = "transformer",
     train: Annotated[str, typer.Option(metavar="learned|attention|all", help="What is trained.")] = "attention",
     lora_rank: Annotated[int, typer.Option(min=0, help="Train LoRA layers of this rank; 0 trains weights.")] = 0,
     objective: Annotated[
@@ -110,6 +113,7 @@ def finetune(
         accumulation=accumulate,
         learning_rate=learning_rate,
         warmup_steps=warmup,
+        transformer=transformer,
         train=train,
         lora_rank=lora_rank,
         objective=OBJECTIVES[aim],

@@ -39,6 +39,7 @@ def save_adapter(
     pipe: Any,
     folder: str | Path,
     *,
+    transformer: str | None = None,
     backbone: str = "none",
     trained: Iterable[str] = (),
     base: Mapping[str, torch.Tensor] | None = None,
@@ -54,6 +55,7 @@ def save_adapter(
     Args:
         pipe: a patched pipeline or transformer.
         folder: made if needed.
+        transformer: the one of the pipeline to save, "transformer" or "transformer_2"; None saves all.
         backbone: what is saved of the model's own weights: "none"; "full", the ``trained`` parameters;
             "delta", their difference to ``base``; "lora", the LoRA layers that are in the model (peft).
         trained: names of the changed parameters, as ``named_parameters`` of the transformer has them.
@@ -71,8 +73,13 @@ def save_adapter(
     if backbone not in BACKBONES:
         raise ValueError(f"backbone must be one of {', '.join(BACKBONES)}, got {backbone!r}.")
     handle, parts, trained = handle_of(pipe), _parts(pipe), list(trained)
+    if transformer is not None and len(parts) > 1:
+        found = [part.name for part in parts]
+        parts = [part for part in parts if part.name == transformer]
+        if not parts:
+            raise ValueError(f"{type(pipe).__name__} has no {transformer!r}; it has {', '.join(found)}.")
     if len(parts) > 1 and (trained or values):
-        raise ValueError(f"Trained weights are of one transformer; the pipeline has {len(parts)}.")
+        raise ValueError(f"Trained weights are of one transformer, name it; the pipeline has {len(parts)}.")
     missing = [name for name in trained if backbone == "delta" and name not in (base or {})]
     if missing:
         raise ValueError(f"backbone 'delta' needs the base values of all trained parameters; {missing[0]} is missing.")
@@ -95,7 +102,7 @@ def save_adapter(
             state, lora[part.name] = _lora_state(part.model, present)
             saved |= {f"lora/{n}": v if dtype is None else v.to(dtype) for n, v in state.items()}
         tensors |= {f"{part.name}/{n}": v.detach().cpu().contiguous().clone() for n, v in saved.items()}
-        fingerprint = Fingerprint.of(part.model, part.attentions, trained, base)
+        fingerprint = Fingerprint.of(part.model, part.attentions, trained, base, values)
         fingerprints[part.name] = fingerprint.to_dict()
     from .. import __version__
 
@@ -135,11 +142,13 @@ def load_adapter(pipe: Any, folder: str | Path, *, backend: str = "auto") -> Pat
     names = list(card["base"])
     if len(parts) == len(names) == 1:
         parts = [_Part(names[0], parts[0].model, parts[0].attentions)]
-    if sorted(names) != sorted(part.name for part in parts):
+    if missing := set(names) - {part.name for part in parts}:
         raise ValueError(
             f"The adapter in {folder} is for the transformers {', '.join(names)}, the pipeline has "
-            f"{', '.join(part.name for part in parts)}."
+            f"{', '.join(part.name for part in parts)}, not {', '.join(sorted(missing))}."
         )
+    # Of two experts each may have an adapter of its own; they are loaded one after the other.
+    parts = [part for part in parts if part.name in names]
     for part in parts:
         difference = Fingerprint.from_dict(card["base"][part.name]).difference(part.model, part.attentions)
         if difference is not None:

@@ -6,6 +6,7 @@ from dataclasses import dataclass, field
 
 from .objective import Objective
 
+TRANSFORMERS = ("transformer", "transformer_2")
 TRAINED = ("learned", "attention", "all")
 TEACHERS = ("frozen", "current")
 
@@ -22,6 +23,8 @@ class FinetuneConfig:
         learning_rate, betas, weight_decay: of AdamW.
         warmup_steps: steps over which the learning rate rises from 0.
         max_grad_norm: gradients are scaled down to this norm.
+        transformer: the one to train, of a pipeline with two experts "transformer" (high noise) or
+            "transformer_2"; each sees its own range of sigmas, and gets an adapter of its own.
         train: "learned", a recipe's own parameters alone (SLA's author: not enough); "attention", also
             queries, keys, values and output of the patched attentions; "all", the whole transformer.
         lora_rank: train LoRA layers of this rank (peft) around the linear layers of the patched attentions
@@ -51,6 +54,7 @@ class FinetuneConfig:
     weight_decay: float = 0.01
     warmup_steps: int = 0
     max_grad_norm: float = 1.0
+    transformer: str = "transformer"
     train: str = "attention"
     lora_rank: int = 0
     objective: Objective = field(default_factory=Objective)
@@ -82,7 +86,12 @@ class FinetuneConfig:
             raise ValueError(f"max_seconds must be above 0, got {self.max_seconds}.")
         if self.ema_decay is not None and not 0.0 < self.ema_decay < 1.0:
             raise ValueError(f"ema_decay must lie in (0, 1), got {self.ema_decay}.")
-        for name, allowed in (("train", TRAINED), ("teacher", TEACHERS), ("precision", ("no", "bf16"))):
+        for name, allowed in (
+            ("transformer", TRANSFORMERS),
+            ("train", TRAINED),
+            ("teacher", TEACHERS),
+            ("precision", ("no", "bf16")),
+        ):
             if getattr(self, name) not in allowed:
                 raise ValueError(f"{name} must be one of {', '.join(allowed)}, got {getattr(self, name)!r}.")
         if self.lora_rank and self.train != "attention":

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
 from pathlib import Path
@@ -11,6 +12,7 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 
+from .config import TRANSFORMERS
 from .samples import Sample, Skipped, report_skipped, save_sample
 
 CLIP_SUFFIXES = (".mp4", ".mkv", ".webm", ".mov", ".avi", ".gif", ".png", ".jpg", ".jpeg", ".webp")
@@ -20,17 +22,16 @@ class _Reached(Exception):
     """The transformer was called: its arguments are known."""
 
 
-def trained_transformer(pipe: Any) -> Any:
-    """The one transformer of a flow-matching pipeline.
+def trained_transformer(pipe: Any, name: str = "transformer") -> Any:
+    """The named transformer of a flow-matching pipeline.
 
     Raises:
-        ValueError: several transformers, none, or another kind of diffusion.
+        ValueError: none of that name, or another kind of diffusion.
     """
-    if getattr(pipe, "transformer_2", None) is not None:
-        raise ValueError(f"{type(pipe).__name__} has two transformers; only one can be fine-tuned at a time.")
-    model = getattr(pipe, "transformer", None)
+    model = getattr(pipe, name, None)
     if model is None:
-        raise ValueError(f"{type(pipe).__name__} has no transformer to fine-tune.")
+        found = [other for other in TRANSFORMERS if getattr(pipe, other, None) is not None]
+        raise ValueError(f"{type(pipe).__name__} has no {name} to fine-tune; it has {', '.join(found) or 'none'}.")
     config = getattr(pipe.scheduler, "config", {})
     flow = "FlowMatch" in type(pipe.scheduler).__name__ or (
         config.get("use_flow_sigmas") and config.get("prediction_type") == "flow_prediction"
@@ -43,6 +44,17 @@ def trained_transformer(pipe: Any) -> Any:
     return model
 
 
+def sigma_range(pipe: Any, name: str = "transformer") -> tuple[float, float]:
+    """The sigmas that a transformer denoises: all, or its side of the boundary between two experts.
+
+    Wan 2.2's ``transformer`` takes the timesteps from ``boundary_ratio`` up, ``transformer_2`` those below.
+    """
+    boundary = dict(getattr(pipe, "config", {})).get("boundary_ratio")
+    if boundary is None or getattr(pipe, "transformer_2", None) is None:
+        return 0.0, 1.0
+    return (float(boundary), 1.0) if name == "transformer" else (0.0, float(boundary))
+
+
 def capture_call(pipe: Any, arguments: Mapping[str, Any]) -> tuple[torch.Size, float, dict[str, Any]]:
     """What the pipeline gives its transformer for these arguments, without running it.
 
@@ -51,7 +63,12 @@ def capture_call(pipe: Any, arguments: Mapping[str, Any]) -> tuple[torch.Size, f
     Returns:
         Shape of ``hidden_states``, factor from sigma to ``timestep``, and the other arguments.
     """
+    # The first step is at full noise, so of two experts this is the one that is called.
     model = trained_transformer(pipe)
+    takes = inspect.signature(type(pipe).__call__).parameters
+    if "num_frames" not in takes and arguments.get("num_frames", 1) != 1:
+        raise ValueError(f"{type(pipe).__name__} makes images, got num_frames = {arguments['num_frames']}.")
+    arguments = {name: value for name, value in arguments.items() if name != "num_frames" or name in takes}
     seen: dict[str, Any] = {}
 
     def stop(module: Any, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> None:
@@ -179,11 +196,11 @@ def encode_clips(
                 continue
             size = {"width": width, "height": height, "num_frames": frames}
             shape, scale, condition = capture_call(pipe, {"prompt": caption, **size})
-            latents = _encode(pipe, video)
+            latents = encode_video(pipe, video)
             if latents.shape != shape:
                 raise ValueError(
-                    f"{type(pipe).__name__} packs its latents ({list(shape)}, not {list(latents.shape)}); "
-                    "train it on precomputed or self-generated samples."
+                    f"{type(pipe).__name__} denoises latents {list(shape)}, its autoencoder makes "
+                    f"{list(latents.shape)}; train it on precomputed or self-generated samples."
                 )
             save_sample(Sample(path.stem, latents, scale, condition), target)
         if progress is not None:
@@ -217,12 +234,27 @@ def read_video(path: Path, width: int, height: int, frames: int) -> torch.Tensor
     return pixels.clamp(-1, 1).transpose(0, 1)[None]
 
 
-def _encode(pipe: Any, video: torch.Tensor) -> torch.Tensor:
-    """Latents of a clip, normalised as the model was trained on them."""
+def encode_video(pipe: Any, video: torch.Tensor) -> torch.Tensor:
+    """Latents of a clip as the transformer takes them: normalised, and packed where the pipeline packs.
+
+    Args:
+        video: ``[1, 3, F, H, W]`` in [-1, 1]; one frame for image models.
+    """
     vae = pipe.vae
+    kernel = next(weight for weight in vae.encoder.parameters() if weight.dim() >= 4)
+    pixels = video if kernel.dim() == 5 else video[:, :, 0]
     with torch.no_grad():
-        latents: torch.Tensor = vae.encode(video.to(vae.device, vae.dtype)).latent_dist.mode().float()
-    config = vae.config
+        latents: torch.Tensor = vae.encode(pixels.to(vae.device, vae.dtype)).latent_dist.mode().float()
+    return _pack(pipe, _normalise(pipe, latents))
+
+
+def _normalise(pipe: Any, latents: torch.Tensor) -> torch.Tensor:
+    vae, config = pipe.vae, pipe.vae.config
+    if hasattr(pipe, "_normalize_latents"):
+        normalised: torch.Tensor = pipe._normalize_latents(
+            latents, vae.latents_mean, vae.latents_std, config.scaling_factor
+        )
+        return normalised
     if getattr(config, "latents_mean", None) is not None:
         shape = (1, -1, *[1] * (latents.dim() - 2))
         mean = torch.tensor(config.latents_mean, device=latents.device).view(shape)
@@ -232,10 +264,21 @@ def _encode(pipe: Any, video: torch.Tensor) -> torch.Tensor:
     return (latents - shift) * config.scaling_factor
 
 
+def _pack(pipe: Any, latents: torch.Tensor) -> torch.Tensor:
+    """Tokens in one line, patches in the channels. LTX takes its patch sizes, Flux and Qwen the latents' sizes."""
+    pack = getattr(pipe, "_pack_latents", None)
+    if pack is None:
+        return latents
+    if "patch_size" in inspect.signature(pack).parameters:
+        packed: torch.Tensor = pack(latents, pipe.transformer_spatial_patch_size, pipe.transformer_temporal_patch_size)
+        return packed
+    height, width = latents.shape[-2:]
+    packed = pack(latents.contiguous(), latents.shape[0], latents.shape[1], height, width)
+    return packed
+
+
 def _without_guidance(pipe: Any) -> dict[str, float]:
     """Arguments that spare the unconditional call; a guidance-distilled model keeps its guidance."""
-    import inspect
-
     if getattr(pipe.transformer.config, "guidance_embeds", False):
         return {}
     takes = inspect.signature(type(pipe).__call__).parameters

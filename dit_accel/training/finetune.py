@@ -20,11 +20,12 @@ from ..recipe import Recipe
 from .adapter import save_adapter
 from .config import FinetuneConfig
 from .curves import Curves
-from .data import trained_transformer
+from .data import sigma_range, trained_transformer
 from .objective import NoisyBatch, annealed_density, draw_sigma, losses, velocity
 from .samples import Sample, collate
 from .trainables import Trainables, copy_values
 
+# Places in the range of sigmas.
 EVALUATION_SIGMAS = (0.25, 0.5, 0.75)
 CHECKPOINTS, ADAPTER, TRAINED_FILE, PROGRESS = (
     "checkpoints",
@@ -81,7 +82,7 @@ def finetune(
     nor a resumption changes them.
 
     Args:
-        pipe: a flow-matching pipeline with one transformer; patched with ``recipe`` unless it is already.
+        pipe: a flow-matching pipeline; patched with ``recipe`` unless it is already.
         recipe: see :func:`~dit_accel.patch`; ``options`` are those of a preset.
         data: training samples.
         output: folder for curves (JSON, PNG, TensorBoard), checkpoints and the adapter.
@@ -115,7 +116,8 @@ class _Loop:
         from accelerate.utils import DistributedType, ProjectConfiguration
 
         self.pipe, self.data, self.output, self.config = pipe, data, output, config
-        self.model = trained_transformer(pipe)
+        self.model = trained_transformer(pipe, config.transformer)
+        self.sigmas = sigma_range(pipe, config.transformer)
         self.dtype: torch.dtype = self.model.dtype
         if config.precision == "no" and self.model.dtype != torch.float32:
             raise ValueError(
@@ -129,7 +131,8 @@ class _Loop:
         pipe.scheduler.num_inference_steps = None
         attentions = {
             path: module
-            for _, model, family in transformers_of(pipe)
+            for name, model, family in transformers_of(pipe)
+            if name == config.transformer
             for path, module in self_attentions(model, family)
         }
         self.trainables = Trainables(self.model, self.handle, attentions, config)
@@ -261,7 +264,7 @@ class _Loop:
         positions = range(first, first + config.batch_size)
         samples = [self.data[self._index(position)] for position in positions]
         generators = [torch.Generator().manual_seed(_mix(config.seed, position, 3)) for position in positions]
-        sigmas = [draw_sigma(g, config.time_mean, config.time_std, self.shift) for g in generators]
+        sigmas = [draw_sigma(g, config.time_mean, config.time_std, self.shift, self.sigmas) for g in generators]
         return self._noisy(samples, sigmas, generators), [sample.name for sample in samples]
 
     def _index(self, position: int) -> int:
@@ -290,6 +293,8 @@ class _Loop:
         )
 
     def _stop_unless_finite(self, what: str, value: Any, step: int, names: Sequence[str]) -> None:
+        # The norm of sharded gradients is itself in shards.
+        value = value.full_tensor() if hasattr(value, "full_tensor") else value
         value = torch.as_tensor(value, device=self.accelerator.device).float()
         bad = self.accelerator.reduce((~value.isfinite()).float(), "sum")
         if not bad:
@@ -342,7 +347,8 @@ class _Loop:
             for number, sigma in enumerate(EVALUATION_SIGMAS):
                 seeds = [_mix(self.config.seed, index * len(EVALUATION_SIGMAS) + number, 5) for index in indices]
                 generators = [torch.Generator().manual_seed(seed) for seed in seeds]
-                yield self._noisy(samples, [sigma] * len(samples), generators)
+                low, high = self.sigmas
+                yield self._noisy(samples, [low + (high - low) * sigma] * len(samples), generators)
 
     def _dense_velocity(self, number: int, batch: NoisyBatch) -> torch.Tensor:
         """Of the dense model before the training, which is computed once; of the present one where shards
@@ -430,6 +436,7 @@ class _Loop:
             save_adapter(
                 self.pipe,
                 folder,
+                transformer=self.config.transformer,
                 backbone="lora" if self.trainables.lora else ("delta" if self.trainables.backbone else "none"),
                 trained=self.trainables.backbone,
                 base=self.trainables.base,

@@ -44,20 +44,24 @@ class Fingerprint:
         attentions: Mapping[str, nn.Module],
         trained: Collection[str] = (),
         base: Mapping[str, torch.Tensor] | None = None,
+        values: Mapping[str, torch.Tensor] | None = None,
     ) -> Fingerprint:
-        """Of a model whose parameters ``trained`` have changed since; ``base`` knows their first values."""
+        """Of a model whose parameters ``trained`` have changed since; ``base`` knows their first values.
+
+        ``values`` holds parameters by name that are not whole in the model, being sharded.
+        """
         heads, head_dim = head_shape(next(iter(attentions.values())))
         config = {k: v for k, v in dict(getattr(model, "config", {})).items() if not k.startswith("_")}
-        known = base or {}
+        first, whole = base or {}, {_plain(name): value for name, value in (values or {}).items()}
         weights = {
-            name: known.get(name, value)
+            name: first.get(name, whole.get(name, value))
             for name, value in base_parameters(model).items()
-            if value.is_floating_point() and (name in known or name not in trained)
+            if value.is_floating_point() and (name in first or name not in trained)
         }
         names = sorted(weights)
         names = names[:: max(1, len(names) // SAMPLED_TENSORS)][:SAMPLED_TENSORS]
         return cls(
-            transformer=type(model).__name__,
+            transformer=_own_class(model).__name__,
             layers=len(attentions),
             heads=heads,
             head_dim=head_dim,
@@ -101,10 +105,18 @@ class Fingerprint:
 def base_parameters(model: nn.Module) -> dict[str, torch.Tensor]:
     """The model's own parameters by the names they have without LoRA layers around them."""
     return {
-        name.replace(".base_layer.", "."): value
-        for name, value in model.named_parameters()
-        if not is_learned(name) and ".lora_" not in name
+        _plain(name): value for name, value in model.named_parameters() if not is_learned(name) and ".lora_" not in name
     }
+
+
+def _own_class(model: nn.Module) -> type:
+    """A model's class before FSDP gave it one that it made for it."""
+    return next(kind for kind in type(model).__mro__ if not kind.__module__.startswith("torch.distributed."))
+
+
+def _plain(name: str) -> str:
+    """A parameter's name without LoRA layers around it."""
+    return name.replace(".base_layer.", ".")
 
 
 def _values(tensor: torch.Tensor) -> list[float]:

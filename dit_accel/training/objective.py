@@ -206,8 +206,19 @@ def annealed_density(start: float, target: float, step: int, steps: int) -> floa
     return start + (target - start) * share
 
 
-def draw_sigma(generator: torch.Generator, mean: float, std: float, shift: float) -> float:
-    """One sigma in (0, 1): logit-normal, then shifted as flow-matching schedulers do."""
-    normal = torch.randn((), generator=generator, dtype=torch.float64) * std + mean
-    sigma = torch.sigmoid(normal)
-    return float(shift * sigma / (1 + (shift - 1) * sigma))
+def draw_sigma(
+    generator: torch.Generator, mean: float, std: float, shift: float, within: tuple[float, float] = (0.0, 1.0)
+) -> float:
+    """One sigma in (0, 1): logit-normal, then shifted as flow-matching schedulers do.
+
+    Args:
+        within: drawn again until it lies in this range; after a thousand times spread evenly over it.
+    """
+    low, high = within
+    for _ in range(1000):
+        normal = torch.randn((), generator=generator, dtype=torch.float64) * std + mean
+        sigma = torch.sigmoid(normal)
+        sigma = shift * sigma / (1 + (shift - 1) * sigma)
+        if low <= sigma <= high:
+            return float(sigma)
+    return low + (high - low) * float(torch.rand((), generator=generator, dtype=torch.float64))

@@ -82,6 +82,70 @@ def test_clips_with_captions(tmp_path, capsys):
     torch.testing.assert_close(sample.condition["encoder_hidden_states"], prompt)
 
 
+def _unpacked(family, pipe, latents, size):
+    """By the pipeline's own inverse, which its decoding uses: latents as the autoencoder made them."""
+    vae = pipe.vae
+    if family == "ltx":
+        frames = (size["frames"] - 1) // pipe.vae_temporal_compression_ratio + 1
+        height, width = (size[side] // pipe.vae_spatial_compression_ratio for side in ("height", "width"))
+        latents = pipe._unpack_latents(latents, frames, height, width, 1, 1)
+        return pipe._denormalize_latents(latents, vae.latents_mean, vae.latents_std, vae.config.scaling_factor)
+    if family == "qwen-image":
+        latents = pipe._unpack_latents(latents, size["height"], size["width"], pipe.vae_scale_factor)
+        mean, std = (torch.tensor(x).view(1, -1, 1, 1, 1) for x in (vae.config.latents_mean, vae.config.latents_std))
+        return latents * std + mean
+    if family == "flux":
+        latents = pipe._unpack_latents(latents, size["height"], size["width"], pipe.vae_scale_factor)
+    return latents / vae.config.scaling_factor + (getattr(vae.config, "shift_factor", None) or 0.0)
+
+
+@pytest.mark.parametrize("family", ["ltx", "flux", "qwen-image", "sd3", "hunyuan"])
+def test_clips_of_every_family(family, tmp_path, monkeypatch):
+    """Packed or not, videos and images: a sample fits the forward, and unpacks to what the autoencoder made."""
+    tiny = TINY[family]
+    pipe = tiny.build()
+    call = tiny.call(torch.Generator().manual_seed(0))
+    prompt = {name: value for name, value in call.items() if "prompt" in name}
+    ends = {
+        "ltx": ("prompt_embeds", "prompt_attention_mask") * 2,
+        "flux": ("prompt_embeds", "pooled_prompt_embeds", None),
+        "qwen-image": ("prompt_embeds", "prompt_embeds_mask"),
+        "sd3": ("prompt_embeds", "prompt_embeds", "pooled_prompt_embeds", "pooled_prompt_embeds"),
+        "hunyuan": ("prompt_embeds", "pooled_prompt_embeds", "prompt_attention_mask"),
+    }[family]
+    encoded = tuple(torch.zeros(16, 3) if name is None else prompt[name] for name in ends)
+    monkeypatch.setattr(pipe, "encode_prompt", lambda *args, **kwargs: encoded)
+    if family == "ltx":
+        pipe.vae.latents_mean += 0.25
+        pipe.vae.latents_std *= 2.0
+    elif family == "qwen-image":
+        pipe.vae.register_to_config(latents_mean=[0.1, 0.2, 0.3, 0.4], latents_std=[1.0, 2.0, 3.0, 4.0])
+    video = "num_frames" in call
+    size = {"width": call["width"], "height": call["height"], "frames": call.get("num_frames", 1)}
+    clips = tmp_path / "clips"
+    clips.mkdir()
+    pixels = np.random.default_rng(0).integers(0, 255, (size["frames"], 96, 128, 3), dtype=np.uint8)
+    name = "one.mp4" if video else "one.png"
+    iio.imwrite(clips / name, pixels if video else pixels[0])
+    (clips / "one.txt").write_text("anything")
+    assert encode_clips(pipe, clips, tmp_path / "latents", **size) == []
+    (sample,) = list(LatentFolder(tmp_path / "latents"))
+    picture = read_video(clips / name, **size)
+    picture = picture[:, :, 0] if family in ("flux", "sd3") else picture
+    raw = pipe.vae.encode(picture).latent_dist.mode()
+    torch.testing.assert_close(_unpacked(family, pipe, sample.latents, size), raw, rtol=1e-4, atol=1e-4)
+    latents, condition = collate([sample], torch.device("cpu"))
+    out = pipe.transformer(
+        hidden_states=latents, timestep=torch.tensor([0.5 * sample.timestep_scale]), return_dict=False, **condition
+    )[0]
+    assert out.shape == latents.shape
+
+
+def test_image_models_take_one_frame(tmp_path):
+    with pytest.raises(ValueError, match="FluxPipeline makes images, got num_frames = 5"):
+        capture_call(TINY["flux"].build(), {"prompt": "a fish", "num_frames": 5})
+
+
 def test_broken_samples_are_named_and_skipped(tmp_path, capsys):
     sample = Sample("one", torch.randn(1, 4), 1000.0, {"text": torch.randn(1, 3), "size": (4, 5)})
     save_sample(sample, tmp_path / "one.safetensors")
@@ -129,8 +193,8 @@ def test_batches(tmp_path):
 
 
 def test_pipelines_that_cannot_be_trained():
-    with pytest.raises(ValueError, match="two transformers"):
-        trained_transformer(TINY["wan2.2"].build())
+    with pytest.raises(ValueError, match="WanPipeline has no transformer_2 to fine-tune; it has transformer"):
+        trained_transformer(TINY["wan"].build(), "transformer_2")
     with pytest.raises(ValueError, match="needs a flow-matching model"):
         trained_transformer(TINY["cogvideox"].build())
 

@@ -18,6 +18,7 @@ from dit_accel.training.config import FinetuneConfig
 from dit_accel.training.finetune import TrainingStopped, finetune
 from dit_accel.training.objective import OBJECTIVES, Objective, annealed_density, objective_for
 from tests.recipes import POOLED
+from tests.tiny import TINY
 from tests.training.samples import SLA, samples, tiny_pipe
 from tests.training.test_gradients import RECIPES
 
@@ -211,35 +212,77 @@ def test_annealed_density():
     assert annealed_density(1.0, 0.2, 0, 0) == pytest.approx(0.2)
 
 
-def test_two_processes_equal_one_with_twice_the_batch(tmp_path):
-    """DDP over gloo: the same samples and noise, so the same weights up to the order of a sum."""
+def run_on_two(module: str, *arguments: str) -> None:
     root = Path(__file__).parents[2]
     env = {**os.environ, "PYTHONPATH": str(root), "OMP_NUM_THREADS": "1", "ACCELERATE_USE_CPU": "true"}
-    command = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node=2", "--standalone"]
-    done = subprocess.run(
-        [*command, "-m", "tests.training.two_processes", str(tmp_path / "two")],
-        env=env,
-        cwd=root,
-        capture_output=True,
-        text=True,
-        timeout=300,
-    )
+    command = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node=2", "--standalone", "-m", module]
+    done = subprocess.run([*command, *arguments], env=env, cwd=root, capture_output=True, text=True, timeout=300)
     assert done.returncode == 0, done.stderr[-3000:]
-    pipe = tiny_pipe()
-    single = finetune(pipe, SLA, samples(), tmp_path / "one", replace(FAST, steps=3, accumulation=2))
-    curves = json.loads((tmp_path / "two" / "curves.json").read_text())
+
+
+def assert_same_training(single, folder: Path) -> None:
+    """Two runs on the same samples and noise: the same losses, and weights up to the order of a sum."""
+    curves = json.loads((folder / "curves.json").read_text())
     for ours, theirs in zip(single.curves.steps, curves["steps"], strict=True):
         assert ours["loss"] == pytest.approx(theirs["loss"], rel=1e-5)
-    ours, theirs = (
-        load_file(folder / "adapter.safetensors") for folder in (single.adapter, tmp_path / "two" / "adapter")
-    )
+    for ours, theirs in zip(single.curves.evaluations, curves["evaluations"], strict=True):
+        assert ours["flow_loss"] == pytest.approx(theirs["flow_loss"], rel=1e-3)
+    ours, theirs = (load_file(path / "adapter.safetensors") for path in (single.adapter, folder / "adapter"))
+    assert ours.keys() == theirs.keys()
     # Adam's first steps are a sign of the gradient: compare the sum of changes, not single values.
     for name, value in ours.items():
         assert (value - theirs[name]).norm() <= 0.05 * value.norm() + 1e-7, name
 
 
+def test_two_processes_equal_one_with_twice_the_batch(tmp_path):
+    """DDP over gloo."""
+    run_on_two("tests.training.two_processes", str(tmp_path / "two"))
+    single = finetune(tiny_pipe(), SLA, samples(), tmp_path / "one", replace(FAST, steps=3, accumulation=2))
+    assert_same_training(single, tmp_path / "two")
+
+
+@pytest.mark.parametrize("kind", ["weights", "lora"])
+def test_two_shards_equal_one_with_twice_the_batch(kind, tmp_path):
+    """FSDP2 over gloo: every process holds half of each weight; the adapter has the whole of it."""
+    run_on_two("tests.training.two_shards", kind, str(tmp_path / "two"))
+    config = replace(FAST, steps=3, accumulation=2, lora_rank=4 if kind == "lora" else 0)
+    single = finetune(tiny_pipe(), SLA, samples(), tmp_path / "one", config)
+    assert_same_training(single, tmp_path / "two")
+    dit_accel.load_adapter(tiny_pipe(), tmp_path / "two" / "adapter").remove()
+
+
 def test_public_names():
     assert dit_accel.save_adapter.__module__ == "dit_accel.training.adapter"
+
+
+def test_two_experts_each_train_on_their_sigmas_and_share_a_pipeline(tmp_path, monkeypatch):
+    """Wan 2.2: one run an expert, one adapter each; loaded together they are the two trained experts."""
+    seen: dict[str, list[float]] = {"transformer": [], "transformer_2": []}
+    adapters, values = [], {}
+    for name in seen:
+        pipe = TINY["wan2.2"].build()
+        model, other = (getattr(pipe, n) for n in (name, "transformer_2" if name == "transformer" else "transformer"))
+        model.register_forward_pre_hook(
+            lambda m, a, k, name=name: seen[name].append(float(k["timestep"].max()) / 1000), with_kwargs=True
+        )
+        before = {n: v.clone() for n, v in other.named_parameters()}
+        config = replace(FAST, steps=6, transformer=name, objective=OBJECTIVES["distill"])
+        result = finetune(pipe, SLA, samples(), tmp_path / name, config)
+        values[name] = {n: v.detach().clone() for n, v in model.named_parameters()}
+        assert all(torch.equal(v, dict(other.named_parameters())[n]) for n, v in before.items())
+        adapters.append(result.adapter)
+    assert all(sigma >= 0.5 for sigma in seen["transformer"])
+    assert all(sigma <= 0.5 for sigma in seen["transformer_2"])
+    assert min(map(len, seen.values())) > 6
+    fresh = TINY["wan2.2"].build()
+    handle = [dit_accel.load_adapter(fresh, folder) for folder in adapters][-1]
+    for name, wanted in values.items():
+        for n, value in getattr(fresh, name).named_parameters():
+            torch.testing.assert_close(value.detach(), wanted[n], rtol=0, atol=1e-7, msg=f"{name} {n}")
+    handle.remove()
+    assert trained(fresh).keys() == trained(TINY["wan2.2"].build()).keys()
+    with pytest.raises(ValueError, match="does not fit WanTransformer3DModel: it is for other weights"):
+        dit_accel.load_adapter(TINY["wan"].build(), adapters[1])
 
 
 def test_a_time_limit_ends_a_run_as_usual(tmp_path):
