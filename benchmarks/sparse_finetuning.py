@@ -75,6 +75,7 @@ VARIANTS: dict[str, Variant] = {
     "sparge2-0.1": Variant("sparge2", {"density": 0.08, "top_p": 0.1}, objective="distill", main=True, leads=True),
     "clear-0.1": Variant("clear", {"radius": 5.0}, objective="clear", main=True, leads=True),
     "ssa-0.1": Variant("ssa", {"density": 0.1}, objective="ssa", main=True, leads=True),
+    "sla-0.05-all-weights": Variant("sla", {"density": 0.05}, train="all", rate=2.0, main=True, leads=True),
     "dense": Variant("dense", main=True),
     # Ablations.
     "sla-0.2": Variant("sla", {"density": 0.2}),
