@@ -30,7 +30,7 @@ from typing import Any
 import torch
 from fidelity_presets import METHODS, Method, at_density, method
 
-from dit_accel import patch
+from dit_accel import CalibrationArtifact, Recipe, calibrate, patch
 from dit_accel.engine import AttentionCall
 from dit_accel.pipelines.generate import call_arguments
 from dit_accel.pipelines.load import load
@@ -40,6 +40,11 @@ from dit_accel.quality.metrics import find_metrics, measure
 from dit_accel.quality.prompts import DEFAULT_PROMPTS
 from dit_accel.quality.video import ClipPair, as_video, to_uint8
 
+CALIBRATION_PROMPTS = (
+    "a blue penguin bouncing over a meadow",
+    "two red robots flying left in space",
+    "a small yellow car standing still in a forest",
+)
 METRIC_NAMES = ("psnr", "ssim", "flicker", "latent_mse")
 
 
@@ -142,6 +147,7 @@ class Sweep:
         )
         self.calls: list[AttentionCall] = []
         self.seconds = 0.0
+        self.calibration_seconds = 0.0
 
     def facts(self) -> dict[str, Any]:
         device = torch.cuda.get_device_name() if self.args.device != "cpu" else f"CPU ({platform.machine()})"
@@ -174,6 +180,14 @@ class Sweep:
             self.generate(self.prompts[:2])
             self.seconds = seconds
         return clips
+
+    def calibration(self, recipe: Recipe) -> CalibrationArtifact:
+        """Plans for a recipe; the axis orders of an earlier one are measured again."""
+        start = time.perf_counter()
+        arguments = {**self.arguments, "output_type": "latent"}
+        plans = calibrate(self.pipe, CALIBRATION_PROMPTS, recipe, generate_kwargs=arguments, buckets=6)
+        self.calibration_seconds = time.perf_counter() - start
+        return plans
 
     def generate(self, prompts: tuple[str, ...]) -> list[tuple[torch.Tensor, torch.Tensor]]:
         """uint8 frames and final latents of every prompt."""
@@ -210,7 +224,8 @@ class Sweep:
         try:
             recipe = at_density(chosen, density, self.calls)
             row["recipe"] = recipe.to_dict()
-            with patch(self.pipe, recipe) as handle:
+            plans = self.calibration(recipe) if chosen.calibrated else None
+            with patch(self.pipe, recipe, calibration=plans) as handle:
                 clips = self.generate(self.prompts)
                 summary = handle.summary()
             row |= {
@@ -223,7 +238,7 @@ class Sweep:
                 "plan_seconds": summary.plan_seconds,
                 "sparse_seconds": summary.sparse_seconds,
                 "dense_seconds": summary.dense_seconds,
-            }
+            } | ({"calibration_seconds": self.calibration_seconds} if plans is not None else {})
         except Exception as error:  # the next method goes on
             row["error"] = f"{type(error).__name__}: {error}"
             row["traceback"] = traceback.format_exc()[-2000:]

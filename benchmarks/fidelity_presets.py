@@ -31,6 +31,7 @@ class Method:
         span: lowest and highest value of a setting that density grows with; None where it is the density itself.
         values: instead of a span, the values to try on a grid for a density.
         fixed: whether there is nothing to set, so that one row serves all densities.
+        calibrated: whether plans are made offline, from prompts that the comparison does not use.
         note: for the reader of the table.
     """
 
@@ -39,6 +40,7 @@ class Method:
     span: tuple[float, float] | None = None
     values: Callable[[tuple[int, int, int], float], list[object]] | None = None
     fixed: bool = False
+    calibrated: bool = False
     note: str = ""
 
 
@@ -84,6 +86,10 @@ METHODS = (
     Method("sparge2", lambda x: _dense_first(presets.sparge2(density=x, top_p=None)), note="untrained"),
     Method("ssa", lambda x: _dense_first(presets.ssa(density=x)), note="untrained"),
     Method("sla", lambda x: _dense_first(presets.sla(density=x)), note="untrained: its linear branch adds nothing"),
+    Method("paro", lambda x: _paro(x, "int8"), calibrated=True, note="INT8"),
+    Method("paro-bf16", lambda x: _paro(x, "model"), calibrated=True, note="without quantisation"),
+    Method("pooled-frozen", lambda x: presets.pooled(x, dense_fraction=DENSE), calibrated=True),
+    Method("adaspa-frozen", lambda x: presets.adaspa(x, search_at=(DENSE,)), calibrated=True),
     Method("agent", lambda x: presets.agent(tile=x, dense_fraction=DENSE), values=_agent_tiles),
     Method("sage", lambda: presets.sage(dense_fraction=DENSE), fixed=True),
     Method("sage-fp8", lambda: presets.sage(values="fp8", dense_fraction=DENSE), fixed=True),
@@ -97,6 +103,10 @@ def _psa(scale: float) -> Recipe:
     return presets.psa(
         cumulative=(first, second, third, fourth), min_full=min(0.06, 0.12 * scale), dense_fraction=DENSE
     )
+
+
+def _paro(density: float, precision: str) -> Recipe:
+    return presets.paro(density, precision=precision, dense_fraction=DENSE)
 
 
 def _dense_first(recipe: Recipe) -> Recipe:

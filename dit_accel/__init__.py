@@ -13,6 +13,8 @@ __version__ = "0.1.0"
 
 if TYPE_CHECKING:
     from .api import patch, unpatch
+    from .calibration.artifact import CalibrationArtifact
+    from .calibration.calibrate import calibrate
     from .patches.handle import PatchHandle
     from .recipe import Recipe
     from .training.adapter import load_adapter, save_adapter
@@ -20,13 +22,25 @@ if TYPE_CHECKING:
 _HOME = {
     "patch": "api",
     "unpatch": "api",
+    "calibrate": "calibration.calibrate",
+    "CalibrationArtifact": "calibration.artifact",
     "PatchHandle": "patches.handle",
     "Recipe": "recipe",
     "load_adapter": "training.adapter",
     "save_adapter": "training.adapter",
 }
 
-__all__ = ["PatchHandle", "Recipe", "load_adapter", "patch", "presets", "save_adapter", "unpatch"]
+__all__ = [
+    "CalibrationArtifact",
+    "PatchHandle",
+    "Recipe",
+    "calibrate",
+    "load_adapter",
+    "patch",
+    "presets",
+    "save_adapter",
+    "unpatch",
+]
 
 
 def __getattr__(name: str) -> Any:

@@ -7,12 +7,14 @@ import sys
 import weakref
 from collections.abc import Callable, Iterator, Mapping
 from functools import partial
+from pathlib import Path
 from typing import Any
 
 import torch
 from torch import nn
 
 from . import presets
+from .calibration.artifact import CalibrationArtifact
 from .engine import Engine
 from .kernels import BACKENDS
 from .layout import StepContext
@@ -25,9 +27,19 @@ from .patches.seam import divert, seam_symbol
 from .patches.session import Session
 from .recipe import Recipe
 from .stages.compensate_linear import LinearBranch
+from .stages.frozen import FrozenMasks
+from .stages.order_axes import MISSING, ChosenAxes
 
 
-def patch(target: Any, recipe: Recipe | str | None = None, *, backend: str = "auto", **options: Any) -> PatchHandle:
+def patch(
+    target: Any,
+    recipe: Recipe | str | None = None,
+    *,
+    backend: str = "auto",
+    calibration: str | Path | CalibrationArtifact | None = None,
+    rederive: bool = False,
+    **options: Any,
+) -> PatchHandle:
     """Make a diffusers pipeline run its self-attention under a recipe.
 
     Only the given pipeline is affected; weights and forward code stay as they are. A recipe that learns adds
@@ -41,6 +53,11 @@ def patch(target: Any, recipe: Recipe | str | None = None, *, backend: str = "au
         recipe: a :class:`~dit_accel.Recipe`, the name of a preset, or None for a safe default, which stays
             dense where a sequence is too short to gain and says so in the summary.
         backend: of :func:`~dit_accel.kernels.block_sparse_attention`; a named one that cannot run raises.
+        calibration: a file of :func:`~dit_accel.calibrate`, or what it returned: plans made offline, in place of the
+            recipe's selection. Model, order and selection must be those calibrated, and so must the latent grid
+            when a call comes.
+        rederive: where a calibration's masks do not fit (another grid, density or selection), keep the orders it
+            chose and select anew, rather than raise.
         options: of the named preset, e.g. ``density=0.2``.
 
     Returns:
@@ -49,8 +66,8 @@ def patch(target: Any, recipe: Recipe | str | None = None, *, backend: str = "au
         manager.
 
     Raises:
-        ValueError: unknown recipe, option or backend, a model of no known family, or a pipeline that is
-            patched already. Nothing has been touched then.
+        ValueError: unknown recipe, option or backend, a model of no known family, a pipeline that is patched
+            already, or a calibration that is needed or does not fit. Nothing has been touched then.
     """
     if backend not in BACKENDS:
         raise ValueError(f"Unknown backend {backend!r}; known are {', '.join(BACKENDS)}.")
@@ -62,12 +79,16 @@ def patch(target: Any, recipe: Recipe | str | None = None, *, backend: str = "au
                 f"{name or type(model).__name__} is patched already; "
                 "call unpatch(pipe) or handle.remove() before patching with another recipe."
             )
+    artifact = CalibrationArtifact.load(calibration) if isinstance(calibration, (str, Path)) else calibration
+    plans = {name: _calibrated(name, model, family, chosen, artifact, rederive) for name, model, family in transformers}
     handle = PatchHandle(target, chosen, note)
     handle.record(_forget_compiled_code)
     try:
         for name, model, family in transformers:
             min_tokens = 0 if recipe is not None else _min_tokens(model, family)
-            _patch_transformer(handle, name, model, family, backend, min_tokens)
+            own, masks = plans[name]
+            engine = _patch_transformer(handle, name, model, family, backend, min_tokens, own)
+            engine.frozen, engine.rederive = masks, rederive
     except BaseException:
         handle.remove()
         raise
@@ -138,9 +159,33 @@ def _min_tokens(model: nn.Module, family: Family) -> int:
     return family.min_tokens if on_gpu else 2048
 
 
+def _calibrated(
+    name: str,
+    model: nn.Module,
+    family: Family,
+    recipe: Recipe,
+    artifact: CalibrationArtifact | None,
+    rederive: bool,
+) -> tuple[Recipe, FrozenMasks | None]:
+    """What one transformer runs: its recipe, and masks if they hold."""
+    if artifact is None:
+        if isinstance(recipe.order, ChosenAxes):
+            raise ValueError(MISSING)
+        return recipe, None
+    part = artifact.part_for(name, model, dict(self_attentions(model, family)))
+    resolved, holds = artifact.recipe_for(part, recipe, rederive)
+    return resolved, part.masks if holds else None
+
+
 def _patch_transformer(
-    handle: PatchHandle, name: str, model: nn.Module, family: Family, backend: str, min_tokens: int
-) -> None:
+    handle: PatchHandle,
+    name: str,
+    model: nn.Module,
+    family: Family,
+    backend: str,
+    min_tokens: int,
+    recipe: Recipe,
+) -> Engine:
     layers = list(self_attentions(model, family))
     if not layers:
         raise ValueError(
@@ -151,7 +196,7 @@ def _patch_transformer(
         # Also undone when a patched model is dropped without removing the patch.
         handle.record(weakref.finalize(model, divert(*symbol)))
     pipe = None if handle.target is model else handle.target
-    engine = Engine(handle.recipe, [path for path, _ in layers], backend, min_tokens)
+    engine = Engine(recipe, [path for path, _ in layers], backend, min_tokens)
     session = Session(engine, family, patch_size(dict(getattr(model, "config", {}))), pipe)
     handle.sessions[name] = session
     names = tuple(inspect.signature(type(model).forward).parameters)[1:]
@@ -173,6 +218,7 @@ def _patch_transformer(
         handle.record(_replace_method(model, "save_pretrained", saver))
     if hasattr(model, "cache_context"):
         handle.record(_replace_method(model, "cache_context", hooks.BranchContext(model.cache_context)))  # type: ignore[arg-type]
+    return engine
 
 
 def self_attentions(model: nn.Module, family: Family) -> Iterator[tuple[str, Any]]:

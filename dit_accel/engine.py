@@ -17,6 +17,7 @@ from .plan import AttentionPlan, LayerMemory, SequenceBlocks
 from .recipe import Recipe
 from .stages.compensate_linear import LearnedCompensation
 from .stages.drift import BlockMeans
+from .stages.frozen import FrozenMasks
 from .stages.order_sorted import SortedSegments
 from .stages.select import HeadDensities, Select, density_of_layer
 from .stages.select_static import DenseSelect
@@ -95,6 +96,8 @@ class Engine:
         density: in place of the selection's own and the schedule's, while a training anneals it.
         output_tap: sees, and may replace, every output; for losses on attention outputs.
         learned: learned compensation of each layer by index; empty for recipes without parameters.
+        frozen: masks of a calibration, in place of the recipe's own selection.
+        rederive: select anew where the frozen masks do not fit, rather than raise.
     """
 
     def __init__(self, recipe: Recipe, layer_names: list[str], backend: str, min_tokens: int) -> None:
@@ -111,6 +114,9 @@ class Engine:
         self.density: float | None = None
         self.output_tap: OutputTap | None = None
         self.learned: dict[int, LearnedCompensation] = {}
+        self.frozen: FrozenMasks | None = None
+        self.rederive = False
+        self._frozen_plans: dict[tuple[Any, ...], tuple[tuple[Any, ...], AttentionPlan]] = {}
         self._prepared: dict[tuple[Any, ...], _Prepared] = {}
         self._plans: dict[tuple[Any, ...], _KeptPlan] = {}
         self._memories: dict[tuple[Any, ...], tuple[StepContext, LayerMemory]] = {}
@@ -176,7 +182,7 @@ class Engine:
             backend = self._choose_backend(call, plan)
             self.plan_time.stop(begin, q.device)
             # A bare transformer has no trajectory, and a forward of it would search each time.
-            searching = step.index is not None and made.forward_id == step.forward_id
+            searching = self.frozen is None and step.index is not None and made.forward_id == step.forward_id
             search = self.recipe.schedule.dense_refresh and searching
             if not search:
                 call.plan = plan
@@ -216,6 +222,7 @@ class Engine:
     def forget(self) -> None:
         """Drop every plan, memory and cached table."""
         self._plans.clear()
+        self._frozen_plans.clear()
         self._memories.clear()
         self._prepared.clear()
 
@@ -244,6 +251,12 @@ class Engine:
     def _plan(self, call: AttentionCall, book: LayerRecord) -> tuple[StepContext, AttentionPlan]:
         """The plan of a call, and when it was made."""
         assert isinstance(call.layout, TokenLayout)
+        if self.frozen is not None:
+            reason = self._why_not_frozen(call, self.frozen)
+            if reason is None:
+                return call.step, self._frozen_plan(call, self.frozen, book)
+            if not self.rederive:
+                raise ValueError(f"{reason} Calibrate for this, or patch with rederive=True to select anew.")
         layout, device = call.layout, call.q.device
         q, k = call.q.detach(), call.k.detach()
         select, schedule = self._selection(call), self.recipe.schedule
@@ -277,6 +290,35 @@ class Engine:
             self._plans[key] = _KeptPlan(call.step, plan, means)
         book.plans_made += 1
         return call.step, plan
+
+    @staticmethod
+    def _why_not_frozen(call: AttentionCall, frozen: FrozenMasks) -> str | None:
+        if call.layout != frozen.layout:
+            return f"The calibration is for {_spell(frozen.layout)}, the call has {_spell(call.layout)}."
+        if call.step.sigma is None:
+            return "Calibrated plans are found by sigma, and a bare model or this scheduler shows none."
+        return None
+
+    def _frozen_plan(self, call: AttentionCall, frozen: FrozenMasks, book: LayerRecord) -> AttentionPlan:
+        """The calibrated plan of a call; the last one of each layer and branch is kept on the device."""
+        assert call.step.sigma is not None
+        bucket = frozen.bucket(call.step.sigma)
+        compensate = self.recipe.compensate
+        place = (call.layer, call.q.device, None if compensate.is_static else call.step.branch)
+        version = (bucket, None if compensate.is_static else call.q.shape[0])
+        kept = self._frozen_plans.get(place) if call.key_mask is None else None
+        if kept is not None and kept[0] == version:
+            return kept[1]
+        with torch.no_grad():
+            prepared = self._prepare(call)
+            mask = frozen.mask(call.layer, bucket, prepared.blocks, call.key_mask)
+            q, k = call.q.detach(), call.k.detach()
+            state = compensate.prepare(prepared.blocks, mask, q, k, call.key_mask, call.scale)
+        plan = AttentionPlan(rows=prepared.blocks.kernel_rows, mask=mask, compensation=state)
+        if call.key_mask is None:
+            self._frozen_plans[place] = (version, plan)
+        book.plans_made += 1
+        return plan
 
     def _selection(self, call: AttentionCall) -> Select:
         """The recipe's selection with the density that holds for this layer and step."""
@@ -334,6 +376,13 @@ class Engine:
             self._backend_choice[key] = name
             self.backends_used[name] = reason
         return self._backend_choice[key]
+
+
+def _spell(layout: TokenLayout | str) -> str:
+    if isinstance(layout, str):
+        return layout
+    frames, height, width = layout.grid
+    return f"a latent grid of {frames}x{height}x{width} from token {layout.latent_start} of {layout.seq_len}"
 
 
 @contextmanager

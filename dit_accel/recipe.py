@@ -11,7 +11,7 @@ from typing import Any
 from .stages.compensate import COMPENSATIONS, Compensation, KeyPyramid, NoCompensation
 from .stages.compensate_agent import AgentTokens
 from .stages.order import Order, Raster, Tiles
-from .stages.order_axes import AxisOrder, Chunks
+from .stages.order_axes import AxisOrder, ChosenAxes, Chunks
 from .stages.order_curve import Curve
 from .stages.order_sorted import SortedSegments
 from .stages.precision import PRECISIONS, ModelDtype, Precision
@@ -31,6 +31,7 @@ ORDERS: dict[str, type[Order]] = {
     "tiles": Tiles,
     "axes": AxisOrder,
     "chunks": Chunks,
+    "chosen_axes": ChosenAxes,
     "curve": Curve,
     "sorted": SortedSegments,
 }

@@ -46,7 +46,7 @@ class Session:
         self._latents: dict[int, LatentTokens] = {}
         self._layouts: dict[tuple[LatentTokens, int], TokenLayout | str] = {}
         self._ids_grid: tuple[int, LatentTokens] | None = None
-        self._sigmas: tuple[Any, list[float]] | None = None
+        self._sigmas: tuple[torch.Tensor, list[float]] | None = None
         _sessions[self.id] = self
 
     def begin_forward(self) -> None:
@@ -102,11 +102,9 @@ class Session:
         )
 
     def _sigma(self, scheduler: Any, index: int) -> float | None:
-        sigmas = getattr(scheduler, "sigmas", None)
-        if not isinstance(sigmas, torch.Tensor):
-            return None
-        if self._sigmas is None or self._sigmas[0] is not sigmas:
-            self._sigmas = (sigmas, sigmas.tolist())  # once a run
+        schedule = scheduler.timesteps
+        if self._sigmas is None or self._sigmas[0] is not schedule:
+            self._sigmas = (schedule, sigmas_of(scheduler))  # once a run
         values = self._sigmas[1]
         return values[index] if index < len(values) else None
 
@@ -137,6 +135,23 @@ class Session:
             grid = (1, height, width) if height * width == len(target) else ()
             self._ids_grid = (self._forward_id, LatentTokens(grid, latents.tokens))
         return self._ids_grid[1]
+
+
+def sigmas_of(scheduler: Any) -> list[float]:
+    """Noise level of every step of a run, falling; empty for a scheduler that has none.
+
+    Schedulers without sigmas but with the cumulative product of their alphas (DDIM and its kin) have
+    ``sqrt((1 - alpha) / alpha)``, which is what diffusers' other schedulers make of the same betas; with a
+    terminal signal of zero it is cut at 10,000.
+    """
+    sigmas = getattr(scheduler, "sigmas", None)
+    if isinstance(sigmas, torch.Tensor):
+        return [float(sigma) for sigma in sigmas.tolist()]
+    alphas, timesteps = getattr(scheduler, "alphas_cumprod", None), scheduler.timesteps
+    if not isinstance(alphas, torch.Tensor) or timesteps.is_floating_point():
+        return []
+    signal = alphas.cpu().double()[timesteps.cpu()].clamp_min(1e-8)
+    return [float(sigma) for sigma in ((1 - signal) / signal).sqrt().tolist()]
 
 
 def _step_index(pipe: Any, scheduler: Any, timesteps: torch.Tensor) -> int:

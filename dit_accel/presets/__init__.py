@@ -11,7 +11,7 @@ from ..stages.schedule import Schedule
 from ..stages.select_dynamic import Pooled
 from ..stages.select_static import Window
 from .grid import clear, dina, gna, na, radial, sta
-from .searched import adaspa, pbs, psa, rectified, sparge, sparsed, vmoba
+from .searched import adaspa, paro, pbs, psa, rectified, sparge, sparsed, vmoba
 from .trained import sla, sparge2, ssa
 from .whole import agent, sage
 
@@ -66,6 +66,7 @@ PRESETS: dict[str, Callable[..., Recipe]] = {
     "window": window,
     "pooled": pooled,
     "adaspa": adaspa,
+    "paro": paro,
     "sparsed": sparsed,
     "sparge": sparge,
     "vmoba": vmoba,

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from ..recipe import Recipe
 from ..stages.compensate import KeyPyramid, PooledMass
-from ..stages.order_axes import Chunks
+from ..stages.order_axes import ChosenAxes, Chunks
 from ..stages.order_curve import Curve
 from ..stages.order_sorted import SortedSegments
 from ..stages.schedule import Schedule
@@ -43,6 +43,41 @@ def adaspa(
         select=Mass(density=density, head_adaptive=head_adaptive, block=block),
         schedule=_searches(search_at),
     )
+
+
+def paro(
+    density: float = 0.3,
+    sparse_weight: float = 0.5,
+    precision: str = "int8",
+    dense_fraction: float = 0.2,
+    block: tuple[int, int] = (64, 64),
+) -> Recipe:
+    """PAROAttention (arXiv 2506.16054): axis orders and block masks from a calibration, INT8 products.
+
+    Needs a calibration: ``patch(pipe, "paro", calibration=file)``, see :func:`dit_accel.calibrate`. Defaults of
+    the paper: one of six axis orders per head, tiles of 64, density 0.3 of its 0.2, 0.3 and 0.5, masks by the
+    exact block mass averaged over the prompts, several for the first half of the steps and one for the
+    second, smoothed INT8 queries and keys.
+
+    Deviations: the published score prefers dense tiles, its sign is corrected here, and its weight, which the
+    paper does not give, is a field; masks belong to noise levels, not to step numbers; the last blocks are
+    not forced, since they are masked by length, but own blocks are read; the masks serve both guidance
+    branches; weights and values stay in the model's dtype (``precision="int8_fp8"`` has them in FP8; the paper
+    has integers), and there is no INT4.
+
+    Args:
+        density: kept share of the latent blocks.
+        sparse_weight: see :class:`~dit_accel.stages.order_axes.ChosenAxes`.
+        precision: "int8", "int8_fp8" or "model".
+        dense_fraction: share of the denoising steps that stay dense at the start.
+        block: tokens in a query and in a key block.
+    """
+    recipe = Recipe(
+        order=ChosenAxes(sparse_weight=sparse_weight),
+        select=Mass(density=density, head_adaptive=False, block=block),
+        schedule=Schedule(dense_fraction=dense_fraction),
+    )
+    return recipe.with_fields({"precision": precision})
 
 
 def sparsed(density: float = 0.3, search_at: float = 0.2, block: tuple[int, int] = (128, 128)) -> Recipe:

@@ -13,6 +13,11 @@ from .order import tile_order, whole_sequence
 AXIS_ORDERS = ("fhw", "fwh", "hfw", "hwf", "wfh", "whf")
 """The six orders of frames, height and width, slowest axis first; "fhw" is the model's own."""
 
+MISSING = (
+    "This recipe's axis orders are chosen by a calibration: run dit_accel.calibrate(pipe, prompts, recipe, "
+    "out=file) or `dit-accel calibrate`, and pass calibration=file to patch."
+)
+
 
 @dataclass(frozen=True)
 class AxisOrder:
@@ -50,6 +55,34 @@ class AxisOrder:
         if layer >= len(self.axes):
             raise ValueError(f"order.axes names {len(self.axes)} layers, the model has a layer {layer}.")
         return self.axes[layer]
+
+
+@dataclass(frozen=True)
+class ChosenAxes:
+    """The axis order that suits each head, chosen by a calibration (PAROAttention, arXiv 2506.16054).
+
+    A calibration measures the six orders on a few prompts and puts an :class:`AxisOrder` in its place.
+
+    Attributes:
+        sparse_weight: weight of skippable tiles against tiles that quantise well, see
+            :meth:`~dit_accel.stages.axis_choice.AxisScores.combined`.
+        tile: tokens of the square tiles that are judged.
+    """
+
+    sparse_weight: float = 0.5
+    tile: int = 64
+
+    def __post_init__(self) -> None:
+        if not 0.0 <= self.sparse_weight <= 1.0:
+            raise ValueError(f"order.sparse_weight must lie in [0, 1], got {self.sparse_weight}.")
+        if self.tile < 1:
+            raise ValueError(f"order.tile must be at least 1 token, got {self.tile}.")
+
+    def variant(self, layer: int) -> Hashable:
+        raise ValueError(MISSING)
+
+    def rows(self, layout: TokenLayout, device: torch.device, layer: int = 0) -> torch.Tensor | None:
+        raise ValueError(MISSING)
 
 
 def axis_order(grid: tuple[int, int, int], axes: str, device: torch.device) -> torch.Tensor:

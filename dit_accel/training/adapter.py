@@ -14,10 +14,10 @@ from safetensors.torch import save_file
 from torch import nn
 
 from ..api import handle_of, patch, self_attentions, transformers_of
+from ..patches.fingerprint import Fingerprint, base_parameters
 from ..patches.handle import PatchHandle
 from ..patches.learned import is_learned
 from ..recipe import Recipe
-from .fingerprint import Fingerprint, base_parameters
 
 CARD, TENSORS = "adapter.json", "adapter.safetensors"
 FORMAT = 1

@@ -96,7 +96,7 @@ def test_the_engine_computes_softmax_over_what_the_mask_shows(kind, order):
     assert (out.double() - expected).abs().max() <= 4e-6 * expected.abs().max()
 
 
-@pytest.mark.parametrize("preset", [name for name in presets.PRESETS if name != "dense"])
+@pytest.mark.parametrize("preset", [name for name in presets.PRESETS if name not in ("dense", "paro")])
 @pytest.mark.parametrize("name", ["text last", "image"])
 def test_every_preset_runs_a_trajectory(preset, name):
     layout = LAYOUTS[name]

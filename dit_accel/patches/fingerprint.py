@@ -1,4 +1,4 @@
-"""What an adapter remembers of the model it was trained on, and how another model differs from that."""
+"""What a file remembers of the model it was made for, and how another model differs from that."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from ..patches.learned import head_shape, is_learned
+from .learned import head_shape, is_learned
 
 SAMPLED_TENSORS = 64
 VALUES_PER_TENSOR = 4
@@ -79,7 +79,7 @@ class Fingerprint:
         return asdict(self)
 
     def difference(self, model: nn.Module, attentions: Mapping[str, nn.Module]) -> str | None:
-        """How a model differs from this one, in words; None if the adapter fits it."""
+        """How a model differs from this one, in words; None if the file fits it."""
         other = Fingerprint.of(model, attentions)
         for name in ("transformer", "heads", "head_dim", "layers"):
             mine, its = getattr(self, name), getattr(other, name)

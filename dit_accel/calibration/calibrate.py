@@ -1,0 +1,406 @@
+"""Run a few prompts densely, and keep what a recipe would choose: axis orders, masks per noise level."""
+
+from __future__ import annotations
+
+import inspect
+import json
+import math
+import time
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from .. import presets
+from ..api import patch, self_attentions, transformers_of
+from ..engine import AttentionCall
+from ..kernels.block_mass import block_mass
+from ..kernels.selection import pooled_scores
+from ..layout import TokenLayout
+from ..patches.fingerprint import Fingerprint
+from ..patches.session import sigmas_of
+from ..plan import SequenceBlocks
+from ..recipe import Recipe
+from ..stages.axis_choice import AxisScores, measure_axes
+from ..stages.frozen import FrozenMasks, bucket_edges, pack
+from ..stages.order_axes import AxisOrder, ChosenAxes
+from ..stages.order_sorted import SortedSegments
+from ..stages.select import density_of_layer, shares_per_head
+from ..stages.select_dynamic import Pooled, keep_best
+from ..stages.select_mass import Mass, adapted_densities, recall
+from ..stages.select_static import DenseSelect
+from .artifact import CalibratedTransformer, CalibrationArtifact, read_tensors, write_tensors
+
+AXIS_STEPS = 3
+
+
+@dataclass(frozen=True)
+class Progress:
+    """How far a calibration is.
+
+    Attributes:
+        done, total: denoising steps of all runs.
+        seconds_left: an estimate from the steps so far; None at the beginning.
+        stage: what is being done, in words.
+    """
+
+    done: int
+    total: int
+    seconds_left: float | None
+    stage: str
+
+
+def calibrate(
+    pipe: Any,
+    prompts: Sequence[str | Mapping[str, Any]],
+    recipe: Recipe | str,
+    *,
+    out: str | Path | None = None,
+    buckets: int = 4,
+    seeds: Sequence[int] | None = None,
+    axis_prompts: int = 1,
+    generate_kwargs: Mapping[str, Any] | None = None,
+    resume: bool = True,
+    progress: Callable[[Progress], None] = lambda state: None,
+    **options: Any,
+) -> CalibrationArtifact:
+    """Make a recipe's plans offline, from dense runs of a few prompts.
+
+    A mean is taken over prompts, guidance branches and the steps of a noise level: of the exact block mass
+    (selections by mass), of the pooled softmax (pooled selections), or of the masks themselves, of which blocks
+    are then kept that at least half the calls chose (CalibAtt, arXiv 2603.05503). Recipes with ``ChosenAxes``
+    first get an axis order per head (PAROAttention, arXiv 2506.16054).
+
+    Args:
+        pipe: a diffusers pipeline, not patched.
+        prompts: texts, or arguments of the pipeline's call in place of one.
+        recipe: a :class:`~dit_accel.Recipe` or a preset's name.
+        out: file to write. What is done so far is kept beside it after every run, and a calibration that was
+            interrupted goes on from there.
+        buckets: noise levels with masks of their own; see :func:`~dit_accel.stages.frozen.bucket_edges`.
+        seeds: of the runs, one per prompt; 0, 1, 2... if None.
+        axis_prompts: how many of the prompts the axis orders are measured on.
+        generate_kwargs: further arguments of the pipeline's call, such as size and steps: plans hold for one size,
+            and for any number of steps.
+        resume: False begins anew.
+        progress: told after every denoising step.
+        options: of the named preset.
+
+    Raises:
+        ValueError: a recipe with nothing to calibrate, no prompts, a scheduler without sigmas, or what is beside
+            ``out`` belongs to another calibration.
+    """
+    chosen = presets.resolve(recipe, **options)
+    _check(chosen, prompts)
+    seeds = tuple(range(len(prompts)) if seeds is None else seeds)
+    if len(seeds) != len(prompts):
+        raise ValueError(f"seeds must be as many as prompts, {len(prompts)}, got {len(seeds)}.")
+    draft = None if out is None else Path(out).with_name(Path(out).name + ".partial")
+    asked = {
+        "recipe": chosen.to_dict(),
+        "prompts": [prompt if isinstance(prompt, str) else sorted(prompt) for prompt in prompts],
+        "seeds": list(seeds),
+        "buckets": buckets,
+        "axis_prompts": axis_prompts,
+        "arguments": {name: repr(value) for name, value in sorted((generate_kwargs or {}).items())},
+        "model": {name: type(model).__name__ for name, model, _ in transformers_of(pipe)},
+    }
+    run = _Run(pipe, chosen, buckets, asked)
+    if draft is not None and resume and draft.exists():
+        run.restore(draft)
+    runs = [("axis orders", n) for n in range(min(axis_prompts, len(prompts)))] if run.needs_axes else []
+    runs += [("masks", n) for n in range(len(prompts))]
+    clock = _Clock(len(runs), run.finished, progress)
+    for number, (stage, n) in enumerate(runs):
+        if number < run.finished:
+            continue
+        if stage == "masks":
+            run.choose_axes()
+        prompt = prompts[n]
+        arguments = {"prompt": prompt} if isinstance(prompt, str) else dict(prompt)
+        run.observe(stage, {**(generate_kwargs or {}), **arguments}, seeds[n], clock)
+        run.finished = number + 1
+        if draft is not None:
+            run.save(draft)
+    artifact = run.artifact()
+    if out is not None:
+        artifact.save(out)
+        assert draft is not None
+        draft.unlink(missing_ok=True)
+    return artifact
+
+
+def _check(recipe: Recipe, prompts: Sequence[Any]) -> None:
+    if isinstance(prompts, str) or not prompts:
+        raise ValueError(f"prompts must be a non-empty sequence, got {prompts!r}.")
+    if isinstance(recipe.select, DenseSelect) or recipe.select.is_static:
+        raise ValueError(
+            f"{type(recipe.select).__name__} chooses nothing from queries and keys: there is nothing to calibrate."
+        )
+    if isinstance(recipe.order, SortedSegments):
+        raise ValueError("SortedSegments orders each call anew: masks made for one call mean nothing in another.")
+
+
+@dataclass
+class _Clock:
+    """Steps done, and how long the rest will take."""
+
+    runs: int
+    run: int
+    progress: Callable[[Progress], None]
+    steps: int = 0
+    _begin: float = field(default_factory=time.perf_counter)
+    _here: int = 0
+    _before: int | None = None
+
+    def tick(self, done: int, steps: int, stage: str) -> None:
+        """After step ``done`` of a run of ``steps``."""
+        if self._before is None:
+            self._before = self.run
+        self.steps = steps
+        self._here += 1
+        spent = time.perf_counter() - self._begin
+        total = self.runs * steps
+        at = self._before * steps + self._here
+        self.progress(Progress(at, total, spent / self._here * (total - at), stage))
+
+
+class _Run:
+    """The state of a calibration: what was summed up, and how many runs are in it."""
+
+    def __init__(self, pipe: Any, recipe: Recipe, buckets: int, asked: Mapping[str, Any]) -> None:
+        self.pipe, self.recipe, self.buckets, self.asked = pipe, recipe, buckets, dict(asked)
+        self.needs_axes = isinstance(recipe.order, ChosenAxes)
+        self.finished = 0
+        self.layers = {name: len(list(self_attentions(model, family))) for name, model, family in transformers_of(pipe)}
+        # "name/layer/..." to sums over calls, and how many there were.
+        self.sums: dict[str, torch.Tensor] = {}
+        self.counts: dict[str, int] = {}
+        self.layouts: dict[str, TokenLayout] = {}
+        self.sigmas: list[float] = []
+        self.orders: dict[str, AxisOrder] = {}
+        self._blocks: dict[Any, tuple[SequenceBlocks, Any]] = {}
+
+    def observe(self, stage: str, arguments: dict[str, Any], seed: int, clock: _Clock) -> None:
+        """One dense run of the pipeline."""
+        arguments.setdefault("output_type", "latent")
+        arguments.setdefault("generator", torch.Generator().manual_seed(seed))
+        if "callback_on_step_end" in inspect.signature(type(self.pipe).__call__).parameters:
+
+            def after(pipe: Any, step: int, _timestep: Any, state: dict[str, Any]) -> dict[str, Any]:
+                clock.tick(step + 1, pipe.num_timesteps, stage)
+                return state
+
+            arguments["callback_on_step_end"] = after
+        with patch(self.pipe, "dense") as handle:
+            look = self._see_axes if stage == "axis orders" else self._see_mask
+            with handle.observe(look), torch.no_grad():
+                self.pipe(**arguments)
+
+    def _sparse_sigmas(self, call: AttentionCall) -> list[float]:
+        """Sigmas of the run's sparse steps."""
+        if not self.sigmas:
+            sigmas = sigmas_of(self.pipe.scheduler)
+            if not sigmas or call.step.num_steps is None or call.step.sigma is None:
+                raise ValueError(
+                    f"{type(self.pipe.scheduler).__name__} has no sigmas, by which calibrated plans are found."
+                )
+            count = call.step.num_steps
+            steps = [replace(call.step, index=n) for n in range(count)]
+            self.sigmas = [
+                sigmas[n]
+                for n, step in enumerate(steps)
+                if self.recipe.schedule.dense_reason(replace(step, sigma=None), -(10**6), 10**7) is None
+            ]
+            if not self.sigmas:
+                raise ValueError(f"All {count} steps of the run are dense under {self.recipe.schedule}.")
+        return self.sigmas
+
+    def _counts_here(self, name: str, call: AttentionCall) -> bool:
+        sigmas = self._sparse_sigmas(call)
+        if isinstance(call.layout, str) or call.step.sigma is None or call.step.sigma > sigmas[0] * (1 + 1e-6):
+            return False
+        if self.recipe.schedule.dense_reason(call.step, call.layer, self.layers[name]) is not None:
+            return False
+        before = self.layouts.setdefault(name, call.layout)
+        if before != call.layout:
+            raise ValueError(f"The prompts must share one layout, got {before} and {call.layout}.")
+        return True
+
+    def _see_axes(self, name: str, call: AttentionCall) -> None:
+        if not self._counts_here(name, call):
+            return
+        sigmas = self.sigmas
+        picks = {round(n * (len(sigmas) - 1) / max(AXIS_STEPS - 1, 1)) for n in range(AXIS_STEPS)}
+        nearest = min(range(len(sigmas)), key=lambda n: abs(sigmas[n] - (call.step.sigma or 0.0)))
+        if nearest not in picks:
+            return
+        assert isinstance(call.layout, TokenLayout)
+        assert isinstance(self.recipe.order, ChosenAxes)
+        scores = measure_axes(
+            call.layout, call.q, call.k, key_mask=call.key_mask, scale=call.scale, tile=self.recipe.order.tile
+        )
+        self._add(f"{name}/{call.layer}/axes", torch.stack([scores.sparse, scores.incoherence]))
+
+    def choose_axes(self) -> None:
+        """Fill in the orders once their runs are done."""
+        if not self.needs_axes or self.orders:
+            return
+        assert isinstance(self.recipe.order, ChosenAxes)
+        weight = self.recipe.order.sparse_weight
+        for name, layers in self.layers.items():
+            axes = []
+            for layer in range(layers):
+                total = self.sums.get(key := f"{name}/{layer}/axes")
+                # A layer that stays dense has no order of its own.
+                axes.append(("fhw",) if total is None else AxisScores(*(total / self.counts[key])).choose(weight))
+            self.orders[name] = AxisOrder(tuple(axes))
+
+    def _order(self, name: str) -> Any:
+        return self.orders[name] if self.needs_axes else self.recipe.order
+
+    def _see_mask(self, name: str, call: AttentionCall) -> None:
+        if not self._counts_here(name, call):
+            return
+        edges = bucket_edges(self.sigmas, self.buckets)
+        bucket = sum((call.step.sigma or 0.0) < edge for edge in edges)
+        blocks, tables = self._blocks_of(name, call)
+        self._add(f"{name}/{call.layer}/{bucket}", self._score(blocks, tables, call).mean(0))
+
+    def _blocks_of(self, name: str, call: AttentionCall) -> tuple[SequenceBlocks, Any]:
+        order, layout, device = self._order(name), call.layout, call.q.device
+        assert isinstance(layout, TokenLayout)
+        select = self.recipe.select
+        assert not isinstance(select, DenseSelect)
+        key = (name, layout, device, order.variant(call.layer))
+        if key not in self._blocks:
+            blocks = SequenceBlocks(layout, order.rows(layout, device, call.layer), *select.block, device)
+            self._blocks[key] = blocks, select.prepare(blocks)
+        return self._blocks[key]
+
+    def _score(self, blocks: SequenceBlocks, tables: Any, call: AttentionCall) -> torch.Tensor:
+        """What is averaged, float ``[B, H, nq, nk]``; see :func:`calibrate`."""
+        select = self.recipe.select
+        assert not isinstance(select, DenseSelect)
+        score: Callable[..., Any] = partial(
+            block_mass if isinstance(select, Mass) else pooled_scores,
+            block_q=blocks.block_q,
+            block_k=blocks.block_k,
+            rows=blocks.kernel_rows,
+            key_mask=call.key_mask,
+            scale=call.scale,
+        )
+        if isinstance(select, Mass):
+            mass: torch.Tensor = score(call.q, call.k)[0]
+            return mass
+        if isinstance(select, Pooled):
+            pooled: torch.Tensor = score(call.q, call.k)
+            return pooled.softmax(-1)
+        return select.select(blocks, tables, call.q, call.k, call.key_mask, call.scale).to_dense().float()
+
+    def _add(self, key: str, value: torch.Tensor) -> None:
+        value = value.to("cpu", torch.float64 if key.endswith("axes") else torch.float32)
+        self.sums[key] = self.sums[key].add_(value) if key in self.sums else value.clone()
+        self.counts[key] = self.counts.get(key, 0) + 1
+
+    def artifact(self) -> CalibrationArtifact:
+        """Masks from the means."""
+        parts = {}
+        for name, model, family in transformers_of(self.pipe):
+            if name not in self.layouts:
+                raise ValueError(f"{name or 'the transformer'} ran no sparse step: nothing was calibrated for it.")
+            order, edges = self._order(name), bucket_edges(self.sigmas, self.buckets)
+            recipe = replace(self.recipe, order=order)
+            select = recipe.select
+            assert not isinstance(select, DenseSelect)
+            layout = self.layouts[name]
+            bits = torch.stack(
+                [
+                    torch.stack([self._mask(name, layer, bucket, len(edges)) for layer in range(self.layers[name])])
+                    for bucket in range(len(edges) + 1)
+                ]
+            )
+            fingerprint = Fingerprint.of(model, dict(self_attentions(model, family)))
+            parts[name] = CalibratedTransformer(fingerprint, recipe, FrozenMasks(layout, select.block, edges, bits))
+        facts = {
+            "scheduler": type(self.pipe.scheduler).__name__,
+            "sigmas": self.sigmas,
+            "prompts": self.asked["prompts"],
+            "seeds": self.asked["seeds"],
+            "arguments": self.asked["arguments"],
+            "torch": torch.__version__,
+        }
+        return CalibrationArtifact(self.recipe, parts, facts)
+
+    def _mask(self, name: str, layer: int, bucket: int, last: int) -> torch.Tensor:
+        """uint8 ``[H, nq, bytes]`` of one layer and noise level; all blocks where the layer stays dense."""
+        # Of two transformers each sees some of the noise levels: the nearest one stands in.
+        known = [n for n in range(last + 1) if f"{name}/{layer}/{n}" in self.sums]
+        select, layout = self.recipe.select, self.layouts[name]
+        assert not isinstance(select, DenseSelect)
+        device = torch.device("cpu")
+        blocks = SequenceBlocks(layout, self._order(name).rows(layout, device, layer), *select.block, device)
+        heads = next(value.shape[0] for key, value in self.sums.items() if not key.endswith("axes"))
+        if not known:
+            return pack(torch.ones(heads, *blocks.num_blocks, dtype=torch.bool))
+        key = f"{name}/{layer}/{min(known, key=lambda n: abs(n - bucket))}"
+        mean = (self.sums[key] / self.counts[key])[None]
+        if isinstance(select, (Mass, Pooled)):
+            shares = shares_per_head(
+                density_of_layer(select.head_densities, layer), select.density, mean.shape[1], device
+            )
+        if isinstance(select, Mass):
+            mask = keep_best(blocks, mean, None, density=shares)
+            if select.head_adaptive and not select.head_densities and mean.shape[1] > 1:
+                adapted = adapted_densities(recall(mean, mask), select.density, select.recall_target)
+                mask = keep_best(blocks, mean, None, density=adapted)
+        elif isinstance(select, Pooled):
+            sink = blocks.first_frame_k if select.sink_first_frame else None
+            mask = keep_best(
+                blocks, mean.clamp_min(1e-38).log(), None, density=shares, top_p=select.top_p, forced_k=sink
+            )
+        else:
+            return pack(mean[0] >= 0.5)
+        return pack(mask.to_dense()[0])
+
+    def save(self, path: Path) -> None:
+        """Keep what is done."""
+        header = {
+            "asked": self.asked,
+            "finished": self.finished,
+            "counts": self.counts,
+            "sigmas": self.sigmas,
+            "orders": {name: order.axes for name, order in self.orders.items()},
+            "layouts": {
+                name: [*layout.grid, layout.latent_start, layout.seq_len] for name, layout in self.layouts.items()
+            },
+        }
+        write_tensors(path, self.sums, header)
+
+    def restore(self, path: Path) -> None:
+        """Go on from what :meth:`save` kept.
+
+        Raises:
+            ValueError: it belongs to another calibration.
+        """
+        header, sums = read_tensors(path)
+        found = json.loads(json.dumps(self.asked))
+        for name, value in found.items():
+            if header["asked"].get(name) != value:
+                raise ValueError(
+                    f"{path} is the beginning of another calibration: its {name} is {header['asked'].get(name)}, asked "
+                    f"for is {value}. Delete it or pass resume=False."
+                )
+        self.sums, self.counts = sums, header["counts"]
+        self.finished, self.sigmas = header["finished"], header["sigmas"]
+        self.orders = {name: AxisOrder(tuple(map(tuple, axes))) for name, axes in header["orders"].items()}
+        self.layouts = {name: TokenLayout((f, h, w), *rest) for name, (f, h, w, *rest) in header["layouts"].items()}
+
+
+def mask_megabytes(layout: TokenLayout, block: tuple[int, int], layers: int, heads: int, buckets: int) -> float:
+    """Size of an artifact's masks, in units of 10**6 bytes."""
+    nq, nk = (math.ceil(layout.seq_len / size) for size in block)
+    return buckets * layers * heads * nq * math.ceil(nk / 8) / 1e6
