@@ -69,12 +69,7 @@ def block_softmax(scores, peak, total, factor, LIFT: gl.constexpr):
 
 @gluon.jit
 def as_operand(weights, dtype: gl.constexpr, OPERAND: gl.constexpr, FP8: gl.constexpr):
-    """Weights as the left operand of their product with the values.
-
-    Converted only once the last such product is done: then the operand's registers are the same ones each
-    time. With the two alive at once the assembler moves the wait for that product before the exponentials,
-    and nothing overlaps.
-    """
+    """Weights as the left operand of their product with the values."""
     if FP8:
         # Keys in the order KEY_PLACE of the stored values: with it the scores' registers are the operand's.
         packed = weights.to(gl.float8e4nv)
@@ -219,7 +214,8 @@ def consume(
             if QUANTIZED:
                 factor = row_scale * key_scale
             likely, peak, total, shrink = block_softmax(scores, peak, total, factor, LIFT)
-            weights = as_operand(likely, dtype, OPERAND, FP8)
+            if FP8:
+                weights = as_operand(likely, dtype, OPERAND, FP8)
             step += 1
             mbarrier.wait(k_full.index(step % STAGES), (step // STAGES) & 1, pred=count > 1)
 
@@ -233,6 +229,9 @@ def consume(
                         following = gl.load(at + entry + 1, mask=entry + 1 < count, other=0)
                     stage = step % STAGES
                     last = (step - 1) % STAGES
+                    if not FP8:
+                        # Only now, while the scores are being made; and float32 is carried without repacking.
+                        weights = as_operand(likely, dtype, OPERAND, FP8)
                     if TAKE_TURNS:
                         mbarrier.wait(order.index(HALF), beat & 1)
                     token = warpgroup_mma(
@@ -285,7 +284,11 @@ def consume(
                     else:
                         acc, weights = warpgroup_mma_wait(0, deps=[acc_token, weights])
                     mbarrier.arrive(v_empty.index(last), count=1)
-                    weights = as_operand(likely, dtype, OPERAND, FP8)
+                    if FP8:
+                        # The product takes the registers that float32 weights would be carried in.
+                        weights = as_operand(likely, dtype, OPERAND, FP8)
+            if not FP8:
+                weights = as_operand(likely, dtype, OPERAND, FP8)
             last = (step - 1) % STAGES
             mbarrier.wait(v_full.index(last), ((step - 1) // STAGES) & 1)
             acc = acc * gl.convert_layout(shrink, O_ROW)[:, None]
