@@ -106,9 +106,9 @@ def test_level_one_is_exact_and_gradients_flow():
 @pytest.mark.parametrize(
     ("batch", "seq", "heads", "dim", "block_q", "block_k", "lead", "permuted", "masked", "dtype"),
     [
-        (2, 150, 2, 40, 32, 16, (2, 2), False, False, torch.float32),
+        (1, 110, 2, 40, 32, 16, (1, 2), False, False, torch.float32),
         (1, 203, 2, 64, 128, 64, (1, 2), True, False, torch.float32),
-        (2, 101, 2, 16, 32, 32, (1, 2), True, True, torch.float32),
+        (2, 71, 2, 16, 32, 32, (1, 2), True, True, torch.float32),
         (1, 150, 2, 64, 64, 128, (1, 1), False, True, torch.float16),
     ],
 )
