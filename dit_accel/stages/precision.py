@@ -139,6 +139,8 @@ class Int8:
             return "triton", "asked for by name" if backend == "triton" else "the fastest that runs here"
         elif backend == "auto" and not q.is_cuda:
             return "torch", f"{self._kernel} emulated in float32, no faster: there are no 8-bit kernels for a CPU"
+        elif reason is None:
+            reason = f"backend {backend!r} has no 8-bit kernels"
         raise RuntimeError(
             f"precision {self._kernel!r} cannot run this call: {reason}. Use precision 'model', or a backend of "
             "'torch' to emulate it."

@@ -143,3 +143,11 @@ def test_precision_is_chosen_by_name_and_survives_json():
     recipe = presets.pooled().with_fields({"precision": "int8", "precision.smooth_q": "True"})
     assert recipe.precision == Int8(smooth_q=True)
     assert Recipe.from_dict(recipe.to_dict()) == recipe != presets.pooled()
+
+
+def test_another_projects_backend_is_refused_in_8_bits(monkeypatch):
+    layout = next(iter(LAYOUTS.values()))
+    monkeypatch.setattr("dit_accel.stages.precision.why_not_quantized", lambda *args: None)
+    engine = Engine(presets.sage(), ["layer"], "fa4", 0)
+    with pytest.raises(RuntimeError, match="backend 'fa4' has no 8-bit kernels"):
+        _run(presets.sage(), layout, *_inputs(layout), engine=engine)
