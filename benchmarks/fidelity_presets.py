@@ -67,9 +67,9 @@ METHODS = (
     Method("pooled", lambda x: presets.pooled(density=x, dense_fraction=DENSE)),
     Method("adaspa", lambda x: presets.adaspa(density=x, search_at=(SEARCH,)), note="one search"),
     Method("sparsed", lambda x: presets.sparsed(density=x, search_at=SEARCH)),
-    Method(
-        "rectified", lambda x: presets.rectified(x, top_p=1e-6, dense_fraction=DENSE, dense_layers=()), (0.001, 0.9)
-    ),
+    Method("rectified", lambda x: _rectified(x), (0.001, 0.9), note="first frame not forced"),
+    Method("rectified-alone", lambda x: _rectified(x).with_fields({"compensate": "none"}), (0.001, 0.9)),
+    Method("rectified-residual", lambda x: _residual(_rectified(x)), (0.001, 0.9)),
     Method("psa", lambda x: _psa(x), (0.02, 1.6), note="bounds of the energy scaled"),
     Method("pbs", lambda x: presets.pbs(top_p=x, dense_fraction=DENSE), (0.005, 0.995)),
     Method("vmoba", lambda x: presets.vmoba(threshold=x, dense_fraction=DENSE), (0.01, 0.99)),
@@ -120,6 +120,11 @@ def _psa(scale: float) -> Recipe:
 
 def _paro(density: float, precision: str) -> Recipe:
     return presets.paro(density, precision=precision, dense_fraction=DENSE)
+
+
+def _rectified(density: float) -> Recipe:
+    recipe = presets.rectified(density, top_p=1e-6, dense_fraction=DENSE, dense_layers=())
+    return recipe.with_fields({"select.sink_first_frame": False})
 
 
 def _pooled(density: float, block: tuple[int, int] = (128, 64)) -> Recipe:

@@ -223,10 +223,14 @@ class Engine:
 
     def forget(self) -> None:
         """Drop every plan, memory and cached table."""
-        self._plans.clear()
-        self._frozen_plans.clear()
+        self.forget_plans()
         self._memories.clear()
         self._prepared.clear()
+
+    def forget_plans(self) -> None:
+        """Drop every plan; orders and tables of a layout stay."""
+        self._plans.clear()
+        self._frozen_plans.clear()
 
     def _run_dense(
         self, call: AttentionCall, reason: str, dense: Callable[[], torch.Tensor], book: LayerRecord

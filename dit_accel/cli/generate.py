@@ -49,6 +49,7 @@ def generate(
         typer.Option(help="`auto`, `dense` for the model's own attention, or a name from `dit-accel info`."),
     ] = "auto",
     changes: SetOption = None,
+    calibration: Annotated[Path | None, typer.Option(help="A file of `dit-accel calibrate`.")] = None,
     backend: BackendOption = "auto",
     compare_dense: Annotated[
         bool, typer.Option("--compare-dense", help="Also generate dense with the same seed, and compare.")
@@ -95,10 +96,10 @@ def generate(
         _say("Warming up", as_json)
         short = {**arguments, "steps": WARM_UP_STEPS}
         run(pipe, prompt, **short, seed=seed)
-        with patch(pipe, chosen, backend=backend):
+        with patch(pipe, chosen, backend=backend, calibration=calibration):
             run(pipe, prompt, **short, seed=seed)
     dense = generated("dense") if compare_dense else None
-    handle = patch(pipe, chosen, backend=backend)
+    handle = patch(pipe, chosen, backend=backend, calibration=calibration)
     try:
         fast = generated("accelerated" if recipe != "dense" else "dense")
         summary = handle.summary()

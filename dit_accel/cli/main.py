@@ -5,6 +5,7 @@ from __future__ import annotations
 import typer
 
 from .bench import bench
+from .calibrate import calibrate
 from .compare import compare
 from .finetune import finetune
 from .generate import generate
@@ -21,6 +22,7 @@ app = typer.Typer(
 app.command()(generate)
 app.command()(compare)
 app.command()(inspect)
+app.command()(calibrate)
 app.command()(finetune)
 app.command()(bench)
 app.command()(info)

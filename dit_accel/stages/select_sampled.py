@@ -5,9 +5,9 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 import torch
-import torch.nn.functional as F
 
 from ..kernels import BlockMask
+from ..kernels.block_mass import block_mass
 from ..kernels.selection import gather_rows
 from ..plan import LayerMemory, SequenceBlocks
 from .select import check_block, check_share
@@ -102,21 +102,43 @@ def sampled_importance(
     slots_q, slots_k = slots_q.to(q.device), slots_k.to(q.device)
     queries = gather_rows(q, slots_q[None, None] if rows is None else rows[..., slots_q])
     keys = gather_rows(k, slots_k[None, None] if rows is None else rows[..., slots_k])
-    logits = (queries.float() * scale) @ keys.float().transpose(-1, -2)
+    visible = None
     if key_mask is not None:
-        visible = key_mask[:, None].expand(-1, 1 if rows is None else rows.shape[1], -1)
         index = slots_k[None, None] if rows is None else rows[..., slots_k].long()
-        logits = logits.masked_fill(~torch.take_along_dim(visible, index, dim=2)[:, :, None], -torch.inf)
-    mass = torch.nan_to_num(logits.softmax(-1))
-    nq, nk = -(-seq_len // block_q), -(-seq_len // block_k)
-    to_q = F.one_hot(slots_q // block_q, nq).float()
-    to_k = F.one_hot(slots_k // block_k, nk).float()
-    return to_q.T @ mass @ to_k
+        visible = torch.take_along_dim(key_mask[:, None].expand(-1, index.shape[1], -1), index, dim=2)
+    count_q, count_k = _share_of(block_q, share), _share_of(block_k, share)
+    if visible is not None and visible.shape[1] > 1:
+        # Heads of different orders see different samples: one call each.
+        each = [
+            block_mass(
+                queries[:, h : h + 1].transpose(1, 2),
+                keys[:, h : h + 1].transpose(1, 2),
+                block_q=count_q,
+                block_k=count_k,
+                key_mask=visible[:, h].contiguous(),
+                scale=scale,
+            )[0]
+            for h in range(queries.shape[1])
+        ]
+        return torch.cat(each, 1)
+    mass, _ = block_mass(
+        queries.transpose(1, 2),
+        keys.transpose(1, 2),
+        block_q=count_q,
+        block_k=count_k,
+        key_mask=None if visible is None else visible[:, 0].contiguous(),
+        scale=scale,
+    )
+    return mass
+
+
+def _share_of(block: int, share: float) -> int:
+    return max(1, round(share * block))
 
 
 def _sample(seq_len: int, block: int, share: float, seed: int) -> torch.Tensor:
     places = torch.randperm(block, generator=torch.Generator().manual_seed(seed))
-    kept = places[: max(1, round(share * block))].sort().values
+    kept = places[: _share_of(block, share)].sort().values
     slots = (torch.arange(0, seq_len, block)[:, None] + kept).flatten()
     # A short last block may hold none of the places: then its first token speaks for it.
     last = (seq_len - 1) // block * block
