@@ -15,6 +15,8 @@ import torch
 from dit_accel import Recipe, presets
 from dit_accel.engine import AttentionCall, Engine
 from dit_accel.layout import TokenLayout
+from dit_accel.stages.schedule import Schedule
+from dit_accel.stages.select_mass import Mass
 
 DENSE = 0.2
 # AdaSpa and SparseD compute the step of a search densely: after a tenth of ten steps, that is a fifth in all.
@@ -90,6 +92,17 @@ METHODS = (
     Method("paro-bf16", lambda x: _paro(x, "model"), calibrated=True, note="without quantisation"),
     Method("pooled-frozen", lambda x: presets.pooled(x, dense_fraction=DENSE), calibrated=True),
     Method("adaspa-frozen", lambda x: presets.adaspa(x, search_at=(DENSE,)), calibrated=True),
+    Method("pooled-64", lambda x: _pooled(x, block=(64, 64)), note="blocks of 64 queries"),
+    Method("pooled-once", lambda x: _pooled(x).with_fields({"schedule.refresh_every": 100}), note="one plan a run"),
+    Method("mass", lambda x: _mass(x), note="AdaSpa's score, raster order, a plan every step, one density"),
+    Method("mass-tiles", lambda x: _mass(x).with_fields({"order": "tiles"}), note="the same in tile order"),
+    Method("pooled-residual", lambda x: _residual(_pooled(x)), note="left-out blocks as one key"),
+    Method("pooled-64-residual", lambda x: _residual(_pooled(x, block=(64, 64)))),
+    Method("adaspa-residual", lambda x: _residual(presets.adaspa(x, search_at=(SEARCH,)))),
+    Method("paro-residual", lambda x: _residual(_paro(x, "int8")), calibrated=True),
+    Method("paro-int8-values", lambda x: _paro(x, "int8_int8"), calibrated=True, note="weights and values INT8"),
+    Method("paro-int4-values", lambda x: _paro(x, "int8_int4"), calibrated=True, note="weights INT8, values INT4"),
+    Method("sparge-default", lambda: presets.sparge(dense_fraction=DENSE), fixed=True, note="0.98 of the mass"),
     Method("agent", lambda x: presets.agent(tile=x, dense_fraction=DENSE), values=_agent_tiles),
     Method("sage", lambda: presets.sage(dense_fraction=DENSE), fixed=True),
     Method("sage-fp8", lambda: presets.sage(values="fp8", dense_fraction=DENSE), fixed=True),
@@ -107,6 +120,19 @@ def _psa(scale: float) -> Recipe:
 
 def _paro(density: float, precision: str) -> Recipe:
     return presets.paro(density, precision=precision, dense_fraction=DENSE)
+
+
+def _pooled(density: float, block: tuple[int, int] = (128, 64)) -> Recipe:
+    return presets.pooled(density, dense_fraction=DENSE).with_fields({"select.block": block})
+
+
+def _mass(density: float) -> Recipe:
+    select = Mass(density=density, head_adaptive=False)
+    return Recipe(select=select, schedule=Schedule(dense_fraction=DENSE))
+
+
+def _residual(recipe: Recipe) -> Recipe:
+    return recipe.with_fields({"compensate": "residual"})
 
 
 def _dense_first(recipe: Recipe) -> Recipe:

@@ -28,6 +28,14 @@ def median_ms(function: Callable[[], object], rep: int = 60) -> float:
     return triton.testing.do_bench(function, warmup=20, rep=rep, return_mode="median")
 
 
+def device_ms(function: Callable[[], object]) -> float:
+    """Median of a replayed CUDA graph: no gaps between launches, as in a model that keeps the GPU busy."""
+    if DRY:
+        return math.nan
+    with torch.no_grad():
+        return triton.testing.do_bench_cudagraph(function, rep=25, return_mode="median")
+
+
 def random_mask(heads: int, length: int, block_q: int, block_k: int, density: float) -> BlockMask:
     nq, nk = -(-length // block_q), -(-length // block_k)
     picked = torch.rand(1, heads, nq, nk, device="cuda").argsort(-1)[..., : max(1, int(nk * density))]

@@ -11,6 +11,7 @@ where it is installed, flash-attn-4, dense and with the same masks.
 from __future__ import annotations
 
 import argparse
+import contextlib
 import json
 import math
 import sys
@@ -26,6 +27,7 @@ from kernel_cases import (
     dense_backward_cudnn,
     dense_cudnn,
     dense_fa4,
+    device_ms,
     inputs,
     median_ms,
     operations,
@@ -69,6 +71,8 @@ def section_forward(report: Report, args: argparse.Namespace) -> None:
                             "ms": ms,
                             "eff": operations(q, mask) / ms / 1e9,
                             "over_cudnn": base.get("ms", math.nan) / ms,
+                            "device_ms": (inner := device_ms(call)),
+                            "device_eff": operations(q, mask) / inner / 1e9,
                             "error": error,
                             "extra_memory_share": extra / (4 * q.nbytes),
                         }
@@ -139,7 +143,15 @@ def section_rows(report: Report, args: argparse.Namespace) -> None:
                     error = oracle_error(call(), q, k, v, mask, rows)
                     plain = median_ms(lambda: block_sparse_attention(q, k, v, mask))
                     ms = median_ms(call)
-                    return {"ms": ms, "in_order_ms": plain, "cost": ms / plain - 1, "error": error}
+                    inner = device_ms(call)
+                    plain_inner = device_ms(lambda: block_sparse_attention(q, k, v, mask))
+                    return {
+                        "ms": ms,
+                        "in_order_ms": plain,
+                        "cost": ms / plain - 1,
+                        "device_cost": inner / plain_inner - 1,
+                        "error": error,
+                    }
 
                 report.add(measure, op="rows", S=length, block=f"{block_q}x{block_k}", density=density)
         from dit_accel.kernels.reorder import reorder_pair
@@ -154,51 +166,60 @@ def section_rows(report: Report, args: argparse.Namespace) -> None:
 
 
 HOPPER_CONFIGS = {
-    # kind: (stages at 128 keys a block, query buffers, turns)
-    "half": ((3, 1, False), (3, 1, True), (2, 2, False), (2, 2, True)),
-    "int8": ((3, 1, False), (3, 1, True), (3, 2, False), (3, 2, True)),
-    "int8_fp8": ((4, 1, False), (4, 1, True), (4, 2, True)),
+    # (kind, keys a block): (stages, query buffers, turns)
+    ("half", 128): ((3, 1, False), (3, 1, True), (2, 2, False), (2, 2, True)),
+    ("int8", 128): ((3, 1, False), (3, 1, True), (3, 2, False), (3, 2, True)),
+    ("int8_fp8", 128): ((4, 1, False), (4, 1, True), (4, 2, False), (4, 2, True)),
+    ("half", 64): ((6, 1, False), (6, 1, True), (5, 2, False), (5, 2, True)),
+    ("int8", 64): ((6, 1, False), (6, 1, True)),
+    ("int8_fp8", 64): ((8, 1, False), (8, 1, True)),
 }
 
 
 def section_hopper(report: Report, args: argparse.Namespace) -> None:
-    """Buffer counts and turn-taking of the Hopper kernel, all precisions; takes ``--shard``."""
+    """Buffer counts and turn-taking of the Hopper kernel, all precisions, and flash-attn-4 among them.
+
+    Timed in turns, so that the GPU's clock, which falls under load, is the same for all. With ``--shard i/n``
+    every n-th configuration is compiled and run once, untimed.
+    """
     from dit_accel.kernels.hopper_forward import HopperConfig, hopper_forward
     from dit_accel.kernels.triton_quantize import quantize_inputs
 
     shard, shards = (int(x) for x in args.shard.split("/")) if args.shard else (0, 0)
-    number = 0
     length = args.lengths[0]
     q, k, v = inputs(length, args.heads, args.head_dim)
     scale = q.shape[-1] ** -0.5
     for block_k in args.hopper_blocks:
-        masks = {density: random_mask(args.heads, length, 128, block_k, density) for density in (0.05, 0.2)}
-        for kind, configs in HOPPER_CONFIGS.items():
-            data = None if kind == "half" else quantize_inputs(q, k, v, 128, block_k, precision=kind)
-            for stages, q_stages, turns in configs[:2] if block_k == 64 else configs:
-                number += 1
+        data = {"half": None}
+        for kind in ("int8", "int8_fp8"):
+            data[kind] = quantize_inputs(q, k, v, 128, block_k, precision=kind)
+        for density in (0.05, 0.2):
+            mask = random_mask(args.heads, length, 128, block_k, density)
+            calls = {}
+            for (kind, keys), configs in HOPPER_CONFIGS.items():
+                for config in configs if keys == block_k else ():
+                    calls[kind, config] = lambda kind=kind, config=config, mask=mask: hopper_forward(
+                        q, k, v, mask, None, None, scale, quantized=data[kind], config=HopperConfig(*config)
+                    )[0]
+            if not shards:
+                with contextlib.suppress(ImportError):
+                    calls["fa4", None] = sparse_fa4(q, k, v, mask)
+            times = {name: [] for name in calls}
+            for _ in range(0 if shards else 3):
+                for name, call in calls.items():
+                    times[name].append(median_ms(call, 15))
+            for number, ((kind, config), call) in enumerate(calls.items()):
                 if shards and number % shards != shard:
                     continue
-                config = HopperConfig(stages * 128 // block_k, q_stages, turns)
-                for density, mask in masks.items():
-                    call = lambda: hopper_forward(  # noqa: E731
-                        q, k, v, mask, None, None, scale, quantized=data, config=config
-                    )[0]
 
-                    def measure() -> dict[str, object]:
-                        error = oracle_error(call(), q, k, v, mask)
-                        if shards:
-                            return {"error": error}
-                        ms = median_ms(call)
-                        return {"ms": ms, "eff": operations(q, mask) / ms / 1e9, "error": error}
+                def measure(call=call, name=(kind, config), mask=mask) -> dict[str, object]:
+                    error = oracle_error(call(), q, k, v, mask)
+                    if shards:
+                        return {"error": error}
+                    ms = sorted(times[name])[1]
+                    return {"ms": ms, "eff": operations(q, mask) / ms / 1e9, "error": error}
 
-                    report.add(
-                        measure,
-                        op=f"hopper {kind}",
-                        block_k=block_k,
-                        density=density,
-                        config=str(config)[12:],
-                    )
+                report.add(measure, op=f"hopper {kind}", block_k=block_k, density=density, config=config)
 
 
 def section_quantized(report: Report, args: argparse.Namespace) -> None:
@@ -209,15 +230,18 @@ def section_quantized(report: Report, args: argparse.Namespace) -> None:
     for length in args.lengths:
         q, k, v = inputs(length, args.heads, args.head_dim)
         for precision in ("int8", "int8_fp8"):
+            prologue = lambda: quantize_inputs(q, k, v, 128, 128, precision=precision)  # noqa: E731
             report.add(
-                lambda: {"ms": median_ms(lambda: quantize_inputs(q, k, v, 128, 128, precision=precision))},
+                lambda: {"ms": median_ms(prologue), "device_ms": device_ms(prologue)},
                 op=f"prologue {precision}",
                 S=length,
             )
         for density in DENSITIES:
             mask = random_mask(args.heads, length, 128, 128, density)
             half = lambda: block_sparse_attention(q, k, v, mask)  # noqa: E731
-            base = report.add(lambda: {"ms": median_ms(half)}, op="half", S=length, density=density)
+            base = report.add(
+                lambda: {"ms": median_ms(half), "device_ms": device_ms(half)}, op="half", S=length, density=density
+            )
             for precision in ("int8", "int8_fp8"):
                 ready = quantize_inputs(q, k, v, 128, 128, precision=precision)
                 for name, data in (("with prologue", None), ("kernel only", ready)):
@@ -232,6 +256,8 @@ def section_quantized(report: Report, args: argparse.Namespace) -> None:
                             "ms": ms,
                             "eff": operations(q, mask) / ms / 1e9,
                             "over_half": base.get("ms", math.nan) / ms,
+                            "device_ms": (inner := device_ms(call)),
+                            "device_over_half": base.get("device_ms", math.nan) / inner,
                             "error": error,
                         }
 

@@ -16,6 +16,7 @@ from .layout import StepContext, TokenLayout
 from .plan import AttentionPlan, LayerMemory, SequenceBlocks
 from .recipe import Recipe
 from .stages.compensate_linear import LearnedCompensation
+from .stages.compensate_residual import PooledResidual
 from .stages.drift import BlockMeans
 from .stages.frozen import FrozenMasks
 from .stages.order_sorted import SortedSegments
@@ -203,7 +204,8 @@ class Engine:
         q, k, v, key_mask, scale = call.q, call.k, call.v, call.key_mask, call.scale
 
         def sparse() -> tuple[torch.Tensor, torch.Tensor]:
-            return self.recipe.precision.attend(q, k, v, plan.mask, plan.rows, key_mask, scale, backend)
+            with_lse = isinstance(compensate, PooledResidual)
+            return self.recipe.precision.attend(q, k, v, plan.mask, plan.rows, key_mask, scale, backend, with_lse)
 
         begin = self.sparse_time.start(q.device)
         out, witness = compensate.attend(q, k, v, plan, key_mask, scale, sparse)

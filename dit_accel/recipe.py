@@ -10,6 +10,7 @@ from typing import Any
 
 from .stages.compensate import COMPENSATIONS, Compensation, KeyPyramid, NoCompensation
 from .stages.compensate_agent import AgentTokens
+from .stages.compensate_residual import PooledResidual
 from .stages.order import Order, Raster, Tiles
 from .stages.order_axes import AxisOrder, ChosenAxes, Chunks
 from .stages.order_curve import Curve
@@ -104,6 +105,15 @@ class Recipe:
             raise ValueError(
                 f"Precision {type(self.precision).__name__} acts on this package's kernels, and a dense selection "
                 "runs the model's own; use select 'full' to read every block in these numbers."
+            )
+        if (
+            isinstance(self.compensate, PooledResidual)
+            and self.select.is_static
+            and type(self.select) is not FullSelect
+        ):
+            raise ValueError(
+                f"PooledResidual stands in for whole blocks, and {type(self.select).__name__} also hides single tokens "
+                "of blocks that it keeps."
             )
         if self.schedule.density_points and not hasattr(self.select, "density"):
             raise ValueError(

@@ -68,20 +68,42 @@ def block_softmax(scores, peak, total, factor, LIFT: gl.constexpr):
 
 
 @gluon.jit
-def as_operand(weights, dtype: gl.constexpr, OPERAND: gl.constexpr, FP8: gl.constexpr):
-    """Weights as the left operand of their product with the values.
+def pack_fp8(weights):
+    """e4m3 weights, four keys a word, in the order KEY_PLACE of the stored values.
 
-    Converted only once the last such product is done: then the operand's registers are the same ones each
-    time. With the two alive at once the assembler moves the wait for that product before the exponentials,
-    and nothing overlaps.
+    In this order the scores' registers are the operand's. Words, since the compiler would carry bytes from one
+    block to the next one by one.
     """
-    if FP8:
-        # Keys in the order KEY_PLACE of the stored values: with it the scores' registers are the operand's.
-        packed = weights.to(gl.float8e4nv)
-        packed = packed.reshape([64, weights.shape[1] // 16, 2, 4, 2]).permute([0, 1, 3, 2, 4])
-        return gl.convert_layout(packed.reshape([64, weights.shape[1]]), OPERAND, assert_trivial=True)
-    else:
-        return gl.convert_layout(weights.to(dtype), OPERAND)
+    keys: gl.constexpr = weights.shape[1]
+    place = weights.reshape([64, keys // 16, 2, 4, 2]).permute([0, 1, 3, 2, 4]).reshape([64, keys // 4, 2, 2])
+    even, odd = gl.split(place)
+    first, third = gl.split(even)
+    second, fourth = gl.split(odd)
+    return gl.inline_asm_elementwise(
+        """
+        {
+        .reg .b16 low, high;
+        cvt.rn.satfinite.e4m3x2.f32 low, $2, $1;
+        cvt.rn.satfinite.e4m3x2.f32 high, $4, $3;
+        mov.b32 $0, {low, high};
+        }
+        """,
+        "=r,f,f,f,f",
+        [first, second, third, fourth],
+        dtype=gl.uint32,
+        is_pure=True,
+        pack=1,
+    )
+
+
+@gluon.jit
+def unpack_fp8(words, OPERAND: gl.constexpr):
+    """The words of :func:`pack_fp8` as left operand; no instruction, they are its registers."""
+    keys: gl.constexpr = words.shape[1] * 4
+    even = gl.join((words & 255).to(gl.uint8), ((words >> 16) & 255).to(gl.uint8))
+    odd = gl.join(((words >> 8) & 255).to(gl.uint8), (words >> 24).to(gl.uint8))
+    bits = gl.join(even, odd).reshape([64, keys])
+    return gl.convert_layout(bits.to(gl.float8e4nv, bitcast=True), OPERAND, assert_trivial=True)
 
 
 @gluon.jit
@@ -219,7 +241,8 @@ def consume(
             if QUANTIZED:
                 factor = row_scale * key_scale
             likely, peak, total, shrink = block_softmax(scores, peak, total, factor, LIFT)
-            weights = as_operand(likely, dtype, OPERAND, FP8)
+            if FP8:
+                weights = pack_fp8(likely)
             step += 1
             mbarrier.wait(k_full.index(step % STAGES), (step // STAGES) & 1, pred=count > 1)
 
@@ -233,6 +256,9 @@ def consume(
                         following = gl.load(at + entry + 1, mask=entry + 1 < count, other=0)
                     stage = step % STAGES
                     last = (step - 1) % STAGES
+                    if not FP8:
+                        # Only now, while the scores are being made; and float32 is carried without repacking.
+                        weights = gl.convert_layout(likely.to(dtype), OPERAND)
                     if TAKE_TURNS:
                         mbarrier.wait(order.index(HALF), beat & 1)
                     token = warpgroup_mma(
@@ -243,7 +269,11 @@ def consume(
                     if FP8:
                         fresh = gl.zeros([64, HEAD_DIM], gl.float32, layout=O_LAYOUT)
                         acc_token = warpgroup_mma(
-                            weights, v_smem.index(last).permute([1, 0]), fresh, use_acc=False, is_async=True
+                            unpack_fp8(weights, OPERAND),
+                            v_smem.index(last).permute([1, 0]),
+                            fresh,
+                            use_acc=False,
+                            is_async=True,
                         )
                     else:
                         # While the scores are being made.
@@ -285,14 +315,22 @@ def consume(
                     else:
                         acc, weights = warpgroup_mma_wait(0, deps=[acc_token, weights])
                     mbarrier.arrive(v_empty.index(last), count=1)
-                    weights = as_operand(likely, dtype, OPERAND, FP8)
+                    if FP8:
+                        # The product takes the registers that float32 weights would be carried in.
+                        weights = pack_fp8(likely)
+            if not FP8:
+                weights = gl.convert_layout(likely.to(dtype), OPERAND)
             last = (step - 1) % STAGES
             mbarrier.wait(v_full.index(last), ((step - 1) // STAGES) & 1)
             acc = acc * gl.convert_layout(shrink, O_ROW)[:, None]
             if FP8:
                 fresh = gl.zeros([64, HEAD_DIM], gl.float32, layout=O_LAYOUT)
                 acc_token = warpgroup_mma(
-                    weights, v_smem.index(last).permute([1, 0]), fresh, use_acc=False, is_async=True
+                    unpack_fp8(weights, OPERAND),
+                    v_smem.index(last).permute([1, 0]),
+                    fresh,
+                    use_acc=False,
+                    is_async=True,
                 )
                 product = warpgroup_mma_wait(0, deps=[acc_token])
                 acc = acc + product

@@ -94,10 +94,14 @@ def default_config(block_k: int, dim: int, precision: str | None) -> HopperConfi
 
 def _tiles(x: torch.Tensor, rows: int, columns: int) -> TensorDescriptor:
     """Tiles ``[rows, columns]`` of a matrix; what lies past its last row reads as zero and is not written."""
-    bits = x.element_size() * 8
-    swizzle = min(128, columns * x.element_size())
-    layout = gl.NVMMASharedLayout(swizzle_byte_width=swizzle, element_bitwidth=bits, rank=2)
+    layout = _shared_layout(x.element_size(), columns)
     return TensorDescriptor(x, list(x.shape), list(x.stride()), [rows, columns], layout)
+
+
+@cache
+def _shared_layout(element_bytes: int, columns: int) -> gl.NVMMASharedLayout:
+    swizzle = min(128, columns * element_bytes)
+    return gl.NVMMASharedLayout(swizzle_byte_width=swizzle, element_bitwidth=8 * element_bytes, rank=2)
 
 
 def _side_by_side(x: torch.Tensor) -> torch.Tensor:

@@ -129,7 +129,7 @@ def pyramid_attention(
 ) -> torch.Tensor | tuple[torch.Tensor, torch.Tensor]:
     """Attention whose query blocks read each key block at a level of their own.
 
-    Differentiable in q, k and v with ``impl="torch"``; the Triton kernel is forward only.
+    Differentiable in q, k and v, also through the denominators.
 
     Args:
         q, k, v: ``[B, Sq, H, D]``, ``[B, Sk, H, D]`` twice, any strides.
@@ -149,12 +149,18 @@ def pyramid_attention(
         raise ValueError(f"levels must be [B, H, {nq}, {nk}] for this geometry, got {tuple(levels.shape)}.")
     scale = q.shape[-1] ** -0.5 if scale is None else scale
     obstacle = tile_obstacle(q, block_q, block_k)
-    if torch.is_grad_enabled() and any(x.requires_grad for x in (q, k, v)):
-        obstacle = "The Triton pyramid kernel is forward only; use impl='torch' for gradients."
+    recorded = torch.is_grad_enabled() and any(x.requires_grad for x in (q, k, v))
+    if recorded and impl == "auto":
+        obstacle = "The kernels of its gradients have passed interpreted, not yet compiled on a GPU."
     if use_triton(impl, q.device, obstacle):
-        from .triton_pyramid import pyramid_attention_triton
+        if recorded:
+            from .triton_pyramid_backward import PyramidAttention
 
-        out, lse = pyramid_attention_triton(q, k, v, levels, block_q, block_k, rows, key_mask, scale)
+            out, lse = PyramidAttention.apply(q, k, v, levels, block_q, block_k, rows, key_mask, scale)
+        else:
+            from .triton_pyramid import pyramid_attention_triton
+
+            out, lse = pyramid_attention_triton(q, k, v, levels, block_q, block_k, rows, key_mask, scale)
     else:
         out, lse = _pyramid_attention_torch(q, k, v, levels, block_q, block_k, rows, key_mask, scale)
     return (out, lse) if return_lse else out

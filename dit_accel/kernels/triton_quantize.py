@@ -138,66 +138,66 @@ def quantize_kernel(
     column = offs_d < HEAD_DIM
     rows_ptr += batch * rows_batch_stride + head * rows_head_stride
     if place < q_blocks:
-        slot = place * BLOCK_Q + tl.arange(0, BLOCK_Q)
-        real = (slot < q_len)[:, None] & column[None, :]
-        q_at = _rows_at(q_ptr, rows_ptr, slot, q_len, batch, head, stride_qb, stride_qs, stride_qh, PERMUTED)
-        q = tl.load(q_at + offs_d[None, :], mask=real, other=0.0).to(tl.float32)
-        at = plane * q_blocks * BLOCK_Q + slot
-        shift = tl.zeros([BLOCK_Q], tl.float32)
+        q_slot = place * BLOCK_Q + tl.arange(0, BLOCK_Q)
+        q_real = (q_slot < q_len)[:, None] & column[None, :]
+        q_at = _rows_at(q_ptr, rows_ptr, q_slot, q_len, batch, head, stride_qb, stride_qs, stride_qh, PERMUTED)
+        q = tl.load(q_at + offs_d[None, :], mask=q_real, other=0.0).to(tl.float32)
+        q_to = plane * q_blocks * BLOCK_Q + q_slot
+        q_shift = tl.zeros([BLOCK_Q], tl.float32)
         if SMOOTH_K:
             center = tl.sum(_chunk_values(k_sum_ptr, plane, chunks, HEAD_DIM, BLOCK_D, CHUNKS), 0) / kv_len
-            shift = tl.sum(q * center[None, :], 1)
-        tl.store(q_shift_ptr + at, shift)
-        mean = tl.sum(q, 0) / tl.minimum(q_len - place * BLOCK_Q, BLOCK_Q)
-        tl.store(q_mean_ptr + (plane * q_blocks + place) * HEAD_DIM + offs_d, mean, mask=column)
+            q_shift = tl.sum(q * center[None, :], 1)
+        tl.store(q_shift_ptr + q_to, q_shift)
+        q_mean = tl.sum(q, 0) / tl.minimum(q_len - place * BLOCK_Q, BLOCK_Q)
+        tl.store(q_mean_ptr + (plane * q_blocks + place) * HEAD_DIM + offs_d, q_mean, mask=column)
         if SMOOTH_Q:
-            q = tl.where(real, q - mean[None, :], 0.0)
+            q = tl.where(q_real, q - q_mean[None, :], 0.0)
         q_peak = tl.maximum(tl.max(tl.abs(q), 1), 1e-12)
-        tl.store(q_scale_ptr + at, q_peak / 127)
+        tl.store(q_scale_ptr + q_to, q_peak / 127)
         q_out = _round_int8(q * tl.div_rn(tl.full([BLOCK_Q], 127.0, tl.float32), q_peak)[:, None])
-        tl.store(q_out_ptr + at[:, None] * HEAD_DIM + offs_d[None, :], q_out, mask=column[None, :])
+        tl.store(q_out_ptr + q_to[:, None] * HEAD_DIM + offs_d[None, :], q_out, mask=column[None, :])
     elif place < q_blocks + k_blocks:
-        block = place - q_blocks
-        slot = block * BLOCK_K + tl.arange(0, BLOCK_K)
-        real = (slot < kv_len)[:, None] & column[None, :]
-        k_at = _rows_at(k_ptr, rows_ptr, slot, kv_len, batch, head, stride_kb, stride_ks, stride_kh, PERMUTED)
-        k = tl.load(k_at + offs_d[None, :], mask=real, other=0.0).to(tl.float32)
-        mean = tl.sum(k, 0) / tl.minimum(kv_len - block * BLOCK_K, BLOCK_K)
-        tl.store(k_mean_ptr + (plane * k_blocks + block) * HEAD_DIM + offs_d, mean, mask=column)
+        k_block = place - q_blocks
+        k_slot = k_block * BLOCK_K + tl.arange(0, BLOCK_K)
+        k_real = (k_slot < kv_len)[:, None] & column[None, :]
+        k_at = _rows_at(k_ptr, rows_ptr, k_slot, kv_len, batch, head, stride_kb, stride_ks, stride_kh, PERMUTED)
+        k = tl.load(k_at + offs_d[None, :], mask=k_real, other=0.0).to(tl.float32)
+        k_mean = tl.sum(k, 0) / tl.minimum(kv_len - k_block * BLOCK_K, BLOCK_K)
+        tl.store(k_mean_ptr + (plane * k_blocks + k_block) * HEAD_DIM + offs_d, k_mean, mask=column)
         if SMOOTH_K:
             center = tl.sum(_chunk_values(k_sum_ptr, plane, chunks, HEAD_DIM, BLOCK_D, CHUNKS), 0) / kv_len
-            k = tl.where(real, k - center[None, :], 0.0)
+            k = tl.where(k_real, k - center[None, :], 0.0)
         k_peak = tl.maximum(tl.max(tl.max(tl.abs(k), 1), 0), 1e-12)
-        tl.store(k_scale_ptr + plane * k_blocks + block, k_peak / 127)
-        at = plane * k_blocks * BLOCK_K + slot
+        tl.store(k_scale_ptr + plane * k_blocks + k_block, k_peak / 127)
+        k_to = plane * k_blocks * BLOCK_K + k_slot
         k_out = _round_int8(k * tl.div_rn(tl.full([], 127.0, tl.float32), k_peak))
-        tl.store(k_out_ptr + at[:, None] * HEAD_DIM + offs_d[None, :], k_out, mask=column[None, :])
+        tl.store(k_out_ptr + k_to[:, None] * HEAD_DIM + offs_d[None, :], k_out, mask=column[None, :])
     else:
-        block = place - q_blocks - k_blocks
-        slot = block * BLOCK_K + tl.arange(0, BLOCK_K)
+        v_block = place - q_blocks - k_blocks
+        v_slot = v_block * BLOCK_K + tl.arange(0, BLOCK_K)
         if FP8:
             # Loaded in the inverse order of KEY_PLACE, so that what is stored lies side by side.
-            slot = block * BLOCK_K + (tl.arange(0, BLOCK_K) // 16) * 16
+            v_slot = v_block * BLOCK_K + (tl.arange(0, BLOCK_K) // 16) * 16
             n = tl.arange(0, BLOCK_K) % 16
-            slot += (n & 2) * 4 + (n & 8) // 2 + (n & 4) // 2 + (n & 1)
-        real = (slot < kv_len)[:, None] & column[None, :]
-        v_at = _rows_at(v_ptr, rows_ptr, slot, kv_len, batch, head, stride_vb, stride_vs, stride_vh, PERMUTED)
-        v = tl.load(v_at + offs_d[None, :], mask=real, other=0.0)
+            v_slot += (n & 2) * 4 + (n & 8) // 2 + (n & 4) // 2 + (n & 1)
+        v_real = (v_slot < kv_len)[:, None] & column[None, :]
+        v_at = _rows_at(v_ptr, rows_ptr, v_slot, kv_len, batch, head, stride_vb, stride_vs, stride_vh, PERMUTED)
+        v = tl.load(v_at + offs_d[None, :], mask=v_real, other=0.0)
         if FP8:
             v_peak = tl.max(_chunk_values(v_max_ptr, plane, chunks, HEAD_DIM, BLOCK_D, CHUNKS), 0)
             v_peak = tl.maximum(v_peak, 1e-12)
             most = tl.full([BLOCK_D], FP8_MAX_, tl.float32)
             v_scale = tl.div_rn(v_peak, most)
             tl.store(
-                v_scale_ptr + plane * HEAD_DIM + offs_d, v_scale, mask=column & (offs_d + block * BLOCK_D < BLOCK_D)
+                v_scale_ptr + plane * HEAD_DIM + offs_d, v_scale, mask=column & (offs_d + v_block * BLOCK_D < BLOCK_D)
             )
             stored = (v.to(tl.float32) * tl.div_rn(most, v_peak)[None, :]).to(tl.float8e4nv)
-            key = block * BLOCK_K + tl.arange(0, BLOCK_K)
+            key = v_block * BLOCK_K + tl.arange(0, BLOCK_K)
             v_out = v_out_ptr + (plane * HEAD_DIM + offs_d)[:, None] * (k_blocks * BLOCK_K) + key[None, :]
             tl.store(v_out, tl.trans(stored), mask=column[:, None])
         else:
-            v_out = v_out_ptr + ((batch * kv_len + slot)[:, None] * heads + head) * HEAD_DIM + offs_d[None, :]
-            tl.store(v_out, v, mask=real)
+            v_out = v_out_ptr + ((batch * kv_len + v_slot)[:, None] * heads + head) * HEAD_DIM + offs_d[None, :]
+            tl.store(v_out, v, mask=v_real)
 
 
 def quantize_inputs(

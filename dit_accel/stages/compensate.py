@@ -14,6 +14,7 @@ from ..kernels.rectified import add_pooled_compensation, gain_exceeds_error
 from ..plan import AttentionPlan, SequenceBlocks
 from .compensate_agent import AgentTokens
 from .compensate_linear import LinearBranch
+from .compensate_residual import PooledResidual
 from .select_dynamic import candidates
 from .select_rectified import reallocated_shares
 from .select_sampled import sampled_importance
@@ -259,4 +260,5 @@ COMPENSATIONS: dict[str, type[Compensation]] = {
     "key_pyramid": KeyPyramid,
     "linear": LinearBranch,
     "agents": AgentTokens,
+    "residual": PooledResidual,
 }

@@ -46,8 +46,10 @@ class Precision(Protocol):
         key_mask: torch.Tensor | None,
         scale: float | None,
         backend: str,
+        with_lse: bool = False,
     ) -> Attended:
-        """Attention over the kept blocks of (B, S, H, D) tensors."""
+        """Attention over the kept blocks of (B, S, H, D) tensors; ``with_lse`` makes the second one the
+        log-sum-exp ``[B, H, S]``."""
         ...
 
 
@@ -80,6 +82,7 @@ class ModelDtype:
         key_mask: torch.Tensor | None,
         scale: float | None,
         backend: str,
+        with_lse: bool = False,
     ) -> Attended:
         """Block-sparse attention with gradients."""
         result = block_sparse_attention(
@@ -91,7 +94,7 @@ class ModelDtype:
             key_mask=key_mask,
             scale=scale,
             # Where the kernel has the log-sum-exp at hand it shows a NaN at a hundredth of the bytes.
-            return_lse=backend in ("triton", "fa4"),
+            return_lse=with_lse or backend in ("triton", "fa4"),
             backend=backend,
         )
         return result if isinstance(result, tuple) else (result, result)
@@ -151,6 +154,7 @@ class Int8:
         key_mask: torch.Tensor | None,
         scale: float | None,
         backend: str,
+        with_lse: bool = False,
     ) -> Attended:
         """Quantised block-sparse attention; no gradients."""
         result = quantized_block_sparse_attention(

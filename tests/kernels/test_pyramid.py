@@ -103,6 +103,53 @@ def test_level_one_is_exact_and_gradients_flow():
     )
 
 
+@pytest.mark.parametrize(
+    ("batch", "seq", "heads", "dim", "block_q", "block_k", "lead", "permuted", "masked", "dtype"),
+    [
+        (2, 150, 2, 40, 32, 16, (2, 2), False, False, torch.float32),
+        (1, 203, 2, 64, 128, 64, (1, 2), True, False, torch.float32),
+        (2, 101, 2, 16, 32, 32, (1, 2), True, True, torch.float32),
+        (1, 150, 2, 64, 64, 128, (1, 1), False, True, torch.float16),
+    ],
+)
+def test_triton_gradients(batch, seq, heads, dim, block_q, block_k, lead, permuted, masked, dtype, device):
+    """Against autograd of the torch version in float64, which gradcheck holds to its forward."""
+    gen = torch.Generator().manual_seed(0)
+    q, k, v, grad = (torch.randn(batch, seq, heads, dim, generator=gen).to(dtype) for _ in range(4))
+    nq, nk = -(-seq // block_q), -(-seq // block_k)
+    levels = torch.tensor((0, *LEVELS))[torch.randint(0, 5, (*lead, nq, nk), generator=gen)].to(torch.int8)
+    levels[..., 0, :] = 0  # a row that reads nothing
+    rows = permutations(1, heads, seq) if permuted else None
+    key_mask = None
+    if masked:
+        key_mask = torch.rand(batch, seq, generator=gen) > 0.3
+        k[~key_mask], v[~key_mask] = torch.nan, torch.inf
+    grad_lse = torch.randn(batch, heads, seq, generator=gen)
+
+    def gradients(impl, place, kind):
+        leaves = [x.to(place, kind).requires_grad_() for x in (q, k, v)]
+        rest = [x.to(place) if x is not None else None for x in (levels, rows, key_mask, grad, grad_lse)]
+        out, lse = pyramid_attention(
+            *leaves, rest[0], block_q=block_q, block_k=block_k, rows=rest[1], key_mask=rest[2], return_lse=True,
+            impl=impl,
+        )  # fmt: skip
+        seen = lse.isfinite()
+        loss = (out.to(torch.float64) * rest[3]).sum() + (lse.to(torch.float64) * rest[4])[seen].sum()
+        return torch.autograd.grad(loss, leaves)
+
+    wanted = gradients("torch", "cpu", torch.float64)
+    eager = gradients("torch", "cpu", torch.float32)
+    first, second = gradients("triton", device, dtype), gradients("triton", device, dtype)
+    # Pooled rows, probabilities, their gradients, and the result are rounded to the input's precision.
+    unit = 2.0**-11 if dtype == torch.float16 else 2.0**-24 * 16
+    for actual, again, want, usual in zip(first, second, wanted, eager):
+        assert actual.dtype == dtype
+        assert torch.equal(actual, again)
+        assert actual.isfinite().all()
+        limit = 8 * unit * want.abs().max() + 2 * (usual - want).abs().max()
+        assert (actual.cpu() - want).abs().max() <= limit
+
+
 def test_level_assignment():
     gen = torch.Generator().manual_seed(0)
     importance = torch.rand(2, 2, 3, 40, generator=gen)
@@ -141,5 +188,3 @@ def test_errors(device):
         pyramid_attention(q, q, q, levels, block_q=16, block_k=20)
     with pytest.raises(ValueError, match="levels must be"):
         pyramid_attention(q, q, q, levels, block_q=16, block_k=32)
-    with pytest.raises(ValueError, match="forward only"):
-        pyramid_attention(q.requires_grad_(), q, q, levels, block_q=16, block_k=16, impl="triton")

@@ -1,0 +1,113 @@
+"""Blocks left out still count by their mean: one softmax over the kept keys and the others' block means."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+
+from ..kernels import BlockMask
+from ..plan import AttentionPlan, SequenceBlocks
+
+LOGITS_AT_ONCE = 1 << 27
+
+
+@dataclass(frozen=True)
+class PooledResidual:
+    """Every query attends the mean key and mean value of each block left out, in one softmax with the kept keys.
+
+    A block of n tokens has the logit ``scale * q . mean(k) + log n``, as the coarsest level of a pyramid of keys
+    (PSA) and the centroids of SVG-EAR have. By Jensen's inequality that is at most what its tokens have together,
+    so that a block left out never weighs too much. Two partial softmaxes are merged by their log-sum-exps.
+    Costs the products of tokens times blocks. Inference only.
+    """
+
+    @property
+    def is_static(self) -> bool:
+        return True
+
+    def prepare(
+        self,
+        blocks: SequenceBlocks,
+        mask: BlockMask,
+        q: torch.Tensor,
+        k: torch.Tensor,
+        key_mask: torch.Tensor | None,
+        scale: float | None,
+    ) -> None:
+        """Nothing to keep: the means follow the keys and values of each call."""
+
+    def attend(
+        self,
+        q: torch.Tensor,
+        k: torch.Tensor,
+        v: torch.Tensor,
+        plan: AttentionPlan,
+        key_mask: torch.Tensor | None,
+        scale: float | None,
+        sparse: Callable[[], tuple[torch.Tensor, torch.Tensor]],
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """Sparse attention and the block means, (B, S, H, D), merged."""
+        if torch.is_grad_enabled() and any(x.requires_grad for x in (q, k, v)):
+            raise RuntimeError("PooledResidual has no gradient; train with another compensation or without one.")
+        out, lse = sparse()
+        mask = plan.mask
+        scale = q.shape[-1] ** -0.5 if scale is None else scale
+        batch, length, heads, _ = q.shape
+        slots = None if plan.rows is None else plan.rows.long().expand(batch, heads, length)
+        queries, keys, values = (_permuted(x, slots) for x in (q, k, v))
+        visible = torch.ones(batch, 1, length, dtype=torch.bool, device=q.device)
+        if key_mask is not None:
+            visible = key_mask[:, None]
+            visible = visible if slots is None else visible.expand(batch, heads, length).gather(2, slots)
+        counts = _blocks(visible[..., None].float(), mask.block_k).sum(3)
+        mean_k, mean_v = (
+            _blocks(x.float().masked_fill(~visible[..., None], 0.0), mask.block_k).sum(3) / counts.clamp_min(1)
+            for x in (keys, values)
+        )
+        # A block without visible keys has no weight: log 0.
+        bias = counts[..., 0].log()
+        left_out = ~mask.to_dense()
+        rest, rest_lse = torch.empty_like(out), torch.empty_like(lse)
+        group = max(1, LOGITS_AT_ONCE // (batch * heads * mask.block_q * mask.num_blocks[1]))
+        for first in range(0, mask.num_blocks[0], group):
+            part = slice(first * mask.block_q, min((first + group) * mask.block_q, length))
+            rows = queries[:, :, part].float()
+            hidden = ~left_out[:, :, first : first + group].repeat_interleave(mask.block_q, 2)[:, :, : rows.shape[2]]
+            logits = rows @ mean_k.transpose(-1, -2) * scale + bias[:, :, None]
+            logits = logits.masked_fill(hidden, -math.inf)
+            total = logits.logsumexp(-1)
+            weights = torch.exp(logits - total.masked_fill(total == -math.inf, 0.0)[..., None])
+            found = (weights @ mean_v).to(out.dtype)
+            if slots is None:
+                rest[:, part] = found.transpose(1, 2)
+                rest_lse[:, :, part] = total
+            else:
+                places = slots[:, :, part]
+                rest_lse.scatter_(2, places, total.to(lse.dtype))
+                wide = places.transpose(1, 2)[..., None].expand(-1, -1, -1, out.shape[-1])
+                rest.scatter_(1, wide, found.transpose(1, 2))
+        both = torch.logaddexp(lse, rest_lse)
+        # Nothing left out: also where a row sees no key at all.
+        share = torch.where(rest_lse == -math.inf, 0.0, torch.exp(rest_lse - both))
+        share = share.transpose(1, 2)[..., None].float()
+        return torch.lerp(out.float(), rest.float(), share).to(out.dtype), both
+
+    def density(self, plan: AttentionPlan) -> torch.Tensor:
+        """Kept share of all block pairs, and the means of the others counted as one key each."""
+        kept = plan.mask.density()
+        return kept + (1.0 - kept) / plan.mask.block_k
+
+
+def _permuted(x: torch.Tensor, slots: torch.Tensor | None) -> torch.Tensor:
+    """``[B, H, S, D]`` in the plan's order from ``[B, S, H, D]``."""
+    x = x.transpose(1, 2)
+    return x if slots is None else x.gather(2, slots[..., None].expand_as(x))
+
+
+def _blocks(x: torch.Tensor, block: int) -> torch.Tensor:
+    """``[B, H, n, block, D]``, the last block filled up with zeros."""
+    return F.pad(x, (0, 0, 0, -x.shape[2] % block)).unflatten(2, (-1, block))

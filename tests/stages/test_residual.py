@@ -1,0 +1,110 @@
+"""Blocks left out as single keys, against the equation, query by query in float64."""
+
+import itertools
+import math
+
+import pytest
+import torch
+
+from dit_accel import Recipe
+from dit_accel.engine import Engine
+from dit_accel.layout import StepContext
+from dit_accel.stages import compensate_residual
+from dit_accel.stages.compensate_residual import PooledResidual
+from dit_accel.stages.order import Raster, Tiles
+from dit_accel.stages.order_axes import AxisOrder
+from dit_accel.stages.select_dynamic import Pooled
+from dit_accel.stages.select_static import FullSelect, Window
+from tests.stages.block_oracle import LAYOUTS, half_hidden, inputs
+from tests.stages.oracle import masked_attention
+
+BLOCK = (64, 32)
+ORDERS = [Raster(), Tiles((2, 4, 4)), AxisOrder((("fhw", "whf", "hfw"),))]
+
+
+def _run(recipe, layout, q, k, v, key_mask=None):
+    engine = Engine(recipe, ["layer"], "auto", 0)
+    calls = []
+    engine.observer = calls.append
+    out = engine.attend(0, q, k, v, key_mask, None, layout, StepContext(), lambda: pytest.fail("ran dense"))
+    return out, calls[0].plan, engine
+
+
+@pytest.mark.parametrize("order", ORDERS, ids=["raster", "tiles", "axes"])
+@pytest.mark.parametrize("hidden", [False, True])
+@pytest.mark.parametrize("name", LAYOUTS)
+def test_residual(name, hidden, order, monkeypatch):
+    monkeypatch.setattr(compensate_residual, "LOGITS_AT_ONCE", 4000)  # several pieces
+    layout = LAYOUTS[name]
+    q, k = inputs(layout)
+    v = torch.randn(q.shape, generator=torch.Generator().manual_seed(5))
+    key_mask = half_hidden(layout) if hidden else None
+    recipe = Recipe(order=order, select=Pooled(density=0.3, block=BLOCK), compensate=PooledResidual())
+    out, plan, engine = _run(recipe, layout, q, k, v, key_mask)
+    kept = plan.mask.to_dense().expand(2, 3, -1, -1)
+    rows = torch.arange(layout.seq_len).expand(1, 1, -1) if plan.rows is None else plan.rows.long()
+    rows = rows.expand(2, 3, -1)
+    left_out = 0
+    for b, h in itertools.product(range(2), range(3)):
+        order_of, queries, keys, values = (rows[b, h], *(x[b, :, h].double() for x in (q, k, v)))
+        visible = torch.ones(layout.seq_len, dtype=torch.bool) if key_mask is None else key_mask[b]
+        for i, tokens in enumerate(order_of.split(BLOCK[0])):
+            logits, told = [], []
+            for j, members in enumerate(order_of.split(BLOCK[1])):
+                members = members[visible[members]]
+                if not len(members):
+                    continue
+                if kept[b, h, i, j]:
+                    logits.append(queries[tokens] @ keys[members].T / 4)
+                    told.append(values[members])
+                else:
+                    left_out += 1
+                    mean = keys[members].mean(0)
+                    logits.append((queries[tokens] @ mean / 4 + math.log(len(members)))[:, None])
+                    told.append(values[members].mean(0, keepdim=True))
+            expected = torch.cat(logits, 1).softmax(-1) @ torch.cat(told)
+            assert (out[b, tokens, h].double() - expected).abs().max() <= 4e-6 * expected.abs().max()
+    assert left_out > 5
+    density = float(plan.mask.density())
+    assert float(engine.records[0].density_sum) == pytest.approx(density + (1 - density) / 32)
+
+
+def test_nothing_left_out_changes_nothing():
+    layout = LAYOUTS["text last"]
+    q, k = inputs(layout)
+    v = torch.randn(q.shape, generator=torch.Generator().manual_seed(5))
+    out, _, _ = _run(Recipe(select=FullSelect(BLOCK), compensate=PooledResidual()), layout, q, k, v)
+    exact = masked_attention(q, k, v, torch.ones(layout.seq_len, layout.seq_len, dtype=torch.bool))
+    assert (out.double() - exact).abs().max() <= 4e-6 * exact.abs().max()
+
+
+def test_constant_keys_make_it_exact():
+    """Where all keys of a block are one key, their mean with its count is all of them."""
+    layout = LAYOUTS["even"]
+    q, k = inputs(layout)
+    k = k.view(2, 4, 32, 3, 16)[:, :, :1].expand(2, 4, 32, 3, 16).reshape(k.shape)
+    v = torch.randn(q.shape, generator=torch.Generator().manual_seed(5))
+    recipe = Recipe(select=Pooled(density=0.1, block=BLOCK), compensate=PooledResidual())
+    out, plan, _ = _run(recipe, layout, q, k, v)
+    assert float(plan.mask.density()) < 0.8
+    exact = masked_attention(q, k, v, torch.ones(128, 128, dtype=torch.bool))
+    assert (out.double() - exact).abs().max() <= 4e-6 * exact.abs().max()
+
+
+def test_nan_is_passed_on_and_gradients_are_refused():
+    layout = LAYOUTS["even"]
+    q, k = inputs(layout)
+    q[0, 5, 1, 3] = float("nan")
+    recipe = Recipe(select=Pooled(density=0.3, block=BLOCK), compensate=PooledResidual())
+    out, _, engine = _run(recipe, layout, q, k, k)
+    assert out[0, 5, 1].isnan().all()
+    assert out[1].isfinite().all()
+    assert int(engine.records[0].nan_calls) == 1
+    with pytest.raises(RuntimeError, match="no gradient"):
+        _run(recipe, layout, q.requires_grad_(), k, k)
+
+
+def test_token_masks_are_refused():
+    """A pair that a window hides in part is kept, and its hidden keys are in no mean."""
+    with pytest.raises(ValueError, match="PooledResidual"):
+        Recipe(select=Window(), compensate=PooledResidual())
