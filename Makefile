@@ -6,6 +6,8 @@ VENV ?= .venv
 TORCH ?= torch==2.13.0
 # Two workers: interpreted kernels keep one core each busy, and two cores are what small machines have.
 PYTEST_ARGS ?= -n 2 --dist loadfile
+# A fine-tuned adapter to show in place of the default recipe: make demo ADAPTER=sla-0.1
+ADAPTER ?=
 PROMPT ?= a green dragon flying left over the sea at night
 BIN := $(VENV)/bin
 INSTALL := $(BIN)/python -m pip install --disable-pip-version-check -qq -c constraints.txt
@@ -13,7 +15,7 @@ INSTALL := $(BIN)/python -m pip install --disable-pip-version-check -qq -c const
 .PHONY: demo test test-gpu lint clean
 
 demo: $(VENV)/.package
-	$(BIN)/dit-accel generate --prompt "$(PROMPT)" --compare-dense --out outputs/demo.mp4
+	$(BIN)/dit-accel generate --prompt "$(PROMPT)" $(if $(ADAPTER),--adapter $(ADAPTER)) --compare-dense --out outputs/demo.mp4
 
 test: $(VENV)/.dev
 	HF_HUB_OFFLINE=1 TRANSFORMERS_OFFLINE=1 OMP_NUM_THREADS=1 $(BIN)/python -m pytest -m "not gpu" $(PYTEST_ARGS)

@@ -25,6 +25,7 @@ from .options import (
 )
 
 if TYPE_CHECKING:
+    from ..patches.handle import PatchHandle
     from ..pipelines.generate import Generated
 
 # Two steps run a dense and a sparse one: kernels are compiled and libraries set up before anything is timed.
@@ -50,6 +51,10 @@ def generate(
     ] = "auto",
     changes: SetOption = None,
     calibration: Annotated[Path | None, typer.Option(help="A file of `dit-accel calibrate`.")] = None,
+    adapter: Annotated[
+        str | None,
+        typer.Option(help="A fine-tuned adapter in place of a recipe: a folder, or a name from `dit-accel info`."),
+    ] = None,
     backend: BackendOption = "auto",
     compare_dense: Annotated[
         bool, typer.Option("--compare-dense", help="Also generate dense with the same seed, and compare.")
@@ -63,6 +68,8 @@ def generate(
     """Generate a video or an image from a prompt, accelerated, and say what ran."""
     quiet_libraries()
     pixels = read_size(size) if size else None
+    if adapter is not None and (recipe != "auto" or changes):
+        raise ValueError(f"--adapter brings its own recipe, got --recipe {recipe} and {len(changes or ())} changes.")
     chosen = read_recipe(recipe, changes)
     target = read_device(device)
     number = read_dtype(dtype, target)
@@ -70,9 +77,10 @@ def generate(
     from ..api import patch
     from ..pipelines.generate import generate as run
     from ..pipelines.generate import makes_video, output_path, save
-    from .model import open_model
+    from .model import find_adapter, open_model
 
     name, builtin, pipe = open_model(model, number, target, quiet=as_json)
+    folder = None if adapter is None else find_adapter(adapter, builtin)
     default = Path("outputs") / f"{name.strip('./').replace('/', '--')}-{seed}"
     path = output_path(out or default, makes_video(pipe))
     arguments: dict[str, Any] = {"negative_prompt": negative_prompt}
@@ -92,14 +100,21 @@ def generate(
             )
         return result
 
+    def accelerated() -> PatchHandle:
+        if folder is None:
+            return patch(pipe, chosen, backend=backend, calibration=calibration)
+        from ..training.adapter import load_adapter
+
+        return load_adapter(pipe, folder, backend=backend)
+
     if target.type == "cuda":
         _say("Warming up", as_json)
         short = {**arguments, "steps": WARM_UP_STEPS}
         run(pipe, prompt, **short, seed=seed)
-        with patch(pipe, chosen, backend=backend, calibration=calibration):
+        with accelerated():
             run(pipe, prompt, **short, seed=seed)
     dense = generated("dense") if compare_dense else None
-    handle = patch(pipe, chosen, backend=backend, calibration=calibration)
+    handle = accelerated()
     try:
         fast = generated("accelerated" if recipe != "dense" else "dense")
         summary = handle.summary()
@@ -116,6 +131,7 @@ def generate(
         "settings": arguments,
         "dtype": str(number).removeprefix("torch."),
         "recipe": handle.recipe.to_dict(),
+        "adapter": adapter,
         "seconds": fast.seconds,
         **(_comparison(dense, fast) if dense is not None else {}),
         "density": summary.density,

@@ -45,7 +45,9 @@ def collect(device: torch.device) -> dict[str, Any]:
         ],
         "recipes": [_recipe(name, preset) for name, preset in PRESETS.items()],
         "axes": _axes(),
-        "models": [{"name": b.name, "description": b.description} for b in builtins().values()],
+        "models": [
+            {"name": b.name, "description": b.description, "adapters": list(b.adapters)} for b in builtins().values()
+        ],
         "architectures": [
             {"name": a.name, "transformer": a.transformer, "blocks": a.blocks, "size": list(a.size)}
             for a in ARCHITECTURES.values()
@@ -131,9 +133,9 @@ def _show(data: dict[str, Any]) -> None:
         for kind, values in kinds.items():
             text = "\n".join(f"{axis}.{name}={value}" for name, value in values.items())
             fields.add_row(axis, kind, text or "-")
-    models = table("Built-in models", "name", "what it is")
+    models = table("Built-in models", "name", "what it is", "adapters")
     for row in data["models"]:
-        models.add_row(row["name"], row["description"])
+        models.add_row(row["name"], row["description"], ", ".join(row["adapters"]) or "-")
     architectures = table("Architectures for bench", "name", "blocks", "default size")
     for row in data["architectures"]:
         width, height, frames = row["size"]

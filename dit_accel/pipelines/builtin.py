@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
 from importlib.util import find_spec
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
@@ -31,12 +32,14 @@ class Builtin:
         description: one line; says so where the weights are random.
         settings: its own defaults.
         build: makes the pipeline on the CPU in a dtype (None: the model's own).
+        adapters: folders of the adapters that come with it, by name.
     """
 
     name: str
     description: str
     settings: Settings
     build: Callable[[torch.dtype | None], Any]
+    adapters: Mapping[str, Path] = field(default_factory=dict)
 
 
 def _random_wan(dtype: torch.dtype | None) -> Any:
@@ -70,6 +73,7 @@ def builtins() -> dict[str, Builtin]:
             description=embedded_model.DESCRIPTION,
             settings=embedded_model.SETTINGS,
             build=_embedded,
+            adapters=embedded_model.adapters(),
         )
     found[RANDOM_WAN.name] = RANDOM_WAN
     return found

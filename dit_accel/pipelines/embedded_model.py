@@ -17,10 +17,16 @@ if TYPE_CHECKING:
     import torch
 
 FOLDER = Path(__file__).parent / "embedded"
+ADAPTERS = FOLDER.with_name("embedded_adapters")
 CHECKSUMS = "checksums.json"
 DESCRIPTION = "a small trained Wan text-to-video pipeline: animated subjects that move over painted places"
 # 29 frames of 192 x 192 pixels are 8 x 24 x 24 = 4608 latent tokens.
 SETTINGS = Settings(width=192, height=192, frames=29, steps=10, guidance=2.0)
+
+
+def adapters() -> dict[str, Path]:
+    """Folders of the adapters that were fine-tuned for this model, by name; see docs/finetuning.md."""
+    return {card.parent.name: card.parent for card in sorted(ADAPTERS.glob("*/adapter.json"))}
 
 
 def check_files(folder: Path) -> None:

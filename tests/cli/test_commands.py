@@ -13,6 +13,7 @@ from typer.testing import CliRunner
 from dit_accel.cli.main import app
 from dit_accel.kernels import BACKENDS
 from dit_accel.patches.families import FAMILIES
+from dit_accel.pipelines.builtin import builtins
 from dit_accel.presets import PRESETS
 
 BENCH = ["bench", "--layers", "1", "--size", "64x64", "--frames", "5", "--device", "cpu", "--repeats", "2"]
@@ -140,6 +141,20 @@ def test_generate_compares_with_dense(tmp_path: Path) -> None:
     assert data["recipe"]["select"]["density"] == 0.1
 
 
+def test_generate_with_an_adapter(tmp_path: Path) -> None:
+    """The one that comes with the embedded model; one for another model is refused by name."""
+    asked = ["--prompt", "a red car in a forest", "--device", "cpu", "--dtype", "fp32", "--size", "64x64"]
+    asked += ["--frames", "5", "--steps", "1", "--guidance", "1", "--out", str(tmp_path / "car.mp4")]
+    data = run_json("generate", "embedded", *asked, "--adapter", "sla-0.1")
+    assert data["adapter"] == "sla-0.1"
+    assert data["recipe"]["compensate"]["kind"] == "linear"
+    assert data["summary"]["sparse_calls"] == 8
+    folder = str(builtins()["embedded"].adapters["sla-0.1"])
+    refused = run(*GENERATE, *SMALL, "--adapter", folder)
+    assert refused.exit_code == 2
+    assert "does not fit WanTransformer3DModel: it is for layers 8, the model has 3" in " ".join(refused.stderr.split())
+
+
 def test_generate_as_text(tmp_path: Path) -> None:
     result = run(*GENERATE, *SMALL, "--compare-dense", "--recipe", "window", "--out", str(tmp_path / "cat"))
     assert result.exit_code == 0, result.stderr
@@ -169,6 +184,8 @@ def test_generate_as_text(tmp_path: Path) -> None:
         ([*BENCH, "--batch", "0"], "batch must be at least 1, got 0"),
         ([*GENERATE[:1], "no-such-model", *GENERATE[2:]], "neither a built-in model"),
         ([*GENERATE, "--size", "huge"], "--size must be"),
+        ([*GENERATE, "--adapter", "sla"], "There is no adapter 'sla': it is no folder, and the model comes with none"),
+        ([*GENERATE, "--adapter", "sla", "--recipe", "sla"], "--adapter brings its own recipe, got --recipe sla"),
         ([*GENERATE, *SMALL, "--out", "film.png"], "saved as .mp4; got film.png"),
     ],
 )

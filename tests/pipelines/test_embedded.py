@@ -14,7 +14,16 @@ import numpy as np
 import pytest
 import torch
 
-from dit_accel.pipelines.embedded_model import CHECKSUMS, FOLDER, SETTINGS, check_files, load_embedded
+import dit_accel
+from dit_accel.pipelines.embedded_model import (
+    ADAPTERS,
+    CHECKSUMS,
+    FOLDER,
+    SETTINGS,
+    adapters,
+    check_files,
+    load_embedded,
+)
 
 EXAMPLES = Path(__file__).parents[2] / "examples" / "train_embedded"
 
@@ -40,8 +49,10 @@ def generate(pipe: Any, prompt: str, frames: int, guidance: float = 1.0) -> np.n
 
 
 def test_size_is_within_the_wheels_budget() -> None:
-    total = sum(file.stat().st_size for file in FOLDER.rglob("*") if file.is_file())
+    total = sum(file.stat().st_size for folder in (FOLDER, ADAPTERS) for file in folder.rglob("*") if file.is_file())
     assert total <= 40e6
+    for folder in adapters().values():
+        assert sum(file.stat().st_size for file in folder.iterdir()) <= 10e6
 
 
 def test_configs_name_no_machine_paths() -> None:
@@ -89,6 +100,26 @@ def test_generates_video_and_image(pipe: Any) -> None:
     assert image.shape == (1, 64, 64, 3)
     assert np.isfinite(video).all()
     assert np.isfinite(image).all()
+
+
+def test_adapters_fit_and_all_comes_back(pipe: Any) -> None:
+    call = {"height": 96, "width": 96, "num_frames": 13, "num_inference_steps": 2, "guidance_scale": 1.0}
+
+    def latents() -> torch.Tensor:
+        generator = torch.Generator().manual_seed(0)
+        return pipe("a red car in a forest", **call, generator=generator, output_type="latent").frames
+
+    dense = latents()
+    assert adapters()
+    for folder in adapters().values():
+        with dit_accel.load_adapter(pipe, folder) as handle:
+            tuned = latents()
+            assert not handle.summary().dense_calls
+        with dit_accel.patch(pipe, handle.recipe):
+            plain = latents()
+        assert tuned.isfinite().all()
+        assert not torch.equal(tuned, plain)
+        assert torch.equal(latents(), dense)
 
 
 def test_prompt_changes_the_clip(pipe: Any) -> None:

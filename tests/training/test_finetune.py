@@ -216,7 +216,7 @@ def run_on_two(module: str, *arguments: str) -> None:
     root = Path(__file__).parents[2]
     env = {**os.environ, "PYTHONPATH": str(root), "OMP_NUM_THREADS": "1", "ACCELERATE_USE_CPU": "true"}
     command = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node=2", "--standalone", "-m", module]
-    done = subprocess.run([*command, *arguments], env=env, cwd=root, capture_output=True, text=True, timeout=300)
+    done = subprocess.run([*command, *arguments], env=env, cwd=root, capture_output=True, text=True, timeout=150)
     assert done.returncode == 0, done.stderr[-3000:]
 
 
@@ -225,8 +225,9 @@ def assert_same_training(single, folder: Path) -> None:
     curves = json.loads((folder / "curves.json").read_text())
     for ours, theirs in zip(single.curves.steps, curves["steps"], strict=True):
         assert ours["loss"] == pytest.approx(theirs["loss"], rel=1e-5)
-    for ours, theirs in zip(single.curves.evaluations, curves["evaluations"], strict=True):
-        assert ours["flow_loss"] == pytest.approx(theirs["flow_loss"], rel=1e-3)
+    evaluated = {entry["step"]: entry["flow_loss"] for entry in curves["evaluations"]}
+    for entry in single.curves.evaluations:
+        assert entry["flow_loss"] == pytest.approx(evaluated[entry["step"]], rel=1e-4)
     ours, theirs = (load_file(path / "adapter.safetensors") for path in (single.adapter, folder / "adapter"))
     assert ours.keys() == theirs.keys()
     # Adam's first steps are a sign of the gradient: compare the sum of changes, not single values.
@@ -243,8 +244,9 @@ def test_two_processes_equal_one_with_twice_the_batch(tmp_path):
 
 @pytest.mark.parametrize("kind", ["weights", "lora"])
 def test_two_shards_equal_one_with_twice_the_batch(kind, tmp_path):
-    """FSDP2 over gloo: every process holds half of each weight; the adapter has the whole of it."""
-    run_on_two("tests.training.two_shards", kind, str(tmp_path / "two"))
+    """FSDP2 over gloo, stopped and resumed: a process holds half of each weight, the adapter the whole of it."""
+    for steps in ("2", "3"):
+        run_on_two("tests.training.two_shards", kind, str(tmp_path / "two"), steps)
     config = replace(FAST, steps=3, accumulation=2, lora_rank=4 if kind == "lora" else 0)
     single = finetune(tiny_pipe(), SLA, samples(), tmp_path / "one", config)
     assert_same_training(single, tmp_path / "two")

@@ -33,12 +33,12 @@ def shard_on_cpus() -> None:
 
 
 if __name__ == "__main__":
-    kind, out = sys.argv[1], Path(sys.argv[2])
-    config = FinetuneConfig(steps=3, learning_rate=1e-3, evaluate_samples=1, checkpoint_every=2)
+    kind, out, steps = sys.argv[1], Path(sys.argv[2]), int(sys.argv[3])
+    config = FinetuneConfig(steps=steps, learning_rate=1e-3, evaluate_samples=1, checkpoint_every=2)
     config = replace(config, lora_rank=4 if kind == "lora" else 0)
     shard_on_cpus()
     pipe = tiny_pipe()
-    finetune(pipe, SLA, samples(), out, config)
+    finetune(pipe, SLA, samples(), out, config, resume=True)
     weight = pipe.transformer.blocks[0].ffn.net[0].proj.weight
     assert isinstance(weight, DTensor)
     assert 2 * weight.to_local().numel() == weight.numel()
