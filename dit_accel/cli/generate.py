@@ -70,6 +70,8 @@ def generate(
     pixels = read_size(size) if size else None
     if adapter is not None and (recipe != "auto" or changes):
         raise ValueError(f"--adapter brings its own recipe, got --recipe {recipe} and {len(changes or ())} changes.")
+    if adapter is not None and calibration is not None:
+        raise ValueError(f"--adapter brings its own recipe and takes no calibration, got {calibration}.")
     chosen = read_recipe(recipe, changes)
     target = read_device(device)
     number = read_dtype(dtype, target)
