@@ -125,6 +125,7 @@ def time_call(args: argparse.Namespace, device: torch.device, dtype: torch.dtype
             out = call()
             kept = (torch.cuda.memory_allocated(device) if device.type == "cuda" else 0) - before
             out.backward(torch.ones_like(out))
+            del out  # or the next repeat would replace it, and its bytes would not be seen
             end = clock(device)
             q.grad = k.grad = v.grad = None
             if repeat >= 2:
@@ -152,12 +153,15 @@ def main() -> None:
     parser.add_argument("--repeats", type=int, default=5)
     parser.add_argument("--dense-backend", default="_native_cudnn", help="diffusers' name; on a GPU")
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
+    parser.add_argument("--only", choices=("call", "step"), help="one of the two measurements")
     parser.add_argument("--json", type=Path)
     args = parser.parse_args()
     device = torch.device(args.device)
     dtype = torch.bfloat16 if device.type == "cuda" else torch.float32
     report: dict[str, Any] = {}
     for name, measure in {"call": time_call, "step": time_steps}.items():
+        if args.only not in (None, name):
+            continue
         try:
             report[name] = measure(args, device, dtype)
         except Exception as error:  # a benchmark run tells all it can
