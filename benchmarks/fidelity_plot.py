@@ -1,6 +1,6 @@
 """The fidelity sweep as a picture, fidelity against density, and as a table in Markdown.
 
-    python benchmarks/fidelity_plot.py results/fidelity_h200.json --png fidelity.png > fidelity.md
+python benchmarks/fidelity_plot.py results/fidelity_h200.json --png fidelity.png > fidelity.md
 """
 
 from __future__ import annotations
