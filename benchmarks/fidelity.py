@@ -232,6 +232,7 @@ class Sweep:
                 "density": summary.density,
                 "mean_density": summary.mean_density,
                 "nan_calls": summary.nan_calls,
+                "plans_per_layer": sum(layer.plans_made for layer in summary.layers) / len(summary.layers),
                 "dense_calls": dict(summary.dense_calls),
                 "backends": dict(summary.backends),
                 "seconds": self.seconds,

@@ -94,6 +94,8 @@ METHODS = (
     Method("adaspa-frozen", lambda x: presets.adaspa(x, search_at=(DENSE,)), calibrated=True),
     Method("pooled-64", lambda x: _pooled(x, block=(64, 64)), note="blocks of 64 queries"),
     Method("pooled-once", lambda x: _pooled(x).with_fields({"schedule.refresh_every": 100}), note="one plan a run"),
+    Method("pooled-drift", lambda x: _drift(_pooled(x)), note="a plan where means moved by 0.1"),
+    Method("adaspa-drift", lambda x: _drift(_mass(x)), note="the same with AdaSpa's score"),
     Method("mass", lambda x: _mass(x), note="AdaSpa's score, raster order, a plan every step, one density"),
     Method("mass-tiles", lambda x: _mass(x).with_fields({"order": "tiles"}), note="the same in tile order"),
     Method("pooled-residual", lambda x: _residual(_pooled(x)), note="left-out blocks as one key"),
@@ -134,6 +136,10 @@ def _pooled(density: float, block: tuple[int, int] = (128, 64)) -> Recipe:
 def _mass(density: float) -> Recipe:
     select = Mass(density=density, head_adaptive=False)
     return Recipe(select=select, schedule=Schedule(dense_fraction=DENSE))
+
+
+def _drift(recipe: Recipe) -> Recipe:
+    return recipe.with_fields({"schedule.drift_bound": 0.1})
 
 
 def _residual(recipe: Recipe) -> Recipe:

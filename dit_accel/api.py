@@ -149,7 +149,7 @@ def _unwrap(model: nn.Module) -> nn.Module:
 def _choose(recipe: Recipe | str | None, options: Mapping[str, Any]) -> tuple[Recipe, str | None]:
     if recipe is not None:
         return presets.resolve(recipe, **options), None
-    chosen = presets.resolve("pooled", **options)
+    chosen = presets.automatic(**options)
     return chosen, "no recipe was given: pooled scores, dense where a sequence is too short to gain"
 
 

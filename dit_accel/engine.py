@@ -288,6 +288,8 @@ class Engine:
             memory = None if select.is_static else self._memory(key, call.step)
             prepared = self._prepare(call)
             mask = select.select(prepared.blocks, prepared.tables, q, k, call.key_mask, call.scale, memory)
+            if keep:
+                mask = mask.trimmed()
             if guarded and means is None:
                 means = BlockMeans.of(q, k, call.key_mask, select.block)
             state = self.recipe.compensate.prepare(prepared.blocks, mask, q, k, call.key_mask, call.scale)

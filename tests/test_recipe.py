@@ -1,4 +1,5 @@
 import json
+from pathlib import Path
 
 import pytest
 
@@ -59,3 +60,16 @@ def test_bad_presets_and_options():
         presets.resolve(Recipe(), density=0.1)
     with pytest.raises(TypeError, match=r"Recipe\.order must be one of Raster, Tiles, .*, got 'tiles'"):
         Recipe(order="tiles")
+
+
+def test_the_automatic_recipe_is_pooled_at_the_density_of_the_fidelity_page():
+    assert presets.automatic() == presets.pooled(density=0.3)
+    assert presets.automatic(density=0.1, refresh_every=2) == presets.pooled(density=0.1, refresh_every=2)
+    with pytest.raises(ValueError, match="no option 'sparsity'"):
+        presets.automatic(sparsity=0.9)
+
+
+def test_every_preset_has_its_place_in_the_documentation():
+    page = (Path(__file__).parent.parent / "docs" / "recipes.md").read_text()
+    for name in presets.PRESETS:
+        assert f"### `{name}(" in page, f"docs/recipes.md lacks {name}"

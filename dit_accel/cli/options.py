@@ -44,14 +44,19 @@ def read_recipe(name: str, changes: Sequence[str] | None) -> Recipe | None:
     if name == "auto":
         if not changes:
             return None
-        name = "pooled"  # what auto stands for
+        return presets.automatic().with_fields(_read_changes(changes))
+    return presets.resolve(name).with_fields(_read_changes(changes or ()))
+
+
+def _read_changes(changes: Sequence[str]) -> dict[str, str]:
+    """Fields and their new values from ``AXIS.FIELD=VALUE``."""
     fields = {}
-    for change in changes or ():
+    for change in changes:
         field, equals, value = change.partition("=")
         if not equals or not field or not value:
             raise ValueError(f"--set must be AXIS.FIELD=VALUE, such as select.density=0.1, got {change!r}.")
         fields[field.strip()] = value.strip()
-    return presets.resolve(name).with_fields(fields)
+    return fields
 
 
 def read_device(name: str | None) -> torch.device:

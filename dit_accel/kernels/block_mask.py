@@ -138,6 +138,12 @@ class BlockMask:
         tokens = tokens.reshape(*lead, nq * self.block_q, nk * self.block_k)
         return tokens[..., : self.q_len, : self.kv_len]
 
+    def trimmed(self) -> BlockMask:
+        """The same mask with lists no longer than its longest row, for a mask that is kept; waits for the device."""
+        longest = max(1, int(self.kv_num_blocks.max()))
+        bits = None if self.kv_bits is None else self.kv_bits[..., :longest].contiguous()
+        return replace(self, kv_indices=self.kv_indices[..., :longest].contiguous(), kv_bits=bits)
+
     def to(self, device: torch.device | str) -> BlockMask:
         """The same mask with every tensor on ``device``."""
         moved = {name: value.to(device) for name, value in vars(self).items() if isinstance(value, torch.Tensor)}

@@ -61,6 +61,21 @@ def pooled(
     )
 
 
+AUTOMATIC_DENSITY = 0.3
+"""What ``patch(pipe)`` keeps without a recipe: the lowest density of the fidelity sweep at which ``pooled`` stays above
+30 dB against dense (docs/fidelity.md)."""
+
+
+def automatic(**options: Any) -> Recipe:
+    """The recipe where none is named: :func:`pooled`, whose plans cost least in time and nothing in memory, at a
+    density that keeps the pictures.
+
+    Raises:
+        ValueError: an option that ``pooled`` lacks.
+    """
+    return resolve("pooled", **({"density": AUTOMATIC_DENSITY} | options))
+
+
 PRESETS: dict[str, Callable[..., Recipe]] = {
     "dense": dense,
     "window": window,

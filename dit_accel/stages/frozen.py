@@ -56,17 +56,7 @@ class FrozenMasks:
         if layer >= self.bits.shape[1]:
             raise ValueError(f"The calibration is for {self.bits.shape[1]} layers, the model has a layer {layer}.")
         chosen = unpack(self.bits[bucket, layer].to(blocks.device), blocks.num_blocks[1])[None]
-        mask = keep_chosen(blocks, chosen, key_mask)
-        longest = max(1, int(mask.kv_num_blocks.max()))
-        return BlockMask(
-            kv_num_blocks=mask.kv_num_blocks,
-            kv_indices=mask.kv_indices[..., :longest].contiguous(),
-            kv_num_full=mask.kv_num_full,
-            block_q=mask.block_q,
-            block_k=mask.block_k,
-            q_len=mask.q_len,
-            kv_len=mask.kv_len,
-        )
+        return keep_chosen(blocks, chosen, key_mask).trimmed()
 
 
 def pack(keep: torch.Tensor) -> torch.Tensor:
