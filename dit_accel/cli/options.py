@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import os
-import warnings
 import re
+import warnings
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Annotated
 
