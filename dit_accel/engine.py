@@ -16,7 +16,6 @@ from .layout import StepContext, TokenLayout
 from .plan import AttentionPlan, LayerMemory, SequenceBlocks
 from .recipe import Recipe
 from .stages.compensate_linear import LearnedCompensation
-from .stages.compensate_residual import PooledResidual
 from .stages.drift import BlockMeans
 from .stages.frozen import FrozenMasks
 from .stages.order_sorted import SortedSegments
@@ -204,8 +203,9 @@ class Engine:
         q, k, v, key_mask, scale = call.q, call.k, call.v, call.key_mask, call.scale
 
         def sparse() -> tuple[torch.Tensor, torch.Tensor]:
-            with_lse = isinstance(compensate, PooledResidual)
-            return self.recipe.precision.attend(q, k, v, plan.mask, plan.rows, key_mask, scale, backend, with_lse)
+            return self.recipe.precision.attend(
+                q, k, v, plan.mask, plan.rows, key_mask, scale, backend, with_lse=compensate.needs_lse
+            )
 
         begin = self.sparse_time.start(q.device)
         out, witness = compensate.attend(q, k, v, plan, key_mask, scale, sparse)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any, Protocol
+from typing import Any, ClassVar, Protocol
 
 import torch
 
@@ -24,7 +24,13 @@ Attended = tuple[torch.Tensor, torch.Tensor]
 
 
 class Compensation(Protocol):
-    """What is added to, or replaces, the sparse attention over the kept blocks."""
+    """What is added to, or replaces, the sparse attention over the kept blocks.
+
+    Attributes:
+        needs_lse: the second tensor of ``sparse()`` must be the log-sum-exp, float32 ``[B, H, S]``.
+    """
+
+    needs_lse: ClassVar[bool]
 
     @property
     def is_static(self) -> bool:
@@ -64,6 +70,8 @@ class Compensation(Protocol):
 @dataclass(frozen=True)
 class NoCompensation:
     """Left-out blocks are left out: the softmax runs over the kept keys alone."""
+
+    needs_lse: ClassVar[bool] = False
 
     @property
     def is_static(self) -> bool:
@@ -112,6 +120,8 @@ class PooledMass:
     """
 
     gain_aware: bool = True
+
+    needs_lse: ClassVar[bool] = False
 
     @property
     def is_static(self) -> bool:
@@ -182,6 +192,8 @@ class KeyPyramid:
             raise ValueError(f"compensate.similarity must be empty or three cosines, got {self.similarity}.")
         if not 0.0 < self.share <= 1.0:
             raise ValueError(f"compensate.share must lie in (0, 1], got {self.share}.")
+
+    needs_lse: ClassVar[bool] = False
 
     @property
     def is_static(self) -> bool:

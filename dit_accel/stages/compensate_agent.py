@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import ClassVar
 
 import torch
 import torch.nn.functional as F
@@ -51,6 +52,8 @@ class AgentTokens:
     def __post_init__(self) -> None:
         if len(self.tile) != 3 or min(self.tile) < 1 or self.tile[0] * self.tile[1] * self.tile[2] <= 2:
             raise ValueError(f"compensate.tile must hold three sizes and more than two tokens, got {self.tile}.")
+
+    needs_lse: ClassVar[bool] = False
 
     @property
     def is_static(self) -> bool:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 import torch.nn.functional as F
@@ -84,6 +84,8 @@ class LinearBranch:
             )
         if not 0.0 <= self.negligible_share < 1.0:
             raise ValueError(f"compensate.negligible_share must lie in [0, 1), got {self.negligible_share}.")
+
+    needs_lse: ClassVar[bool] = False
 
     @property
     def is_static(self) -> bool:

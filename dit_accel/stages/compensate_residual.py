@@ -5,11 +5,13 @@ from __future__ import annotations
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import ClassVar
 
 import torch
 import torch.nn.functional as F
 
 from ..kernels import BlockMask
+from ..kernels.selection import gather_mask, gather_rows, pool_blocks
 from ..plan import AttentionPlan, SequenceBlocks
 
 LOGITS_AT_ONCE = 1 << 27
@@ -24,6 +26,8 @@ class PooledResidual:
     so that a block left out never weighs too much. Two partial softmaxes are merged by their log-sum-exps.
     Costs the products of tokens times blocks. Inference only.
     """
+
+    needs_lse: ClassVar[bool] = True
 
     @property
     def is_static(self) -> bool:
@@ -58,18 +62,13 @@ class PooledResidual:
         scale = q.shape[-1] ** -0.5 if scale is None else scale
         batch, length, heads, _ = q.shape
         slots = None if plan.rows is None else plan.rows.long().expand(batch, heads, length)
-        queries, keys, values = (_permuted(x, slots) for x in (q, k, v))
-        visible = torch.ones(batch, 1, length, dtype=torch.bool, device=q.device)
-        if key_mask is not None:
-            visible = key_mask[:, None]
-            visible = visible if slots is None else visible.expand(batch, heads, length).gather(2, slots)
-        counts = _blocks(visible[..., None].float(), mask.block_k).sum(3)
-        mean_k, mean_v = (
-            _blocks(x.float().masked_fill(~visible[..., None], 0.0), mask.block_k).sum(3) / counts.clamp_min(1)
-            for x in (keys, values)
-        )
+        queries = gather_rows(q, plan.rows)
+        mean_k, mean_v = (pool_blocks(x, mask.block_k, rows=plan.rows, key_mask=key_mask) for x in (k, v))
+        if key_mask is None:
+            key_mask = torch.ones(1, length, dtype=torch.bool, device=q.device)
+        visible = F.pad(gather_mask(key_mask, plan.rows), (0, -length % mask.block_k))
         # A block without visible keys has no weight: log 0.
-        bias = counts[..., 0].log()
+        bias = visible.unflatten(2, (-1, mask.block_k)).sum(3, dtype=torch.float32).log()
         left_out = ~mask.to_dense()
         rest, rest_lse = torch.empty_like(out), torch.empty_like(lse)
         group = max(1, LOGITS_AT_ONCE // (batch * heads * mask.block_q * mask.num_blocks[1]))
@@ -100,14 +99,3 @@ class PooledResidual:
         """Kept share of all block pairs, and the means of the others counted as one key each."""
         kept = plan.mask.density()
         return kept + (1.0 - kept) / plan.mask.block_k
-
-
-def _permuted(x: torch.Tensor, slots: torch.Tensor | None) -> torch.Tensor:
-    """``[B, H, S, D]`` in the plan's order from ``[B, S, H, D]``."""
-    x = x.transpose(1, 2)
-    return x if slots is None else x.gather(2, slots[..., None].expand_as(x))
-
-
-def _blocks(x: torch.Tensor, block: int) -> torch.Tensor:
-    """``[B, H, n, block, D]``, the last block filled up with zeros."""
-    return F.pad(x, (0, 0, 0, -x.shape[2] % block)).unflatten(2, (-1, block))

@@ -17,20 +17,10 @@ from typing import Any
 import torch
 from diffusers import WanPipeline
 
+from dit_accel.stages.order import tile_order
+
 BLOCK = 64
 TILE = 4
-
-
-def tile_order(frames: int, height: int, width: int) -> torch.Tensor:
-    """Permutation of raster tokens [frames * height * width] into 4 x 4 x 4 tiles.
-
-    Raises:
-        ValueError: when a side is not a multiple of 4.
-    """
-    if frames % TILE or height % TILE or width % TILE:
-        raise ValueError(f"tiles of {TILE}^3 need sides that are multiples of {TILE}, got {(frames, height, width)}")
-    index = torch.arange(frames * height * width).view(frames // TILE, TILE, height // TILE, TILE, width // TILE, TILE)
-    return index.permute(0, 2, 4, 1, 3, 5).flatten()
 
 
 def block_mass(query: torch.Tensor, key: torch.Tensor, order: torch.Tensor | None) -> torch.Tensor:
@@ -93,7 +83,7 @@ class Recorder:
 def measure(pipeline: WanPipeline, prompt: str, steps: int, measured: list[int], seed: int) -> list[dict[str, Any]]:
     """Generates one clip of 29 frames of 192 x 192 pixels and returns the densities at the measured steps."""
     records: list[dict[str, Any]] = []
-    order = tile_order(8, 24, 24)
+    order = tile_order((8, 24, 24), (TILE, TILE, TILE), torch.device("cpu"))
     recorders = []
     for layer, block in enumerate(pipeline.transformer.blocks):
         recorder = Recorder(layer, block.attn1.processor, records, order)

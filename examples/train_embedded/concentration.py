@@ -17,6 +17,8 @@ import torch
 from diffusers import WanTransformer3DModel
 from diffusers.models.transformers import transformer_wan
 
+from dit_accel.stages.order import tile_order
+
 TILE = 4
 SHARE = 0.3
 
@@ -67,11 +69,8 @@ def tile_masses(query: torch.Tensor, key: torch.Tensor, grid: tuple[int, int, in
     Returns:
         [n, heads, len(tiles), all tiles]; rows sum to one.
     """
-    n, tokens, heads, dim = key.shape
-    index = torch.arange(tokens, device=key.device).view(grid)
-    for axis in (0, 2, 4):
-        index = index.unflatten(axis, (-1, TILE))
-    order = index.permute(0, 2, 4, 1, 3, 5).reshape(-1, TILE**3)
+    n, _, heads, dim = key.shape
+    order = tile_order(grid, (TILE, TILE, TILE), key.device).view(-1, TILE**3)
     q = query[:, order[tiles].flatten()].transpose(1, 2)
     k = key[:, order.flatten()].transpose(1, 2)
     weights = torch.softmax((q @ k.mT).float() * dim**-0.5, dim=-1)
