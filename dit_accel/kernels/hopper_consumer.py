@@ -12,7 +12,7 @@ from triton.experimental.gluon.language.nvidia.hopper import (
     warpgroup_mma_wait,
 )
 
-from .hopper_producer import tile_header
+from .hopper_producer import claimed_tile, tile_block, tile_header
 
 LN_2_ = gl.constexpr(0.6931471805599453)
 # Weights are at most 1 and e4m3 holds 448: its base-2 logarithm, added to the exponents.
@@ -107,9 +107,94 @@ def unpack_fp8(words, OPERAND: gl.constexpr):
 
 
 @gluon.jit
+def write_tile(
+    acc,
+    peak,
+    total,
+    tile,
+    buffer,
+    out_desc,
+    shared,
+    rows_ptr,
+    sizes,
+    state,
+    HALF: gl.constexpr,
+    HEAD_DIM: gl.constexpr,
+    PERMUTED: gl.constexpr,
+    QUANTIZED: gl.constexpr,
+    FP8: gl.constexpr,
+    ROW: gl.constexpr,
+    O_LAYOUT: gl.constexpr,
+):
+    """Normalise and store the output and log-sum-exp of a tile's 64 rows, and give its query buffer back."""
+    q_smem, _k_smem, _v_smem, o_smem, _q_full, q_empty, _k_full, _k_empty, _v_full, _v_empty, _order = shared
+    nq, heads, _num_tiles, _mask_batch_stride, _mask_head_stride, _list_length, q_rows, _k_rows, _plane_cols = sizes
+    (
+        _q_ptr,
+        out_ptr,
+        lse_ptr,
+        _q_scale_ptr,
+        _k_scale_ptr,
+        v_scale_ptr,
+        q_shift_ptr,
+        _stride_qb,
+        _stride_qs,
+        _stride_qh,
+        stride_ob,
+        stride_os,
+        stride_oh,
+        rows_batch_stride,
+        rows_head_stride,
+        q_len,
+        _kv_len,
+        scale_log2,
+    ) = state
+    O_ROW: gl.constexpr = gl.SliceLayout(1, O_LAYOUT)
+    COPY: gl.constexpr = gl.BlockedLayout([1, 8], [2, 16], [4, 1], [1, 0])
+    plane = (tile // nq).to(gl.int64)
+    batch, head = plane // heads, plane % heads
+    rows_at = rows_ptr + batch * rows_batch_stride + head * rows_head_stride
+    first_slot = tile_block(tile, nq) * 128 + HALF * 64
+    slot = first_slot + gl.arange(0, 64, layout=ROW)
+    nothing = total == 0.0
+    safe = gl.where(nothing, 1.0, total)
+    lse = (peak + gl.log2(safe) - (FP8_LIFT if FP8 else 0.0)) * LN_2_
+    row = slot
+    if PERMUTED:
+        row = gl.load(rows_at + slot, mask=slot < q_len, other=0)
+    if QUANTIZED:
+        # Smoothing took scale * q . mean(k) from every logit of the row.
+        lse += gl.load(q_shift_ptr + plane * q_rows + slot) * (scale_log2 * LN_2_)
+    lse = gl.where(nothing, float("-inf"), lse)
+    gl.store(lse_ptr + plane * q_len + row, lse, mask=slot < q_len)
+    acc = acc * gl.convert_layout(1.0 / safe, O_ROW)[:, None]
+    if FP8:
+        columns = gl.arange(0, HEAD_DIM, layout=gl.SliceLayout(0, O_LAYOUT))
+        acc = acc * gl.load(v_scale_ptr + plane * HEAD_DIM + columns)[None, :]
+    # Through shared memory the output leaves in whole lines; in half precision Q's buffer is free by now.
+    o_tile = o_smem.index(HALF if QUANTIZED else buffer + HALF)
+    o_tile.store(acc.to(o_smem.dtype))
+    if PERMUTED:
+        copy_slot = first_slot + gl.arange(0, 64, layout=gl.SliceLayout(1, COPY))
+        copy_columns = gl.arange(0, HEAD_DIM, layout=gl.SliceLayout(0, COPY))
+        live = copy_slot < q_len
+        copy_row = gl.load(rows_at + copy_slot, mask=live, other=0).to(gl.int64)
+        out_at = out_ptr + batch * stride_ob + head * stride_oh
+        whole = o_tile.load(COPY)
+        gl.store(out_at + copy_row[:, None] * stride_os + copy_columns[None, :], whole, mask=live[:, None])
+    else:
+        fence_async_shared()
+        tma.async_copy_shared_to_global(out_desc, [first_slot, (head * HEAD_DIM).to(gl.int32)], o_tile)
+        tma.store_wait(pendings=0)
+    if QUANTIZED or not PERMUTED:
+        mbarrier.arrive(q_empty.index(buffer + HALF), count=1)
+
+
+@gluon.jit
 def consume(
     out_desc,
     shared,
+    queue,
     lists,
     sizes,
     state,
@@ -125,7 +210,11 @@ def consume(
     QUANTIZED: gl.constexpr,
     FP8: gl.constexpr,
 ):
-    """Attention of 64 query rows of every tile of this program."""
+    """Attention of 64 query rows of every tile of this program.
+
+    Tiles are a pipeline too: the last product of one runs beside the first scores of the next, and what is left
+    of a tile then, normalising and storing, delays nothing that is in flight but this warpgroup's next scores.
+    """
     q_smem, k_smem, v_smem, o_smem, q_full, q_empty, k_full, k_empty, v_full, v_empty, order = shared
     counts_ptr, fulls_ptr, index_ptr, bit_rows_ptr, bits_ptr, rows_ptr, key_mask_ptr = lists
     nq, heads, num_tiles, mask_batch_stride, mask_head_stride, list_length, q_rows, k_rows, _plane_cols = sizes
@@ -135,8 +224,8 @@ def consume(
         lse_ptr,
         q_scale_ptr,
         k_scale_ptr,
-        v_scale_ptr,
-        q_shift_ptr,
+        _v_scale_ptr,
+        _q_shift_ptr,
         stride_qb,
         stride_qs,
         stride_qh,
@@ -166,39 +255,44 @@ def consume(
     step = gl.to_tensor(0)
     turn = gl.to_tensor(0)
     beat = gl.to_tensor(0)
-    programs = gl.num_programs(0)
+    place = gl.to_tensor(0)
+    tile = gl.program_id(0)
     blank = gl.zeros([64, BLOCK_K], gl.int32 if QUANTIZED else gl.float32, layout=S_LAYOUT)
     if TAKE_TURNS and HALF == 1:
         mbarrier.arrive(order.index(0), count=1)
+    # The tile whose last product is still to be issued, none before the first; and whether it had more blocks. A
+    # tile's first product ignores the sums of the tile before: writing zeros in their place would cost registers.
+    open_tile = gl.to_tensor(-1)
+    open_more = open_tile >= 0
+    acc = gl.zeros([64, HEAD_DIM], gl.float32, layout=O_LAYOUT)
+    peak = gl.full([64], float("-inf"), gl.float32, layout=ROW)
+    total = gl.zeros([64], gl.float32, layout=ROW)
+    shrink = gl.zeros([64], gl.float32, layout=ROW)
+    likely = gl.zeros([64, BLOCK_K], gl.float32, layout=S_LAYOUT)
+    if FP8:
+        weights = pack_fp8(likely)
     list_row, count, full = tile_header(
-        gl.program_id(0), num_tiles, nq, heads, mask_batch_stride, mask_head_stride, counts_ptr, fulls_ptr
+        tile, num_tiles, nq, heads, mask_batch_stride, mask_head_stride, counts_ptr, fulls_ptr
     )
-    for tile in range(gl.program_id(0), num_tiles, programs):
-        next_row, next_count, next_full = tile_header(
-            tile + programs, num_tiles, nq, heads, mask_batch_stride, mask_head_stride, counts_ptr, fulls_ptr
-        )
+    while tile < num_tiles:
         plane = (tile // nq).to(gl.int64)
         batch, head = plane // heads, plane % heads
         at = index_ptr + list_row.to(gl.int64) * list_length
         bits_at = bit_rows_ptr + list_row.to(gl.int64) * list_length
         rows_at = rows_ptr + batch * rows_batch_stride + head * rows_head_stride
         hidden_at = key_mask_ptr + batch * kv_len
-        first_slot = (tile % nq) * 128 + HALF * 64
-        buffer = 0 if GATHER_Q else (turn % Q_STAGES) * 2
-        q_tile = q_smem.index(buffer + HALF)
-        o_tile = o_smem.index((turn % Q_STAGES) * 2 + HALF if not (GATHER_Q or QUANTIZED) else HALF)
-        acc = gl.zeros([64, HEAD_DIM], gl.float32, layout=O_LAYOUT)
-        peak = gl.full([64], float("-inf"), gl.float32, layout=ROW)
-        total = gl.zeros([64], gl.float32, layout=ROW)
-        slot = first_slot + gl.arange(0, 64, layout=ROW)
-        if QUANTIZED:
-            row_scale = gl.load(q_scale_ptr + plane * q_rows + slot) * scale_log2
-            scales_at = k_scale_ptr + plane * (k_rows // BLOCK_K)
-            key_scale = gl.load(scales_at + gl.load(at, mask=count > 0, other=0))
-            following = gl.load(at + 1, mask=count > 1, other=0)
-        else:
-            row_scale = gl.full([64], scale_log2, gl.float32, layout=ROW)
+        first_slot = tile_block(tile, nq) * 128 + HALF * 64
         if count > 0:
+            buffer = (turn % 2) * 2
+            q_tile = q_smem.index(buffer + HALF)
+            if QUANTIZED:
+                slot = first_slot + gl.arange(0, 64, layout=ROW)
+                row_scale = gl.load(q_scale_ptr + plane * q_rows + slot) * scale_log2
+                scales_at = k_scale_ptr + plane * (k_rows // BLOCK_K)
+                key_scale = gl.load(scales_at + gl.load(at))
+                following = gl.load(at + 1, mask=count > 1, other=0)
+            else:
+                row_scale = gl.full([64], scale_log2, gl.float32, layout=ROW)
             if GATHER_Q:
                 gather_slot = first_slot + gl.arange(0, 64, layout=gl.SliceLayout(1, COPY))
                 gather_columns = gl.arange(0, HEAD_DIM, layout=gl.SliceLayout(0, COPY))
@@ -214,12 +308,37 @@ def consume(
                 q_tile.store(gl.load(q_at, mask=gather_live[:, None], other=0.0))
                 fence_async_shared()
             else:
-                mbarrier.wait(q_full.index(buffer + HALF), (turn // Q_STAGES) & 1)
+                mbarrier.wait(q_full.index(buffer + HALF), (turn // 2) & 1)
 
+            # First scores of this tile, and the last product of the one before. Before the first tile that product
+            # reads whatever is there, and nobody reads it.
+            opened = open_tile >= 0
             stage = step % STAGES
+            last = (step + STAGES - 1) % STAGES
             mbarrier.wait(k_full.index(stage), (step // STAGES) & 1)
+            if not FP8:
+                weights = gl.convert_layout(likely.to(dtype), OPERAND)
             token = warpgroup_mma(q_tile, k_smem.index(stage).permute([1, 0]), blank, use_acc=False, is_async=True)
-            scores = warpgroup_mma_wait(0, deps=[token]).to(gl.float32)
+            mbarrier.wait(v_full.index(last), ((step - 1) // STAGES) & 1, pred=opened)
+            earlier = gl.convert_layout(shrink, O_ROW)[:, None]
+            if FP8:
+                fresh = gl.zeros([64, HEAD_DIM], gl.float32, layout=O_LAYOUT)
+                acc_token = warpgroup_mma(
+                    unpack_fp8(weights, OPERAND),
+                    v_smem.index(last).permute([1, 0]),
+                    fresh,
+                    use_acc=False,
+                    is_async=True,
+                )
+            else:
+                acc = acc * earlier
+                acc_token = warpgroup_mma(weights, v_smem.index(last), acc, use_acc=open_more, is_async=True)
+            # The next tile is asked for while the scores are being made.
+            next_tile = claimed_tile(queue, place)
+            next_row, next_count, next_full = tile_header(
+                next_tile, num_tiles, nq, heads, mask_batch_stride, mask_head_stride, counts_ptr, fulls_ptr
+            )
+            scores = warpgroup_mma_wait(1, deps=[token]).to(gl.float32)
             mbarrier.arrive(k_empty.index(stage), count=1)
             if full == 0:
                 scores = hide_keys(
@@ -240,11 +359,45 @@ def consume(
             factor = row_scale
             if QUANTIZED:
                 factor = row_scale * key_scale
+            open_peak, open_total = peak, total
+            peak = gl.full([64], float("-inf"), gl.float32, layout=ROW)
+            total = gl.zeros([64], gl.float32, layout=ROW)
             likely, peak, total, shrink = block_softmax(scores, peak, total, factor, LIFT)
-            if FP8:
-                weights = pack_fp8(likely)
             step += 1
             mbarrier.wait(k_full.index(step % STAGES), (step // STAGES) & 1, pred=count > 1)
+            if FP8:
+                product = warpgroup_mma_wait(0, deps=[acc_token])
+                acc = acc * earlier + product
+                weights = pack_fp8(likely)
+            else:
+                acc, weights = warpgroup_mma_wait(0, deps=[acc_token, weights])
+            mbarrier.arrive(v_empty.index(last), count=1, pred=opened)
+            if opened:
+                write_tile(
+                    acc,
+                    open_peak,
+                    open_total,
+                    open_tile,
+                    2 - buffer,
+                    out_desc,
+                    shared,
+                    rows_ptr,
+                    sizes,
+                    state,
+                    HALF,
+                    HEAD_DIM,
+                    PERMUTED,
+                    QUANTIZED,
+                    FP8,
+                    ROW,
+                    O_LAYOUT,
+                )
+            if FP8:
+                # What is left of the last tile is multiplied by 0 next; NaN and inf would survive that.
+                acc = gl.where(gl.abs(acc) < float("inf"), acc, 0.0)
+            open_tile = tile
+            open_more = count > 1
+            turn += 1
 
             for partial in gl.static_range(2):
                 begin = gl.maximum(full, 1) if partial else 1
@@ -278,7 +431,9 @@ def consume(
                     else:
                         # While the scores are being made.
                         acc = acc * earlier
-                        acc_token = warpgroup_mma(weights, v_smem.index(last), acc, is_async=True)
+                        acc_token = warpgroup_mma(
+                            weights, v_smem.index(last), acc, use_acc=entry > 1, is_async=True
+                        )
                     if TAKE_TURNS:
                         mbarrier.arrive(order.index(1 - HALF), count=1)
                         beat += 1
@@ -318,66 +473,61 @@ def consume(
                     if FP8:
                         # The product takes the registers that float32 weights would be carried in.
                         weights = pack_fp8(likely)
-            if not FP8:
-                weights = gl.convert_layout(likely.to(dtype), OPERAND)
-            last = (step - 1) % STAGES
-            mbarrier.wait(v_full.index(last), ((step - 1) // STAGES) & 1)
-            acc = acc * gl.convert_layout(shrink, O_ROW)[:, None]
-            if FP8:
-                fresh = gl.zeros([64, HEAD_DIM], gl.float32, layout=O_LAYOUT)
-                acc_token = warpgroup_mma(
-                    unpack_fp8(weights, OPERAND),
-                    v_smem.index(last).permute([1, 0]),
-                    fresh,
-                    use_acc=False,
-                    is_async=True,
-                )
-                product = warpgroup_mma_wait(0, deps=[acc_token])
-                acc = acc + product
-            else:
-                acc_token = warpgroup_mma(weights, v_smem.index(last), acc, is_async=True)
-                acc = warpgroup_mma_wait(0, deps=[acc_token])
-            mbarrier.arrive(v_empty.index(last), count=1)
-
-        nothing = total == 0.0
-        safe = gl.where(nothing, 1.0, total)
-        lse = (peak + gl.log2(safe) - LIFT) * LN_2_
-        row = slot
-        if PERMUTED:
-            row = gl.load(rows_at + slot, mask=slot < q_len, other=0)
-        if QUANTIZED:
-            # Smoothing took scale * q . mean(k) from every logit of the row.
-            lse += gl.load(q_shift_ptr + plane * q_rows + slot) * (scale_log2 * LN_2_)
-        lse = gl.where(nothing, float("-inf"), lse)
-        gl.store(lse_ptr + plane * q_len + row, lse, mask=slot < q_len)
-        acc = acc * gl.convert_layout(1.0 / safe, O_ROW)[:, None]
-        columns = gl.arange(0, HEAD_DIM, layout=gl.SliceLayout(0, O_LAYOUT))
-        if FP8:
-            acc = acc * gl.load(v_scale_ptr + plane * HEAD_DIM + columns)[None, :]
-        out_at = out_ptr + batch * stride_ob + head * stride_oh
-        if count > 0:
-            # Through shared memory the output leaves in whole lines; Q's buffer is free by now.
-            o_tile.store(acc.to(dtype))
-            if PERMUTED:
-                copy_slot = first_slot + gl.arange(0, 64, layout=gl.SliceLayout(1, COPY))
-                copy_columns = gl.arange(0, HEAD_DIM, layout=gl.SliceLayout(0, COPY))
-                live = copy_slot < q_len
-                copy_row = gl.load(rows_at + copy_slot, mask=live, other=0).to(gl.int64)
-                whole = o_tile.load(COPY)
-                gl.store(out_at + copy_row[:, None] * stride_os + copy_columns[None, :], whole, mask=live[:, None])
-            else:
-                fence_async_shared()
-                tma.async_copy_shared_to_global(out_desc, [first_slot, (head * HEAD_DIM).to(gl.int32)], o_tile)
-                tma.store_wait(pendings=0)
-            if not GATHER_Q:
-                mbarrier.arrive(q_empty.index(buffer + HALF), count=1)
-            turn += 1
         else:
+            # Nothing to read: zeros, and a log-sum-exp of -inf.
+            next_tile = claimed_tile(queue, place)
+            next_row, next_count, next_full = tile_header(
+                next_tile, num_tiles, nq, heads, mask_batch_stride, mask_head_stride, counts_ptr, fulls_ptr
+            )
             blank_slot = first_slot + gl.arange(0, 64, layout=gl.SliceLayout(1, O_LAYOUT))
             blank_live = blank_slot < q_len
             blank_row = blank_slot
             if PERMUTED:
                 blank_row = gl.load(rows_at + blank_slot, mask=blank_live, other=0)
+            columns = gl.arange(0, HEAD_DIM, layout=gl.SliceLayout(0, O_LAYOUT))
+            out_at = out_ptr + batch * stride_ob + head * stride_oh
             blank_at = out_at + blank_row.to(gl.int64)[:, None] * stride_os + columns[None, :]
-            gl.store(blank_at, acc.to(dtype), mask=blank_live[:, None])
-        list_row, count, full = next_row, next_count, next_full
+            gl.store(blank_at, gl.zeros([64, HEAD_DIM], dtype, layout=O_LAYOUT), mask=blank_live[:, None])
+            unseen = gl.full([64], float("-inf"), gl.float32, layout=O_ROW)
+            gl.store(lse_ptr + plane * q_len + blank_row, unseen, mask=blank_live)
+        tile, list_row, count, full = next_tile, next_row, next_count, next_full
+        place += 1
+
+    if open_tile >= 0:
+        last = (step - 1) % STAGES
+        mbarrier.wait(v_full.index(last), ((step - 1) // STAGES) & 1)
+        acc = acc * gl.convert_layout(shrink, O_ROW)[:, None]
+        if FP8:
+            fresh = gl.zeros([64, HEAD_DIM], gl.float32, layout=O_LAYOUT)
+            acc_token = warpgroup_mma(
+                unpack_fp8(weights, OPERAND),
+                v_smem.index(last).permute([1, 0]),
+                fresh,
+                use_acc=False,
+                is_async=True,
+            )
+            acc = acc + warpgroup_mma_wait(0, deps=[acc_token])
+        else:
+            weights = gl.convert_layout(likely.to(dtype), OPERAND)
+            acc_token = warpgroup_mma(weights, v_smem.index(last), acc, use_acc=open_more, is_async=True)
+            acc = warpgroup_mma_wait(0, deps=[acc_token])
+        mbarrier.arrive(v_empty.index(last), count=1)
+        write_tile(
+            acc,
+            peak,
+            total,
+            open_tile,
+            ((turn + 1) % 2) * 2,
+            out_desc,
+            shared,
+            rows_ptr,
+            sizes,
+            state,
+            HALF,
+            HEAD_DIM,
+            PERMUTED,
+            QUANTIZED,
+            FP8,
+            ROW,
+            O_LAYOUT,
+        )

@@ -83,9 +83,8 @@ def default_config(block_k: int, dim: int, precision: str | None) -> HopperConfi
     half = 2 * dim
     in_row = half if precision is None else dim
     value_row = dim if precision == "int8_fp8" else half
-    # A second query tile and turns paid only with INT8 keys and 16-bit values.
     int8 = precision == "int8"
-    q_stages = 2 if int8 and block_k == 128 else 1
+    q_stages = 2
     out = 0 if precision is None else 128 * half
     stages = (_SHARED_BYTES - q_stages * 128 * in_row - out) // (block_k * (in_row + value_row))
     most = (3 if int8 else 4) * 128 // block_k
@@ -147,6 +146,10 @@ def hopper_forward(
     bits = index if mask.token_bits is None else mask.token_bits.contiguous()
     hidden = None if key_mask is None else key_mask.contiguous().view(torch.uint8)
     rows_strides = (0, 0) if rows is None else mask_strides(rows, q_len)
+    programs = min(nq * heads, multiprocessors(q.device.index or 0))
+    # Tiles that were taken, a count for each launch; and the last two of every program.
+    taken = torch.zeros(batch, dtype=torch.int32, device=q.device)
+    claims = torch.empty((batch, programs, 2), dtype=torch.int32, device=q.device)
     for b in range(batch):
         mb = b if counts.shape[0] > 1 else 0
         if quantized is None:
@@ -164,7 +167,7 @@ def hopper_forward(
             scales = (quantized.q_scale[b], quantized.k_scale[b], v_scale, quantized.q_shift[b])
             planes = (nq * mask.block_q, nk * mask.block_k, 0)
         v_tile = (dim, mask.block_k) if fp8 else (mask.block_k, dim)
-        hopper_fwd_kernel[(min(nq * heads, multiprocessors(q.device.index or 0)),)](
+        hopper_fwd_kernel[(programs,)](
             q_tiles,
             _tiles(k_in, mask.block_k, dim),
             _tiles(v_in, *v_tile),
@@ -180,6 +183,8 @@ def hopper_forward(
             bits,
             index if rows is None else rows[b if rows.shape[0] > 1 else 0],
             index if hidden is None else hidden[b],
+            taken[b],
+            claims[b],
             *q.stride()[:3],
             *out.stride()[:3],
             *rows_strides,

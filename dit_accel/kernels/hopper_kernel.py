@@ -54,6 +54,8 @@ def hopper_fwd_kernel(
     bits_ptr,
     rows_ptr,
     key_mask_ptr,
+    counter_ptr,
+    claims_ptr,
     stride_qb,
     stride_qs,
     stride_qh,
@@ -101,8 +103,12 @@ def hopper_fwd_kernel(
     v_full = gl.allocate_shared_memory(gl.int64, [STAGES, 1], mbarrier.MBarrierLayout())
     v_empty = gl.allocate_shared_memory(gl.int64, [STAGES, 1], mbarrier.MBarrierLayout())
     order = gl.allocate_shared_memory(gl.int64, [2, 1], mbarrier.MBarrierLayout())
+    claim_full = gl.allocate_shared_memory(gl.int64, [2, 1], mbarrier.MBarrierLayout())
+    claim_empty = gl.allocate_shared_memory(gl.int64, [2, 1], mbarrier.MBarrierLayout())
     for half in gl.static_range(2):
         mbarrier.init(order.index(half), count=1)
+        mbarrier.init(claim_full.index(half), count=1)
+        mbarrier.init(claim_empty.index(half), count=2)
     for buffer in gl.static_range(2 * Q_STAGES):
         mbarrier.init(q_full.index(buffer), count=1)
         mbarrier.init(q_empty.index(buffer), count=1)
@@ -116,6 +122,7 @@ def hopper_fwd_kernel(
 
     descriptors = (q_desc, k_desc, v_desc, out_desc)
     shared = (q_smem, k_smem, v_smem, o_smem, q_full, q_empty, k_full, k_empty, v_full, v_empty, order)
+    queue = (counter_ptr, claims_ptr, claim_full, claim_empty)
     lists = (counts_ptr, fulls_ptr, index_ptr, bit_rows_ptr, bits_ptr, rows_ptr, key_mask_ptr)
     sizes = (
         nq,
@@ -158,6 +165,7 @@ def hopper_fwd_kernel(
                 (
                     out_desc,
                     shared,
+                    queue,
                     lists,
                     sizes,
                     state,
@@ -179,6 +187,7 @@ def hopper_fwd_kernel(
                 (
                     out_desc,
                     shared,
+                    queue,
                     lists,
                     sizes,
                     state,
@@ -200,6 +209,7 @@ def hopper_fwd_kernel(
                 (
                     descriptors,
                     shared,
+                    queue,
                     lists,
                     sizes,
                     BLOCK_K,

@@ -8,10 +8,16 @@ from triton.experimental.gluon.language.nvidia.hopper import mbarrier, tma
 
 
 @gluon.jit
+def tile_block(tile, nq):
+    """Query block of a tile. A head's last ones come first: they may hold text, which reads every block."""
+    return nq - 1 - tile % nq
+
+
+@gluon.jit
 def tile_header(tile, num_tiles, nq, heads, mask_batch_stride, mask_head_stride, counts_ptr, fulls_ptr):
     """Row of the lists, count and number of full blocks of a tile; zeros past the last one."""
     plane = tile // nq
-    row = (plane // heads) * mask_batch_stride + (plane % heads) * mask_head_stride + tile % nq
+    row = (plane // heads) * mask_batch_stride + (plane % heads) * mask_head_stride + tile_block(tile, nq)
     inside = tile < num_tiles
     return (
         row,
@@ -21,9 +27,33 @@ def tile_header(tile, num_tiles, nq, heads, mask_batch_stride, mask_head_stride,
 
 
 @gluon.jit
+def claim_tile(queue, place):
+    """Take the next tile for this program and tell its consumers: the ``place``-th that it takes."""
+    counter_ptr, claims_ptr, claim_full, claim_empty = queue
+    slot = place % 2
+    tile = gl.atomic_add(counter_ptr, 1) + gl.num_programs(0)
+    mbarrier.wait(claim_empty.index(slot), ((place // 2) & 1) ^ 1)
+    gl.store(claims_ptr + gl.program_id(0) * 2 + slot, tile)
+    mbarrier.arrive(claim_full.index(slot), count=1)
+    return tile
+
+
+@gluon.jit
+def claimed_tile(queue, place):
+    """The ``place``-th tile that the producer took, for a consumer."""
+    _counter_ptr, claims_ptr, claim_full, claim_empty = queue
+    slot = place % 2
+    mbarrier.wait(claim_full.index(slot), (place // 2) & 1)
+    tile = gl.load(claims_ptr + gl.program_id(0) * 2 + slot, volatile=True)
+    mbarrier.arrive(claim_empty.index(slot), count=1)
+    return tile
+
+
+@gluon.jit
 def produce(
     descriptors,
     shared,
+    queue,
     lists,
     sizes,
     BLOCK_K: gl.constexpr,
@@ -33,31 +63,42 @@ def produce(
     GATHER_Q: gl.constexpr,
     FP8: gl.constexpr,
 ):
-    """Stream Q (unless the consumers gather it), K and V of every tile of this program."""
+    """Stream Q (unless the consumers gather it), K and V of every tile of this program, and take its tiles."""
     q_desc, k_desc, v_desc, _out_desc = descriptors
     q_smem, k_smem, v_smem, _o_smem, q_full, q_empty, k_full, k_empty, v_full, v_empty, _order = shared
     counts_ptr, fulls_ptr, index_ptr, _bit_rows_ptr, _bits_ptr, _rows_ptr, _key_mask_ptr = lists
     nq, heads, num_tiles, mask_batch_stride, mask_head_stride, list_length, q_rows, k_rows, plane_cols = sizes
     step = gl.to_tensor(0)
     turn = gl.to_tensor(0)
-    programs = gl.num_programs(0)
+    place = gl.to_tensor(0)
+    tile = gl.program_id(0)
     row, count, _full = tile_header(
-        gl.program_id(0), num_tiles, nq, heads, mask_batch_stride, mask_head_stride, counts_ptr, fulls_ptr
+        tile, num_tiles, nq, heads, mask_batch_stride, mask_head_stride, counts_ptr, fulls_ptr
     )
-    first = gl.load(index_ptr + row.to(gl.int64) * list_length)
-    for tile in range(gl.program_id(0), num_tiles, programs):
-        next_row, next_count, _full = tile_header(
-            tile + programs, num_tiles, nq, heads, mask_batch_stride, mask_head_stride, counts_ptr, fulls_ptr
-        )
+    block = gl.load(index_ptr + row.to(gl.int64) * list_length)
+    while tile < num_tiles:
+        next_tile, next_row, next_count, next_block = tile, row, count, block
         at = index_ptr + row.to(gl.int64) * list_length
         plane = tile // nq
         column = plane * plane_cols
         if count > 0:
-            block = first
             for entry in range(0, count):
                 following = gl.load(at + entry + 1, mask=entry + 1 < count, other=0)
                 stage = step % STAGES
                 phase = ((step // STAGES) & 1) ^ 1
+                if not GATHER_Q:  # noqa: SIM102 - a compile-time condition around a run-time one
+                    if entry == 0:
+                        # Ahead of the keys, and into the buffer of the last tile but one: it waits for nobody.
+                        for half in gl.static_range(2):
+                            buffer = (turn % Q_STAGES) * 2 + half
+                            mbarrier.wait(q_empty.index(buffer), ((turn // Q_STAGES) & 1) ^ 1)
+                            mbarrier.expect(q_full.index(buffer), q_desc.block_type.nbytes)
+                            tma.async_copy_global_to_shared(
+                                q_desc,
+                                [plane * q_rows + tile_block(tile, nq) * 128 + half * 64, column],
+                                q_full.index(buffer),
+                                q_smem.index(buffer),
+                            )
                 mbarrier.wait(k_empty.index(stage), phase)
                 mbarrier.expect(k_full.index(stage), k_desc.block_type.nbytes)
                 tma.async_copy_global_to_shared(
@@ -66,6 +107,15 @@ def produce(
                     k_full.index(stage),
                     k_smem.index(stage),
                 )
+                if entry == 0:
+                    # Here, so that the consumers find the answer when they begin the tile.
+                    next_tile = claim_tile(queue, place)
+                    next_row, next_count, _full = tile_header(
+                        next_tile, num_tiles, nq, heads, mask_batch_stride, mask_head_stride, counts_ptr, fulls_ptr
+                    )
+                    next_block = gl.load(
+                        index_ptr + next_row.to(gl.int64) * list_length, mask=next_tile < num_tiles, other=0
+                    )
                 mbarrier.wait(v_empty.index(stage), phase)
                 mbarrier.expect(v_full.index(stage), v_desc.block_type.nbytes)
                 if FP8:
@@ -82,21 +132,16 @@ def produce(
                         v_full.index(stage),
                         v_smem.index(stage),
                     )
-                if not GATHER_Q:  # noqa: SIM102 - a compile-time condition around a run-time one
-                    if entry == 0:
-                        # After the first block: its loads need not wait for the last tile's Q and output.
-                        for half in gl.static_range(2):
-                            buffer = (turn % Q_STAGES) * 2 + half
-                            mbarrier.wait(q_empty.index(buffer), ((turn // Q_STAGES) & 1) ^ 1)
-                            mbarrier.expect(q_full.index(buffer), q_desc.block_type.nbytes)
-                            tma.async_copy_global_to_shared(
-                                q_desc,
-                                [plane * q_rows + (tile % nq) * 128 + half * 64, column],
-                                q_full.index(buffer),
-                                q_smem.index(buffer),
-                            )
                 block = following
                 step += 1
             turn += 1
-        row, count = next_row, next_count
-        first = gl.load(index_ptr + row.to(gl.int64) * list_length, mask=tile + programs < num_tiles, other=0)
+        else:
+            next_tile = claim_tile(queue, place)
+            next_row, next_count, _full = tile_header(
+                next_tile, num_tiles, nq, heads, mask_batch_stride, mask_head_stride, counts_ptr, fulls_ptr
+            )
+            next_block = gl.load(
+                index_ptr + next_row.to(gl.int64) * list_length, mask=next_tile < num_tiles, other=0
+            )
+        place += 1
+        tile, row, count, block = next_tile, next_row, next_count, next_block
