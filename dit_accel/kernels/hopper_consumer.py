@@ -17,6 +17,9 @@ from .hopper_producer import tile_header
 LN_2_ = gl.constexpr(0.6931471805599453)
 # Weights are at most 1 and e4m3 holds 448: its base-2 logarithm, added to the exponents.
 FP8_LIFT = gl.constexpr(8.807354922057604)
+# 1.5 * 2**23: as bits of a float32, integers of less than 2**22 added to them are added to the number.
+INTEGER_BIAS = gl.constexpr(12582912.0)
+INTEGER_BIAS_BITS = gl.constexpr(0x4B400000)
 
 
 @gluon.jit
@@ -56,15 +59,66 @@ def hide_keys(
 
 
 @gluon.jit
-def block_softmax(scores, peak, total, factor, LIFT: gl.constexpr):
-    """float32 weights ``2 ** (LIFT + scores - peak)`` of a block, the row state, and what shrinks older sums."""
-    new_peak = gl.maximum(peak, gl.max(scores, 1) * factor)
+def block_softmax(scores, peak, total, factor, LIFT: gl.constexpr, BIASED: gl.constexpr):
+    """float32 weights ``2 ** (LIFT + scores - peak)`` of a block, the row state, and what shrinks older sums.
+
+    ``BIASED`` scores are larger by ``INTEGER_BIAS`` than the products; taking it off in the exponent rounds by at
+    most one unit of an integer product, a hundredth of what rounding q and k to INT8 does.
+    """
+    largest = gl.max(scores, 1)
+    if BIASED:
+        largest -= INTEGER_BIAS
+    new_peak = gl.maximum(peak, largest * factor)
     # A row that has seen nothing keeps peak -inf; 0 in its place avoids inf - inf.
     base = gl.where(new_peak == float("-inf"), 0.0, new_peak)
-    weights = gl.exp2(scores * factor[:, None] - (base - LIFT)[:, None])
+    offset = base - LIFT
+    if BIASED:
+        offset += INTEGER_BIAS * factor
+    weights = gl.exp2(scores * factor[:, None] - offset[:, None])
     shrink = gl.exp2(peak - base)
     total = total * shrink + gl.sum(weights, 1)
     return weights, new_peak, total, shrink
+
+
+@gluon.jit
+def by_thread(scores):
+    """``[64, keys]`` as ``[64, keys / 8, 4, 2]``: keys ``8 n + 2 c + (0, 1)`` are held by lane ``c`` of four."""
+    return scores.reshape([64, scores.shape[1] // 8, 4, 2])
+
+
+@gluon.jit
+def thread_softmax(scores, peak, total, row_scale, key_scale, LIFT: gl.constexpr, BIASED: gl.constexpr):
+    """:func:`block_softmax` with a key scale for each of the four lanes that hold a row.
+
+    All that a thread holds of a row has one factor, so nothing more is done for an element than with one scale
+    a block. ``total [64, 4]`` stays apart for the lanes and is added up after the last block.
+    """
+    wide = by_thread(scores)
+    largest = gl.max(gl.max(wide, 3), 1)
+    LANES: gl.constexpr = largest.type.layout
+    LANES_ROW: gl.constexpr = gl.SliceLayout(1, LANES)
+    ROW: gl.constexpr = peak.type.layout
+    factor = gl.convert_layout(row_scale, LANES_ROW)[:, None] * key_scale[None, :]
+    if BIASED:
+        largest -= INTEGER_BIAS
+    new_peak = gl.maximum(peak, gl.convert_layout(gl.max(largest * factor, 1), ROW))
+    base = gl.where(new_peak == float("-inf"), 0.0, new_peak)
+    offset = gl.convert_layout(base - LIFT, LANES_ROW)[:, None]
+    if BIASED:
+        offset = offset + INTEGER_BIAS * factor
+    weights = gl.exp2(wide * factor.expand_dims(1).expand_dims(3) - offset.expand_dims(1).expand_dims(3))
+    shrink = gl.exp2(peak - base)
+    total = total * gl.convert_layout(shrink, LANES_ROW)[:, None] + gl.sum(gl.sum(weights, 3), 1)
+    flat = weights.reshape([64, scores.shape[1]])
+    return gl.convert_layout(flat, scores.type.layout, assert_trivial=True), new_peak, total, shrink
+
+
+@gluon.jit
+def scores_as_float(products, BIASED: gl.constexpr):
+    """float32 of the integer or float32 products; biased ones are the bits of a float already."""
+    if BIASED:
+        return products.to(gl.float32, bitcast=True)
+    return products.to(gl.float32)
 
 
 @gluon.jit
@@ -124,6 +178,8 @@ def consume(
     TAKE_TURNS: gl.constexpr,
     QUANTIZED: gl.constexpr,
     FP8: gl.constexpr,
+    THREAD_SCALES: gl.constexpr,
+    BIASED: gl.constexpr,
 ):
     """Attention of 64 query rows of every tile of this program."""
     q_smem, k_smem, v_smem, o_smem, q_full, q_empty, k_full, k_empty, v_full, v_empty, order = shared
@@ -167,7 +223,11 @@ def consume(
     turn = gl.to_tensor(0)
     beat = gl.to_tensor(0)
     programs = gl.num_programs(0)
-    blank = gl.zeros([64, BLOCK_K], gl.int32 if QUANTIZED else gl.float32, layout=S_LAYOUT)
+    # Integer sums that start at the bits of 1.5 * 2**23 need no conversion to float.
+    start = gl.full(
+        [64, BLOCK_K], INTEGER_BIAS_BITS if BIASED else 0, gl.int32 if QUANTIZED else gl.float32, layout=S_LAYOUT
+    )
+    LANES: gl.constexpr = gl.SliceLayout(1, gl.SliceLayout(3, by_thread(start).type.layout))
     if TAKE_TURNS and HALF == 1:
         mbarrier.arrive(order.index(0), count=1)
     list_row, count, full = tile_header(
@@ -189,12 +249,18 @@ def consume(
         o_tile = o_smem.index((turn % Q_STAGES) * 2 + HALF if not (GATHER_Q or QUANTIZED) else HALF)
         acc = gl.zeros([64, HEAD_DIM], gl.float32, layout=O_LAYOUT)
         peak = gl.full([64], float("-inf"), gl.float32, layout=ROW)
-        total = gl.zeros([64], gl.float32, layout=ROW)
+        if THREAD_SCALES:
+            total = gl.zeros([64, 4], gl.float32, layout=LANES)
+        else:
+            total = gl.zeros([64], gl.float32, layout=ROW)
         slot = first_slot + gl.arange(0, 64, layout=ROW)
         if QUANTIZED:
             row_scale = gl.load(q_scale_ptr + plane * q_rows + slot) * scale_log2
-            scales_at = k_scale_ptr + plane * (k_rows // BLOCK_K)
-            key_scale = gl.load(scales_at + gl.load(at, mask=count > 0, other=0))
+            SCALES: gl.constexpr = 4 if THREAD_SCALES else 1
+            scales_at = k_scale_ptr + plane * (k_rows // BLOCK_K) * SCALES
+            if THREAD_SCALES:
+                scales_at += gl.arange(0, 4, layout=gl.SliceLayout(0, LANES))
+            key_scale = gl.load(scales_at + gl.load(at, mask=count > 0, other=0) * SCALES)
             following = gl.load(at + 1, mask=count > 1, other=0)
         else:
             row_scale = gl.full([64], scale_log2, gl.float32, layout=ROW)
@@ -218,8 +284,8 @@ def consume(
 
             stage = step % STAGES
             mbarrier.wait(k_full.index(stage), (step // STAGES) & 1)
-            token = warpgroup_mma(q_tile, k_smem.index(stage).permute([1, 0]), blank, use_acc=False, is_async=True)
-            scores = warpgroup_mma_wait(0, deps=[token]).to(gl.float32)
+            token = warpgroup_mma(q_tile, k_smem.index(stage).permute([1, 0]), start, use_acc=BIASED, is_async=True)
+            scores = scores_as_float(warpgroup_mma_wait(0, deps=[token]), BIASED)
             mbarrier.arrive(k_empty.index(stage), count=1)
             if full == 0:
                 scores = hide_keys(
@@ -237,10 +303,13 @@ def consume(
                     HAS_BITS,
                     HAS_KEY_MASK,
                 )
-            factor = row_scale
-            if QUANTIZED:
-                factor = row_scale * key_scale
-            likely, peak, total, shrink = block_softmax(scores, peak, total, factor, LIFT)
+            if THREAD_SCALES:
+                likely, peak, total, shrink = thread_softmax(scores, peak, total, row_scale, key_scale, LIFT, BIASED)
+            else:
+                factor = row_scale
+                if QUANTIZED:
+                    factor = row_scale * key_scale
+                likely, peak, total, shrink = block_softmax(scores, peak, total, factor, LIFT, BIASED)
             if FP8:
                 weights = pack_fp8(likely)
             step += 1
@@ -252,7 +321,7 @@ def consume(
                 for entry in range(begin, end):
                     if QUANTIZED:
                         # Two dependent loads, each one block ahead of its use.
-                        key_scale = gl.load(scales_at + following)
+                        key_scale = gl.load(scales_at + following * SCALES)
                         following = gl.load(at + entry + 1, mask=entry + 1 < count, other=0)
                     stage = step % STAGES
                     last = (step - 1) % STAGES
@@ -262,7 +331,7 @@ def consume(
                     if TAKE_TURNS:
                         mbarrier.wait(order.index(HALF), beat & 1)
                     token = warpgroup_mma(
-                        q_tile, k_smem.index(stage).permute([1, 0]), blank, use_acc=False, is_async=True
+                        q_tile, k_smem.index(stage).permute([1, 0]), start, use_acc=BIASED, is_async=True
                     )
                     mbarrier.wait(v_full.index(last), ((step - 1) // STAGES) & 1)
                     earlier = gl.convert_layout(shrink, O_ROW)[:, None]
@@ -282,7 +351,7 @@ def consume(
                     if TAKE_TURNS:
                         mbarrier.arrive(order.index(1 - HALF), count=1)
                         beat += 1
-                    scores = warpgroup_mma_wait(1, deps=[token]).to(gl.float32)
+                    scores = scores_as_float(warpgroup_mma_wait(1, deps=[token]), BIASED)
                     mbarrier.arrive(k_empty.index(stage), count=1)
                     if partial:
                         scores = hide_keys(
@@ -300,10 +369,15 @@ def consume(
                             HAS_BITS,
                             HAS_KEY_MASK,
                         )
-                    factor = row_scale
-                    if QUANTIZED:
-                        factor = row_scale * key_scale
-                    likely, peak, total, shrink = block_softmax(scores, peak, total, factor, LIFT)
+                    if THREAD_SCALES:
+                        likely, peak, total, shrink = thread_softmax(
+                            scores, peak, total, row_scale, key_scale, LIFT, BIASED
+                        )
+                    else:
+                        factor = row_scale
+                        if QUANTIZED:
+                            factor = row_scale * key_scale
+                        likely, peak, total, shrink = block_softmax(scores, peak, total, factor, LIFT, BIASED)
                     step += 1
                     # The next keys are awaited here, before the product: the wait's branch keeps the assembler
                     # from moving the wait for the product up, in front of the exponentials it shall overlap.
@@ -339,6 +413,8 @@ def consume(
                 acc = warpgroup_mma_wait(0, deps=[acc_token])
             mbarrier.arrive(v_empty.index(last), count=1)
 
+        if THREAD_SCALES:
+            total = gl.convert_layout(gl.sum(total, 1), ROW)
         nothing = total == 0.0
         safe = gl.where(nothing, 1.0, total)
         lse = (peak + gl.log2(safe) - LIFT) * LN_2_

@@ -21,11 +21,15 @@ _SHARED_BYTES = 224 << 10  # of 227 KiB: barriers and alignment take a little
 
 @dataclass(frozen=True)
 class HopperConfig:
-    """Buffers of key and value blocks, of query tiles, and whether the consumers take turns at products."""
+    """Buffers of key and value blocks, of query tiles, and whether the consumers take turns at products.
+
+    ``biased``: start the integer sums of INT8 products at the bits of a float, in place of converting them.
+    """
 
     stages: int
     q_stages: int
     take_turns: bool
+    biased: bool = False
 
 
 def why_not_hopper(
@@ -203,6 +207,8 @@ def hopper_forward(
             TAKE_TURNS=config.take_turns,
             QUANTIZED=quantized is not None,
             FP8=fp8,
+            THREAD_SCALES=quantized is not None and quantized.scales_by_thread,
+            BIASED=quantized is not None and config.biased,
             num_warps=4,
         )
     return out, lse

@@ -7,8 +7,10 @@ the matrix units busy, and inside a warpgroup the scores of block ``n + 1`` and 
 multiprocessor and takes query blocks in turn, so that loads for the next one start before the last one is
 written.
 
-With ``QUANTIZED`` q and k are INT8 with scales (per query token, per key block); with ``FP8`` the values and
-weights are e4m3 and every block's product is added in float32 (SageAttention 2, arXiv 2411.10958).
+With ``QUANTIZED`` q and k are INT8 with scales (per query token; per key block or, with ``THREAD_SCALES``, for
+the keys of a block that one thread holds); with ``FP8`` the values and weights are e4m3 and every block's product
+is added in float32 (SageAttention 2, arXiv 2411.10958). With ``BIASED`` the INT8 products are summed onto the bits
+of 1.5 * 2**23, which makes them floats without a conversion.
 """
 
 from __future__ import annotations
@@ -84,6 +86,8 @@ def hopper_fwd_kernel(
     TAKE_TURNS: gl.constexpr,
     QUANTIZED: gl.constexpr,
     FP8: gl.constexpr,
+    THREAD_SCALES: gl.constexpr,
+    BIASED: gl.constexpr,
 ):
     """Query blocks of 128 rows. ``q_rows`` and ``k_rows`` are a head's rows, ``plane_cols`` its columns."""
     q_smem = gl.allocate_shared_memory(q_desc.dtype, [2 * Q_STAGES, 64, HEAD_DIM], q_desc.layout)
@@ -172,6 +176,8 @@ def hopper_fwd_kernel(
                     TAKE_TURNS,
                     QUANTIZED,
                     FP8,
+                    THREAD_SCALES,
+                    BIASED,
                 ),
             ),
             (
@@ -193,6 +199,8 @@ def hopper_fwd_kernel(
                     TAKE_TURNS,
                     QUANTIZED,
                     FP8,
+                    THREAD_SCALES,
+                    BIASED,
                 ),
             ),
             (
