@@ -7,187 +7,23 @@ from triton.experimental.gluon import language as gl
 from triton.experimental.gluon.language.nvidia.hopper import (
     fence_async_shared,
     mbarrier,
-    tma,
     warpgroup_mma,
     warpgroup_mma_wait,
 )
 
 from .hopper_producer import claimed_tile, tile_block, tile_header
-
-LN_2_ = gl.constexpr(0.6931471805599453)
-# Weights are at most 1 and e4m3 holds 448: its base-2 logarithm, added to the exponents.
-FP8_LIFT = gl.constexpr(8.807354922057604)
-
-
-@gluon.jit
-def hide_keys(
-    scores,
-    block,
-    bit_row,
-    bits_ptr,
-    key_mask_ptr,
-    rows_ptr,
-    kv_len,
-    HALF: gl.constexpr,
-    BLOCK_K: gl.constexpr,
-    LAYOUT: gl.constexpr,
-    PERMUTED: gl.constexpr,
-    HAS_BITS: gl.constexpr,
-    HAS_KEY_MASK: gl.constexpr,
-):
-    """Scores of a partial block with ``-inf`` in place of every key that a query does not see."""
-    offs_n = gl.arange(0, BLOCK_K, layout=gl.SliceLayout(0, LAYOUT))
-    slot = block * BLOCK_K + offs_n
-    inside = slot < kv_len
-    if HAS_KEY_MASK:
-        key_row = slot
-        if PERMUTED:
-            key_row = gl.load(rows_ptr + slot, mask=inside, other=0)
-        inside = inside & (gl.load(key_mask_ptr + key_row, mask=inside, other=0) != 0)
-    scores = gl.where(inside[None, :], scores, float("-inf"))
-    if HAS_BITS:
-        words_per_row: gl.constexpr = BLOCK_K // 32
-        offs_m = HALF * 64 + gl.arange(0, 64, layout=gl.SliceLayout(1, LAYOUT))
-        base = bits_ptr + gl.maximum(bit_row, 0).to(gl.int64) * (128 * words_per_row)
-        words = gl.load(base + offs_m[:, None] * words_per_row + (offs_n // 32)[None, :])
-        seen = (((words >> (offs_n % 32)[None, :]) & 1) != 0) | (bit_row < 0)
-        scores = gl.where(seen, scores, float("-inf"))
-    return scores
-
-
-@gluon.jit
-def block_softmax(scores, peak, total, factor, LIFT: gl.constexpr):
-    """float32 weights ``2 ** (LIFT + scores - peak)`` of a block, the row state, and what shrinks older sums."""
-    new_peak = gl.maximum(peak, gl.max(scores, 1) * factor)
-    # A row that has seen nothing keeps peak -inf; 0 in its place avoids inf - inf.
-    base = gl.where(new_peak == float("-inf"), 0.0, new_peak)
-    weights = gl.exp2(scores * factor[:, None] - (base - LIFT)[:, None])
-    shrink = gl.exp2(peak - base)
-    total = total * shrink + gl.sum(weights, 1)
-    return weights, new_peak, total, shrink
-
-
-@gluon.jit
-def pack_fp8(weights):
-    """e4m3 weights, four keys a word, in the order KEY_PLACE of the stored values.
-
-    In this order the scores' registers are the operand's. Words, since the compiler would carry bytes from one
-    block to the next one by one.
-    """
-    keys: gl.constexpr = weights.shape[1]
-    place = weights.reshape([64, keys // 16, 2, 4, 2]).permute([0, 1, 3, 2, 4]).reshape([64, keys // 4, 2, 2])
-    even, odd = gl.split(place)
-    first, third = gl.split(even)
-    second, fourth = gl.split(odd)
-    return gl.inline_asm_elementwise(
-        """
-        {
-        .reg .b16 low, high;
-        cvt.rn.satfinite.e4m3x2.f32 low, $2, $1;
-        cvt.rn.satfinite.e4m3x2.f32 high, $4, $3;
-        mov.b32 $0, {low, high};
-        }
-        """,
-        "=r,f,f,f,f",
-        [first, second, third, fourth],
-        dtype=gl.uint32,
-        is_pure=True,
-        pack=1,
-    )
-
-
-@gluon.jit
-def unpack_fp8(words, OPERAND: gl.constexpr):
-    """The words of :func:`pack_fp8` as left operand; no instruction, they are its registers."""
-    keys: gl.constexpr = words.shape[1] * 4
-    even = gl.join((words & 255).to(gl.uint8), ((words >> 16) & 255).to(gl.uint8))
-    odd = gl.join(((words >> 8) & 255).to(gl.uint8), (words >> 24).to(gl.uint8))
-    bits = gl.join(even, odd).reshape([64, keys])
-    return gl.convert_layout(bits.to(gl.float8e4nv, bitcast=True), OPERAND, assert_trivial=True)
-
-
-@gluon.jit
-def write_tile(
-    acc,
-    peak,
-    total,
-    tile,
-    buffer,
-    out_desc,
-    shared,
-    rows_ptr,
-    sizes,
-    state,
-    HALF: gl.constexpr,
-    HEAD_DIM: gl.constexpr,
-    PERMUTED: gl.constexpr,
-    QUANTIZED: gl.constexpr,
-    FP8: gl.constexpr,
-    ROW: gl.constexpr,
-    O_LAYOUT: gl.constexpr,
-):
-    """Normalise and store the output and log-sum-exp of a tile's 64 rows, and give its query buffer back."""
-    q_smem, _k_smem, _v_smem, o_smem, _q_full, q_empty, _k_full, _k_empty, _v_full, _v_empty, _order = shared
-    nq, heads, _num_tiles, _mask_batch_stride, _mask_head_stride, _list_length, q_rows, _k_rows, _plane_cols = sizes
-    (
-        _q_ptr,
-        out_ptr,
-        lse_ptr,
-        _q_scale_ptr,
-        _k_scale_ptr,
-        v_scale_ptr,
-        q_shift_ptr,
-        _stride_qb,
-        _stride_qs,
-        _stride_qh,
-        stride_ob,
-        stride_os,
-        stride_oh,
-        rows_batch_stride,
-        rows_head_stride,
-        q_len,
-        _kv_len,
-        scale_log2,
-    ) = state
-    O_ROW: gl.constexpr = gl.SliceLayout(1, O_LAYOUT)
-    COPY: gl.constexpr = gl.BlockedLayout([1, 8], [2, 16], [4, 1], [1, 0])
-    plane = (tile // nq).to(gl.int64)
-    batch, head = plane // heads, plane % heads
-    rows_at = rows_ptr + batch * rows_batch_stride + head * rows_head_stride
-    first_slot = tile_block(tile, nq) * 128 + HALF * 64
-    slot = first_slot + gl.arange(0, 64, layout=ROW)
-    nothing = total == 0.0
-    safe = gl.where(nothing, 1.0, total)
-    lse = (peak + gl.log2(safe) - (FP8_LIFT if FP8 else 0.0)) * LN_2_
-    row = slot
-    if PERMUTED:
-        row = gl.load(rows_at + slot, mask=slot < q_len, other=0)
-    if QUANTIZED:
-        # Smoothing took scale * q . mean(k) from every logit of the row.
-        lse += gl.load(q_shift_ptr + plane * q_rows + slot) * (scale_log2 * LN_2_)
-    lse = gl.where(nothing, float("-inf"), lse)
-    gl.store(lse_ptr + plane * q_len + row, lse, mask=slot < q_len)
-    acc = acc * gl.convert_layout(1.0 / safe, O_ROW)[:, None]
-    if FP8:
-        columns = gl.arange(0, HEAD_DIM, layout=gl.SliceLayout(0, O_LAYOUT))
-        acc = acc * gl.load(v_scale_ptr + plane * HEAD_DIM + columns)[None, :]
-    # Through shared memory the output leaves in whole lines; in half precision Q's buffer is free by now.
-    o_tile = o_smem.index(HALF if QUANTIZED else buffer + HALF)
-    o_tile.store(acc.to(o_smem.dtype))
-    if PERMUTED:
-        copy_slot = first_slot + gl.arange(0, 64, layout=gl.SliceLayout(1, COPY))
-        copy_columns = gl.arange(0, HEAD_DIM, layout=gl.SliceLayout(0, COPY))
-        live = copy_slot < q_len
-        copy_row = gl.load(rows_at + copy_slot, mask=live, other=0).to(gl.int64)
-        out_at = out_ptr + batch * stride_ob + head * stride_oh
-        whole = o_tile.load(COPY)
-        gl.store(out_at + copy_row[:, None] * stride_os + copy_columns[None, :], whole, mask=live[:, None])
-    else:
-        fence_async_shared()
-        tma.async_copy_shared_to_global(out_desc, [first_slot, (head * HEAD_DIM).to(gl.int32)], o_tile)
-        tma.store_wait(pendings=0)
-    if QUANTIZED or not PERMUTED:
-        mbarrier.arrive(q_empty.index(buffer + HALF), count=1)
+from .hopper_softmax import (
+    FP8_LIFT,
+    INTEGER_BIAS_BITS,
+    by_thread,
+    hide_keys,
+    no_sum,
+    online_softmax,
+    pack_fp8,
+    scores_as_float,
+    unpack_fp8,
+)
+from .hopper_writer import write_tile
 
 
 @gluon.jit
@@ -202,20 +38,21 @@ def consume(
     BLOCK_K: gl.constexpr,
     HEAD_DIM: gl.constexpr,
     STAGES: gl.constexpr,
-    Q_STAGES: gl.constexpr,
     PERMUTED: gl.constexpr,
     HAS_BITS: gl.constexpr,
     HAS_KEY_MASK: gl.constexpr,
     TAKE_TURNS: gl.constexpr,
     QUANTIZED: gl.constexpr,
     FP8: gl.constexpr,
+    THREAD_SCALES: gl.constexpr,
+    BIASED: gl.constexpr,
 ):
     """Attention of 64 query rows of every tile of this program.
 
     Tiles are a pipeline too: the last product of one runs beside the first scores of the next, and what is left
     of a tile then, normalising and storing, delays nothing that is in flight but this warpgroup's next scores.
     """
-    q_smem, k_smem, v_smem, o_smem, q_full, q_empty, k_full, k_empty, v_full, v_empty, order = shared
+    q_smem, k_smem, v_smem, o_smem, q_full, _q_empty, k_full, k_empty, v_full, v_empty, order = shared
     counts_ptr, fulls_ptr, index_ptr, bit_rows_ptr, bits_ptr, rows_ptr, key_mask_ptr = lists
     nq, heads, num_tiles, mask_batch_stride, mask_head_stride, list_length, q_rows, k_rows, _plane_cols = sizes
     (
@@ -251,13 +88,18 @@ def consume(
     ROW: gl.constexpr = gl.SliceLayout(1, S_LAYOUT)
     O_ROW: gl.constexpr = gl.SliceLayout(1, O_LAYOUT)
     LIFT: gl.constexpr = FP8_LIFT if FP8 else 0.0
+    SCALES: gl.constexpr = 4 if THREAD_SCALES else 1
     COPY: gl.constexpr = gl.BlockedLayout([1, 8], [2, 16], [4, 1], [1, 0])
     step = gl.to_tensor(0)
     turn = gl.to_tensor(0)
     beat = gl.to_tensor(0)
     place = gl.to_tensor(0)
     tile = gl.program_id(0)
-    blank = gl.zeros([64, BLOCK_K], gl.int32 if QUANTIZED else gl.float32, layout=S_LAYOUT)
+    # Integer sums that start at the bits of 1.5 * 2**23 need no conversion to float.
+    start = gl.full(
+        [64, BLOCK_K], INTEGER_BIAS_BITS if BIASED else 0, gl.int32 if QUANTIZED else gl.float32, layout=S_LAYOUT
+    )
+    LANES: gl.constexpr = gl.SliceLayout(1, gl.SliceLayout(3, by_thread(start).type.layout))
     if TAKE_TURNS and HALF == 1:
         mbarrier.arrive(order.index(0), count=1)
     # The tile whose last product is still to be issued, none before the first; and whether it had more blocks. A
@@ -266,7 +108,7 @@ def consume(
     open_more = open_tile >= 0
     acc = gl.zeros([64, HEAD_DIM], gl.float32, layout=O_LAYOUT)
     peak = gl.full([64], float("-inf"), gl.float32, layout=ROW)
-    total = gl.zeros([64], gl.float32, layout=ROW)
+    total = no_sum(ROW, LANES, THREAD_SCALES)
     shrink = gl.zeros([64], gl.float32, layout=ROW)
     likely = gl.zeros([64, BLOCK_K], gl.float32, layout=S_LAYOUT)
     if FP8:
@@ -288,11 +130,14 @@ def consume(
             if QUANTIZED:
                 slot = first_slot + gl.arange(0, 64, layout=ROW)
                 row_scale = gl.load(q_scale_ptr + plane * q_rows + slot) * scale_log2
-                scales_at = k_scale_ptr + plane * (k_rows // BLOCK_K)
-                key_scale = gl.load(scales_at + gl.load(at))
+                scales_at = k_scale_ptr + plane * (k_rows // BLOCK_K) * SCALES
+                if THREAD_SCALES:
+                    scales_at += gl.arange(0, 4, layout=gl.SliceLayout(0, LANES))
+                key_scale = gl.load(scales_at + gl.load(at) * SCALES)
                 following = gl.load(at + 1, mask=count > 1, other=0)
             else:
                 row_scale = gl.full([64], scale_log2, gl.float32, layout=ROW)
+                key_scale = gl.to_tensor(1.0)
             if GATHER_Q:
                 gather_slot = first_slot + gl.arange(0, 64, layout=gl.SliceLayout(1, COPY))
                 gather_columns = gl.arange(0, HEAD_DIM, layout=gl.SliceLayout(0, COPY))
@@ -318,7 +163,7 @@ def consume(
             mbarrier.wait(k_full.index(stage), (step // STAGES) & 1)
             if not FP8:
                 weights = gl.convert_layout(likely.to(dtype), OPERAND)
-            token = warpgroup_mma(q_tile, k_smem.index(stage).permute([1, 0]), blank, use_acc=False, is_async=True)
+            token = warpgroup_mma(q_tile, k_smem.index(stage).permute([1, 0]), start, use_acc=BIASED, is_async=True)
             mbarrier.wait(v_full.index(last), ((step - 1) // STAGES) & 1, pred=opened)
             earlier = gl.convert_layout(shrink, O_ROW)[:, None]
             if FP8:
@@ -338,7 +183,7 @@ def consume(
             next_row, next_count, next_full = tile_header(
                 next_tile, num_tiles, nq, heads, mask_batch_stride, mask_head_stride, counts_ptr, fulls_ptr
             )
-            scores = warpgroup_mma_wait(1, deps=[token]).to(gl.float32)
+            scores = scores_as_float(warpgroup_mma_wait(1, deps=[token]), BIASED)
             mbarrier.arrive(k_empty.index(stage), count=1)
             if full == 0:
                 scores = hide_keys(
@@ -356,13 +201,12 @@ def consume(
                     HAS_BITS,
                     HAS_KEY_MASK,
                 )
-            factor = row_scale
-            if QUANTIZED:
-                factor = row_scale * key_scale
             open_peak, open_total = peak, total
             peak = gl.full([64], float("-inf"), gl.float32, layout=ROW)
-            total = gl.zeros([64], gl.float32, layout=ROW)
-            likely, peak, total, shrink = block_softmax(scores, peak, total, factor, LIFT)
+            total = no_sum(ROW, LANES, THREAD_SCALES)
+            likely, peak, total, shrink = online_softmax(
+                scores, peak, total, row_scale, key_scale, LIFT, QUANTIZED, THREAD_SCALES, BIASED
+            )
             step += 1
             mbarrier.wait(k_full.index(step % STAGES), (step // STAGES) & 1, pred=count > 1)
             if FP8:
@@ -389,6 +233,7 @@ def consume(
                     PERMUTED,
                     QUANTIZED,
                     FP8,
+                    THREAD_SCALES,
                     ROW,
                     O_LAYOUT,
                 )
@@ -405,7 +250,7 @@ def consume(
                 for entry in range(begin, end):
                     if QUANTIZED:
                         # Two dependent loads, each one block ahead of its use.
-                        key_scale = gl.load(scales_at + following)
+                        key_scale = gl.load(scales_at + following * SCALES)
                         following = gl.load(at + entry + 1, mask=entry + 1 < count, other=0)
                     stage = step % STAGES
                     last = (step - 1) % STAGES
@@ -415,7 +260,7 @@ def consume(
                     if TAKE_TURNS:
                         mbarrier.wait(order.index(HALF), beat & 1)
                     token = warpgroup_mma(
-                        q_tile, k_smem.index(stage).permute([1, 0]), blank, use_acc=False, is_async=True
+                        q_tile, k_smem.index(stage).permute([1, 0]), start, use_acc=BIASED, is_async=True
                     )
                     mbarrier.wait(v_full.index(last), ((step - 1) // STAGES) & 1)
                     earlier = gl.convert_layout(shrink, O_ROW)[:, None]
@@ -431,13 +276,11 @@ def consume(
                     else:
                         # While the scores are being made.
                         acc = acc * earlier
-                        acc_token = warpgroup_mma(
-                            weights, v_smem.index(last), acc, use_acc=entry > 1, is_async=True
-                        )
+                        acc_token = warpgroup_mma(weights, v_smem.index(last), acc, use_acc=entry > 1, is_async=True)
                     if TAKE_TURNS:
                         mbarrier.arrive(order.index(1 - HALF), count=1)
                         beat += 1
-                    scores = warpgroup_mma_wait(1, deps=[token]).to(gl.float32)
+                    scores = scores_as_float(warpgroup_mma_wait(1, deps=[token]), BIASED)
                     mbarrier.arrive(k_empty.index(stage), count=1)
                     if partial:
                         scores = hide_keys(
@@ -455,10 +298,9 @@ def consume(
                             HAS_BITS,
                             HAS_KEY_MASK,
                         )
-                    factor = row_scale
-                    if QUANTIZED:
-                        factor = row_scale * key_scale
-                    likely, peak, total, shrink = block_softmax(scores, peak, total, factor, LIFT)
+                    likely, peak, total, shrink = online_softmax(
+                        scores, peak, total, row_scale, key_scale, LIFT, QUANTIZED, THREAD_SCALES, BIASED
+                    )
                     step += 1
                     # The next keys are awaited here, before the product: the wait's branch keeps the assembler
                     # from moving the wait for the product up, in front of the exponentials it shall overlap.
@@ -528,6 +370,7 @@ def consume(
             PERMUTED,
             QUANTIZED,
             FP8,
+            THREAD_SCALES,
             ROW,
             O_LAYOUT,
         )

@@ -21,11 +21,14 @@ _SHARED_BYTES = 224 << 10  # of 227 KiB: barriers and alignment take a little
 
 @dataclass(frozen=True)
 class HopperConfig:
-    """Buffers of key and value blocks, of query tiles, and whether the consumers take turns at products."""
+    """Buffers of key and value blocks, and whether the consumers take turns at products.
+
+    ``biased``: start the integer sums of INT8 products at the bits of a float, in place of converting them.
+    """
 
     stages: int
-    q_stages: int
     take_turns: bool
+    biased: bool = False
 
 
 def why_not_hopper(
@@ -84,11 +87,10 @@ def default_config(block_k: int, dim: int, precision: str | None) -> HopperConfi
     in_row = half if precision is None else dim
     value_row = dim if precision == "int8_fp8" else half
     int8 = precision == "int8"
-    q_stages = 2
     out = 0 if precision is None else 128 * half
-    stages = (_SHARED_BYTES - q_stages * 128 * in_row - out) // (block_k * (in_row + value_row))
+    stages = (_SHARED_BYTES - 2 * 128 * in_row - out) // (block_k * (in_row + value_row))
     most = (3 if int8 else 4) * 128 // block_k
-    return HopperConfig(min(most, stages), q_stages, int8)
+    return HopperConfig(min(most, stages), int8)
 
 
 def _tiles(x: torch.Tensor, rows: int, columns: int) -> TensorDescriptor:
@@ -201,13 +203,14 @@ def hopper_forward(
             BLOCK_K=mask.block_k,
             HEAD_DIM=dim,
             STAGES=config.stages,
-            Q_STAGES=config.q_stages,
             PERMUTED=rows is not None,
             HAS_BITS=mask.kv_bits is not None and mask.token_bits.shape[0] > 0,
             HAS_KEY_MASK=key_mask is not None,
             TAKE_TURNS=config.take_turns,
             QUANTIZED=quantized is not None,
             FP8=fp8,
+            THREAD_SCALES=quantized is not None and quantized.scales_by_thread,
+            BIASED=quantized is not None and config.biased,
             num_warps=4,
         )
     return out, lse

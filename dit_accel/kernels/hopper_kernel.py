@@ -7,8 +7,10 @@ the matrix units busy, and inside a warpgroup the scores of block ``n + 1`` and 
 multiprocessor and takes query blocks in turn, so that loads for the next one start before the last one is
 written.
 
-With ``QUANTIZED`` q and k are INT8 with scales (per query token, per key block); with ``FP8`` the values and
-weights are e4m3 and every block's product is added in float32 (SageAttention 2, arXiv 2411.10958).
+With ``QUANTIZED`` q and k are INT8 with scales (per query token; per key block or, with ``THREAD_SCALES``, for
+the keys of a block that one thread holds); with ``FP8`` the values and weights are e4m3 and every block's product
+is added in float32 (SageAttention 2, arXiv 2411.10958). With ``BIASED`` the INT8 products are summed onto the bits
+of 1.5 * 2**23, which makes them floats without a conversion.
 """
 
 from __future__ import annotations
@@ -79,16 +81,17 @@ def hopper_fwd_kernel(
     BLOCK_K: gl.constexpr,
     HEAD_DIM: gl.constexpr,
     STAGES: gl.constexpr,
-    Q_STAGES: gl.constexpr,
     PERMUTED: gl.constexpr,
     HAS_BITS: gl.constexpr,
     HAS_KEY_MASK: gl.constexpr,
     TAKE_TURNS: gl.constexpr,
     QUANTIZED: gl.constexpr,
     FP8: gl.constexpr,
+    THREAD_SCALES: gl.constexpr,
+    BIASED: gl.constexpr,
 ):
     """Query blocks of 128 rows. ``q_rows`` and ``k_rows`` are a head's rows, ``plane_cols`` its columns."""
-    q_smem = gl.allocate_shared_memory(q_desc.dtype, [2 * Q_STAGES, 64, HEAD_DIM], q_desc.layout)
+    q_smem = gl.allocate_shared_memory(q_desc.dtype, [4, 64, HEAD_DIM], q_desc.layout)
     k_smem = gl.allocate_shared_memory(k_desc.dtype, [STAGES, BLOCK_K, HEAD_DIM], k_desc.layout)
     V_ROWS: gl.constexpr = HEAD_DIM if FP8 else BLOCK_K
     V_COLS: gl.constexpr = BLOCK_K if FP8 else HEAD_DIM
@@ -96,8 +99,8 @@ def hopper_fwd_kernel(
     o_smem = q_smem
     if QUANTIZED:
         o_smem = gl.allocate_shared_memory(out_desc.dtype, [2, 64, HEAD_DIM], out_desc.layout)
-    q_full = gl.allocate_shared_memory(gl.int64, [2 * Q_STAGES, 1], mbarrier.MBarrierLayout())
-    q_empty = gl.allocate_shared_memory(gl.int64, [2 * Q_STAGES, 1], mbarrier.MBarrierLayout())
+    q_full = gl.allocate_shared_memory(gl.int64, [4, 1], mbarrier.MBarrierLayout())
+    q_empty = gl.allocate_shared_memory(gl.int64, [4, 1], mbarrier.MBarrierLayout())
     k_full = gl.allocate_shared_memory(gl.int64, [STAGES, 1], mbarrier.MBarrierLayout())
     k_empty = gl.allocate_shared_memory(gl.int64, [STAGES, 1], mbarrier.MBarrierLayout())
     v_full = gl.allocate_shared_memory(gl.int64, [STAGES, 1], mbarrier.MBarrierLayout())
@@ -109,7 +112,7 @@ def hopper_fwd_kernel(
         mbarrier.init(order.index(half), count=1)
         mbarrier.init(claim_full.index(half), count=1)
         mbarrier.init(claim_empty.index(half), count=2)
-    for buffer in gl.static_range(2 * Q_STAGES):
+    for buffer in gl.static_range(4):
         mbarrier.init(q_full.index(buffer), count=1)
         mbarrier.init(q_empty.index(buffer), count=1)
     for stage in gl.static_range(STAGES):
@@ -173,13 +176,14 @@ def hopper_fwd_kernel(
                     BLOCK_K,
                     HEAD_DIM,
                     STAGES,
-                    Q_STAGES,
                     PERMUTED,
                     HAS_BITS,
                     HAS_KEY_MASK,
                     TAKE_TURNS,
                     QUANTIZED,
                     FP8,
+                    THREAD_SCALES,
+                    BIASED,
                 ),
             ),
             (
@@ -195,13 +199,14 @@ def hopper_fwd_kernel(
                     BLOCK_K,
                     HEAD_DIM,
                     STAGES,
-                    Q_STAGES,
                     PERMUTED,
                     HAS_BITS,
                     HAS_KEY_MASK,
                     TAKE_TURNS,
                     QUANTIZED,
                     FP8,
+                    THREAD_SCALES,
+                    BIASED,
                 ),
             ),
             (
@@ -215,7 +220,6 @@ def hopper_fwd_kernel(
                     BLOCK_K,
                     HEAD_DIM,
                     STAGES,
-                    Q_STAGES,
                     GATHER_Q,
                     FP8,
                 ),

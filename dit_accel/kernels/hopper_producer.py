@@ -59,7 +59,6 @@ def produce(
     BLOCK_K: gl.constexpr,
     HEAD_DIM: gl.constexpr,
     STAGES: gl.constexpr,
-    Q_STAGES: gl.constexpr,
     GATHER_Q: gl.constexpr,
     FP8: gl.constexpr,
 ):
@@ -90,8 +89,8 @@ def produce(
                     if entry == 0:
                         # Ahead of the keys, and into the buffer of the last tile but one: it waits for nobody.
                         for half in gl.static_range(2):
-                            buffer = (turn % Q_STAGES) * 2 + half
-                            mbarrier.wait(q_empty.index(buffer), ((turn // Q_STAGES) & 1) ^ 1)
+                            buffer = (turn % 2) * 2 + half
+                            mbarrier.wait(q_empty.index(buffer), ((turn // 2) & 1) ^ 1)
                             mbarrier.expect(q_full.index(buffer), q_desc.block_type.nbytes)
                             tma.async_copy_global_to_shared(
                                 q_desc,
@@ -140,8 +139,6 @@ def produce(
             next_row, next_count, _full = tile_header(
                 next_tile, num_tiles, nq, heads, mask_batch_stride, mask_head_stride, counts_ptr, fulls_ptr
             )
-            next_block = gl.load(
-                index_ptr + next_row.to(gl.int64) * list_length, mask=next_tile < num_tiles, other=0
-            )
+            next_block = gl.load(index_ptr + next_row.to(gl.int64) * list_length, mask=next_tile < num_tiles, other=0)
         place += 1
         tile, row, count, block = next_tile, next_row, next_count, next_block

@@ -1,8 +1,14 @@
 """What the quantising prologue writes, and the same numbers in plain torch as its oracle.
 
-INT8 queries with one scale a token, INT8 keys with one scale a key block after subtracting the mean key
-(SageAttention, arXiv 2410.02367 and 2411.10958: softmax does not see a vector common to all keys), FP8
-(e4m3) values with one scale a channel.
+INT8 queries with one scale a token, INT8 keys with one scale a key block or a thread's keys of a block, after
+subtracting the mean key (SageAttention, arXiv 2410.02367 and 2411.10958: softmax does not see a vector common to
+all keys), FP8 (e4m3) values with one scale a channel.
+
+**Scales by thread** (2411.10958, section 3.2) are the finest that cost a matrix unit's threads nothing: whatever a
+thread holds of a row of scores shares one factor. In the accumulator of Hopper's ``m64n*k32`` (and of every
+``m16n8`` before it) lane ``t`` of a warp holds rows ``t // 4`` and ``t // 4 + 8`` and, of every 8 columns, columns
+``2 (t % 4)`` and the next. So the keys of a block fall into four groups, ``(n % 8) // 2``. The paper's queries
+have a group for the rows of equal ``n % 8``; ours have a scale for every row, finer still for one more register.
 """
 
 from __future__ import annotations
@@ -13,6 +19,8 @@ import torch
 import torch.nn.functional as F
 
 PRECISIONS = ("int8", "int8_fp8", "int8_int8", "int8_int4")
+KEY_SCALES = ("block", "thread")
+KEY_GROUPS = 4  # keys n of a block with equal (n % 8) // 2
 INTEGER_VALUES = {"int8_int8": 127, "int8_int4": 7}  # the largest value
 FP8_MAX = 448.0
 # Position, inside a group of 16 keys, at which FP8 values of key n are stored. In this order the register
@@ -27,7 +35,8 @@ class QuantizedInputs:
 
     Attributes:
         q: int8 ``[B, H, nq * block_q, D]``; ``q_scale`` float32 ``[B, H, nq * block_q]``, one per token.
-        k: int8 ``[B, H, nk * block_k, D]``; ``k_scale`` float32 ``[B, H, nk]``, one per block.
+        k: int8 ``[B, H, nk * block_k, D]``; ``k_scale`` float32 ``[B, H, nk]``, one per block, or
+            ``[B, H, nk, 4]``, for the keys ``n`` of a block with ``(n % 8) // 2`` of 0 to 3.
         v: ``[B, Skv, H, D]`` in the input dtype, the given tensor itself where nothing is permuted; or e4m3
             ``[B, H, D, nk * block_k]`` with the keys of every 16 in the order ``KEY_PLACE`` and ``v_scale``
             float32 ``[B, H, D]``; or integers in int8 ``[B, H, nk * block_k, D]`` and ``v_scale``
@@ -51,6 +60,11 @@ class QuantizedInputs:
     q_shift: torch.Tensor
     smooth_q: bool
 
+    @property
+    def scales_by_thread(self) -> bool:
+        """Whether every group of keys in a block has a scale of its own."""
+        return self.k_scale.dim() == 4
+
 
 def reference_quantize(
     q: torch.Tensor,
@@ -63,10 +77,12 @@ def reference_quantize(
     rows: torch.Tensor | None = None,
     smooth_k: bool = True,
     smooth_q: bool = False,
+    key_scales: str = "block",
 ) -> QuantizedInputs:
     """:class:`QuantizedInputs` of ``[B, S, H, D]`` inputs in plain torch, on any device."""
     if precision not in PRECISIONS:
         raise ValueError(f"precision must be one of {', '.join(PRECISIONS)}, got {precision!r}.")
+    validate_key_scales(key_scales, block_k)
     qh, kh, vh = (x.transpose(1, 2) for x in (q, k, v))
     if rows is not None:
         index = rows.long().expand(qh.shape[:3])[..., None].expand_as(qh)
@@ -82,7 +98,9 @@ def reference_quantize(
     if smooth_q:
         qf = (qf - q_mean[:, :, :, None]) * q_real[..., None]
     q_peak = qf.abs().amax(-1).clamp_min(1e-12)
-    k_peak = kf.abs().amax((-1, -2)).clamp_min(1e-12)
+    k_peak = kf.abs().amax(-1)
+    k_peak = _thread_groups(k_peak).amax((-1, -3)) if key_scales == "thread" else k_peak.amax(-1)
+    k_peak = k_peak.clamp_min(1e-12)
     q_scale, k_scale = q_peak / 127, k_peak / 127
     v_scale = None
     value = v if rows is None else vh.transpose(1, 2)
@@ -105,7 +123,7 @@ def reference_quantize(
     return QuantizedInputs(
         q=(qf * _inverse(q_peak)[..., None]).round().to(torch.int8).flatten(2, 3),
         q_scale=q_scale.flatten(2),
-        k=(kf * _inverse(k_peak)[..., None, None]).round().to(torch.int8).flatten(2, 3),
+        k=(kf * _of_keys(_inverse(k_peak), block_k)).round().to(torch.int8).flatten(2, 3),
         k_scale=k_scale,
         v=value,
         v_scale=v_scale,
@@ -114,6 +132,27 @@ def reference_quantize(
         q_shift=q_shift,
         smooth_q=smooth_q,
     )
+
+
+def validate_key_scales(key_scales: str, block_k: int) -> None:
+    """Raise a ValueError unless keys in blocks of ``block_k`` can have such scales."""
+    if key_scales not in KEY_SCALES:
+        raise ValueError(f"key_scales must be one of {', '.join(KEY_SCALES)}, got {key_scales!r}.")
+    if key_scales == "thread" and block_k % 8:
+        raise ValueError(f"key_scales 'thread' needs block_k to be a multiple of 8, got {block_k}.")
+
+
+def _thread_groups(x: torch.Tensor) -> torch.Tensor:
+    """A last dimension of keys as ``[keys / 8, 4, 2]``, the groups in the middle."""
+    return x.unflatten(-1, (-1, KEY_GROUPS, 2))
+
+
+def _of_keys(scale: torch.Tensor, block_k: int) -> torch.Tensor:
+    """Scales ``[B, H, nk]`` or ``[B, H, nk, 4]`` of keys as ``[B, H, nk, 1 or block_k, 1]``."""
+    if scale.dim() == 3:
+        return scale[..., None, None]
+    group = torch.arange(block_k, device=scale.device) % 8 // 2
+    return scale[..., group][..., None]
 
 
 def _inverse(peak: torch.Tensor, largest: float = 127) -> torch.Tensor:
@@ -136,7 +175,7 @@ def dequantize(quantized: QuantizedInputs, block_q: int, block_k: int) -> tuple[
     k lacks the mean key, q its block mean when smoothed; add ``q_mean . k`` to the logits for the latter.
     """
     q = quantized.q.float() * quantized.q_scale[..., None]
-    k = quantized.k.float().unflatten(2, (-1, block_k)) * quantized.k_scale[..., None, None]
+    k = quantized.k.float().unflatten(2, (-1, block_k)) * _of_keys(quantized.k_scale, block_k)
     v = quantized.v.float()
     if quantized.v_scale is None:
         v = v.transpose(1, 2)

@@ -28,13 +28,14 @@ def quantized_block_sparse_attention(
     scale: float | None = None,
     smooth_k: bool = True,
     smooth_q: bool = False,
+    key_scales: str = "block",
     return_lse: bool = False,
     backend: str = "auto",
     quantized: QuantizedInputs | None = None,
 ) -> torch.Tensor | tuple[torch.Tensor, torch.Tensor]:
     """:func:`~dit_accel.kernels.block_sparse_attention` in 8-bit arithmetic; no gradients.
 
-    INT8 queries (a scale per token) and keys (a scale per block) after subtracting the mean key, as
+    INT8 queries (a scale per token) and keys (a scale per block or finer) after subtracting the mean key, as
     SageAttention (arXiv 2410.02367, 2411.10958); the log-sum-exp is corrected for the subtraction.
 
     Args:
@@ -44,6 +45,9 @@ def quantized_block_sparse_attention(
             computed exactly in float32 wherever the backend would have been.
         smooth_k: subtract the mean key, which removes channel offsets at no loss.
         smooth_q: subtract each query block's mean too; its share of the logits is added back in float32.
+        key_scales: ``"block"``, or ``"thread"`` for four scales a block, one for the keys that each of four
+            neighbouring threads of the matrix unit holds (SageAttention 2; see
+            :mod:`~dit_accel.kernels.quantize`): outlier keys coarsen a quarter of their block.
         backend: ``"triton"``, or the same quantised numbers in float32 on ``"torch"`` (any device, no faster
             than ``block_sparse_attention``) or ``"reference"`` (quadratic); ``"auto"``: the first that runs.
         quantized: what :func:`quantize_inputs` made of the same q, k, v, rows and block sizes, to reuse it.
@@ -76,6 +80,7 @@ def quantized_block_sparse_attention(
                 rows=rows,
                 smooth_k=smooth_k,
                 smooth_q=smooth_q,
+                key_scales=key_scales,
             )
         if backend == "triton":
             out, lse = _run_triton(q, k, v, mask, rows, key_mask, scale, quantized)
@@ -99,6 +104,7 @@ def quantize_inputs(
     rows: torch.Tensor | None = None,
     smooth_k: bool = True,
     smooth_q: bool = False,
+    key_scales: str = "block",
 ) -> QuantizedInputs:
     """Quantise ``[B, S, H, D]`` inputs once, for selection (block means) and attention alike.
 
@@ -115,6 +121,7 @@ def quantize_inputs(
         rows=rows,
         smooth_k=smooth_k,
         smooth_q=smooth_q,
+        key_scales=key_scales,
     )
 
 

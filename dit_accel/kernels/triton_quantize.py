@@ -11,7 +11,7 @@ import torch
 import triton
 import triton.language as tl
 
-from .quantize import FP8_MAX, QuantizedInputs
+from .quantize import FP8_MAX, KEY_GROUPS, QuantizedInputs, validate_key_scales
 from .triton_forward import SIZES, mask_strides, padded_head_dim, unit_stride
 
 FP8_MAX_ = tl.constexpr(FP8_MAX)
@@ -129,6 +129,7 @@ def quantize_kernel(
     SMOOTH_K: tl.constexpr,
     SMOOTH_Q: tl.constexpr,
     FP8: tl.constexpr,
+    THREAD_SCALES: tl.constexpr,
 ):
     """One block: of q, then of k, then (FP8 or permuted) of v, along the first program axis; a head a plane."""
     place = tl.program_id(0)
@@ -167,10 +168,20 @@ def quantize_kernel(
         if SMOOTH_K:
             center = tl.sum(_chunk_values(k_sum_ptr, plane, chunks, HEAD_DIM, BLOCK_D, CHUNKS), 0) / kv_len
             k = tl.where(k_real, k - center[None, :], 0.0)
-        k_peak = tl.maximum(tl.max(tl.max(tl.abs(k), 1), 0), 1e-12)
-        tl.store(k_scale_ptr + plane * k_blocks + k_block, k_peak / 127)
         k_to = plane * k_blocks * BLOCK_K + k_slot
-        k_out = _round_int8(k * tl.div_rn(tl.full([], 127.0, tl.float32), k_peak))
+        key_peak = tl.max(tl.abs(k), 1)
+        if THREAD_SCALES:
+            # The four groups of keys that four neighbouring threads of the products hold.
+            GROUPS: tl.constexpr = (BLOCK_K // 8, 4, 2)
+            k_peak = tl.maximum(tl.max(tl.max(tl.reshape(key_peak, GROUPS), 2), 0), 1e-12)
+            tl.store(k_scale_ptr + (plane * k_blocks + k_block) * 4 + tl.arange(0, 4), k_peak / 127)
+            k_inverse = tl.div_rn(tl.full([4], 127.0, tl.float32), k_peak)
+            k_inverse = tl.reshape(tl.broadcast_to(k_inverse[None, :, None], GROUPS), (BLOCK_K,))
+            k_out = _round_int8(k * k_inverse[:, None])
+        else:
+            k_peak = tl.maximum(tl.max(key_peak, 0), 1e-12)
+            tl.store(k_scale_ptr + plane * k_blocks + k_block, k_peak / 127)
+            k_out = _round_int8(k * tl.div_rn(tl.full([], 127.0, tl.float32), k_peak))
         tl.store(k_out_ptr + k_to[:, None] * HEAD_DIM + offs_d[None, :], k_out, mask=column[None, :])
     else:
         v_block = place - q_blocks - k_blocks
@@ -211,6 +222,7 @@ def quantize_inputs(
     rows: torch.Tensor | None = None,
     smooth_k: bool = True,
     smooth_q: bool = False,
+    key_scales: str = "block",
 ) -> QuantizedInputs:
     """Quantise ``[B, S, H, D]`` inputs for :func:`quantized_block_sparse_attention`.
 
@@ -223,7 +235,9 @@ def quantize_inputs(
         rows: optional permutation ``[B or 1, H or 1, S]`` applied while writing.
         smooth_k: subtract the mean key.
         smooth_q: subtract the mean of each query block.
+        key_scales: ``"block"`` or ``"thread"``, see :mod:`~dit_accel.kernels.quantize`.
     """
+    validate_key_scales(key_scales, block_k)
     if precision not in ("int8", "int8_fp8"):
         raise ValueError(f"precision must be int8 or int8_fp8 for the kernels, got {precision!r}.")
     batch, q_len, heads, dim = q.shape
@@ -265,7 +279,7 @@ def quantize_inputs(
         q=make(nq * block_q, dim, dtype=torch.int8),
         q_scale=make(nq * block_q),
         k=make(nk * block_k, dim, dtype=torch.int8),
-        k_scale=make(nk),
+        k_scale=make(nk, KEY_GROUPS) if key_scales == "thread" else make(nk),
         v=value,
         v_scale=v_scale,
         q_mean=make(nq, dim),
@@ -310,6 +324,7 @@ def quantize_inputs(
         SMOOTH_K=smooth_k,
         SMOOTH_Q=smooth_q,
         FP8=fp8,
+        THREAD_SCALES=key_scales == "thread",
         num_warps=8,
         maxnreg=128,  # two programs a multiprocessor: one loads while the other computes
     )

@@ -58,6 +58,7 @@ def quantized_fwd_kernel(
     HAS_KEY_MASK: tl.constexpr,
     SMOOTH_Q: tl.constexpr,
     FP8: tl.constexpr,
+    THREAD_SCALES: tl.constexpr,
     HALF_TYPE: tl.constexpr,
 ):
     """One query block of one head of a QuantizedInputs; output and LSE go to the original rows."""
@@ -92,8 +93,13 @@ def quantized_fwd_kernel(
         key_slot = block * BLOCK_K + offs_n
         key_at = plane * kv_padded + key_slot
         k = tl.load(k_ptr + key_at[None, :] * HEAD_DIM + offs_d[:, None], mask=column[:, None], other=0)
-        key_scale = tl.load(k_scale_ptr + plane * (kv_padded // BLOCK_K) + block)
-        scores = tl.dot(q, k).to(tl.float32) * (row_scale * key_scale)[:, None]
+        scale_at = plane * (kv_padded // BLOCK_K) + block
+        if THREAD_SCALES:
+            key_scale = tl.load(k_scale_ptr + scale_at * 4 + offs_n % 8 // 2)
+            scores = tl.dot(q, k).to(tl.float32) * row_scale[:, None] * key_scale[None, :]
+        else:
+            key_scale = tl.load(k_scale_ptr + scale_at)
+            scores = tl.dot(q, k).to(tl.float32) * (row_scale * key_scale)[:, None]
         if SMOOTH_Q:
             # What smoothing took from the logits of this block, common to all its rows.
             scores += (tl.sum(q_mean[:, None] * k.to(tl.float32), 0) * key_scale)[None, :]
@@ -218,6 +224,7 @@ def quantized_forward(
         HAS_KEY_MASK=key_mask is not None,
         SMOOTH_Q=quantized.smooth_q,
         FP8=quantized.v_scale is not None,
+        THREAD_SCALES=quantized.scales_by_thread,
         HALF_TYPE=_TRITON_TYPES[dtype],
         num_warps=8 if mask.block_q * block_d >= 128 * 128 else 4,
         num_stages=3 if block_d <= 128 else 2,

@@ -12,6 +12,7 @@ from ..stages.select_static import FullSelect
 def sage(
     values: str = "model",
     smooth_q: bool = False,
+    key_scales: str = "block",
     dense_fraction: float = 0.0,
     block: tuple[int, int] = (128, 64),
 ) -> Recipe:
@@ -21,18 +22,21 @@ def sage(
     weights in the model's dtype, in every step. ``sage(values="fp8", smooth_q=True)`` has the second one's
     FP8 values and smoothed queries.
 
-    Deviations: queries have a scale per token (the papers: per block, or per group of threads); weights and
-    values accumulate in float32 throughout; INT4 is not offered.
+    Deviations: queries have a scale per token (the papers: per block, or per group of threads); keys have one
+    per block, or the second paper's four a block with ``key_scales="thread"``; weights and values accumulate
+    in float32 throughout; INT4 is not offered.
 
     Args:
         values: "model" or "fp8", the numbers of values and weights.
         smooth_q: see :class:`~dit_accel.stages.precision.Int8`.
+        key_scales: likewise.
         dense_fraction: share of the denoising steps, from the first, that stay in the model's numbers.
         block: tokens in a query and in a key block.
     """
     if values not in ("model", "fp8"):
         raise ValueError(f'sage: values must be "model" or "fp8", got {values!r}.')
-    precision = Int8(smooth_q=smooth_q) if values == "model" else Int8Fp8(smooth_q=smooth_q)
+    numbers = Int8 if values == "model" else Int8Fp8
+    precision = numbers(smooth_q=smooth_q, key_scales=key_scales)
     return Recipe(select=FullSelect(block), precision=precision, schedule=Schedule(dense_fraction=dense_fraction))
 
 
@@ -52,6 +56,7 @@ def agent(
 
     Args:
         tile, sharpen, shortcut: see :class:`~dit_accel.stages.compensate_agent.AgentTokens`.
+        key_scales: likewise.
         dense_fraction: share of the denoising steps that stay dense at the start.
     """
     return Recipe(

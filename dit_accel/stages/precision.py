@@ -8,6 +8,7 @@ from typing import ClassVar, Protocol
 import torch
 
 from ..kernels import BlockMask, block_sparse_attention, choose_backend, quantized_block_sparse_attention
+from ..kernels.quantize import KEY_SCALES
 from ..kernels.quantized import why_not_quantized
 
 Attended = tuple[torch.Tensor, torch.Tensor]
@@ -104,20 +105,27 @@ class ModelDtype:
 class Int8:
     """INT8 queries and keys, values in the model's dtype: SageAttention (arXiv 2410.02367). Inference only.
 
-    A scale for each query token and each key block. On a GPU the kernels need Triton; where they cannot run a
-    call, the call raises and says why. Without a GPU the same numbers are computed in float32: that shows
-    what they cost in fidelity, and is no faster.
+    A scale for each query token and each key block (or finer). On a GPU the kernels need Triton; where they
+    cannot run a call, the call raises and says why. Without a GPU the same numbers are computed in float32: that
+    shows what they cost in fidelity, and is no faster.
 
     Attributes:
         smooth_k: subtract the mean key, which changes no softmax and takes the keys' common offset away.
         smooth_q: subtract each query block's mean too, and add its share of the logits back in float32
             (SageAttention2, arXiv 2411.10958).
+        key_scales: ``"block"``, or ``"thread"``: four scales a key block, for the keys that one thread of the
+            matrix unit holds (SageAttention2's per-thread quantisation).
     """
 
     smooth_k: bool = True
     smooth_q: bool = False
+    key_scales: str = "block"
     is_quantized: ClassVar[bool] = True
     _kernel: ClassVar[str] = "int8"
+
+    def __post_init__(self) -> None:
+        if self.key_scales not in KEY_SCALES:
+            raise ValueError(f"key_scales must be one of {', '.join(KEY_SCALES)}, got {self.key_scales!r}.")
 
     def choose_backend(
         self,
@@ -170,6 +178,7 @@ class Int8:
             scale=scale,
             smooth_k=self.smooth_k,
             smooth_q=self.smooth_q,
+            key_scales=self.key_scales,
             return_lse=True,
             backend=backend,
         )

@@ -37,7 +37,18 @@ def moved(device, *values):
 
 
 @pytest.mark.parametrize("precision", ["int8", "int8_fp8"])
-@pytest.mark.parametrize("options", [{}, {"smooth_q": True}, {"smooth_k": False}, {"permuted": True}], ids=str)
+@pytest.mark.parametrize(
+    "options",
+    [
+        {},
+        {"smooth_q": True},
+        {"smooth_k": False},
+        {"permuted": True},
+        {"key_scales": "thread"},
+        {"key_scales": "thread", "permuted": True, "smooth_q": True},
+    ],
+    ids=str,
+)
 @pytest.mark.parametrize("block", [(64, 64), (128, 64), (64, 128)], ids=str)
 def test_prologue_matches_torch(block, options, precision, device):
     from dit_accel.kernels.triton_quantize import quantize_inputs
@@ -50,7 +61,7 @@ def test_prologue_matches_torch(block, options, precision, device):
     q, k, v, rows = moved(device, q, k, v, rows)
     actual = quantize_inputs(q, k, v, *block, precision=precision, rows=rows, **options)
     for name in ("q_scale", "k_scale", "q_mean", "k_mean", "q_shift"):
-        torch.testing.assert_close(
+        torch.testing.assert_close(  # shapes too
             getattr(actual, name).cpu(),
             getattr(expected, name),
             rtol=2e-5,
@@ -73,6 +84,61 @@ def test_key_place_is_a_permutation():
     assert sorted(KEY_PLACE) == list(range(16))
 
 
+def test_scales_by_thread_are_of_the_keys_that_a_thread_holds():
+    torch.manual_seed(1)
+    q, k, v = (torch.randn(1, 100, 2, 16, dtype=torch.float64).float() for _ in range(3))
+    quantized = reference_quantize(q, k, v, 32, 32, key_scales="thread")
+    assert quantized.k_scale.shape == (1, 2, 4, 4)
+    centred = k.double() - k.double().mean(1, keepdim=True)
+    _, back, _ = dequantize(quantized, 32, 32)
+    for head in range(2):
+        for block in range(4):
+            for thread in range(4):
+                # Columns 8 n + 2 t and 8 n + 2 t + 1 of the accumulator.
+                held = [block * 32 + 8 * n + 2 * thread + pair for n in range(4) for pair in range(2)]
+                held = [key for key in held if key < 100]
+                if not held:  # past the end
+                    continue
+                step = centred[0, held, head].abs().max() / 127
+                assert abs(quantized.k_scale[0, head, block, thread] / step - 1) < 1e-5
+                rounded = (centred[0, held, head] / step).round() * step
+                difference = (back[0, head, held].double() - rounded).abs() / step
+                assert (difference > 1e-3).float().mean() < 1e-2, "more than ties"
+
+
+@pytest.mark.parametrize("precision", ["int8", "int8_fp8"])
+@pytest.mark.parametrize("dim", [64, 96, 128])
+@pytest.mark.parametrize("rows", [None, (1, 3)], ids=["in_order", "permuted"])
+def test_scales_by_thread_keep_outlier_keys_to_themselves(rows, dim, precision, device):
+    q, k, v, mask, order, _, visible = build(length=300, dim=dim, block=(64, 64), dtype=torch.float16, rows=rows)
+    # One key of 64 is some 15 times as large, in a channel that queries hardly look at: with one scale a block it
+    # makes the steps of all keys coarse, with scales by thread those of a quarter of them.
+    q[..., 5] *= 0.02
+    for head in range(3):
+        at = torch.arange(3, 300, 64) if order is None else order[0, head, 3::64].long()
+        k[0, at, head, 5] = 50.0
+    exact, exact_lse = dense_attention(q, k, v, visible, order)
+    q, k, v, mask, order = moved(device, q, k, v, mask, order)
+    errors, lse_errors = {}, {}
+    for key_scales in ("block", "thread"):
+        out, lse = quantized_block_sparse_attention(
+            q, k, v, mask, precision=precision, rows=order, key_scales=key_scales, return_lse=True, backend="triton"
+        )
+        fake, fake_lse = quantized_block_sparse_attention(
+            q, k, v, mask, precision=precision, rows=order, key_scales=key_scales, return_lse=True, backend="reference"
+        )
+        rounding = (2.0**-4 + LOST_CARRY if precision == "int8_fp8" else UNIT_ROUNDOFF[torch.float16]) / 2
+        eager = fake.double() + rounding * v.double().abs().amax()
+        assert_close(out, fake.double(), eager, torch.float16, f"{key_scales} against the dequantised inputs")
+        assert (lse - fake_lse).abs().max() <= 2e-3
+        errors[key_scales] = ((fake.cpu().double() - exact).norm() / exact.norm()).item()
+        lse_errors[key_scales] = (lse.cpu() - exact_lse).square().mean().sqrt().item()
+    # A quarter of the keys keep the coarse steps, so errors that add up at random are about half.
+    assert lse_errors["thread"] < 0.75 * lse_errors["block"], lse_errors
+    if precision == "int8":
+        assert errors["thread"] < 0.75 * errors["block"], errors
+
+
 @pytest.mark.parametrize("precision", ["int8", "int8_fp8"])
 def test_dequantised_inputs_are_close(precision):
     torch.manual_seed(0)
@@ -84,13 +150,22 @@ def test_dequantised_inputs_are_close(precision):
         assert (x.transpose(1, 2) - y[:, :, :100]).abs().max() <= limit
 
 
-def check(device, precision, dtype, backend, **case):
+def check(device, precision, dtype, backend, key_scales="block", **case):
     q, k, v, mask, rows, hide, visible = build(**{"dim": 64, **case}, dtype=dtype)
     # An offset common to all keys must change nothing but the log-sum-exp, which must follow it.
     k = k + 3 * torch.randn(1, 1, k.shape[2], k.shape[3]).to(dtype)
     exact, exact_lse = dense_attention(q, k, v, visible, rows)
     fake = quantized_block_sparse_attention(
-        q, k, v, mask, precision=precision, rows=rows, key_mask=hide, return_lse=True, backend="reference"
+        q,
+        k,
+        v,
+        mask,
+        precision=precision,
+        rows=rows,
+        key_mask=hide,
+        key_scales=key_scales,
+        return_lse=True,
+        backend="reference",
     )
     moved_inputs = moved(device, q, k, v, mask, rows, hide)
     out, lse = quantized_block_sparse_attention(
@@ -98,6 +173,7 @@ def check(device, precision, dtype, backend, **case):
         precision=precision,
         rows=moved_inputs[4],
         key_mask=moved_inputs[5],
+        key_scales=key_scales,
         return_lse=True,
         backend=backend,
     )
@@ -116,14 +192,16 @@ def check(device, precision, dtype, backend, **case):
     assert torch.all(out[~seen.transpose(1, 2)] == 0)
 
 
+@pytest.mark.parametrize("key_scales", ["block", "thread"])
 @pytest.mark.parametrize("case", CASES)
-def test_int8_matches_dequantised_attention(case, device):
-    check(device, "int8", torch.float16, "triton", **CASES[case])
+def test_int8_matches_dequantised_attention(case, key_scales, device):
+    check(device, "int8", torch.float16, "triton", key_scales, **CASES[case])
 
 
+@pytest.mark.parametrize("key_scales", ["block", "thread"])
 @pytest.mark.parametrize("case", ["ragged", "rows_key_mask"])
-def test_fp8_matches_dequantised_attention(case, device):
-    check(device, "int8_fp8", torch.float16, "triton", **CASES[case])
+def test_fp8_matches_dequantised_attention(case, key_scales, device):
+    check(device, "int8_fp8", torch.float16, "triton", key_scales, **CASES[case])
 
 
 @pytest.mark.gpu
@@ -131,8 +209,9 @@ def test_fp8_matches_dequantised_attention(case, device):
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=str)
 @pytest.mark.parametrize("shape", [(128, 128, 128), (128, 64, 128), (128, 128, 64), (64, 64, 96)], ids=str)
 @pytest.mark.parametrize("case", GPU_CASES)
-def test_compiled(case, shape, dtype, precision, device):
-    check(device, precision, dtype, "triton", **GPU_CASES[case], block=shape[:2], dim=shape[2])
+@pytest.mark.parametrize("key_scales", ["block", "thread"])
+def test_compiled(key_scales, case, shape, dtype, precision, device):
+    check(device, precision, dtype, "triton", key_scales, **GPU_CASES[case], block=shape[:2], dim=shape[2])
 
 
 @pytest.mark.parametrize("precision", ["int8", "int8_fp8"])

@@ -48,7 +48,14 @@ def _expected(precision, layout, plan, q, k, v, key_mask):
             # A mean over the sequence is the same for all keys of a row, and drops out of its softmax.
             keys = keys - keys.mean(0)
             logits = torch.zeros(length, length, dtype=torch.float64)
-            rounded = torch.cat([_steps(part, 2) for part in keys.split(BLOCK[1])])
+            if precision.key_scales == "thread":
+                rounded = torch.empty_like(keys)
+                for lane in range(4):
+                    for first in range(0, length, BLOCK[1]):
+                        held = [n for n in range(first, min(first + BLOCK[1], length)) if n % 8 // 2 == lane]
+                        rounded[held] = _steps(keys[held], 2) if held else 0.0
+            else:
+                rounded = torch.cat([_steps(part, 2) for part in keys.split(BLOCK[1])])
             for first in range(0, length, BLOCK[0]):
                 part = queries[first : first + BLOCK[0]]
                 mean = part.mean(0) if precision.smooth_q else torch.zeros(dim, dtype=torch.float64)
@@ -64,7 +71,7 @@ def _expected(precision, layout, plan, q, k, v, key_mask):
     return out
 
 
-@pytest.mark.parametrize("precision", [Int8(), Int8(smooth_q=True), Int8Fp8()], ids=repr)
+@pytest.mark.parametrize("precision", [Int8(), Int8(smooth_q=True), Int8Fp8(), Int8Fp8(key_scales="thread")], ids=repr)
 @pytest.mark.parametrize("order", [Raster(), Tiles((2, 4, 4))], ids=["raster", "tiles"])
 @pytest.mark.parametrize("name", LAYOUTS)
 @pytest.mark.parametrize("hidden", [False, True])
@@ -135,13 +142,17 @@ def test_what_cannot_be_quantised_says_so():
         Recipe(select=Pooled(), compensate=KeyPyramid(), precision=Int8())
     with pytest.raises(ValueError, match="select 'full'"):
         Recipe(precision=Int8Fp8())
+    with pytest.raises(ValueError, match=r"key_scales must be one of block, thread, got 'warp'\."):
+        Int8(key_scales="warp")
     with pytest.raises(ValueError, match="values must be"):
         presets.sage(values="int4")
 
 
 def test_precision_is_chosen_by_name_and_survives_json():
-    recipe = presets.pooled().with_fields({"precision": "int8", "precision.smooth_q": "True"})
-    assert recipe.precision == Int8(smooth_q=True)
+    recipe = presets.pooled().with_fields(
+        {"precision": "int8", "precision.smooth_q": "True", "precision.key_scales": "thread"}
+    )
+    assert recipe.precision == Int8(smooth_q=True, key_scales="thread")
     assert Recipe.from_dict(recipe.to_dict()) == recipe != presets.pooled()
 
 
