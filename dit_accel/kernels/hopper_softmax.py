@@ -117,11 +117,12 @@ def online_softmax(
 ):
     """:func:`block_softmax`, or :func:`thread_softmax`, with the factors that the inputs have."""
     if THREAD_SCALES:
-        return thread_softmax(scores, peak, total, row_scale, key_scale, LIFT, BIASED)
-    factor = row_scale
-    if QUANTIZED:
-        factor = row_scale * key_scale
-    return block_softmax(scores, peak, total, factor, LIFT, BIASED)
+        likely, peak, total, shrink = thread_softmax(scores, peak, total, row_scale, key_scale, LIFT, BIASED)
+    elif QUANTIZED:
+        likely, peak, total, shrink = block_softmax(scores, peak, total, row_scale * key_scale, LIFT, BIASED)
+    else:
+        likely, peak, total, shrink = block_softmax(scores, peak, total, row_scale, LIFT, BIASED)
+    return likely, peak, total, shrink
 
 
 @gluon.jit
