@@ -90,6 +90,17 @@ def _slots(count: int, extent: float, rng: random.Random) -> list[tuple[float, f
     return [(-away, lift / 2), (0.0, -lift), (away, lift / 2)]
 
 
+def subject_weight(cover: torch.Tensor, least: float, most: float) -> torch.Tensor:
+    """How much each place counts in a loss: 1 in the background, 1 + `least` to 1 + `most` on the subject.
+
+    The smaller the subject of a clip, the more each of its places counts, or small ones would never be learnt.
+    `cover` is [n, 1, t, h, w] in [0, 1]; the mean of the weights is one.
+    """
+    share = cover.mean(dim=(1, 2, 3, 4), keepdim=True).clamp_min(1e-3)
+    weight = 1 + (0.5 / share).clamp(least, most) * cover
+    return weight / weight.mean()
+
+
 @torch.no_grad()
 def render_clips(
     scenes: Sequence[Scene],
