@@ -3,8 +3,8 @@
 Large video models concentrate their attention as they train for weeks; a network of a few minutes keeps many
 heads close to uniform, and then says nothing about sparse attention. The penalty asks of every head and query
 tile that its best key tiles, a given share of all, hold 95 % of the attention mass: what a sparse method that
-chooses blocks needs. It acts on a few samples and query tiles, on all layers, and reaches each layer's query
-and key weights only.
+chooses blocks needs. It acts on a few samples and query tiles, on all layers, and changes only how each layer makes
+its queries and keys.
 """
 
 from __future__ import annotations
@@ -60,18 +60,23 @@ def attention_inputs(
             hidden = block.forward(hidden, text, modulation, rotary)  # not through a compiled call
 
 
-def tile_masses(query: torch.Tensor, key: torch.Tensor, grid: tuple[int, int, int], tiles: list[int]) -> torch.Tensor:
+def tile_tokens(grid: tuple[int, int, int], device: torch.device) -> torch.Tensor:
+    """[tiles, 64]: the tokens of every tile of 4 x 4 x 4, in a grid whose sides are multiples of 4."""
+    return tile_order(grid, (TILE, TILE, TILE), device).view(-1, TILE**3)
+
+
+def tile_masses(query: torch.Tensor, key: torch.Tensor, order: torch.Tensor, tiles: torch.Tensor) -> torch.Tensor:
     """Attention mass of every key tile of 4 x 4 x 4 tokens, mean over the queries of each asked tile.
 
     Args:
-        query, key: [n, tokens, heads, head_dim] in raster order of `grid`, whose sides are multiples of 4.
+        query, key: [n, tokens, heads, head_dim] in raster order.
+        order: `tile_tokens` of their grid.
         tiles: indices of the query tiles.
 
     Returns:
         [n, heads, len(tiles), all tiles]; rows sum to one.
     """
     n, _, heads, dim = key.shape
-    order = tile_order(grid, (TILE, TILE, TILE), key.device).view(-1, TILE**3)
     q = query[:, order[tiles].flatten()].transpose(1, 2)
     k = key[:, order.flatten()].transpose(1, 2)
     weights = torch.softmax((q @ k.mT).float() * dim**-0.5, dim=-1)

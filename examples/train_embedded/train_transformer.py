@@ -34,7 +34,7 @@ from checkpoint import (
 )
 from clip_autoencoder import encode_clip, latent_statistics
 from compose import ClipGeometry, render_clips, subject_weight
-from concentration import annealed_share, attention_inputs, concentration_penalty, density, tile_masses
+from concentration import annealed_share, attention_inputs, concentration_penalty, density, tile_masses, tile_tokens
 from diffusers import WanTransformer3DModel
 from model import (
     CAPTION_TOKENS,
@@ -230,12 +230,13 @@ class Trainer:
         some = torch.randperm(len(noisy), generator=self.noise, device=self.device)[:samples]
         grid = (noisy.shape[2], noisy.shape[3], noisy.shape[4])
         count = grid[0] * grid[1] * grid[2] // 64
-        tiles = self.rng.sample(range(count), min(8, count))
+        tiles = torch.tensor(self.rng.sample(range(count), min(8, count)), device=self.device)
+        order = tile_tokens(grid, self.device)
         with torch.autocast(self.device.type, torch.bfloat16, enabled=self.device.type == "cuda"):
             for layer, (query, key) in enumerate(
                 attention_inputs(self.transformer, noisy[some], timestep[some], text[some])
             ):
-                masses = tile_masses(query, key, grid, tiles)
+                masses = tile_masses(query, key, order, tiles)
                 (self.concentration * concentration_penalty(masses, share)).backward()
                 found = density(masses.detach())
                 self.densities[layer] = torch.where(
@@ -345,12 +346,12 @@ def main() -> None:
     parser.add_argument("--clip-frames", type=int, default=29)
     parser.add_argument("--chunk", type=int, default=64, help="clips rendered and encoded at once")
     parser.add_argument("--image-every", type=int, default=8, help="every so many steps train on first frames alone")
-    parser.add_argument("--concentration", type=float, default=0.05, help="weight of the penalty of concentration.py")
+    parser.add_argument("--concentration", type=float, default=0.06, help="weight of the penalty of concentration.py")
     parser.add_argument(
         "--concentration-shares",
         type=float,
         nargs=2,
-        default=(0.3, 0.1),
+        default=(0.3, 0.09),
         metavar=("FIRST", "LAST"),
         help="share of the key tiles that is to hold 95 %% of the attention mass, at first and at last",
     )

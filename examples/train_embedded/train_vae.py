@@ -18,7 +18,7 @@ from pathlib import Path
 
 import torch
 import torch.nn.functional as F
-from captions import sample_scene
+from captions import MOTION_NAMES, sample_scene
 from checkpoint import (
     flatten_state,
     load_tensors,
@@ -194,11 +194,13 @@ def measure_statistics(vae: AutoencoderKLWan, trainer: Trainer, batches: int, ba
     `subject_psnr_db` is over the subjects alone, `worst_frame_db` over the subject in the worst frame of a clip,
     mean over the clips: what dissolves between two latent frames shows there.
     """
+    # The same clips whatever was drawn before, so that two autoencoders can be compared.
+    rng, textures = random.Random(31), torch.Generator(trainer.device).manual_seed(31)
     means, worst = [], []
     error, subject, covered = 0.0, 0.0, 0.0
     for _ in range(batches):
-        scenes = [sample_scene(trainer.rng, held_out=True) for _ in range(batch)]
-        clips, cover = render_clips(scenes, trainer.bank, trainer.geometry, trainer.rng, trainer.textures)
+        scenes = [sample_scene(rng, held_out=True) for _ in range(batch)]
+        clips, cover = render_clips(scenes, trainer.bank, trainer.geometry, rng, textures)
         with torch.autocast(trainer.device.type, torch.bfloat16, enabled=trainer.device.type == "cuda"):
             mean = encode_clip(vae, clips).chunk(2, dim=1)[0]
             output = decode_clip(vae, mean)
@@ -223,14 +225,16 @@ def measure_statistics(vae: AutoencoderKLWan, trainer: Trainer, batches: int, ba
 
 @torch.no_grad()
 def draw_reconstructions(vae: AutoencoderKLWan, trainer: Trainer, out: Path) -> None:
-    """Original and stock reconstruction, three frames of six held-out clips."""
-    scenes = [sample_scene(trainer.rng, held_out=True) for _ in range(6)]
+    """Original above stock reconstruction, consecutive frames of six held-out clips: the quick motions first."""
+    wanted = [MOTION_NAMES.index(name) for name in ("bounce", "bounce", "circle", "closer", "left", "up")]
+    rng = random.Random(5)
+    scenes = [next(s for s in iter(lambda: sample_scene(rng, held_out=True), None) if s.motion == m) for m in wanted]
     clips, _ = render_clips(scenes, trainer.bank, trainer.geometry, trainer.rng, trainer.textures)
     decoded = vae.decode(vae.encode(clips).latent_dist.mode()).sample
-    frames = [0, clips.shape[2] // 2, clips.shape[2] - 1]
-    rows = [torch.cat([x[:, k] for k in frames for x in (clip, again)], 2) for clip, again in zip(clips, decoded)]
+    frames = slice(clips.shape[2] // 4, clips.shape[2] // 4 + 10)
+    rows = [x[:, frames].permute(0, 2, 1, 3).flatten(2) for pair in zip(clips, decoded) for x in pair]
     picture = ((torch.cat(rows, 1).clamp(-1, 1) + 1) * 127.5).byte().permute(1, 2, 0).cpu().numpy()
-    Image.fromarray(picture).save(out)
+    Image.fromarray(picture).save(out, quality=90)
 
 
 def main() -> None:
@@ -308,7 +312,7 @@ def main() -> None:
         result["memory_gib"] = torch.cuda.max_memory_allocated() / 2**30
     print("result", json.dumps(result), flush=True)
     args.out.mkdir(parents=True, exist_ok=True)
-    draw_reconstructions(vae, trainer, args.out / "reconstructions.png")
+    draw_reconstructions(vae, trainer, args.out / "reconstructions.webp")
     vae.to(torch.bfloat16).save_pretrained(args.out / "vae")
     save_json(args.out / "vae_log.json", {"log": trainer.log, "result": result})
     if args.checkpoint:
