@@ -24,7 +24,7 @@ from captions import MOTIONS, SUBJECTS, Scene, caption, sample_scene
 from clip_autoencoder import encode_clip, latent_statistics
 from compose import ClipGeometry, render_clips
 from diffusers import WanPipeline
-from model import TIME_SHIFT
+from model import TEXT_TOKENS, TIME_SHIFT
 from sample import generate
 from sprites import SpriteBank, load_sprites
 from torch import nn
@@ -171,7 +171,10 @@ def run_loss(args: argparse.Namespace) -> None:
         for first in range(0, args.count, args.batch):
             scenes = [sample_scene(rng, held_out=True) for _ in range(min(args.batch, args.count - first))]
             clips, cover = render_clips(scenes, bank, geometry, rng, textures)
-            text, _ = pipeline.encode_prompt([caption(s) for s in scenes], do_classifier_free_guidance=False)
+            prompts = [caption(scene) for scene in scenes]
+            text, _ = pipeline.encode_prompt(
+                prompts, do_classifier_free_guidance=False, max_sequence_length=TEXT_TOKENS
+            )
             where = F.max_pool3d(F.pad(F.max_pool3d(cover, (1, 8, 8)), (0, 0, 0, 0, 3, 0)), (4, 1, 1))
             place = (torch.arange(len(scenes)) + first + 0.5) / args.count
             sigma = (TIME_SHIFT * place / (1 + (TIME_SHIFT - 1) * place)).to(device)
