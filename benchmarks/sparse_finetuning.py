@@ -424,20 +424,12 @@ def judge(args: argparse.Namespace) -> None:
 def open_i3d(args: argparse.Namespace) -> Any:
     """The network of FVD, or None with a line that says why there is none."""
     import torch
+    from evaluate import read_i3d
 
-    from dit_accel.quality.frechet import I3d, find_weights
     from dit_accel.quality.measurement import MetricUnavailable
 
     try:
-        if args.fvd_weights is not None and args.fvd_weights.suffix == ".safetensors":
-            from safetensors.torch import load_file
-
-            # Half the size of the published file, for machines that it would have to be carried to.
-            tensors = {name: value.float() for name, value in load_file(args.fvd_weights).items()}
-            names = {name.rsplit("/", 1)[0] for name in tensors}
-            network = I3d({name: (tensors[f"{name}/kernel"], tensors[f"{name}/bias"]) for name in names})
-        else:
-            network = I3d.read(args.fvd_weights or find_weights())
+        network = read_i3d(args.fvd_weights)
         if args.frames < 9:
             raise MetricUnavailable("FVD needs 9 frames.")
         return network.to(torch.device(args.device))

@@ -83,7 +83,7 @@ class Recorder:
 def measure(pipeline: WanPipeline, prompt: str, steps: int, measured: list[int], seed: int) -> list[dict[str, Any]]:
     """Generates one clip of 29 frames of 192 x 192 pixels and returns the densities at the measured steps."""
     records: list[dict[str, Any]] = []
-    order = tile_order((8, 24, 24), (TILE, TILE, TILE), torch.device("cpu"))
+    order = tile_order((8, 24, 24), (TILE, TILE, TILE), pipeline.device)
     recorders = []
     for layer, block in enumerate(pipeline.transformer.blocks):
         recorder = Recorder(layer, block.attn1.processor, records, order)
@@ -117,7 +117,8 @@ def main() -> None:
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--report", type=Path, default=Path("runs/attention_structure.json"))
     args = parser.parse_args()
-    pipeline = WanPipeline.from_pretrained(args.pipeline, torch_dtype=torch.bfloat16)
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    pipeline = WanPipeline.from_pretrained(args.pipeline, torch_dtype=torch.bfloat16).to(device)
     records = measure(pipeline, args.prompt, args.steps, args.measured, args.seed)
     table: dict[str, dict[int, list[torch.Tensor]]] = defaultdict(lambda: defaultdict(list))
     for record in records:

@@ -13,8 +13,12 @@ from backgrounds import PAINTERS, Canvas
 from captions import BACKGROUND_NAMES, MOTION_NAMES, SUBJECTS, Scene
 from sprites import SPRITE_FRAMES, SpriteBank
 
-SIZE_FACTORS = (0.30, 0.44, 0.60)
-COUNT_FACTORS = (1.0, 0.74, 0.60)
+SIZE_FACTORS = (0.33, 0.44, 0.60)
+COUNT_FACTORS = (1.0, 0.74, 0.62)
+# Fewer pixels than this and the autoencoder's latents, 8 pixels apart, keep no face (0.22 is 42 of 192 pixels).
+SMALLEST = 0.22
+# Larger copies than this do not fit beside each other.
+LARGEST = (0.66, 0.42, 0.31)
 SLOTS = 3
 PAN = 0.3
 
@@ -34,11 +38,19 @@ class ClipGeometry:
         return (self.frames - 1) // 4 + 1, self.height // 8, self.width // 8
 
 
-def _trajectory(motion: str, time: torch.Tensor, rng: random.Random) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """Centre x, y (as offsets in frame heights) and scale over normalised `time` in [0, 1]."""
+def _trajectory(
+    motion: str, time: torch.Tensor, rng: random.Random, count: int = 1
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """Centre x, y (as offsets in frame heights) and scale over normalised `time` in [0, 1].
+
+    Nothing moves by more than about 0.05 of the height (9 of 192 pixels) from one frame to the next: a latent
+    frame of the autoencoder stands for four frames, and what is quicker dissolves in three of them.
+    """
     zero, one = torch.zeros_like(time), torch.ones_like(time)
-    x, y = rng.uniform(-0.1, 0.1) + zero, rng.uniform(-0.08, 0.08) + zero
-    reach = rng.uniform(0.24, 0.36)
+    # Several copies need the width of the picture for themselves.
+    room = 1.0 if count == 1 else 0.65
+    x, y = rng.uniform(-0.1, 0.1) * room + zero, rng.uniform(-0.08, 0.08) + zero
+    reach = rng.uniform(0.24, 0.36) * room
     sweep = reach * (2 * time - 1)
     bob = 0.015 * torch.sin(2 * math.pi * (time * 2 + rng.random()))
     if motion == "left":
@@ -49,30 +61,44 @@ def _trajectory(motion: str, time: torch.Tensor, rng: random.Random) -> tuple[to
         return x + bob, y * 0.3 - sweep, one
     if motion == "down":
         return x + bob, y * 0.3 + sweep, one
-    if motion == "closer":
-        return x, y, 0.45 + (rng.uniform(1.25, 1.45) - 0.45) * time
-    if motion == "away":
-        return x, y, 0.45 + (rng.uniform(1.25, 1.45) - 0.45) * (1 - time)
+    if motion in ("closer", "away"):
+        near = rng.uniform(1.25, 1.4) * (1.0 if count == 1 else 0.85)
+        return x, y, 0.55 + (near - 0.55) * (time if motion == "closer" else 1 - time)
     if motion == "circle":
-        angle = 2 * math.pi * (time * rng.uniform(0.95, 1.1) + rng.random())
-        radius = rng.uniform(0.17, 0.23)
+        angle = 2 * math.pi * (time * rng.uniform(0.85, 1.0) + rng.random())
+        radius = rng.uniform(0.15, 0.2) * (1.0 if count == 1 else 0.8)
         return x * 0.5 + radius * torch.cos(angle), y * 0.5 + radius * torch.sin(angle), one
     if motion == "bounce":
-        hops = rng.choice((2.0, 2.5, 3.0))
-        height = rng.uniform(0.24, 0.32)
-        return x, 0.14 - height * torch.sin(math.pi * (time * hops + rng.random())).abs(), one
+        hops = rng.choice((1.0, 1.25, 1.5))
+        height = rng.uniform(0.22, 0.28)
+        # |sin|, with the turn at the ground spread over a few frames.
+        phase = math.pi * (time * hops + rng.random())
+        return x, 0.14 - height * (torch.sin(phase).square() + 0.02).sqrt(), one
     return x, y, one
 
 
-def _slots(count: int, rng: random.Random) -> list[tuple[float, float]]:
-    """Where each of `count` copies stands, as offsets from the trajectory."""
+def _slots(count: int, extent: float, rng: random.Random) -> list[tuple[float, float]]:
+    """Where each of `count` copies of size `extent` stands, as offsets from the trajectory: beside the others."""
     if count == 1:
         return [(0.0, 0.0)]
     if count == 2:
         tilt = rng.uniform(-0.06, 0.06)
-        return [(-0.19, tilt), (0.19, -tilt)]
+        away = max(0.19, 0.51 * extent)
+        return [(-away, tilt), (away, -tilt)]
     lift = rng.choice((-0.13, 0.13))
-    return [(-0.25, lift / 2), (0.0, -lift), (0.25, lift / 2)]
+    away = max(0.25, 0.88 * extent)
+    return [(-away, lift / 2), (0.0, -lift), (away, lift / 2)]
+
+
+def subject_weight(cover: torch.Tensor, least: float, most: float) -> torch.Tensor:
+    """How much each place counts in a loss: 1 in the background, 1 + `least` to 1 + `most` on the subject.
+
+    The smaller the subject of a clip, the more each of its places counts, or small ones would never be learnt.
+    `cover` is [n, 1, t, h, w] in [0, 1]; the mean of the weights is one.
+    """
+    share = cover.mean(dim=(1, 2, 3, 4), keepdim=True).clamp_min(1e-3)
+    weight = 1 + (0.5 / share).clamp(least, most) * cover
+    return weight / weight.mean()
 
 
 @torch.no_grad()
@@ -114,18 +140,20 @@ def render_clips(
         row = bank.variant[scene.subject]
         variant[i] = row[scene.color or 0]
         motion = MOTION_NAMES[scene.motion]
-        x, y, scale = _trajectory(motion, time, rng)
+        x, y, scale = _trajectory(motion, time, rng, scene.count)
         # Whatever looks sideways looks where it goes.
         mirrored = subject.facing != 0 and subject.facing == {"left": 1, "right": -1}.get(motion, 0)
-        extent = SIZE_FACTORS[scene.size] * COUNT_FACTORS[scene.count - 1] * rng.uniform(0.93, 1.07) * scale
+        usual = SIZE_FACTORS[scene.size] * COUNT_FACTORS[scene.count - 1] * rng.uniform(0.93, 1.07)
+        usual = min(max(usual, SMALLEST), LARGEST[scene.count - 1])
+        extent = usual * scale
         start = rng.randrange(SPRITE_FRAMES)
-        for slot, (dx, dy) in enumerate(_slots(scene.count, rng)):
+        for slot, (dx, dy) in enumerate(_slots(scene.count, usual, rng)):
             present[i, slot] = 1
             # grid_sample maps output coordinates to sprite coordinates: the inverse of placing the sprite.
             theta[i, slot, :, 0, 0] = (-1.0 if mirrored else 1.0) * aspect / extent
-            theta[i, slot, :, 0, 2] = (-1.0 if mirrored else 1.0) * -2 * (x + dx) / extent
+            theta[i, slot, :, 0, 2] = (-1.0 if mirrored else 1.0) * -2 * (x + dx * scale) / extent
             theta[i, slot, :, 1, 1] = 1 / extent
-            theta[i, slot, :, 1, 2] = -2 * (y + dy) / extent
+            theta[i, slot, :, 1, 2] = -2 * (y + dy * scale) / extent
             ticks = torch.arange(t) + start + slot * 11
             phase[i, slot] = ticks % SPRITE_FRAMES
         speed = rng.uniform(-1, 1) * PAN * (0.35 if motion not in ("left", "right") else 0.5)

@@ -1,8 +1,10 @@
-"""Does a classifier that was trained on real (rendered) clips recognise what the generated ones should show?
+"""Do generated clips show what they should, and how far are they from rendered ones?
 
-`generate` samples held-out prompts with the stock pipeline and stores small copies of the clips; `classify`
-trains a small 3-D convolutional network on rendered clips to name subject and motion, and reports its
-accuracy on held-out rendered clips and on the generated ones.
+`generate` samples held-out prompts with the stock pipeline and stores small copies of the clips, `render` stores
+rendered clips of the same scenes; with `--fvd-weights` both add I3D's features. `classify` trains a small 3-D
+convolutional network on rendered clips to name subject and motion, and reports its accuracy on held-out rendered
+clips and on the stored ones. `fvd` compares stored features. `loss` is the flow-matching loss of whole pipelines on
+held-out clips, with the same clips, noise and times for each.
 """
 
 from __future__ import annotations
@@ -19,11 +21,15 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 from captions import MOTIONS, SUBJECTS, Scene, caption, sample_scene
+from clip_autoencoder import encode_clip, latent_statistics
 from compose import ClipGeometry, render_clips
 from diffusers import WanPipeline
+from model import TEXT_TOKENS, TIME_SHIFT
 from sample import generate
 from sprites import SpriteBank, load_sprites
 from torch import nn
+
+from dit_accel.quality.frechet import I3d, find_weights, frechet_distance, video_features
 
 SMALL = 64  # pixels of the stored copies
 STRIDE = 2  # every second frame
@@ -81,19 +87,109 @@ class Classifier(nn.Module):
         return self.subject(pooled), self.motion(torch.cat([track.mean(2), track.amax(2)], dim=1))
 
 
+def read_i3d(path: Path | None) -> I3d:
+    """I3D from the published file, from a half-precision safetensors file of its kernels and biases, or installed."""
+    if path is None or path.suffix != ".safetensors":
+        return I3d.read(path or find_weights())
+    from safetensors.torch import load_file
+
+    # Half the size of the published file, for machines that it would have to be carried to.
+    tensors = {name: value.float() for name, value in load_file(path).items()}
+    names = {name.rsplit("/", 1)[0] for name in tensors}
+    return I3d({name: (tensors[f"{name}/kernel"], tensors[f"{name}/bias"]) for name in names})
+
+
+def store(args: argparse.Namespace, scenes: list[Scene], make: Callable[[int, list[Scene]], torch.Tensor]) -> None:
+    """Makes clips in [-1, 1] of the scenes, a batch at a time, and stores small copies and perhaps features."""
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    network = read_i3d(args.fvd_weights).to(device) if args.fvd_weights is not None else None
+    small, features = [], []
+    began = time.monotonic()
+    for i in range(0, args.count, args.batch):
+        clips = make(i, scenes[i : i + args.batch])
+        small.append(shrink(clips).cpu())
+        if network is not None:
+            features.append(video_features(network, clips, batch=8))
+    print(f"{args.clips}: {args.count} clips in {time.monotonic() - began:.0f} s", flush=True)
+    values = {"clips": torch.cat(small).numpy(), "scenes": np.array(json.dumps([asdict(s) for s in scenes]))}
+    if features:
+        values["features"] = torch.cat(features).numpy()
+    # There whole, or not at all: `classify --wait` may be looking for it.
+    aside = args.clips.with_name(f"part-{args.clips.name}")
+    np.savez_compressed(aside, **values)
+    aside.replace(args.clips)
+
+
 def run_generate(args: argparse.Namespace) -> None:
     device = "cuda" if torch.cuda.is_available() else "cpu"
     pipeline = WanPipeline.from_pretrained(args.pipeline, torch_dtype=torch.bfloat16).to(device)
     pipeline.set_progress_bar_config(disable=True)
+
+    def make(first: int, scenes: list[Scene]) -> torch.Tensor:
+        prompts = [caption(scene) for scene in scenes]
+        out = generate(pipeline, prompts, args.steps, args.guidance, args.frames, args.size, 1000 + first)
+        return torch.from_numpy(out).permute(0, 4, 1, 2, 3) * 2 - 1
+
+    store(args, single_scenes(args.count, 11, held_out=True), make)
+
+
+def run_render(args: argparse.Namespace) -> None:
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    bank = SpriteBank(load_sprites(args.sprites), device)
+    rng, textures = random.Random(9), torch.Generator(device).manual_seed(9)
+    geometry = ClipGeometry(args.frames, args.size, args.size)
     scenes = single_scenes(args.count, 11, held_out=True)
-    clips = []
-    began = time.monotonic()
-    for i in range(0, args.count, args.batch):
-        prompts = [caption(scene) for scene in scenes[i : i + args.batch]]
-        out = generate(pipeline, prompts, args.steps, args.guidance, 29, 192, 1000 + i)
-        clips.append(shrink(torch.from_numpy(out).permute(0, 4, 1, 2, 3) * 2 - 1))
-    print(f"{args.count} clips in {time.monotonic() - began:.0f} s")
-    np.savez_compressed(args.clips, clips=torch.cat(clips).numpy(), scenes=json.dumps([asdict(s) for s in scenes]))
+    store(args, scenes, lambda _, part: render_clips(part, bank, geometry, rng, textures)[0])
+
+
+def run_fvd(args: argparse.Namespace) -> None:
+    report: dict[str, dict[str, float]] = {}
+    for rendered in args.rendered:
+        real = torch.from_numpy(np.load(rendered)["features"])
+        for path in args.clips:
+            made = torch.from_numpy(np.load(path)["features"])
+            # Few samples bias the distance upwards, so the numbers of clips are part of the result.
+            counts = sorted({min(64, len(made)), len(made)})
+            found = {f"{n} clips": frechet_distance(real[:n], made[:n]) for n in counts}
+            report[f"{path.stem} against {rendered.stem}"] = found
+    print(json.dumps(report, indent=1))
+    args.report.write_text(json.dumps(report, indent=1))
+
+
+@torch.no_grad()
+def run_loss(args: argparse.Namespace) -> None:
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    bank = SpriteBank(load_sprites(args.sprites), device)
+    geometry = ClipGeometry(args.frames, args.size, args.size)
+    report: dict[str, float] = {}
+    for folder in args.pipelines:
+        pipeline = WanPipeline.from_pretrained(folder, torch_dtype=torch.float32).to(device)
+        mean, std = latent_statistics(pipeline.vae, device)
+        rng, textures = random.Random(21), torch.Generator(device).manual_seed(21)
+        noises = torch.Generator("cpu").manual_seed(22)
+        total, weights = 0.0, 0.0
+        for first in range(0, args.count, args.batch):
+            scenes = [sample_scene(rng, held_out=True) for _ in range(min(args.batch, args.count - first))]
+            clips, cover = render_clips(scenes, bank, geometry, rng, textures)
+            prompts = [caption(scene) for scene in scenes]
+            text, _ = pipeline.encode_prompt(
+                prompts, do_classifier_free_guidance=False, max_sequence_length=TEXT_TOKENS
+            )
+            where = F.max_pool3d(F.pad(F.max_pool3d(cover, (1, 8, 8)), (0, 0, 0, 0, 3, 0)), (4, 1, 1))
+            place = (torch.arange(len(scenes)) + first + 0.5) / args.count
+            sigma = (TIME_SHIFT * place / (1 + (TIME_SHIFT - 1) * place)).to(device)
+            s = sigma.view(-1, 1, 1, 1, 1)
+            with torch.autocast(device.type, torch.bfloat16, enabled=device.type == "cuda"):
+                latents = (encode_clip(pipeline.vae, clips).chunk(2, dim=1)[0].float() - mean) / std
+                noise = torch.randn(latents.shape, generator=noises).to(device)
+                noisy = (1 - s) * latents + s * noise
+                output = pipeline.transformer(noisy, sigma * 1000, text, return_dict=False)[0]
+            weight = (1 + 3 * where).expand_as(latents)
+            total += float(((output.float() - (noise - latents)).square() * weight).sum())
+            weights += float(weight.sum())
+        report[str(folder)] = total / weights
+    print("flow-matching loss, subjects four times:", json.dumps(report), flush=True)
+    args.report.write_text(json.dumps(report, indent=1))
 
 
 def render_small(
@@ -174,7 +270,10 @@ def run_classify(args: argparse.Namespace) -> None:
     ]
     real = accuracy(model, *(torch.cat([p[k] for p in parts]) for k in range(3)))
     report: dict[str, object] = {"steps": step, "real": real}
+    patience = time.monotonic() + args.wait
     for path in args.clips:
+        while not path.exists() and time.monotonic() < patience:
+            time.sleep(0.5)
         stored = np.load(path)
         scenes = [Scene(**s) for s in json.loads(str(stored["scenes"]))]
         clips = torch.from_numpy(stored["clips"]).to(device)
@@ -183,7 +282,7 @@ def run_classify(args: argparse.Namespace) -> None:
             torch.tensor([s.motion for s in scenes], device=device),
         )
         made = accuracy(model, clips, *labels)
-        report[path.stem] = {**made, "of_real": {k: made[k] / real[k] for k in made}, "clips": len(scenes)}
+        report[path.stem] = {**made, "of_real": {k: made[k] / max(real[k], 1e-9) for k in made}, "clips": len(scenes)}
     print(json.dumps(report, indent=1))
     args.report.write_text(json.dumps(report, indent=1))
 
@@ -193,17 +292,38 @@ def main() -> None:
     commands = parser.add_subparsers(required=True)
     make = commands.add_parser("generate")
     make.add_argument("--pipeline", type=Path, default=Path("runs/pipeline"))
-    make.add_argument("--clips", type=Path, default=Path("runs/generated.npz"))
-    make.add_argument("--count", type=int, default=192)
-    make.add_argument("--batch", type=int, default=32)
     make.add_argument("--steps", type=int, default=16)
     make.add_argument("--guidance", type=float, default=1.0)
     make.set_defaults(run=run_generate)
+    draw = commands.add_parser("render")
+    draw.add_argument("--sprites", type=Path, default=Path("data/sprites.zip"))
+    draw.set_defaults(run=run_render)
+    for command, name in ((make, "generated"), (draw, "rendered")):
+        command.add_argument("--clips", type=Path, default=Path(f"runs/{name}.npz"))
+        command.add_argument("--count", type=int, default=192)
+        command.add_argument("--batch", type=int, default=32)
+        command.add_argument("--fvd-weights", type=Path, help="I3D weights: stores features for `fvd`")
+    far = commands.add_parser("fvd")
+    far.add_argument("--clips", type=Path, nargs="+", required=True)
+    far.add_argument("--rendered", type=Path, nargs="+", default=[Path("runs/rendered.npz")])
+    far.add_argument("--report", type=Path, default=Path("runs/fvd.json"))
+    far.set_defaults(run=run_fvd)
+    loss = commands.add_parser("loss")
+    loss.add_argument("--pipelines", type=Path, nargs="+", default=[Path("runs/pipeline")])
+    loss.add_argument("--sprites", type=Path, default=Path("data/sprites.zip"))
+    loss.add_argument("--count", type=int, default=128)
+    loss.add_argument("--batch", type=int, default=16)
+    loss.add_argument("--report", type=Path, default=Path("runs/loss.json"))
+    loss.set_defaults(run=run_loss)
+    for command in (make, draw, loss):
+        command.add_argument("--frames", type=int, default=29)
+        command.add_argument("--size", type=int, default=192)
     judge = commands.add_parser("classify")
     judge.add_argument("--sprites", type=Path, default=Path("data/sprites.zip"))
     judge.add_argument("--clips", type=Path, nargs="*", default=[])
     judge.add_argument("--report", type=Path, default=Path("runs/classifier.json"))
     judge.add_argument("--seconds", type=float, default=60)
+    judge.add_argument("--wait", type=float, default=0, help="seconds to wait for clips that are still being made")
     judge.add_argument("--batch", type=int, default=64)
     judge.add_argument("--real", type=int, default=256)
     judge.add_argument("--reuse", type=int, default=4, help="steps per newly rendered batch")

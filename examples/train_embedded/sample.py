@@ -1,4 +1,4 @@
-"""Saves the stock pipeline from averaged weights and draws a contact sheet of held-out prompts."""
+"""Saves the stock pipeline from averaged weights and draws contact sheets of held-out prompts."""
 
 from __future__ import annotations
 
@@ -37,6 +37,17 @@ def held_out_scenes(count: int, seed: int = 7) -> list[Scene]:
         scene = sample_scene(rng, held_out=True)
         fresh = scene.subject not in {s.subject for s in scenes[-(len(SUBJECTS) - 1) :]}
         if fresh and scene.motion not in {s.motion for s in scenes[-3:]}:
+            scenes.append(scene)
+    return scenes
+
+
+def bouncing_scenes(count: int, seed: int = 8) -> list[Scene]:
+    """`count` held-out scenes of the quickest motion."""
+    rng = random.Random(seed)
+    scenes: list[Scene] = []
+    while len(scenes) < count:
+        scene = sample_scene(rng, held_out=True)
+        if MOTION_NAMES[scene.motion] == "bounce" and scene.subject not in {s.subject for s in scenes}:
             scenes.append(scene)
     return scenes
 
@@ -106,15 +117,34 @@ def contact_sheet(clips: np.ndarray, prompts: list[str], columns: int = 5, scale
     return sheet
 
 
+def every_frame_sheet(clips: np.ndarray, prompts: list[str], columns: int = 10, scale: float = 0.5) -> Image.Image:
+    """All frames of every clip, `columns` a row, with its prompt below, two clips side by side."""
+    n, t, h, w, _ = clips.shape
+    cell_h, cell_w = int(h * scale), int(w * scale)
+    block_h, block_w = -(-t // columns) * cell_h + 13, columns * cell_w + 6
+    sheet = Image.new("RGB", (2 * block_w, (n + 1) // 2 * block_h), "white")
+    draw = ImageDraw.Draw(sheet)
+    for i in range(n):
+        x0, y0 = (i % 2) * block_w, (i // 2) * block_h
+        for k in range(t):
+            frame = Image.fromarray((clips[i, k] * 255).round().astype("uint8"))
+            place = (x0 + k % columns * cell_w, y0 + k // columns * cell_h)
+            sheet.paste(frame.resize((cell_w, cell_h), Image.Resampling.LANCZOS), place)
+        draw.text((x0 + 2, y0 + block_h - 13), prompts[i], fill="black")
+    return sheet
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--ema", type=Path, default=Path("runs/transformer"))
+    parser.add_argument("--saved", action="store_true", help="draw a pipeline that is already there: export nothing")
+    parser.add_argument("--bouncing", action="store_true", help="draw bouncing subjects, every frame of them")
     parser.add_argument("--vae", type=Path, default=Path("runs/vae/vae"))
     parser.add_argument("--pipeline", type=Path, default=Path("runs/pipeline"))
     parser.add_argument("--sheet", type=Path, default=Path("runs/sheet.png"))
     parser.add_argument("--count", type=int, default=16)
     parser.add_argument("--steps", type=int, default=16)
-    parser.add_argument("--guidance", type=float, nargs="+", default=[1.0])
+    parser.add_argument("--guidance", type=float, nargs="*", default=[1.0])
     parser.add_argument("--frames", type=int, default=29)
     parser.add_argument("--size", type=int, default=192)
     parser.add_argument("--seed", type=int, default=0)
@@ -123,16 +153,19 @@ def main() -> None:
     parser.add_argument("--head-dim", type=int, default=64)
     parser.add_argument("--scale", type=float, default=0.5)
     args = parser.parse_args()
-    export_pipeline(args.ema, args.vae, args.pipeline, args.layers, args.heads, args.head_dim)
+    if not args.saved:
+        export_pipeline(args.ema, args.vae, args.pipeline, args.layers, args.heads, args.head_dim)
     device = "cuda" if torch.cuda.is_available() else "cpu"
     pipeline = WanPipeline.from_pretrained(args.pipeline, torch_dtype=torch.bfloat16).to(device)
     pipeline.set_progress_bar_config(disable=True)
-    scenes = [DRAGON, *held_out_scenes(args.count - 1)]
+    scenes = bouncing_scenes(args.count) if args.bouncing else [DRAGON, *held_out_scenes(args.count - 1)]
     prompts = [caption(scene) for scene in scenes]
+    # No sheet: --guidance without a number.
     for guidance in args.guidance:
         began = time.monotonic()
         clips = generate(pipeline, prompts, args.steps, guidance, args.frames, args.size, args.seed)
-        sheet = contact_sheet(clips, prompts, scale=args.scale)
+        draw = every_frame_sheet if args.bouncing else contact_sheet
+        sheet = draw(clips, prompts, scale=args.scale)
         target = args.sheet.with_stem(f"{args.sheet.stem}-g{guidance:g}-f{args.frames}")
         sheet.save(target)
         held = [is_held_out(s.subject, s.background, s.motion) for s in scenes]

@@ -15,14 +15,12 @@ from __future__ import annotations
 import argparse
 import contextlib
 import json
-import os
 import random
 import time
 from dataclasses import dataclass
 from pathlib import Path
 
 import torch
-import torch.distributed as dist
 import torch.nn.functional as F
 from captions import Scene, caption, sample_scene
 from checkpoint import (
@@ -35,8 +33,8 @@ from checkpoint import (
     unflatten_state,
 )
 from clip_autoencoder import encode_clip, latent_statistics
-from compose import ClipGeometry, render_clips
-from concentration import attention_inputs, concentration_penalty, tile_masses
+from compose import ClipGeometry, render_clips, subject_weight
+from concentration import annealed_share, attention_inputs, concentration_penalty, density, tile_masses, tile_tokens
 from diffusers import WanTransformer3DModel
 from model import (
     CAPTION_TOKENS,
@@ -50,6 +48,7 @@ from model import (
     token_ids,
 )
 from optimizer import Muon
+from processes import average_gradients, end_processes, is_first, process_seed, start_processes, together
 from sprites import SpriteBank, load_sprites
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from transformers import UMT5EncoderModel
@@ -143,12 +142,12 @@ class Trainer:
                 parameter.data = parameter.data.contiguous(memory_format=torch.channels_last_3d)
         self.mean, self.std = latent_statistics(self.vae, device)
         self.bank = SpriteBank(load_sprites(args.sprites), device)
-        self.processes = dist.get_world_size() if dist.is_initialized() else 1
-        seed = args.seed + (1000 * dist.get_rank() if self.processes > 1 else 0)
+        seed = process_seed(args.seed)
         self.rng = random.Random(seed)
         self.textures = torch.Generator(device).manual_seed(seed)
         self.noise = torch.Generator(device).manual_seed(seed + 1)
         self.concentration = args.concentration
+        self.shares: tuple[float, float] = tuple(args.concentration_shares)
         self.ids = token_ids()
         self.average = {k: v.detach().clone() for k, v in self.named_values().items()}
         matrices, others = [], []
@@ -165,7 +164,8 @@ class Trainer:
             self.optimizers["muon"] = Muon(matrices, lr=args.muon_rate)
         self.ema = args.ema
         self.step = 0
-        self.spread = torch.zeros((), device=device)
+        # Running mean of each layer's density for 95 % of the attention mass.
+        self.densities = torch.full((args.layers,), float("nan"), device=device)
         self.log: list[tuple[int, int, float]] = []
 
     def named_values(self) -> dict[str, torch.Tensor]:
@@ -186,8 +186,11 @@ class Trainer:
             rows.append((row + [0] * CAPTION_TOKENS)[:CAPTION_TOKENS])
         return torch.tensor(rows).to(self.device, non_blocking=True)
 
-    def train_step(self, pool: LatentPool, factor: float, image: bool = False) -> torch.Tensor:
-        """One step; `image` trains on first frames alone, which the causal encoder keeps separate."""
+    def train_step(self, pool: LatentPool, factor: float, share: float, image: bool = False) -> torch.Tensor:
+        """One step; `image` trains on first frames alone, which the causal encoder keeps separate.
+
+        `share` of the key tiles is what the concentration penalty leaves a head.
+        """
         clean, cover, scenes = pool.batch(pool.stage.batch)
         if image:
             clean, cover = clean[:, :, :1], cover[:, :, :1]
@@ -205,12 +208,11 @@ class Trainer:
             text = prompt_embeddings(self.text_encoder, ids, pool.stage.text_tokens)
             output = self.transformer((1 - s) * clean + s * noise, sigma * 1000, text, return_dict=False)[0]
         error = (output.float() - (noise - clean)).square()
-        weight = 1 + 3 * cover
-        loss = (error * weight).mean() / weight.mean()
+        loss = (error * subject_weight(cover, 3, 8)).mean()
         loss.backward()
         if self.concentration > 0 and not image and pool.stage.latent_frames % 4 == 0:
-            self.concentrate((1 - s) * clean + s * noise, sigma * 1000, text.detach())
-        self.average_gradients()
+            self.concentrate((1 - s) * clean + s * noise, sigma * 1000, text.detach(), share)
+        average_gradients([*self.transformer.parameters(), *self.text_encoder.parameters()])
         torch.nn.utils.clip_grad_norm_([*self.transformer.parameters(), *self.text_encoder.parameters()], 1.0)
         for optimizer in self.optimizers.values():
             optimizer.step()
@@ -221,38 +223,25 @@ class Trainer:
             torch._foreach_lerp_(list(self.average.values()), list(self.named_values().values()), 1 - decay)
         return loss.detach()
 
-    def concentrate(self, noisy: torch.Tensor, timestep: torch.Tensor, text: torch.Tensor, samples: int = 2) -> None:
-        """Adds the gradient of the concentration penalty of one layer, the next one at every step."""
-        layer = self.step % len(self.transformer.blocks)
+    def concentrate(
+        self, noisy: torch.Tensor, timestep: torch.Tensor, text: torch.Tensor, share: float, samples: int = 3
+    ) -> None:
+        """Adds the gradient of the concentration penalty of every layer, on a few samples and query tiles."""
         some = torch.randperm(len(noisy), generator=self.noise, device=self.device)[:samples]
         grid = (noisy.shape[2], noisy.shape[3], noisy.shape[4])
         count = grid[0] * grid[1] * grid[2] // 64
-        tiles = self.rng.sample(range(count), min(8, count))
+        tiles = torch.tensor(self.rng.sample(range(count), min(8, count)), device=self.device)
+        order = tile_tokens(grid, self.device)
         with torch.autocast(self.device.type, torch.bfloat16, enabled=self.device.type == "cuda"):
-            query, key = attention_inputs(self.transformer, noisy[some], timestep[some], text[some], layer)
-        penalty = concentration_penalty(tile_masses(query, key, grid, tiles))
-        # One layer at a time stands for all of them.
-        (self.concentration * len(self.transformer.blocks) * penalty).backward()
-        self.spread = 0.98 * self.spread + 0.02 * penalty.detach()
-
-    def average_gradients(self) -> None:
-        """Means over the processes; a parameter that one of them did not touch counts as zero there."""
-        if self.processes == 1:
-            return
-        for values in (list(self.transformer.parameters()), list(self.text_encoder.parameters())):
-            grads = [torch.zeros_like(p) if p.grad is None else p.grad for p in values]
-            flat = torch.cat([g.flatten() for g in grads])
-            dist.all_reduce(flat, op=dist.ReduceOp.AVG)
-            for p, part in zip(values, flat.split([p.numel() for p in values])):
-                p.grad = part.view_as(p)
-
-    def together(self, seconds: float) -> float:
-        """The first process's clock, so that all of them stop at the same step."""
-        if self.processes == 1:
-            return seconds
-        shared = torch.tensor(seconds, dtype=torch.float64, device=self.device)
-        dist.broadcast(shared, 0)
-        return shared.item()
+            for layer, (query, key) in enumerate(
+                attention_inputs(self.transformer, noisy[some], timestep[some], text[some])
+            ):
+                masses = tile_masses(query, key, order, tiles)
+                (self.concentration * concentration_penalty(masses, share)).backward()
+                found = density(masses.detach())
+                self.densities[layer] = torch.where(
+                    self.densities[layer].isnan(), found, 0.98 * self.densities[layer] + 0.02 * found
+                )
 
     def save(self, folder: Path) -> None:
         """A checkpoint to resume from exactly, given the same stage."""
@@ -357,7 +346,15 @@ def main() -> None:
     parser.add_argument("--clip-frames", type=int, default=29)
     parser.add_argument("--chunk", type=int, default=64, help="clips rendered and encoded at once")
     parser.add_argument("--image-every", type=int, default=8, help="every so many steps train on first frames alone")
-    parser.add_argument("--concentration", type=float, default=0.03, help="weight of the penalty of concentration.py")
+    parser.add_argument("--concentration", type=float, default=0.06, help="weight of the penalty of concentration.py")
+    parser.add_argument(
+        "--concentration-shares",
+        type=float,
+        nargs=2,
+        default=(0.3, 0.09),
+        metavar=("FIRST", "LAST"),
+        help="share of the key tiles that is to hold 95 %% of the attention mass, at first and at last",
+    )
     parser.add_argument("--no-compile", action="store_true")
     parser.add_argument("--checkpoint", action="store_true", help="also write a resumable checkpoint")
     parser.add_argument("--save-every", type=float, default=90, help="seconds between saves of the averaged weights")
@@ -365,13 +362,8 @@ def main() -> None:
     args = parser.parse_args()
 
     start = time.monotonic()
-    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    if "LOCAL_RANK" in os.environ:
-        if device.type == "cuda":
-            device = torch.device("cuda", int(os.environ["LOCAL_RANK"]))
-            torch.cuda.set_device(device)
-        dist.init_process_group("nccl" if device.type == "cuda" else "gloo")
-    first = not dist.is_initialized() or dist.get_rank() == 0
+    device = start_processes()
+    first = is_first()
     torch.backends.cudnn.benchmark = True
     torch.backends.cuda.matmul.allow_tf32 = True
     torch.backends.cudnn.allow_tf32 = True
@@ -403,7 +395,7 @@ def main() -> None:
             while steps < args.max_steps:
                 # Asking the clock of the first process waits for the device, so not at every step.
                 if steps % 16 == 0:
-                    elapsed = trainer.together(time.monotonic() - start)
+                    elapsed = together(time.monotonic() - start, device)
                 if elapsed >= deadline:
                     break
                 done = steps / args.max_steps if args.max_steps < 10**9 else elapsed / args.seconds
@@ -411,7 +403,8 @@ def main() -> None:
                 # New optimizers need a short warm-up of their own.
                 ramp = min(1.0, (trainer.step + 1) / 100 if not args.warm_start else (steps + 1) / 60)
                 image = args.image_every > 0 and steps % args.image_every == args.image_every - 1
-                loss = trainer.train_step(pool, ramp * schedule(place, args.warmup), image)
+                share = annealed_share(*trainer.shares, done)
+                loss = trainer.train_step(pool, ramp * schedule(place, args.warmup), share, image)
                 if not image:
                     running.append(loss)
                 steps += 1
@@ -426,7 +419,8 @@ def main() -> None:
                         ticked = time.monotonic()
                         print(
                             f"step {trainer.step} frames {stage.latent_frames} "
-                            f"loss {average:.4f} spread {trainer.spread.item():.3f} {1000 * rate:.0f} ms/step",
+                            f"loss {average:.4f} {1000 * rate:.0f} ms/step, share {share:.3f}, density "
+                            + " ".join(f"{x:.2f}" for x in trainer.densities.tolist()),
                             flush=True,
                         )
                     if first and time.monotonic() - saved > args.save_every:
@@ -442,8 +436,7 @@ def main() -> None:
         trainer.save_average(args.out)
         if args.checkpoint:
             trainer.save(args.out / "checkpoint")
-    if dist.is_initialized():
-        dist.destroy_process_group()
+    end_processes()
 
 
 if __name__ == "__main__":

@@ -224,3 +224,63 @@ def test_checkpoint_restores_optimizers_exactly(tmp_path: Path) -> None:
     resumed.load_state_dict(unflatten_state(saved, json.loads(json.dumps(rest)), "muon"))
     run(second, resumed, gradients[3:])
     assert torch.equal(straight, second)
+
+
+@pytest.mark.usefixtures("training")
+def test_concentration_penalty_measures_what_block_selection_needs() -> None:
+    from concentration import annealed_share, concentration_penalty, density
+
+    narrow, even = torch.zeros(1, 1, 1, 20), torch.full((1, 1, 1, 20), 0.05)
+    narrow[..., :2] = 0.48
+    narrow[..., 2:] = 0.04 / 18
+    assert concentration_penalty(narrow, 0.1).item() == 0
+    assert concentration_penalty(even, 0.1).item() == pytest.approx(np.log(0.95 / 0.1), rel=1e-4)
+    assert density(narrow).item() == pytest.approx(0.1)
+    assert density(even).item() == pytest.approx(0.95, abs=0.051)
+    assert [annealed_share(0.4, 0.1, done) for done in (0, 0.3, 0.6, 1)] == pytest.approx([0.4, 0.2, 0.1, 0.1])
+
+
+@pytest.mark.usefixtures("training")
+def test_concentration_reaches_queries_and_keys_of_each_layer() -> None:
+    from concentration import attention_inputs, concentration_penalty, tile_masses, tile_tokens
+    from model import build_transformer
+
+    torch.manual_seed(0)
+    transformer = build_transformer(layers=2, heads=2, head_dim=64)
+    latents, text = torch.randn(1, 16, 4, 8, 8), torch.randn(1, 8, 128)
+    order = tile_tokens((4, 8, 8), torch.device("cpu"))
+    for query, key in attention_inputs(transformer, latents, torch.tensor([500.0]), text):
+        concentration_penalty(tile_masses(query, key, order, torch.tensor([0, 3])), 0.25).backward()
+    touched = {name for name, p in transformer.named_parameters() if p.grad is not None and p.grad.abs().sum() > 0}
+    assert {name for name in touched if "attn2" in name or "ffn" in name or "to_v" in name} == set()
+    assert {f"blocks.{i}.attn1.to_{x}.weight" for i in (0, 1) for x in "qk"} <= touched
+
+
+@pytest.mark.usefixtures("training")
+def test_subjects_move_no_faster_than_the_autoencoder_follows() -> None:
+    import random
+
+    from captions import MOTION_NAMES
+    from compose import ClipGeometry, _trajectory
+
+    geometry = ClipGeometry()
+    time = torch.linspace(0, 1, geometry.frames)
+    for seed in range(50):
+        for motion in MOTION_NAMES:
+            x, y, _ = _trajectory(motion, time, random.Random(seed))
+            step = torch.stack([x.diff(), y.diff()]).norm(dim=0).max()
+            assert step * geometry.height <= 9.5, motion
+
+
+@pytest.mark.usefixtures("training")
+def test_small_subjects_count_more() -> None:
+    from compose import subject_weight
+
+    cover = torch.zeros(2, 1, 1, 20, 20)
+    cover[0, ..., :2, :10] = 1  # a twentieth of the clip
+    cover[1, ..., :10, :] = 1  # half of it
+    weight = subject_weight(cover, 3, 8)
+    assert weight.mean().item() == pytest.approx(1)
+    small, large, ground = weight[0, 0, 0, 0, 0], weight[1, 0, 0, 0, 0], weight[0, 0, 0, -1, -1]
+    assert (small / ground).item() == pytest.approx(9)
+    assert (large / ground).item() == pytest.approx(4)
