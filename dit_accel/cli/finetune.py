@@ -55,6 +55,7 @@ def finetune(
     accumulate: Annotated[int, typer.Option(min=1, help="Micro-batches a step.")] = 1,
     learning_rate: Annotated[float, typer.Option(help="Of AdamW.")] = 1e-5,
     warmup: Annotated[int, typer.Option(min=0, help="Steps until the learning rate is reached.")] = 0,
+    decay: Annotated[str, typer.Option(metavar="none|cosine", help="Descent of the learning rate to 0.")] = "none",
     transformer: Annotated[
         str, typer.Option(metavar="transformer|transformer_2", help="Which of two experts: high noise, low noise.")
     ] = "transformer",
@@ -113,6 +114,7 @@ def finetune(
         accumulation=accumulate,
         learning_rate=learning_rate,
         warmup_steps=warmup,
+        decay=decay,
         transformer=transformer,
         train=train,
         lora_rank=lora_rank,

@@ -9,6 +9,7 @@ from .objective import Objective
 TRANSFORMERS = ("transformer", "transformer_2")
 TRAINED = ("learned", "attention", "all")
 TEACHERS = ("frozen", "current")
+DECAYS = ("none", "cosine")
 
 
 @dataclass(frozen=True)
@@ -22,6 +23,9 @@ class FinetuneConfig:
         accumulation: micro-batches a step.
         learning_rate, betas, weight_decay: of AdamW.
         warmup_steps: steps over which the learning rate rises from 0.
+        decay: "none", or "cosine": from there the learning rate descends to 0 along half a cosine, which ends
+            with ``steps`` or with ``max_seconds``, whichever is nearer at each step. A run that stops by the
+            clock does not repeat to the bit.
         max_grad_norm: gradients are scaled down to this norm.
         transformer: the one to train, of a pipeline with two experts "transformer" (high noise) or
             "transformer_2"; each sees its own range of sigmas, and gets an adapter of its own.
@@ -53,6 +57,7 @@ class FinetuneConfig:
     betas: tuple[float, float] = (0.9, 0.999)
     weight_decay: float = 0.01
     warmup_steps: int = 0
+    decay: str = "none"
     max_grad_norm: float = 1.0
     transformer: str = "transformer"
     train: str = "attention"
@@ -91,6 +96,7 @@ class FinetuneConfig:
             ("train", TRAINED),
             ("teacher", TEACHERS),
             ("precision", ("no", "bf16")),
+            ("decay", DECAYS),
         ):
             if getattr(self, name) not in allowed:
                 raise ValueError(f"{name} must be one of {', '.join(allowed)}, got {getattr(self, name)!r}.")
