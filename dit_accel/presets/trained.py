@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from ..recipe import Recipe
 from ..stages.compensate_linear import LinearBranch
+from ..stages.order import Raster, Tiles
 from ..stages.select_dynamic import Pooled
 
 
@@ -13,6 +14,7 @@ def sla(
     feature_map: str = "softmax",
     form: str = "paper",
     block: tuple[int, int] = (64, 64),
+    tile: tuple[int, int, int] | None = None,
 ) -> Recipe:
     """SLA (arXiv 2509.24006): softmax over critical blocks, linear attention over marginal ones.
 
@@ -21,12 +23,19 @@ def sla(
 
     Deviations: a query block always reads its own tokens; text is always critical.
 
+    A sequence of a few thousand tokens has too few blocks of 64 to choose from: 5% of 72 are 4. There blocks of 16
+    that are 3-D tiles hold much more of the attention at the same density (docs/finetuning.md); take them with
+    ``form="all_tokens"``, since sums for each block cost ``head_dim / (2 * 16 * 16)`` of dense attention.
+
     Args:
         density: share of the latent blocks that are critical.
         negligible_share, feature_map, form: see :class:`~dit_accel.stages.compensate_linear.LinearBranch`.
-        block: tokens in a query and in a key block.
+        block: tokens in a query and in a key block, 16 to 128.
+        tile: 3-D tile of latent tokens (frames, height, width) that makes a block, such as (4, 2, 2) for 16; None
+            is raster order.
     """
     return Recipe(
+        order=Raster() if tile is None else Tiles(tuple(tile)),
         select=Pooled(density=density, block=block),
         compensate=LinearBranch(form=form, feature_map=feature_map, negligible_share=negligible_share),
     )
