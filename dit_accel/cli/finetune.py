@@ -72,6 +72,9 @@ def finetune(
     precision: Annotated[str | None, typer.Option(metavar="no|bf16", help="Default: bf16 for a bf16 model.")] = None,
     gradient_checkpointing: Annotated[bool, typer.Option(help="Trade time for memory.")] = False,
     ema: Annotated[float | None, typer.Option(help="Decay of a moving average to evaluate and save.")] = None,
+    adapter_dtype: Annotated[
+        str, typer.Option(metavar="model|int8", help="Of the stored differences of weights.")
+    ] = "model",
     seed: Annotated[int, typer.Option(help="Of data order and noise.")] = 0,
     checkpoint_every: Annotated[int, typer.Option(min=0, help="Steps; 0: never.")] = 100,
     evaluate_every: Annotated[int, typer.Option(min=0, help="Steps; 0: at both ends.")] = 100,
@@ -125,6 +128,7 @@ def finetune(
         precision=precision or ("bf16" if str(number) == "torch.bfloat16" else "no"),
         gradient_checkpointing=gradient_checkpointing,
         ema_decay=ema,
+        adapter_dtype=adapter_dtype,
         seed=seed,
         checkpoint_every=checkpoint_every,
         evaluate_every=evaluate_every,

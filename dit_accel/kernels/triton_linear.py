@@ -2,8 +2,9 @@
 
 See :mod:`dit_accel.kernels.linear_branch` for the form and for why the sums are a matrix product. Heads are
 taken a few at a time, so that the states stay in the L2 cache and the extra memory stays under
-``STATE_SHARE`` of q, k, v and out, or under ``STATE_BYTES`` in a small call. A state row holds D x D values of phi(K)^T V and then D of sum phi(K).
-The projection acts on the values as they are read, so that the output kernel needs one product only.
+``STATE_SHARE`` of q, k, v and out, or under ``STATE_BYTES`` in a small call. A state row holds D x D values of
+phi(K)^T V and then D of sum phi(K). The projection acts on the values as they are read, so that the output kernel
+needs one product only.
 """
 
 from __future__ import annotations

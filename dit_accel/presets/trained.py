@@ -35,13 +35,18 @@ def sla(
             is raster order.
     """
     return Recipe(
-        order=Raster() if tile is None else Tiles(tuple(tile)),
+        order=_order(tile),
         select=Pooled(density=density, block=block),
         compensate=LinearBranch(form=form, feature_map=feature_map, negligible_share=negligible_share),
     )
 
 
-def sparge2(density: float = 0.03, top_p: float = 0.2, block: tuple[int, int] = (128, 64)) -> Recipe:
+def sparge2(
+    density: float = 0.03,
+    top_p: float = 0.2,
+    block: tuple[int, int] = (128, 64),
+    tile: tuple[int, int, int] | None = None,
+) -> Recipe:
     """SpargeAttention2 (arXiv 2602.13515): union of top-k and top-p, made good by distilling velocities.
 
     Defaults of the paper for 480p: the best 3% of the blocks and those that hold 0.2 of the pooled softmax
@@ -52,11 +57,12 @@ def sparge2(density: float = 0.03, top_p: float = 0.2, block: tuple[int, int] = 
 
     Args:
         density, top_p, block: see :class:`~dit_accel.stages.select_dynamic.Pooled`.
+        tile: see :func:`sla`.
     """
-    return Recipe(select=Pooled(density=density, top_p=top_p, block=block))
+    return Recipe(order=_order(tile), select=Pooled(density=density, top_p=top_p, block=block))
 
 
-def ssa(density: float = 0.1, block: tuple[int, int] = (64, 64)) -> Recipe:
+def ssa(density: float = 0.1, block: tuple[int, int] = (64, 64), tile: tuple[int, int, int] | None = None) -> Recipe:
     """Sparse attention trained beside full attention, each aligned with the other (SSA, arXiv 2511.20102).
 
     The paper is on language models (16 blocks of 16 tokens, a gate); its way of training carries over: train
@@ -64,5 +70,10 @@ def ssa(density: float = 0.1, block: tuple[int, int] = (64, 64)) -> Recipe:
 
     Args:
         density, block: see :class:`~dit_accel.stages.select_dynamic.Pooled`.
+        tile: see :func:`sla`.
     """
-    return Recipe(select=Pooled(density=density, block=block))
+    return Recipe(order=_order(tile), select=Pooled(density=density, block=block))
+
+
+def _order(tile: tuple[int, int, int] | None) -> Raster | Tiles:
+    return Raster() if tile is None else Tiles(tile)

@@ -10,6 +10,7 @@ TRANSFORMERS = ("transformer", "transformer_2")
 TRAINED = ("learned", "attention", "all")
 TEACHERS = ("frozen", "current")
 DECAYS = ("none", "cosine")
+ADAPTER_DTYPES = ("model", "int8")
 
 
 @dataclass(frozen=True)
@@ -40,6 +41,8 @@ class FinetuneConfig:
         density_steps: length of that descent.
         precision: "no" or "bf16" (autocast; trained weights stay float32).
         gradient_checkpointing: compute a block again in the backward instead of keeping it.
+        adapter_dtype: of the weights that the adapter stores: "model", the transformer's; "int8", 8-bit integers
+            with one scale a row, for differences of weights.
         ema_decay: of the moving average that is evaluated and saved; None keeps none.
         time_mean, time_std: of the normal distribution whose sigmoid is sigma.
         shift: of sigma; None takes the scheduler's.
@@ -68,6 +71,7 @@ class FinetuneConfig:
     density_steps: int = 0
     precision: str = "no"
     gradient_checkpointing: bool = False
+    adapter_dtype: str = "model"
     ema_decay: float | None = None
     time_mean: float = 0.0
     time_std: float = 1.0
@@ -97,8 +101,11 @@ class FinetuneConfig:
             ("teacher", TEACHERS),
             ("precision", ("no", "bf16")),
             ("decay", DECAYS),
+            ("adapter_dtype", ADAPTER_DTYPES),
         ):
             if getattr(self, name) not in allowed:
                 raise ValueError(f"{name} must be one of {', '.join(allowed)}, got {getattr(self, name)!r}.")
         if self.lora_rank and self.train != "attention":
             raise ValueError(f"LoRA is for train = 'attention', got {self.train!r}.")
+        if self.adapter_dtype == "int8" and (self.lora_rank or self.train == "learned"):
+            raise ValueError("adapter_dtype 'int8' is for differences of weights, which this training has none of.")

@@ -93,7 +93,7 @@ def finetune(
             its numbers join the curves. It may generate with ``pipe``.
 
     Raises:
-        ValueError: settings that do not fit the model.
+        ValueError: settings that do not fit the model, or FSDP 1.
         TrainingStopped: a loss or gradient is not finite.
     """
     return _Loop(pipe, recipe, data, Path(output), config or FinetuneConfig(), backend, options).run(
@@ -146,6 +146,11 @@ class _Loop:
             kwargs_handlers=[DistributedDataParallelKwargs(find_unused_parameters=config.train == "all")],
         )
         self.sharded = self.accelerator.distributed_type == DistributedType.FSDP
+        if self.sharded and not getattr(self.accelerator, "is_fsdp2", False):
+            raise ValueError(
+                "FSDP 1 flattens parameters of one dtype together, which hides them from the adapter; launch with "
+                "--fsdp_version 2."
+            )
         if self.sharded and config.objective.needs_teacher and config.teacher == "frozen" and not config.lora_rank:
             raise ValueError("With FSDP a frozen teacher needs LoRA; set lora_rank, or teacher = 'current'.")
         self.was_checkpointing = bool(getattr(self.model, "is_gradient_checkpointing", False))
@@ -424,7 +429,8 @@ class _Loop:
             return None
         from diffusers.training_utils import EMAModel
 
-        ema = EMAModel(list(self.trainables.named().values()), decay=self.config.ema_decay)
+        # Parameter by parameter it would be a thousand launches a step.
+        ema = EMAModel(list(self.trainables.named().values()), decay=self.config.ema_decay, foreach=not self.sharded)
         ema.to(self.accelerator.device)
         self.accelerator.register_for_checkpointing(ema)
         return ema
@@ -445,7 +451,7 @@ class _Loop:
                 base=self.trainables.base,
                 values=values,
                 # More digits than the model's own weights have are lost when the adapter is loaded.
-                dtype=self.dtype,
+                dtype=torch.int8 if self.config.adapter_dtype == "int8" else self.dtype,
                 summary={
                     "steps": len(self.curves.steps),
                     "samples": len(self.data),

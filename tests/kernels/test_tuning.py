@@ -78,7 +78,8 @@ def test_our_tables_name_known_operations():
 
 
 @pytest.mark.parametrize(
-    ("block", "dim", "warps"), [((16, 16), 64, 1), ((16, 16), 16, 1), ((32, 32), 64, 2), ((32, 32), 256, 4), ((64, 64), 64, 4)]
+    ("block", "dim", "warps"),
+    [((16, 16), 64, 1), ((16, 16), 16, 1), ((32, 32), 64, 2), ((32, 32), 256, 4), ((64, 64), 64, 4)],
 )
 def test_small_blocks_get_few_warps(block, dim, warps):
     mask = BlockMask.from_dense(torch.ones(1, 1, 2, 2, dtype=torch.bool), *block, 2 * block[0], 2 * block[1])

@@ -201,6 +201,7 @@ def test_bf16_trains_float32_weights(tmp_path):
         ({"train": "heads"}, "train must be one of learned"),
         ({"steps": 0}, "steps must be at least 1"),
         ({"ema_decay": 1.0}, "ema_decay must lie in"),
+        ({"adapter_dtype": "int8", "train": "learned"}, "'int8' is for differences of weights"),
         ({"decay": "linear"}, "decay must be one of none, cosine"),
         ({"lora_rank": 4, "train": "all"}, "LoRA is for train = 'attention'"),
     ],
