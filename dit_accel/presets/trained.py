@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from ..recipe import Recipe
 from ..stages.compensate_linear import LinearBranch
+from ..stages.order import Raster, Tiles
 from ..stages.select_dynamic import Pooled
 
 
@@ -13,6 +14,7 @@ def sla(
     feature_map: str = "softmax",
     form: str = "paper",
     block: tuple[int, int] = (64, 64),
+    tile: tuple[int, int, int] | None = None,
 ) -> Recipe:
     """SLA (arXiv 2509.24006): softmax over critical blocks, linear attention over marginal ones.
 
@@ -21,18 +23,30 @@ def sla(
 
     Deviations: a query block always reads its own tokens; text is always critical.
 
+    A sequence of a few thousand tokens has too few blocks of 64 to choose from: 5% of 72 are 4. There blocks of 16
+    that are 3-D tiles hold much more of the attention at the same density (docs/finetuning.md); take them with
+    ``form="all_tokens"``, since sums for each block cost ``head_dim / (2 * 16 * 16)`` of dense attention.
+
     Args:
         density: share of the latent blocks that are critical.
         negligible_share, feature_map, form: see :class:`~dit_accel.stages.compensate_linear.LinearBranch`.
-        block: tokens in a query and in a key block.
+        block: tokens in a query and in a key block, 16 to 128.
+        tile: 3-D tile of latent tokens (frames, height, width) that makes a block, such as (4, 2, 2) for 16; None
+            is raster order.
     """
     return Recipe(
+        order=_order(tile),
         select=Pooled(density=density, block=block),
         compensate=LinearBranch(form=form, feature_map=feature_map, negligible_share=negligible_share),
     )
 
 
-def sparge2(density: float = 0.03, top_p: float = 0.2, block: tuple[int, int] = (128, 64)) -> Recipe:
+def sparge2(
+    density: float = 0.03,
+    top_p: float = 0.2,
+    block: tuple[int, int] = (128, 64),
+    tile: tuple[int, int, int] | None = None,
+) -> Recipe:
     """SpargeAttention2 (arXiv 2602.13515): union of top-k and top-p, made good by distilling velocities.
 
     Defaults of the paper for 480p: the best 3% of the blocks and those that hold 0.2 of the pooled softmax
@@ -43,11 +57,12 @@ def sparge2(density: float = 0.03, top_p: float = 0.2, block: tuple[int, int] = 
 
     Args:
         density, top_p, block: see :class:`~dit_accel.stages.select_dynamic.Pooled`.
+        tile: see :func:`sla`.
     """
-    return Recipe(select=Pooled(density=density, top_p=top_p, block=block))
+    return Recipe(order=_order(tile), select=Pooled(density=density, top_p=top_p, block=block))
 
 
-def ssa(density: float = 0.1, block: tuple[int, int] = (64, 64)) -> Recipe:
+def ssa(density: float = 0.1, block: tuple[int, int] = (64, 64), tile: tuple[int, int, int] | None = None) -> Recipe:
     """Sparse attention trained beside full attention, each aligned with the other (SSA, arXiv 2511.20102).
 
     The paper is on language models (16 blocks of 16 tokens, a gate); its way of training carries over: train
@@ -55,5 +70,10 @@ def ssa(density: float = 0.1, block: tuple[int, int] = (64, 64)) -> Recipe:
 
     Args:
         density, block: see :class:`~dit_accel.stages.select_dynamic.Pooled`.
+        tile: see :func:`sla`.
     """
-    return Recipe(select=Pooled(density=density, block=block))
+    return Recipe(order=_order(tile), select=Pooled(density=density, block=block))
+
+
+def _order(tile: tuple[int, int, int] | None) -> Raster | Tiles:
+    return Raster() if tile is None else Tiles(tile)

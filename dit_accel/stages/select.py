@@ -10,6 +10,8 @@ from ..kernels import BlockMask
 from ..plan import LayerMemory, SequenceBlocks
 
 BLOCK_SIZES = (32, 64, 128)
+# Where whole blocks are chosen; token bits come in words of 32 keys.
+WHOLE_BLOCK_SIZES = (16, *BLOCK_SIZES)
 
 
 class Select(Protocol):
@@ -51,10 +53,10 @@ class Select(Protocol):
         ...
 
 
-def check_block(block: tuple[int, int]) -> None:
+def check_block(block: tuple[int, int], sizes: tuple[int, ...] = BLOCK_SIZES) -> None:
     """Raise unless ``block`` is a pair of block sizes that the kernels have."""
-    if len(block) != 2 or any(size not in BLOCK_SIZES for size in block):
-        raise ValueError(f"select.block must be two of {BLOCK_SIZES} tokens (query, key), got {block}.")
+    if len(block) != 2 or any(size not in sizes for size in block):
+        raise ValueError(f"select.block must be two of {sizes} tokens (query, key), got {block}.")
 
 
 def check_share(name: str, value: float | None) -> None:

@@ -9,7 +9,14 @@ import torch
 from ..kernels import BlockMask
 from ..kernels.selection import own_blocks, pooled_scores, select_blocks
 from ..plan import LayerMemory, SequenceBlocks
-from .select import HeadDensities, check_block, check_head_densities, check_share, shares_per_head
+from .select import (
+    WHOLE_BLOCK_SIZES,
+    HeadDensities,
+    check_block,
+    check_head_densities,
+    check_share,
+    shares_per_head,
+)
 
 
 def keep_best(
@@ -104,7 +111,7 @@ class Pooled:
             raise ValueError("select needs a density, a top_p, or both; got neither.")
         check_share("density", self.density)
         check_share("top_p", self.top_p)
-        check_block(self.block)
+        check_block(self.block, WHOLE_BLOCK_SIZES)
         check_head_densities(self.head_densities)
 
     @property

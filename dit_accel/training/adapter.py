@@ -61,7 +61,8 @@ def save_adapter(
         trained: names of the changed parameters, as ``named_parameters`` of the transformer has them.
         base: their values before the training, for "delta".
         values: parameters to save in place of the model's present ones, by name, e.g. averaged ones.
-        dtype: of the saved backbone tensors; None keeps theirs. Learned parameters stay as they are.
+        dtype: of the saved backbone tensors; None keeps theirs. ``torch.int8`` stores the matrices of a delta as
+            integers with one float32 scale a row, half of what bfloat16 takes. Learned parameters stay as they are.
         summary: of the training, plain data, kept in the card.
 
     Returns:
@@ -72,6 +73,8 @@ def save_adapter(
     """
     if backbone not in BACKBONES:
         raise ValueError(f"backbone must be one of {', '.join(BACKBONES)}, got {backbone!r}.")
+    if dtype == torch.int8 and backbone != "delta":
+        raise ValueError(f"dtype int8 is for backbone 'delta', got {backbone!r}.")
     handle, parts, trained = handle_of(pipe), _parts(pipe), list(trained)
     if transformer is not None and len(parts) > 1:
         found = [part.name for part in parts]
@@ -97,7 +100,11 @@ def save_adapter(
                 value = present[name].detach()
                 if backbone == "delta":
                     value = value.float() - (base or {})[name].detach().to(value.device).float()
-                saved[f"{backbone}/{name}"] = value if dtype is None else value.to(dtype)
+                if dtype == torch.int8 and value.dim() > 1:
+                    value, saved[f"scale/{name}"] = _to_integers(value)
+                elif dtype is not None and dtype != torch.int8:
+                    value = value.to(dtype)
+                saved[f"{backbone}/{name}"] = value
         elif backbone == "lora":
             state, lora[part.name] = _lora_state(part.model, present)
             saved |= {f"lora/{n}": v if dtype is None else v.to(dtype) for n, v in state.items()}
@@ -210,6 +217,8 @@ def _plan_load(
     own = base_parameters(part.model)
     learned = {n.removeprefix("learned/"): v for n, v in mine.items() if n.startswith("learned/")}
     changed = {n.split("/", 1)[1]: v for n, v in mine.items() if n.startswith(("full/", "delta/"))}
+    for name, scale in ((n.removeprefix("scale/"), v) for n, v in mine.items() if n.startswith("scale/")):
+        changed[name] = changed[name].float() * scale.view(-1, *[1] * (changed[name].dim() - 1))
     wanted = {name for name in present if is_learned(name)}
     if wanted != set(learned):
         odd = sorted(wanted ^ set(learned))[0]
@@ -234,6 +243,12 @@ def _plan_load(
             handle.record(_load_lora(part.model, state, card["lora"][part.name]))
 
     return load
+
+
+def _to_integers(value: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """int8 of the same shape, and float32 scales of its first dimension: their product is near the value."""
+    scale = value.flatten(1).abs().amax(1).clamp_min(torch.finfo(torch.float32).tiny) / 127
+    return (value / scale.view(-1, *[1] * (value.dim() - 1))).round().to(torch.int8), scale
 
 
 def _swap(target: torch.Tensor, value: torch.Tensor) -> Callable[[], None]:

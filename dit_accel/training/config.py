@@ -9,6 +9,8 @@ from .objective import Objective
 TRANSFORMERS = ("transformer", "transformer_2")
 TRAINED = ("learned", "attention", "all")
 TEACHERS = ("frozen", "current")
+DECAYS = ("none", "cosine")
+ADAPTER_DTYPES = ("model", "int8")
 
 
 @dataclass(frozen=True)
@@ -22,6 +24,9 @@ class FinetuneConfig:
         accumulation: micro-batches a step.
         learning_rate, betas, weight_decay: of AdamW.
         warmup_steps: steps over which the learning rate rises from 0.
+        decay: "none", or "cosine": from there the learning rate descends to 0 along half a cosine, which ends
+            with ``steps`` or with ``max_seconds``, whichever is nearer at each step. A run that stops by the
+            clock does not repeat to the bit.
         max_grad_norm: gradients are scaled down to this norm.
         transformer: the one to train, of a pipeline with two experts "transformer" (high noise) or
             "transformer_2"; each sees its own range of sigmas, and gets an adapter of its own.
@@ -36,6 +41,8 @@ class FinetuneConfig:
         density_steps: length of that descent.
         precision: "no" or "bf16" (autocast; trained weights stay float32).
         gradient_checkpointing: compute a block again in the backward instead of keeping it.
+        adapter_dtype: of the weights that the adapter stores: "model", the transformer's; "int8", 8-bit integers
+            with one scale a row, for differences of weights.
         ema_decay: of the moving average that is evaluated and saved; None keeps none.
         time_mean, time_std: of the normal distribution whose sigmoid is sigma.
         shift: of sigma; None takes the scheduler's.
@@ -53,6 +60,7 @@ class FinetuneConfig:
     betas: tuple[float, float] = (0.9, 0.999)
     weight_decay: float = 0.01
     warmup_steps: int = 0
+    decay: str = "none"
     max_grad_norm: float = 1.0
     transformer: str = "transformer"
     train: str = "attention"
@@ -63,6 +71,7 @@ class FinetuneConfig:
     density_steps: int = 0
     precision: str = "no"
     gradient_checkpointing: bool = False
+    adapter_dtype: str = "model"
     ema_decay: float | None = None
     time_mean: float = 0.0
     time_std: float = 1.0
@@ -91,8 +100,12 @@ class FinetuneConfig:
             ("train", TRAINED),
             ("teacher", TEACHERS),
             ("precision", ("no", "bf16")),
+            ("decay", DECAYS),
+            ("adapter_dtype", ADAPTER_DTYPES),
         ):
             if getattr(self, name) not in allowed:
                 raise ValueError(f"{name} must be one of {', '.join(allowed)}, got {getattr(self, name)!r}.")
         if self.lora_rank and self.train != "attention":
             raise ValueError(f"LoRA is for train = 'attention', got {self.train!r}.")
+        if self.adapter_dtype == "int8" and (self.lora_rank or self.train == "learned"):
+            raise ValueError("adapter_dtype 'int8' is for differences of weights, which this training has none of.")

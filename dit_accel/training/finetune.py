@@ -93,7 +93,7 @@ def finetune(
             its numbers join the curves. It may generate with ``pipe``.
 
     Raises:
-        ValueError: settings that do not fit the model.
+        ValueError: settings that do not fit the model, or FSDP 1.
         TrainingStopped: a loss or gradient is not finite.
     """
     return _Loop(pipe, recipe, data, Path(output), config or FinetuneConfig(), backend, options).run(
@@ -146,6 +146,11 @@ class _Loop:
             kwargs_handlers=[DistributedDataParallelKwargs(find_unused_parameters=config.train == "all")],
         )
         self.sharded = self.accelerator.distributed_type == DistributedType.FSDP
+        if self.sharded and not getattr(self.accelerator, "is_fsdp2", False):
+            raise ValueError(
+                "FSDP 1 flattens parameters of one dtype together, which hides them from the adapter; launch with "
+                "--fsdp_version 2."
+            )
         if self.sharded and config.objective.needs_teacher and config.teacher == "frozen" and not config.lora_rank:
             raise ValueError("With FSDP a frozen teacher needs LoRA; set lora_rank, or teacher = 'current'.")
         self.was_checkpointing = bool(getattr(self.model, "is_gradient_checkpointing", False))
@@ -166,6 +171,7 @@ class _Loop:
         self.dense_velocities: dict[int, torch.Tensor] = {}
         self.shift = config.shift or float(getattr(pipe.scheduler.config, "shift", None) or 1.0)
         self.density = getattr(self.handle.recipe.select, "density", None)
+        self.spent = 0.0
         if config.density_start is not None and self.density is None:
             raise ValueError(f"density_start needs a recipe with a density, got {self.handle.recipe.select!r}.")
         self.accelerator.register_save_state_pre_hook(self._save_trained)
@@ -187,12 +193,13 @@ class _Loop:
             if first == 0:
                 self._evaluate(0, measure)
             for step in range(first, self.config.steps):
+                self.spent = self._time_spent(begin)
                 numbers = self._step(step)
                 self.curves.steps.append(numbers)
                 self.accelerator.log({k: v for k, v in numbers.items() if k != "step"}, step=step + 1)
                 if on_step is not None and self.accelerator.is_main_process:
                     on_step(numbers)
-                last = step + 1 == self.config.steps or self._time_is_up(begin)
+                last = step + 1 == self.config.steps or self._time_spent(begin) > 1.0
                 if _due(step + 1, self.config.evaluate_every, last):
                     self._evaluate(step + 1, measure)
                 if _due(step + 1, self.config.checkpoint_every, last and self.config.checkpoint_every > 0):
@@ -205,18 +212,19 @@ class _Loop:
             self.accelerator.end_training()
             self._release()
 
-    def _time_is_up(self, begin: float) -> bool:
+    def _time_spent(self, begin: float) -> float:
+        """Share of ``max_seconds`` since the start, the same on all processes; 0 without a limit."""
         if self.config.max_seconds is None:
-            return False
-        late = torch.tensor(float(time.monotonic() - begin > self.config.max_seconds), device=self.accelerator.device)
-        return bool(self.accelerator.reduce(late, "sum"))
+            return 0.0
+        share = (time.monotonic() - begin) / self.config.max_seconds
+        return float(self.accelerator.reduce(torch.tensor(share, device=self.accelerator.device), "mean"))
 
     # One step.
 
     def _step(self, step: int) -> dict[str, float]:
         start, config = time.perf_counter(), self.config
         for group in self.optimizer.param_groups:
-            group["lr"] = config.learning_rate * min(1.0, (step + 1) / max(1, config.warmup_steps))
+            group["lr"] = config.learning_rate * rate_factor(config, step, self.spent)
         density = self._set_density(step)
         generator = torch.Generator().manual_seed(_mix(config.seed, step, 1))
         full_stream = float(torch.rand((), generator=generator)) < config.objective.full_stream
@@ -421,7 +429,8 @@ class _Loop:
             return None
         from diffusers.training_utils import EMAModel
 
-        ema = EMAModel(list(self.trainables.named().values()), decay=self.config.ema_decay)
+        # Parameter by parameter it would be a thousand launches a step.
+        ema = EMAModel(list(self.trainables.named().values()), decay=self.config.ema_decay, foreach=not self.sharded)
         ema.to(self.accelerator.device)
         self.accelerator.register_for_checkpointing(ema)
         return ema
@@ -442,7 +451,7 @@ class _Loop:
                 base=self.trainables.base,
                 values=values,
                 # More digits than the model's own weights have are lost when the adapter is loaded.
-                dtype=self.dtype,
+                dtype=torch.int8 if self.config.adapter_dtype == "int8" else self.dtype,
                 summary={
                     "steps": len(self.curves.steps),
                     "samples": len(self.data),
@@ -468,6 +477,16 @@ class _Loop:
         # Accelerate's autocast wrapper around forward is the training's, not the model's.
         self.accelerator.unwrap_model(self.wrapped, keep_fp32_wrapper=False)
         self.accelerator.free_memory()
+
+
+def rate_factor(config: FinetuneConfig, step: int, spent: float = 0.0) -> float:
+    """Factor on the learning rate at a step, in [0, 1]; ``spent`` is the share of the allowed time that is over."""
+    rise = min(1.0, (step + 1) / max(1, config.warmup_steps))
+    if config.decay == "none":
+        return rise
+    # The last step still moves: the descent would reach 0 at the one after it.
+    done = max(0, step - config.warmup_steps) / max(1, config.steps - config.warmup_steps)
+    return rise * 0.5 * (1.0 + math.cos(math.pi * min(1.0, max(done, spent))))
 
 
 def _mix(seed: int, number: int, purpose: int) -> int:

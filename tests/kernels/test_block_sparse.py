@@ -24,6 +24,8 @@ CASES = {
     "one_block": {"length": 20},
     "blocks_128x64": {"block": (128, 64), "length": 300},
     "blocks_64x128": {"block": (64, 128), "length": 300},
+    "blocks_16x16": {"block": (16, 16), "length": 90, "rows": (1, 3)},
+    "blocks_32x16": {"block": (32, 16), "length": 90},
     "batch_2_masks_per_head": {"batch": 2, "lead": (2, 3), "length": 203},
     "mask_shared_by_batch": {"batch": 2, "lead": (1, 3)},
     "mask_shared_by_heads": {"batch": 2, "lead": (2, 1)},

@@ -170,3 +170,39 @@ def test_linear_states_and_errors(device):
     assert linear_branch(wide, wide, wide, None).shape == wide.shape
     with pytest.raises(ValueError, match="is a mask of 50 x 50"):
         linear_branch(q[:, :-1], k, v, critical)
+
+
+@pytest.mark.parametrize("small", [0, 1 << 13, 3 << 15, 1 << 30], ids=["a head", "a few", "a batch", "all"])
+def test_launches_cover_every_head_once_and_change_nothing(small, device, monkeypatch):
+    """However few heads share a launch, in whatever batches: the numbers of the torch path, forward and backward."""
+    from dit_accel.kernels import triton_linear, triton_linear_backward
+
+    q, k, v, grad, critical, low = draw(3, 96, 5, 16, 32, 32, torch.float32, device, True)
+    launched = []
+    chunks = triton_linear.Shape.chunks
+
+    def counted(shape, share, buffers):
+        found = list(chunks(shape, share, buffers))
+        launched.append(found)
+        return iter(found)
+
+    monkeypatch.setattr(triton_linear.Shape, "chunks", counted)
+    monkeypatch.setattr(triton_linear, "STATE_BYTES", small)
+    monkeypatch.setattr(triton_linear, "STATE_SHARE", 0.0)
+    monkeypatch.setattr(triton_linear_backward, "STATE_SHARE", 0.0)
+    results = []
+    for impl in ("triton", "torch"):
+        leaves = [x.detach().requires_grad_() for x in (q, k, v)]
+        out = linear_branch(*leaves, critical, negligible=low, impl=impl)
+        out.backward(grad)
+        results.append([out.detach(), *(leaf.grad for leaf in leaves)])
+    for ours, theirs in zip(*results, strict=True):
+        torch.testing.assert_close(ours, theirs, rtol=2**-14, atol=2**-14 * float(theirs.abs().max()))
+    assert len(launched) == 2
+    for found in launched:
+        seen = sorted((b, h) for batches, heads in found for b in range(3)[batches] for h in range(5)[heads])
+        assert seen == [(b, h) for b in range(3) for h in range(5)]
+    if small == 0:
+        assert len(launched[0]) == 15
+    if small == 1 << 30:
+        assert len(launched[0]) == 1

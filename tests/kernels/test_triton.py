@@ -25,6 +25,8 @@ GRADIENT_CASES = [
     "ragged",
     "blocks_128x64",
     "blocks_64x128",
+    "blocks_16x16",
+    "blocks_32x16",
     "batch_2_masks_per_head",
     "mask_shared_by_batch",
     "rows_per_head",
@@ -87,7 +89,7 @@ def test_forward_block_shapes(block, device):
 @pytest.mark.gpu
 @pytest.mark.parametrize("dtype", HALF, ids=str)
 @pytest.mark.parametrize("dim", [64, 96, 128])
-@pytest.mark.parametrize("block", [(128, 128), (128, 64), (64, 64)], ids=str)
+@pytest.mark.parametrize("block", [(128, 128), (128, 64), (64, 64), (32, 32), (16, 16)], ids=str)
 @pytest.mark.parametrize("permuted", [False, True])
 def test_forward_compiled(block, dim, dtype, permuted, device):
     check_forward(
@@ -172,7 +174,7 @@ def test_gradients_half(dim, dtype, device):
 @pytest.mark.gpu
 @pytest.mark.parametrize("dtype", HALF, ids=str)
 @pytest.mark.parametrize("dim", [64, 96, 128])
-@pytest.mark.parametrize("block", [(128, 128), (128, 64), (64, 64)], ids=str)
+@pytest.mark.parametrize("block", [(128, 128), (128, 64), (64, 64), (32, 32), (16, 16)], ids=str)
 @pytest.mark.parametrize("permuted", [False, True])
 def test_gradients_compiled(block, dim, dtype, permuted, device):
     case = {"block": block, "dim": dim, "length": 700, "rows": (1, 3) if permuted else None}

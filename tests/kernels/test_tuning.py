@@ -75,3 +75,12 @@ def test_our_tables_name_known_operations():
         assert ours["entries"]
         assert all(key.split("/")[0] in ("forward", "backward_dq", "backward_dkv") for key in ours["entries"])
         assert all(key.startswith("forward/") for key in ours["fa4_fastest"])
+
+
+@pytest.mark.parametrize(
+    ("block", "dim", "warps"),
+    [((16, 16), 64, 1), ((16, 16), 16, 1), ((32, 32), 64, 2), ((32, 32), 256, 4), ((64, 64), 64, 4)],
+)
+def test_small_blocks_get_few_warps(block, dim, warps):
+    mask = BlockMask.from_dense(torch.ones(1, 1, 2, 2, dtype=torch.bool), *block, 2 * block[0], 2 * block[1])
+    assert tuning.launch_config("forward", torch.zeros(1, 2 * block[0], 1, dim), mask, False).num_warps == warps

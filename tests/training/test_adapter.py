@@ -197,3 +197,37 @@ def test_add_lora_undoes_itself():
     undo()
     assert set(pipe.transformer.state_dict()) == names
     assert all(p.requires_grad for p in pipe.transformer.parameters())
+
+
+def test_integers_bring_a_delta_back_to_half_a_step_of_its_scale(tmp_path):
+    """Every row has a scale of its own; one row here is a thousand times as large as the others."""
+    pipe = tiny_pipe()
+    base = {n: p.detach().clone() for n, p in pipe.transformer.named_parameters()}
+    generator = torch.Generator().manual_seed(2)
+    with dit_accel.patch(pipe, SLA):
+        for name, parameter in pipe.transformer.named_parameters():
+            if name in base:
+                change = 1e-3 * torch.randn(parameter.shape, generator=generator)
+                change[0] *= 1000
+                parameter.data += change
+        tuned = {n: p.detach().clone() for n, p in pipe.transformer.named_parameters()}
+        for kind, dtype in (("int8", torch.int8), ("half", torch.bfloat16)):
+            dit_accel.save_adapter(pipe, tmp_path / kind, backbone="delta", trained=base, base=base, dtype=dtype)
+    fresh = tiny_pipe()
+    handle = dit_accel.load_adapter(fresh, tmp_path / "int8")
+    for name, parameter in fresh.transformer.named_parameters():
+        wanted = tuned[name]
+        if name not in base or wanted.dim() == 1:
+            torch.testing.assert_close(parameter, wanted, rtol=0, atol=1e-6)
+            continue
+        step = (wanted - base[name]).flatten(1).abs().amax(1) / 127
+        error = (parameter - wanted).flatten(1).abs().amax(1)
+        assert (error <= step / 2 + 1e-6).all(), name
+        assert (error > step / 8).any(), "nothing was rounded, the case shows nothing"
+    handle.remove()
+    assert all(torch.equal(p, base[n]) for n, p in fresh.transformer.named_parameters())
+    kinds = {kind: load_file(tmp_path / kind / "adapter.safetensors") for kind in ("int8", "half")}
+    size = {kind: sum(t.nbytes for n, t in tensors.items() if "blocks.0.ffn" in n) for kind, tensors in kinds.items()}
+    assert size["int8"] < 0.75 * size["half"]
+    with dit_accel.patch(pipe, SLA), pytest.raises(ValueError, match="int8 is for backbone 'delta', got 'full'"):
+        dit_accel.save_adapter(pipe, tmp_path / "c", backbone="full", trained=base, dtype=torch.int8)

@@ -15,7 +15,7 @@ from safetensors.torch import load_file
 
 import dit_accel
 from dit_accel.training.config import FinetuneConfig
-from dit_accel.training.finetune import TrainingStopped, finetune
+from dit_accel.training.finetune import TrainingStopped, finetune, rate_factor
 from dit_accel.training.objective import OBJECTIVES, Objective, annealed_density, objective_for
 from tests.recipes import POOLED
 from tests.tiny import TINY
@@ -23,6 +23,16 @@ from tests.training.samples import SLA, samples, tiny_pipe
 from tests.training.test_gradients import RECIPES
 
 FAST = FinetuneConfig(steps=4, learning_rate=1e-3, evaluate_samples=1)
+
+
+def interrupt_at(step: int):
+    """A callback that stops a run as Ctrl-C would."""
+
+    def on_step(numbers):
+        if numbers["step"] == step:
+            raise KeyboardInterrupt
+
+    return on_step
 
 
 def trained(pipe) -> dict[str, torch.Tensor]:
@@ -104,7 +114,8 @@ def test_a_resumed_run_equals_an_uninterrupted_one_to_the_bit(kind, tmp_path):
         steps=5,
         ema_decay=0.9,
         accumulation=2,
-        warmup_steps=3,
+        warmup_steps=1,
+        decay="cosine",
         density_start=0.8,
         density_steps=4,
         objective=Objective(flow=1.0, velocity=1.0, align=1.0, full_stream=0.5),
@@ -114,7 +125,9 @@ def test_a_resumed_run_equals_an_uninterrupted_one_to_the_bit(kind, tmp_path):
     whole = tiny_pipe()
     straight = finetune(whole, SLA, samples(), tmp_path / "whole", config)
     stopped = tiny_pipe()
-    finetune(stopped, SLA, samples(), tmp_path / "parts", replace(config, steps=3))
+    # Interrupted, not shorter: the descent of the learning rate ends where it would have.
+    with pytest.raises(KeyboardInterrupt):
+        finetune(stopped, SLA, samples(), tmp_path / "parts", config, on_step=interrupt_at(4))
     resumed = tiny_pipe()
     joined = finetune(resumed, SLA, samples(), tmp_path / "parts", config, resume=True)
     assert trained(whole).keys() == trained(resumed).keys()
@@ -188,6 +201,8 @@ def test_bf16_trains_float32_weights(tmp_path):
         ({"train": "heads"}, "train must be one of learned"),
         ({"steps": 0}, "steps must be at least 1"),
         ({"ema_decay": 1.0}, "ema_decay must lie in"),
+        ({"adapter_dtype": "int8", "train": "learned"}, "'int8' is for differences of weights"),
+        ({"decay": "linear"}, "decay must be one of none, cosine"),
         ({"lora_rank": 4, "train": "all"}, "LoRA is for train = 'attention'"),
     ],
 )
@@ -210,6 +225,21 @@ def test_settings_that_do_not_fit_the_model(tmp_path):
 def test_annealed_density():
     assert [annealed_density(1.0, 0.2, step, 4) for step in (0, 2, 4, 9)] == pytest.approx([1.0, 0.6, 0.2, 0.2])
     assert annealed_density(1.0, 0.2, 0, 0) == pytest.approx(0.2)
+
+
+def test_the_learning_rate_rises_and_descends_to_nothing():
+    config = replace(FAST, steps=12, warmup_steps=4, decay="cosine")
+    factors = [rate_factor(config, step) for step in range(12)]
+    assert factors[:5] == pytest.approx([0.25, 0.5, 0.75, 1.0, 1.0])
+    assert factors[8] == pytest.approx(0.5)
+    assert factors[4:] == sorted(factors[4:], reverse=True)
+    assert 0 < factors[-1] < 0.05
+    assert [rate_factor(replace(config, decay="none"), step) for step in (4, 11)] == [1.0, 1.0]
+
+
+def test_the_clock_ends_the_descent_where_steps_would_not():
+    config = replace(FAST, steps=1_000_000, decay="cosine", max_seconds=10.0)
+    assert [rate_factor(config, 3, spent) for spent in (0.0, 0.5, 1.0, 1.2)] == pytest.approx([1.0, 0.5, 0.0, 0.0])
 
 
 def run_on_two(module: str, *arguments: str) -> None:

@@ -10,6 +10,7 @@ import torch
 
 from dit_accel import presets
 from dit_accel.engine import AttentionCall, Engine
+from dit_accel.kernels import capability
 from dit_accel.layout import StepContext, TokenLayout
 from tests.stages.oracle import masked_attention, pooled_tokens
 
@@ -149,3 +150,34 @@ def test_what_a_call_keeps_for_its_backward_grows_with_the_tokens(recipe_name):
         assert max(sizes.values()) < layout.seq_len**2 * 4 / 2
         kept.append(sum(sizes.values()))
     assert kept[1] < 2.6 * kept[0]
+
+
+@pytest.mark.parametrize("fine", [False, True], ids=["paper", "tiles of 16"])
+def test_a_call_of_sla_keeps_at_most_three_tenths_more_than_flash_attention(fine):
+    """Bytes between forward and backward, of the kernels as they run on a GPU: q, k, v, the sparse output and its
+    log-sum-exp, the output; flash attention keeps all of these but one output."""
+    pytest.importorskip("triton")
+    layout = TokenLayout((4, 16, 16), 0, 1024)
+    options = {"block": (16, 16), "tile": (4, 2, 2), "form": "all_tokens"} if fine else {}
+    recipe = presets.sla(density=0.05, **options)
+    backend = "triton" if torch.cuda.is_available() or capability.interpreted() else pytest.skip("no Triton")
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    engine = Engine(recipe, ["layer"], backend, 0)
+    engine.learned[0] = recipe.compensate.build(2, 64).to(device)
+    shape = (1, layout.seq_len, 2, 64)
+    q, k, v = (torch.randn(shape, device=device, dtype=torch.float16, requires_grad=True) for _ in range(3))
+    kept: dict[int, torch.Tensor] = {}
+
+    def pack(tensor):
+        kept[tensor.untyped_storage().data_ptr()] = tensor  # held, so that no address is used twice
+        return tensor
+
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
+        out = engine.attend(0, q, k, v, None, None, layout, StepContext(), lambda: pytest.fail("dense"))
+    for tensor in (q, k, v, out):
+        pack(tensor.detach())
+    own = {p.untyped_storage().data_ptr() for p in engine.learned[0].parameters()}
+    ours = sum(t.untyped_storage().nbytes() for place, t in kept.items() if place not in own)
+    flash = 4 * out.nbytes + 4 * layout.seq_len * 2
+    assert ours > flash, "the sparse output is kept besides"
+    assert ours <= 1.3 * flash

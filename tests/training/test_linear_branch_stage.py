@@ -82,19 +82,21 @@ LAYOUTS = {
     "text last": TokenLayout((3, 6, 9), 0, 175),
 }
 CASES = [
-    ("alone", 64, Raster(), "paper", "softmax"),
-    ("text last", 64, Tiles((2, 4, 4)), "paper", "softmax"),
-    ("text last", 96, Raster(), "paper", "elu"),
-    ("text first", 128, Tiles((2, 4, 4)), "non_critical", "softmax"),
-    ("alone", 96, Tiles((2, 4, 4)), "non_critical", "relu"),
-    ("text last", 128, Tiles((2, 4, 4)), "all_tokens", "softmax"),
-    ("text last", 64, Tiles((2, 4, 4)), "paper", "hedgehog"),
+    ("alone", 64, Raster(), 32, "paper", "softmax"),
+    ("text last", 64, Tiles((2, 4, 4)), 32, "paper", "softmax"),
+    ("text last", 96, Raster(), 32, "paper", "elu"),
+    ("text first", 128, Tiles((2, 4, 4)), 32, "non_critical", "softmax"),
+    ("alone", 96, Tiles((2, 4, 4)), 32, "non_critical", "relu"),
+    ("text last", 128, Tiles((2, 4, 4)), 32, "all_tokens", "softmax"),
+    ("text last", 64, Tiles((2, 4, 4)), 32, "paper", "hedgehog"),
+    ("text last", 64, Tiles((4, 2, 2)), 16, "paper", "softmax"),
+    ("alone", 64, Tiles((4, 2, 2)), 16, "all_tokens", "softmax"),
 ]
 
 
 @pytest.mark.parametrize("case", CASES, ids=lambda c: "-".join(str(x).split("(")[0] for x in c))
 def test_gradients_against_the_definition(case):
-    name, dim, order, form, feature_map = case
+    name, dim, order, block, form, feature_map = case
     layout = LAYOUTS[name]
     generator = torch.Generator().manual_seed(5)
     q, k, v, upstream = (torch.randn(2, layout.seq_len, 2, dim, generator=generator) for _ in range(4))
@@ -105,7 +107,7 @@ def test_gradients_against_the_definition(case):
         key_mask[1, 172:] = False
     recipe = Recipe(
         order=order,
-        select=Pooled(density=0.2, block=(32, 32)),
+        select=Pooled(density=0.2, block=(block, block)),
         compensate=LinearBranch(form=form, feature_map=feature_map, negligible_share=0.3),
     )
     engine = Engine(recipe, ["layer"], "auto", 0)
@@ -121,7 +123,7 @@ def test_gradients_against_the_definition(case):
 
     rows = order.rows(layout, q.device)
     rows = list(range(layout.seq_len)) if rows is None else rows.tolist()
-    critical, lowest = classes(q, k, layout, rows, 32, 0.2, 0.3, key_mask)
+    critical, lowest = classes(q, k, layout, rows, block, 0.2, 0.3, key_mask)
     twins = [tensor.detach().double().requires_grad_() for tensor in (q, k, v, *parameters)]
     exact = dict(zip(("q", "k", "v", *names), twins))
     maps = (exact["feature_q"], exact["feature_k"]) if feature_map == "hedgehog" else None
@@ -130,6 +132,17 @@ def test_gradients_against_the_definition(case):
     assert (out - wanted).abs().max() <= 4e-6 * wanted.abs().max()
     for label, grad, want in zip(exact, grads, torch.autograd.grad(wanted, twins, upstream.double())):
         assert (grad - want).abs().max() <= 1e-5 * want.abs().max(), label
+
+
+def test_the_preset_takes_blocks_and_tiles():
+    recipe = dit_accel.presets.sla(block=(16, 16), tile=(4, 2, 2), form="all_tokens")
+    assert recipe.order == Tiles((4, 2, 2))
+    assert recipe.select == Pooled(density=0.05, block=(16, 16))
+    assert recipe.compensate == LinearBranch(form="all_tokens")
+    assert Recipe.from_dict(recipe.to_dict()) == recipe
+    assert dit_accel.presets.sla().order == Raster()
+    with pytest.raises(ValueError, match=r"select.block must be two of \(16, 32, 64, 128\)"):
+        dit_accel.presets.sla(block=(8, 16))
 
 
 def test_classes_are_not_all_alike():
