@@ -10,7 +10,8 @@ from .triton_pooling import lead_strides
 
 LOG2E = 1.4426950408889634
 TILE_Q, TILE_K = 128, 64
-"""Largest tiles; the masses of larger blocks are sums of tiles. Wider key tiles were slower on an H200."""
+"""The tiles; smaller blocks are summed inside one, larger blocks are sums of tiles. Wider key tiles were slower on
+an H200, and so were tiles of 64 queries (8.5 ms for 7.5 at 32,768 tokens)."""
 
 
 @triton.jit
@@ -55,6 +56,31 @@ def tile_logits(
 
 
 @triton.jit
+def store_masses(
+    p_mass,
+    p,
+    first_q,
+    first_k,
+    nq,
+    nk,
+    FOLD_Q: tl.constexpr,
+    FOLD_K: tl.constexpr,
+    TILE_Q: tl.constexpr,
+    TILE_K: tl.constexpr,
+):
+    """Write the FOLD_Q x FOLD_K block sums of one tile of probabilities."""
+    if FOLD_Q * FOLD_K == 1:
+        tl.store(p_mass + first_q * nk + first_k, tl.sum(p))
+    else:
+        # Keys first: a row's logits of one block lie in few threads.
+        part = tl.sum(tl.reshape(p, [TILE_Q, FOLD_K, TILE_K // FOLD_K]), 2)
+        part = tl.sum(tl.reshape(part, [FOLD_Q, TILE_Q // FOLD_Q, FOLD_K]), 1)
+        o_q = first_q + tl.arange(0, FOLD_Q)
+        o_k = first_k + tl.arange(0, FOLD_K)
+        tl.store(p_mass + o_q[:, None] * nk + o_k[None, :], part, mask=(o_q < nq)[:, None] & (o_k < nk)[None, :])
+
+
+@triton.jit
 def block_mass_fwd_kernel(
     q_ptr,
     k_ptr,
@@ -66,6 +92,7 @@ def block_mass_fwd_kernel(
     q_len,
     kv_len,
     heads,
+    tiles,
     nq,
     nk,
     scale,
@@ -88,16 +115,18 @@ def block_mass_fwd_kernel(
     HAS_MASK: tl.constexpr,
     TILE_Q: tl.constexpr,
     TILE_K: tl.constexpr,
+    FOLD_Q: tl.constexpr,
+    FOLD_K: tl.constexpr,
     DIM: tl.constexpr,
     DIM_PAD: tl.constexpr,
     PRECISION: tl.constexpr,
 ):
-    """With WRITE_LSE the log-sum-exp of TILE_Q queries, otherwise their mass in each of ``nk`` tiles."""
+    """With WRITE_LSE the log-sum-exp of TILE_Q queries, otherwise the mass of their FOLD_Q blocks in each of ``nk``."""
     # Query tiles of a head run together, so that they share its keys in the cache.
     pid = tl.program_id(0)
-    i = pid % nq
-    h = (pid // nq) % heads
-    b = pid // (nq * heads)
+    i = pid % tiles
+    h = (pid // tiles) % heads
+    b = pid // (tiles * heads)
     o_d = tl.arange(0, DIM_PAD)
     slot = i * TILE_Q + tl.arange(0, TILE_Q)
     in_q = slot < q_len
@@ -138,19 +167,21 @@ def block_mass_fwd_kernel(
         # Rows that do not exist or see nothing are sent to 2 ** -inf.
         lse = tl.load(p_lse, mask=in_q, other=float("inf")) * 1.4426950408889634
         lse = tl.where(lse == float("-inf"), float("inf"), lse)
-        p_mass = mass_ptr + pid.to(tl.int64) * nk
+        p_mass = mass_ptr + (b.to(tl.int64) * heads + h) * nq * nk
         for j in range(0, full):
             s = tile_logits(
                 b_q, k_ptr, k_rows_ptr, mask_ptr, j * TILE_K, kv_len, stride_ks, stride_kd, scale, o_d,
                 HAS_K_ROWS, HAS_MASK, False, TILE_K, DIM, DIM_PAD, PRECISION,
             )  # fmt: skip
-            tl.store(p_mass + j, tl.sum(tl.exp2(s - lse[:, None])))
+            p = tl.exp2(s - lse[:, None])
+            store_masses(p_mass, p, i * FOLD_Q, j * FOLD_K, nq, nk, FOLD_Q, FOLD_K, TILE_Q, TILE_K)
         if full * TILE_K < kv_len:
             s = tile_logits(
                 b_q, k_ptr, k_rows_ptr, mask_ptr, full * TILE_K, kv_len, stride_ks, stride_kd, scale, o_d,
                 HAS_K_ROWS, HAS_MASK, True, TILE_K, DIM, DIM_PAD, PRECISION,
             )  # fmt: skip
-            tl.store(p_mass + full, tl.sum(tl.exp2(s - lse[:, None])))
+            p = tl.exp2(s - lse[:, None])
+            store_masses(p_mass, p, i * FOLD_Q, full * FOLD_K, nq, nk, FOLD_Q, FOLD_K, TILE_Q, TILE_K)
 
 
 def block_mass_triton(
@@ -173,10 +204,10 @@ def block_mass_triton(
     k_rows = None if k_rows is None else k_rows.contiguous()
     key_mask = None if key_mask is None else key_mask.expand(batch, kv_len).contiguous()
 
-    def launch(write_lse: bool, tile_q: int, tile_k: int) -> None:
-        nq, nk = triton.cdiv(q_len, tile_q), triton.cdiv(kv_len, tile_k)
+    def launch(write_lse: bool, tile_q: int, tile_k: int, fold_q: int, fold_k: int) -> None:
+        tiles = triton.cdiv(q_len, tile_q)
         with torch.cuda.device_of(q):
-            block_mass_fwd_kernel[(batch * heads * nq,)](
+            block_mass_fwd_kernel[(batch * heads * tiles,)](
                 q,
                 k,
                 rows if rows is not None else q,
@@ -187,8 +218,8 @@ def block_mass_triton(
                 q_len,
                 kv_len,
                 heads,
-                nq,
-                nk,
+                tiles,
+                *(mass.shape[2:] if mass is not None else (0, 0)),
                 scale * LOG2E,
                 *q.stride(),
                 *k.stride(),
@@ -201,6 +232,8 @@ def block_mass_triton(
                 HAS_MASK=key_mask is not None,
                 TILE_Q=tile_q,
                 TILE_K=tile_k,
+                FOLD_Q=fold_q,
+                FOLD_K=fold_k,
                 DIM=dim,
                 DIM_PAD=triton.next_power_of_2(dim),
                 PRECISION="ieee" if q.dtype == torch.float32 else "tf32",
@@ -209,16 +242,19 @@ def block_mass_triton(
             )
 
     mass = None
+    # Short sequences would leave most of a large tile empty.
+    tile_q, tile_k = 16 if q_len <= 64 else TILE_Q, 16 if kv_len <= 32 else TILE_K
     if lse is None:
         lse = torch.empty(batch, heads, q_len, dtype=torch.float32, device=q.device)
-        launch(True, 16 if q_len <= 64 else TILE_Q, 16 if kv_len <= 32 else TILE_K)
+        launch(True, tile_q, tile_k, 1, 1)
     else:
         lse = lse.float().contiguous()
-    tile_q, tile_k = min(block_q, TILE_Q), min(block_k, TILE_K)
-    nq, nk = triton.cdiv(q_len, tile_q), triton.cdiv(kv_len, tile_k)
+    inside_q, inside_k = max(1, tile_q // block_q), max(1, tile_k // block_k)
+    part_q, part_k = min(block_q, tile_q), min(block_k, tile_k)
+    nq, nk = triton.cdiv(q_len, part_q), triton.cdiv(kv_len, part_k)
     mass = torch.empty(batch, heads, nq, nk, dtype=torch.float32, device=q.device)
-    launch(False, tile_q, tile_k)
-    fold_q, fold_k = block_q // tile_q, block_k // tile_k
+    launch(False, tile_q, tile_k, inside_q, inside_k)
+    fold_q, fold_k = block_q // part_q, block_k // part_k
     if fold_q > 1 or fold_k > 1:
         mass = torch.nn.functional.pad(mass, (0, -nk % fold_k, 0, -nq % fold_q))
         mass = mass.unflatten(2, (-1, fold_q)).unflatten(-1, (-1, fold_k)).sum((3, 5))
