@@ -269,3 +269,17 @@ def test_errors():
         select_blocks(scores, density=0.5, forced_k=torch.ones(3, dtype=torch.bool), **geometry)
     with pytest.raises(ValueError, match="impl must be"):
         select_blocks(scores, density=0.5, impl="cuda", **geometry)
+
+
+@pytest.mark.parametrize("nk", [7, 33, 130])
+def test_lists_of_a_dense_map(nk, device):
+    """The kernel that lists a boolean map, row by row in plain Python."""
+    from dit_accel.kernels.triton_selection import block_lists_triton
+
+    rank = torch.randint(0, 3, (2, 3, 5, nk), generator=torch.Generator().manual_seed(0)).to(torch.int8)
+    rank[0, 0, 0], rank[0, 0, 1] = 2, 0  # nothing, and everything
+    indices, number, number_full = (x.cpu() for x in block_lists_triton(rank.to(device)))
+    for b, h, i in np.ndindex(2, 3, 5):
+        full, partial = ([j for j in range(nk) if rank[b, h, i, j] == kind] for kind in (0, 1))
+        assert indices[b, h, i, : number[b, h, i]].tolist() == full + partial
+        assert int(number_full[b, h, i]) == len(full)
