@@ -292,7 +292,9 @@ class Engine:
                 mask = mask.trimmed()
             if guarded and means is None:
                 means = BlockMeans.of(q, k, call.key_mask, select.block)
-            state = self.recipe.compensate.prepare(prepared.blocks, mask, q, k, call.key_mask, call.scale)
+            state = self.recipe.compensate.prepare(prepared.blocks, mask, q, k, call.key_mask, call.scale, memory)
+            if memory is not None:
+                memory.found = None
         plan = AttentionPlan(rows=prepared.blocks.kernel_rows, mask=mask, compensation=state)
         if keep:
             self._plans[key] = _KeptPlan(call.step, plan, means)
