@@ -18,7 +18,7 @@ from .recipe import Recipe
 from .stages.compensate_linear import LearnedCompensation
 from .stages.drift import BlockMeans
 from .stages.frozen import FrozenMasks
-from .stages.order_sorted import SortedSegments
+from .stages.order_sorted import Segments, SortedSegments
 from .stages.select import HeadDensities, Select, density_of_layer
 from .stages.select_static import DenseSelect
 from .timing import Stopwatch
@@ -118,6 +118,7 @@ class Engine:
         self.rederive = False
         self._frozen_plans: dict[tuple[Any, ...], tuple[tuple[Any, ...], AttentionPlan]] = {}
         self._prepared: dict[tuple[Any, ...], _Prepared] = {}
+        self._segments: dict[tuple[Any, ...], Segments] = {}
         self._plans: dict[tuple[Any, ...], _KeptPlan] = {}
         self._memories: dict[tuple[Any, ...], tuple[StepContext, LayerMemory]] = {}
         self._backend_choice: dict[tuple[Any, ...], str] = {}
@@ -226,6 +227,7 @@ class Engine:
         self.forget_plans()
         self._memories.clear()
         self._prepared.clear()
+        self._segments.clear()
 
     def forget_plans(self) -> None:
         """Drop every plan; orders and tables of a layout stay."""
@@ -358,8 +360,12 @@ class Engine:
         layout, device, order, select = call.layout, call.q.device, self.recipe.order, self.recipe.select
         assert not isinstance(select, DenseSelect)
         if isinstance(order, SortedSegments):
-            # An order of the call itself: nothing to keep but the plan.
-            rows = order.rows_of_call(layout, call.q.detach(), call.k.detach(), call.key_mask, call.scale)
+            # An order of the call itself: nothing to keep but the plan, and which tokens a segment holds.
+            place = (layout, device)
+            if place not in self._segments:
+                self._segments[place] = order.segments(layout, device)
+            q, k, segments = call.q.detach(), call.k.detach(), self._segments[place]
+            rows = order.rows_of_call(layout, q, k, call.key_mask, call.scale, segments)
             blocks = SequenceBlocks(layout, rows, *select.block, device)
             return _Prepared(blocks, select.prepare(blocks))
         key = (layout, device, order.variant(call.layer))
