@@ -6,6 +6,7 @@ import torch
 import triton
 import triton.language as tl
 
+from .selection import gather_mask
 from .triton_pooling import lead_strides
 
 LOG2E = 1.4426950408889634
@@ -87,6 +88,7 @@ def block_mass_fwd_kernel(
     rows_ptr,
     k_rows_ptr,
     mask_ptr,
+    clean_ptr,
     lse_ptr,
     mass_ptr,
     q_len,
@@ -109,6 +111,8 @@ def block_mass_fwd_kernel(
     stride_krb,
     stride_krh,
     stride_mb,
+    stride_cb,
+    stride_ch,
     WRITE_LSE: tl.constexpr,
     HAS_Q_ROWS: tl.constexpr,
     HAS_K_ROWS: tl.constexpr,
@@ -141,18 +145,31 @@ def block_mass_fwd_kernel(
     b_q = tl.load(p_q, mask=in_q[:, None] & (o_d < DIM)[None, :], other=0.0)
     p_lse = lse_ptr + (b.to(tl.int64) * heads + h) * q_len + row
     full = kv_len // TILE_K
+    clean = full
+    if HAS_MASK:
+        # Reading the mask takes as long as half the product: tiles before the first hidden key do without.
+        clean = tl.minimum(tl.load(clean_ptr + b * stride_cb + h * stride_ch), full)
 
     if WRITE_LSE:
         top = tl.full([TILE_Q], -1e30, tl.float32)
         total = tl.zeros([TILE_Q], tl.float32)
-        for j in range(0, full):
+        for j in range(0, clean):
             s = tile_logits(
                 b_q, k_ptr, k_rows_ptr, mask_ptr, j * TILE_K, kv_len, stride_ks, stride_kd, scale, o_d,
-                HAS_K_ROWS, HAS_MASK, False, TILE_K, DIM, DIM_PAD, PRECISION,
+                HAS_K_ROWS, False, False, TILE_K, DIM, DIM_PAD, PRECISION,
             )  # fmt: skip
             new = tl.maximum(top, tl.max(s, 1))
             total = total * tl.exp2(top - new) + tl.sum(tl.exp2(s - new[:, None]), 1)
             top = new
+        if HAS_MASK:
+            for j in range(clean, full):
+                s = tile_logits(
+                    b_q, k_ptr, k_rows_ptr, mask_ptr, j * TILE_K, kv_len, stride_ks, stride_kd, scale, o_d,
+                    HAS_K_ROWS, HAS_MASK, False, TILE_K, DIM, DIM_PAD, PRECISION,
+                )  # fmt: skip
+                new = tl.maximum(top, tl.max(s, 1))
+                total = total * tl.exp2(top - new) + tl.sum(tl.exp2(s - new[:, None]), 1)
+                top = new
         if full * TILE_K < kv_len:
             s = tile_logits(
                 b_q, k_ptr, k_rows_ptr, mask_ptr, full * TILE_K, kv_len, stride_ks, stride_kd, scale, o_d,
@@ -168,13 +185,21 @@ def block_mass_fwd_kernel(
         lse = tl.load(p_lse, mask=in_q, other=float("inf")) * 1.4426950408889634
         lse = tl.where(lse == float("-inf"), float("inf"), lse)
         p_mass = mass_ptr + (b.to(tl.int64) * heads + h) * nq * nk
-        for j in range(0, full):
+        for j in range(0, clean):
             s = tile_logits(
                 b_q, k_ptr, k_rows_ptr, mask_ptr, j * TILE_K, kv_len, stride_ks, stride_kd, scale, o_d,
-                HAS_K_ROWS, HAS_MASK, False, TILE_K, DIM, DIM_PAD, PRECISION,
+                HAS_K_ROWS, False, False, TILE_K, DIM, DIM_PAD, PRECISION,
             )  # fmt: skip
             p = tl.exp2(s - lse[:, None])
             store_masses(p_mass, p, i * FOLD_Q, j * FOLD_K, nq, nk, FOLD_Q, FOLD_K, TILE_Q, TILE_K)
+        if HAS_MASK:
+            for j in range(clean, full):
+                s = tile_logits(
+                    b_q, k_ptr, k_rows_ptr, mask_ptr, j * TILE_K, kv_len, stride_ks, stride_kd, scale, o_d,
+                    HAS_K_ROWS, HAS_MASK, False, TILE_K, DIM, DIM_PAD, PRECISION,
+                )  # fmt: skip
+                p = tl.exp2(s - lse[:, None])
+                store_masses(p_mass, p, i * FOLD_Q, j * FOLD_K, nq, nk, FOLD_Q, FOLD_K, TILE_Q, TILE_K)
         if full * TILE_K < kv_len:
             s = tile_logits(
                 b_q, k_ptr, k_rows_ptr, mask_ptr, full * TILE_K, kv_len, stride_ks, stride_kd, scale, o_d,
@@ -213,6 +238,7 @@ def block_mass_triton(
                 rows if rows is not None else q,
                 k_rows if k_rows is not None else q,
                 key_mask if key_mask is not None else q,
+                clean if clean is not None else q,
                 lse,
                 mass,
                 q_len,
@@ -226,6 +252,7 @@ def block_mass_triton(
                 *lead_strides(rows),
                 *lead_strides(k_rows),
                 kv_len if key_mask is not None else 0,
+                *lead_strides(clean),
                 WRITE_LSE=write_lse,
                 HAS_Q_ROWS=rows is not None,
                 HAS_K_ROWS=k_rows is not None,
@@ -244,6 +271,7 @@ def block_mass_triton(
     mass = None
     # Short sequences would leave most of a large tile empty.
     tile_q, tile_k = 16 if q_len <= 64 else TILE_Q, 16 if kv_len <= 32 else TILE_K
+    clean = None if key_mask is None else _clean_tiles(key_mask, k_rows, tile_k)
     if lse is None:
         lse = torch.empty(batch, heads, q_len, dtype=torch.float32, device=q.device)
         launch(True, tile_q, tile_k, 1, 1)
@@ -259,3 +287,10 @@ def block_mass_triton(
         mass = torch.nn.functional.pad(mass, (0, -nk % fold_k, 0, -nq % fold_q))
         mass = mass.unflatten(2, (-1, fold_q)).unflatten(-1, (-1, fold_k)).sum((3, 5))
     return mass, lse
+
+
+def _clean_tiles(key_mask: torch.Tensor, k_rows: torch.Tensor | None, tile: int) -> torch.Tensor:
+    """int32 ``[B, H|1]``: tiles of key slots before the first one with a hidden key."""
+    hidden = ~gather_mask(key_mask, k_rows)
+    some = torch.nn.functional.pad(hidden, (0, -hidden.shape[-1] % tile)).unflatten(-1, (-1, tile)).any(-1)
+    return (~some).to(torch.int32).cumprod(-1).sum(-1, dtype=torch.int32)
