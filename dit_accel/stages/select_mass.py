@@ -8,6 +8,7 @@ import torch
 
 from ..kernels import BlockMask
 from ..kernels.block_mass import block_mass
+from ..kernels.selection import gather_mask
 from ..layout import TokenLayout
 from ..plan import LayerMemory, SequenceBlocks
 from .select import HeadDensities, check_block, check_head_densities, check_share, shares_per_head
@@ -153,19 +154,27 @@ class FrozenMass:
         memory: LayerMemory | None = None,
     ) -> BlockMask:
         """Mask of one call from its queries and keys, both (B, S, H, D)."""
-        geometry = {"block_q": blocks.block_q, "block_k": blocks.block_k, "rows": blocks.kernel_rows, "scale": scale}
+        lse = visible = None
         if self.uses_lse(blocks.layout, key_mask):
-            mass, _ = block_mass(q, k, lse=None if memory is None else memory.lse, **geometry)
             if memory is not None:
-                memory.lse = None  # it was that of this call
-            return keep_best(blocks, mass / blocks.tokens_k, key_mask, density=self.density)
-        latents = blocks.latent_tokens.expand(q.shape[0], -1)
-        visible = latents if key_mask is None else latents & key_mask
-        mass, _ = block_mass(q, k, key_mask=visible.contiguous(), **geometry)
+                lse, memory.lse = memory.lse, None  # it was that of this call
+        else:
+            latents = blocks.latent_tokens.expand(q.shape[0], -1)
+            visible = (latents if key_mask is None else latents & key_mask).contiguous()
+        mass, _ = block_mass(
+            q,
+            k,
+            block_q=blocks.block_q,
+            block_k=blocks.block_k,
+            lse=lse,
+            rows=blocks.kernel_rows,
+            key_mask=visible,
+            scale=scale,
+        )
         # A mean over the visible keys of a block: the last one may be short.
-        slots = visible[:, None]
-        if blocks.kernel_rows is not None:
-            slots = torch.take_along_dim(slots, blocks.kernel_rows.long(), dim=2)
-        padded = torch.nn.functional.pad(slots, (0, -slots.shape[-1] % blocks.block_k))
-        count = padded.unflatten(-1, (-1, blocks.block_k)).sum(-1).clamp_min(1)
-        return keep_best(blocks, mass / count[..., None, :], key_mask, density=self.density)
+        count = blocks.tokens_k
+        if visible is not None:
+            slots = gather_mask(visible, blocks.kernel_rows)
+            padded = torch.nn.functional.pad(slots, (0, -slots.shape[-1] % blocks.block_k))
+            count = padded.unflatten(-1, (-1, blocks.block_k)).sum(-1).clamp_min(1)[..., None, :]
+        return keep_best(blocks, mass / count, key_mask, density=self.density)
