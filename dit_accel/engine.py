@@ -275,7 +275,7 @@ class Engine:
         key = (call.layout, call.q.device)
         if call.key_mask is None and key in self._full_masks:
             return self._full_masks[key]
-        full = FullSelect()
+        full = FullSelect(block=(128, 128))  # the kernel is fastest at these
         blocks = SequenceBlocks(call.layout, None, *full.block, call.q.device)
         mask = full.select(blocks, None, call.q, call.k, call.key_mask, call.scale)
         if call.key_mask is None:

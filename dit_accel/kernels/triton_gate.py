@@ -124,7 +124,7 @@ def gate_digit_kernel(
     totals_ptr,
     state_ptr,
     sums_ptr,
-    threshold,
+    threshold_ptr,
     digit,
     step,
     step_before,
@@ -170,7 +170,7 @@ def gate_digit_kernel(
         total -= least * tl.sum(tl.load(p_total + o_part * 5 + 2), 0)
         total_own = tl.sum(tl.load(p_total + o_part * 5 + 3), 0)
         total_own -= least * tl.sum(tl.load(p_total + o_part * 5 + 4), 0)
-        need = threshold * total - total_own
+        need = tl.load(threshold_ptr) * total - total_own
         p_sum = sums_ptr + ((digit - 1) * lanes + head) * PARTS * 2 * CANDIDATES
         p_part = p_sum + o_part[:, None] * (2 * CANDIDATES) + o_k[None, :]
         number = tl.sum(tl.load(p_part + CANDIDATES), 0)
@@ -272,6 +272,8 @@ def select_by_threshold_triton(
     totals = torch.empty(lanes, parts, 5, dtype=torch.float64, device=device)
     sums = torch.empty(DIGITS + 1, lanes, parts, 2, CANDIDATES, dtype=torch.float64, device=device)
     state = torch.empty(DIGITS + 1, lanes, dtype=torch.int64, device=device)
+    # As a number it would reach the kernel in single precision.
+    share = torch.full((1,), threshold, dtype=torch.float64, device=device)
     strides = (*gates.stride()[:3], *lead_strides(open_k), *lead_strides(open_q))
     masks = (open_k if open_k is not None else gates, open_q if open_q is not None else gates)
     geometry = {"HAS_K": open_k is not None, "HAS_Q": open_q is not None, "BLOCK_Q": block_q, "BLOCK_K": block_k}
@@ -285,7 +287,7 @@ def select_by_threshold_triton(
             # The last launch sums at the threshold that was found and just above it.
             step, before = (CANDIDATES ** max(DIGITS - 1 - n, 0) for n in (digit, digit - 1))
             gate_digit_kernel[(lanes * parts,)](
-                gates, *masks, totals, state, sums, threshold, digit, step, before, heads, nq, nk,
+                gates, *masks, totals, state, sums, share, digit, step, before, heads, nq, nk,
                 rows_each, *strides, seq_len, CANDIDATES=CANDIDATES, **geometry, **tiles,
             )  # fmt: skip
         quota, tied = _ties(totals, sums[-1], threshold)

@@ -107,6 +107,98 @@ def pool_deviation_triton(
 
 
 @triton.jit
+def unit_mean_fwd_kernel(
+    x_ptr,
+    centre_ptr,
+    rows_ptr,
+    mask_ptr,
+    out_ptr,
+    seq,
+    heads,
+    blocks,
+    stride_xb,
+    stride_xs,
+    stride_xh,
+    stride_xd,
+    stride_rb,
+    stride_rh,
+    HAS_CENTRE: tl.constexpr,
+    HAS_ROWS: tl.constexpr,
+    HAS_MASK: tl.constexpr,
+    DIM: tl.constexpr,
+    DIM_PAD: tl.constexpr,
+    BLOCK: tl.constexpr,
+    CHUNK: tl.constexpr,
+):
+    """Squared length of the mean of one block's valid tokens, each of length 1."""
+    pid = tl.program_id(0)
+    h = pid % heads
+    i = (pid // heads) % blocks
+    b = pid // (heads * blocks)
+    o_d = tl.arange(0, DIM_PAD)
+    x_ptr += b.to(tl.int64) * stride_xb + h.to(tl.int64) * stride_xh
+    rows_ptr += b * stride_rb + h * stride_rh
+    centre = tl.zeros([DIM_PAD], tl.float32)
+    if HAS_CENTRE:
+        centre = tl.load(centre_ptr + (b.to(tl.int64) * heads + h) * DIM + o_d, mask=o_d < DIM, other=0.0)
+    total = tl.zeros([DIM_PAD], tl.float32)
+    count = 0.0
+    for start in tl.static_range(0, BLOCK, CHUNK):
+        o_in = start + tl.arange(0, CHUNK)
+        slot = i * BLOCK + o_in
+        valid = (slot < seq) & (o_in < BLOCK)
+        row = token_rows(rows_ptr, slot, valid, HAS_ROWS)
+        if HAS_MASK:
+            valid = valid & (tl.load(mask_ptr + b.to(tl.int64) * seq + row, mask=valid, other=0) != 0)
+        ok = valid[:, None] & (o_d < DIM)[None, :]
+        b_x = tl.load(x_ptr + row[:, None] * stride_xs + o_d[None, :] * stride_xd, mask=ok, other=0.0)
+        b_x = tl.where(ok, b_x.to(tl.float32) - centre[None, :], 0.0)
+        length = tl.maximum(tl.sqrt(tl.sum(b_x * b_x, 1)), 1.1754943508222875e-38)
+        total += tl.sum(b_x / length[:, None], 0)
+        count += tl.sum(valid.to(tl.float32), 0)
+    mean = total / tl.maximum(count, 1.0)
+    tl.store(out_ptr + (b.to(tl.int64) * heads + h) * blocks + i, tl.sum(mean * mean, 0))
+
+
+def self_similarity_triton(
+    x: torch.Tensor,
+    block: int,
+    *,
+    rows: torch.Tensor | None,
+    key_mask: torch.Tensor | None,
+    centre: torch.Tensor | None,
+) -> torch.Tensor:
+    """See :func:`dit_accel.kernels.selection.self_similarity`."""
+    batch, seq, heads, dim = x.shape
+    blocks, dim_pad, rows = triton.cdiv(seq, block), triton.next_power_of_2(dim), contiguous_rows(rows)
+    key_mask = None if key_mask is None else key_mask.expand(batch, seq).contiguous()
+    centre = None if centre is None else centre.expand(batch, heads, dim).contiguous()
+    out = torch.empty(batch, heads, blocks, dtype=torch.float32, device=x.device)
+    with torch.cuda.device_of(x):
+        unit_mean_fwd_kernel[(batch * heads * blocks,)](
+            x,
+            centre if centre is not None else out,
+            rows if rows is not None else x,
+            key_mask if key_mask is not None else x,
+            out,
+            seq,
+            heads,
+            blocks,
+            *x.stride(),
+            *lead_strides(rows),
+            HAS_CENTRE=centre is not None,
+            HAS_ROWS=rows is not None,
+            HAS_MASK=key_mask is not None,
+            DIM=dim,
+            DIM_PAD=dim_pad,
+            BLOCK=block,
+            CHUNK=pool_chunk(block, dim_pad),
+            num_warps=WARPS,
+        )
+    return out
+
+
+@triton.jit
 def run_cosine(
     k_ptr,
     rows_ptr,

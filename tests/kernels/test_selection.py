@@ -16,6 +16,7 @@ from dit_accel.kernels.selection import (
     pooled_scores,
     select_blocks,
     select_pooled,
+    self_similarity,
 )
 
 IMPLS = ("torch", "triton")
@@ -283,3 +284,24 @@ def test_lists_of_a_dense_map(nk, device):
         full, partial = ([j for j in range(nk) if rank[b, h, i, j] == kind] for kind in (0, 1))
         assert indices[b, h, i, : number[b, h, i]].tolist() == full + partial
         assert int(number_full[b, h, i]) == len(full)
+
+
+@pytest.mark.parametrize("impl", IMPLS)
+@pytest.mark.parametrize("centred", [False, True])
+def test_self_similarity(impl, centred, device):
+    generator = torch.Generator().manual_seed(4)
+    x = torch.randn(2, 75, 2, 24, generator=generator) + 1.0
+    rows = torch.stack([torch.randperm(75, generator=generator) for _ in range(2)])[None].to(torch.int32)
+    key_mask = torch.rand(2, 75, generator=generator) > 0.4
+    x[1, ~key_mask[1]] = torch.nan  # a padded prompt may hold it
+    centre = torch.randn(2, 2, 24, generator=generator) if centred else None
+    found = self_similarity(
+        x.to(device), 32, rows=rows.to(device), key_mask=key_mask.to(device),
+        centre=None if centre is None else centre.to(device), impl=impl,
+    )  # fmt: skip
+    for b, h in np.ndindex(2, 2):
+        for i in range(3):
+            tokens = [int(n) for n in rows[0, h, i * 32 : (i + 1) * 32] if key_mask[b, n]]
+            some = x[b, tokens, h].double() - (0.0 if centre is None else centre[b, h].double())
+            unit = some / some.norm(dim=-1, keepdim=True)
+            assert float(found[b, h, i]) == pytest.approx(float((unit @ unit.T).mean()), abs=1e-5)
