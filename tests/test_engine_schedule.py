@@ -35,7 +35,7 @@ def _run(engine: Engine, tensors, steps: int, start: int = 0, sigmas=None) -> li
 
 
 def test_adaspa_searches_twice_densely_and_remembers_the_lse():
-    recipe = presets.adaspa(density=0.3, block=(32, 32))
+    recipe = presets.adaspa(density=0.3, search_at=(0.2, 0.6), block=(32, 32))
     engine = Engine(recipe, ["layer"], "auto", 0)
     did = _run(engine, _inputs(), 10)
     assert [index for index, kind in enumerate(did) if kind == "dense"] == [0, 1, 2, 6]

@@ -220,7 +220,9 @@ def block_mass_triton(
     k_rows: torch.Tensor | None,
     key_mask: torch.Tensor | None,
     scale: float,
+    tile: tuple[int, int] = (TILE_Q, TILE_K),
     warps: int = 4,
+    stages: int = 3,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """See :func:`dit_accel.kernels.block_mass.block_mass`."""
     batch, q_len, heads, dim = q.shape
@@ -265,12 +267,12 @@ def block_mass_triton(
                 DIM_PAD=triton.next_power_of_2(dim),
                 PRECISION="ieee" if q.dtype == torch.float32 else "tf32",
                 num_warps=warps,
-                num_stages=3,
+                num_stages=stages,
             )
 
     mass = None
     # Short sequences would leave most of a large tile empty.
-    tile_q, tile_k = 16 if q_len <= 64 else TILE_Q, 16 if kv_len <= 32 else TILE_K
+    tile_q, tile_k = 16 if q_len <= 64 else tile[0], 16 if kv_len <= 32 else tile[1]
     clean = None if key_mask is None else _clean_tiles(key_mask, k_rows, tile_k)
     if lse is None:
         lse = torch.empty(batch, heads, q_len, dtype=torch.float32, device=q.device)
