@@ -7,6 +7,8 @@ recorded, and the rest goes on.
 
     python benchmarks/fidelity.py --shards 5 --out fidelity.json          # five processes share the GPU
     python benchmarks/fidelity.py --methods pooled adaspa --clips 2 --steps 4 --frames 5 --out small.json
+    python benchmarks/fidelity.py --weights --shards 10 --out weights.json   # PARO's score weight, 10 rows
+    python benchmarks/fidelity.py --quick --device cpu --dtype float32     # does every row run?
     python benchmarks/fidelity.py --merge part0.json part1.json --out fidelity.json
     python benchmarks/fidelity.py --show fidelity.json
 
@@ -28,7 +30,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from fidelity_presets import METHODS, Method, at_density, method
+from fidelity_presets import METHODS, WEIGHTS, Method, at_density, method
 
 from dit_accel import CalibrationArtifact, Recipe, calibrate, patch
 from dit_accel.engine import AttentionCall
@@ -65,9 +67,16 @@ def main() -> None:
     parser.add_argument("--shard", default="0/1", metavar="I/N", help="take every N-th row, from the I-th")
     parser.add_argument("--shards", type=int, help="run this many processes, one shard each, and merge")
     parser.add_argument("--merge", type=Path, nargs="+", help="files of shards")
+    parser.add_argument("--weights", action="store_true", help="PARO's score weights at densities 0.3 and 0.2")
+    parser.add_argument("--quick", action="store_true", help="one small clip of few steps, one density: does it run?")
     parser.add_argument("--show", type=Path, help="print the table of a file")
     parser.add_argument("--out", type=Path, default=Path("fidelity.json"))
     args = parser.parse_args()
+    if args.weights:
+        args.methods, args.densities = [m.name for m in WEIGHTS], [0.3, 0.2]
+    if args.quick:
+        args.clips, args.batch, args.frames, args.size, args.densities = 1, 1, 5, 96, args.densities[:1]
+        args.steps = 4  # the fewest that have a dense step, a search and a plan reused
     if args.show:
         show(json.loads(args.show.read_text()))
     elif args.merge:
@@ -114,7 +123,7 @@ def sweep(args: argparse.Namespace) -> dict[str, Any]:
     run = Sweep(pipe, args)
     result: dict[str, Any] = {"facts": run.facts(), "rows": [], "order": args.methods}
     with ThreadPoolExecutor(args.threads) as pool:
-        dense = run.dense()
+        dense = run.dense(record=any(chosen.is_fitted for chosen, _ in rows))
         result["dense_seconds"] = run.seconds
         print(f"shard {index}: dense in {run.seconds:.1f} s, {len(rows)} rows to go", flush=True)
         waiting: list[Future[dict[str, Any]]] = []
@@ -165,9 +174,11 @@ class Sweep:
             "command": " ".join(["python", *sys.argv]),
         }
 
-    def dense(self) -> list[tuple[torch.Tensor, torch.Tensor]]:
+    def dense(self, record: bool = True) -> list[tuple[torch.Tensor, torch.Tensor]]:
         """Dense clips, once; the recording of a few calls is a run of its own on two prompts."""
         clips = self.generate(self.prompts)
+        if not record:
+            return clips
         steps = sorted({max(1, self.args.steps * third // 10) for third in (3, 6, 9)})
 
         def keep(_: str, call: AttentionCall) -> None:
@@ -284,19 +295,21 @@ def write(result: dict[str, Any], path: Path, quiet: bool = False) -> None:
 def show(result: dict[str, Any]) -> None:
     """A table for the terminal."""
     print(
-        f"{'method':<14}{'asked':>6}{'density':>9}{'PSNR':>8}{'low':>7}{'high':>7}{'SSIM':>8}{'flicker':>9}{'lat.MSE':>9}"
+        f"{'method':<19}{'asked':>6}{'density':>9}{'PSNR':>8}{'low':>7}{'high':>7}{'SSIM':>8}{'flicker':>9}{'lat.MSE':>9}"
+        f"{'plans':>7}{'plan s':>8}"
     )
     for row in result["rows"]:
         asked = "-" if row["asked_density"] is None else f"{row['asked_density']:.2f}"
         if "error" in row or not row.get("metrics"):
-            print(f"{row['method']:<14}{asked:>6}  {row.get('error', 'no clips')[:90]}")
+            print(f"{row['method']:<19}{asked:>6}  {row.get('error', 'no clips')[:90]}")
             continue
         psnr, ssim, flicker, latent = (row["metrics"][name] for name in METRIC_NAMES)
         density = "-" if row["density"] is None else f"{row['density']:.3f}"
         ends = [f"{float(psnr[key]):.2f}" for key in ("mean", "low", "high")]
         print(
-            f"{row['method']:<14}{asked:>6}{density:>9}{ends[0]:>8}{ends[1]:>7}{ends[2]:>7}"
+            f"{row['method']:<19}{asked:>6}{density:>9}{ends[0]:>8}{ends[1]:>7}{ends[2]:>7}"
             f"{float(ssim['mean']):>8.4f}{float(flicker['mean']):>9.3f}{float(latent['mean']):>9.4f}"
+            f"{row.get('plans_per_layer', 0):>7.1f}{row.get('plan_seconds', 0.0):>8.2f}"
         )
 
 

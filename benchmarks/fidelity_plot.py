@@ -17,6 +17,9 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("files", type=Path, nargs="+")
     parser.add_argument("--methods", nargs="+", help="drawn; default: all")
+    parser.add_argument("--only", action="store_true", help="the table too has only --methods")
+    parser.add_argument("--costs", action="store_true", help="a table of plans and seconds in place of SSIM and others")
+    parser.add_argument("--weights", action="store_true", help="the table of PARO's score weight alone")
     parser.add_argument("--png", type=Path)
     args = parser.parse_args()
     rows = [row for path in args.files for row in json.loads(path.read_text())["rows"] if row.get("metrics")]
@@ -26,7 +29,11 @@ def main() -> None:
         # A floor of a method gives one point, however often it was asked for less.
         if all(abs(row["density"] - other["density"]) > 1e-4 for other in known):
             known.append(row)
-    table(methods)
+    if args.weights:
+        weights(methods)
+        return
+    shown = {name: methods[name] for name in args.methods} if args.only and args.methods else methods
+    costs(shown) if args.costs else table(shown)
     if args.png:
         draw({name: methods[name] for name in args.methods or methods}, args.png)
 
@@ -45,6 +52,33 @@ def table(methods: dict[str, list[dict[str, Any]]]) -> None:
                 f"| {name} | {row['density']:.3f} | {psnr['mean']:.2f} ({psnr['low']:.1f}-{psnr['high']:.1f}) "
                 f"| {ssim['mean']:.4f} | {flicker['mean']:.2f} | {latent['mean']:.4f} |"
             )
+
+
+def costs(methods: dict[str, list[dict[str, Any]]]) -> None:
+    """What plans cost: how many a layer made in a run, and seconds of planning and of sparse attention."""
+    print("| method | density | PSNR, dB (95 %) | plans a layer | planning, s | sparse attention, s |")
+    print("|---|---|---|---|---|---|")
+    for name, rows in methods.items():
+        for row in sorted(rows, key=lambda row: -row["density"]):
+            psnr = row["metrics"]["psnr"]
+            print(
+                f"| {name} | {row['density']:.3f} | {psnr['mean']:.2f} ({psnr['low']:.1f}-{psnr['high']:.1f}) "
+                f"| {row['plans_per_layer']:.1f} | {row['plan_seconds']:.2f} | {row['sparse_seconds']:.2f} |"
+            )
+
+
+def weights(methods: dict[str, list[dict[str, Any]]]) -> None:
+    """PARO's score weight: a row each, a column a density."""
+    found = {float(name.removeprefix("paro-w")): rows for name, rows in methods.items() if name.startswith("paro-w")}
+    asked = sorted({row["asked_density"] for rows in found.values() for row in rows}, reverse=True)
+    print("| weight of sparse tiles | " + " | ".join(f"PSNR at {density:g}, dB (95 %)" for density in asked) + " |")
+    print("|---|" + "---|" * len(asked))
+    for weight, rows in sorted(found.items()):
+        cells = []
+        for density in asked:
+            psnr = next((row["metrics"]["psnr"] for row in rows if row["asked_density"] == density), None)
+            cells.append("-" if psnr is None else f"{psnr['mean']:.2f} ({psnr['low']:.1f}-{psnr['high']:.1f})")
+        print(f"| {weight:g} | " + " | ".join(cells) + " |")
 
 
 def draw(methods: dict[str, list[dict[str, Any]]], path: Path) -> None:

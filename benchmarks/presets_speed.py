@@ -1,13 +1,21 @@
 """What every preset's forward takes at real sizes, against dense attention, eager and compiled; and its plans.
 
 One transformer with random weights and few layers per size. Dense is timed once per size; the patched twin shares
-the weights and changes its recipe between runs. For each preset: a forward that makes its plans (all caches empty),
-one that reuses them, and from both the mean over a run of 30 steps with the preset's own schedule. Plan time is
-given as a share of the dense attention that the sparse steps of that run replace. The densities of presets
-without a density of their own are fitted on recorded queries and keys.
+the weights and changes its recipe between runs. For each preset: a forward that makes its plans, one that reuses
+them, and from both the mean over a run of 30 steps with the preset's own schedule. The densities of presets without
+a density of their own are fitted on recorded queries and keys.
+
+Plan time is given as a share of the dense attention that the sparse steps of that run replace, every cost once: what
+a layout needs once (orders, tables of grid rules, the plans of grid rules) is shared by all layers of the whole
+model, not by the few timed here; a search is timed at its own step of the run, where the first one takes the
+log-sum-exp from the step's attention and later ones have it; what that attention takes longer than the model's own
+counts as planning. "order", "select" and "compensate" split the milliseconds of one planning forward.
 
     python benchmarks/presets_speed.py --seconds 250 --out presets_speed.json
     python benchmarks/presets_speed.py --sizes wan2.1-1.3b:832x480x81:4 --methods pooled adaspa --out some.json
+
+    python benchmarks/presets_speed.py --sizes wan2.1-1.3b:832x480x81:4 wan2.1-1.3b:1280x720x81:3 --out first.json &
+    CUDA_VISIBLE_DEVICES=1 python benchmarks/presets_speed.py --sizes hunyuanvideo:1280x720x129:2 --out second.json
 
 A size is ARCHITECTURE:WIDTHxHEIGHTxFRAMES:LAYERS. Figures are those of the layers timed, not of the whole model.
 """
@@ -19,8 +27,8 @@ import json
 import statistics
 import time
 import traceback
-from collections.abc import Sequence
-from contextlib import ExitStack
+from collections.abc import Iterator, Sequence
+from contextlib import ExitStack, contextmanager
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -124,7 +132,8 @@ def time_size(text: str, args: argparse.Namespace, size: dict[str, Any], save: A
         size["methods"] = rows
         recipes: dict[str, Recipe] = {}
         print(
-            f"{'method':<13}{'density':>8}{'reuse ms':>10}{'x':>7}{'plan ms':>9}{'run x':>7}{'plan/attn':>10}",
+            f"{'method':<13}{'density':>8}{'reuse ms':>10}{'x':>7}{'plan ms':>9}{'run x':>7}{'plan/attn':>10}"
+            f"{'order':>9}{'select':>8}{'compensate':>12}{'once ms':>9}",
             flush=True,
         )
         for label in args.methods:
@@ -179,13 +188,44 @@ def time_recipe(
     dense_key: str = "dense_s",
 ) -> dict[str, Any]:
     """Forwards with and without planning, and what a run of 30 steps comes to."""
+    kinds = _run(recipe)
+    found = timed_searches if "search" in kinds else timed_plans
+    cost = found(recipe, session, names, patched, size, repeats)
+    engine, dense_s = session.engine, size[dense_key]
+    # Of what all layers share, those timed here have their part of the whole model.
+    layers, blocks = (int(n) for n in size["layers"].split(" of "))
+    part = layers / blocks
+    planned, reused, dense = (kinds.count(kind) for kind in ("plan", "reuse", "dense"))
+    each = cost["plan_s"] * (part if recipe.select.is_static else 1.0)
+    spent = cost["once_per_layout_s"] * part + planned * each + cost["searches_s"]
+    fresh = cost["planning_forward_s"] - cost["plan_s"] + each
+    run = cost["once_per_layout_s"] * part + planned * fresh + reused * cost["reusing_forward_s"]
+    run = (run + dense * dense_s + cost["search_forwards_s"]) / STEPS
+    replaced = (planned + reused) * size["dense_attention_s"]
+    sparse = sum(record.sparse_calls for record in engine.records)
+    return {
+        "recipe": recipe.to_dict(),
+        "density": float(sum(record.density_sum for record in engine.records)) / max(sparse, 1),
+        **cost,
+        "speedup_reusing": dense_s / cost["reusing_forward_s"],
+        "speedup_planning": dense_s / cost["planning_forward_s"],
+        "steps_of_30": {kind: kinds.count(kind) for kind in ("plan", "search", "reuse", "dense")},
+        "speedup_run_of_30": dense_s / run,
+        "plan_share_of_replaced_attention": spent / max(replaced, 1e-9),
+        "sparse_attention_s": engine.sparse_time.seconds() / (sparse / len(names)) if sparse else None,
+        "backends": dict(engine.backends_used),
+    }
+
+
+def timed_plans(
+    recipe: Recipe, session: Any, names: Sequence[str], patched: Variant, size: dict[str, Any], repeats: int
+) -> dict[str, Any]:
+    """Costs of a recipe whose plans are made in sparse steps."""
     # A bare transformer has no steps: plans are kept until they are forgotten here.
     # A drift guard measures at every forward, and never finds these inputs moved: its cost shows in the reuse.
     kept = {"schedule.refresh_every": 10**6, "schedule.refresh_at": (), "schedule.dense_refresh": False}
-    engine = Engine(recipe.with_fields(kept), list(names), "auto", 0)
-    session.engine = engine
+    engine = session.engine = Engine(recipe.with_fields(kept), list(names), "auto", 0)
     patched.run()
-    engine.forget()
     patched.run()
     # Orders and tables of the grid are made once a layout, plans as often as the schedule says.
     before = engine.plan_time.seconds()
@@ -193,38 +233,76 @@ def time_recipe(
     patched.run()
     once = engine.plan_time.seconds() - before
     plan, fresh = [], []
+    parts = parts_of(engine)
     for _ in range(repeats):
         engine.forget_plans()
         before = engine.plan_time.seconds()
         fresh.append(timed(patched, 1, warm=0))
         plan.append(engine.plan_time.seconds() - before)
-    reuse = timed(patched, repeats, warm=0)
-    sparse = sum(record.sparse_calls for record in engine.records)
-    density = float(sum(record.density_sum for record in engine.records)) / max(sparse, 1)
-    planned, reused, dense = steps_of_a_run(recipe)
-    dense_s = size[dense_key]
-    per_plan = statistics.median(plan)
-    first = max(once - per_plan, 0.0)
-    plans = planned + dense_searches(recipe)
-    spent = first + plans * per_plan
-    run = (first + planned * statistics.median(fresh) + reused * reuse + dense * dense_s) / STEPS
-    run += dense_searches(recipe) * per_plan / STEPS
-    share = spent / max((planned + reused) * size["dense_attention_s"], 1e-9)
+    parts = {name: (value - parts[name]) / repeats for name, value in parts_of(engine).items()}
     return {
-        "recipe": recipe.to_dict(),
-        "density": density,
+        "plan_s": statistics.median(plan),
+        "plan_parts_s": parts,
+        "once_per_layout_s": max(once - statistics.median(plan), 0.0),
+        "searches_s": 0.0,
+        "search_forwards_s": 0.0,
         "planning_forward_s": statistics.median(fresh),
-        "reusing_forward_s": reuse,
-        "speedup_reusing": dense_s / reuse,
-        "speedup_planning": dense_s / statistics.median(fresh),
-        "plan_s": per_plan,
-        "once_per_layout_s": first,
-        "steps_of_30": {"plan": planned, "reuse": reused, "dense": dense},
-        "speedup_run_of_30": dense_s / run,
-        "plan_share_of_replaced_attention": share,
-        "sparse_attention_s": engine.sparse_time.seconds() / (sparse / len(names)) if sparse else None,
-        "backends": dict(engine.backends_used),
+        "reusing_forward_s": timed(patched, repeats, warm=0),
     }
+
+
+def timed_searches(
+    recipe: Recipe, session: Any, names: Sequence[str], patched: Variant, size: dict[str, Any], repeats: int
+) -> dict[str, Any]:
+    """Costs of a recipe that plans in dense steps, each search at its step of the run."""
+    engine = session.engine = Engine(recipe, list(names), "auto", 0)
+    kinds = _run(recipe)
+    searches = [index for index, kind in enumerate(kinds) if kind == "search"]
+    plan: dict[int, list[float]] = {index: [] for index in searches}
+    forward: dict[int, list[float]] = {index: [] for index in searches}
+    reuse = []
+    parts: dict[str, float] = {}
+    for repeat in range(repeats + 1):
+        if repeat == 1:
+            parts = parts_of(engine)
+        for index in searches:
+            with at_step(session, index):
+                before, dense_before = engine.plan_time.seconds(), engine.dense_time.seconds()
+                forward[index].append(timed(patched, 1, warm=0))
+                extra = engine.dense_time.seconds() - dense_before - size["dense_attention_s"]
+                plan[index].append(engine.plan_time.seconds() - before + max(extra, 0.0))
+            if index + 1 < STEPS and kinds[index + 1] == "reuse":
+                with at_step(session, index + 1):
+                    reuse.append(timed(patched, 1, warm=0))
+    parts = {name: (value - parts[name]) / repeats / len(searches) for name, value in parts_of(engine).items()}
+    # The first round compiles.
+    each = {index: statistics.median(seconds[1:]) for index, seconds in plan.items()}
+    whole = {index: statistics.median(seconds[1:]) for index, seconds in forward.items()}
+    return {
+        "plan_s": sum(each.values()) / len(each),
+        "plan_parts_s": parts,
+        "once_per_layout_s": 0.0,  # raster order: nothing
+        "searches_s": sum(each.values()),
+        "each_search_s": list(each.values()),
+        "search_forwards_s": sum(whole.values()),
+        "planning_forward_s": sum(whole.values()) / len(whole),
+        "reusing_forward_s": statistics.median(reuse[len(searches) :]),
+    }
+
+
+@contextmanager
+def at_step(session: Any, index: int) -> Iterator[None]:
+    """A bare transformer has no steps: this one's forwards are at a step of a run of 30."""
+    session._read_step = lambda: StepContext(index=index, num_steps=STEPS, forward_id=session._forward_id)
+    try:
+        yield
+    finally:
+        del session._read_step
+
+
+def parts_of(engine: Engine) -> dict[str, float]:
+    """Seconds of planning so far, by part."""
+    return {name: watch.seconds() for name, watch in engine.plan_parts.items()}
 
 
 def _run(recipe: Recipe) -> list[str]:
@@ -243,22 +321,14 @@ def _run(recipe: Recipe) -> list[str]:
     return kinds
 
 
-def steps_of_a_run(recipe: Recipe) -> tuple[int, int, int]:
-    """Sparse steps that plan, sparse steps that reuse, and dense steps, of 30."""
-    kinds = _run(recipe)
-    return kinds.count("plan"), kinds.count("reuse"), kinds.count("dense") + kinds.count("search")
-
-
-def dense_searches(recipe: Recipe) -> int:
-    """Plans that are made in a dense step."""
-    return _run(recipe).count("search")
-
-
 def print_row(row: dict[str, Any]) -> None:
     reuse = row["reusing_forward_s"] * 1e3
+    parts = {name: seconds * 1e3 for name, seconds in row["plan_parts_s"].items()}
     print(
         f"{row['method']:<13}{row['density']:>8.3f}{reuse:>10.1f}{row['speedup_reusing']:>7.2f}"
-        f"{row['plan_s'] * 1e3:>9.2f}{row['speedup_run_of_30']:>7.2f}{row['plan_share_of_replaced_attention']:>10.3f}",
+        f"{row['plan_s'] * 1e3:>9.2f}{row['speedup_run_of_30']:>7.2f}{row['plan_share_of_replaced_attention']:>10.3f}"
+        f"{parts['order']:>9.2f}{parts['select']:>8.2f}{parts['compensate']:>12.2f}"
+        f"{row['once_per_layout_s'] * 1e3:>9.1f}",
         flush=True,
     )
 

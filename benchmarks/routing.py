@@ -178,6 +178,26 @@ def time_mass() -> None:
         args = {"block_q": block_q, "block_k": block_k}
         record(f"block mass, lse given, {name}", median(block_mass, q, k, lse=lse, **args))
     record(f"block mass with its own lse pass, S={seq} 128x64", median(block_mass, q, k, block_q=128, block_k=64))
+    # PSA's sample: a quarter of the tokens of 128 queries and 64 keys.
+    small = [x[:, ::4].contiguous() for x in (q, k)]
+    record(f"block mass of a quarter's sample, S={seq}/4 32x16", median(block_mass, *small, block_q=32, block_k=16))
+
+
+def time_mass_tiles() -> None:
+    """Tiles, warps and stages of the pass over all logits."""
+    from dit_accel.kernels.triton_block_mass import block_mass_triton
+
+    seq = 32768
+    q, k = (torch.randn(1, seq, 12, 128, device="cuda", dtype=torch.bfloat16) for _ in range(2))
+    _, lse = block_mass(q, k, block_q=128, block_k=64)
+    same = {"block_q": 64, "block_k": 64, "lse": lse, "rows": None, "k_rows": None, "key_mask": None, "scale": 0.088}
+    for tile, warps in (((128, 64), 4), ((128, 64), 8), ((256, 64), 8), ((128, 128), 8), ((256, 128), 8)):
+        for stages in (2, 3, 4):
+            name = f"block mass 64x64, tile {tile[0]}x{tile[1]}, {warps} warps, {stages} stages"
+            try:
+                record(name, median(block_mass_triton, q, k, **same, tile=tile, warps=warps, stages=stages))
+            except Exception as error:  # too much shared memory, say
+                print(f"{name}: {type(error).__name__}")
 
 
 def linear_oracle(
@@ -315,6 +335,7 @@ ITEMS: dict[str, Callable[[], None]] = {
     "selection 75600": lambda: time_selection(75600),
     "check mass": check_mass,
     "mass": time_mass,
+    "mass tiles": time_mass_tiles,
     "linear 75600": lambda: time_linear(75600),
     "sla 75600": lambda: time_sla(75600),
     "dense 75600": lambda: time_dense(75600),

@@ -12,15 +12,18 @@ from typing import Any
 import torch
 from torch.func import functional_call
 
+from .kernels import BlockMask, block_sparse_attention
+from .kernels.block_sparse import choose_backend
 from .layout import StepContext, TokenLayout
 from .plan import AttentionPlan, LayerMemory, SequenceBlocks
 from .recipe import Recipe
 from .stages.compensate_linear import LearnedCompensation
 from .stages.drift import BlockMeans
 from .stages.frozen import FrozenMasks
-from .stages.order_sorted import SortedSegments
+from .stages.order_sorted import Segments, SortedSegments
 from .stages.select import HeadDensities, Select, density_of_layer
-from .stages.select_static import DenseSelect
+from .stages.select_mass import FrozenMass, Mass
+from .stages.select_static import DenseSelect, FullSelect
 from .timing import Stopwatch
 
 
@@ -70,11 +73,24 @@ class AttentionCall:
 
 @dataclass(frozen=True, eq=False)
 class _KeptPlan:
-    """A plan, when it was made, and of which queries and keys where the schedule guards against drift."""
+    """A plan, when it was made, of which queries and keys where the schedule guards against drift, and for which
+    key mask: holding it keeps its memory from becoming another mask's."""
 
     made: StepContext
     plan: AttentionPlan
     means: BlockMeans | None
+    key_mask: torch.Tensor | None
+
+    def fits_static(self, call: AttentionCall) -> bool:
+        """Whether the plan of a static selection serves this call too: all layers of a forward share a mask."""
+        one, other = self.key_mask, call.key_mask
+        if one is None or other is None:
+            return one is other
+        return (
+            self.made.forward_id == call.step.forward_id
+            and one.data_ptr() == other.data_ptr()
+            and (one.shape, one.stride()) == (other.shape, other.stride())
+        )
 
 
 # Sees layer, output and the model's own attention of a call (None where that is the output already); what it
@@ -98,6 +114,7 @@ class Engine:
         learned: learned compensation of each layer by index; empty for recipes without parameters.
         frozen: masks of a calibration, in place of the recipe's own selection.
         rederive: select anew where the frozen masks do not fit, rather than raise.
+        plan_parts: time of making plans by part: "order" (and what a layout needs once), "select", "compensate".
     """
 
     def __init__(self, recipe: Recipe, layer_names: list[str], backend: str, min_tokens: int) -> None:
@@ -106,6 +123,7 @@ class Engine:
         self.min_tokens = min_tokens
         self.records = [LayerRecord(name) for name in layer_names]
         self.plan_time = Stopwatch()
+        self.plan_parts = {part: Stopwatch() for part in ("order", "select", "compensate")}
         self.sparse_time = Stopwatch()
         self.dense_time = Stopwatch()
         self.backends_used: dict[str, str] = {}
@@ -118,6 +136,8 @@ class Engine:
         self.rederive = False
         self._frozen_plans: dict[tuple[Any, ...], tuple[tuple[Any, ...], AttentionPlan]] = {}
         self._prepared: dict[tuple[Any, ...], _Prepared] = {}
+        self._full_masks: dict[tuple[Any, ...], BlockMask] = {}
+        self._segments: dict[tuple[Any, ...], Segments] = {}
         self._plans: dict[tuple[Any, ...], _KeptPlan] = {}
         self._memories: dict[tuple[Any, ...], tuple[StepContext, LayerMemory]] = {}
         self._backend_choice: dict[tuple[Any, ...], str] = {}
@@ -177,6 +197,7 @@ class Engine:
         if reason is not None:
             return self._run_dense(call, reason, dense, book), True
         with _autocast_done(call):
+            exact = self._searched_attention(call)
             begin = self.plan_time.start(q.device)
             made, plan = self._plan(call, book)
             backend = self._choose_backend(call, plan)
@@ -187,7 +208,7 @@ class Engine:
             if not search:
                 call.plan = plan
                 return self._run_sparse(call, plan, backend, learned, book), False
-        return self._run_dense(call, "search step", dense, book), True
+        return self._run_dense(call, "search step", dense if exact is None else lambda: exact, book), True
 
     def _run_sparse(
         self,
@@ -221,11 +242,53 @@ class Engine:
         book.sparse_calls += 1
         return out
 
+    def _searched_attention(self, call: AttentionCall) -> torch.Tensor | None:
+        """Dense attention of a search step by this package's kernel, for its log-sum-exp, which the search needs:
+        a pass of its own for that takes half as long as the attention itself. None where it is of no use."""
+        schedule, select = self.recipe.schedule, self.recipe.select
+        if self.frozen is not None or not schedule.dense_refresh or call.step.index is None:
+            return None
+        if not isinstance(select, Mass | FrozenMass) or any(x.requires_grad for x in (call.q, call.k, call.v)):
+            return None
+        assert isinstance(call.layout, TokenLayout)
+        key = self._plan_key(call)
+        kept = self._plans.get(key)
+        if kept is not None and not schedule.needs_plan(call.step, kept.made):
+            return None
+        memory = self._memory(key, call.step)
+        if not select.uses_lse(call.layout, call.key_mask) or memory.lse is not None:
+            return None
+        mask = self._full_mask(call)
+        backend, _ = choose_backend(call.q, call.k, call.v, mask, key_mask=call.key_mask)
+        if backend == "reference":
+            return None
+        begin = self.dense_time.start(call.q.device)
+        out, memory.lse = block_sparse_attention(
+            call.q, call.k, call.v, mask, key_mask=call.key_mask, scale=call.scale, return_lse=True, backend=backend
+        )
+        self.dense_time.stop(begin, call.q.device)
+        return out
+
+    def _full_mask(self, call: AttentionCall) -> BlockMask:
+        """All blocks of a layout, in the model's order."""
+        assert isinstance(call.layout, TokenLayout)
+        key = (call.layout, call.q.device)
+        if call.key_mask is None and key in self._full_masks:
+            return self._full_masks[key]
+        full = FullSelect(block=(128, 128))  # the kernel is fastest at these
+        blocks = SequenceBlocks(call.layout, None, *full.block, call.q.device)
+        mask = full.select(blocks, None, call.q, call.k, call.key_mask, call.scale)
+        if call.key_mask is None:
+            self._full_masks[key] = mask
+        return mask
+
     def forget(self) -> None:
         """Drop every plan, memory and cached table."""
         self.forget_plans()
         self._memories.clear()
         self._prepared.clear()
+        self._segments.clear()
+        self._full_masks.clear()
 
     def forget_plans(self) -> None:
         """Drop every plan; orders and tables of a layout stay."""
@@ -263,18 +326,14 @@ class Engine:
                 return call.step, self._frozen_plan(call, self.frozen, book)
             if not self.rederive:
                 raise ValueError(f"{reason} Calibrate for this, or patch with rederive=True to select anew.")
-        layout, device = call.layout, call.q.device
+        device = call.q.device
         q, k = call.q.detach(), call.k.detach()
         select, schedule = self._selection(call), self.recipe.schedule
-        if select.is_static:
-            # One plan serves all layers of one order; a prompt's padding can change it, so it is kept only
-            # without any.
-            key: tuple[Any, ...] = (layout, device, self.recipe.order.variant(call.layer))
-            keep = call.key_mask is None
-        else:
-            key = (call.layer, call.step.branch, layout, call.q.shape[0], device)
-            keep = schedule.keeps_plans
+        key = self._plan_key(call)
+        keep = select.is_static or schedule.keeps_plans
         kept = self._plans.get(key) if keep else None
+        if kept is not None and select.is_static and not kept.fits_static(call):
+            kept = None
         guarded = keep and schedule.drift_bound is not None and not select.is_static
         means = None
         with torch.no_grad():
@@ -286,18 +345,36 @@ class Engine:
                 if bool(means.change_since(kept.means) <= schedule.drift_bound):
                     return kept.made, kept.plan
             memory = None if select.is_static else self._memory(key, call.step)
-            prepared = self._prepare(call)
-            mask = select.select(prepared.blocks, prepared.tables, q, k, call.key_mask, call.scale, memory)
-            if keep:
+            with self._timed("order", device):
+                prepared = self._prepare(call)
+            with self._timed("select", device):
+                mask = select.select(prepared.blocks, prepared.tables, q, k, call.key_mask, call.scale, memory)
+            if keep and not (select.is_static and call.key_mask is not None):
                 mask = mask.trimmed()
             if guarded and means is None:
                 means = BlockMeans.of(q, k, call.key_mask, select.block)
-            state = self.recipe.compensate.prepare(prepared.blocks, mask, q, k, call.key_mask, call.scale)
+            with self._timed("compensate", device):
+                compensate = self.recipe.compensate
+                state = compensate.prepare(prepared.blocks, mask, q, k, call.key_mask, call.scale, memory)
+            if memory is not None:
+                memory.found = None
         plan = AttentionPlan(rows=prepared.blocks.kernel_rows, mask=mask, compensation=state)
         if keep:
-            self._plans[key] = _KeptPlan(call.step, plan, means)
+            self._plans[key] = _KeptPlan(call.step, plan, means, call.key_mask)
         book.plans_made += 1
         return call.step, plan
+
+    def _plan_key(self, call: AttentionCall) -> tuple[Any, ...]:
+        """Which calls may share a plan: of a static selection all layers of one order, steps and branches."""
+        if self.recipe.select.is_static:
+            return call.layout, call.q.device, self.recipe.order.variant(call.layer)
+        return call.layer, call.step.branch, call.layout, call.q.shape[0], call.q.device
+
+    @contextmanager
+    def _timed(self, part: str, device: torch.device) -> Iterator[None]:
+        begin = self.plan_parts[part].start(device)
+        yield
+        self.plan_parts[part].stop(begin, device)
 
     @staticmethod
     def _why_not_frozen(call: AttentionCall, frozen: FrozenMasks) -> str | None:
@@ -356,8 +433,12 @@ class Engine:
         layout, device, order, select = call.layout, call.q.device, self.recipe.order, self.recipe.select
         assert not isinstance(select, DenseSelect)
         if isinstance(order, SortedSegments):
-            # An order of the call itself: nothing to keep but the plan.
-            rows = order.rows_of_call(layout, call.q.detach(), call.k.detach(), call.key_mask, call.scale)
+            # An order of the call itself: nothing to keep but the plan, and which tokens a segment holds.
+            place = (layout, device)
+            if place not in self._segments:
+                self._segments[place] = order.segments(layout, device)
+            q, k, segments = call.q.detach(), call.k.detach(), self._segments[place]
+            rows = order.rows_of_call(layout, q, k, call.key_mask, call.scale, segments)
             blocks = SequenceBlocks(layout, rows, *select.block, device)
             return _Prepared(blocks, select.prepare(blocks))
         key = (layout, device, order.variant(call.layer))

@@ -35,9 +35,12 @@ class LayerMemory:
 
     Attributes:
         lse: float32 ``[B, H, S]``, log-sum-exp of the queries at an earlier search, in the model's order.
+        found: what the selection worked out on its way, for the compensation of the same plan; the engine drops
+            it when the plan is made.
     """
 
     lse: torch.Tensor | None = None
+    found: Any = None
 
 
 @dataclass(frozen=True, eq=False)
@@ -99,6 +102,19 @@ class SequenceBlocks:
     def forced_k(self) -> torch.Tensor | None:
         """bool ``[B|1, H|1, nk]``: key blocks with a non-latent token, which everything reads; or None."""
         return self._with_extras(self.block_k)
+
+    @cached_property
+    def open_k(self) -> torch.Tensor:
+        """bool ``[B|1, H|1, nk]``: key blocks without any other token than latents."""
+        if self.forced_k is None:
+            return torch.ones(1, 1, self.num_blocks[1], dtype=torch.bool, device=self.device)
+        return ~self.forced_k
+
+    @cached_property
+    def tokens_k(self) -> torch.Tensor:
+        """float32 ``[nk]``: tokens in each key block; all but the last have as many."""
+        first = torch.arange(self.num_blocks[1], device=self.device) * self.block_k
+        return (self.layout.seq_len - first).clamp(max=self.block_k).float()
 
     @cached_property
     def first_frame_k(self) -> torch.Tensor:

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import ast
+import json
 import typing
 from collections.abc import Mapping
 from dataclasses import dataclass, field, fields, replace
+from pathlib import Path
 from typing import Any
 
 from .stages.compensate import COMPENSATIONS, Compensation, KeyPyramid, NoCompensation
@@ -163,6 +165,30 @@ class Recipe:
             changes = {name: value for name, value in values.items() if name != "kind"}
             stages[axis] = _replace_fields(axis, _kind(axis, values.get("kind"))(), changes)
         return cls(**stages)
+
+    def save(self, path: str | Path) -> None:
+        """Write :meth:`to_dict`'s data as JSON; folders are made."""
+        path = Path(path)
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text(json.dumps(self.to_dict()) + "\n")
+
+    @classmethod
+    def load(cls, path: str | Path) -> Recipe:
+        """Read a file of :meth:`save`.
+
+        Raises:
+            ValueError: the file is not there, or holds no recipe.
+        """
+        path = Path(path)
+        if not path.is_file():
+            raise ValueError(f"There is no recipe file {path}.")
+        try:
+            data = json.loads(path.read_text())
+        except ValueError as error:
+            raise ValueError(f"{path} holds no recipe: {error}.") from None
+        if not isinstance(data, dict) or not all(isinstance(values, dict) for values in data.values()):
+            raise ValueError(f"{path} holds no recipe: one object of five axes is expected.")
+        return cls.from_dict(data)
 
 
 def _check_axis(axis: str) -> None:

@@ -6,6 +6,7 @@ import torch
 from dit_accel import Recipe, presets
 from dit_accel.engine import Engine
 from dit_accel.layout import StepContext, TokenLayout
+from dit_accel.plan import SequenceBlocks
 from dit_accel.stages.drift import BlockMeans
 from dit_accel.stages.schedule import Schedule
 from dit_accel.stages.select_dynamic import Pooled
@@ -34,7 +35,7 @@ def _run(engine: Engine, tensors, steps: int, start: int = 0, sigmas=None) -> li
 
 
 def test_adaspa_searches_twice_densely_and_remembers_the_lse():
-    recipe = presets.adaspa(density=0.3, block=(32, 32))
+    recipe = presets.adaspa(density=0.3, search_at=(0.2, 0.6), block=(32, 32))
     engine = Engine(recipe, ["layer"], "auto", 0)
     did = _run(engine, _inputs(), 10)
     assert [index for index, kind in enumerate(did) if kind == "dense"] == [0, 1, 2, 6]
@@ -51,10 +52,61 @@ def test_a_repeated_forward_repeats_its_dense_search():
     engine = Engine(presets.sparsed(block=(32, 32)), ["layer"], "auto", 0)
     q, k, v = _inputs()
     step = StepContext(index=3, num_steps=10, forward_id=3)
+    exact = _exact(q, k, v)
     for _ in range(2):
-        out = engine.attend(0, q, k, v, None, None, LAYOUT, step, lambda: v)
-        assert out is v
+        out = engine.attend(0, q, k, v, None, None, LAYOUT, step, lambda: exact.float())
+        torch.testing.assert_close(out.double(), exact, atol=1e-5, rtol=1e-5)
     assert engine.records[0].plans_made == 1
+    assert dict(engine.records[0].dense_calls) == {"search step": 2}
+
+
+def _exact(q, k, v, key_mask=None):
+    logits = torch.einsum("bqhd,bkhd->bhqk", q.double(), k.double()) / q.shape[-1] ** 0.5
+    if key_mask is not None:
+        logits = logits.masked_fill(~key_mask[:, None, None], -torch.inf)
+    return torch.einsum("bhqk,bkhd->bqhd", logits.softmax(-1), v.double())
+
+
+@pytest.mark.parametrize("layout", [LAYOUT, TokenLayout((3, 8, 8), 64, 256)], ids=["alone", "text first"])
+@pytest.mark.parametrize("hidden", [False, True])
+@pytest.mark.parametrize("name", ["adaspa", "sparsed"])
+def test_a_search_step_is_exact_and_plans_what_two_passes_would(name, hidden, layout):
+    recipe = getattr(presets, name)(density=0.3, block=(32, 32))
+    engine = Engine(recipe, ["layer"], "auto", 0)
+    q, k, v = _inputs()
+    key_mask = torch.arange(256).expand(1, 256) >= (20 if hidden else 0)
+    mask = key_mask[:, None, None] if hidden else None
+    exact = _exact(q, k, v, key_mask)
+    step = StepContext(index=4, num_steps=10, forward_id=4)
+    searched = engine.attend(0, q, k, v, mask, None, layout, step, lambda: exact.float())
+    torch.testing.assert_close(searched.double(), exact, atol=1e-5, rtol=1e-5)
+    ((_, kept),) = engine._plans.items()
+    blocks = SequenceBlocks(layout, None, 32, 32, torch.device("cpu"))
+    alone = recipe.select.select(blocks, None, q, k, key_mask if hidden else None, None)
+    assert torch.equal(kept.plan.mask.to_dense(), alone.to_dense())
+
+
+def test_a_search_with_gradients_leaves_the_models_own_attention():
+    engine = Engine(presets.adaspa(density=0.3, block=(32, 32)), ["layer"], "auto", 0)
+    q, k, v = _inputs()
+    step = StepContext(index=4, num_steps=10, forward_id=4)
+    out = engine.attend(0, q.requires_grad_(), k, v, None, None, LAYOUT, step, lambda: v)
+    assert out is v
+
+
+def test_layers_of_one_forward_share_a_static_plan_also_with_hidden_keys():
+    engine = Engine(Recipe(select=Window(window=(1.0, 0.5, 0.5), block=(32, 32))), ["a", "b"], "auto", 0)
+    q, k, v = _inputs()
+    mask = (torch.arange(256) < 250).expand(1, 1, 1, 256)
+    for forward, hidden in enumerate((mask, mask, mask.clone())):
+        for layer in range(2):
+            step = StepContext(index=5 + forward, num_steps=10, forward_id=forward)
+            engine.attend(layer, q, k, v, hidden, None, LAYOUT, step, lambda: v)
+    assert [record.plans_made for record in engine.records] == [3, 0], "one plan a forward, for both layers"
+    step = StepContext(index=8, num_steps=10, forward_id=2)
+    other = (torch.arange(256) < 100).expand(1, 1, 1, 256)
+    engine.attend(1, q, k, v, other, None, LAYOUT, step, lambda: v)
+    assert engine.records[1].plans_made == 1, "another mask, another plan"
 
 
 def test_drift_below_the_bound_keeps_the_plan_and_above_it_makes_another():

@@ -1,20 +1,26 @@
-"""How to share a budget of blocks among layers and heads, from errors measured on the model itself."""
+"""How to share a budget of blocks among layers and heads, and in which order a head's tokens form blocks, from errors
+measured on the model itself."""
 
 from __future__ import annotations
 
 import heapq
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
-from itertools import product
+import time
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, replace
+from functools import partial
+from itertools import chain, product
 from typing import Any
 
 import torch
 from torch import nn
 
-from ..api import patch
+from .. import presets
+from ..api import patch, transformers_of
 from ..engine import AttentionCall, Engine, OutputTap
 from ..patches.handle import PatchHandle
+from ..patches.session import step_index
 from ..recipe import Recipe
+from .calibrate import Progress
 
 DENSITIES = (0.03, 0.06, 0.1, 0.15, 0.2, 0.3, 0.4, 0.55, 0.75, 1.0)
 
@@ -27,12 +33,16 @@ class HeadErrors:
         densities: asked of the recipe, rising to 1.
         kept: float64 ``[layers, heads, densities]``: what the recipe then kept, own and rounded-up blocks included.
         error: float64 ``[layers, heads, densities]``: mean squared norm of what a head at this density changes in
-            the velocity, alone, as a share of the velocity's own squared norm.
+            the velocity, alone, as a share of the velocity's own squared norm; in the best order there.
+        orders: the orders that heads may choose from; empty where the recipe's own serves all.
+        by_order: float64 ``[orders, layers, heads, densities]``, the errors in each of them.
     """
 
     densities: tuple[float, ...]
     kept: torch.Tensor
     error: torch.Tensor
+    orders: tuple[str, ...] = ()
+    by_order: torch.Tensor | None = None
 
     def predicted(self, head_densities: Sequence[Sequence[float]]) -> float:
         """Relative error of the velocity if errors of single heads added up as independent ones do."""
@@ -42,6 +52,14 @@ class HeadErrors:
         """Mean density that the recipe would really keep."""
         found = self._at(self.kept, head_densities)
         return sum(found) / len(found)
+
+    def best_orders(self, head_densities: Sequence[Sequence[float]]) -> tuple[tuple[str, ...], ...]:
+        """The order of every head with the least error at its density; the first one named where orders tie."""
+        assert self.by_order is not None
+        each = torch.tensor([self._at(curves, head_densities) for curves in self.by_order])
+        names = [self.orders[int(place)] for place in each.argmin(0)]
+        heads = len(head_densities[0])
+        return tuple(tuple(names[first : first + heads]) for first in range(0, len(names), heads))
 
     def _at(self, curves: torch.Tensor, head_densities: Sequence[Sequence[float]]) -> list[float]:
         return [
@@ -58,6 +76,7 @@ def measure_heads(
     inputs: Sequence[dict[str, Any]],
     *,
     densities: Sequence[float] = DENSITIES,
+    orders: Sequence[str] = (),
     probe: float = 0.2,
     progress: Callable[[int, int], None] = lambda done, total: None,
 ) -> HeadErrors:
@@ -72,16 +91,19 @@ def measure_heads(
         recipe: with a selection that takes ``head_densities``; its schedule's dense phase is left out.
         inputs: keyword arguments of forwards along the trajectory.
         densities: to measure; 1 is added.
+        orders: to measure each head in, some of :data:`~dit_accel.stages.order_axes.HEAD_ORDERS`, in place of the
+            recipe's order. What a head's error does to the velocity is measured in the first.
         probe: where a head's effect on the velocity is measured.
         progress: told forwards done and their number.
 
     Raises:
         ValueError: the recipe's selection has no density per head.
     """
-    if not hasattr(recipe.select, "head_densities"):
-        raise ValueError(f"{type(recipe.select).__name__} has no density per head; pooled and mass selections have.")
+    _check_select(recipe)
     recipe = recipe.with_fields({"schedule": "schedule"})
     steps = tuple(sorted({*densities, probe, 1.0}))
+    bases = [recipe.with_fields({"order": "axes", "order.axes": ((name,),)}) for name in orders] or [recipe]
+    recipe = bases[0]
     at_probe = _with_density(recipe, probe)
     with patch(model, at_probe) as handle:
         names = [record.name for record in next(iter(handle.sessions.values())).engine.records]
@@ -97,11 +119,11 @@ def measure_heads(
         progress(done, total)
         return (output[0] if isinstance(output, tuple) else output.sample).double()
 
-    curves = torch.zeros(len(inputs), layers, heads, len(steps), dtype=torch.float64)
+    curves = torch.zeros(len(inputs), len(bases), layers, heads, len(steps), dtype=torch.float64)
     kept = torch.ones_like(curves)
     exact = []
     with patch(model, "dense") as handle:
-        engines = [Engine(_with_density(recipe, density), names, "auto", 0) for density in steps[:-1]]
+        engines = [[Engine(_with_density(base, density), names, "auto", 0) for density in steps[:-1]] for base in bases]
         for one, shares, arguments in zip(curves, kept, inputs, strict=True):
             tap = _curve_tap(next(iter(handle.sessions.values())).engine, engines, one, shares)
             exact.append(forward(tap, handle, arguments))
@@ -112,8 +134,11 @@ def measure_heads(
             for head, (sample, arguments) in product(range(heads), enumerate(inputs)):
                 change = forward(_head_tap(head), handle, arguments) - exact[sample]
                 effect[sample, layer, head] = float(change.square().sum() / exact[sample].square().sum())
-    gain = effect / curves[..., steps.index(probe)].clamp_min(1e-30)
-    return HeadErrors(steps, kept.mean(0), (gain[..., None] * curves).mean(0))
+    gain = effect / curves[:, 0, ..., steps.index(probe)].clamp_min(1e-30)
+    by_order = (gain[:, None, ..., None] * curves).mean(0)
+    error, best = by_order.min(0)
+    kept_there = kept.mean(0).gather(0, best[None])[0]
+    return HeadErrors(steps, kept_there, error, tuple(orders), by_order if orders else None)
 
 
 def allocate(
@@ -134,8 +159,7 @@ def allocate(
     Raises:
         ValueError: neither or both targets, or a mean density below the lowest measured.
     """
-    if (mean_density is None) == (max_error is None):
-        raise ValueError(f"give mean_density or max_error, got {mean_density} and {max_error}.")
+    _check_target(mean_density, max_error)
     layers, heads, _ = errors.error.shape
     hulls = {
         (layer, head): _hull(errors.densities, errors.kept[layer, head].tolist(), errors.error[layer, head].tolist())
@@ -175,6 +199,127 @@ def with_densities(recipe: Recipe, head_densities: tuple[tuple[float, ...], ...]
     return recipe.with_fields({"select.density": mean, "select.head_densities": head_densities})
 
 
+def with_orders(recipe: Recipe, orders: tuple[tuple[str, ...], ...]) -> Recipe:
+    """The recipe with an order per layer and head, some of :data:`~dit_accel.stages.order_axes.HEAD_ORDERS`."""
+    return recipe.with_fields({"order": "axes", "order.axes": orders})
+
+
+@dataclass(frozen=True, eq=False)
+class Found:
+    """What :func:`search` found.
+
+    Attributes:
+        recipe: with a density, and where orders were given an order, per layer and head.
+        errors: what was measured; further targets need only :func:`allocate`.
+        density: mean share of the blocks that it keeps.
+        predicted_error: relative error of the velocity, if errors of heads are independent.
+        predicted_uniform: the same with one density for all heads, that of ``density``, in the first order.
+    """
+
+    recipe: Recipe
+    errors: HeadErrors
+    density: float
+    predicted_error: float
+    predicted_uniform: float
+
+
+def search(
+    pipe: Any,
+    prompts: Sequence[Any],
+    recipe: Recipe | str,
+    *,
+    mean_density: float | None = None,
+    max_error: float | None = None,
+    orders: Sequence[str] = (),
+    samples: int = 3,
+    densities: Sequence[float] = DENSITIES,
+    seed: int = 0,
+    generate_kwargs: Mapping[str, Any] | None = None,
+    progress: Callable[[Progress], None] = lambda state: None,
+) -> Found:
+    """Find a density, and an order if there is a choice, for every head of a pipeline's transformer.
+
+    Dense runs of the prompts give the forwards that heads are measured on, see :func:`measure_heads`; their number
+    is that of heads times prompts times ``samples``. Every transformer forward of a sampled step counts as one: a
+    pipeline that runs its guidance branches one by one is measured on the first.
+
+    Args:
+        pipe: a diffusers pipeline with one transformer, not patched.
+        prompts: texts, or arguments of the pipeline's call in place of one.
+        recipe: a :class:`~dit_accel.Recipe` or a preset's name, whose selection takes a density per head.
+        mean_density, max_error: the target, see :func:`allocate`.
+        orders: that heads may choose from, see :func:`measure_heads`; none keeps the recipe's order.
+        samples: denoising steps measured, spread over those after the recipe's dense phase.
+        densities: see :func:`measure_heads`.
+        seed: of the first prompt's run; each further one adds 1.
+        generate_kwargs: further arguments of the pipeline's call, such as size and steps.
+        progress: told after every run and every forward.
+
+    Raises:
+        ValueError: a pipeline of two transformers, no prompts, or what :func:`allocate` and :func:`measure_heads`
+            refuse.
+    """
+    chosen = presets.resolve(recipe)
+    if isinstance(prompts, str) or not prompts:
+        raise ValueError(f"prompts must be a non-empty sequence, got {prompts!r}.")
+    _check_target(mean_density, max_error)
+    _check_select(chosen)
+    models = transformers_of(pipe)
+    if len(models) != 1:
+        raise ValueError(f"A search is for one transformer, {type(pipe).__name__} has {len(models)}.")
+    ((_, model, _),) = models
+    inputs: list[dict[str, Any]] = []
+    for number, prompt in enumerate(prompts):
+        progress(Progress(number, len(prompts), None, "dense runs"))
+        arguments = {"prompt": prompt} if isinstance(prompt, str) else dict(prompt)
+        generator = torch.Generator().manual_seed(seed + number)
+        call = {**(generate_kwargs or {}), "generator": generator, "output_type": "latent", **arguments}
+        keep = _first_forwards(pipe, samples, chosen.schedule.dense_fraction)
+        inputs += record_inputs(model, partial(pipe, **call), keep)
+    start = time.perf_counter()
+
+    def measured(done: int, total: int) -> None:
+        spent = time.perf_counter() - start
+        progress(Progress(done, total, spent / done * (total - done), "heads"))
+
+    errors = measure_heads(model, chosen, inputs, densities=densities, orders=orders, progress=measured)
+    shares = allocate(errors, mean_density=mean_density, max_error=max_error)
+    found = with_densities(chosen, shares)
+    if orders:
+        found = with_orders(found, errors.best_orders(shares))
+    kept = errors.kept_at(shares)
+    first = errors if errors.by_order is None else replace(errors, error=errors.by_order[0])
+    return Found(found, errors, kept, errors.predicted(shares), first.predicted(_uniform(errors, kept)))
+
+
+def _uniform(errors: HeadErrors, kept: float) -> list[list[float]]:
+    """One density for all heads that keeps this share of the blocks."""
+    layers, heads, _ = errors.error.shape
+    low, high = errors.densities[0], 1.0
+    for _ in range(40):
+        middle = (low + high) / 2
+        low, high = (middle, high) if errors.kept_at([[middle] * heads] * layers) < kept else (low, middle)
+    return [[high] * heads] * layers
+
+
+def _first_forwards(pipe: Any, samples: int, dense_fraction: float) -> Callable[[int], bool]:
+    """Says of each forward of a run whether it is the first one of a sampled step."""
+    seen: set[int] = set()
+
+    def keep(_: int) -> bool:
+        timesteps = pipe.scheduler.timesteps
+        steps = len(timesteps)
+        places = [dense_fraction + (n + 0.5) / samples * (1.0 - dense_fraction) for n in range(samples)]
+        wanted = {min(int(place * steps), steps - 1) for place in places}
+        index = step_index(pipe, pipe.scheduler, timesteps)
+        if index in seen or index not in wanted:
+            return False
+        seen.add(index)
+        return True
+
+    return keep
+
+
 def record_inputs(model: nn.Module, run: Callable[[], Any], keep: Callable[[int], bool]) -> list[dict[str, Any]]:
     """Arguments of the forwards of a run for which ``keep(number of the forward)``, tensors on their device."""
     found: list[dict[str, Any]] = []
@@ -194,6 +339,20 @@ def record_inputs(model: nn.Module, run: Callable[[], Any], keep: Callable[[int]
     finally:
         handle.remove()
     return found
+
+
+def _check_select(recipe: Recipe) -> None:
+    if not hasattr(recipe.select, "head_densities"):
+        raise ValueError(f"{type(recipe.select).__name__} has no density per head; pooled and mass selections have.")
+
+
+def _check_target(mean_density: float | None, max_error: float | None) -> None:
+    if (mean_density is None) == (max_error is None):
+        raise ValueError(f"give mean_density or max_error, got {mean_density} and {max_error}.")
+    if mean_density is not None and not 0.0 < mean_density <= 1.0:
+        raise ValueError(f"mean_density must lie in (0, 1], got {mean_density}.")
+    if max_error is not None and max_error <= 0.0:
+        raise ValueError(f"max_error must be above 0, got {max_error}.")
 
 
 def _with_density(recipe: Recipe, density: float) -> Recipe:
@@ -216,23 +375,28 @@ def _count_heads(handle: PatchHandle, model: nn.Module, arguments: dict[str, Any
     return seen[0]
 
 
-def _curve_tap(dense: Engine, sparse: Sequence[Engine], curves: torch.Tensor, kept: torch.Tensor) -> OutputTap:
-    """Leaves outputs as they are; ``curves [layers, heads, densities]`` gets each head's squared error, and
+def _curve_tap(
+    dense: Engine, sparse: Sequence[Sequence[Engine]], curves: torch.Tensor, kept: torch.Tensor
+) -> OutputTap:
+    """Leaves outputs as they are; ``curves [orders, layers, heads, densities]`` gets each head's squared error, and
     ``kept`` its density."""
     calls: dict[int, AttentionCall] = {}
-    for engine in (dense, *sparse):
+    for engine in (dense, *chain.from_iterable(sparse)):
         engine.observer = lambda call: calls.__setitem__(call.layer, call)
 
     def tap(layer: int, out: torch.Tensor, model_own: Callable[[], torch.Tensor] | None) -> torch.Tensor:
         call = calls.pop(layer)
-        for place, engine in enumerate(sparse):
+        for (order, engines), place in product(enumerate(sparse), range(len(sparse[0]))):
+            engine = engines[place]
             found = engine.attend(
                 layer, call.q, call.k, call.v, call.key_mask, call.scale, call.layout, call.step, lambda: out
             )
             plan = calls.pop(layer).plan
             assert plan is not None
-            kept[layer, :, place] = (plan.mask.kv_num_blocks.double().mean((0, 2)) / plan.mask.num_blocks[1]).cpu()
-            curves[layer, :, place] = (found.double() - out.double()).square().sum((0, 1, 3)).cpu()
+            kept[order, layer, :, place] = (
+                plan.mask.kv_num_blocks.double().mean((0, 2)) / plan.mask.num_blocks[1]
+            ).cpu()
+            curves[order, layer, :, place] = (found.double() - out.double()).square().sum((0, 1, 3)).cpu()
         return out
 
     return tap

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import Annotated, Any
 
 import typer
 
@@ -21,11 +21,7 @@ from .options import (
     read_recipe,
     read_size,
 )
-
-if TYPE_CHECKING:
-    from collections.abc import Callable, Iterator
-
-    from ..calibration.calibrate import Progress
+from .progress import progress_bar
 
 
 @one_sentence_errors
@@ -74,7 +70,7 @@ def calibrate(
     asked = {"width": width, "height": height, "frames": frames, "steps": steps, "guidance": guidance}
     settings |= {key: value for key, value in asked.items() if value is not None}
     pipe.set_progress_bar_config(disable=True)
-    with _bar(quiet=as_json) as progress:
+    with progress_bar("calibrating", quiet=as_json) as progress:
         artifact = run(
             pipe,
             prompts or DEFAULT_PROMPTS[:2],
@@ -106,34 +102,3 @@ def calibrate(
     for part_name, part in report["transformers"].items():
         print(f"{part_name}: grid {part['grid']}, {part['noise_levels']} noise levels")
     print(f"{out}, {report['megabytes']:.1f} MB; use it with patch(pipe, {recipe!r}, calibration={str(out)!r})")
-
-
-def _bar(quiet: bool) -> Any:
-    """Progress with the time left, on stderr; entering it gives the function to tell."""
-    from contextlib import contextmanager, nullcontext
-
-    if quiet:
-        return nullcontext(lambda state: None)
-
-    @contextmanager
-    def bar() -> Iterator[Callable[[Progress], None]]:
-        from rich.console import Console
-        from rich.progress import BarColumn, MofNCompleteColumn, TextColumn
-        from rich.progress import Progress as Bar
-
-        columns = (
-            TextColumn("{task.description}"),
-            BarColumn(),
-            MofNCompleteColumn(),
-            TextColumn("{task.fields[left]}"),
-        )
-        with Bar(*columns, console=Console(stderr=True)) as shown:
-            task = shown.add_task("calibrating", total=None, left="")
-
-            def tell(state: Progress) -> None:
-                left = "" if state.seconds_left is None else f"{state.seconds_left:.0f} s left"
-                shown.update(task, description=state.stage, completed=state.done, total=state.total, left=left)
-
-            yield tell
-
-    return bar()

@@ -11,6 +11,7 @@ from .finetune import finetune
 from .generate import generate
 from .info import info
 from .inspect import inspect
+from .search import search
 
 app = typer.Typer(
     name="dit-accel",
@@ -23,6 +24,7 @@ app.command()(generate)
 app.command()(compare)
 app.command()(inspect)
 app.command()(calibrate)
+app.command()(search)
 app.command()(finetune)
 app.command()(bench)
 app.command()(info)

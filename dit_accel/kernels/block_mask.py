@@ -95,14 +95,21 @@ class BlockMask:
             rank = rank + (partial & keep).to(torch.int8)
         if kv_len % block_k:
             rank[..., -1] = torch.where(keep[..., -1], 1, 2).to(torch.int8)
-        indices = rank.argsort(dim=-1, stable=True).to(torch.int32)
+        if keep.device.type == "cuda":
+            # A sort of every row costs more than all else that a selection does.
+            from .triton_selection import block_lists_triton
+
+            indices, number, number_full = block_lists_triton(rank)
+        else:
+            indices = rank.argsort(dim=-1, stable=True).to(torch.int32)
+            number, number_full = ((rank < bound).sum(-1, dtype=torch.int32) for bound in (2, 1))
         bits = None
         if bit_rows is not None:
             bits = bit_rows.to(torch.int32).expand(*keep.shape[:-1], nk).gather(-1, indices.long()).contiguous()
         return cls(
-            kv_num_blocks=(rank < 2).sum(-1, dtype=torch.int32),
+            kv_num_blocks=number,
             kv_indices=indices.contiguous(),
-            kv_num_full=(rank < 1).sum(-1, dtype=torch.int32),
+            kv_num_full=number_full,
             block_q=block_q,
             block_k=block_k,
             q_len=q_len,

@@ -56,10 +56,11 @@ def energy_levels(
     nk = importance.shape[-1]
     value, order = importance.float().sort(dim=-1, descending=True, stable=True)
     before = (value.cumsum(-1) - value) / value.sum(-1, keepdim=True)
-    rank = order.argsort(dim=-1)
-    within = [(before < share).gather(-1, rank) for share in cumulative]
-    within[0] = within[0] | (rank < max(1, -(-round(min_full * 1_000_000) * nk // 1_000_000)))
-    return levels_from_rank(rank, within)
+    within = [before < share for share in cumulative]
+    within[0][..., : max(1, -(-round(min_full * 1_000_000) * nk // 1_000_000))] = True
+    # Levels of the sorted blocks, put back where the blocks came from: no second sort.
+    levels = levels_from_rank(before, within)
+    return torch.empty_like(levels).scatter_(-1, order, levels)
 
 
 def check_cumulative(cumulative: tuple[float, float, float, float]) -> None:
@@ -70,7 +71,7 @@ def check_cumulative(cumulative: tuple[float, float, float, float]) -> None:
 
 
 def levels_from_rank(rank: torch.Tensor, within: list[torch.Tensor]) -> torch.Tensor:
-    """The finest level whose condition holds, else 0."""
+    """The finest level whose condition holds, else 0, in the shape of ``rank``."""
     levels = torch.zeros_like(rank, dtype=torch.int8)
     for level, inside in reversed(list(zip(LEVELS, within))):
         levels = torch.where(inside, level, levels)
@@ -83,12 +84,17 @@ def similarity_cap(
     *,
     rows: torch.Tensor | None = None,
     thresholds: tuple[float, float, float] = (0.7, 0.65, 0.6),
+    impl: Impl = "auto",
 ) -> torch.Tensor:
     """The coarsest level that the keys of a block are similar enough for: int8 ``[B, H, nk]``.
 
     Level L of 2, 4, 8 needs a mean cosine over the block's runs of L, between a run's first and last token,
     above its threshold, and the levels before it too. Apply it as ``levels.minimum(cap[:, :, None])``.
     """
+    if use_triton(impl, k.device, None if block >= LEVELS[-1] and not block & (block - 1) else "no power of two"):
+        from .triton_spread import similarity_cap_triton
+
+        return similarity_cap_triton(k, block, rows=rows, thresholds=thresholds)
     k = F.normalize(gather_rows(k, rows).float(), dim=-1)
     k = F.pad(k, (0, 0, 0, -k.shape[2] % block)).unflatten(2, (-1, block))
     cap = torch.ones(k.shape[:3], dtype=torch.int8, device=k.device)

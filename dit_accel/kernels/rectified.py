@@ -75,12 +75,17 @@ def pool_deviation(
     *,
     rows: torch.Tensor | None = None,
     key_mask: torch.Tensor | None = None,
+    impl: Impl = "auto",
 ) -> torch.Tensor:
     """Mean absolute deviation of the valid tokens of each block from its mean, float32 ``[B, H, n, D]``.
 
-    ``mean`` is what :func:`dit_accel.kernels.selection.pool_blocks` gives for the same arguments. Heads are
-    taken one at a time to keep the memory small.
+    ``mean`` is what :func:`dit_accel.kernels.selection.pool_blocks` gives for the same arguments. The torch
+    version takes heads one at a time to keep the memory small.
     """
+    if use_triton(impl, x.device):
+        from .triton_spread import pool_deviation_triton
+
+        return pool_deviation_triton(x, mean, block, rows=rows, key_mask=key_mask)
     seq, heads = x.shape[1:3]
     pad = -seq % block
     visible = torch.ones(1, 1, seq, dtype=torch.bool, device=x.device)
@@ -106,17 +111,25 @@ def gain_exceeds_error(
     *,
     rows: torch.Tensor | None = None,
     key_mask: torch.Tensor | None = None,
+    means: tuple[torch.Tensor, torch.Tensor] | None = None,
     impl: Impl = "auto",
 ) -> torch.Tensor:
     """Where a pooled block may stand in: ``|Q.K| > |dQ.K| + |Q.dK|`` on block means and mean deviations.
 
+    Args:
+        means: the block means of q and k, float32 ``[B, H, n, D]``, where they are at hand.
+
     Returns:
         bool ``[B, H, nq, nk]``.
     """
-    q_mean = pool_blocks(q, block_q, rows=rows, impl=impl)
-    k_mean = pool_blocks(k, block_k, rows=rows, key_mask=key_mask, impl=impl)
-    q_away = pool_deviation(q, q_mean, block_q, rows=rows)
-    k_away = pool_deviation(k, k_mean, block_k, rows=rows, key_mask=key_mask)
+    if means is None:
+        means = (
+            pool_blocks(q, block_q, rows=rows, impl=impl),
+            pool_blocks(k, block_k, rows=rows, key_mask=key_mask, impl=impl),
+        )
+    q_mean, k_mean = means
+    q_away = pool_deviation(q, q_mean, block_q, rows=rows, impl=impl)
+    k_away = pool_deviation(k, k_mean, block_k, rows=rows, key_mask=key_mask, impl=impl)
     k_mean_t = k_mean.transpose(-1, -2)
     error = (q_away @ k_mean_t).abs() + (q_mean @ k_away.transpose(-1, -2)).abs()
     return (q_mean @ k_mean_t).abs() > error

@@ -133,6 +133,36 @@ def pool_blocks(
     return total / count.clamp(min=1)[..., None]
 
 
+def self_similarity(
+    x: torch.Tensor,
+    block: int,
+    *,
+    rows: torch.Tensor | None = None,
+    key_mask: torch.Tensor | None = None,
+    centre: torch.Tensor | None = None,
+    impl: Impl = "auto",
+) -> torch.Tensor:
+    """Mean cosine over all pairs of valid tokens of a block, each with itself included (SpargeAttn).
+
+    The mean of a Gram matrix of unit vectors is the squared length of their mean: one pass, and no division by
+    the padding of a short block.
+
+    Args:
+        x, block, rows, key_mask, impl: see :func:`pool_blocks`.
+        centre: float32 ``[B, H, D]``, subtracted from every token first.
+
+    Returns:
+        float32 ``[B, H, n]``; 0 for a block of hidden tokens.
+    """
+    if use_triton(impl, x.device):
+        from .triton_spread import self_similarity_triton
+
+        return self_similarity_triton(x, block, rows=rows, key_mask=key_mask, centre=centre)
+    wide = x.float() if centre is None else x.float() - centre[:, None]
+    length = wide.norm(dim=-1, keepdim=True).clamp_min(torch.finfo(torch.float32).tiny)
+    return pool_blocks(wide / length, block, rows=rows, key_mask=key_mask, impl=impl).square().sum(-1)
+
+
 def pooled_scores(
     q: torch.Tensor,
     k: torch.Tensor,

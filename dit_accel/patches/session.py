@@ -92,7 +92,7 @@ class Session:
         timesteps = getattr(scheduler, "timesteps", None)
         if timesteps is None or not getattr(scheduler, "num_inference_steps", None):
             return StepContext(branch=EAGER.branch, forward_id=self._forward_id)
-        index = _step_index(pipe, scheduler, timesteps)
+        index = step_index(pipe, scheduler, timesteps)
         return StepContext(
             index=index,
             num_steps=len(timesteps),
@@ -154,7 +154,8 @@ def sigmas_of(scheduler: Any) -> list[float]:
     return [float(sigma) for sigma in ((1 - signal) / signal).sqrt().tolist()]
 
 
-def _step_index(pipe: Any, scheduler: Any, timesteps: torch.Tensor) -> int:
+def step_index(pipe: Any, scheduler: Any, timesteps: torch.Tensor) -> int:
+    """The denoising step that a pipeline is in."""
     if hasattr(scheduler, "step_index"):
         return scheduler.step_index or 0
     # DDIM-like schedulers keep no index, but the pipeline holds the timestep, a view into the schedule.

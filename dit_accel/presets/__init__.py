@@ -103,10 +103,11 @@ PRESETS: dict[str, Callable[..., Recipe]] = {
 
 
 def resolve(recipe: Recipe | str, **options: Any) -> Recipe:
-    """A recipe from a preset's name and options, or a recipe as it is.
+    """A recipe from a preset's name and options, from a file of :meth:`Recipe.save`, or a recipe as it is.
 
     Raises:
-        ValueError: unknown preset, or an option that the preset lacks.
+        ValueError: unknown preset, a file (a name that ends in .json) without a recipe, or an option that the
+            preset lacks.
     """
     if isinstance(recipe, Recipe):
         if options:
@@ -114,6 +115,8 @@ def resolve(recipe: Recipe | str, **options: Any) -> Recipe:
                 f"Options {sorted(options)} go with a preset's name; change a Recipe with recipe.with_fields(...)."
             )
         return recipe
+    if recipe.endswith(".json"):
+        return resolve(Recipe.load(recipe), **options)
     if recipe not in PRESETS:
         raise ValueError(f"Unknown recipe {recipe!r}; known are {', '.join(PRESETS)}.")
     preset = PRESETS[recipe]

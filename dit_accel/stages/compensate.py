@@ -11,13 +11,13 @@ import torch
 from ..kernels import BlockMask
 from ..kernels.pyramid import check_cumulative, energy_levels, pyramid_attention, similarity_cap
 from ..kernels.rectified import add_pooled_compensation, gain_exceeds_error
-from ..plan import AttentionPlan, SequenceBlocks
+from ..plan import AttentionPlan, LayerMemory, SequenceBlocks
 from .compensate_agent import AgentTokens
 from .compensate_linear import LinearBranch
 from .compensate_residual import PooledResidual
 from .select_dynamic import candidates
-from .select_rectified import reallocated_shares
-from .select_sampled import sampled_importance
+from .select_rectified import PooledShares, pooled_shares
+from .select_sampled import SampledMass, sampled_importance
 
 Attended = tuple[torch.Tensor, torch.Tensor]
 """Output (B, S, H, D), and a tensor with a NaN wherever the output has one."""
@@ -45,8 +45,12 @@ class Compensation(Protocol):
         k: torch.Tensor,
         key_mask: torch.Tensor | None,
         scale: float | None,
+        memory: LayerMemory | None = None,
     ) -> Any:
-        """What a plan keeps for :meth:`attend`, from queries and keys (B, S, H, D)."""
+        """What a plan keeps for :meth:`attend`, from queries and keys (B, S, H, D).
+
+        ``memory`` may hold what the selection of this plan found on its way.
+        """
         ...
 
     def attend(
@@ -85,6 +89,7 @@ class NoCompensation:
         k: torch.Tensor,
         key_mask: torch.Tensor | None,
         scale: float | None,
+        memory: LayerMemory | None = None,
     ) -> None:
         """Nothing to keep."""
 
@@ -111,7 +116,7 @@ class PooledMass:
     """Left-out blocks give their mean value, weighted by pooled attention (Rectified SpaAttn).
 
     ``out = R * sparse + sum of p_J mean(V_J)`` over the compensated blocks J, with p the reallocated shares
-    of :func:`~dit_accel.stages.select_rectified.reallocated_shares` and R the rest of the mass (arXiv
+    of :func:`~dit_accel.stages.select_rectified.pooled_shares` and R the rest of the mass (arXiv
     2511.19835). A plan that is reused keeps its shares. Inference only.
 
     Attributes:
@@ -135,13 +140,23 @@ class PooledMass:
         k: torch.Tensor,
         key_mask: torch.Tensor | None,
         scale: float | None,
+        memory: LayerMemory | None = None,
     ) -> tuple[torch.Tensor, torch.Tensor | None]:
         """Shares, float32 ``[B, H, nq, nk]``, and which blocks may be compensated."""
-        shares, _ = reallocated_shares(blocks, q, k, key_mask, scale)
+        found = memory.found if memory is not None else None
+        pooled = found if isinstance(found, PooledShares) else pooled_shares(blocks, q, k, key_mask, scale)
         if not self.gain_aware:
-            return shares, None
-        gains = gain_exceeds_error(q, k, blocks.block_q, blocks.block_k, rows=blocks.kernel_rows, key_mask=key_mask)
-        return shares, gains
+            return pooled.blocks, None
+        gains = gain_exceeds_error(
+            q,
+            k,
+            blocks.block_q,
+            blocks.block_k,
+            rows=blocks.kernel_rows,
+            key_mask=key_mask,
+            means=(pooled.q_mean, pooled.k_mean),
+        )
+        return pooled.blocks, gains
 
     def attend(
         self,
@@ -207,19 +222,24 @@ class KeyPyramid:
         k: torch.Tensor,
         key_mask: torch.Tensor | None,
         scale: float | None,
+        memory: LayerMemory | None = None,
     ) -> torch.Tensor:
         """Levels, int8 ``[B, H, nq, nk]``."""
-        importance = sampled_importance(
-            q,
-            k,
-            blocks.block_q,
-            blocks.block_k,
-            rows=blocks.kernel_rows,
-            key_mask=key_mask,
-            scale=scale,
-            share=self.share,
-            seed=self.seed,
-        )
+        found = memory.found if memory is not None else None
+        if isinstance(found, SampledMass) and (found.share, found.seed) == (self.share, self.seed):
+            importance = found.mass
+        else:
+            importance = sampled_importance(
+                q,
+                k,
+                blocks.block_q,
+                blocks.block_k,
+                rows=blocks.kernel_rows,
+                key_mask=key_mask,
+                scale=scale,
+                share=self.share,
+                seed=self.seed,
+            )
         open_k = candidates(blocks, key_mask)[..., None, :]
         levels = energy_levels(importance.masked_fill(~open_k, 0.0), self.cumulative, min_full=0.0)
         if self.similarity:

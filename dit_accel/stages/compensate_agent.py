@@ -11,7 +11,7 @@ import torch.nn.functional as F
 
 from ..kernels import BlockMask
 from ..layout import TokenLayout
-from ..plan import AttentionPlan, SequenceBlocks
+from ..plan import AttentionPlan, LayerMemory, SequenceBlocks
 from .order import fold_tile, tile_order
 
 
@@ -67,6 +67,7 @@ class AgentTokens:
         k: torch.Tensor,
         key_mask: torch.Tensor | None,
         scale: float | None,
+        memory: LayerMemory | None = None,
     ) -> Agents:
         """Which agent stands for which token."""
         layout = blocks.layout

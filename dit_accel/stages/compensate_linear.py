@@ -15,7 +15,7 @@ from torch.utils.checkpoint import checkpoint
 from ..kernels import BlockMask
 from ..kernels.linear_branch import add_linear_branch, linear_branch
 from ..kernels.selection import pooled_scores, select_blocks
-from ..plan import AttentionPlan, SequenceBlocks
+from ..plan import AttentionPlan, LayerMemory, SequenceBlocks
 
 FEATURE_MAPS = ("softmax", "elu", "relu", "hedgehog")
 FORMS = ("paper", "non_critical", "all_tokens")
@@ -99,6 +99,7 @@ class LinearBranch:
         k: torch.Tensor,
         key_mask: torch.Tensor | None,
         scale: float | None,
+        memory: LayerMemory | None = None,
     ) -> BlockMask | None:
         """The negligible blocks, those latent ones of lowest score; None in the released forms."""
         if self.form != "paper" or self.negligible_share == 0.0:

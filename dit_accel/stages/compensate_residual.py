@@ -12,7 +12,7 @@ import torch.nn.functional as F
 
 from ..kernels import BlockMask
 from ..kernels.selection import gather_mask, gather_rows, pool_blocks
-from ..plan import AttentionPlan, SequenceBlocks
+from ..plan import AttentionPlan, LayerMemory, SequenceBlocks
 
 LOGITS_AT_ONCE = 1 << 27
 
@@ -41,6 +41,7 @@ class PooledResidual:
         k: torch.Tensor,
         key_mask: torch.Tensor | None,
         scale: float | None,
+        memory: LayerMemory | None = None,
     ) -> None:
         """Nothing to keep: the means follow the keys and values of each call."""
 

@@ -8,10 +8,13 @@ from dataclasses import dataclass
 import torch
 
 from ..layout import TokenLayout
-from .order import tile_order, whole_sequence
+from .order import fold_tile, tile_order, whole_sequence
 
 AXIS_ORDERS = ("fhw", "fwh", "hfw", "hwf", "wfh", "whf")
 """The six orders of frames, height and width, slowest axis first; "fhw" is the model's own."""
+
+HEAD_ORDERS = (*AXIS_ORDERS, "tiles")
+"""What a head may have for an order of its own: an axis order, or 3-D tiles of 4 x 4 x 4 tokens."""
 
 MISSING = (
     "This recipe's axis orders are chosen by a calibration: run dit_accel.calibrate(pipe, prompts, recipe, "
@@ -21,12 +24,13 @@ MISSING = (
 
 @dataclass(frozen=True)
 class AxisOrder:
-    """One of the six axis orders, per layer and head: PAROAttention (arXiv 2506.16054).
+    """One of the six axis orders, or tiles, per layer and head: PAROAttention (arXiv 2506.16054).
 
-    Heads that attend along one axis get dense blocks when that axis runs fastest.
+    Heads that attend along one axis get dense blocks when that axis runs fastest; a head that looks around itself
+    gets them from tiles, which the paper does not have.
 
     Attributes:
-        axes: per layer, and in it per head, one of :data:`AXIS_ORDERS`. A single layer's entry serves all
+        axes: per layer, and in it per head, one of :data:`HEAD_ORDERS`. A single layer's entry serves all
             layers, and a single head's entry all heads.
     """
 
@@ -36,8 +40,8 @@ class AxisOrder:
         if not self.axes or not all(self.axes):
             raise ValueError(f"order.axes needs at least one layer with one head, got {self.axes}.")
         for name in (name for layer in self.axes for name in layer):
-            if name not in AXIS_ORDERS:
-                raise ValueError(f"order.axes must hold {', '.join(AXIS_ORDERS)}, got {name!r}.")
+            if name not in HEAD_ORDERS:
+                raise ValueError(f"order.axes must hold {', '.join(HEAD_ORDERS)}, got {name!r}.")
 
     def variant(self, layer: int) -> Hashable:
         return self._heads(layer)
@@ -46,7 +50,7 @@ class AxisOrder:
         heads = self._heads(layer)
         if set(heads) == {"fhw"}:
             return None
-        orders = {name: whole_sequence(axis_order(layout.grid, name, device), layout) for name in set(heads)}
+        orders = {name: whole_sequence(_head_order(layout.grid, name, device), layout) for name in set(heads)}
         return orders[heads[0]] if len(heads) == 1 else torch.stack([orders[name] for name in heads])
 
     def _heads(self, layer: int) -> tuple[str, ...]:
@@ -89,6 +93,12 @@ def axis_order(grid: tuple[int, int, int], axes: str, device: torch.device) -> t
     """int64 ``[F * H * W]``: raster indices with the first letter of ``axes`` slowest, the last fastest."""
     number = torch.arange(grid[0] * grid[1] * grid[2], device=device).view(grid)
     return number.permute(*("fhw".index(axis) for axis in axes)).flatten()
+
+
+def _head_order(grid: tuple[int, int, int], name: str, device: torch.device) -> torch.Tensor:
+    if name == "tiles":
+        return tile_order(grid, fold_tile((4, 4, 4), grid[0]), device)
+    return axis_order(grid, name, device)
 
 
 @dataclass(frozen=True)

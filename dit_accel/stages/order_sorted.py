@@ -13,6 +13,21 @@ from .order import fold_tile, tile_order
 LOGITS_AT_ONCE = 1 << 26
 
 
+@dataclass(frozen=True, eq=False)
+class Segments:
+    """Which tokens a layout's segments hold.
+
+    Attributes:
+        tokens: int64 ``[n, width]``, a segment's latent tokens, filled up with the length of the sequence.
+        slots: int64, places in the flattened ``tokens`` that hold a token, or None where all do.
+        others: int64, all other tokens than latents.
+    """
+
+    tokens: torch.Tensor
+    slots: torch.Tensor | None
+    others: torch.Tensor
+
+
 @dataclass(frozen=True)
 class SortedSegments:
     """Tokens of a segment by falling attention, so that its important keys share blocks (PBS-Attn).
@@ -48,22 +63,36 @@ class SortedSegments:
         k: torch.Tensor,
         key_mask: torch.Tensor | None,
         scale: float | None,
+        segments: Segments | None = None,
     ) -> torch.Tensor:
-        """int32 ``[B, H, S]``: the token at each slot, from queries and keys (B, S, H, D)."""
-        device = q.device
+        """int32 ``[B, H, S]``: the token at each slot, from queries and keys (B, S, H, D).
+
+        ``segments`` are those of the layout, where they are at hand.
+        """
+        segments = segments or self.segments(layout, q.device)
+        score = sampled_attention(layout, q, k, key_mask, scale, self.samples)
+        # What fills a segment up comes last in it: a probability is never below 0.
+        filled = torch.nn.functional.pad(score, (0, 1), value=-1.0)[:, :, segments.tokens]
+        order = filled.argsort(dim=-1, descending=True, stable=True)
+        latents = segments.tokens.expand_as(order).gather(-1, order).flatten(2)
+        if segments.slots is not None:
+            latents = latents[..., segments.slots]
+        others = segments.others.expand(*score.shape[:2], -1)
+        return torch.cat([latents, others], -1).to(torch.int32)
+
+    def segments(self, layout: TokenLayout, device: torch.device) -> Segments:
+        """The segments of a layout, worked out once."""
         tile = fold_tile(self.segment, layout.grid[0])
         base = tile_order(layout.grid, tile, device)
-        segment = _tile_numbers(layout.grid, tile, device)[base]
-        latents = layout.latent_start + base
-        score = sampled_attention(layout, q, k, key_mask, scale, self.samples)[:, :, latents]
-        # Two stable sorts: by attention, then by segment.
-        by_score = score.argsort(dim=-1, descending=True, stable=True)
-        by_segment = segment[by_score].argsort(dim=-1, stable=True)
-        latent_rows = latents[by_score.gather(-1, by_segment)]
+        number = _tile_numbers(layout.grid, tile, device)[base]
+        count = number.bincount()
+        place = torch.arange(len(base), device=device) - (count.cumsum(0) - count)[number]
+        tokens = torch.full((len(count), int(count.max())), layout.seq_len, device=device)
+        tokens[number, place] = layout.latent_start + base
+        slots = None if tokens.numel() == len(base) else number * tokens.shape[1] + place
         before = torch.arange(layout.latent_start, device=device)
         after = torch.arange(layout.latent_start + layout.num_latent, layout.seq_len, device=device)
-        others = torch.cat([before, after]).expand(*score.shape[:2], -1)
-        return torch.cat([latent_rows, others], -1).to(torch.int32)
+        return Segments(tokens, slots, torch.cat([before, after]))
 
 
 def sampled_attention(
@@ -84,10 +113,10 @@ def sampled_attention(
     total = torch.zeros(q.shape[0], q.shape[2], q.shape[1], device=q.device)
     at_once = max(1, LOGITS_AT_ONCE // (q.shape[0] * q.shape[2] * q.shape[1]))
     for part in picked.split(at_once):
-        logits = ((q[:, part].transpose(1, 2) * scale) @ keys).float()
+        logits = (q[:, part].transpose(1, 2) * scale) @ keys
         if hidden is not None:
             logits = logits.masked_fill(hidden, -torch.inf)
-        total += logits.softmax(-1).sum(2)
+        total += logits.softmax(-1, dtype=torch.float32).sum(2)
     return total / count
 
 

@@ -69,10 +69,7 @@ def keep_chosen(blocks: SequenceBlocks, chosen: torch.Tensor, key_mask: torch.Te
 
 def candidates(blocks: SequenceBlocks, key_mask: torch.Tensor | None) -> torch.Tensor:
     """bool ``[B|1, H|1, nk]``: key blocks to choose from, without other tokens than latents and not empty."""
-    open_k = torch.ones(1, 1, blocks.num_blocks[1], dtype=torch.bool, device=blocks.device)
-    if blocks.forced_k is not None:
-        open_k = open_k & ~blocks.forced_k
-    return open_k if key_mask is None else open_k & ~blocks.hidden_k(key_mask)[1]
+    return blocks.open_k if key_mask is None else blocks.open_k & ~blocks.hidden_k(key_mask)[1]
 
 
 def either(one: torch.Tensor | None, other: torch.Tensor | None) -> torch.Tensor | None:

@@ -7,7 +7,8 @@ from dataclasses import dataclass
 import torch
 
 from ..kernels import BlockMask
-from ..kernels.selection import own_blocks, pooled_scores
+from ..kernels.gate import global_choice, select_by_threshold
+from ..kernels.selection import pooled_scores
 from ..plan import LayerMemory, SequenceBlocks
 from .select import check_block, check_share
 from .select_dynamic import candidates, keep_chosen
@@ -58,38 +59,16 @@ class GlobalGate:
         gates = pooled_scores(
             q, k, blocks.block_q, blocks.block_k, rows=blocks.kernel_rows, key_mask=key_mask, scale=1.0
         )
-        pairs = candidates(blocks, key_mask)[..., None, :]
-        if blocks.forced_q is not None:
-            pairs = pairs & ~blocks.forced_q[..., None]
-        seq_len = blocks.layout.seq_len
-        own = own_blocks(blocks.block_q, blocks.block_k, seq_len, seq_len, gates.device)
-        chosen = global_choice(gates, pairs.expand(gates.shape), own.expand(gates.shape), self.threshold)
+        chosen = select_by_threshold(
+            gates,
+            self.threshold,
+            block_q=blocks.block_q,
+            block_k=blocks.block_k,
+            seq_len=blocks.layout.seq_len,
+            open_k=candidates(blocks, key_mask),
+            open_q=None if blocks.forced_q is None else ~blocks.forced_q,
+        )
         return keep_chosen(blocks, chosen, key_mask)
-
-
-def global_choice(gates: torch.Tensor, pairs: torch.Tensor, own: torch.Tensor, threshold: float) -> torch.Tensor:
-    """VMoBA's "head_global" rule on gates ``[B, H, queries, chunks]``: which pairs are kept.
-
-    Args:
-        gates: any real numbers.
-        pairs: bool, likewise: pairs that take part at all.
-        own: bool, likewise: pairs of a query and its own chunk, always kept.
-        threshold: share of the normalised gates to reach.
-    """
-    wide = gates.flatten(2).double()
-    pairs, own = pairs.flatten(2), (own & pairs).flatten(2)
-    low = wide.masked_fill(~pairs, torch.inf).amin(-1, keepdim=True)
-    high = wide.masked_fill(~pairs, -torch.inf).amax(-1, keepdim=True)
-    share = ((wide - low) / (high - low).clamp_min(torch.finfo(wide.dtype).tiny)).masked_fill(~pairs, 0.0)
-    total = share.sum(-1, keepdim=True).clamp_min(torch.finfo(wide.dtype).tiny)
-    need = threshold - share.masked_fill(~own, 0.0).sum(-1, keepdim=True) / total
-    others = share.masked_fill(own | ~pairs, -1.0)
-    ranked, order = others.sort(dim=-1, descending=True, stable=True)
-    gained = ranked.clamp_min(0.0).cumsum(-1) / total
-    # A pair is kept if those before it do not suffice; the first is always kept, as in the released code.
-    kept = torch.cat([torch.ones_like(gained[..., :1]).bool(), gained[..., :-1] < need], -1) & (ranked >= 0)
-    chosen = torch.zeros_like(own).scatter_(-1, order, kept)
-    return (chosen | own).view(gates.shape)
 
 
 def per_query_chunks(q: torch.Tensor, k: torch.Tensor, chunk_of_token: torch.Tensor, threshold: float) -> torch.Tensor:

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 import torch
 
 from ..kernels import BlockMask
-from ..kernels.selection import pool_blocks
+from ..kernels.selection import pool_blocks, self_similarity
 from ..plan import LayerMemory, SequenceBlocks
 from .select import check_block, check_share
 from .select_dynamic import keep_best
@@ -67,14 +67,16 @@ class GatedPooled:
         """Mask of one call from its queries and keys, both (B, S, H, D)."""
         scale = q.shape[-1] ** -0.5 if scale is None else scale
         rows = blocks.kernel_rows
-        if self.smooth_k:
-            k = k - _mean_token(k, key_mask)
         q_mean = pool_blocks(q, blocks.block_q, rows=rows)
         k_mean = pool_blocks(k, blocks.block_k, rows=rows, key_mask=key_mask)
+        centre = _mean_token(k, key_mask) if self.smooth_k else None
+        if centre is not None:
+            k_mean = k_mean - centre[:, :, None]
         forced_q = forced_k = None
         if self.similarity > -1.0:
-            forced_q = self_similarity(q, blocks.block_q, rows) <= self.similarity
-            forced_k = self_similarity(k, blocks.block_k, rows, key_mask) <= self.similarity
+            forced_q = self_similarity(q, blocks.block_q, rows=rows) <= self.similarity
+            similar = self_similarity(k, blocks.block_k, rows=rows, key_mask=key_mask, centre=centre)
+            forced_k = similar <= self.similarity
         if self.sink_first_frame:
             first = blocks.first_frame_k
             forced_k = first if forced_k is None else forced_k | first
@@ -89,23 +91,11 @@ class GatedPooled:
         )
 
 
-def self_similarity(
-    x: torch.Tensor, block: int, rows: torch.Tensor | None = None, key_mask: torch.Tensor | None = None
-) -> torch.Tensor:
-    """Mean cosine over all pairs of valid tokens of a block, float32 ``[B, H, n]`` from ``[B, S, H, D]``.
-
-    The mean of a Gram matrix of unit vectors is the squared length of their mean: one pooling pass, and no
-    division by the padding of a short block.
-    """
-    length = x.float().norm(dim=-1, keepdim=True).clamp_min(torch.finfo(torch.float32).tiny)
-    return pool_blocks((x / length).to(x.dtype), block, rows=rows, key_mask=key_mask).square().sum(-1)
-
-
 def _mean_token(k: torch.Tensor, key_mask: torch.Tensor | None) -> torch.Tensor:
-    """Mean over the visible tokens, ``[B, 1, H, D]`` in k's dtype."""
+    """Mean over the visible tokens, float32 ``[B, H, D]``."""
     if key_mask is None:
-        return k.mean(1, keepdim=True)
+        return k.mean(1, dtype=torch.float32)
     visible = key_mask[:, :, None, None]
     # where, not a product: a padded prompt may hold NaN.
-    total = torch.where(visible, k, 0).sum(1, keepdim=True, dtype=torch.float32)
-    return (total / visible.sum(1, keepdim=True).clamp_min(1)).to(k.dtype)
+    total = torch.where(visible, k, 0).sum(1, dtype=torch.float32)
+    return total / visible.sum(1).clamp_min(1)

@@ -8,6 +8,8 @@ import torch
 
 from ..kernels import BlockMask
 from ..kernels.block_mass import block_mass
+from ..kernels.selection import gather_mask
+from ..layout import TokenLayout
 from ..plan import LayerMemory, SequenceBlocks
 from .select import HeadDensities, check_block, check_head_densities, check_share, shares_per_head
 from .select_dynamic import keep_best
@@ -18,8 +20,8 @@ class Mass:
     """Keep the key blocks with the largest softmax mass, every row of a head the same number (AdaSpa).
 
     The mass of a block pair is the sum of the exact attention probabilities in it (arXiv 2502.21079). The
-    first search of a run computes the log-sum-exp of every query and remembers it; later searches normalise
-    with it, in one pass instead of two.
+    first search of a run takes the log-sum-exp of every query from the dense attention of its step, or computes
+    it where it cannot, and remembers it; later searches normalise with it, in one pass instead of two.
 
     Attributes:
         density: kept share of the latent key blocks, in (0, 1]; the mean over the heads.
@@ -52,6 +54,10 @@ class Mass:
 
     def prepare(self, blocks: SequenceBlocks) -> None:
         """Nothing is worked out ahead of the call."""
+
+    def uses_lse(self, layout: TokenLayout, key_mask: torch.Tensor | None) -> bool:
+        """Whether the log-sum-exp of the call's dense attention would spare :meth:`select` a pass."""
+        return self.cache_lse
 
     def select(
         self,
@@ -133,6 +139,10 @@ class FrozenMass:
     def prepare(self, blocks: SequenceBlocks) -> None:
         """Nothing is worked out ahead of the call."""
 
+    def uses_lse(self, layout: TokenLayout, key_mask: torch.Tensor | None) -> bool:
+        """Whether the log-sum-exp of the call's dense attention is that of the latents alone."""
+        return key_mask is None and not layout.num_extra
+
     def select(
         self,
         blocks: SequenceBlocks,
@@ -144,21 +154,27 @@ class FrozenMass:
         memory: LayerMemory | None = None,
     ) -> BlockMask:
         """Mask of one call from its queries and keys, both (B, S, H, D)."""
-        latents = blocks.latent_tokens.expand(q.shape[0], -1)
-        visible = latents if key_mask is None else latents & key_mask
+        lse = visible = None
+        if self.uses_lse(blocks.layout, key_mask):
+            if memory is not None:
+                lse, memory.lse = memory.lse, None  # it was that of this call
+        else:
+            latents = blocks.latent_tokens.expand(q.shape[0], -1)
+            visible = (latents if key_mask is None else latents & key_mask).contiguous()
         mass, _ = block_mass(
             q,
             k,
             block_q=blocks.block_q,
             block_k=blocks.block_k,
+            lse=lse,
             rows=blocks.kernel_rows,
-            key_mask=visible.contiguous(),
+            key_mask=visible,
             scale=scale,
         )
         # A mean over the visible keys of a block: the last one may be short.
-        slots = visible[:, None]
-        if blocks.kernel_rows is not None:
-            slots = torch.take_along_dim(slots, blocks.kernel_rows.long(), dim=2)
-        padded = torch.nn.functional.pad(slots, (0, -slots.shape[-1] % blocks.block_k))
-        count = padded.unflatten(-1, (-1, blocks.block_k)).sum(-1).clamp_min(1)
-        return keep_best(blocks, mass / count[..., None, :], key_mask, density=self.density)
+        count = blocks.tokens_k
+        if visible is not None:
+            slots = gather_mask(visible, blocks.kernel_rows)
+            padded = torch.nn.functional.pad(slots, (0, -slots.shape[-1] % blocks.block_k))
+            count = padded.unflatten(-1, (-1, blocks.block_k)).sum(-1).clamp_min(1)[..., None, :]
+        return keep_best(blocks, mass / count, key_mask, density=self.density)

@@ -68,9 +68,11 @@ class Reallocated:
         memory: LayerMemory | None = None,
     ) -> BlockMask:
         """Mask of one call from its queries and keys, both (B, S, H, D)."""
-        share, _ = reallocated_shares(blocks, q, k, key_mask, scale)
+        found = pooled_shares(blocks, q, k, key_mask, scale)
+        if memory is not None:
+            memory.found = found
         open_k = candidates(blocks, key_mask)[..., None, :]
-        ranked, order = share.masked_fill(~open_k, -1.0).sort(dim=-1, descending=True, stable=True)
+        ranked, order = found.blocks.masked_fill(~open_k, -1.0).sort(dim=-1, descending=True, stable=True)
         kept = ranked.clamp_min(0.0).cumsum(-1, dtype=torch.float64) <= self.top_p
         # ... and one more: the block that crosses the bound.
         kept = torch.cat([torch.ones_like(kept[..., :1]), kept[..., :-1]], -1)
@@ -80,42 +82,56 @@ class Reallocated:
         return keep_chosen(blocks, chosen | tables, key_mask)
 
 
-def reallocated_shares(
+@dataclass(frozen=True, eq=False)
+class PooledShares:
+    """Share of the attention of every latent key block, and of all text together; a row adds up to 1.
+
+    Attributes:
+        blocks: float32 ``[B, H, nq, nk]``, 0 for blocks that are empty or hold text.
+        text: float32 ``[B, H, nq]``.
+        q_mean, k_mean: means of the blocks' tokens, float32 ``[B, H, n, D]``.
+    """
+
+    blocks: torch.Tensor
+    text: torch.Tensor
+    q_mean: torch.Tensor
+    k_mean: torch.Tensor
+
+
+def pooled_shares(
     blocks: SequenceBlocks,
     q: torch.Tensor,
     k: torch.Tensor,
     key_mask: torch.Tensor | None,
     scale: float | None,
-) -> tuple[torch.Tensor, torch.Tensor]:
-    """Share of the attention of every latent key block, and of all text together.
+) -> PooledShares:
+    """Shares from queries and keys ``[B, S, H, D]``; the mean query of a block stands for its queries.
 
-    Args:
-        q, k: ``[B, S, H, D]``; the mean query of a block stands for its queries.
-
-    Returns:
-        ``(blocks, text)``: float32 ``[B, H, nq, nk]``, 0 for blocks that are empty or hold text, and
-        ``[B, H, nq]``; the shares of a row add up to 1. The tokens of a block that holds latents and text
-        count as text, each for itself.
+    The tokens of a block that holds latents and text count as text, each for itself.
     """
     scale = q.shape[-1] ** -0.5 if scale is None else scale
-    rows = blocks.kernel_rows
-    q_mean = pool_blocks(q, blocks.block_q, rows=rows) * scale
+    rows, slots = blocks.kernel_rows, blocks.extra_slots
+    q_mean = pool_blocks(q, blocks.block_q, rows=rows)
     k_mean = pool_blocks(k, blocks.block_k, rows=rows, key_mask=key_mask)
+    queries = q_mean * scale
+    logits = queries @ k_mean.transpose(-1, -2)
+    if slots is None and key_mask is None:
+        share = (logits + blocks.tokens_k.log()).softmax(-1)
+        return PooledShares(share, torch.zeros_like(share[..., 0]), q_mean, k_mean)
     seq_len = blocks.layout.seq_len
     visible = torch.ones(1, seq_len, dtype=torch.bool, device=q.device) if key_mask is None else key_mask
     seen = gather_mask(visible, rows)
     tokens = torch.nn.functional.pad(seen, (0, -seq_len % blocks.block_k)).unflatten(-1, (-1, blocks.block_k))
     count = tokens.sum(-1).clamp_min(1)[..., None, :].float()
     open_k = candidates(blocks, key_mask)[..., None, :]
-    logits = (q_mean @ k_mean.transpose(-1, -2) + count.log()).masked_fill(~open_k, -torch.inf)
+    logits = (logits + count.log()).masked_fill(~open_k, -torch.inf)
     text = torch.full_like(logits[..., :1], -torch.inf)
-    slots = blocks.extra_slots
     if slots is not None:
         keys = k[:, slots].transpose(1, 2) if rows is None else gather_rows(k, rows[..., slots])
         hidden = ~seen[..., slots]
         # where, not a product: a padded prompt may hold NaN.
-        single = q_mean @ keys.float().masked_fill(hidden[..., None], 0.0).transpose(-1, -2)
+        single = queries @ keys.float().masked_fill(hidden[..., None], 0.0).transpose(-1, -2)
         text = single.masked_fill(hidden[..., None, :], -torch.inf).logsumexp(-1, keepdim=True)
     norm = torch.cat([logits, text], -1).logsumexp(-1, keepdim=True)
     norm = norm.masked_fill(norm == -torch.inf, torch.inf)
-    return torch.exp(logits - norm), torch.exp(text - norm)[..., 0]
+    return PooledShares(torch.exp(logits - norm), torch.exp(text - norm)[..., 0], q_mean, k_mean)

@@ -13,6 +13,23 @@ from ..plan import LayerMemory, SequenceBlocks
 from .select import check_block, check_share
 from .select_dynamic import keep_best
 
+Slots = tuple[torch.Tensor, torch.Tensor]
+"""int64 ``[n]`` each: sampled slots of the permuted queries and keys."""
+
+
+@dataclass(frozen=True, eq=False)
+class SampledMass:
+    """Importance that a selection measured, for a compensation that asks for the same sample.
+
+    Attributes:
+        mass: float32 ``[B, H, nq, nk]``, see :func:`sampled_importance`.
+        share, seed: of the sample.
+    """
+
+    mass: torch.Tensor
+    share: float
+    seed: int
+
 
 @dataclass(frozen=True)
 class Sampled:
@@ -47,13 +64,14 @@ class Sampled:
     def is_static(self) -> bool:
         return False
 
-    def prepare(self, blocks: SequenceBlocks) -> None:
-        """Nothing is worked out ahead of the call."""
+    def prepare(self, blocks: SequenceBlocks) -> Slots:
+        """The places of the sample, on the device."""
+        return sampled_slots(blocks, self.share, self.seed)
 
     def select(
         self,
         blocks: SequenceBlocks,
-        tables: None,
+        tables: Slots,
         q: torch.Tensor,
         k: torch.Tensor,
         key_mask: torch.Tensor | None,
@@ -70,8 +88,10 @@ class Sampled:
             key_mask=key_mask,
             scale=scale,
             share=self.share,
-            seed=self.seed,
+            slots=tables,
         )
+        if memory is not None:
+            memory.found = SampledMass(mass, self.share, self.seed)
         # The softmax over logarithms of masses is the masses' share of their sum.
         return keep_best(blocks, mass.log(), key_mask, density=self.density, top_p=self.top_p)
 
@@ -87,6 +107,7 @@ def sampled_importance(
     scale: float | None = None,
     share: float = 0.25,
     seed: int = 0,
+    slots: Slots | None = None,
 ) -> torch.Tensor:
     """Mass between a random sample of queries and keys, by block: float32 ``[B, H, nq, nk]``.
 
@@ -95,11 +116,13 @@ def sampled_importance(
         rows, key_mask, scale: as everywhere.
         share: sampled share of a block's tokens; the same places in every block.
         seed: of the sample.
+        slots: of the sample, in place of ``seed``, where they are at hand: making them waits for the device.
     """
     scale = q.shape[-1] ** -0.5 if scale is None else scale
-    seq_len = q.shape[1]
-    slots_q, slots_k = _sample(seq_len, block_q, share, seed), _sample(seq_len, block_k, share, seed)
-    slots_q, slots_k = slots_q.to(q.device), slots_k.to(q.device)
+    if slots is None:
+        slots_q, slots_k = (_sample(q.shape[1], block, share, seed).to(q.device) for block in (block_q, block_k))
+    else:
+        slots_q, slots_k = slots
     queries = gather_rows(q, slots_q[None, None] if rows is None else rows[..., slots_q])
     keys = gather_rows(k, slots_k[None, None] if rows is None else rows[..., slots_k])
     visible = None
@@ -130,6 +153,15 @@ def sampled_importance(
         scale=scale,
     )
     return mass
+
+
+def sampled_slots(blocks: SequenceBlocks, share: float, seed: int) -> Slots:
+    """Where :func:`sampled_importance` samples a layout."""
+    length, device = blocks.layout.seq_len, blocks.device
+    return (
+        _sample(length, blocks.block_q, share, seed).to(device),
+        _sample(length, blocks.block_k, share, seed).to(device),
+    )
 
 
 def _share_of(block: int, share: float) -> int:

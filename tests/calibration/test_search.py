@@ -6,8 +6,18 @@ import pytest
 import torch
 
 from dit_accel import Recipe, patch
-from dit_accel.calibration.search import HeadErrors, allocate, measure_heads, record_inputs, with_densities
+from dit_accel.calibration.search import (
+    HeadErrors,
+    _first_forwards,
+    allocate,
+    measure_heads,
+    record_inputs,
+    search,
+    with_densities,
+)
+from dit_accel.presets import resolve
 from dit_accel.stages.order import Tiles
+from dit_accel.stages.schedule import Schedule
 from dit_accel.stages.select_dynamic import Pooled
 from dit_accel.stages.select_grid import Circle
 from dit_accel.stages.select_mass import Mass
@@ -114,6 +124,73 @@ def test_measured_errors_are_those_of_one_sparse_head(select):
             expected.append(float((changed - exact).square().sum() / exact.square().sum()))
         # The other heads ran through the sparse kernel at density 1 there: float32 rounding of a forward.
         assert float(errors.error[layer, head, 1]) == pytest.approx(sum(expected) / 2, rel=1e-2)
+
+
+def test_errors_in_several_orders_are_those_of_each_alone_and_the_best_is_chosen():
+    tiny = TINY["wan"]
+    pipe = tiny.build(2)
+    recipe = Recipe(select=Pooled(density=0.3, block=(32, 32)))
+    inputs = record_inputs(pipe.transformer, lambda: tiny.run(pipe), lambda number: number == 2)
+    orders = ("fhw", "whf", "tiles")
+    options = {"densities": (0.3, 0.6), "probe": 0.3}
+    errors = measure_heads(pipe.transformer, recipe, inputs, orders=orders, **options)
+    alone = [measure_heads(pipe.transformer, recipe, inputs, orders=(name,), **options) for name in orders]
+    # What the first order's errors do to the velocity is taken for the others too: shares of it must agree.
+    for place, single in enumerate(alone):
+        ratio = errors.by_order[place][..., 0] / errors.by_order[place][..., 1]
+        torch.testing.assert_close(ratio, single.error[..., 0] / single.error[..., 1], rtol=1e-6, atol=0.0)
+    torch.testing.assert_close(errors.by_order[0], alone[0].error)
+    assert torch.equal(errors.error, errors.by_order.amin(0))
+    chosen = errors.best_orders([[0.3] * 2] * 2)
+    for layer, head in itertools.product(range(2), range(2)):
+        by_order = {name: float(errors.by_order[n, layer, head, 0]) for n, name in enumerate(orders)}
+        assert by_order[chosen[layer][head]] == min(by_order.values())
+    assert len({name for layer in chosen for name in layer}) > 1
+
+
+def test_a_search_measures_the_first_forward_of_steps_after_the_dense_phase():
+    tiny = TINY["wan"]
+    pipe = tiny.build(1)
+    told, seen = [], []
+    recipe = Recipe(select=Pooled(density=0.3, block=(32, 32)), schedule=Schedule(dense_fraction=0.5))
+    keep = _first_forwards(pipe, 2, 0.5)
+
+    def watch(number):
+        seen.append((len(pipe.scheduler.timesteps), keep(number)))
+        return False
+
+    record_inputs(pipe.transformer, lambda: tiny.run(pipe, steps=8), watch)
+    taken = [number for number, (_, kept) in enumerate(seen) if kept]
+    forwards = len(seen) // 8
+    assert taken == [5 * forwards, 7 * forwards]
+    found = search(
+        pipe,
+        [tiny.call(torch.Generator().manual_seed(0))],
+        recipe,
+        mean_density=0.7,
+        samples=1,
+        densities=(0.3, 0.6),
+        generate_kwargs={"num_inference_steps": 2},
+        progress=told.append,
+    )
+    assert found.density == pytest.approx(0.7, abs=1e-5)
+    assert found.predicted_error <= found.predicted_uniform + 1e-12
+    assert found.recipe.schedule == recipe.schedule
+    assert told[-1].done == told[-1].total
+    assert told[-1].seconds_left == 0.0
+
+
+def test_a_recipe_file_comes_back_and_what_is_none_is_named(tmp_path):
+    recipe = with_densities(Recipe(select=Pooled(block=(32, 32))), ((0.2, 0.9),))
+    recipe.save(tmp_path / "deep" / "found.json")
+    assert Recipe.load(tmp_path / "deep" / "found.json") == recipe
+    assert resolve(str(tmp_path / "deep" / "found.json")) == recipe
+    for text in ("[1, 2]", "{", '{"order": 3}'):
+        (tmp_path / "bad.json").write_text(text)
+        with pytest.raises(ValueError, match="holds no recipe"):
+            Recipe.load(tmp_path / "bad.json")
+    with pytest.raises(ValueError, match="There is no recipe file"):
+        resolve(str(tmp_path / "none.json"))
 
 
 def test_densities_per_head_reach_the_masks():

@@ -35,6 +35,7 @@ def oracle(q, k, block_q, block_k, rows=None, key_mask=None, scale=None):
         (2, 77, 2, 40, 32, 16, True, False, torch.float32),
         (2, 70, 2, 64, 16, 32, True, True, torch.float16),
         (1, 300, 1, 16, 256, 64, False, True, torch.float16),
+        (1, 200, 2, 16, 32, 32, False, "end", torch.float32),
     ],
 )
 def test_block_mass(impl, batch, seq, heads, dim, block_q, block_k, permuted, masked, dtype, device):
@@ -42,6 +43,8 @@ def test_block_mass(impl, batch, seq, heads, dim, block_q, block_k, permuted, ma
     q, k = (torch.randn(batch, seq, heads, dim, dtype=dtype, device=device) * 2 for _ in range(2))
     rows = permutations(1, heads, seq).to(device) if permuted else None
     key_mask = torch.rand(batch, seq, device=device) > 0.3 if masked else None
+    if masked == "end":  # a padded prompt behind the latents
+        key_mask = torch.arange(seq, device=device).expand(batch, seq) < 150
     if masked and batch > 1:
         key_mask[1] = False  # nothing visible: no mass, lse -inf
     want, want_lse = oracle(q, k, block_q, block_k, rows, key_mask)

@@ -172,13 +172,47 @@ def test_level_assignment():
         quota_levels(importance, (0.5, 0.1, 0.15, 0.25))
 
 
-def test_similarity_cap():
+@pytest.mark.parametrize("impl", IMPLS)
+def test_similarity_cap(impl, device):
     k = torch.randn(1, 44, 1, 16, generator=torch.Generator().manual_seed(0))
     k[0, 16:32, 0] = torch.randn(16, generator=torch.Generator().manual_seed(1))
     k[0, 32:, 0] = torch.randn(6, 16, generator=torch.Generator().manual_seed(2)).repeat_interleave(2, 0)
-    cap = similarity_cap(k, 16)
+    cap = similarity_cap(k.to(device), 16, impl=impl)
     assert cap[0, 0].tolist() == [1, 8, 2]
     assert at(cap[0, 0] > 1, 0, 0, 1)
+
+
+@pytest.mark.parametrize("impl", IMPLS)
+def test_similarity_cap_of_permuted_heads_by_its_words(impl, device):
+    generator = torch.Generator().manual_seed(3)
+    seq, block, thresholds = 150, 32, (0.66, 0.62, 0.6)
+    k = torch.randn(2, seq, 3, 24, generator=generator)
+    k = k + torch.randn(2, 1, 3, 24, generator=generator) * torch.rand(2, seq // 10, 3, 1, generator=generator).mul(
+        3
+    ).repeat_interleave(10, 1)
+    rows = permutations(1, 3, seq)
+    found = similarity_cap(k.to(device), block, rows=rows.to(device), thresholds=thresholds, impl=impl)
+    seen = set()
+    for b in range(2):
+        for h in range(3):
+            order = rows[0, h].tolist()
+            for i in range(-(-seq // block)):
+                want = 1
+                for level, threshold in zip((2, 4, 8), thresholds, strict=True):
+                    runs = range(i * block, min((i + 1) * block, seq), level)
+                    ends = [(order[n], order[n + level - 1]) for n in runs if n + level <= seq]
+                    cosines = [
+                        float(torch.cosine_similarity(k[b, first, h].double(), k[b, last, h].double(), dim=0))
+                        for first, last in ends
+                    ]
+                    mean = sum(cosines) / max(len(cosines), 1)
+                    assert abs(mean - threshold) > 1e-5, "too close to the threshold to tell"
+                    if mean <= threshold:
+                        break
+                    want = level
+                assert int(found[b, h, i]) == want
+                seen.add(want)
+    assert len(seen) > 2
 
 
 def test_errors(device):

@@ -94,10 +94,28 @@ def test_rectified(impl, case, device):
     assert (out.cpu() - want).abs().max() <= 1e-4
 
 
-def test_deviation_is_zero_for_equal_tokens(device):
+@pytest.mark.parametrize("impl", IMPLS)
+def test_deviation_is_zero_for_equal_tokens(impl, device):
     x = torch.ones(1, 40, 2, 8, device=device) * 3
     mean = pool_blocks(x, 16)
-    assert (pool_deviation(x, mean, 16) == 0).all()
+    assert (pool_deviation(x, mean, 16, impl=impl) == 0).all()
+
+
+@pytest.mark.parametrize("impl", IMPLS)
+def test_deviation(impl, device):
+    generator = torch.Generator().manual_seed(0)
+    x = torch.randn(2, 75, 2, 24, generator=generator) + 2.0
+    rows = torch.stack([torch.randperm(75, generator=generator) for _ in range(2)])[None].to(torch.int32)
+    key_mask = torch.rand(2, 75, generator=generator) > 0.4
+    x[1, ~key_mask[1]] = torch.nan  # a padded prompt may hold it
+    on = [t.to(device) for t in (x, rows, key_mask)]
+    mean = pool_blocks(on[0], 32, rows=on[1], key_mask=on[2])
+    found = pool_deviation(on[0], mean, 32, rows=on[1], key_mask=on[2], impl=impl)
+    for b in range(2):
+        for h in range(2):
+            parts, _ = blocks_of(x, 32, b, h, rows, key_mask)
+            want = torch.stack([(tokens - tokens.mean(0)).abs().mean(0) for tokens in parts])
+            torch.testing.assert_close(found[b, h].cpu().double(), want, atol=1e-5, rtol=1e-5)
 
 
 def test_errors():

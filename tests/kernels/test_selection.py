@@ -16,6 +16,7 @@ from dit_accel.kernels.selection import (
     pooled_scores,
     select_blocks,
     select_pooled,
+    self_similarity,
 )
 
 IMPLS = ("torch", "triton")
@@ -269,3 +270,38 @@ def test_errors():
         select_blocks(scores, density=0.5, forced_k=torch.ones(3, dtype=torch.bool), **geometry)
     with pytest.raises(ValueError, match="impl must be"):
         select_blocks(scores, density=0.5, impl="cuda", **geometry)
+
+
+@pytest.mark.parametrize("nk", [7, 33, 130])
+def test_lists_of_a_dense_map(nk, device):
+    """The kernel that lists a boolean map, row by row in plain Python."""
+    from dit_accel.kernels.triton_selection import block_lists_triton
+
+    rank = torch.randint(0, 3, (2, 3, 5, nk), generator=torch.Generator().manual_seed(0)).to(torch.int8)
+    rank[0, 0, 0], rank[0, 0, 1] = 2, 0  # nothing, and everything
+    indices, number, number_full = (x.cpu() for x in block_lists_triton(rank.to(device)))
+    for b, h, i in np.ndindex(2, 3, 5):
+        full, partial = ([j for j in range(nk) if rank[b, h, i, j] == kind] for kind in (0, 1))
+        assert indices[b, h, i, : number[b, h, i]].tolist() == full + partial
+        assert int(number_full[b, h, i]) == len(full)
+
+
+@pytest.mark.parametrize("impl", IMPLS)
+@pytest.mark.parametrize("centred", [False, True])
+def test_self_similarity(impl, centred, device):
+    generator = torch.Generator().manual_seed(4)
+    x = torch.randn(2, 75, 2, 24, generator=generator) + 1.0
+    rows = torch.stack([torch.randperm(75, generator=generator) for _ in range(2)])[None].to(torch.int32)
+    key_mask = torch.rand(2, 75, generator=generator) > 0.4
+    x[1, ~key_mask[1]] = torch.nan  # a padded prompt may hold it
+    centre = torch.randn(2, 2, 24, generator=generator) if centred else None
+    found = self_similarity(
+        x.to(device), 32, rows=rows.to(device), key_mask=key_mask.to(device),
+        centre=None if centre is None else centre.to(device), impl=impl,
+    )  # fmt: skip
+    for b, h in np.ndindex(2, 2):
+        for i in range(3):
+            tokens = [int(n) for n in rows[0, h, i * 32 : (i + 1) * 32] if key_mask[b, n]]
+            some = x[b, tokens, h].double() - (0.0 if centre is None else centre[b, h].double())
+            unit = some / some.norm(dim=-1, keepdim=True)
+            assert float(found[b, h, i]) == pytest.approx(float((unit @ unit.T).mean()), abs=1e-5)

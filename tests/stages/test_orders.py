@@ -185,7 +185,7 @@ def test_windows_are_exact_in_any_order(name, order, hidden):
 @pytest.mark.parametrize(
     ("build", "message"),
     [
-        (lambda: AxisOrder((("hhw",),)), "must hold fhw, fwh, hfw, hwf, wfh, whf, got 'hhw'"),
+        (lambda: AxisOrder((("hhw",),)), "must hold fhw, fwh, hfw, hwf, wfh, whf, tiles, got 'hhw'"),
         (lambda: AxisOrder(()), "at least one layer"),
         (lambda: Chunks(temporal=0), "at least 1 token"),
     ],
@@ -200,3 +200,11 @@ def test_orders_by_name():
     assert recipe.order == AxisOrder((("hwf", "fhw"), ("whf",)))
     assert Recipe.from_dict(recipe.to_dict()) == recipe
     assert Recipe().with_fields({"order": "curve"}).order == Curve()
+
+
+@pytest.mark.parametrize("grid", [(5, 6, 7), (1, 9, 10)])
+def test_a_head_in_tiles_beside_a_head_in_an_axis_order(grid):
+    layout = TokenLayout(grid, 3, 3 + grid[0] * grid[1] * grid[2] + 2)
+    rows = AxisOrder((("tiles", "whf"),)).rows(layout, torch.device("cpu"))
+    assert torch.equal(rows[0], Tiles((4, 4, 4)).rows(layout, torch.device("cpu")))
+    assert torch.equal(rows[1], AxisOrder((("whf",),)).rows(layout, torch.device("cpu")))

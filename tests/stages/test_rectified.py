@@ -10,7 +10,7 @@ from dit_accel.plan import SequenceBlocks
 from dit_accel.stages.order import Raster, Tiles
 from dit_accel.stages.order_axes import AxisOrder
 from dit_accel.stages.order_curve import Curve
-from dit_accel.stages.select_rectified import Reallocated, reallocated_shares
+from dit_accel.stages.select_rectified import Reallocated, pooled_shares
 from tests.stages.block_oracle import CPU, LAYOUTS, cases, half_hidden, inputs, per_head, selected, views
 
 CASES = cases(Raster(), Tiles((2, 4, 4)), Curve(), AxisOrder((("wfh", "fhw", "hwf"),)))
@@ -39,7 +39,8 @@ def test_shares(name, order, hidden):
     key_mask = half_hidden(layout) if hidden else None
     rows = order.rows(layout, CPU)
     blocks = SequenceBlocks(layout, rows, *block, CPU)
-    shares, text = reallocated_shares(blocks, q, k, key_mask, None)
+    found = pooled_shares(blocks, q, k, key_mask, None)
+    shares, text = found.blocks, found.text
     for heads in views(layout, rows, q, k, block, key_mask):
         for view in heads:
             for i in range(len(view.q_blocks)):

@@ -1,0 +1,61 @@
+"""VMoBA's threshold without a sort, against exact arithmetic on the sorted pairs."""
+
+from __future__ import annotations
+
+from fractions import Fraction
+
+import pytest
+import torch
+
+from dit_accel.kernels.gate import select_by_threshold
+
+from .test_selection import IMPLS
+
+
+def oracle(gates, threshold, block_q, block_k, seq_len, open_k, open_q):
+    """One head, with rational numbers: bool [nq, nk]."""
+    nq, nk = gates.shape
+    pairs = [(i, j) for i in range(nq) for j in range(nk) if open_k[j] and open_q[i]]
+    value = {pair: Fraction(float(gates[pair])) for pair in pairs}
+    keep = torch.zeros(nq, nk, dtype=torch.bool)
+    if not pairs:
+        return keep
+    least = min(value.values())
+    total = sum(value[pair] - least for pair in pairs)
+    own, others = [], []
+    for i, j in pairs:
+        tokens_q = set(range(i * block_q, min((i + 1) * block_q, seq_len)))
+        (own if tokens_q & set(range(j * block_k, (j + 1) * block_k)) else others).append((i, j))
+    gained = sum(value[pair] - least for pair in own)
+    for pair in own:
+        keep[pair] = True
+    for place, pair in enumerate(sorted(others, key=lambda pair: (-value[pair], pair))):
+        if place and gained >= Fraction(threshold) * total:
+            break
+        keep[pair] = True
+        gained += value[pair] - least
+    return keep
+
+
+@pytest.mark.parametrize("impl", IMPLS)
+@pytest.mark.parametrize("threshold", [0.05, 0.25, 0.8])
+@pytest.mark.parametrize(
+    ("seq_len", "block_q", "block_k", "masked", "tied"),
+    [(330, 32, 16, False, False), (700, 64, 32, True, False), (330, 32, 16, True, True)],
+)
+def test_threshold(impl, threshold, seq_len, block_q, block_k, masked, tied, device):
+    generator = torch.Generator().manual_seed(1)
+    nq, nk = -(-seq_len // block_q), -(-seq_len // block_k)
+    gates = torch.randn(2, 2, nq, nk, generator=generator) * 3
+    if tied:
+        gates = gates.round()  # a few values, both zeros among them
+    open_k = torch.rand(2, 1, nk, generator=generator) > (0.3 if masked else -1.0)
+    open_q = torch.rand(1, 1, nq, generator=generator) > (0.3 if masked else -1.0)
+    options = {"open_k": open_k.to(device), "open_q": open_q.to(device)} if masked else {}
+    found = select_by_threshold(
+        gates.to(device), threshold, block_q=block_q, block_k=block_k, seq_len=seq_len, impl=impl, **options
+    )
+    for b in range(2):
+        for h in range(2):
+            want = oracle(gates[b, h], threshold, block_q, block_k, seq_len, open_k[b, 0], open_q[0, 0])
+            assert torch.equal(found[b, h].cpu(), want)
