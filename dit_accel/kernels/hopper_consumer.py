@@ -269,6 +269,8 @@ def consume(
                 gather_slot = first_slot + gl.arange(0, 64, layout=gl.SliceLayout(1, COPY))
                 gather_columns = gl.arange(0, HEAD_DIM, layout=gl.SliceLayout(0, COPY))
                 gather_live = gather_slot < q_len
+                # The hint is given here and not in a function, whose arguments would not carry it: rows start at
+                # multiples of 16 bytes, which strides unknown to the compiler hide; it would read 2 bytes at a time.
                 gather_row = gl.load(rows_at + gather_slot, mask=gather_live, other=0).to(gl.int64)
                 q_at = (
                     q_ptr
@@ -277,6 +279,7 @@ def consume(
                     + gather_row[:, None] * stride_qs
                     + gather_columns[None, :]
                 )
+                q_at = gl.max_contiguous(gl.multiple_of(q_at, [16, 16]), [1, 8])
                 q_tile.store(gl.load(q_at, mask=gather_live[:, None], other=0.0))
                 fence_async_shared()
             else:
@@ -440,7 +443,9 @@ def consume(
                 live = copy_slot < q_len
                 copy_row = gl.load(rows_at + copy_slot, mask=live, other=0).to(gl.int64)
                 whole = o_tile.load(COPY)
-                gl.store(out_at + copy_row[:, None] * stride_os + copy_columns[None, :], whole, mask=live[:, None])
+                copy_at = out_at + copy_row[:, None] * stride_os + copy_columns[None, :]
+                copy_at = gl.max_contiguous(gl.multiple_of(copy_at, [16, 16]), [1, 8])
+                gl.store(copy_at, whole, mask=live[:, None])
             else:
                 fence_async_shared()
                 tma.async_copy_shared_to_global(out_desc, [first_slot, (head * HEAD_DIM).to(gl.int32)], o_tile)
