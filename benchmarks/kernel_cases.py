@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
 import math
 import os
+import statistics
+import time
 import traceback
 from collections.abc import Callable
 
@@ -29,11 +32,78 @@ def median_ms(function: Callable[[], object], rep: int = 60) -> float:
 
 
 def device_ms(function: Callable[[], object]) -> float:
-    """Median of a replayed CUDA graph: no gaps between launches, as in a model that keeps the GPU busy."""
+    """Milliseconds of a replayed CUDA graph: no gaps between launches, as in a model that keeps the GPU busy."""
     if DRY:
+        function()
         return math.nan
+    replay = captured(function)
+    return statistics.median(replay_ms(replay) for _ in range(3))
+
+
+def captured(function: Callable[[], object]) -> torch.cuda.CUDAGraph:
+    """The launches of a call without gradients as a CUDA graph."""
     with torch.no_grad():
-        return triton.testing.do_bench_cudagraph(function, rep=25, return_mode="median")
+        side = torch.cuda.Stream()
+        side.wait_stream(torch.cuda.current_stream())
+        with torch.cuda.stream(side):
+            function()
+        torch.cuda.current_stream().wait_stream(side)
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph):
+            function()
+    return graph
+
+
+def replay_ms(graph: torch.cuda.CUDAGraph, budget_ms: float = 25) -> float:
+    """Mean milliseconds of replays one after the other, for about ``budget_ms``."""
+    start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+    count = 1
+    for _ in range(2):  # one replay, to know how many fit; then those
+        start.record()
+        for _ in range(count):
+            graph.replay()
+        end.record()
+        end.synchronize()
+        ms = start.elapsed_time(end) / count
+        count = max(2, min(200, int(budget_ms / ms)))
+    return ms
+
+
+def in_turns(calls: dict[str, Callable[[], object]], rounds: int = 3) -> dict[str, dict[str, float]]:
+    """``ms`` (called, L2 cache cleared) and ``device_ms`` (replayed graph) of calls, medians over rounds.
+
+    Every round times all of them, so that a clock that falls under load falls for all alike.
+    """
+    if DRY:
+        for call in calls.values():
+            call()
+        return {name: {"ms": math.nan, "device_ms": math.nan} for name in calls}
+    graphs = {}
+    for name, call in calls.items():
+        with contextlib.suppress(RuntimeError):  # what cannot be captured has no device time
+            graphs[name] = captured(call)
+    plain: dict[str, list[float]] = {name: [] for name in calls}
+    device: dict[str, list[float]] = {name: [] for name in calls}
+    for _ in range(rounds):
+        for name, call in calls.items():
+            with torch.no_grad():
+                plain[name].append(triton.testing.do_bench(call, warmup=5, rep=20, return_mode="median"))
+    for _ in range(rounds):
+        for name, graph in graphs.items():
+            device[name].append(replay_ms(graph))
+    return {
+        name: {"ms": statistics.median(plain[name]), "device_ms": statistics.median(device[name] or [math.nan])}
+        for name in calls
+    }
+
+
+def extra_memory_share(call: Callable[[], object], q: torch.Tensor) -> float:
+    """Peak bytes that a call allocates beyond its output, over those of q, k, v and the output."""
+    torch.cuda.synchronize()
+    torch.cuda.reset_peak_memory_stats()
+    before = torch.cuda.memory_allocated()
+    call()
+    return (torch.cuda.max_memory_allocated() - before - q.nbytes) / (4 * q.nbytes)
 
 
 def random_mask(heads: int, length: int, block_q: int, block_k: int, density: float) -> BlockMask:
@@ -69,21 +139,75 @@ def oracle_error(out: torch.Tensor, q, k, v, mask: BlockMask, rows=None, samples
 
 
 class Report:
-    """Rows of one run; a failing item is recorded and the run goes on."""
+    """Rows of one run; a failing item is recorded and the run goes on, without time left it is left out."""
 
-    def __init__(self) -> None:
+    def __init__(self, until: float = math.inf) -> None:
         self.rows: list[dict[str, object]] = []
+        self.until = until
 
-    def add(self, function: Callable[[], dict[str, object]], **labels: object) -> dict[str, object]:
-        try:
-            row = {**labels, **function()}
-        except Exception as error:
-            traceback.print_exc(limit=3)
-            row = {**labels, "error": f"{type(error).__name__}: {str(error)[:160]}"}
+    def _out_of_time(self, labels: dict[str, object]) -> bool:
+        if time.monotonic() < self.until:
+            return False
+        self._record({**labels, "skipped": "out of time"})
+        return True
+
+    def _record(self, row: dict[str, object]) -> dict[str, object]:
         self.rows.append(row)
         text = (f"{key}={value:.4g}" if isinstance(value, float) else f"{key}={value}" for key, value in row.items())
         print("  ".join(text), flush=True)
         return row
+
+    def _failed(self, labels: dict[str, object], error: Exception) -> dict[str, object]:
+        traceback.print_exc(limit=3)
+        return self._record({**labels, "error": f"{type(error).__name__}: {str(error)[:160]}"})
+
+    def add(self, function: Callable[[], dict[str, object]], **labels: object) -> dict[str, object]:
+        if self._out_of_time(labels):
+            return {}
+        try:
+            found = function()
+        except Exception as error:
+            return self._failed(labels, error)
+        return self._record({**labels, **found})
+
+    def turns(
+        self,
+        makers: dict[str, Callable[[], Callable[[], object]]],
+        check: Callable[[str, Callable[[], object]], dict[str, object]],
+        base: str,
+        work: float,
+        **labels: object,
+    ) -> None:
+        """A row for every call, timed in turns.
+
+        Args:
+            makers: make the calls; one that raises is a row with its error.
+            check: runs a call once and describes it.
+            base: the call whose time the others are compared with.
+            work: operations of a call, for ``eff``.
+        """
+        if self._out_of_time(labels):
+            return
+        calls, found = {}, {}
+        for name, make in makers.items():
+            try:
+                calls[name] = make()
+                found[name] = check(name, calls[name])
+            except Exception as error:
+                calls.pop(name, None)
+                self._failed({**labels, "op": name}, error)
+        try:
+            times = in_turns(calls)
+        except Exception as error:
+            self._failed({**labels, "op": "in turns"}, error)
+            return
+        for name, time_of in times.items():
+            row = {**labels, "op": name, **time_of}
+            for key, prefix in (("ms", ""), ("device_ms", "device_")):
+                row[f"{prefix}eff"] = work / time_of[key] / 1e9
+                if base in times:
+                    row[f"{prefix}over_{base}"] = times[base][key] / time_of[key]
+            self._record({**row, **found[name]})
 
 
 def inputs(length: int, heads: int, dim: int) -> list[torch.Tensor]:

@@ -1,10 +1,11 @@
 """Time the attention kernels on one GPU, checked against an fp64 oracle in the same run.
 
-    python benchmarks/kernels.py --json out.json [--sections forward,sla,backward,rows,quantized] [--lengths 32768]
+    python benchmarks/kernels.py --json out.json [--sections all] [--seconds 150] [--lengths 32768]
 
 Random normal bf16 inputs, batch 1, 12 heads, head dim 128, random BlockMask. "eff" counts the kept blocks'
 operations only (4 H S^2 D density, and 3.5 times that with the backward). Anchors of the same run: cuDNN and,
-where it is installed, flash-attn-4, dense and with the same masks.
+where it is installed, flash-attn-4, dense and, in turns with ours, with the same masks. "ms" is a call, "device_ms"
+a replay of its launches as a CUDA graph.
 """
 
 # ruff: noqa: B023 - every closure is called before its loop moves on
@@ -15,6 +16,9 @@ import contextlib
 import json
 import math
 import sys
+import time
+from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 
 import torch
@@ -28,6 +32,7 @@ from kernel_cases import (
     dense_cudnn,
     dense_fa4,
     device_ms,
+    extra_memory_share,
     inputs,
     median_ms,
     operations,
@@ -36,48 +41,47 @@ from kernel_cases import (
     sparse_fa4,
 )
 
-from dit_accel.kernels import BlockMask, block_sparse_attention
+from dit_accel.kernels import BlockMask, QuantizedInputs, block_sparse_attention
+
+
+def checked(q, k, v, mask, rows=None) -> Callable[[str, Callable], dict[str, object]]:
+    """What is said of a call: its error against the fp64 oracle, and its memory."""
+
+    def check(name: str, call: Callable) -> dict[str, object]:
+        error = oracle_error(call(), q, k, v, mask, rows)
+        return {"error": error, "extra_memory_share": extra_memory_share(call, q)}
+
+    return check
 
 
 def section_forward(report: Report, args: argparse.Namespace) -> None:
-    """Ours (the backend that is chosen by itself) and flash-attn-4, dense and sparse, over cuDNN dense."""
+    """Ours (the backend that is chosen by itself) and flash-attn-4 in turns; dense anchors."""
     for length in args.lengths:
         q, k, v = inputs(length, args.heads, args.head_dim)
         full = 4 * args.heads * length * length * args.head_dim
-
-        def dense(make=dense_cudnn) -> dict[str, object]:
-            ms = median_ms(make(q, k, v))
-            return {"ms": ms, "eff": full / ms / 1e9}
-
-        base = report.add(dense, op="cudnn", S=length)
-        report.add(lambda: dense(dense_fa4), op="fa4 dense", S=length)
         for block_q, block_k in BLOCKS[: 2 if length == args.lengths[0] else 1]:
             for density in DENSITIES:
                 mask = random_mask(args.heads, length, block_q, block_k, density)
-                for name in ("ours", "fa4"):
+                report.turns(
+                    {
+                        "ours": lambda: lambda: block_sparse_attention(q, k, v, mask),
+                        "fa4": lambda: sparse_fa4(q, k, v, mask),
+                    },
+                    checked(q, k, v, mask),
+                    "fa4",
+                    operations(q, mask),
+                    section="forward",
+                    S=length,
+                    block=f"{block_q}x{block_k}",
+                    density=density,
+                )
+        for name, make in (("cudnn dense", dense_cudnn), ("fa4 dense", dense_fa4)):
 
-                    def measure(name=name, mask=mask) -> dict[str, object]:
-                        if name == "fa4":
-                            call = sparse_fa4(q, k, v, mask)
-                        else:
-                            call = lambda: block_sparse_attention(q, k, v, mask)  # noqa: E731
-                        error = oracle_error(call(), q, k, v, mask)
-                        torch.cuda.reset_peak_memory_stats()
-                        before = torch.cuda.memory_allocated()
-                        call()
-                        extra = torch.cuda.max_memory_allocated() - before - q.nbytes
-                        ms = median_ms(call)
-                        return {
-                            "ms": ms,
-                            "eff": operations(q, mask) / ms / 1e9,
-                            "over_cudnn": base.get("ms", math.nan) / ms,
-                            "device_ms": (inner := device_ms(call)),
-                            "device_eff": operations(q, mask) / inner / 1e9,
-                            "error": error,
-                            "extra_memory_share": extra / (4 * q.nbytes),
-                        }
+            def dense() -> dict[str, object]:
+                ms = median_ms(make(q, k, v))
+                return {"ms": ms, "eff": full / ms / 1e9}
 
-                    report.add(measure, op=name, S=length, block=f"{block_q}x{block_k}", density=density)
+            report.add(dense, section="forward", op=name, S=length)
 
 
 def section_sla(report: Report, args: argparse.Namespace) -> None:
@@ -91,9 +95,9 @@ def section_sla(report: Report, args: argparse.Namespace) -> None:
         grad = torch.randn_like(q)
         weight = torch.randn(args.head_dim, args.head_dim, device="cuda", requires_grad=True)
         bias = torch.randn(args.head_dim, device="cuda", requires_grad=True)
-        dense = report.add(lambda: {"ms": median_ms(dense_cudnn(q, k, v))}, op="cudnn", S=length)
+        dense = report.add(lambda: {"ms": median_ms(dense_cudnn(q, k, v))}, section="sla", op="cudnn", S=length)
         training = dense_backward_cudnn(*leaves, grad)
-        dense_both = report.add(lambda: {"ms": median_ms(training)}, op="cudnn fwd+bwd", S=length)
+        dense_both = report.add(lambda: {"ms": median_ms(training)}, section="sla", op="cudnn fwd+bwd", S=length)
         for block_k in (128, 64):
             for every in (True, False):
 
@@ -122,7 +126,8 @@ def section_sla(report: Report, args: argparse.Namespace) -> None:
 
                     report.add(
                         measure,
-                        op=f"sla {name}",
+                        section="sla",
+                        op=name,
                         S=length,
                         block=f"128x{block_k}",
                         linear="all tokens" if every else "non-critical",
@@ -130,49 +135,62 @@ def section_sla(report: Report, args: argparse.Namespace) -> None:
 
 
 def section_rows(report: Report, args: argparse.Namespace) -> None:
-    """A permutation of the rows by the kernel, against the same kernel in order and a reorder by torch."""
-    for length in args.lengths[:1]:
-        q, k, v = inputs(length, args.heads, args.head_dim)
-        rows = torch.rand(1, args.heads, length, device="cuda").argsort(-1).to(torch.int32)
-        for block_q, block_k in BLOCKS[:2]:
-            for density in (0.05, 0.2):
-                mask = random_mask(args.heads, length, block_q, block_k, density)
+    """Permuted rows: the copy of keys and values whole and in parts, and gathering in the portable kernel."""
+    from dit_accel.kernels.hopper_forward import default_config, hopper_forward
+    from dit_accel.kernels.reorder import reorder_pair
+    from dit_accel.kernels.triton_forward import forward
 
-                def measure(mask=mask) -> dict[str, object]:
-                    call = lambda: block_sparse_attention(q, k, v, mask, rows=rows)  # noqa: E731
-                    error = oracle_error(call(), q, k, v, mask, rows)
-                    plain = median_ms(lambda: block_sparse_attention(q, k, v, mask))
-                    ms = median_ms(call)
-                    inner = device_ms(call)
-                    plain_inner = device_ms(lambda: block_sparse_attention(q, k, v, mask))
-                    return {
-                        "ms": ms,
-                        "in_order_ms": plain,
-                        "cost": ms / plain - 1,
-                        "device_cost": inner / plain_inner - 1,
-                        "error": error,
-                    }
+    length = args.lengths[0]
+    q, k, v = inputs(length, args.heads, args.head_dim)
+    scale = q.shape[-1] ** -0.5
+    rows = torch.rand(1, args.heads, length, device="cuda").argsort(-1).to(torch.int32)
+    for block_q, block_k in BLOCKS[:2]:
+        usual = default_config(block_k, args.head_dim, None)
+        for density in (0.05, 0.2):
+            mask = random_mask(args.heads, length, block_q, block_k, density)
 
-                report.add(measure, op="rows", S=length, block=f"{block_q}x{block_k}", density=density)
-        from dit_accel.kernels.reorder import reorder_pair
+            def copied(share: float) -> Callable:
+                config = replace(usual, copy_share=share)
+                return lambda: lambda: hopper_forward(q, k, v, mask, rows, None, scale, config=config)[0]
 
-        report.add(lambda: {"ms": median_ms(lambda: reorder_pair(k, v, rows))}, op="reorder k, v", S=length)
-        index = rows.long().transpose(1, 2)[..., None].expand_as(q)
-        report.add(
-            lambda: {"ms": median_ms(lambda: [x.gather(1, index) for x in (q, k, v)])},
-            op="torch reorder",
-            S=length,
-        )
+            def check(name: str, call: Callable) -> dict[str, object]:
+                return checked(q, k, v, mask, None if name == "in order" else rows)(name, call)
+
+            report.turns(
+                {
+                    "in order": lambda: lambda: block_sparse_attention(q, k, v, mask),
+                    "whole copy": copied(0.5),
+                    "copy in 2 parts": copied(0.25),
+                    "copy in 4 parts": copied(0.15),
+                    "gathered in the kernel": lambda: lambda: forward(q, k, v, mask, rows, None, scale)[0],
+                },
+                check,
+                "in order",
+                operations(q, mask),
+                section="rows",
+                S=length,
+                block=f"{block_q}x{block_k}",
+                density=density,
+            )
+    pair = lambda: reorder_pair(k, v, rows)  # noqa: E731
+    report.add(lambda: {"ms": median_ms(pair), "device_ms": device_ms(pair)}, section="rows", op="copy k, v", S=length)
+    index = rows.long().transpose(1, 2)[..., None].expand_as(q)
+    report.add(
+        lambda: {"ms": median_ms(lambda: [x.gather(1, index) for x in (q, k, v)])},
+        section="rows",
+        op="torch reorder of q, k, v",
+        S=length,
+    )
 
 
 HOPPER_CONFIGS = {
-    # (kind, keys a block): (stages, query buffers, turns)
-    ("half", 128): ((3, 1, False), (3, 1, True), (2, 2, False), (2, 2, True)),
-    ("int8", 128): ((3, 1, False), (3, 1, True), (3, 2, False), (3, 2, True)),
-    ("int8_fp8", 128): ((4, 1, False), (4, 1, True), (4, 2, False), (4, 2, True)),
-    ("half", 64): ((6, 1, False), (6, 1, True), (5, 2, False), (5, 2, True)),
-    ("int8", 64): ((6, 1, False), (6, 1, True)),
-    ("int8_fp8", 64): ((8, 1, False), (8, 1, True)),
+    # (kind, keys a block): (stages, turns, biased)
+    ("half", 128): ((2, False), (2, True)),
+    ("int8", 128): ((3, False), (3, True), (3, False, True), (3, True, True)),
+    ("int8_fp8", 128): ((4, False), (4, True), (4, False, True), (4, True, True)),
+    ("half", 64): ((4, False), (5, False), (5, True)),
+    ("int8", 64): ((6, False), (6, True), (6, True, True)),
+    ("int8_fp8", 64): ((8, False), (8, False, True)),
 }
 
 
@@ -223,65 +241,85 @@ def section_hopper(report: Report, args: argparse.Namespace) -> None:
 
 
 def section_quantized(report: Report, args: argparse.Namespace) -> None:
-    """Quantised attention with its prologue, against our own half precision in the same run."""
+    """INT8 and FP8 with the prologue and without, and the kernel's variants, over our own half precision."""
     from dit_accel.kernels import quantized_block_sparse_attention
+    from dit_accel.kernels.hopper_forward import default_config, hopper_forward
     from dit_accel.kernels.triton_quantize import quantize_inputs
 
     for length in args.lengths:
         q, k, v = inputs(length, args.heads, args.head_dim)
-        for precision in ("int8", "int8_fp8"):
-            prologue = lambda: quantize_inputs(q, k, v, 128, 128, precision=precision)  # noqa: E731
+        scale = q.shape[-1] ** -0.5
+
+        def ready(precision: str, key_scales: str = "block") -> QuantizedInputs:
+            return quantize_inputs(q, k, v, 128, 128, precision=precision, key_scales=key_scales)
+
+        for precision, key_scales in (("int8", "block"), ("int8_fp8", "block"), ("int8", "thread")):
+            prologue = lambda: ready(precision, key_scales)  # noqa: E731
+            # q, k and where it is rewritten v, in 16 bits and out in 8; k (in part) and v once more for statistics.
+            moved = (3 + 0.25) * q.nbytes if precision == "int8" else (4.5 + 1.25) * q.nbytes
             report.add(
-                lambda: {"ms": median_ms(prologue), "device_ms": device_ms(prologue)},
-                op=f"prologue {precision}",
+                lambda: {
+                    "ms": median_ms(prologue),
+                    "device_ms": (inner := device_ms(prologue)),
+                    "device_GB_s": moved / inner / 1e6,
+                },
+                section="quantized",
+                op=f"prologue {precision} by {key_scales}",
                 S=length,
             )
-        for density in DENSITIES:
+        for density in sorted(DENSITIES, reverse=True):
             mask = random_mask(args.heads, length, 128, 128, density)
-            half = lambda: block_sparse_attention(q, k, v, mask)  # noqa: E731
-            base = report.add(
-                lambda: {"ms": median_ms(half), "device_ms": device_ms(half)}, op="half", S=length, density=density
-            )
+
+            def whole(precision: str) -> Callable:
+                return lambda: lambda: quantized_block_sparse_attention(q, k, v, mask, precision=precision)
+
+            def kernel(precision: str, key_scales: str = "block", **changes: object) -> Callable:
+                def make() -> Callable:
+                    data = ready(precision, key_scales)
+                    config = replace(default_config(128, args.head_dim, precision), **changes)
+                    return lambda: hopper_forward(q, k, v, mask, None, None, scale, quantized=data, config=config)[0]
+
+                return make
+
+            makers = {"half": lambda: lambda: block_sparse_attention(q, k, v, mask)}
             for precision in ("int8", "int8_fp8"):
-                ready = quantize_inputs(q, k, v, 128, 128, precision=precision)
-                for name, data in (("with prologue", None), ("kernel only", ready)):
-                    call = lambda: quantized_block_sparse_attention(  # noqa: E731
-                        q, k, v, mask, precision=precision, quantized=data
-                    )
-
-                    def measure() -> dict[str, object]:
-                        error = oracle_error(call(), q, k, v, mask)
-                        ms = median_ms(call)
-                        return {
-                            "ms": ms,
-                            "eff": operations(q, mask) / ms / 1e9,
-                            "over_half": base.get("ms", math.nan) / ms,
-                            "device_ms": (inner := device_ms(call)),
-                            "device_over_half": base.get("device_ms", math.nan) / inner,
-                            "error": error,
-                        }
-
-                    report.add(measure, op=f"{precision} {name}", S=length, density=density)
+                makers[f"{precision} with prologue"] = whole(precision)
+                makers[f"{precision} kernel"] = kernel(precision)
+                if length == args.lengths[0] and density != 0.1:
+                    turns = not default_config(128, args.head_dim, precision).take_turns
+                    makers[f"{precision} kernel, biased"] = kernel(precision, biased=True)
+                    makers[f"{precision} kernel, by thread"] = kernel(precision, "thread")
+                    makers[f"{precision} kernel, by thread, biased"] = kernel(precision, "thread", biased=True)
+                    makers[f"{precision} kernel, turns {turns}"] = kernel(precision, take_turns=turns)
+            report.turns(
+                makers,
+                checked(q, k, v, mask),
+                "half",
+                operations(q, mask),
+                section="quantized",
+                S=length,
+                density=density,
+            )
 
 
 def section_backward(report: Report, args: argparse.Namespace) -> None:
+    """Forward with backward, in order and permuted, over cuDNN dense."""
     for length in args.lengths[:1]:
         q, k, v = (x.requires_grad_() for x in inputs(length, args.heads, args.head_dim))
         grad = torch.randn_like(q)
 
         dense = dense_backward_cudnn(q, k, v, grad)
-        base = report.add(lambda: {"ms": median_ms(dense)}, op="cudnn fwd+bwd", S=length)
+        base = report.add(lambda: {"ms": median_ms(dense)}, section="backward", op="cudnn fwd+bwd", S=length)
         for block_q, block_k in BLOCKS:
-            for permuted in (False, True):
-                mask = random_mask(args.heads, length, block_q, block_k, 0.1)
-                rows = torch.rand(1, args.heads, length, device="cuda").argsort(-1).to(torch.int32)
-                rows = rows if permuted else None
+            mask = random_mask(args.heads, length, block_q, block_k, 0.1)
+            permutation = torch.rand(1, args.heads, length, device="cuda").argsort(-1).to(torch.int32)
+            for rows in (None, permutation):
 
-                def ours(mask=mask, rows=rows) -> None:
+                def ours() -> None:
                     out = block_sparse_attention(q, k, v, mask, rows=rows)
                     torch.autograd.grad(out, (q, k, v), grad)
 
-                def measure(ours=ours, mask=mask) -> dict[str, object]:
+                def measure() -> dict[str, object]:
                     ms = median_ms(ours)
                     return {
                         "ms": ms,
@@ -289,12 +327,47 @@ def section_backward(report: Report, args: argparse.Namespace) -> None:
                         "over_cudnn": base.get("ms", math.nan) / ms,
                     }
 
-                report.add(measure, op="fwd+bwd", S=length, block=f"{block_q}x{block_k}", density=0.1, rows=permuted)
+                report.add(
+                    measure,
+                    section="backward",
+                    op="fwd+bwd" if rows is None else "fwd+bwd permuted",
+                    S=length,
+                    block=f"{block_q}x{block_k}",
+                    density=0.1,
+                )
+
+
+# Share of the time that a section of ``--sections all`` may take; what one leaves over the next ones may use.
+ALL = {"forward": 0.3, "quantized": 0.3, "rows": 0.15, "backward": 0.15, "sla": 0.1}
+
+
+def run(report: Report, args: argparse.Namespace) -> None:
+    """Sections in turn, each until its share of ``--seconds`` has passed."""
+    names = list(ALL) if args.sections == "all" else args.sections.split(",")
+    begin, share, total = time.monotonic(), 0.0, sum(ALL.get(name, 0.1) for name in names)
+    for name in names:
+        share += ALL.get(name, 0.1) / total
+        report.until = begin + args.seconds * share
+        globals()[f"section_{name}"](report, args)
+        torch.cuda.empty_cache()
+
+
+def print_table(rows: list[dict[str, object]]) -> None:
+    """The rows once more, short, so that the end of the output says all."""
+    columns = ("ms", "device_ms", "eff", "device_eff", "error", "extra_memory_share")
+    print(f"\n{'':64}" + "".join(f"{name[:11]:>12}" for name in (*columns, "over base")))
+    for row in rows:
+        label = " ".join(str(row[key]) for key in ("section", "S", "block", "density", "op", "linear") if key in row)
+        ratio = next((row[key] for key in row if key.startswith(("device_over", "over"))), None)
+        cells = [*(row.get(key) for key in columns), ratio]
+        text = "".join(f"{cell:12.4g}" if isinstance(cell, float) else f"{str(cell or '')[:11]:>12}" for cell in cells)
+        print(f"{label[:64]:64}{text}" + ("  (out of time)" if "skipped" in row else ""))
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--sections", default="forward,sla,quantized,backward,rows")
+    parser.add_argument("--sections", default="all", help="all, or of forward,quantized,rows,backward,sla,hopper")
+    parser.add_argument("--seconds", type=float, default=math.inf, help="time for all sections, about")
     parser.add_argument("--lengths", default="32768,32760,75600")
     parser.add_argument("--heads", type=int, default=12)
     parser.add_argument("--head-dim", type=int, default=128)
@@ -307,8 +380,7 @@ def main() -> None:
     torch.manual_seed(0)
     report = Report()
     try:
-        for section in args.sections.split(","):
-            globals()[f"section_{section}"](report, args)
+        run(report, args)
     finally:  # a run that is interrupted keeps what it measured
         if args.json:
             head = {
@@ -320,6 +392,7 @@ def main() -> None:
                 "units": "ms: median milliseconds; eff: TFLOP/s of the kept blocks; error: relative Frobenius",
             }
             args.json.write_text(json.dumps({**head, "rows": report.rows}, indent=1) + "\n")
+        print_table(report.rows)
 
 
 if __name__ == "__main__":

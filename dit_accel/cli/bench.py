@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import sys
 from pathlib import Path
 from typing import Annotated, Any
@@ -46,6 +47,9 @@ def bench(
         bool,
         typer.Option("--kernels", help="Tune the attention kernels for this GPU instead; --out is then the table."),
     ] = False,
+    seconds: Annotated[
+        float | None, typer.Option(help="With --kernels: leave out what is not measured by then, about.")
+    ] = None,
     dtype: DtypeOption = None,
     device: DeviceOption = None,
     out: Annotated[Path | None, typer.Option(help="Also write the JSON here.")] = None,
@@ -55,7 +59,7 @@ def bench(
     """Time one transformer forward with random weights, dense and patched, in alternation."""
     quiet_libraries()
     if kernels:
-        _tune(read_device(device), out, as_json)
+        _tune(read_device(device), out, as_json, seconds)
         return
     from ..pipelines.architectures import architecture
 
@@ -114,16 +118,17 @@ def bench(
         raise typer.Exit(2)
 
 
-def _tune(device: Any, out: Path | None, as_json: bool) -> None:
+def _tune(device: Any, out: Path | None, as_json: bool, seconds: float | None) -> None:
     """Measure launch configurations, print them, and write the table to ``out``."""
-    from ..kernels.tune import tune
+    from ..kernels.tune import default_workers, tune
     from ..kernels.tuning import TABLE_VARIABLE
     from .environment import environment
 
     if device.type != "cuda":
         raise RuntimeError(f"bench --kernels needs a CUDA GPU, got {device.type}.")
     with _status(quiet=as_json) as progress:
-        table = {**tune(device, progress=progress), "environment": environment(device)}
+        measured = tune(device, progress=progress, workers=default_workers(), seconds=seconds or math.inf)
+        table = {**measured, "environment": environment(device)}
     if out is not None:
         out.parent.mkdir(parents=True, exist_ok=True)
         out.write_text(json.dumps(table, indent=1) + "\n")

@@ -142,6 +142,8 @@ def consume(
                 gather_slot = first_slot + gl.arange(0, 64, layout=gl.SliceLayout(1, COPY))
                 gather_columns = gl.arange(0, HEAD_DIM, layout=gl.SliceLayout(0, COPY))
                 gather_live = gather_slot < q_len
+                # The hint is given here and not in a function, whose arguments would not carry it: rows start at
+                # multiples of 16 bytes, which strides unknown to the compiler hide; it would read 2 bytes at a time.
                 gather_row = gl.load(rows_at + gather_slot, mask=gather_live, other=0).to(gl.int64)
                 q_at = (
                     q_ptr
@@ -150,6 +152,7 @@ def consume(
                     + gather_row[:, None] * stride_qs
                     + gather_columns[None, :]
                 )
+                q_at = gl.max_contiguous(gl.multiple_of(q_at, [16, 16]), [1, 8])
                 q_tile.store(gl.load(q_at, mask=gather_live[:, None], other=0.0))
                 fence_async_shared()
             else:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from dataclasses import dataclass
 from functools import cache
 
@@ -12,11 +13,14 @@ from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
 from .block_mask import BlockMask
 from .hopper_kernel import hopper_fwd_kernel
 from .quantize import QuantizedInputs
-from .reorder import reorder_pair
+from .reorder import heads_at_once, reorder_pair
 from .triton_forward import LOG2_E, mask_strides
 
 _ROWS = 64  # query rows of a consumer warpgroup
 _SHARED_BYTES = 224 << 10  # of 227 KiB: barriers and alignment take a little
+# What a permuted copy of keys and values may take, as a share of the bytes of q, k, v and the output. Half is all
+# heads of one batch entry at once; less moves and attends a few heads at a time, through one buffer.
+COPY_SHARE = 0.5
 
 
 @dataclass(frozen=True)
@@ -24,11 +28,13 @@ class HopperConfig:
     """Buffers of key and value blocks, and whether the consumers take turns at products.
 
     ``biased``: start the integer sums of INT8 products at the bits of a float, in place of converting them.
+    ``copy_share``: see :data:`COPY_SHARE`.
     """
 
     stages: int
     take_turns: bool
     biased: bool = False
+    copy_share: float = COPY_SHARE
 
 
 def why_not_hopper(
@@ -49,7 +55,7 @@ def _why_not_tiles(x: torch.Tensor, by_head: bool = True) -> str | None:
     """Why tiles of ``[B, S, H, D]`` cannot be copied by the hardware, or None if they can."""
     if x.stride(-1) != 1 or (by_head and x.stride(2) != x.shape[3]):
         return "does not have its heads side by side"
-    if x.data_ptr() % 16 or (x.stride(1) * 2) % 16 or (x.stride(0) * 2) % 16:
+    if x.data_ptr() % 16 or any((x.stride(n) * 2) % 16 for n in range(3)):
         return "is not aligned to 16 bytes"
     return None
 
@@ -135,28 +141,38 @@ def hopper_forward(
     nq, nk = mask.num_blocks
     if rows is not None:
         rows = rows.to(torch.int32).contiguous()
-        if quantized is None:
-            k, v = reorder_pair(k, v, rows)
     fp8 = quantized is not None and quantized.v_scale is not None
     precision = None if quantized is None else "int8_fp8" if fp8 else "int8"
     values = quantized.v if precision == "int8" and _why_not_tiles(quantized.v) is None else None
     if precision == "int8" and values is None:
         values = quantized.v.contiguous()
     config = config or default_config(mask.block_k, dim, precision)
+    together, copy = heads, None
+    if rows is not None and quantized is None:
+        together = heads_at_once(batch, heads, config.copy_share)
+        copy = torch.empty((2, 1, kv_len, together, dim), dtype=k.dtype, device=k.device)
     counts, fulls, index = (x.contiguous() for x in (mask.kv_num_blocks, mask.kv_num_full, mask.kv_indices))
     bit_rows = index if mask.kv_bits is None else mask.kv_bits.contiguous()
     bits = index if mask.token_bits is None else mask.token_bits.contiguous()
     hidden = None if key_mask is None else key_mask.contiguous().view(torch.uint8)
     rows_strides = (0, 0) if rows is None else mask_strides(rows, q_len)
-    programs = min(nq * heads, multiprocessors(q.device.index or 0))
     # Tiles that were taken, a count for each launch; and the last two of every program.
-    taken = torch.zeros(batch, dtype=torch.int32, device=q.device)
-    claims = torch.empty((batch, programs, 2), dtype=torch.int32, device=q.device)
-    for b in range(batch):
+    launches = list(itertools.product(range(batch), range(0, heads, together)))
+    programs = min(nq * together, multiprocessors(q.device.index or 0))
+    taken = torch.zeros(len(launches), dtype=torch.int32, device=q.device)
+    claims = torch.empty((len(launches), programs, 2), dtype=torch.int32, device=q.device)
+    for launch, (b, first) in enumerate(launches):
         mb = b if counts.shape[0] > 1 else 0
+        rb = b if rows is not None and rows.shape[0] > 1 else 0
+        count = min(together, heads - first)
         if quantized is None:
-            q_in = q[b]
-            k_in, v_in = _side_by_side(k[b]), _side_by_side(v[b])
+            q_in, k_in, v_in = q[b], k[b], v[b]
+            if copy is not None:
+                part = copy if count == together else copy.flatten()[: 2 * kv_len * count * dim]
+                part = part.view(2, 1, kv_len, count, dim)
+                reorder_pair(k[b : b + 1], v[b : b + 1], rows[rb : rb + 1], first=first, out=part)
+                k_in, v_in = part[0, 0], part[1, 0]
+            k_in, v_in = _side_by_side(k_in), _side_by_side(v_in)
             q_tiles = _tiles(_side_by_side(q_in) if rows is None else k_in, _ROWS, dim)
             scales = (lse, lse, lse, lse)
             planes = (0, 0, dim)
@@ -169,7 +185,7 @@ def hopper_forward(
             scales = (quantized.q_scale[b], quantized.k_scale[b], v_scale, quantized.q_shift[b])
             planes = (nq * mask.block_q, nk * mask.block_k, 0)
         v_tile = (dim, mask.block_k) if fp8 else (mask.block_k, dim)
-        hopper_fwd_kernel[(programs,)](
+        hopper_fwd_kernel[(min(nq * count, programs),)](
             q_tiles,
             _tiles(k_in, mask.block_k, dim),
             _tiles(v_in, *v_tile),
@@ -183,16 +199,16 @@ def hopper_forward(
             index[mb],
             bit_rows[mb],
             bits,
-            index if rows is None else rows[b if rows.shape[0] > 1 else 0],
+            index if rows is None else rows[rb],
             index if hidden is None else hidden[b],
-            taken[b],
-            claims[b],
+            taken[launch],
+            claims[launch],
             *q.stride()[:3],
             *out.stride()[:3],
             *rows_strides,
             nq,
-            heads,
-            nq * heads,
+            count,
+            nq * count,
             0,
             mask_strides(index, nq)[1],
             index.shape[-1],
@@ -200,6 +216,7 @@ def hopper_forward(
             q_len,
             kv_len,
             scale * LOG2_E,
+            first,
             BLOCK_K=mask.block_k,
             HEAD_DIM=dim,
             STAGES=config.stages,

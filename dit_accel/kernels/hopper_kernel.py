@@ -28,6 +28,7 @@ from .triton_forward import SIZES
     do_not_specialize=(
         *SIZES,
         "nq",
+        "first_head",
         "num_tiles",
         "q_rows",
         "k_rows",
@@ -78,6 +79,7 @@ def hopper_fwd_kernel(
     q_len,
     kv_len,
     scale_log2,
+    first_head,
     BLOCK_K: gl.constexpr,
     HEAD_DIM: gl.constexpr,
     STAGES: gl.constexpr,
@@ -90,7 +92,21 @@ def hopper_fwd_kernel(
     THREAD_SCALES: gl.constexpr,
     BIASED: gl.constexpr,
 ):
-    """Query blocks of 128 rows. ``q_rows`` and ``k_rows`` are a head's rows, ``plane_cols`` its columns."""
+    """Query blocks of 128 rows of ``heads`` heads. ``q_rows`` and ``k_rows`` are a head's rows, ``plane_cols`` columns.
+
+    ``first_head``, for permuted half-precision calls only: the first of them in all but k and v.
+    """
+    if PERMUTED and not QUANTIZED:
+        # Here, where registers are free; the consumers have none to spare.
+        list_rows = first_head.to(gl.int64) * mask_head_stride
+        counts_ptr += list_rows
+        fulls_ptr += list_rows
+        index_ptr += list_rows * list_length
+        bit_rows_ptr += list_rows * list_length
+        rows_ptr += first_head.to(gl.int64) * rows_head_stride
+        lse_ptr += first_head.to(gl.int64) * q_len
+        q_ptr += first_head.to(gl.int64) * stride_qh
+        out_ptr += first_head.to(gl.int64) * stride_oh
     q_smem = gl.allocate_shared_memory(q_desc.dtype, [4, 64, HEAD_DIM], q_desc.layout)
     k_smem = gl.allocate_shared_memory(k_desc.dtype, [STAGES, BLOCK_K, HEAD_DIM], k_desc.layout)
     V_ROWS: gl.constexpr = HEAD_DIM if FP8 else BLOCK_K

@@ -90,7 +90,9 @@ def write_tile(
         copy_row = gl.load(rows_at + copy_slot, mask=live, other=0).to(gl.int64)
         out_at = out_ptr + batch * stride_ob + head * stride_oh
         whole = o_tile.load(COPY)
-        gl.store(out_at + copy_row[:, None] * stride_os + copy_columns[None, :], whole, mask=live[:, None])
+        copy_at = out_at + copy_row[:, None] * stride_os + copy_columns[None, :]
+        copy_at = gl.max_contiguous(gl.multiple_of(copy_at, [16, 16]), [1, 8])
+        gl.store(copy_at, whole, mask=live[:, None])
     else:
         fence_async_shared()
         tma.async_copy_shared_to_global(out_desc, [first_slot, (head * HEAD_DIM).to(gl.int32)], o_tile)

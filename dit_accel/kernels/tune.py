@@ -3,7 +3,12 @@
 from __future__ import annotations
 
 import math
+import multiprocessing
+import os
+import time
 from collections.abc import Callable, Iterator
+from concurrent.futures import ProcessPoolExecutor
+from contextlib import AbstractContextManager, nullcontext
 from functools import partial
 from typing import Any
 
@@ -18,6 +23,7 @@ BLOCKS = ((128, 128), (128, 64), (64, 64))
 # The density at which configurations are compared: between the sparsest and the densest in common use.
 _DENSITY = 0.1
 _FA4_DENSITIES = (0.05, 0.1, 0.2)
+_CLEARLY = 0.98  # of our time: below what differs from run to run nothing is won
 Measure = Callable[[Callable[[], object]], float]
 
 
@@ -25,7 +31,7 @@ def median_ms(call: Callable[[], object]) -> float:
     """Median milliseconds of a call on the GPU, caches cleared between runs."""
     from triton.testing import do_bench
 
-    value: float = do_bench(call, warmup=20, rep=40, return_mode="median")
+    value: float = do_bench(call, warmup=10, rep=30, return_mode="median")
     return value
 
 
@@ -47,6 +53,8 @@ def tune(
     dtype: torch.dtype = torch.bfloat16,
     measure: Measure = median_ms,
     progress: Callable[[str], None] = lambda stage: None,
+    workers: int = 0,
+    seconds: float = math.inf,
 ) -> dict[str, Any]:
     """Time every launch configuration of the portable kernels, and flash-attn-4 where it runs.
 
@@ -55,39 +63,66 @@ def tune(
         length, heads: tokens and heads of the measured calls, random normal inputs.
         measure: gives the milliseconds of a call.
         progress: told what is being timed.
+        workers: processes that first compile everything side by side into Triton's cache; 0 compiles as it goes.
+        seconds: configurations that are not reached in this time are left out.
 
     Returns:
         A table for :mod:`~dit_accel.kernels.tuning`: ``entries`` and ``fa4_fastest``; and ``measured``, one row
         a configuration with its milliseconds, or with the error that it raised.
     """
+    until = time.monotonic() + seconds
     measured: list[dict[str, Any]] = []
+    with _compiling(workers, device, heads, dims, blocks, dtype, progress):
+        # Meanwhile flash-attn-4, whose compiler is another, in this process: it keeps nothing on disk.
+        fa4_cases = _fa4_cases(device, length, heads, dims, blocks, dtype, progress, measured, until)
+    fastest = _fa4_fastest(fa4_cases, measure, progress, measured, until)
     best: dict[str, tuple[float, list[int]]] = {}
+    for key, config, call in _candidates(device, length, heads, dims, blocks, dtype):
+        progress(f"{key} with {config.num_warps} warps, {config.num_stages} stages")
+        row: dict[str, Any] = {"entry": key, "warps": config.num_warps, "stages": config.num_stages}
+        measured.append(row)
+        if time.monotonic() > until:
+            row["error"] = "out of time"
+            continue
+        try:
+            row["ms"] = measure(call)
+        except Exception as error:  # a configuration that does not fit the GPU is no candidate
+            row["error"] = _short(error)
+            continue
+        if row["ms"] < best.get(key, (math.inf, []))[0]:
+            best[key] = (row["ms"], [config.num_warps, config.num_stages])
+    name = torch.cuda.get_device_name(device) if device.type == "cuda" else device.type
+    return {
+        "device": name,
+        "entries": {key: config for key, (_, config) in sorted(best.items())},
+        "fa4_fastest": fastest,
+        "measured": measured,
+    }
+
+
+def _short(error: Exception) -> str:
+    lines = str(error).splitlines() or [""]
+    return f"{type(error).__name__}: {lines[0][:120]}"
+
+
+def _candidates(
+    device: torch.device,
+    length: int,
+    heads: int,
+    dims: tuple[int, ...],
+    blocks: tuple[tuple[int, int], ...],
+    dtype: torch.dtype,
+) -> Iterator[tuple[str, LaunchConfig, Callable[[], object]]]:
+    """Every entry with every configuration, and a call of it."""
     for dim in dims:
         q, k, v, grad = (torch.randn(1, length, heads, dim, device=device, dtype=dtype) for _ in range(4))
         rows = torch.rand(1, heads, length, device=device).argsort(-1).to(torch.int32)
         for block_q, block_k in blocks:
             mask = random_mask(heads, length, block_q, block_k, _DENSITY, device)
-            for key, config, call in _candidates(q, k, v, grad, mask, rows):
-                progress(f"{key} with {config.num_warps} warps, {config.num_stages} stages")
-                row: dict[str, Any] = {"entry": key, "warps": config.num_warps, "stages": config.num_stages}
-                measured.append(row)
-                try:
-                    row["ms"] = measure(call)
-                except Exception as error:  # a configuration that does not fit the GPU is no candidate
-                    row["error"] = f"{type(error).__name__}: {str(error).splitlines()[0][:120]}"
-                    continue
-                if row["ms"] < best.get(key, (math.inf, []))[0]:
-                    best[key] = (row["ms"], [config.num_warps, config.num_stages])
-    name = torch.cuda.get_device_name(device) if device.type == "cuda" else device.type
-    return {
-        "device": name,
-        "entries": {key: config for key, (_, config) in sorted(best.items())},
-        "fa4_fastest": _fa4_fastest(device, length, heads, dims, blocks, dtype, measure, progress, measured),
-        "measured": measured,
-    }
+            yield from _configurations(q, k, v, grad, mask, rows)
 
 
-def _candidates(
+def _configurations(
     q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, grad: torch.Tensor, mask: BlockMask, rows: torch.Tensor
 ) -> Iterator[tuple[str, LaunchConfig, Callable[[], object]]]:
     from .triton_backward import backward
@@ -112,36 +147,116 @@ def _candidates(
                     yield key, config, partial(call, config_dq=dq, config_dkv=dkv)
 
 
-def _fa4_fastest(
+def _compiling(
+    workers: int,
+    device: torch.device,
+    heads: int,
+    dims: tuple[int, ...],
+    blocks: tuple[tuple[int, int], ...],
+    dtype: torch.dtype,
+    progress: Callable[[str], None],
+) -> AbstractContextManager[object]:
+    """While it is open, processes run all candidates once on short inputs; leaving it waits for them."""
+    if workers <= 0:
+        return nullcontext()
+    progress(f"compiling in {workers} processes")
+    # Not forked: a child could not use the GPU that this process has opened.
+    pool = ProcessPoolExecutor(workers, mp_context=multiprocessing.get_context("spawn"))
+    for worker in range(workers):
+        pool.submit(_compile_share, worker, workers, device, heads, dims, blocks, dtype)
+    return pool
+
+
+def _compile_share(
+    worker: int,
+    workers: int,
+    device: torch.device,
+    heads: int,
+    dims: tuple[int, ...],
+    blocks: tuple[tuple[int, int], ...],
+    dtype: torch.dtype,
+) -> None:
+    # The kernels are not compiled for a length, so that short inputs make the same ones.
+    for number, (_, _, call) in enumerate(_candidates(device, 1024, heads, dims, blocks, dtype)):
+        if number % workers == worker:
+            try:
+                call()
+            except Exception:  # recorded when it is measured
+                continue
+
+
+def default_workers() -> int:
+    """Processes to compile with: one a core, of which few bring anything beyond a dozen."""
+    return min(12, os.cpu_count() or 1)
+
+
+def _fa4_cases(
     device: torch.device,
     length: int,
     heads: int,
     dims: tuple[int, ...],
     blocks: tuple[tuple[int, int], ...],
     dtype: torch.dtype,
-    measure: Measure,
     progress: Callable[[str], None],
     measured: list[dict[str, Any]],
-) -> list[str]:
-    """Forwards that flash-attn-4 ran faster than our backends at every density."""
-    fastest = []
+    until: float,
+) -> dict[str, list[tuple[float, Callable[..., object]]]]:
+    """Forwards that flash-attn-4 can run, with the result that ours has, by entry: ``(density, call)``."""
+    cases: dict[str, list[tuple[float, Callable[..., object]]]] = {}
     for dim in dims:
         q, k, v = (torch.randn(1, length, heads, dim, device=device, dtype=dtype) for _ in range(3))
         for block_q, block_k in blocks:
-            key, wins = entry_key("forward", block_q, block_k, dim, False), True
+            key = entry_key("forward", block_q, block_k, dim, False)
+            progress(f"{key} on fa4")
+            calls = []
             for density in _FA4_DENSITIES:
                 mask = random_mask(heads, length, block_q, block_k, density, device)
                 reason = capability.why_not_fa4(q, mask)
+                call = partial(block_sparse_attention, q, k, v, mask)
+                if reason is None and time.monotonic() > until:
+                    reason = "out of time"
+                if reason is None:
+                    try:
+                        reason = _disagreement(call(backend="fa4"), call(backend="triton"))
+                    except Exception as error:
+                        reason = _short(error)
                 if reason is not None:
-                    measured.append({"entry": key, "backend": "fa4", "error": reason})
-                    wins = False
+                    measured.append({"entry": key, "backend": "fa4", "density": density, "error": reason})
                     break
-                times = {}
-                for backend in ("triton", "fa4"):
-                    progress(f"{key} on {backend}, density {density}")
-                    times[backend] = measure(partial(block_sparse_attention, q, k, v, mask, backend=backend))
-                    measured.append({"entry": key, "backend": backend, "density": density, "ms": times[backend]})
-                wins = wins and times["fa4"] < times["triton"]
-            if wins:
-                fastest.append(key)
+                calls.append((density, call))
+            else:
+                cases[key] = calls
+    return cases
+
+
+def _disagreement(theirs: torch.Tensor, ours: torch.Tensor) -> str | None:
+    difference = ((theirs - ours).float().norm() / ours.float().norm()).item()
+    # Two roundings of weights and of outputs apart; a block too many or too few is a tenth and more.
+    return None if difference < 2e-2 else f"its output differs from ours by {difference:.1e}"
+
+
+def _fa4_fastest(
+    cases: dict[str, list[tuple[float, Callable[..., object]]]],
+    measure: Measure,
+    progress: Callable[[str], None],
+    measured: list[dict[str, Any]],
+    until: float,
+) -> list[str]:
+    """Entries that flash-attn-4 ran clearly faster than our kernels at every density."""
+    fastest = []
+    for key, calls in cases.items():
+        wins = True
+        for density, call in calls:
+            progress(f"{key} on triton and fa4, density {density}")
+            times: dict[str, float] = {"triton": math.inf, "fa4": math.inf}
+            for _ in range(2):  # in turns: the clock falls under load
+                for backend in times:
+                    if time.monotonic() <= until:
+                        times[backend] = min(times[backend], measure(partial(call, backend=backend)))
+            for backend, ms in times.items():
+                row = {"entry": key, "backend": backend, "density": density}
+                measured.append({**row, "ms": ms} if ms < math.inf else {**row, "error": "out of time"})
+            wins = wins and times["fa4"] < _CLEARLY * times["triton"] and times["triton"] < math.inf
+        if wins:
+            fastest.append(key)
     return fastest

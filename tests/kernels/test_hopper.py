@@ -56,6 +56,25 @@ def test_matches_oracle(turns, case, shape, dtype, device):
     assert torch.all(out[~seen.transpose(1, 2)] == 0)
 
 
+@pytest.mark.parametrize("lead", [(1, 1), (1, 5), (2, 5)], ids=str)
+@pytest.mark.parametrize("share", [0.01, 0.2, 0.3])
+def test_a_copy_in_parts_changes_nothing(share, lead, device):
+    from dit_accel.kernels.hopper_forward import default_config, hopper_forward
+
+    if torch.cuda.get_device_capability() != (9, 0):
+        pytest.skip("it needs a GPU of compute capability 9.0")
+    settings = {"length": 1000, "heads": 5, "batch": 2, "lead": lead, "rows": lead, "key_mask": True}
+    q, k, v, mask, rows, hide, visible = build(**settings, block=(128, 128), dim=64, dtype=torch.bfloat16)
+    q, k, v, mask, rows, hide = (x.to(device) for x in (q, k, v, mask, rows, hide))
+    config = default_config(128, 64, None)
+    whole = hopper_forward(q, k, v, mask, rows, hide, 0.125, config=replace(config, copy_share=0.5))
+    parts = hopper_forward(q, k, v, mask, rows, hide, 0.125, config=replace(config, copy_share=share))
+    exact, _ = dense_attention(q, k, v, visible.to(device), rows)
+    assert (whole[0].double() - exact).norm() <= 1e-2 * exact.norm()
+    assert torch.equal(whole[0], parts[0])
+    assert torch.equal(whole[1], parts[1])
+
+
 @pytest.mark.parametrize("precision", ["int8", "int8_fp8"])
 @pytest.mark.parametrize("shape", [(128, 128), (128, 64), (64, 128), (64, 64)], ids=str)
 @pytest.mark.parametrize("case", CASES)

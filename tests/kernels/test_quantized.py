@@ -84,6 +84,49 @@ def test_key_place_is_a_permutation():
     assert sorted(KEY_PLACE) == list(range(16))
 
 
+@pytest.mark.parametrize(
+    ("tiles", "length", "sampled"), [(2, 700, [0, 3]), (3, 830, [0, 2, 4, 6]), (64, 300, [0, 1, 2])], ids=str
+)
+def test_the_mean_key_is_that_of_sampled_tiles(tiles, length, sampled, device, monkeypatch):
+    from dit_accel.kernels.triton_quantize import quantize_inputs as fused_quantize
+
+    monkeypatch.setattr("dit_accel.kernels.quantize.KEY_TILES", tiles)
+    q, k, v, mask, rows, _, visible = build(length=length, dim=16, block=(64, 64), dtype=torch.float16, rows=(1, 3))
+    k = (k + 3 * torch.randn(1, 1, 3, 16)).half()
+    seen = torch.cat([torch.arange(tile * 128, min(tile * 128 + 128, length)) for tile in sampled])
+    center = k[:, seen].double().mean(1)
+    order = rows[0].long()[:, :, None].expand(-1, -1, 16)
+    permuted = q[0].transpose(0, 1).double().gather(1, order)
+    shift = (permuted * center[0][:, None]).sum(-1)
+    exact, exact_lse = dense_attention(q, k, v, visible, rows)
+    q, k, v, mask, rows = moved(device, q, k, v, mask, rows)
+    for ready in (reference_quantize(q, k, v, 64, 64, rows=rows), fused_quantize(q, k, v, 64, 64, rows=rows)):
+        torch.testing.assert_close(ready.q_shift[0, :, :length].cpu().double(), shift, rtol=1e-5, atol=1e-4)
+    out, lse = quantized_block_sparse_attention(q, k, v, mask, rows=rows, return_lse=True, backend="triton")
+    assert (out.cpu().double() - exact).norm() <= 2e-2 * exact.norm()
+    assert (lse.cpu() - exact_lse).abs().max() <= 0.05
+
+
+@pytest.mark.parametrize("key_scales", ["block", "thread"])
+@pytest.mark.parametrize("bad", [float("nan"), float("inf")])
+def test_a_broken_key_outside_the_sample_is_seen(bad, key_scales, device, monkeypatch):
+    monkeypatch.setattr("dit_accel.kernels.quantize.KEY_TILES", 1)
+    q, k, v, mask, _, _, visible = build(length=400, dim=32, block=(64, 64), dtype=torch.float16)
+    k[0, 170, 1, 7] = bad
+    q, k, v, mask = moved(device, q, k, v, mask)
+    for backend in ("triton", "reference"):
+        out, lse = quantized_block_sparse_attention(
+            q, k, v, mask, key_scales=key_scales, return_lse=True, backend=backend
+        )
+        block = visible[0, 1, :, 128:192].any(-1)  # the scale is that of the block
+        assert block.any()
+        assert not block.all()
+        shown = lse[0].isnan().cpu()
+        assert torch.equal(shown.any(1), torch.tensor([False, True, False]))
+        assert torch.equal(shown[1], block)
+        assert torch.equal(out[0].isnan().any(-1).cpu(), shown.T)
+
+
 def test_scales_by_thread_are_of_the_keys_that_a_thread_holds():
     torch.manual_seed(1)
     q, k, v = (torch.randn(1, 100, 2, 16, dtype=torch.float64).float() for _ in range(3))

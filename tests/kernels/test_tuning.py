@@ -46,6 +46,59 @@ def test_the_fastest_configuration_that_runs_wins(table):
     assert any(row.get("backend") == "fa4" and "error" in row for row in table["measured"])
 
 
+def test_what_is_not_reached_in_time_is_left_out(device):
+    from dit_accel.kernels.tune import tune
+
+    table = tune(
+        device,
+        length=64,
+        heads=1,
+        dims=(16,),
+        blocks=((32, 32),),
+        dtype=torch.float16,
+        measure=lambda call: pytest.fail("measured"),
+        seconds=0,
+    )
+    assert table["entries"] == {}
+    assert table["fa4_fastest"] == []
+    assert {row["error"] for row in table["measured"] if "warps" in row} == {"out of time"}
+
+
+def test_candidates_are_compiled_in_other_processes_first(device):
+    from dit_accel.kernels.tune import tune
+
+    shape = {"length": 64, "heads": 1, "dims": (16,), "blocks": ((32, 32),), "dtype": torch.float16}
+    table = tune(device, **shape, measure=lambda call: 1.0, workers=1)
+    assert len(table["entries"]) == 4
+
+
+@pytest.mark.parametrize(
+    ("theirs", "clearly"), [([0.9, 0.9, 0.9], True), ([0.9, 0.99, 0.9], False), ([0.9, 0.9, 1.5], False)], ids=str
+)
+def test_flash_attn_4_is_listed_where_it_is_clearly_faster_at_every_density(theirs, clearly):
+    from dit_accel.kernels.tune import _fa4_fastest
+
+    def call(density, backend):
+        return {"triton": 1.0, "fa4": theirs[density]}[backend]
+
+    cases = {KEY: [(density, lambda backend, density=density: call(density, backend)) for density in range(3)]}
+    measured = []
+    found = _fa4_fastest(cases, lambda call: call(), lambda stage: None, measured, float("inf"))
+    assert found == ([KEY] if clearly else [])
+    assert [row["ms"] for row in measured] == [ms for pair in zip([1.0] * 3, theirs, strict=True) for ms in pair]
+    assert _fa4_fastest(cases, lambda call: call(), lambda stage: None, measured, 0.0) == []
+    assert measured[-1]["error"] == "out of time"
+
+
+def test_another_result_is_a_disagreement():
+    from dit_accel.kernels.tune import _disagreement
+
+    ours = torch.randn(1, 64, 2, 16)
+    assert _disagreement(ours * 1.001, ours) is None
+    assert "differs from ours by" in _disagreement(torch.cat([ours[:, :48], ours[:, :16]], 1), ours)
+    assert "differs from ours by" in _disagreement(ours * torch.nan, ours)
+
+
 @pytest.mark.parametrize(("name", "read"), [("NVIDIA Test 9 SXM", True), ("NVIDIA Other", False)])
 def test_a_written_table_is_read_for_its_gpu_only(name, read, table, tmp_path, monkeypatch):
     path = tmp_path / "table.json"
