@@ -22,7 +22,7 @@ from fidelity_presets import DENSE, SEARCH, Method
 
 from dit_accel import Recipe, presets
 from dit_accel.calibration.search import HeadErrors, allocate, measure_heads, record_inputs, with_densities
-from dit_accel.pipelines.load import load
+from dit_accel.pipelines import load
 from dit_accel.quality.prompts import DEFAULT_PROMPTS
 
 PROMPTS = ("a blue penguin bouncing over a meadow", "two red robots flying left in space")

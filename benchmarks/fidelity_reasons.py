@@ -19,9 +19,9 @@ from fidelity_presets import METHODS, at_density, method
 
 from dit_accel import patch
 from dit_accel.engine import AttentionCall, Engine
+from dit_accel.pipelines import load
 from dit_accel.pipelines.builtin import builtins
 from dit_accel.pipelines.generate import call_arguments
-from dit_accel.pipelines.load import load
 from dit_accel.plan import AttentionPlan
 
 PROMPT = "a green dragon flying left over the sea at night"

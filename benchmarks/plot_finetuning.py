@@ -63,7 +63,7 @@ def contact_sheet(clips: Path, picture: Path) -> None:
     from PIL import Image, ImageDraw
     from safetensors.torch import load_file
 
-    from dit_accel.pipelines.load import load
+    from dit_accel.pipelines import load
 
     vae = load("embedded", dtype=torch.float32).vae.eval()
     mean, std = (torch.tensor(x).view(1, -1, 1, 1, 1) for x in (vae.config.latents_mean, vae.config.latents_std))

@@ -137,7 +137,7 @@ def prepare(args: argparse.Namespace) -> None:
     from safetensors.torch import save_file
     from sprites import SpriteBank, load_sprites
 
-    from dit_accel.pipelines.load import load
+    from dit_accel.pipelines import load
     from dit_accel.training.data import capture_call
 
     device = torch.device(args.device)
@@ -370,7 +370,7 @@ def model_dtype(device: Any) -> Any:
 
 def open_pipe(device: Any) -> Any:
     """The embedded pipeline, quiet."""
-    from dit_accel.pipelines.load import load
+    from dit_accel.pipelines import load
 
     pipe = load("embedded", dtype=model_dtype(device), device=device)
     pipe.set_progress_bar_config(disable=True)

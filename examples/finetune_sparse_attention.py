@@ -16,8 +16,8 @@ import torch
 from accelerate import PartialState
 
 import dit_accel
+from dit_accel.pipelines import load
 from dit_accel.pipelines.generate import generate, save
-from dit_accel.pipelines.load import load
 from dit_accel.training.config import FinetuneConfig
 from dit_accel.training.data import generate_samples
 from dit_accel.training.finetune import finetune

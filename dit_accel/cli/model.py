@@ -19,7 +19,7 @@ def open_model(
     from diffusers.utils.logging import disable_progress_bar
 
     from ..pipelines.builtin import builtins
-    from ..pipelines.load import load
+    from ..pipelines.loading import load
 
     # Its bar of loaded components is noise beside the commands' own; downloads keep theirs.
     disable_progress_bar()

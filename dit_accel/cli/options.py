@@ -79,7 +79,7 @@ def read_dtype(name: str | None, device: torch.device) -> torch.dtype:
     import torch
 
     if name is None:
-        from ..pipelines.load import usual_dtype
+        from ..pipelines.loading import usual_dtype
 
         return usual_dtype(device)
     if name not in DTYPES:

@@ -28,7 +28,7 @@ class Builtin:
     """A built-in model.
 
     Attributes:
-        name: as given to :func:`~dit_accel.pipelines.load.load`.
+        name: as given to :func:`~dit_accel.pipelines.load`.
         description: one line; says so where the weights are random.
         settings: its own defaults.
         build: makes the pipeline on the CPU in a dtype (None: the model's own).

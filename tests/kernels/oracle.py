@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+from dataclasses import fields
+
 import torch
 
 from dit_accel.kernels import BlockMask
+from dit_accel.kernels.quantize import QuantizedInputs
 
 UNIT_ROUNDOFF = {
     torch.float64: 2.0**-53,
@@ -12,6 +15,11 @@ UNIT_ROUNDOFF = {
     torch.float16: 2.0**-11,
     torch.bfloat16: 2.0**-8,
 }
+
+
+def on_cpu(quantized: QuantizedInputs) -> QuantizedInputs:
+    values = (getattr(quantized, field.name) for field in fields(quantized))
+    return QuantizedInputs(*(x.cpu() if isinstance(x, torch.Tensor) else x for x in values))
 
 
 def permute(x: torch.Tensor, rows: torch.Tensor | None) -> torch.Tensor:

@@ -9,9 +9,9 @@ import numpy as np
 import pytest
 import torch
 
+from dit_accel.pipelines import load
 from dit_accel.pipelines.builtin import RANDOM_WAN, builtins
 from dit_accel.pipelines.generate import Generated, generate, makes_video, output_path, save
-from dit_accel.pipelines.load import load
 from tests.tiny import TINY
 
 SMALL = {"width": 64, "height": 32, "frames": 5, "steps": 2, "guidance": 3.0}

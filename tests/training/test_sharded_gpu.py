@@ -14,7 +14,7 @@ import pytest
 import torch
 
 import dit_accel
-from dit_accel.pipelines.load import load
+from dit_accel.pipelines import load
 from dit_accel.training.curves import Curves
 from tests.training.test_finetune import assert_same_training
 
