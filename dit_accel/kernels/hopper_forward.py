@@ -156,11 +156,10 @@ def hopper_forward(
     bits = index if mask.token_bits is None else mask.token_bits.contiguous()
     hidden = None if key_mask is None else key_mask.contiguous().view(torch.uint8)
     rows_strides = (0, 0) if rows is None else mask_strides(rows, q_len)
-    # Tiles that were taken, a count for each launch; and the last two of every program.
+    # Tiles that were taken beyond the first of each program, a count for each launch.
     launches = list(itertools.product(range(batch), range(0, heads, together)))
     programs = min(nq * together, multiprocessors(q.device.index or 0))
     taken = torch.zeros(len(launches), dtype=torch.int32, device=q.device)
-    claims = torch.empty((len(launches), programs, 2), dtype=torch.int32, device=q.device)
     for launch, (b, first) in enumerate(launches):
         mb = b if counts.shape[0] > 1 else 0
         rb = b if rows is not None and rows.shape[0] > 1 else 0
@@ -202,7 +201,6 @@ def hopper_forward(
             index if rows is None else rows[rb],
             index if hidden is None else hidden[b],
             taken[launch],
-            claims[launch],
             *q.stride()[:3],
             *out.stride()[:3],
             *rows_strides,

@@ -58,7 +58,6 @@ def hopper_fwd_kernel(
     rows_ptr,
     key_mask_ptr,
     counter_ptr,
-    claims_ptr,
     stride_qb,
     stride_qs,
     stride_qh,
@@ -122,6 +121,7 @@ def hopper_fwd_kernel(
     v_full = gl.allocate_shared_memory(gl.int64, [STAGES, 1], mbarrier.MBarrierLayout())
     v_empty = gl.allocate_shared_memory(gl.int64, [STAGES, 1], mbarrier.MBarrierLayout())
     order = gl.allocate_shared_memory(gl.int64, [2, 1], mbarrier.MBarrierLayout())
+    claims = gl.allocate_shared_memory(gl.int32, [2, 1], gl.SwizzledSharedLayout(1, 1, 1, order=[0]))
     claim_full = gl.allocate_shared_memory(gl.int64, [2, 1], mbarrier.MBarrierLayout())
     claim_empty = gl.allocate_shared_memory(gl.int64, [2, 1], mbarrier.MBarrierLayout())
     for half in gl.static_range(2):
@@ -141,7 +141,7 @@ def hopper_fwd_kernel(
 
     descriptors = (q_desc, k_desc, v_desc, out_desc)
     shared = (q_smem, k_smem, v_smem, o_smem, q_full, q_empty, k_full, k_empty, v_full, v_empty, order)
-    queue = (counter_ptr, claims_ptr, claim_full, claim_empty)
+    queue = (counter_ptr, claims, claim_full, claim_empty)
     lists = (counts_ptr, fulls_ptr, index_ptr, bit_rows_ptr, bits_ptr, rows_ptr, key_mask_ptr)
     sizes = (
         nq,

@@ -29,11 +29,11 @@ def tile_header(tile, num_tiles, nq, heads, mask_batch_stride, mask_head_stride,
 @gluon.jit
 def claim_tile(queue, place):
     """Take the next tile for this program and tell its consumers: the ``place``-th that it takes."""
-    counter_ptr, claims_ptr, claim_full, claim_empty = queue
+    counter_ptr, claims, claim_full, claim_empty = queue
     slot = place % 2
     tile = gl.atomic_add(counter_ptr, 1) + gl.num_programs(0)
     mbarrier.wait(claim_empty.index(slot), ((place // 2) & 1) ^ 1)
-    gl.store(claims_ptr + gl.program_id(0) * 2 + slot, tile)
+    claims.index(slot).store(gl.full([1], tile, gl.int32, layout=gl.BlockedLayout([1], [32], [1], [0])))
     mbarrier.arrive(claim_full.index(slot), count=1)
     return tile
 
@@ -41,10 +41,10 @@ def claim_tile(queue, place):
 @gluon.jit
 def claimed_tile(queue, place):
     """The ``place``-th tile that the producer took, for a consumer."""
-    _counter_ptr, claims_ptr, claim_full, claim_empty = queue
+    _counter_ptr, claims, claim_full, claim_empty = queue
     slot = place % 2
     mbarrier.wait(claim_full.index(slot), (place // 2) & 1)
-    tile = gl.load(claims_ptr + gl.program_id(0) * 2 + slot, volatile=True)
+    tile = gl.max(claims.index(slot).load(gl.BlockedLayout([1], [32], [4], [0])), 0)
     mbarrier.arrive(claim_empty.index(slot), count=1)
     return tile
 
