@@ -85,18 +85,18 @@ def multiprocessors(index: int) -> int:
 
 
 def default_config(block_k: int, dim: int, precision: str | None) -> HopperConfig:
-    """The fastest buffers measured on an H200 at head dim 128, and what fits shared memory elsewhere.
+    """The fastest that was measured at head dim 128, and buffers that fit shared memory elsewhere.
 
     ``precision`` is None for half-precision inputs.
     """
     half = 2 * dim
     in_row = half if precision is None else dim
     value_row = dim if precision == "int8_fp8" else half
-    int8 = precision == "int8"
     out = 0 if precision is None else 128 * half
     stages = (_SHARED_BYTES - 2 * 128 * in_row - out) // (block_k * (in_row + value_row))
-    most = (3 if int8 else 4) * 128 // block_k
-    return HopperConfig(min(most, stages), int8)
+    most = (3 if precision == "int8" else 4) * 128 // block_k
+    turns = (block_k, dim) == (128, 128) if precision is None else (precision, block_k) == ("int8", 64)
+    return HopperConfig(min(most, stages), turns, biased=precision == "int8_fp8")
 
 
 def _tiles(x: torch.Tensor, rows: int, columns: int) -> TensorDescriptor:

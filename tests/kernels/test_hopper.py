@@ -21,6 +21,7 @@ CASES = {
     "bits_rows_key_mask": {"length": 1000, "bits": True, "rows": (1, 3), "key_mask": True, "lead": (1, 3)},
     "empty_rows": {"length": 1000, "empty_rows": True},
     "many_tiles": {"length": 6000, "heads": 4},
+    "many_tiles_rows": {"length": 6000, "heads": 4, "rows": (1, 4), "batch": 2, "empty_rows": True},
     "more_keys": {"length": 500, "kv_length": 3000},
 }
 
