@@ -18,9 +18,11 @@ from .triton_forward import LOG2_E, mask_strides
 
 _ROWS = 64  # query rows of a consumer warpgroup
 _SHARED_BYTES = 224 << 10  # of 227 KiB: barriers and alignment take a little
-# What a permuted copy of keys and values may take, as a share of the bytes of q, k, v and the output. Half is all
-# heads of one batch entry at once; less moves and attends a few heads at a time, through one buffer.
-COPY_SHARE = 0.5
+# What a permuted copy of keys and values may take, as a share of the bytes of q, k, v and the output: a few heads are
+# moved and attended at a time, through one buffer. Each part ends with multiprocessors that run out of tiles, so that
+# a part of few tiles would cost more than the copy is worth: then all heads of a batch entry are moved at once.
+COPY_SHARE = 0.15
+_TILES_OF_A_PART = 8  # for each multiprocessor, at least
 
 
 @dataclass(frozen=True)
@@ -28,13 +30,13 @@ class HopperConfig:
     """Buffers of key and value blocks, and whether the consumers take turns at products.
 
     ``biased``: start the integer sums of INT8 products at the bits of a float, in place of converting them.
-    ``copy_share``: see :data:`COPY_SHARE`.
+    ``copy_share``: a share to keep to whatever it costs, in place of :data:`COPY_SHARE`.
     """
 
     stages: int
     take_turns: bool
     biased: bool = False
-    copy_share: float = COPY_SHARE
+    copy_share: float | None = None
 
 
 def why_not_hopper(
@@ -99,6 +101,14 @@ def default_config(block_k: int, dim: int, precision: str | None) -> HopperConfi
     return HopperConfig(min(most, stages), turns, biased=precision == "int8_fp8")
 
 
+def heads_of_a_copy(batch: int, heads: int, query_blocks: int, programs: int, share: float | None = None) -> int:
+    """Heads whose keys and values a permuted call moves at a time; ``share`` as in :class:`HopperConfig`."""
+    if share is not None:
+        return heads_at_once(batch, heads, share)
+    part = heads_at_once(batch, heads, COPY_SHARE)
+    return part if part * query_blocks >= _TILES_OF_A_PART * programs else heads
+
+
 def _tiles(x: torch.Tensor, rows: int, columns: int) -> TensorDescriptor:
     """Tiles ``[rows, columns]`` of a matrix; what lies past its last row reads as zero and is not written."""
     layout = _shared_layout(x.element_size(), columns)
@@ -147,9 +157,10 @@ def hopper_forward(
     if precision == "int8" and values is None:
         values = quantized.v.contiguous()
     config = config or default_config(mask.block_k, dim, precision)
+    programs = multiprocessors(q.device.index or 0)
     together, copy = heads, None
     if rows is not None and quantized is None:
-        together = heads_at_once(batch, heads, config.copy_share)
+        together = heads_of_a_copy(batch, heads, nq, programs, config.copy_share)
         copy = torch.empty((2, 1, kv_len, together, dim), dtype=k.dtype, device=k.device)
     counts, fulls, index = (x.contiguous() for x in (mask.kv_num_blocks, mask.kv_num_full, mask.kv_indices))
     bit_rows = index if mask.kv_bits is None else mask.kv_bits.contiguous()
@@ -158,7 +169,6 @@ def hopper_forward(
     rows_strides = (0, 0) if rows is None else mask_strides(rows, q_len)
     # Tiles that were taken beyond the first of each program, a count for each launch.
     launches = list(itertools.product(range(batch), range(0, heads, together)))
-    programs = min(nq * together, multiprocessors(q.device.index or 0))
     taken = torch.zeros(len(launches), dtype=torch.int32, device=q.device)
     for launch, (b, first) in enumerate(launches):
         mb = b if counts.shape[0] > 1 else 0

@@ -29,9 +29,9 @@ CASES = {
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=str)
 @pytest.mark.parametrize("shape", [(128, 128), (128, 64), (64, 128), (64, 64)], ids=str)
 @pytest.mark.parametrize("case", CASES)
-@pytest.mark.parametrize("turns", [False, True], ids=["default", "turns"])
+@pytest.mark.parametrize("turns", [False, True], ids=["free", "turns"])
 def test_matches_oracle(turns, case, shape, dtype, device):
-    from dit_accel.kernels.hopper_forward import HopperConfig, hopper_forward, why_not_hopper
+    from dit_accel.kernels.hopper_forward import default_config, hopper_forward, why_not_hopper
 
     block_k, dim = shape
     settings = {"block": (128, block_k), "dim": dim, "dtype": dtype, **CASES[case]}
@@ -46,7 +46,7 @@ def test_matches_oracle(turns, case, shape, dtype, device):
     eager, eager_lse = dense_attention(*moved[:3], visible, moved[4], dtype=torch.float32)
     eager = eager + UNIT_ROUNDOFF[dtype] * v.double().abs().amax()
     scale = dim**-0.5
-    config = HopperConfig(2, True) if turns else None
+    config = replace(default_config(block_k, dim, None), take_turns=turns)
     first, second = (hopper_forward(*moved, scale, config=config) for _ in range(2))
     assert torch.equal(first[0], second[0])
     out, lse = first

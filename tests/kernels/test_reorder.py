@@ -20,6 +20,15 @@ def test_heads_at_once_fit_the_share_in_even_parts(batch, heads, share, together
     assert heads_at_once(batch, heads, 1e-3) == 1
 
 
+@pytest.mark.parametrize(
+    ("query_blocks", "share", "together"), [(256, None, 12), (591, None, 3), (256, 0.15, 3), (591, 0.5, 12)]
+)
+def test_a_copy_keeps_to_its_share_where_its_parts_are_large(query_blocks, share, together):
+    from dit_accel.kernels.hopper_forward import heads_of_a_copy
+
+    assert heads_of_a_copy(1, 12, query_blocks, 132, share) == together
+
+
 @pytest.mark.parametrize("lead", [(1, 1), (1, 3), (2, 3)], ids=str)
 @pytest.mark.parametrize("first", [0, 1])
 def test_some_heads_are_moved_to_a_buffer(first, lead, device):
