@@ -12,13 +12,13 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-LONG = ("sla-0.05", "sla-0.05-rate-x2", "sla-0.1")
+LONG = ("sla-0.05", "sla-0.05-distilled", "sla-0.1")
 METHODS = ("sparge2-0.1", "clear-0.12", "ssa-0.1", "dense")
 # Rows of the contact sheet: label, and the name in the file.
 ROWS = {
     "dense": "dense/training-free",
-    "sla 0.05, training-free": "sla-0.05/training-free",
-    "sla 0.05, tuned": "sla-0.05/trained",
+    "sla 0.05, training-free": "sla-0.05-distilled/training-free",
+    "sla 0.05, distilled": "sla-0.05-distilled/trained",
     "sla 0.1, training-free": "sla-0.1/training-free",
     "sla 0.1, tuned": "sla-0.1/trained",
     "clear, tuned": "clear-0.12/trained",
@@ -37,7 +37,9 @@ def draw(axes: Any, variants: Mapping[str, Any], names: Sequence[str], title: st
     axes.set_xlabel("step (8 clips each); step 0 is training-free")
     axes.set_ylabel("validation loss above dense, %")
     axes.grid(alpha=0.3)
-    axes.legend(fontsize=7)
+    axes.legend(fontsize=7, loc="upper right", ncols=2)
+    # Room above the curves for the names.
+    axes.set_ylim(top=axes.get_ylim()[1] * (1.2 + 0.04 * len(names)))
 
 
 def plot_curves(results: Path, picture: Path) -> None:
