@@ -237,7 +237,7 @@ def psa(
     min_full: float = 0.06,
     similarity: tuple[float, ...] = (0.7, 0.65, 0.6),
     dense_fraction: float = 0.24,
-    refresh_every: int = 6,
+    refresh_every: int = 8,
     block: tuple[int, int] = (128, 64),
 ) -> Recipe:
     """Pyramid sparse attention (PSA, ziplab): blocks of little importance are read at a lower resolution.
@@ -247,7 +247,7 @@ def psa(
     curve. For Wan2.1-14B: ``psa(cumulative=(0.4, 0.5, 0.6, 0.8), similarity=())``. The code's blocks are 128;
     64 keys are this package's default.
 
-    Deviations: a plan serves six steps, since a quarter of the queries on a quarter of the keys is a sixteenth
+    Deviations: a plan serves eight steps, since a quarter of the queries on a quarter of the keys is a sixteenth
     of all logits, read twice: up to a quarter of a dense attention for every plan; the sampled places are the same
     in every block and step; importance is summed over a block; a block that crosses a bound gets the finer
     level; counts of a level are not rounded to whole hardware tiles, since the kernel does not need it; fixed
