@@ -26,20 +26,32 @@ ROWS = {
 CLIPS, FRAME = 3, 16
 
 
-def draw(axes: Any, variants: Mapping[str, Any], names: Sequence[str], title: str) -> None:
-    """One panel: excess of the validation loss over the dense model's, in per cent."""
-    for name in names:
+def draw(axes: Any, variants: Mapping[str, Any], names: Sequence[str], title: str, *, goal: bool, wide: bool) -> None:
+    """One panel: excess of the validation loss over the dense model's, in per cent.
+
+    Args:
+        goal: draw the goal at a density of 0.05 too.
+        wide: make the axis logarithmic above 10 per cent, for curves of very different heights.
+    """
+    for index, name in enumerate(names):
         points = variants.get(name, {}).get("evaluations", [])
         excess = [100 * (point["flow_loss"] / point["dense_flow_loss"] - 1) for point in points]
-        axes.plot([point["step"] for point in points], excess, marker=".", label=name)
-    axes.axhline(2, color="0.5", linestyle=":", label="goal at 0.05: 2 %")
+        # The colours come back after ten names.
+        style = {"marker": "o" if index < 10 else "s", "linestyle": "-" if index < 10 else "--", "markersize": 3}
+        axes.plot([point["step"] for point in points], excess, label=name, color=f"C{index % 10}", **style)
+    if goal:
+        axes.axhline(2, color="0.5", linestyle=":", label="goal at 0.05: 2 %")
+    if wide:
+        axes.set_yscale("symlog", linthresh=10, linscale=2)
+        ticks = [tick for tick in (-2, 0, 2, 4, 6, 8, 10, 20, 50, 100) if tick <= axes.get_ylim()[1]]
+        axes.set_yticks(ticks, [str(tick) for tick in ticks])
+        axes.minorticks_off()
     axes.set_title(title, fontsize=10)
     axes.set_xlabel("step (8 clips each); step 0 is training-free")
     axes.set_ylabel("validation loss above dense, %")
     axes.grid(alpha=0.3)
-    axes.legend(fontsize=7, loc="upper right", ncols=2)
-    # Room above the curves for the names.
-    axes.set_ylim(top=axes.get_ylim()[1] * (1.2 + 0.04 * len(names)))
+    # Below the panel, where it covers no curve.
+    axes.legend(fontsize=7, loc="upper center", bbox_to_anchor=(0.5, -0.16), ncols=3, frameon=False)
 
 
 def plot_curves(results: Path, picture: Path) -> None:
@@ -50,11 +62,12 @@ def plot_curves(results: Path, picture: Path) -> None:
     from matplotlib.figure import Figure
 
     variants = json.loads(results.read_text())["variants"]
-    figure = Figure(figsize=(14, 4.2), layout="constrained")
+    figure = Figure(figsize=(14, 4.8), layout="constrained")
     left, middle, right = figure.subplots(1, 3)
-    draw(left, variants, LONG, "SLA, tiles of 16 tokens")
-    draw(middle, variants, METHODS, "other methods, and the dense control")
-    draw(right, variants, [name for name in variants if name not in LONG + METHODS], "ablations at 0.05")
+    draw(left, variants, LONG, "SLA, tiles of 16 tokens", goal=True, wide=False)
+    draw(middle, variants, METHODS, "other methods, and the dense control", goal=False, wide=True)
+    ablations = [name for name in variants if name not in LONG + METHODS]
+    draw(right, variants, ablations, "ablations, density 0.05 unless named", goal=True, wide=True)
     figure.savefig(picture, dpi=90)
 
 
