@@ -21,7 +21,7 @@ from fidelity import Sweep, show, write
 from fidelity_presets import DENSE, SEARCH, Method
 
 from dit_accel import Recipe, presets
-from dit_accel.calibration.search import HeadErrors, allocate, measure_heads, record_inputs, with_densities
+from dit_accel.calibration.search import PROBE, HeadErrors, allocate, measure_heads, record_inputs, with_densities
 from dit_accel.pipelines import load
 from dit_accel.quality.prompts import DEFAULT_PROMPTS
 
@@ -39,6 +39,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--base", default="pooled", choices=["pooled", "adaspa"])
     parser.add_argument("--densities", type=float, nargs="+", default=[0.1, 0.2, 0.3, 0.5])
+    parser.add_argument("--probe", type=float, default=PROBE, help="density at which heads' effects are measured")
     parser.add_argument("--samples", type=int, nargs="+", default=[2, 5, 8], help="steps of the recorded forwards")
     parser.add_argument("--clips", type=int, default=len(DEFAULT_PROMPTS))
     parser.add_argument("--steps", type=int, default=10)
@@ -61,7 +62,8 @@ def main() -> None:
     seconds = time.perf_counter() - start
     print(f"errors of {errors.error.shape[0]} x {errors.error.shape[1]} heads in {seconds:.1f} s", flush=True)
     result: dict[str, Any] = {
-        "facts": sweep.facts() | {"base": args.base, "prompts_of_the_search": PROMPTS, "samples": args.samples},
+        "facts": sweep.facts()
+        | {"base": args.base, "prompts_of_the_search": PROMPTS, "samples": args.samples, "probe": args.probe},
         "measure_seconds": seconds,
         "densities": errors.densities,
         "kept": errors.kept.tolist(),
@@ -98,7 +100,7 @@ def measured(sweep: Sweep, args: argparse.Namespace) -> HeadErrors:
         # The pipeline runs the transformer twice a step, with the prompt first.
         lambda number: number % 2 == 0 and number // 2 in args.samples,
     )
-    return measure_heads(model, base_recipe(args.base, 0.2), inputs)
+    return measure_heads(model, base_recipe(args.base, 0.2), inputs, probe=args.probe)
 
 
 def read(path: Path) -> HeadErrors:

@@ -22,7 +22,10 @@ from ..patches.session import step_index
 from ..recipe import Recipe
 from .calibrate import Progress
 
-DENSITIES = (0.03, 0.06, 0.1, 0.15, 0.2, 0.3, 0.4, 0.55, 0.75, 1.0)
+DENSITIES = (0.02, 0.03, 0.04, 0.05, 0.06, 0.08, 0.1, 0.15, 0.2, 0.3, 0.4, 0.55, 0.75, 1.0)
+# Low: where a head's error is small, what it does to the velocity drowns in the rounding of bfloat16, and heads of
+# small errors seem to matter most.
+PROBE = 0.1
 
 
 @dataclass(frozen=True, eq=False)
@@ -77,7 +80,7 @@ def measure_heads(
     *,
     densities: Sequence[float] = DENSITIES,
     orders: Sequence[str] = (),
-    probe: float = 0.2,
+    probe: float = PROBE,
     progress: Callable[[int, int], None] = lambda done, total: None,
 ) -> HeadErrors:
     """Measure every head of a transformer on recorded inputs.
@@ -93,7 +96,7 @@ def measure_heads(
         densities: to measure; 1 is added.
         orders: to measure each head in, some of :data:`~dit_accel.stages.order_axes.HEAD_ORDERS`, in place of the
             recipe's order. What a head's error does to the velocity is measured in the first.
-        probe: where a head's effect on the velocity is measured.
+        probe: where a head's effect on the velocity is measured; no higher than the density that is wanted.
         progress: told forwards done and their number.
 
     Raises:
@@ -282,7 +285,8 @@ def search(
         spent = time.perf_counter() - start
         progress(Progress(done, total, spent / done * (total - done), "heads"))
 
-    errors = measure_heads(model, chosen, inputs, densities=densities, orders=orders, progress=measured)
+    probe = PROBE if mean_density is None else min(PROBE, mean_density)
+    errors = measure_heads(model, chosen, inputs, densities=densities, orders=orders, probe=probe, progress=measured)
     shares = allocate(errors, mean_density=mean_density, max_error=max_error)
     found = with_densities(chosen, shares)
     if orders:

@@ -180,6 +180,23 @@ def test_a_search_measures_the_first_forward_of_steps_after_the_dense_phase():
     assert told[-1].seconds_left == 0.0
 
 
+@pytest.mark.parametrize(
+    ("target", "probe"), [({"mean_density": 0.05}, 0.05), ({"mean_density": 0.3}, 0.1), ({"max_error": 0.1}, 0.1)]
+)
+def test_heads_are_probed_where_their_errors_are_large(target, probe, monkeypatch):
+    from dit_accel.calibration import search as module
+
+    def refuse(model, recipe, inputs, **options):
+        raise RuntimeError(f"probed at {options['probe']}")
+
+    monkeypatch.setattr(module, "measure_heads", refuse)
+    tiny = TINY["wan"]
+    recipe = Recipe(select=Pooled(density=0.3, block=(32, 32)))
+    call = tiny.call(torch.Generator().manual_seed(0))
+    with pytest.raises(RuntimeError, match=f"probed at {probe}$"):
+        search(tiny.build(1), [call], recipe, samples=1, generate_kwargs={"num_inference_steps": 2}, **target)
+
+
 def test_a_recipe_file_comes_back_and_what_is_none_is_named(tmp_path):
     recipe = with_densities(Recipe(select=Pooled(block=(32, 32))), ((0.2, 0.9),))
     recipe.save(tmp_path / "deep" / "found.json")
