@@ -15,7 +15,7 @@ import torch.nn.functional as F
 import triton
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
-from dit_accel.kernels import BlockMask
+from dit_accel.kernels import BlockMask, tune
 
 BLOCKS = ((128, 128), (128, 64), (64, 64))
 DENSITIES = (0.05, 0.1, 0.2)
@@ -107,10 +107,7 @@ def extra_memory_share(call: Callable[[], object], q: torch.Tensor) -> float:
 
 
 def random_mask(heads: int, length: int, block_q: int, block_k: int, density: float) -> BlockMask:
-    nq, nk = -(-length // block_q), -(-length // block_k)
-    picked = torch.rand(1, heads, nq, nk, device="cuda").argsort(-1)[..., : max(1, int(nk * density))]
-    keep = torch.zeros(1, heads, nq, nk, dtype=torch.bool, device="cuda").scatter_(-1, picked, True)
-    return BlockMask.from_dense(keep, block_q, block_k, length, length)
+    return tune.random_mask(heads, length, block_q, block_k, density, torch.device("cuda"))
 
 
 def operations(q: torch.Tensor, mask: BlockMask) -> float:

@@ -286,10 +286,10 @@ def section_quantized(report: Report, args: argparse.Namespace) -> None:
                 makers[f"{precision} with prologue"] = whole(precision)
                 makers[f"{precision} kernel"] = kernel(precision)
                 if length == args.lengths[0] and density != 0.1:
-                    turns = not default_config(128, args.head_dim, precision).take_turns
-                    makers[f"{precision} kernel, biased"] = kernel(precision, biased=True)
+                    usual = default_config(128, args.head_dim, precision)
+                    turns, biased = not usual.take_turns, not usual.biased
+                    makers[f"{precision} kernel, biased {biased}"] = kernel(precision, biased=biased)
                     makers[f"{precision} kernel, by thread"] = kernel(precision, "thread")
-                    makers[f"{precision} kernel, by thread, biased"] = kernel(precision, "thread", biased=True)
                     makers[f"{precision} kernel, turns {turns}"] = kernel(precision, take_turns=turns)
             report.turns(
                 makers,

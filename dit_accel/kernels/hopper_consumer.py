@@ -27,6 +27,22 @@ from .hopper_writer import write_tile
 
 
 @gluon.jit
+def weigh_values(weights, values, acc, use_acc, FP8: gl.constexpr, OPERAND: gl.constexpr):
+    """Issue the product of a block's weights and values: onto ``acc``, in 8 bits apart from it.
+
+    Sums of e4m3 products keep too few bits for many blocks; the caller adds each in float32.
+    """
+    if FP8:
+        LAYOUT: gl.constexpr = acc.type.layout
+        fresh = gl.zeros([acc.shape[0], acc.shape[1]], gl.float32, layout=LAYOUT)
+        words = unpack_fp8(weights, OPERAND)
+        token = warpgroup_mma(words, values.permute([1, 0]), fresh, use_acc=False, is_async=True)
+    else:
+        token = warpgroup_mma(weights, values, acc, use_acc=use_acc, is_async=True)
+    return token
+
+
+@gluon.jit
 def consume(
     out_desc,
     shared,
@@ -169,18 +185,9 @@ def consume(
             token = warpgroup_mma(q_tile, k_smem.index(stage).permute([1, 0]), start, use_acc=BIASED, is_async=True)
             mbarrier.wait(v_full.index(last), ((step - 1) // STAGES) & 1, pred=opened)
             earlier = gl.convert_layout(shrink, O_ROW)[:, None]
-            if FP8:
-                fresh = gl.zeros([64, HEAD_DIM], gl.float32, layout=O_LAYOUT)
-                acc_token = warpgroup_mma(
-                    unpack_fp8(weights, OPERAND),
-                    v_smem.index(last).permute([1, 0]),
-                    fresh,
-                    use_acc=False,
-                    is_async=True,
-                )
-            else:
+            if not FP8:
                 acc = acc * earlier
-                acc_token = warpgroup_mma(weights, v_smem.index(last), acc, use_acc=open_more, is_async=True)
+            acc_token = weigh_values(weights, v_smem.index(last), acc, open_more, FP8, OPERAND)
             # The next tile is asked for while the scores are being made.
             next_tile = claimed_tile(queue, place)
             next_row, next_count, next_full = tile_header(
@@ -267,19 +274,10 @@ def consume(
                     )
                     mbarrier.wait(v_full.index(last), ((step - 1) // STAGES) & 1)
                     earlier = gl.convert_layout(shrink, O_ROW)[:, None]
-                    if FP8:
-                        fresh = gl.zeros([64, HEAD_DIM], gl.float32, layout=O_LAYOUT)
-                        acc_token = warpgroup_mma(
-                            unpack_fp8(weights, OPERAND),
-                            v_smem.index(last).permute([1, 0]),
-                            fresh,
-                            use_acc=False,
-                            is_async=True,
-                        )
-                    else:
+                    if not FP8:
                         # While the scores are being made.
                         acc = acc * earlier
-                        acc_token = warpgroup_mma(weights, v_smem.index(last), acc, use_acc=entry > 1, is_async=True)
+                    acc_token = weigh_values(weights, v_smem.index(last), acc, entry > 1, FP8, OPERAND)
                     if TAKE_TURNS:
                         mbarrier.arrive(order.index(1 - HALF), count=1)
                         beat += 1
@@ -342,20 +340,11 @@ def consume(
         last = (step - 1) % STAGES
         mbarrier.wait(v_full.index(last), ((step - 1) // STAGES) & 1)
         acc = acc * gl.convert_layout(shrink, O_ROW)[:, None]
-        if FP8:
-            fresh = gl.zeros([64, HEAD_DIM], gl.float32, layout=O_LAYOUT)
-            acc_token = warpgroup_mma(
-                unpack_fp8(weights, OPERAND),
-                v_smem.index(last).permute([1, 0]),
-                fresh,
-                use_acc=False,
-                is_async=True,
-            )
-            acc = acc + warpgroup_mma_wait(0, deps=[acc_token])
-        else:
+        if not FP8:
             weights = gl.convert_layout(likely.to(dtype), OPERAND)
-            acc_token = warpgroup_mma(weights, v_smem.index(last), acc, use_acc=open_more, is_async=True)
-            acc = warpgroup_mma_wait(0, deps=[acc_token])
+        acc_token = weigh_values(weights, v_smem.index(last), acc, open_more, FP8, OPERAND)
+        product = warpgroup_mma_wait(0, deps=[acc_token])
+        acc = acc + product if FP8 else product
         mbarrier.arrive(v_empty.index(last), count=1)
         write_tile(
             acc,

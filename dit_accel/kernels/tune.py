@@ -9,6 +9,7 @@ import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import ProcessPoolExecutor
 from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any
 
@@ -43,6 +44,26 @@ def random_mask(heads: int, length: int, block_q: int, block_k: int, density: fl
     return BlockMask.from_dense(keep, block_q, block_k, length, length)
 
 
+@dataclass(frozen=True)
+class _Sizes:
+    """Which calls are measured; it goes to other processes too."""
+
+    device: torch.device
+    length: int
+    heads: int
+    dims: tuple[int, ...]
+    blocks: tuple[tuple[int, int], ...]
+    dtype: torch.dtype
+
+    def inputs(self, dim: int, count: int) -> Iterator[torch.Tensor]:
+        """Random normal ``[1, length, heads, dim]``."""
+        for _ in range(count):
+            yield torch.randn(1, self.length, self.heads, dim, device=self.device, dtype=self.dtype)
+
+    def mask(self, block_q: int, block_k: int, density: float) -> BlockMask:
+        return random_mask(self.heads, self.length, block_q, block_k, density, self.device)
+
+
 def tune(
     device: torch.device,
     *,
@@ -72,12 +93,13 @@ def tune(
     """
     until = time.monotonic() + seconds
     measured: list[dict[str, Any]] = []
-    with _compiling(workers, device, heads, dims, blocks, dtype, progress):
+    sizes = _Sizes(device, length, heads, dims, blocks, dtype)
+    with _compiling(workers, sizes, progress):
         # Meanwhile flash-attn-4, whose compiler is another, in this process: it keeps nothing on disk.
-        fa4_cases = _fa4_cases(device, length, heads, dims, blocks, dtype, progress, measured, until)
+        fa4_cases = _fa4_cases(sizes, progress, measured, until)
     fastest = _fa4_fastest(fa4_cases, measure, progress, measured, until)
     best: dict[str, tuple[float, list[int]]] = {}
-    for key, config, call in _candidates(device, length, heads, dims, blocks, dtype):
+    for key, config, call in _candidates(sizes):
         progress(f"{key} with {config.num_warps} warps, {config.num_stages} stages")
         row: dict[str, Any] = {"entry": key, "warps": config.num_warps, "stages": config.num_stages}
         measured.append(row)
@@ -105,21 +127,13 @@ def _short(error: Exception) -> str:
     return f"{type(error).__name__}: {lines[0][:120]}"
 
 
-def _candidates(
-    device: torch.device,
-    length: int,
-    heads: int,
-    dims: tuple[int, ...],
-    blocks: tuple[tuple[int, int], ...],
-    dtype: torch.dtype,
-) -> Iterator[tuple[str, LaunchConfig, Callable[[], object]]]:
+def _candidates(sizes: _Sizes) -> Iterator[tuple[str, LaunchConfig, Callable[[], object]]]:
     """Every entry with every configuration, and a call of it."""
-    for dim in dims:
-        q, k, v, grad = (torch.randn(1, length, heads, dim, device=device, dtype=dtype) for _ in range(4))
-        rows = torch.rand(1, heads, length, device=device).argsort(-1).to(torch.int32)
-        for block_q, block_k in blocks:
-            mask = random_mask(heads, length, block_q, block_k, _DENSITY, device)
-            yield from _configurations(q, k, v, grad, mask, rows)
+    for dim in sizes.dims:
+        q, k, v, grad = sizes.inputs(dim, 4)
+        rows = torch.rand(1, sizes.heads, sizes.length, device=sizes.device).argsort(-1).to(torch.int32)
+        for block_q, block_k in sizes.blocks:
+            yield from _configurations(q, k, v, grad, sizes.mask(block_q, block_k, _DENSITY), rows)
 
 
 def _configurations(
@@ -147,15 +161,7 @@ def _configurations(
                     yield key, config, partial(call, config_dq=dq, config_dkv=dkv)
 
 
-def _compiling(
-    workers: int,
-    device: torch.device,
-    heads: int,
-    dims: tuple[int, ...],
-    blocks: tuple[tuple[int, int], ...],
-    dtype: torch.dtype,
-    progress: Callable[[str], None],
-) -> AbstractContextManager[object]:
+def _compiling(workers: int, sizes: _Sizes, progress: Callable[[str], None]) -> AbstractContextManager[object]:
     """While it is open, processes run all candidates once on short inputs; leaving it waits for them."""
     if workers <= 0:
         return nullcontext()
@@ -163,21 +169,13 @@ def _compiling(
     # Not forked: a child could not use the GPU that this process has opened.
     pool = ProcessPoolExecutor(workers, mp_context=multiprocessing.get_context("spawn"))
     for worker in range(workers):
-        pool.submit(_compile_share, worker, workers, device, heads, dims, blocks, dtype)
+        # The kernels are not compiled for a length, so that short inputs make the same ones.
+        pool.submit(_compile_share, worker, workers, replace(sizes, length=1024))
     return pool
 
 
-def _compile_share(
-    worker: int,
-    workers: int,
-    device: torch.device,
-    heads: int,
-    dims: tuple[int, ...],
-    blocks: tuple[tuple[int, int], ...],
-    dtype: torch.dtype,
-) -> None:
-    # The kernels are not compiled for a length, so that short inputs make the same ones.
-    for number, (_, _, call) in enumerate(_candidates(device, 1024, heads, dims, blocks, dtype)):
+def _compile_share(worker: int, workers: int, sizes: _Sizes) -> None:
+    for number, (_, _, call) in enumerate(_candidates(sizes)):
         if number % workers == worker:
             try:
                 call()
@@ -191,26 +189,18 @@ def default_workers() -> int:
 
 
 def _fa4_cases(
-    device: torch.device,
-    length: int,
-    heads: int,
-    dims: tuple[int, ...],
-    blocks: tuple[tuple[int, int], ...],
-    dtype: torch.dtype,
-    progress: Callable[[str], None],
-    measured: list[dict[str, Any]],
-    until: float,
+    sizes: _Sizes, progress: Callable[[str], None], measured: list[dict[str, Any]], until: float
 ) -> dict[str, list[tuple[float, Callable[..., object]]]]:
     """Forwards that flash-attn-4 can run, with the result that ours has, by entry: ``(density, call)``."""
     cases: dict[str, list[tuple[float, Callable[..., object]]]] = {}
-    for dim in dims:
-        q, k, v = (torch.randn(1, length, heads, dim, device=device, dtype=dtype) for _ in range(3))
-        for block_q, block_k in blocks:
+    for dim in sizes.dims:
+        q, k, v = sizes.inputs(dim, 3)
+        for block_q, block_k in sizes.blocks:
             key = entry_key("forward", block_q, block_k, dim, False)
             progress(f"{key} on fa4")
             calls = []
             for density in _FA4_DENSITIES:
-                mask = random_mask(heads, length, block_q, block_k, density, device)
+                mask = sizes.mask(block_q, block_k, density)
                 reason = capability.why_not_fa4(q, mask)
                 call = partial(block_sparse_attention, q, k, v, mask)
                 if reason is None and time.monotonic() > until:

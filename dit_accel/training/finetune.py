@@ -193,13 +193,14 @@ class _Loop:
             if first == 0:
                 self._evaluate(0, measure)
             for step in range(first, self.config.steps):
-                self.spent = self._time_spent(begin)
                 numbers = self._step(step)
                 self.curves.steps.append(numbers)
                 self.accelerator.log({k: v for k, v in numbers.items() if k != "step"}, step=step + 1)
                 if on_step is not None and self.accelerator.is_main_process:
                     on_step(numbers)
-                last = step + 1 == self.config.steps or self._time_spent(begin) > 1.0
+                # Once a step: with several processes it is an all-reduce that all wait for.
+                self.spent = self._time_spent(begin)
+                last = step + 1 == self.config.steps or self.spent > 1.0
                 if _due(step + 1, self.config.evaluate_every, last):
                     self._evaluate(step + 1, measure)
                 if _due(step + 1, self.config.checkpoint_every, last and self.config.checkpoint_every > 0):

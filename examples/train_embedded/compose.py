@@ -90,6 +90,11 @@ def _slots(count: int, extent: float, rng: random.Random) -> list[tuple[float, f
     return [(-away, lift / 2), (0.0, -lift), (away, lift / 2)]
 
 
+def latent_cover(cover: torch.Tensor) -> torch.Tensor:
+    """`cover` [n, 1, t, h, w] at the latents' places: a latent frame stands for four frames, the first for one."""
+    return F.max_pool3d(F.pad(F.max_pool3d(cover, (1, 8, 8)), (0, 0, 0, 0, 3, 0)), (4, 1, 1))
+
+
 def subject_weight(cover: torch.Tensor, least: float, most: float) -> torch.Tensor:
     """How much each place counts in a loss: 1 in the background, 1 + `least` to 1 + `most` on the subject.
 

@@ -22,7 +22,7 @@ import torch
 import torch.nn.functional as F
 from captions import MOTIONS, SUBJECTS, Scene, caption, sample_scene
 from clip_autoencoder import encode_clip, latent_statistics
-from compose import ClipGeometry, render_clips
+from compose import ClipGeometry, latent_cover, render_clips
 from diffusers import WanPipeline
 from model import TEXT_TOKENS, TIME_SHIFT
 from sample import generate
@@ -175,7 +175,7 @@ def run_loss(args: argparse.Namespace) -> None:
             text, _ = pipeline.encode_prompt(
                 prompts, do_classifier_free_guidance=False, max_sequence_length=TEXT_TOKENS
             )
-            where = F.max_pool3d(F.pad(F.max_pool3d(cover, (1, 8, 8)), (0, 0, 0, 0, 3, 0)), (4, 1, 1))
+            where = latent_cover(cover)
             place = (torch.arange(len(scenes)) + first + 0.5) / args.count
             sigma = (TIME_SHIFT * place / (1 + (TIME_SHIFT - 1) * place)).to(device)
             s = sigma.view(-1, 1, 1, 1, 1)

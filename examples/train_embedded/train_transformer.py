@@ -21,7 +21,6 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import torch
-import torch.nn.functional as F
 from captions import Scene, caption, sample_scene
 from checkpoint import (
     flatten_state,
@@ -33,7 +32,7 @@ from checkpoint import (
     unflatten_state,
 )
 from clip_autoencoder import encode_clip, latent_statistics
-from compose import ClipGeometry, render_clips, subject_weight
+from compose import ClipGeometry, latent_cover, render_clips, subject_weight
 from concentration import annealed_share, attention_inputs, concentration_penalty, density, tile_masses, tile_tokens
 from diffusers import WanTransformer3DModel
 from model import (
@@ -113,8 +112,7 @@ class LatentPool:
             mean = encode_clip(t.vae, clips.contiguous(memory_format=torch.channels_last_3d)).chunk(2, dim=1)[0]
         where = slice(self.next, self.next + self.chunk)
         self.latents[where] = ((mean.float() - t.mean) / t.std).to(self.latents.dtype)
-        cover = F.pad(F.max_pool3d(cover, (1, 8, 8)), (0, 0, 0, 0, 3, 0))
-        self.cover[where] = F.max_pool3d(cover, (4, 1, 1)).to(self.cover.dtype)
+        self.cover[where] = latent_cover(cover).to(self.cover.dtype)
         if len(self.scenes) < self.latents.shape[0]:
             self.scenes.extend(scenes)
         else:
