@@ -17,7 +17,6 @@ from .hopper_softmax import (
     INTEGER_BIAS_BITS,
     by_thread,
     hide_keys,
-    no_sum,
     online_softmax,
     pack_fp8,
     scores_as_float,
@@ -124,7 +123,7 @@ def consume(
     open_more = open_tile >= 0
     acc = gl.zeros([64, HEAD_DIM], gl.float32, layout=O_LAYOUT)
     peak = gl.full([64], float("-inf"), gl.float32, layout=ROW)
-    total = no_sum(ROW, LANES, THREAD_SCALES)
+    total = gl.zeros([64, 4], gl.float32, layout=LANES)
     shrink = gl.zeros([64], gl.float32, layout=ROW)
     likely = gl.zeros([64, BLOCK_K], gl.float32, layout=S_LAYOUT)
     if FP8:
@@ -144,15 +143,15 @@ def consume(
             buffer = (turn % 2) * 2
             q_tile = q_smem.index(buffer + HALF)
             if QUANTIZED:
-                slot = first_slot + gl.arange(0, 64, layout=ROW)
+                slot = first_slot + gl.arange(0, 64, layout=gl.SliceLayout(1, LANES))[:, None]
                 row_scale = gl.load(q_scale_ptr + plane * q_rows + slot) * scale_log2
                 scales_at = k_scale_ptr + plane * (k_rows // BLOCK_K) * SCALES
                 if THREAD_SCALES:
-                    scales_at += gl.arange(0, 4, layout=gl.SliceLayout(0, LANES))
+                    scales_at += gl.arange(0, 4, layout=gl.SliceLayout(0, LANES))[None, :]
                 key_scale = gl.load(scales_at + gl.load(at) * SCALES)
                 following = gl.load(at + 1, mask=count > 1, other=0)
             else:
-                row_scale = gl.full([64], scale_log2, gl.float32, layout=ROW)
+                row_scale = gl.full([64, 1], scale_log2, gl.float32, layout=LANES)
                 key_scale = gl.to_tensor(1.0)
             if GATHER_Q:
                 gather_slot = first_slot + gl.arange(0, 64, layout=gl.SliceLayout(1, COPY))
@@ -213,9 +212,9 @@ def consume(
                 )
             open_peak, open_total = peak, total
             peak = gl.full([64], float("-inf"), gl.float32, layout=ROW)
-            total = no_sum(ROW, LANES, THREAD_SCALES)
+            total = gl.zeros([64, 4], gl.float32, layout=LANES)
             likely, peak, total, shrink = online_softmax(
-                scores, peak, total, row_scale, key_scale, LIFT, QUANTIZED, THREAD_SCALES, BIASED
+                scores, peak, total, row_scale * key_scale, LIFT, BIASED
             )
             step += 1
             mbarrier.wait(k_full.index(step % STAGES), (step // STAGES) & 1, pred=count > 1)
@@ -243,7 +242,6 @@ def consume(
                     PERMUTED,
                     QUANTIZED,
                     FP8,
-                    THREAD_SCALES,
                     ROW,
                     O_LAYOUT,
                 )
@@ -300,7 +298,7 @@ def consume(
                             HAS_KEY_MASK,
                         )
                     likely, peak, total, shrink = online_softmax(
-                        scores, peak, total, row_scale, key_scale, LIFT, QUANTIZED, THREAD_SCALES, BIASED
+                        scores, peak, total, row_scale * key_scale, LIFT, BIASED
                     )
                     step += 1
                     # The next keys are awaited here, before the product: the wait's branch keeps the assembler
@@ -362,7 +360,6 @@ def consume(
             PERMUTED,
             QUANTIZED,
             FP8,
-            THREAD_SCALES,
             ROW,
             O_LAYOUT,
         )

@@ -49,49 +49,30 @@ def hide_keys(
 
 
 @gluon.jit
-def block_softmax(scores, peak, total, factor, LIFT: gl.constexpr, BIASED: gl.constexpr):
-    """float32 weights ``2 ** (LIFT + scores - peak)`` of a block, the row state, and what shrinks older sums.
-
-    ``BIASED`` scores are larger by ``INTEGER_BIAS`` than the products; taking it off in the exponent rounds by at
-    most one unit of an integer product, a hundredth of what rounding q and k to INT8 does.
-    """
-    largest = gl.max(scores, 1)
-    if BIASED:
-        largest -= INTEGER_BIAS
-    new_peak = gl.maximum(peak, largest * factor)
-    # A row that has seen nothing keeps peak -inf; 0 in its place avoids inf - inf.
-    base = gl.where(new_peak == float("-inf"), 0.0, new_peak)
-    offset = base - LIFT
-    if BIASED:
-        offset += INTEGER_BIAS * factor
-    weights = gl.exp2(scores * factor[:, None] - offset[:, None])
-    shrink = gl.exp2(peak - base)
-    total = total * shrink + gl.sum(weights, 1)
-    return weights, new_peak, total, shrink
-
-
-@gluon.jit
 def by_thread(scores):
     """``[64, keys]`` as ``[64, keys / 8, 4, 2]``: keys ``8 n + 2 c + (0, 1)`` are held by lane ``c`` of four."""
     return scores.reshape([64, scores.shape[1] // 8, 4, 2])
 
 
 @gluon.jit
-def thread_softmax(scores, peak, total, row_scale, key_scale, LIFT: gl.constexpr, BIASED: gl.constexpr):
-    """:func:`block_softmax` with a key scale for each of the four lanes that hold a row.
+def online_softmax(scores, peak, total, factor, LIFT: gl.constexpr, BIASED: gl.constexpr):
+    """float32 weights ``2 ** (LIFT + scores * factor - peak)`` of a block, the row state, and what shrinks older sums.
 
-    All that a thread holds of a row has one factor, so nothing more is done for an element than with one scale
-    a block. ``total [64, 4]`` stays apart for the lanes and is added up after the last block.
+    ``factor`` is ``[64, 1]``, or ``[64, 4]`` with a key scale for each of the four lanes that hold a row: all that a
+    thread holds of a row has one factor, so that nothing more is done for an element. ``total [64, 4]`` stays apart
+    for the lanes and is added up after the last block; and maxima begin with pairs, since one chain over a row's
+    32 elements takes longer than the exponentials beside it.
+
+    ``BIASED`` scores are larger by ``INTEGER_BIAS`` than the products; taking it off in the exponent rounds by at
+    most one unit of an integer product, a hundredth of what rounding q and k to INT8 does.
     """
     wide = by_thread(scores)
     largest = gl.max(gl.max(wide, 3), 1)
-    LANES: gl.constexpr = largest.type.layout
-    LANES_ROW: gl.constexpr = gl.SliceLayout(1, LANES)
-    ROW: gl.constexpr = peak.type.layout
-    factor = gl.convert_layout(row_scale, LANES_ROW)[:, None] * key_scale[None, :]
+    LANES_ROW: gl.constexpr = gl.SliceLayout(1, largest.type.layout)
     if BIASED:
         largest -= INTEGER_BIAS
-    new_peak = gl.maximum(peak, gl.convert_layout(gl.max(largest * factor, 1), ROW))
+    new_peak = gl.maximum(peak, gl.convert_layout(gl.max(largest * factor, 1), peak.type.layout))
+    # A row that has seen nothing keeps peak -inf; 0 in its place avoids inf - inf.
     base = gl.where(new_peak == float("-inf"), 0.0, new_peak)
     offset = gl.convert_layout(base - LIFT, LANES_ROW)[:, None]
     if BIASED:
@@ -101,38 +82,6 @@ def thread_softmax(scores, peak, total, row_scale, key_scale, LIFT: gl.constexpr
     total = total * gl.convert_layout(shrink, LANES_ROW)[:, None] + gl.sum(gl.sum(weights, 3), 1)
     flat = weights.reshape([64, scores.shape[1]])
     return gl.convert_layout(flat, scores.type.layout, assert_trivial=True), new_peak, total, shrink
-
-
-@gluon.jit
-def online_softmax(
-    scores,
-    peak,
-    total,
-    row_scale,
-    key_scale,
-    LIFT: gl.constexpr,
-    QUANTIZED: gl.constexpr,
-    THREAD_SCALES: gl.constexpr,
-    BIASED: gl.constexpr,
-):
-    """:func:`block_softmax`, or :func:`thread_softmax`, with the factors that the inputs have."""
-    if THREAD_SCALES:
-        likely, peak, total, shrink = thread_softmax(scores, peak, total, row_scale, key_scale, LIFT, BIASED)
-    elif QUANTIZED:
-        likely, peak, total, shrink = block_softmax(scores, peak, total, row_scale * key_scale, LIFT, BIASED)
-    else:
-        likely, peak, total, shrink = block_softmax(scores, peak, total, row_scale, LIFT, BIASED)
-    return likely, peak, total, shrink
-
-
-@gluon.jit
-def no_sum(ROW: gl.constexpr, LANES: gl.constexpr, THREAD_SCALES: gl.constexpr):
-    """The sum of weights before a tile's first block: one a row, or one for each of the lanes that hold it."""
-    if THREAD_SCALES:
-        total = gl.zeros([64, 4], gl.float32, layout=LANES)
-    else:
-        total = gl.zeros([64], gl.float32, layout=ROW)
-    return total
 
 
 @gluon.jit

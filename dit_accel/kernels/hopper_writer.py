@@ -29,7 +29,6 @@ def write_tile(
     PERMUTED: gl.constexpr,
     QUANTIZED: gl.constexpr,
     FP8: gl.constexpr,
-    THREAD_SCALES: gl.constexpr,
     ROW: gl.constexpr,
     O_LAYOUT: gl.constexpr,
 ):
@@ -63,8 +62,7 @@ def write_tile(
     rows_at = rows_ptr + batch * rows_batch_stride + head * rows_head_stride
     first_slot = tile_block(tile, nq) * 128 + HALF * 64
     slot = first_slot + gl.arange(0, 64, layout=ROW)
-    if THREAD_SCALES:
-        total = gl.convert_layout(gl.sum(total, 1), ROW)
+    total = gl.convert_layout(gl.sum(total, 1), ROW)
     nothing = total == 0.0
     safe = gl.where(nothing, 1.0, total)
     lse = (peak + gl.log2(safe) - (FP8_LIFT if FP8 else 0.0)) * LN_2_
