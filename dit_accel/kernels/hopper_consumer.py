@@ -213,9 +213,7 @@ def consume(
             open_peak, open_total = peak, total
             peak = gl.full([64], float("-inf"), gl.float32, layout=ROW)
             total = gl.zeros([64, 4], gl.float32, layout=LANES)
-            likely, peak, total, shrink = online_softmax(
-                scores, peak, total, row_scale * key_scale, LIFT, BIASED
-            )
+            likely, peak, total, shrink = online_softmax(scores, peak, total, row_scale * key_scale, LIFT, BIASED)
             step += 1
             mbarrier.wait(k_full.index(step % STAGES), (step // STAGES) & 1, pred=count > 1)
             if FP8:
@@ -276,11 +274,13 @@ def consume(
                         # While the scores are being made.
                         acc = acc * earlier
                     acc_token = weigh_values(weights, v_smem.index(last), acc, entry > 1, FP8, OPERAND)
+                    scores = scores_as_float(warpgroup_mma_wait(1, deps=[token]), BIASED)
+                    if STAGES == 2:
+                        mbarrier.arrive(k_empty.index(stage), count=1)
                     if TAKE_TURNS:
+                        # The product that is left keeps the tensor cores busy until the other one has issued its own.
                         mbarrier.arrive(order.index(1 - HALF), count=1)
                         beat += 1
-                    scores = scores_as_float(warpgroup_mma_wait(1, deps=[token]), BIASED)
-                    mbarrier.arrive(k_empty.index(stage), count=1)
                     if partial:
                         scores = hide_keys(
                             scores,
@@ -310,6 +310,9 @@ def consume(
                         acc = acc * earlier + product
                     else:
                         acc, weights = warpgroup_mma_wait(0, deps=[acc_token, weights])
+                    if STAGES > 2:
+                        # Where they are not awaited keys go back with the values: before an arrival all warps meet.
+                        mbarrier.arrive(k_empty.index(stage), count=1)
                     mbarrier.arrive(v_empty.index(last), count=1)
                     if FP8:
                         # The product takes the registers that float32 weights would be carried in.
