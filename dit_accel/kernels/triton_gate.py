@@ -123,11 +123,11 @@ def gate_kernel(
                     )  # fmt: skip
                     if TOGETHER:
                         wait_for_parts(arrived_ptr + lane, (digit + 2) * parts)
-                # Of the last step of a launch that is not the last one this says nothing, and is not used.
+                # Where a launch ends here, other parts may still be missing, and what this finds is not used.
                 low, above = settle_digit(p_sums, low, step, most, need, parts, PARTS, CANDIDATES)
                 step = step // CANDIDATES
             if end > DIGITS + 1:
-                # No more than all pairs can be kept: candidates below all gates are not told apart.
+                # Below minus infinity lie only NaNs: where all pairs are kept, that is the threshold.
                 at = gate_of_key(tl.maximum(low, 0x7FFFFF))
                 if begin <= DIGITS + 1:
                     store_tied(
