@@ -41,6 +41,12 @@ def _compute_capability(index: int) -> tuple[int, int]:
     return torch.cuda.get_device_capability(index)
 
 
+@cache
+def multiprocessors(index: int) -> int:
+    """Multiprocessors of a GPU: the programs of a persistent launch."""
+    return torch.cuda.get_device_properties(index).multi_processor_count
+
+
 def interpreted() -> bool:
     """Whether Triton kernels run in its CPU interpreter (``TRITON_INTERPRET=1``), as the tests do."""
     return os.environ.get("TRITON_INTERPRET", "0") == "1"

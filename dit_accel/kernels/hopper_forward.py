@@ -11,6 +11,7 @@ from triton.experimental.gluon import language as gl
 from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
 
 from .block_mask import BlockMask
+from .capability import multiprocessors
 from .hopper_kernel import hopper_fwd_kernel
 from .quantize import QuantizedInputs
 from .reorder import heads_at_once, reorder_pair
@@ -78,12 +79,6 @@ def why_not_shape(q: torch.Tensor, mask: BlockMask) -> str | None:
 @cache
 def _capability(index: int) -> tuple[int, int]:
     return torch.cuda.get_device_capability(index)
-
-
-@cache
-def multiprocessors(index: int) -> int:
-    """Multiprocessors of a GPU: the programs of a persistent launch."""
-    return torch.cuda.get_device_properties(index).multi_processor_count
 
 
 def default_config(block_k: int, dim: int, precision: str | None) -> HopperConfig:
