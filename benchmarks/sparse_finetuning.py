@@ -64,6 +64,8 @@ class Variant:
             accuracy are measured.
         leads: compiles its kernels while the clips are being encoded, for the others too.
         density_start: where the density begins that is the recipe's after half of the steps.
+        searched: mean density of the blocks to share out among heads by measured errors before the training; None
+            keeps one density for all.
     """
 
     recipe: str
@@ -75,6 +77,7 @@ class Variant:
     judged: bool = False
     leads: bool = False
     density_start: float | None = None
+    searched: float | None = None
     fields: Mapping[str, Any] = field(default_factory=dict)
 
 
@@ -83,10 +86,26 @@ FINE: Mapping[str, Any] = {"block": (16, 16), "tile": (4, 2, 2)}
 SLA: Mapping[str, Any] = {**FINE, "form": "all_tokens"}
 # 14 and 28 of 288 blocks; with a block's own, where it is not among them, 5% and 10% of all pairs.
 FIVE, TEN = 0.047, 0.096
+# A search counts own blocks too.
+FIVE_IN_ALL = 0.0495
+SEARCH_PROMPTS = (
+    "a blue penguin bouncing over a meadow",
+    "two red robots flying left in space",
+    "a green dragon flying left over the sea at night",
+)
 
 VARIANTS: dict[str, Variant] = {
     # Until the time is over.
-    "sla-0.05": Variant("sla", {"density": FIVE, **SLA}, train="all", rate=2.0, steps=None, judged=True, leads=True),
+    "sla-0.05": Variant(
+        "sla",
+        {"density": FIVE, **SLA},
+        train="all",
+        rate=2.0,
+        steps=None,
+        judged=True,
+        leads=True,
+        searched=FIVE_IN_ALL,
+    ),
     "sla-0.05-distilled": Variant(
         "sla", {"density": FIVE, **SLA}, "distill", train="all", rate=2.5, steps=None, judged=True
     ),
@@ -231,6 +250,8 @@ def train(args: argparse.Namespace) -> None:
         compile_kernels(args, recipe, config, out)
         (args.work / f"compiled-{args.variant}").touch()
     pipe = open_pipe(device)
+    if variant.searched is not None:
+        recipe = shared_out(args, pipe, recipe, variant.searched)
     leaders = [f"compiled-{name}" for name in args.variants if VARIANTS[name].leads and device.type == "cuda"]
     wait_for(args, ["ready", *leaders])
     data = Clips(args.work, device)
@@ -253,6 +274,7 @@ def train(args: argparse.Namespace) -> None:
     adapter = sum(file.stat().st_size for file in result.adapter.iterdir())
     report = {
         "variant": asdict(variant),
+        "head_densities": getattr(recipe.select, "head_densities", ()),
         "objective": asdict(config.objective),
         "steps": len(result.curves.steps),
         "seconds": seconds,
@@ -266,6 +288,21 @@ def train(args: argparse.Namespace) -> None:
     }
     (out / "result.json").write_text(json.dumps(report))
     say(args, f"{args.variant}: {report['steps']} steps in {seconds:.0f} s, {result.curves.evaluations[-1]}")
+
+
+def shared_out(args: argparse.Namespace, pipe: Any, recipe: Any, density: float) -> Any:
+    """The recipe with a density for every head, of this mean, by errors measured on prompts of the training."""
+    from dit_accel.calibration.search import search
+
+    size = {"height": args.size, "width": args.size, "num_frames": args.frames}
+    call = {**size, "num_inference_steps": args.denoising_steps, "guidance_scale": 2.0}
+    found = search(pipe, SEARCH_PROMPTS, recipe, mean_density=density, generate_kwargs=call)
+    say(
+        args,
+        f"densities per head, mean {found.density:.4f}: predicted velocity error {found.predicted_error:.4f}, "
+        f"with one for all {found.predicted_uniform:.4f}",
+    )
+    return found.recipe
 
 
 def replace_seconds(config: Any, seconds: float) -> Any:
