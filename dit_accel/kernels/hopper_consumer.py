@@ -67,7 +67,7 @@ def consume(
     Tiles are a pipeline too: the last product of one runs beside the first scores of the next, and what is left
     of a tile then, normalising and storing, delays nothing that is in flight but this warpgroup's next scores.
     """
-    q_smem, k_smem, v_smem, o_smem, q_full, _q_empty, k_full, k_empty, v_full, v_empty = shared
+    q_smem, k_smem, v_smem, o_smem, q_full, _q_empty, k_full, k_empty, v_full, v_empty, order = shared
     counts_ptr, fulls_ptr, index_ptr, bit_rows_ptr, bits_ptr, rows_ptr, key_mask_ptr = lists
     nq, heads, num_tiles, mask_batch_stride, mask_head_stride, list_length, q_rows, k_rows, _plane_cols = sizes
     (
@@ -107,6 +107,7 @@ def consume(
     COPY: gl.constexpr = gl.BlockedLayout([1, 8], [2, 16], [4, 1], [1, 0])
     step = gl.to_tensor(0)
     turn = gl.to_tensor(0)
+    beat = gl.to_tensor(0)
     place = gl.to_tensor(0)
     tile = gl.program_id(0)
     # Integer sums that start at the bits of 1.5 * 2**23 need no conversion to float.
@@ -114,6 +115,8 @@ def consume(
         [64, BLOCK_K], INTEGER_BIAS_BITS if BIASED else 0, gl.int32 if QUANTIZED else gl.float32, layout=S_LAYOUT
     )
     LANES: gl.constexpr = gl.SliceLayout(1, gl.SliceLayout(3, by_thread(start).type.layout))
+    if TAKE_TURNS and HALF == 1:
+        mbarrier.arrive(order.index(0), count=1)
     # The tile whose last product is still to be issued, none before the first; and whether it had more blocks. A
     # tile's first product ignores the sums of the tile before: writing zeros in their place would cost registers.
     open_tile = gl.to_tensor(-1)
@@ -190,7 +193,7 @@ def consume(
                 next_tile, num_tiles, nq, heads, mask_batch_stride, mask_head_stride, counts_ptr, fulls_ptr
             )
             scores = scores_as_float(warpgroup_mma_wait(1, deps=[token]), BIASED)
-            mbarrier.arrive(k_empty.index(stage * 2 + HALF), count=1)
+            mbarrier.arrive(k_empty.index(stage), count=1)
             if full == 0:
                 scores = hide_keys(
                     scores,
@@ -261,10 +264,7 @@ def consume(
                         # Only now, while the scores are being made; and float32 is carried without repacking.
                         weights = gl.convert_layout(likely.to(dtype), OPERAND)
                     if TAKE_TURNS:
-                        # Until the other one has its scores: of this block, or for the first one of the block before.
-                        # What it has left to multiply keeps the tensor cores busy until this product is issued.
-                        their = step - 1 + HALF
-                        mbarrier.wait(k_empty.index((their % STAGES) * 2 + 1 - HALF), (their // STAGES) & 1)
+                        mbarrier.wait(order.index(HALF), beat & 1)
                     token = warpgroup_mma(
                         q_tile, k_smem.index(stage).permute([1, 0]), start, use_acc=BIASED, is_async=True
                     )
@@ -275,8 +275,12 @@ def consume(
                         acc = acc * earlier
                     acc_token = weigh_values(weights, v_smem.index(last), acc, entry > 1, FP8, OPERAND)
                     scores = scores_as_float(warpgroup_mma_wait(1, deps=[token]), BIASED)
-                    if TAKE_TURNS or STAGES == 2:
-                        mbarrier.arrive(k_empty.index(stage * 2 + HALF), count=1)
+                    if STAGES == 2:
+                        mbarrier.arrive(k_empty.index(stage), count=1)
+                    if TAKE_TURNS:
+                        # The product that is left keeps the tensor cores busy until the other one has issued its own.
+                        mbarrier.arrive(order.index(1 - HALF), count=1)
+                        beat += 1
                     if partial:
                         scores = hide_keys(
                             scores,
@@ -306,9 +310,9 @@ def consume(
                         acc = acc * earlier + product
                     else:
                         acc, weights = warpgroup_mma_wait(0, deps=[acc_token, weights])
-                    if not TAKE_TURNS and STAGES > 2:
-                        # Where nobody waits for them keys go back with the values: before an arrival all warps meet.
-                        mbarrier.arrive(k_empty.index(stage * 2 + HALF), count=1)
+                    if STAGES > 2:
+                        # Where they are not awaited keys go back with the values: before an arrival all warps meet.
+                        mbarrier.arrive(k_empty.index(stage), count=1)
                     mbarrier.arrive(v_empty.index(last), count=1)
                     if FP8:
                         # The product takes the registers that float32 weights would be carried in.

@@ -64,7 +64,7 @@ def produce(
 ):
     """Stream Q (unless the consumers gather it), K and V of every tile of this program, and take its tiles."""
     q_desc, k_desc, v_desc, _out_desc = descriptors
-    q_smem, k_smem, v_smem, _o_smem, q_full, q_empty, k_full, k_empty, v_full, v_empty = shared
+    q_smem, k_smem, v_smem, _o_smem, q_full, q_empty, k_full, k_empty, v_full, v_empty, _order = shared
     counts_ptr, fulls_ptr, index_ptr, _bit_rows_ptr, _bits_ptr, _rows_ptr, _key_mask_ptr = lists
     nq, heads, num_tiles, mask_batch_stride, mask_head_stride, list_length, q_rows, k_rows, plane_cols = sizes
     step = gl.to_tensor(0)
@@ -98,8 +98,7 @@ def produce(
                                 q_full.index(buffer),
                                 q_smem.index(buffer),
                             )
-                for half in gl.static_range(2):
-                    mbarrier.wait(k_empty.index(stage * 2 + half), phase)
+                mbarrier.wait(k_empty.index(stage), phase)
                 mbarrier.expect(k_full.index(stage), k_desc.block_type.nbytes)
                 tma.async_copy_global_to_shared(
                     k_desc,

@@ -33,7 +33,7 @@ def write_tile(
     O_LAYOUT: gl.constexpr,
 ):
     """Normalise and store the output and log-sum-exp of a tile's 64 rows, and give its query buffer back."""
-    _q_smem, _k_smem, _v_smem, o_smem, _q_full, q_empty, _k_full, _k_empty, _v_full, _v_empty = shared
+    _q_smem, _k_smem, _v_smem, o_smem, _q_full, q_empty, _k_full, _k_empty, _v_full, _v_empty, _order = shared
     nq, heads, _num_tiles, _mask_batch_stride, _mask_head_stride, _list_length, q_rows, _k_rows, _plane_cols = sizes
     (
         _q_ptr,
