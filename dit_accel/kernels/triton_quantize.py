@@ -1,237 +1,50 @@
 """The quantising prologue: q, k and v read once, permuted, smoothed, quantised and averaged per block.
 
-Two launches: sums of sampled tiles of k (and maxima of v for FP8) in chunks, then one program for every block of
-q, of k and, where v is rewritten at all, of v. The second adds up the chunks by itself, so that nothing small runs
-between the two.
+Two launches: sums of sampled tiles of k (and maxima of v for FP8) in chunks, then all blocks of q, of k and, where v
+is rewritten at all, of v. The second adds up the chunks by itself, so that nothing small runs between the two.
 """
 
 from __future__ import annotations
 
 import itertools
 import math
+from functools import cache
 
 import torch
 import triton
-import triton.language as tl
 
-from .quantize import FP8_MAX, KEY_GROUPS, KEY_TILE, QuantizedInputs, sampled_keys, validate_key_scales
-from .triton_forward import SIZES, mask_strides, padded_head_dim, unit_stride
+from .quantize import KEY_GROUPS, KEY_TILE, QuantizedInputs, sampled_keys, validate_key_scales
+from .triton_forward import mask_strides, padded_head_dim, unit_stride
+from .triton_quantize_kernels import key_value_stats_kernel, quantize_kernel
 
-FP8_MAX_ = tl.constexpr(FP8_MAX)
-_K_CHUNKS, _V_CHUNKS = 16, 32  # at most; each block adds them all up
+_K_CHUNKS, _V_CHUNKS = 16, 32  # at most; each program adds them all up
 _CHUNK_PROGRAMS = 264  # two on each of an H200's multiprocessors
+_WARPS, _REGISTERS = 8, 128
+_PROGRAMS = 2  # a multiprocessor at a time, as the registers allow: one waits or stores while the other computes
+_STAGES = 3  # blocks a program has in work or on their way; those on their way fill at most so many bytes:
+_BUFFER_BYTES = 65536
 
 
-@triton.jit(do_not_specialize=(*SIZES, "k_chunks", "v_chunks", "k_step"))
-def key_value_stats_kernel(
-    k_ptr,
-    v_ptr,
-    k_sum_ptr,
-    v_max_ptr,
-    stride_kb,
-    stride_ks,
-    stride_kh,
-    stride_vb,
-    stride_vs,
-    stride_vh,
-    heads,
-    kv_len,
-    k_chunks,
-    v_chunks,
-    k_step,
-    TILE: tl.constexpr,
-    BLOCK_D: tl.constexpr,
-    HEAD_DIM: tl.constexpr,
-):
-    """Per channel: sums of every ``k_step``-th tile of k (third program axis 0), absolute maxima of v (1)."""
-    batch = (tl.program_id(1) // heads).to(tl.int64)
-    head = (tl.program_id(1) % heads).to(tl.int64)
-    offs_d = tl.arange(0, BLOCK_D)
-    column = (offs_d < HEAD_DIM)[None, :]
-    chunk = tl.program_id(0)
-    found = tl.zeros([TILE, BLOCK_D], tl.float32)
-    if tl.program_id(2) == 0:
-        if chunk >= k_chunks:
-            return
-        k_ptr += batch * stride_kb + head * stride_kh
-        at = (tl.program_id(1).to(tl.int64) * k_chunks + chunk) * HEAD_DIM + offs_d
-        for tile in range(chunk * k_step, tl.cdiv(kv_len, TILE), k_chunks * k_step):
-            row = tile * TILE + tl.arange(0, TILE)
-            k_at = k_ptr + row.to(tl.int64)[:, None] * stride_ks + offs_d[None, :]
-            found += tl.load(k_at, mask=(row < kv_len)[:, None] & column, other=0.0).to(tl.float32)
-        tl.store(k_sum_ptr + at, tl.sum(found, 0), mask=offs_d < HEAD_DIM)
-    else:
-        v_ptr += batch * stride_vb + head * stride_vh
-        at = (tl.program_id(1).to(tl.int64) * v_chunks + chunk) * HEAD_DIM + offs_d
-        for tile in range(chunk, tl.cdiv(kv_len, TILE), v_chunks):
-            row = tile * TILE + tl.arange(0, TILE)
-            v_at = v_ptr + row.to(tl.int64)[:, None] * stride_vs + offs_d[None, :]
-            v = tl.load(v_at, mask=(row < kv_len)[:, None] & column, other=0.0).to(tl.float32)
-            found = tl.maximum(found, tl.abs(v))
-        tl.store(v_max_ptr + at, tl.max(found, 0), mask=offs_d < HEAD_DIM)
+@cache
+def _slots(device: torch.device) -> int:
+    """Programs that a device runs at a time; in the interpreter few, so that they have several blocks."""
+    if device.type != "cuda":
+        return 4
+    return _PROGRAMS * torch.cuda.get_device_properties(device).multi_processor_count
 
 
-@triton.jit
-def _chunk_values(ptr, plane, chunks, HEAD_DIM: tl.constexpr, BLOCK_D: tl.constexpr, CHUNKS: tl.constexpr):
-    """``[BLOCK_D, CHUNKS]`` of a plane, zeros past ``chunks``.
+def _stages(tile_bytes: int) -> int:
+    """Stages of a loop over tiles; with one, the compiler does not load ahead."""
+    return max(1, min(_STAGES, 1 + _BUFFER_BYTES // tile_bytes))
 
-    Channels first: what is reduced from it then lies in threads as no row of a tile does, so that the compiler
-    brings this vector to the layout of the tile and not, through shared memory, the tile to that of the vector.
+
+@cache
+def _shares(blocks: int, planes: int, slots: int) -> int:
+    """Among how many programs to split the blocks of each plane.
+
+    Programs run in rounds of ``slots``; a round takes as long as a program's blocks, and one more to begin.
     """
-    offs_c, offs_d = tl.arange(0, CHUNKS), tl.arange(0, BLOCK_D)
-    inside = (offs_d < HEAD_DIM)[:, None] & (offs_c < chunks)[None, :]
-    return tl.load(ptr + (plane * chunks + offs_c[None, :]) * HEAD_DIM + offs_d[:, None], mask=inside, other=0.0)
-
-
-@triton.jit
-def _round_int8(x):
-    # Adding 1.5 * 2**23 leaves no bits for a fraction: the nearest integer, halves to even, in the lowest byte.
-    # A conversion would take the unit of which there are the fewest.
-    return (x + 12582912.0).to(tl.int32, bitcast=True).to(tl.int8)
-
-
-@triton.jit
-def _rows_at(ptr, rows_ptr, slot, length, batch, head, stride_b, stride_s, stride_h, PERMUTED: tl.constexpr):
-    """Address of every slot's row; slots past ``length`` point at some row and must be masked."""
-    row = slot
-    if PERMUTED:
-        row = tl.load(rows_ptr + slot, mask=slot < length, other=0)
-    return ptr + batch * stride_b + head * stride_h + row.to(tl.int64)[:, None] * stride_s
-
-
-@triton.jit
-def _mean_key(ptr, plane, chunks, sampled, HEAD_DIM: tl.constexpr, BLOCK_D: tl.constexpr, CHUNKS: tl.constexpr):
-    return tl.sum(_chunk_values(ptr, plane, chunks, HEAD_DIM, BLOCK_D, CHUNKS), 1) / sampled
-
-
-@triton.jit(do_not_specialize=(*SIZES, "q_blocks", "k_blocks", "k_chunks", "v_chunks", "sampled"))
-def quantize_kernel(
-    q_ptr,
-    k_ptr,
-    v_ptr,
-    rows_ptr,
-    k_sum_ptr,
-    v_max_ptr,
-    q_out_ptr,
-    q_scale_ptr,
-    q_mean_ptr,
-    q_shift_ptr,
-    k_out_ptr,
-    k_scale_ptr,
-    k_mean_ptr,
-    v_out_ptr,
-    v_scale_ptr,
-    stride_qb,
-    stride_qs,
-    stride_qh,
-    stride_kb,
-    stride_ks,
-    stride_kh,
-    stride_vb,
-    stride_vs,
-    stride_vh,
-    rows_batch_stride,
-    rows_head_stride,
-    heads,
-    q_len,
-    kv_len,
-    q_blocks,
-    k_blocks,
-    k_chunks,
-    v_chunks,
-    sampled,
-    BLOCK_Q: tl.constexpr,
-    BLOCK_K: tl.constexpr,
-    BLOCK_D: tl.constexpr,
-    HEAD_DIM: tl.constexpr,
-    K_CHUNKS: tl.constexpr,
-    V_CHUNKS: tl.constexpr,
-    PERMUTED: tl.constexpr,
-    SMOOTH_K: tl.constexpr,
-    SMOOTH_Q: tl.constexpr,
-    FP8: tl.constexpr,
-    THREAD_SCALES: tl.constexpr,
-):
-    """One block: of q, then of k, then (FP8 or permuted) of v, along the first program axis; a head a plane."""
-    place = tl.program_id(0)
-    plane = tl.program_id(1).to(tl.int64)
-    batch, head = plane // heads, plane % heads
-    offs_d = tl.arange(0, BLOCK_D)
-    column = offs_d < HEAD_DIM
-    rows_ptr += batch * rows_batch_stride + head * rows_head_stride
-    if place < q_blocks:
-        q_slot = place * BLOCK_Q + tl.arange(0, BLOCK_Q)
-        q_real = (q_slot < q_len)[:, None] & column[None, :]
-        q_at = _rows_at(q_ptr, rows_ptr, q_slot, q_len, batch, head, stride_qb, stride_qs, stride_qh, PERMUTED)
-        q = tl.load(q_at + offs_d[None, :], mask=q_real, other=0.0).to(tl.float32)
-        q_to = plane * q_blocks * BLOCK_Q + q_slot
-        q_shift = tl.zeros([BLOCK_Q], tl.float32)
-        if SMOOTH_K:
-            center = _mean_key(k_sum_ptr, plane, k_chunks, sampled, HEAD_DIM, BLOCK_D, K_CHUNKS)
-            q_shift = tl.sum(q * center[None, :], 1)
-        tl.store(q_shift_ptr + q_to, q_shift)
-        q_mean = tl.sum(q, 0) / tl.minimum(q_len - place * BLOCK_Q, BLOCK_Q)
-        tl.store(q_mean_ptr + (plane * q_blocks + place) * HEAD_DIM + offs_d, q_mean, mask=column)
-        if SMOOTH_Q:
-            q = tl.where(q_real, q - q_mean[None, :], 0.0)
-        q_peak = tl.maximum(tl.max(tl.abs(q), 1), 1e-12)
-        tl.store(q_scale_ptr + q_to, q_peak / 127)
-        q_out = _round_int8(q * tl.div_rn(tl.full([BLOCK_Q], 127.0, tl.float32), q_peak)[:, None])
-        tl.store(q_out_ptr + q_to[:, None] * HEAD_DIM + offs_d[None, :], q_out, mask=column[None, :])
-    elif place < q_blocks + k_blocks:
-        k_block = place - q_blocks
-        k_slot = k_block * BLOCK_K + tl.arange(0, BLOCK_K)
-        k_real = (k_slot < kv_len)[:, None] & column[None, :]
-        k_at = _rows_at(k_ptr, rows_ptr, k_slot, kv_len, batch, head, stride_kb, stride_ks, stride_kh, PERMUTED)
-        k = tl.load(k_at + offs_d[None, :], mask=k_real, other=0.0).to(tl.float32)
-        k_mean = tl.sum(k, 0) / tl.minimum(kv_len - k_block * BLOCK_K, BLOCK_K)
-        tl.store(k_mean_ptr + (plane * k_blocks + k_block) * HEAD_DIM + offs_d, k_mean, mask=column)
-        if SMOOTH_K:
-            center = _mean_key(k_sum_ptr, plane, k_chunks, sampled, HEAD_DIM, BLOCK_D, K_CHUNKS)
-            k = tl.where(k_real, k - center[None, :], 0.0)
-        k_to = plane * k_blocks * BLOCK_K + k_slot
-        # A NaN or infinite key makes the scales NaN: the maximum alone would pass over a NaN.
-        broken = tl.sum(k_mean, 0) * 0.0
-        key_peak = tl.max(tl.abs(k), 1)
-        if THREAD_SCALES:
-            # The four groups of keys that four neighbouring threads of the products hold.
-            GROUPS: tl.constexpr = (BLOCK_K // 8, 4, 2)
-            k_peak = tl.maximum(tl.max(tl.max(tl.reshape(key_peak, GROUPS), 2), 0), 1e-12) + broken
-            tl.store(k_scale_ptr + (plane * k_blocks + k_block) * 4 + tl.arange(0, 4), k_peak / 127)
-            k_inverse = tl.div_rn(tl.full([4], 127.0, tl.float32), k_peak)
-            k_inverse = tl.reshape(tl.broadcast_to(k_inverse[None, :, None], GROUPS), (BLOCK_K,))
-            k_out = _round_int8(k * k_inverse[:, None])
-        else:
-            k_peak = tl.maximum(tl.max(key_peak, 0), 1e-12) + broken
-            tl.store(k_scale_ptr + plane * k_blocks + k_block, k_peak / 127)
-            k_out = _round_int8(k * tl.div_rn(tl.full([], 127.0, tl.float32), k_peak))
-        tl.store(k_out_ptr + k_to[:, None] * HEAD_DIM + offs_d[None, :], k_out, mask=column[None, :])
-    else:
-        v_block = place - q_blocks - k_blocks
-        v_slot = v_block * BLOCK_K + tl.arange(0, BLOCK_K)
-        if FP8:
-            # Loaded in the inverse order of KEY_PLACE, so that what is stored lies side by side.
-            v_slot = v_block * BLOCK_K + (tl.arange(0, BLOCK_K) // 16) * 16
-            n = tl.arange(0, BLOCK_K) % 16
-            v_slot += (n & 2) * 4 + (n & 8) // 2 + (n & 4) // 2 + (n & 1)
-        v_real = (v_slot < kv_len)[:, None] & column[None, :]
-        v_at = _rows_at(v_ptr, rows_ptr, v_slot, kv_len, batch, head, stride_vb, stride_vs, stride_vh, PERMUTED)
-        v = tl.load(v_at + offs_d[None, :], mask=v_real, other=0.0)
-        if FP8:
-            v_peak = tl.max(_chunk_values(v_max_ptr, plane, v_chunks, HEAD_DIM, BLOCK_D, V_CHUNKS), 1)
-            v_peak = tl.maximum(v_peak, 1e-12)
-            most = tl.full([BLOCK_D], FP8_MAX_, tl.float32)
-            v_scale = tl.div_rn(v_peak, most)
-            tl.store(
-                v_scale_ptr + plane * HEAD_DIM + offs_d, v_scale, mask=column & (offs_d + v_block * BLOCK_D < BLOCK_D)
-            )
-            stored = (v.to(tl.float32) * tl.div_rn(most, v_peak)[None, :]).to(tl.float8e4nv)
-            key = v_block * BLOCK_K + tl.arange(0, BLOCK_K)
-            v_out = v_out_ptr + (plane * HEAD_DIM + offs_d)[:, None] * (k_blocks * BLOCK_K) + key[None, :]
-            tl.store(v_out, tl.trans(stored), mask=column[:, None])
-        else:
-            v_out = v_out_ptr + ((batch * kv_len + v_slot)[:, None] * heads + head) * HEAD_DIM + offs_d[None, :]
-            tl.store(v_out, v, mask=v_real)
+    return min(range(1, min(blocks, 64) + 1), key=lambda n: -(-n * planes // slots) * (-(-blocks // n) + 1))
 
 
 def _carve(batch: int, heads: int, shapes: list[tuple[int, ...]], device: torch.device) -> list[torch.Tensor]:
@@ -313,6 +126,7 @@ def quantize_inputs(
             TILE=KEY_TILE,
             BLOCK_D=block_d,
             HEAD_DIM=dim,
+            STAGES=_stages(KEY_TILE * block_d * k.element_size()),
             num_warps=8,
         )
     value = v
@@ -334,7 +148,8 @@ def quantize_inputs(
     )
     if rows is not None:
         rows = rows.to(torch.int32).contiguous()
-    quantize_kernel[(nq + nk + (nk if fp8 or rows is not None else 0), planes)](
+    kinds = 3 if fp8 or rows is not None else 2
+    quantize_kernel[(_shares(max(nq, nk), planes * kinds, _slots(device)), planes, kinds)](
         q,
         k,
         v,
@@ -373,7 +188,8 @@ def quantize_inputs(
         SMOOTH_Q=smooth_q,
         FP8=fp8,
         THREAD_SCALES=key_scales == "thread",
-        num_warps=8,
-        maxnreg=128,  # two programs a multiprocessor: one loads while the other computes
+        STAGES=_stages(max(block_q, block_k) * block_d * q.element_size()),
+        num_warps=_WARPS if block_d <= 128 else 2 * _WARPS,
+        maxnreg=_REGISTERS,
     )
     return result

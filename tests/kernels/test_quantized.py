@@ -1,5 +1,7 @@
 """Quantised attention: the prologue against plain torch, the kernels against dequantised attention."""
 
+from dataclasses import fields
+
 import pytest
 import torch
 
@@ -79,6 +81,42 @@ def test_prologue_matches_torch(block, options, precision, device):
         assert torch.equal(actual.v_scale.cpu(), expected.v_scale)
         same = actual.v.cpu().view(torch.uint8) == expected.v.view(torch.uint8)
         assert same.float().mean() > (0.999 if GPU else 0.96)
+
+
+@pytest.mark.parametrize("permuted", [False, True])
+@pytest.mark.parametrize("key_scales", ["block", "thread"])
+def test_prologue_is_the_same_however_many_programs_share_it(key_scales, permuted, device, monkeypatch):
+    from dit_accel.kernels import triton_quantize
+
+    torch.manual_seed(5)
+    kv_length = 300 if permuted else 520
+    q, k, v = (torch.randn(2, n, 3, 40).half().to(device) for n in (300, kv_length, kv_length))
+    rows = torch.rand(2, 3, 300).argsort(-1).to(device) if permuted else None
+    results = []
+    # One program for every block of q and k, with more programs than blocks of v; then several blocks each.
+    for slots, shares in ((1000, 5 if permuted else 9), (40, 2), (1, 1)):
+        monkeypatch.setattr(triton_quantize, "_slots", lambda device, slots=slots: slots)
+        assert triton_quantize._shares(5 if permuted else 9, 18, slots) == shares
+        made = prologue(q, k, v, 64, 64, precision="int8_fp8", rows=rows, key_scales=key_scales)
+        results.append([getattr(made, field.name) for field in fields(made)][:-1])
+    for other in results[1:]:
+        for one, same in zip(results[0], other, strict=True):
+            assert torch.equal(one.contiguous().view(torch.uint8), same.contiguous().view(torch.uint8))
+
+
+@pytest.mark.parametrize("lengths", [(500, 70), (70, 500)], ids=str)
+def test_programs_without_a_block_touch_nothing(lengths, device, monkeypatch):
+    from dit_accel.kernels import triton_quantize
+
+    monkeypatch.setattr(triton_quantize, "_slots", lambda device: 1000)
+    torch.manual_seed(6)
+    q, k, v = (torch.randn(1, n, 2, 32).half() for n in (lengths[0], lengths[1], lengths[1]))
+    expected = reference_quantize(q, k, v, 32, 64, precision="int8_fp8")
+    actual = prologue(*moved(device, q, k, v), 32, 64, precision="int8_fp8")
+    for name in ("q_scale", "k_scale", "q_mean", "k_mean"):
+        torch.testing.assert_close(getattr(actual, name).cpu(), getattr(expected, name), rtol=2e-5, atol=2e-6)
+    assert torch.equal(actual.v_scale.cpu(), expected.v_scale)
+    assert (actual.v.cpu().view(torch.uint8) == expected.v.view(torch.uint8)).float().mean() > 1 - LOST_CARRY
 
 
 def test_key_place_is_a_permutation():
