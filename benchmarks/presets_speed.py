@@ -9,7 +9,8 @@ Plan time is given as a share of the dense attention that the sparse steps of th
 a layout needs once (orders, tables of grid rules, the plans of grid rules) is shared by all layers of the whole
 model, not by the few timed here; a search is timed at its own step of the run, where the first one takes the
 log-sum-exp from the step's attention and later ones have it; what that attention takes longer than the model's own
-counts as planning. "order", "select" and "compensate" split the milliseconds of one planning forward.
+counts as planning. "order", "select" and "compensate" split the milliseconds of one planning forward. Methods whose
+plans are made offline have none to make; here their heads take the six axis orders in turn.
 
     python benchmarks/presets_speed.py --seconds 250 --out presets_speed.json
     python benchmarks/presets_speed.py --sizes wan2.1-1.3b:832x480x81:4 --methods pooled adaspa --out some.json
@@ -37,6 +38,7 @@ import torch
 from fidelity_presets import METHODS, at_density, method
 
 from dit_accel import Recipe, patch
+from dit_accel.calibration.search import with_orders
 from dit_accel.cli.environment import environment
 from dit_accel.cli.forward_bench import (
     Variant,
@@ -49,6 +51,7 @@ from dit_accel.cli.forward_bench import (
 from dit_accel.engine import AttentionCall, Engine
 from dit_accel.layout import StepContext
 from dit_accel.pipelines.architectures import architecture
+from dit_accel.stages.order_axes import AXIS_ORDERS, ChosenAxes
 
 SIZES = ("wan2.1-1.3b:832x480x81:4", "wan2.1-1.3b:1280x720x81:3", "hunyuanvideo:1280x720x129:2")
 STEPS = 30
@@ -144,7 +147,10 @@ def time_size(text: str, args: argparse.Namespace, size: dict[str, Any], save: A
                 continue
             try:
                 recipes[label] = at_density(method(label), args.density, calls)
-                row |= time_recipe(recipes[label], session, names, patched, size, args.repeats)
+                offline = method(label).calibrated
+                if offline and isinstance(recipes[label].order, ChosenAxes):
+                    recipes[label] = with_orders_in_turn(recipes[label], calls[0].q.shape[2])
+                row |= time_recipe(recipes[label], session, names, patched, size, args.repeats, offline=offline)
                 print_row(row)
             except Exception as error:  # the next method goes on
                 row["error"] = f"{type(error).__name__}: {error}"
@@ -168,6 +174,11 @@ def time_size(text: str, args: argparse.Namespace, size: dict[str, Any], save: A
             save()
 
 
+def with_orders_in_turn(recipe: Recipe, heads: int) -> Recipe:
+    """PARO's recipe as a calibration leaves it: an axis order for every head."""
+    return with_orders(recipe, (tuple(AXIS_ORDERS[head % len(AXIS_ORDERS)] for head in range(heads)),))
+
+
 def timed(variant: Variant, repeats: int, warm: int) -> float:
     """Median seconds of a forward."""
     for _ in range(warm):
@@ -186,11 +197,15 @@ def time_recipe(
     size: dict[str, Any],
     repeats: int,
     dense_key: str = "dense_s",
+    offline: bool = False,
 ) -> dict[str, Any]:
     """Forwards with and without planning, and what a run of 30 steps comes to."""
     kinds = _run(recipe)
-    found = timed_searches if "search" in kinds else timed_plans
+    found = timed_searches if "search" in kinds and not offline else timed_plans
     cost = found(recipe, session, names, patched, size, repeats)
+    if offline:
+        nothing = {"plan_s": 0.0, "once_per_layout_s": 0.0, "planning_forward_s": cost["reusing_forward_s"]}
+        cost |= nothing
     engine, dense_s = session.engine, size[dense_key]
     # Of what all layers share, those timed here have their part of the whole model.
     layers, blocks = (int(n) for n in size["layers"].split(" of "))
