@@ -116,7 +116,7 @@ def test_programs_without_a_block_touch_nothing(lengths, device, monkeypatch):
     for name in ("q_scale", "k_scale", "q_mean", "k_mean"):
         torch.testing.assert_close(getattr(actual, name).cpu(), getattr(expected, name), rtol=2e-5, atol=2e-6)
     assert torch.equal(actual.v_scale.cpu(), expected.v_scale)
-    assert (actual.v.cpu().view(torch.uint8) == expected.v.view(torch.uint8)).float().mean() > 1 - LOST_CARRY
+    assert (actual.v.cpu().view(torch.uint8) == expected.v.view(torch.uint8)).float().mean() >= 1 - LOST_CARRY
 
 
 def test_key_place_is_a_permutation():
