@@ -76,6 +76,51 @@ def test_a_copy_in_parts_changes_nothing(share, lead, device):
     assert torch.equal(whole[1], parts[1])
 
 
+MANY_CALLS = {
+    # name: (keys a block, head dim, settings)
+    "rows": (64, 128, {"heads": 4, "batch": 2, "rows": (1, 4), "empty_rows": True}),
+    "rows_one_launch": (64, 128, {"heads": 6, "rows": (1, 6)}),
+    "rows_wide_blocks": (128, 128, {"heads": 4, "batch": 2, "rows": (1, 4)}),
+    "rows_small_heads": (64, 64, {"heads": 4, "batch": 2, "rows": (1, 4)}),
+    "in_order": (64, 128, {"heads": 4, "batch": 2, "empty_rows": True}),
+}
+
+
+@pytest.mark.parametrize("case", MANY_CALLS)
+def test_many_calls_have_the_same_bits(case, device):
+    """More tiles than multiprocessors, over and over: a race of the queue or of a buffer is rare."""
+    from dit_accel.kernels.hopper_forward import hopper_forward
+
+    if torch.cuda.get_device_capability() != (9, 0):
+        pytest.skip("it needs a GPU of compute capability 9.0")
+    block_k, dim, settings = MANY_CALLS[case]
+    q, k, v, mask, rows, _, _ = build(length=6000, block=(128, block_k), dim=dim, dtype=torch.bfloat16, **settings)
+    q, k, v, mask = (x.to(device) for x in (q, k, v, mask))
+    rows = None if rows is None else rows.to(device)
+    want, want_lse = hopper_forward(q, k, v, mask, rows, None, dim**-0.5)
+    cold = torch.empty(64 << 20, dtype=torch.uint8, device=device)
+    for number in range(400):
+        # Freed memory of the outputs' sizes, so that what no program writes shows.
+        poison = [torch.full_like(x, 777.0) for x in (want, want_lse)]
+        del poison
+        if number % 4 == 0:
+            cold.zero_()
+        out, lse = hopper_forward(q, k, v, mask, rows, None, dim**-0.5)
+        wrong = (out != want).any(-1).transpose(1, 2) | (lse != want_lse)
+        assert not wrong.any(), f"call {number}: {wrong_tiles(wrong, lse, rows)}"
+
+
+def wrong_tiles(wrong, lse, rows):
+    """Of each head with wrong rows: (batch, head), their number, how many were never written, and their tiles."""
+    found = []
+    for b, h in wrong.any(-1).nonzero().tolist():
+        at = wrong[b, h].nonzero()[:, 0]
+        places = at if rows is None else rows[min(b, len(rows) - 1), min(h, rows.shape[1] - 1)].long().argsort()[at]
+        tiles = sorted({place // 64 / 2 for place in places.tolist()})
+        found.append(((b, h), len(at), int((lse[b, h] == 777.0).sum()), tiles[:8]))
+    return found
+
+
 @pytest.mark.parametrize("precision", ["int8", "int8_fp8"])
 @pytest.mark.parametrize("shape", [(128, 128), (128, 64), (64, 128), (64, 64)], ids=str)
 @pytest.mark.parametrize("case", CASES)
