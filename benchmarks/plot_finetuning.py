@@ -1,6 +1,6 @@
 """Draw what ``sparse_finetuning.py`` brought back: curves from its JSON, and a contact sheet from its clips.
 
-python benchmarks/plot_finetuning.py benchmarks/results/h100_finetuning.json docs/images/finetuning.png
+python benchmarks/plot_finetuning.py benchmarks/results/h?00_finetuning.json docs/images/finetuning.png
 python benchmarks/plot_finetuning.py results/clips.safetensors docs/images/finetuning_clips.webp
 """
 
@@ -12,7 +12,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-LONG = ("sla-0.05", "sla-0.05-distilled", "sla-0.1")
+LONG = ("sla-0.05", "sla-0.05-short", "sla-0.05-distilled", "sla-0.1")
 METHODS = ("sparge2-0.1", "clear-0.12", "ssa-0.1", "dense")
 # Rows of the contact sheet: label, and the name in the file.
 ROWS = {
@@ -47,21 +47,21 @@ def draw(axes: Any, variants: Mapping[str, Any], names: Sequence[str], title: st
         axes.set_yticks(ticks, [str(tick) for tick in ticks])
         axes.minorticks_off()
     axes.set_title(title, fontsize=10)
-    axes.set_xlabel("step (8 clips each); step 0 is training-free")
+    axes.set_xlabel("step (8 clips each, 16 in sla-0.05); 0 is training-free")
     axes.set_ylabel("validation loss above dense, %")
     axes.grid(alpha=0.3)
     # Below the panel, where it covers no curve.
     axes.legend(fontsize=7, loc="upper center", bbox_to_anchor=(0.5, -0.16), ncols=3, frameon=False)
 
 
-def plot_curves(results: Path, picture: Path) -> None:
+def plot_curves(results: Sequence[Path], picture: Path) -> None:
     """Three panels: SLA to the end of the time, other methods, ablations."""
     import matplotlib
 
     matplotlib.use("Agg")
     from matplotlib.figure import Figure
 
-    variants = json.loads(results.read_text())["variants"]
+    variants = {name: found for path in results for name, found in json.loads(path.read_text())["variants"].items()}
     figure = Figure(figsize=(14, 4.8), layout="constrained")
     left, middle, right = figure.subplots(1, 3)
     draw(left, variants, LONG, "SLA, tiles of 16 tokens", goal=True, wide=False)
@@ -100,10 +100,15 @@ def contact_sheet(clips: Path, picture: Path) -> None:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("source", type=Path, help="JSON for curves, safetensors for a contact sheet")
+    parser.add_argument(
+        "sources", type=Path, nargs="+", help="JSON files for curves, one safetensors for a contact sheet"
+    )
     parser.add_argument("picture", type=Path)
     args = parser.parse_args()
-    (contact_sheet if args.source.suffix == ".safetensors" else plot_curves)(args.source, args.picture)
+    if args.sources[0].suffix == ".safetensors":
+        contact_sheet(args.sources[0], args.picture)
+    else:
+        plot_curves(args.sources, args.picture)
 
 
 if __name__ == "__main__":
