@@ -34,7 +34,7 @@ def finetune(
         str | None,
         typer.Argument(help="Hub id, local folder or built-in model. Default: the best built-in model."),
     ] = None,
-    recipe: Annotated[str, typer.Option(help="A name from `dit-accel info`.")] = "sla",
+    recipe: Annotated[str, typer.Option(help="A name from `dit-accel info`, or a recipe file.")] = "sla",
     changes: SetOption = None,
     data: Annotated[Path | None, typer.Option(help="Folder of precomputed samples (*.safetensors).")] = None,
     clips: Annotated[Path | None, typer.Option(help="Folder of clips with captions (cat.mp4, cat.txt).")] = None,
