@@ -147,10 +147,11 @@ def time_size(text: str, args: argparse.Namespace, size: dict[str, Any], save: A
                 continue
             try:
                 recipes[label] = at_density(method(label), args.density, calls)
-                offline = method(label).calibrated
-                if offline and isinstance(recipes[label].order, ChosenAxes):
+                if isinstance(recipes[label].order, ChosenAxes):
                     recipes[label] = with_orders_in_turn(recipes[label], calls[0].q.shape[2])
-                row |= time_recipe(recipes[label], session, names, patched, size, args.repeats, offline=offline)
+                row |= time_recipe(
+                    recipes[label], session, names, patched, size, args.repeats, method(label).calibrated
+                )
                 print_row(row)
             except Exception as error:  # the next method goes on
                 row["error"] = f"{type(error).__name__}: {error}"
@@ -168,7 +169,16 @@ def time_size(text: str, args: argparse.Namespace, size: dict[str, Any], save: A
             if label not in recipes or time.perf_counter() > args.end:
                 continue
             row = {"method": label}
-            row |= time_recipe(recipes[label], session, names, patched, size, args.repeats, "dense_compiled_s")
+            row |= time_recipe(
+                recipes[label],
+                session,
+                names,
+                patched,
+                size,
+                args.repeats,
+                method(label).calibrated,
+                "dense_compiled_s",
+            )
             size["compiled"].append(row)
             print_row(row)
             save()
@@ -196,16 +206,15 @@ def time_recipe(
     patched: Variant,
     size: dict[str, Any],
     repeats: int,
+    offline: bool,
     dense_key: str = "dense_s",
-    offline: bool = False,
 ) -> dict[str, Any]:
     """Forwards with and without planning, and what a run of 30 steps comes to."""
     kinds = _run(recipe)
     found = timed_searches if "search" in kinds and not offline else timed_plans
     cost = found(recipe, session, names, patched, size, repeats)
     if offline:
-        nothing = {"plan_s": 0.0, "once_per_layout_s": 0.0, "planning_forward_s": cost["reusing_forward_s"]}
-        cost |= nothing
+        cost |= {"plan_s": 0.0, "once_per_layout_s": 0.0, "planning_forward_s": cost["reusing_forward_s"]}
     engine, dense_s = session.engine, size[dense_key]
     # Of what all layers share, those timed here have their part of the whole model.
     layers, blocks = (int(n) for n in size["layers"].split(" of "))

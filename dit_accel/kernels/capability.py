@@ -37,7 +37,8 @@ _FA4_INSTALLED = _distribution_installed("flash-attn-4")
 
 
 @cache
-def _compute_capability(index: int) -> tuple[int, int]:
+def compute_capability(index: int) -> tuple[int, int]:
+    """Of a GPU, as (9, 0)."""
     return torch.cuda.get_device_capability(index)
 
 
@@ -67,7 +68,7 @@ def why_not_triton(q: torch.Tensor, mask: BlockMask) -> str | None:
     if not _TRITON_INSTALLED:
         return "triton is not installed"
     if q.device.type == "cuda":
-        major, minor = _compute_capability(q.device.index or 0)
+        major, minor = compute_capability(q.device.index or 0)
         if major < 8:
             return f"the triton kernels need compute capability 8.0 or newer, got {major}.{minor}"
     elif not interpreted():
@@ -91,7 +92,7 @@ def why_not_fa4(
         return "flash-attn-4 is not installed (pip install dit-accel[fa4])"
     if q.device.type != "cuda":
         return f"flash-attn-4 needs a CUDA device, got {q.device.type}"
-    major, minor = _compute_capability(q.device.index or 0)
+    major, minor = compute_capability(q.device.index or 0)
     if (major, minor) != (9, 0):
         return f"flash-attn-4's block lists are translated for compute capability 9.0, got {major}.{minor}"
     if q.dtype not in (torch.float16, torch.bfloat16):

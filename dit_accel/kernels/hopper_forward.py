@@ -11,7 +11,7 @@ from triton.experimental.gluon import language as gl
 from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
 
 from .block_mask import BlockMask
-from .capability import multiprocessors
+from .capability import compute_capability, multiprocessors
 from .hopper_kernel import hopper_fwd_kernel
 from .quantize import QuantizedInputs
 from .reorder import heads_at_once, reorder_pair
@@ -65,7 +65,7 @@ def _why_not_tiles(x: torch.Tensor, by_head: bool = True) -> str | None:
 
 def why_not_shape(q: torch.Tensor, mask: BlockMask) -> str | None:
     """Why this kernel can take neither these inputs nor a quantised copy of them, or None if it can."""
-    if not q.is_cuda or _capability(q.device.index or 0) != (9, 0):
+    if not q.is_cuda or compute_capability(q.device.index or 0) != (9, 0):
         return "it needs a GPU of compute capability 9.0"
     if q.dtype not in (torch.float16, torch.bfloat16):
         return f"it takes float16 or bfloat16, got {q.dtype}"
@@ -74,11 +74,6 @@ def why_not_shape(q: torch.Tensor, mask: BlockMask) -> str | None:
     if mask.block_q != 128 or mask.block_k not in (64, 128):
         return f"it takes blocks of 128x64 and 128x128, got {mask.block_q}x{mask.block_k}"
     return None
-
-
-@cache
-def _capability(index: int) -> tuple[int, int]:
-    return torch.cuda.get_device_capability(index)
 
 
 def default_config(block_k: int, dim: int, precision: str | None) -> HopperConfig:

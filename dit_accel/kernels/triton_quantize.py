@@ -13,6 +13,7 @@ from functools import cache
 import torch
 import triton
 
+from .capability import multiprocessors
 from .quantize import KEY_GROUPS, KEY_TILE, QuantizedInputs, sampled_keys, validate_key_scales
 from .triton_forward import mask_strides, padded_head_dim, unit_stride
 from .triton_quantize_kernels import key_value_stats_kernel, quantize_kernel
@@ -25,12 +26,11 @@ _STAGES = 3  # blocks a program has in work or on their way; those on their way 
 _BUFFER_BYTES = 65536
 
 
-@cache
 def _slots(device: torch.device) -> int:
     """Programs that a device runs at a time; in the interpreter few, so that they have several blocks."""
     if device.type != "cuda":
         return 4
-    return _PROGRAMS * torch.cuda.get_device_properties(device).multi_processor_count
+    return _PROGRAMS * multiprocessors(device.index or 0)
 
 
 def _stages(tile_bytes: int) -> int:

@@ -152,7 +152,7 @@ def test_the_predicate_names_what_is_missing(monkeypatch):
 def test_the_predicate_on_hopper(change, message, monkeypatch):
     arch = change.get("arch", (9, 0))
     monkeypatch.setattr(capability, "_FA4_INSTALLED", True)
-    monkeypatch.setattr(capability, "_compute_capability", lambda index: arch)
+    monkeypatch.setattr(capability, "compute_capability", lambda index: arch)
 
     class Query:
         device = torch.device("cuda", 0)
