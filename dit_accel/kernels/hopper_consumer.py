@@ -5,7 +5,6 @@ from __future__ import annotations
 from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
 from triton.experimental.gluon.language.nvidia.hopper import (
-    fence_async_shared,
     mbarrier,
     warpgroup_mma,
     warpgroup_mma_wait,
@@ -43,7 +42,6 @@ def weigh_values(weights, values, acc, use_acc, FP8: gl.constexpr, OPERAND: gl.c
 
 @gluon.jit
 def consume(
-    out_desc,
     shared,
     queue,
     lists,
@@ -67,30 +65,28 @@ def consume(
     Tiles are a pipeline too: the last product of one runs beside the first scores of the next, and what is left
     of a tile then, normalising and storing, delays nothing that is in flight but this warpgroup's next scores.
     """
-    q_smem, k_smem, v_smem, o_smem, q_full, _q_empty, k_full, k_empty, v_full, v_empty, order = shared
+    buffers, loads, _outputs, order = shared
+    q_smem, k_smem, v_smem, o_smem, _places = buffers
+    q_full, _q_empty, k_full, k_empty, v_full, v_empty = loads
     counts_ptr, fulls_ptr, index_ptr, bit_rows_ptr, bits_ptr, rows_ptr, key_mask_ptr = lists
-    nq, heads, num_tiles, mask_batch_stride, mask_head_stride, list_length, q_rows, k_rows, _plane_cols = sizes
+    nq, num_tiles, mask_head_stride, list_length, q_rows, k_rows, _plane_cols = sizes
     (
-        q_ptr,
+        _q_ptr,
         out_ptr,
         lse_ptr,
         q_scale_ptr,
         k_scale_ptr,
         _v_scale_ptr,
         _q_shift_ptr,
-        stride_qb,
-        stride_qs,
-        stride_qh,
-        stride_ob,
+        _stride_qs,
+        _stride_qh,
         stride_os,
         stride_oh,
-        rows_batch_stride,
         rows_head_stride,
         q_len,
         kv_len,
         scale_log2,
     ) = state
-    GATHER_Q: gl.constexpr = PERMUTED and not QUANTIZED
     dtype: gl.constexpr = o_smem.dtype
     K_INSTR: gl.constexpr = 32 if QUANTIZED else 16
     S_LAYOUT: gl.constexpr = gl.NVMMADistributedLayout(
@@ -104,7 +100,6 @@ def consume(
     O_ROW: gl.constexpr = gl.SliceLayout(1, O_LAYOUT)
     LIFT: gl.constexpr = FP8_LIFT if FP8 else 0.0
     SCALES: gl.constexpr = 4 if THREAD_SCALES else 1
-    COPY: gl.constexpr = gl.BlockedLayout([1, 8], [2, 16], [4, 1], [1, 0])
     step = gl.to_tensor(0)
     turn = gl.to_tensor(0)
     beat = gl.to_tensor(0)
@@ -128,24 +123,20 @@ def consume(
     likely = gl.zeros([64, BLOCK_K], gl.float32, layout=S_LAYOUT)
     if FP8:
         weights = pack_fp8(likely)
-    list_row, count, full = tile_header(
-        tile, num_tiles, nq, heads, mask_batch_stride, mask_head_stride, counts_ptr, fulls_ptr
-    )
+    list_row, count, full = tile_header(tile, num_tiles, nq, mask_head_stride, counts_ptr, fulls_ptr)
     while tile < num_tiles:
-        plane = (tile // nq).to(gl.int64)
-        batch, head = plane // heads, plane % heads
+        head = (tile // nq).to(gl.int64)
         at = index_ptr + list_row.to(gl.int64) * list_length
         bits_at = bit_rows_ptr + list_row.to(gl.int64) * list_length
-        rows_at = rows_ptr + batch * rows_batch_stride + head * rows_head_stride
-        hidden_at = key_mask_ptr + batch * kv_len
+        rows_at = rows_ptr + head * rows_head_stride
         first_slot = tile_block(tile, nq) * 128 + HALF * 64
         if count > 0:
             buffer = (turn % 2) * 2
             q_tile = q_smem.index(buffer + HALF)
             if QUANTIZED:
                 slot = first_slot + gl.arange(0, 64, layout=gl.SliceLayout(1, LANES))[:, None]
-                row_scale = gl.load(q_scale_ptr + plane * q_rows + slot) * scale_log2
-                scales_at = k_scale_ptr + plane * (k_rows // BLOCK_K) * SCALES
+                row_scale = gl.load(q_scale_ptr + head * q_rows + slot) * scale_log2
+                scales_at = k_scale_ptr + head * (k_rows // BLOCK_K) * SCALES
                 if THREAD_SCALES:
                     scales_at += gl.arange(0, 4, layout=gl.SliceLayout(0, LANES))[None, :]
                 key_scale = gl.load(scales_at + gl.load(at) * SCALES)
@@ -153,25 +144,7 @@ def consume(
             else:
                 row_scale = gl.full([64, 1], scale_log2, gl.float32, layout=LANES)
                 key_scale = gl.to_tensor(1.0)
-            if GATHER_Q:
-                gather_slot = first_slot + gl.arange(0, 64, layout=gl.SliceLayout(1, COPY))
-                gather_columns = gl.arange(0, HEAD_DIM, layout=gl.SliceLayout(0, COPY))
-                gather_live = gather_slot < q_len
-                # The hint is given here and not in a function, whose arguments would not carry it: rows start at
-                # multiples of 16 bytes, which strides unknown to the compiler hide; it would read 2 bytes at a time.
-                gather_row = gl.load(rows_at + gather_slot, mask=gather_live, other=0).to(gl.int64)
-                q_at = (
-                    q_ptr
-                    + batch * stride_qb
-                    + head * stride_qh
-                    + gather_row[:, None] * stride_qs
-                    + gather_columns[None, :]
-                )
-                q_at = gl.max_contiguous(gl.multiple_of(q_at, [16, 16]), [1, 8])
-                q_tile.store(gl.load(q_at, mask=gather_live[:, None], other=0.0))
-                fence_async_shared()
-            else:
-                mbarrier.wait(q_full.index(buffer + HALF), (turn // 2) & 1)
+            mbarrier.wait(q_full.index(buffer + HALF), (turn // 2) & 1)
 
             # First scores of this tile, and the last product of the one before. Before the first tile that product
             # reads whatever is there, and nobody reads it.
@@ -188,9 +161,9 @@ def consume(
                 acc = acc * earlier
             acc_token = weigh_values(weights, v_smem.index(last), acc, open_more, FP8, OPERAND)
             # The next tile is asked for while the scores are being made.
-            next_tile = claimed_tile(queue, place)
+            next_tile = claimed_tile(queue, place, 4)
             next_row, next_count, next_full = tile_header(
-                next_tile, num_tiles, nq, heads, mask_batch_stride, mask_head_stride, counts_ptr, fulls_ptr
+                next_tile, num_tiles, nq, mask_head_stride, counts_ptr, fulls_ptr
             )
             scores = scores_as_float(warpgroup_mma_wait(1, deps=[token]), BIASED)
             mbarrier.arrive(k_empty.index(stage), count=1)
@@ -200,7 +173,7 @@ def consume(
                     gl.load(at),
                     gl.load(bits_at),
                     bits_ptr,
-                    hidden_at,
+                    key_mask_ptr,
                     rows_at,
                     kv_len,
                     HALF,
@@ -229,10 +202,8 @@ def consume(
                     open_peak,
                     open_total,
                     open_tile,
-                    2 - buffer,
-                    out_desc,
+                    turn - 1,
                     shared,
-                    rows_ptr,
                     sizes,
                     state,
                     HALF,
@@ -287,7 +258,7 @@ def consume(
                             gl.load(at + entry),
                             gl.load(bits_at + entry),
                             bits_ptr,
-                            hidden_at,
+                            key_mask_ptr,
                             rows_at,
                             kv_len,
                             HALF,
@@ -319,9 +290,9 @@ def consume(
                         weights = pack_fp8(likely)
         else:
             # Nothing to read: zeros, and a log-sum-exp of -inf.
-            next_tile = claimed_tile(queue, place)
+            next_tile = claimed_tile(queue, place, 4)
             next_row, next_count, next_full = tile_header(
-                next_tile, num_tiles, nq, heads, mask_batch_stride, mask_head_stride, counts_ptr, fulls_ptr
+                next_tile, num_tiles, nq, mask_head_stride, counts_ptr, fulls_ptr
             )
             blank_slot = first_slot + gl.arange(0, 64, layout=gl.SliceLayout(1, O_LAYOUT))
             blank_live = blank_slot < q_len
@@ -329,11 +300,11 @@ def consume(
             if PERMUTED:
                 blank_row = gl.load(rows_at + blank_slot, mask=blank_live, other=0)
             columns = gl.arange(0, HEAD_DIM, layout=gl.SliceLayout(0, O_LAYOUT))
-            out_at = out_ptr + batch * stride_ob + head * stride_oh
+            out_at = out_ptr + head * stride_oh
             blank_at = out_at + blank_row.to(gl.int64)[:, None] * stride_os + columns[None, :]
             gl.store(blank_at, gl.zeros([64, HEAD_DIM], dtype, layout=O_LAYOUT), mask=blank_live[:, None])
             unseen = gl.full([64], float("-inf"), gl.float32, layout=O_ROW)
-            gl.store(lse_ptr + plane * q_len + blank_row, unseen, mask=blank_live)
+            gl.store(lse_ptr + head * q_len + blank_row, unseen, mask=blank_live)
         tile, list_row, count, full = next_tile, next_row, next_count, next_full
         place += 1
 
@@ -352,10 +323,8 @@ def consume(
             peak,
             total,
             open_tile,
-            ((turn + 1) % 2) * 2,
-            out_desc,
+            turn - 1,
             shared,
-            rows_ptr,
             sizes,
             state,
             HALF,

@@ -117,6 +117,11 @@ def _side_by_side(x: torch.Tensor) -> torch.Tensor:
     return x.as_strided((length, heads * dim), (x.stride(0), 1))
 
 
+def _heads_from(x: torch.Tensor, first: int, dim: int = 0) -> torch.Tensor:
+    """``x`` from a head on; where it has one head, that one stands for all."""
+    return x if first == 0 or x.shape[dim] == 1 else x.narrow(dim, first, x.shape[dim] - first)
+
+
 def hopper_forward(
     q: torch.Tensor,
     k: torch.Tensor,
@@ -156,7 +161,7 @@ def hopper_forward(
     bit_rows = index if mask.kv_bits is None else mask.kv_bits.contiguous()
     bits = index if mask.token_bits is None else mask.token_bits.contiguous()
     hidden = None if key_mask is None else key_mask.contiguous().view(torch.uint8)
-    rows_strides = (0, 0) if rows is None else mask_strides(rows, q_len)
+    rows_head_stride = 0 if rows is None else mask_strides(rows, q_len)[1]
     # Tiles that were taken beyond the first of each program, a count for each launch.
     launches = list(itertools.product(range(batch), range(0, heads, together)))
     taken = torch.zeros(len(launches), dtype=torch.int32, device=q.device)
@@ -189,32 +194,29 @@ def hopper_forward(
             _tiles(k_in, mask.block_k, dim),
             _tiles(v_in, *v_tile),
             _tiles(_side_by_side(out[b]), _ROWS, dim),
-            q_in,
-            out[b],
-            lse[b],
+            _heads_from(q_in, first, 1),
+            _heads_from(out[b], first, 1),
+            _heads_from(lse[b], first),
             *scales,
-            counts[mb],
-            fulls[mb],
-            index[mb],
-            bit_rows[mb],
+            _heads_from(counts[mb], first),
+            _heads_from(fulls[mb], first),
+            _heads_from(index[mb], first),
+            _heads_from(bit_rows[mb], first),
             bits,
-            index if rows is None else rows[rb],
+            index if rows is None else _heads_from(rows[rb], first),
             index if hidden is None else hidden[b],
             taken[launch],
-            *q.stride()[:3],
-            *out.stride()[:3],
-            *rows_strides,
+            *q.stride()[1:3],
+            *out.stride()[1:3],
+            rows_head_stride,
             nq,
-            count,
             nq * count,
-            0,
             mask_strides(index, nq)[1],
             index.shape[-1],
             *planes,
             q_len,
             kv_len,
             scale * LOG2_E,
-            first,
             BLOCK_K=mask.block_k,
             HEAD_DIM=dim,
             STAGES=config.stages,

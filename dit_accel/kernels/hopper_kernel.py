@@ -19,24 +19,26 @@ from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
 from triton.experimental.gluon.language.nvidia.hopper import fence_async_shared, mbarrier
 
+from .hopper_carrier import CARRIERS, carry
 from .hopper_consumer import consume
 from .hopper_producer import produce
 from .triton_forward import SIZES
 
 
 @gluon.jit(
-    do_not_specialize=(
-        *SIZES,
-        "nq",
-        "first_head",
-        "num_tiles",
-        "q_rows",
-        "k_rows",
-        "plane_cols",
-        "stride_qb",
-        "stride_ob",
-        "stride_oh",
-    )
+    do_not_specialize=(*SIZES, "nq", "num_tiles", "q_rows", "k_rows", "plane_cols", "stride_oh"),
+    # Heads and launches start anywhere in these.
+    do_not_specialize_on_alignment=(
+        "q_ptr",
+        "out_ptr",
+        "lse_ptr",
+        "counts_ptr",
+        "fulls_ptr",
+        "index_ptr",
+        "bit_rows_ptr",
+        "rows_ptr",
+        "counter_ptr",
+    ),
 )
 def hopper_fwd_kernel(
     q_desc,
@@ -58,18 +60,13 @@ def hopper_fwd_kernel(
     rows_ptr,
     key_mask_ptr,
     counter_ptr,
-    stride_qb,
     stride_qs,
     stride_qh,
-    stride_ob,
     stride_os,
     stride_oh,
-    rows_batch_stride,
     rows_head_stride,
     nq,
-    heads,
     num_tiles,
-    mask_batch_stride,
     mask_head_stride,
     list_length,
     q_rows,
@@ -78,7 +75,6 @@ def hopper_fwd_kernel(
     q_len,
     kv_len,
     scale_log2,
-    first_head,
     BLOCK_K: gl.constexpr,
     HEAD_DIM: gl.constexpr,
     STAGES: gl.constexpr,
@@ -91,46 +87,56 @@ def hopper_fwd_kernel(
     THREAD_SCALES: gl.constexpr,
     BIASED: gl.constexpr,
 ):
-    """Query blocks of 128 rows of ``heads`` heads. ``q_rows`` and ``k_rows`` are a head's rows, ``plane_cols`` columns.
+    """Query blocks of 128 rows of the heads of one batch entry.
 
-    ``first_head``, for permuted half-precision calls only: the first of them in all but k and v.
+    ``q_rows`` and ``k_rows`` are a head's rows in the tensors of q and k, ``plane_cols`` its columns.
     """
-    if PERMUTED and not QUANTIZED:
-        # Here, where registers are free; the consumers have none to spare.
-        list_rows = first_head.to(gl.int64) * mask_head_stride
-        counts_ptr += list_rows
-        fulls_ptr += list_rows
-        index_ptr += list_rows * list_length
-        bit_rows_ptr += list_rows * list_length
-        rows_ptr += first_head.to(gl.int64) * rows_head_stride
-        lse_ptr += first_head.to(gl.int64) * q_len
-        q_ptr += first_head.to(gl.int64) * stride_qh
-        out_ptr += first_head.to(gl.int64) * stride_oh
+    GATHER_Q: gl.constexpr = PERMUTED and not QUANTIZED
     q_smem = gl.allocate_shared_memory(q_desc.dtype, [4, 64, HEAD_DIM], q_desc.layout)
     k_smem = gl.allocate_shared_memory(k_desc.dtype, [STAGES, BLOCK_K, HEAD_DIM], k_desc.layout)
     V_ROWS: gl.constexpr = HEAD_DIM if FP8 else BLOCK_K
     V_COLS: gl.constexpr = BLOCK_K if FP8 else HEAD_DIM
     v_smem = gl.allocate_shared_memory(v_desc.dtype, [STAGES, V_ROWS, V_COLS], v_desc.layout)
+    # Half-precision outputs leave through the buffers of their queries.
     o_smem = q_smem
     if QUANTIZED:
         o_smem = gl.allocate_shared_memory(out_desc.dtype, [2, 64, HEAD_DIM], out_desc.layout)
+    OUT_BUFFERS: gl.constexpr = 2 if QUANTIZED else 4
     q_full = gl.allocate_shared_memory(gl.int64, [4, 1], mbarrier.MBarrierLayout())
-    q_empty = gl.allocate_shared_memory(gl.int64, [4, 1], mbarrier.MBarrierLayout())
     k_full = gl.allocate_shared_memory(gl.int64, [STAGES, 1], mbarrier.MBarrierLayout())
     k_empty = gl.allocate_shared_memory(gl.int64, [STAGES, 1], mbarrier.MBarrierLayout())
     v_full = gl.allocate_shared_memory(gl.int64, [STAGES, 1], mbarrier.MBarrierLayout())
     v_empty = gl.allocate_shared_memory(gl.int64, [STAGES, 1], mbarrier.MBarrierLayout())
-    order = gl.allocate_shared_memory(gl.int64, [2, 1], mbarrier.MBarrierLayout())
+    o_full = gl.allocate_shared_memory(gl.int64, [OUT_BUFFERS, 1], mbarrier.MBarrierLayout())
+    for buffer in gl.static_range(OUT_BUFFERS):
+        mbarrier.init(o_full.index(buffer), count=1)
+    # Barriers only where they are used: the compiler would lay scratch over a dead one, and its first state was seen to
+    # be read there in place of what had been stored since.
+    q_empty, o_ready, order = q_full, q_full, q_full
+    if not GATHER_Q:
+        q_empty = gl.allocate_shared_memory(gl.int64, [4, 1], mbarrier.MBarrierLayout())
+        for buffer in gl.static_range(4):
+            mbarrier.init(q_empty.index(buffer), count=1)
+    if QUANTIZED:
+        o_ready = gl.allocate_shared_memory(gl.int64, [2, 1], mbarrier.MBarrierLayout())
+        for half in gl.static_range(2):
+            mbarrier.init(o_ready.index(half), count=1)
+    if TAKE_TURNS:
+        order = gl.allocate_shared_memory(gl.int64, [2, 1], mbarrier.MBarrierLayout())
+        for half in gl.static_range(2):
+            mbarrier.init(order.index(half), count=1)
     claims = gl.allocate_shared_memory(gl.int32, [2, 1], gl.SwizzledSharedLayout(1, 1, 1, order=[0]))
+    places = claims
+    if PERMUTED:
+        # Of the two tiles under way: the rows of their slots.
+        places = gl.allocate_shared_memory(gl.int32, [4, 64], gl.SwizzledSharedLayout(1, 1, 1, order=[0]))
     claim_full = gl.allocate_shared_memory(gl.int64, [2, 1], mbarrier.MBarrierLayout())
     claim_empty = gl.allocate_shared_memory(gl.int64, [2, 1], mbarrier.MBarrierLayout())
     for half in gl.static_range(2):
-        mbarrier.init(order.index(half), count=1)
         mbarrier.init(claim_full.index(half), count=1)
-        mbarrier.init(claim_empty.index(half), count=2)
+        mbarrier.init(claim_empty.index(half), count=3)
     for buffer in gl.static_range(4):
         mbarrier.init(q_full.index(buffer), count=1)
-        mbarrier.init(q_empty.index(buffer), count=1)
     for stage in gl.static_range(STAGES):
         mbarrier.init(k_full.index(stage), count=1)
         mbarrier.init(v_full.index(stage), count=1)
@@ -140,14 +146,15 @@ def hopper_fwd_kernel(
     fence_async_shared()
 
     descriptors = (q_desc, k_desc, v_desc, out_desc)
-    shared = (q_smem, k_smem, v_smem, o_smem, q_full, q_empty, k_full, k_empty, v_full, v_empty, order)
+    buffers = (q_smem, k_smem, v_smem, o_smem, places)
+    loads = (q_full, q_empty, k_full, k_empty, v_full, v_empty)
+    outputs = (o_full, o_ready)
+    shared = (buffers, loads, outputs, order)
     queue = (counter_ptr, claims, claim_full, claim_empty)
     lists = (counts_ptr, fulls_ptr, index_ptr, bit_rows_ptr, bits_ptr, rows_ptr, key_mask_ptr)
     sizes = (
         nq,
-        heads,
         num_tiles,
-        mask_batch_stride,
         mask_head_stride,
         list_length,
         q_rows,
@@ -162,13 +169,10 @@ def hopper_fwd_kernel(
         k_scale_ptr,
         v_scale_ptr,
         q_shift_ptr,
-        stride_qb,
         stride_qs,
         stride_qh,
-        stride_ob,
         stride_os,
         stride_oh,
-        rows_batch_stride,
         rows_head_stride,
         q_len,
         kv_len,
@@ -176,13 +180,15 @@ def hopper_fwd_kernel(
     )
     FIRST: gl.constexpr = 0
     SECOND: gl.constexpr = 1
-    GATHER_Q: gl.constexpr = PERMUTED and not QUANTIZED
+    # Registers of a thread: two warpgroups of consumers and one of the other warps share 504. With 64 keys consumers
+    # leave some, and the carriers hold more rows at a time.
+    CONSUMER: gl.constexpr = 216 if GATHER_Q and BLOCK_K == 64 else 240
+    OTHER: gl.constexpr = 504 - 2 * CONSUMER
     gl.warp_specialize(
         [
             (
                 consume,
                 (
-                    out_desc,
                     shared,
                     queue,
                     lists,
@@ -205,7 +211,6 @@ def hopper_fwd_kernel(
             (
                 consume,
                 (
-                    out_desc,
                     shared,
                     queue,
                     lists,
@@ -225,22 +230,9 @@ def hopper_fwd_kernel(
                     BIASED,
                 ),
             ),
-            (
-                produce,
-                (
-                    descriptors,
-                    shared,
-                    queue,
-                    lists,
-                    sizes,
-                    BLOCK_K,
-                    HEAD_DIM,
-                    STAGES,
-                    GATHER_Q,
-                    FP8,
-                ),
-            ),
+            (produce, (descriptors, shared, queue, lists, sizes, BLOCK_K, HEAD_DIM, STAGES, GATHER_Q, FP8)),
+            (carry, (out_desc, shared, queue, lists, sizes, state, HEAD_DIM, PERMUTED, QUANTIZED)),
         ],
-        [4, 1],
-        [240, 24],
+        [4, 1, CARRIERS],
+        [CONSUMER, OTHER, OTHER],
     )

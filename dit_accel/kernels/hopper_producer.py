@@ -14,10 +14,9 @@ def tile_block(tile, nq):
 
 
 @gluon.jit
-def tile_header(tile, num_tiles, nq, heads, mask_batch_stride, mask_head_stride, counts_ptr, fulls_ptr):
+def tile_header(tile, num_tiles, nq, mask_head_stride, counts_ptr, fulls_ptr):
     """Row of the lists, count and number of full blocks of a tile; zeros past the last one."""
-    plane = tile // nq
-    row = (plane // heads) * mask_batch_stride + (plane % heads) * mask_head_stride + tile_block(tile, nq)
+    row = (tile // nq) * mask_head_stride + tile_block(tile, nq)
     inside = tile < num_tiles
     return (
         row,
@@ -39,12 +38,12 @@ def claim_tile(queue, place):
 
 
 @gluon.jit
-def claimed_tile(queue, place):
-    """The ``place``-th tile that the producer took, for a consumer."""
+def claimed_tile(queue, place, WARPS: gl.constexpr):
+    """The ``place``-th tile that the producer took, for a partition of so many warps."""
     _counter_ptr, claims, claim_full, claim_empty = queue
     slot = place % 2
     mbarrier.wait(claim_full.index(slot), (place // 2) & 1)
-    tile = gl.max(claims.index(slot).load(gl.BlockedLayout([1], [32], [4], [0])), 0)
+    tile = gl.max(claims.index(slot).load(gl.BlockedLayout([1], [32], [WARPS], [0])), 0)
     mbarrier.arrive(claim_empty.index(slot), count=1)
     return tile
 
@@ -62,24 +61,24 @@ def produce(
     GATHER_Q: gl.constexpr,
     FP8: gl.constexpr,
 ):
-    """Stream Q (unless the consumers gather it), K and V of every tile of this program, and take its tiles."""
+    """Stream Q (unless its rows are gathered), K and V of every tile of this program, and take its tiles."""
     q_desc, k_desc, v_desc, _out_desc = descriptors
-    q_smem, k_smem, v_smem, _o_smem, q_full, q_empty, k_full, k_empty, v_full, v_empty, _order = shared
+    buffers, loads, _outputs, _order = shared
+    q_smem, k_smem, v_smem, _o_smem, _places = buffers
+    q_full, q_empty, k_full, k_empty, v_full, v_empty = loads
     counts_ptr, fulls_ptr, index_ptr, _bit_rows_ptr, _bits_ptr, _rows_ptr, _key_mask_ptr = lists
-    nq, heads, num_tiles, mask_batch_stride, mask_head_stride, list_length, q_rows, k_rows, plane_cols = sizes
+    nq, num_tiles, mask_head_stride, list_length, q_rows, k_rows, plane_cols = sizes
     step = gl.to_tensor(0)
     turn = gl.to_tensor(0)
     place = gl.to_tensor(0)
     tile = gl.program_id(0)
-    row, count, _full = tile_header(
-        tile, num_tiles, nq, heads, mask_batch_stride, mask_head_stride, counts_ptr, fulls_ptr
-    )
+    row, count, _full = tile_header(tile, num_tiles, nq, mask_head_stride, counts_ptr, fulls_ptr)
     block = gl.load(index_ptr + row.to(gl.int64) * list_length)
     while tile < num_tiles:
         next_tile, next_row, next_count, next_block = tile, row, count, block
         at = index_ptr + row.to(gl.int64) * list_length
-        plane = tile // nq
-        column = plane * plane_cols
+        head = tile // nq
+        column = head * plane_cols
         if count > 0:
             for entry in range(0, count):
                 following = gl.load(at + entry + 1, mask=entry + 1 < count, other=0)
@@ -94,7 +93,7 @@ def produce(
                             mbarrier.expect(q_full.index(buffer), q_desc.block_type.nbytes)
                             tma.async_copy_global_to_shared(
                                 q_desc,
-                                [plane * q_rows + tile_block(tile, nq) * 128 + half * 64, column],
+                                [head * q_rows + tile_block(tile, nq) * 128 + half * 64, column],
                                 q_full.index(buffer),
                                 q_smem.index(buffer),
                             )
@@ -102,7 +101,7 @@ def produce(
                 mbarrier.expect(k_full.index(stage), k_desc.block_type.nbytes)
                 tma.async_copy_global_to_shared(
                     k_desc,
-                    [plane * k_rows + block * BLOCK_K, column],
+                    [head * k_rows + block * BLOCK_K, column],
                     k_full.index(stage),
                     k_smem.index(stage),
                 )
@@ -110,7 +109,7 @@ def produce(
                     # Here, so that the consumers find the answer when they begin the tile.
                     next_tile = claim_tile(queue, place)
                     next_row, next_count, _full = tile_header(
-                        next_tile, num_tiles, nq, heads, mask_batch_stride, mask_head_stride, counts_ptr, fulls_ptr
+                        next_tile, num_tiles, nq, mask_head_stride, counts_ptr, fulls_ptr
                     )
                     next_block = gl.load(
                         index_ptr + next_row.to(gl.int64) * list_length, mask=next_tile < num_tiles, other=0
@@ -120,14 +119,14 @@ def produce(
                 if FP8:
                     tma.async_copy_global_to_shared(
                         v_desc,
-                        [plane * HEAD_DIM, block * BLOCK_K],
+                        [head * HEAD_DIM, block * BLOCK_K],
                         v_full.index(stage),
                         v_smem.index(stage),
                     )
                 else:
                     tma.async_copy_global_to_shared(
                         v_desc,
-                        [block * BLOCK_K, plane * HEAD_DIM],
+                        [block * BLOCK_K, head * HEAD_DIM],
                         v_full.index(stage),
                         v_smem.index(stage),
                     )
@@ -136,9 +135,7 @@ def produce(
             turn += 1
         else:
             next_tile = claim_tile(queue, place)
-            next_row, next_count, _full = tile_header(
-                next_tile, num_tiles, nq, heads, mask_batch_stride, mask_head_stride, counts_ptr, fulls_ptr
-            )
+            next_row, next_count, _full = tile_header(next_tile, num_tiles, nq, mask_head_stride, counts_ptr, fulls_ptr)
             next_block = gl.load(index_ptr + next_row.to(gl.int64) * list_length, mask=next_tile < num_tiles, other=0)
         place += 1
         tile, row, count, block = next_tile, next_row, next_count, next_block

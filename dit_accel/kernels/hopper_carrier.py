@@ -1,0 +1,146 @@
+"""Two warps of the Hopper kernel that take outputs out and, of permuted calls, bring queries in.
+
+A store waits until it has read its buffer, and a permuted row until memory has answered: TMA moves adjacent rows only.
+Here both wait beside the consumers' arithmetic, and take none of the consumers' registers.
+"""
+
+from __future__ import annotations
+
+from triton.experimental import gluon
+from triton.experimental.gluon import language as gl
+from triton.experimental.gluon.language.nvidia.ampere import async_copy
+from triton.experimental.gluon.language.nvidia.hopper import fence_async_shared, mbarrier, tma
+
+from .hopper_producer import claimed_tile, tile_block, tile_header
+
+CARRIERS = gl.constexpr(2)  # warps
+_CHUNK = gl.constexpr(8)  # rows that are under way at a time: these warps have few registers
+
+
+@gluon.jit
+def copy_places(tile, buffer, places, nq, rows_at, q_len):
+    """The rows in memory of a tile's 128 slots to shared memory; slots past the last one get row 0."""
+    LAYOUT: gl.constexpr = gl.BlockedLayout([1], [32], [CARRIERS], [0])
+    for half in gl.static_range(2):
+        slot = tile_block(tile, nq) * 128 + half * 64 + gl.arange(0, 64, layout=LAYOUT)
+        places.index(buffer + half).store(gl.load(rows_at + slot, mask=slot < q_len, other=0))
+
+
+@gluon.jit
+def row_addresses(base, places, chunk: gl.constexpr, stride, HEAD_DIM: gl.constexpr, LAYOUT: gl.constexpr):
+    """Addresses ``[_CHUNK, HEAD_DIM]`` of a chunk's rows in a tensor whose rows start at multiples of 16 bytes."""
+    row = places.slice(chunk * _CHUNK, _CHUNK).load(gl.SliceLayout(1, LAYOUT)).to(gl.int64)
+    columns = gl.arange(0, HEAD_DIM, layout=gl.SliceLayout(0, LAYOUT))
+    at = base + row[:, None] * stride + columns[None, :]
+    # Strides unknown to the compiler hide this from it; it would move 2 bytes at a time.
+    return gl.max_contiguous(gl.multiple_of(at, [16, 16]), [1, 8])
+
+
+@gluon.jit
+def gather_queries(head, buffer, shared, state, HEAD_DIM: gl.constexpr, LAYOUT: gl.constexpr):
+    """Both halves of a tile's queries into their buffers."""
+    buffers, loads, _outputs, _order = shared
+    q_smem, _k_smem, _v_smem, _o_smem, places = buffers
+    q_full = loads[0]
+    q_ptr, _out, _lse, _qs, _ks, _vs, _shift, stride_qs, stride_qh, _os, _oh, _rows, _q_len, _kv_len, _scale = state
+    base = q_ptr + head * stride_qh
+    for half in range(2):
+        for chunk in gl.static_range(64 // _CHUNK):
+            at = row_addresses(base, places.index(buffer + half), chunk, stride_qs, HEAD_DIM, LAYOUT)
+            async_copy.async_copy_global_to_shared(q_smem.index(buffer + half).slice(chunk * _CHUNK, _CHUNK), at)
+    async_copy.commit_group()
+    async_copy.wait_group(0)
+    fence_async_shared()
+    for half in gl.static_range(2):
+        mbarrier.arrive(q_full.index(buffer + half), count=1)
+
+
+@gluon.jit
+def put_outputs(
+    tile,
+    turn,
+    out_desc,
+    shared,
+    sizes,
+    state,
+    HEAD_DIM: gl.constexpr,
+    LAYOUT: gl.constexpr,
+    PERMUTED: gl.constexpr,
+    QUANTIZED: gl.constexpr,
+):
+    """Both halves of a tile's output from shared to global memory, once the consumers have left them there."""
+    buffers, loads, outputs, _order = shared
+    _q_smem, _k_smem, _v_smem, o_smem, places = buffers
+    q_empty = loads[1]
+    o_full, _o_ready = outputs
+    nq = sizes[0]
+    _q, out_ptr, _lse, _qs, _ks, _vs, _shift, _sq, _sh, stride_os, stride_oh, _rows, q_len, _kv_len, _scale = state
+    head = (tile // nq).to(gl.int64)
+    buffer = (turn % 2) * 2
+    for half in range(2):
+        first_slot = tile_block(tile, nq) * 128 + half * 64
+        at = half if QUANTIZED else buffer + half
+        mbarrier.wait(o_full.index(at), (turn if QUANTIZED else turn // 2) & 1)
+        if PERMUTED:
+            for chunk in gl.static_range(64 // _CHUNK):
+                slot = first_slot + chunk * _CHUNK + gl.arange(0, _CHUNK, layout=gl.SliceLayout(1, LAYOUT))
+                base = out_ptr + head * stride_oh
+                to = row_addresses(base, places.index(buffer + half), chunk, stride_os, HEAD_DIM, LAYOUT)
+                rows = o_smem.index(at).slice(chunk * _CHUNK, _CHUNK).load(LAYOUT)
+                gl.store(to, rows, mask=(slot < q_len)[:, None])
+        else:
+            tma.async_copy_shared_to_global(out_desc, [first_slot, (head * HEAD_DIM).to(gl.int32)], o_smem.index(at))
+    if not PERMUTED:
+        tma.store_wait(pendings=0)
+        if not QUANTIZED:
+            for half in gl.static_range(2):
+                mbarrier.arrive(q_empty.index(buffer + half), count=1)
+
+
+@gluon.jit
+def carry(
+    out_desc,
+    shared,
+    queue,
+    lists,
+    sizes,
+    state,
+    HEAD_DIM: gl.constexpr,
+    PERMUTED: gl.constexpr,
+    QUANTIZED: gl.constexpr,
+):
+    """What goes in and out of every tile of this program that reads any block."""
+    buffers, _loads, outputs, _order = shared
+    _q_smem, _k_smem, _v_smem, _o_smem, places = buffers
+    _o_full, o_ready = outputs
+    counts_ptr, fulls_ptr, _index_ptr, _bit_rows_ptr, _bits_ptr, rows_ptr, _key_mask_ptr = lists
+    nq, num_tiles, mask_head_stride, _list_length, _q_rows, _k_rows, _plane_cols = sizes
+    rows_head_stride, q_len = state[11], state[12]
+    LANES: gl.constexpr = HEAD_DIM // 8  # that copy a row, 16 bytes each
+    LAYOUT: gl.constexpr = gl.BlockedLayout([1, 8], [32 // LANES, LANES], [CARRIERS, 1], [1, 0])
+    turn = gl.to_tensor(0)
+    place = gl.to_tensor(0)
+    tile = gl.program_id(0)
+    # The tile before, whose output is still to come; after the last tile one more round waits for it.
+    before = gl.to_tensor(-1)
+    while (tile < num_tiles) | (before >= 0):
+        inside = tile < num_tiles
+        _row, count, _full = tile_header(tile, num_tiles, nq, mask_head_stride, counts_ptr, fulls_ptr)
+        if (count > 0) | (tile >= num_tiles):
+            if PERMUTED:  # noqa: SIM102 - a compile-time condition around a run-time one
+                if inside:
+                    buffer = (turn % 2) * 2
+                    head = (tile // nq).to(gl.int64)
+                    copy_places(tile, buffer, places, nq, rows_ptr + head * rows_head_stride, q_len)
+                    if not QUANTIZED:
+                        gather_queries(head, buffer, shared, state, HEAD_DIM, LAYOUT)
+            if before >= 0:
+                put_outputs(before, turn - 1, out_desc, shared, sizes, state, HEAD_DIM, LAYOUT, PERMUTED, QUANTIZED)
+            if QUANTIZED:
+                for half in gl.static_range(2):
+                    mbarrier.arrive(o_ready.index(half), count=1)
+            before = gl.where(inside, tile, -1)
+            turn += 1
+        if inside:
+            tile = claimed_tile(queue, place, CARRIERS)
+            place += 1
