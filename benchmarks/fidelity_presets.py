@@ -109,6 +109,8 @@ METHODS = (
     Method("adaspa-drift", lambda x: _drift(_mass(x)), note="the same with AdaSpa's score"),
     Method("mass", lambda x: _mass(x), note="AdaSpa's score, raster order, a plan every step, one density"),
     Method("mass-tiles", lambda x: _mass(x).with_fields({"order": "tiles"}), note="the same in tile order"),
+    Method("adaspa-even", lambda x: _even(x), note="one search, one density for all heads"),
+    Method("adaspa-tiles", lambda x: _even(x).with_fields({"order": "tiles"}), note="the same in tile order"),
     Method("pooled-residual", lambda x: _residual(_pooled(x)), note="left-out blocks as one key"),
     Method("pooled-64-residual", lambda x: _residual(_pooled(x, block=(64, 64)))),
     Method("adaspa-residual", lambda x: _residual(presets.adaspa(x, search_at=(SEARCH,)))),
@@ -149,6 +151,10 @@ def _rectified(density: float) -> Recipe:
 
 def _pooled(density: float, block: tuple[int, int] = (128, 64)) -> Recipe:
     return presets.pooled(density, dense_fraction=DENSE).with_fields({"select.block": block})
+
+
+def _even(density: float) -> Recipe:
+    return presets.adaspa(density, search_at=(SEARCH,), head_adaptive=False)
 
 
 def _mass(density: float) -> Recipe:

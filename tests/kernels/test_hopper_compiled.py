@@ -1,0 +1,80 @@
+"""The Hopper kernel compiled without a GPU, and where it keeps things in shared memory."""
+
+import json
+import os
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from .compile_hopper import VARIANTS
+
+ROOT = Path(__file__).parents[2]
+
+
+def shared_addresses(ptx: str) -> tuple[set[int], set[int]]:
+    """Bytes of barriers, and bytes that plain stores of known address write, as offsets in shared memory."""
+    known: dict[str, int] = {}
+    barriers: set[int] = set()
+    stores: set[int] = set()
+
+    def address(text: str) -> int | None:
+        symbol = re.match(r"global_smem(?:\+(\d+))?$", text)
+        if symbol:
+            return int(symbol[1] or 0)
+        register = re.match(r"(%r\d+)(?:\s*\+\s*(\d+))?$", text)
+        if register and register[1] in known:
+            return known[register[1]] + int(register[2] or 0)
+        return None
+
+    for line in ptx.splitlines():
+        if found := re.search(r"mov\.b32\s+(%r\d+), global_smem;", line):
+            known[found[1]] = 0
+        elif found := re.search(r"add\.s32\s+(%r\d+), (%r\d+), (\d+);", line):
+            if found[2] in known:
+                known[found[1]] = known[found[2]] + int(found[3])
+        elif found := re.search(r"mbarrier\.init\.shared::cta\.b64\s+\[\s*([^\]]+?)\s*\]", line):
+            start = address(found[1])
+            assert start is not None, line
+            barriers.update(range(start, start + 8))
+        elif found := re.search(r"st\.shared(?:\.v(\d))?\.b(\d+)\s+\[\s*([^\]]+?)\s*\]", line):
+            start = address(found[3])
+            if start is not None:
+                stores.update(range(start, start + int(found[1] or 1) * int(found[2]) // 8))
+    return barriers, stores
+
+
+@pytest.fixture(scope="module")
+def compiled() -> dict[str, str]:
+    """PTX of every variant."""
+    command = [sys.executable, "-m", "tests.kernels.compile_hopper", *VARIANTS]
+    env = {**os.environ, "TRITON_INTERPRET": "0"}
+    run = subprocess.run(command, cwd=ROOT, env=env, capture_output=True, text=True, timeout=600)
+    assert run.returncode == 0, run.stderr[-3000:]
+    return {row["name"]: row["ptx"] for row in map(json.loads, run.stdout.splitlines())}
+
+
+@pytest.mark.parametrize("variant", VARIANTS)
+def test_no_scratch_lies_on_a_barrier(variant, compiled):
+    """An unused barrier is free space to the compiler, and its first state may arrive after what is stored there."""
+    barriers, stores = shared_addresses(compiled[variant])
+    # Those of keys, values, queries and outputs, and of the queue, whose scratch is one of the stores.
+    assert len(barriers) >= 8 * 20
+    assert stores
+    assert not barriers & stores
+
+
+def test_an_overlap_is_found():
+    ptx = """
+    mov.b32 	%r9, global_smem;
+    add.s32 	%r1, %r9, 64;
+    @%p1 mbarrier.init.shared::cta.b64 [%r1], 1;
+    add.s32 	%r2, %r9, 68;
+    @%p6 st.shared.b32 [ %r2 + 0 ], %r170;
+    st.shared.v2.b32 	[global_smem+128], {0, 1};
+    """
+    barriers, stores = shared_addresses(ptx)
+    assert barriers == set(range(64, 72))
+    assert stores == {68, 69, 70, 71, *range(128, 136)}
