@@ -111,6 +111,11 @@ METHODS = (
     Method("mass-tiles", lambda x: _mass(x).with_fields({"order": "tiles"}), note="the same in tile order"),
     Method("adaspa-even", lambda x: _even(x), note="one search, one density for all heads"),
     Method("adaspa-tiles", lambda x: _even(x).with_fields({"order": "tiles"}), note="the same in tile order"),
+    Method(
+        "adaspa-tiles-128",
+        lambda x: _even(x).with_fields({"order": "tiles", "select.block": (128, 64)}),
+        note="and with the blocks of pooled",
+    ),
     Method("pooled-residual", lambda x: _residual(_pooled(x)), note="left-out blocks as one key"),
     Method("pooled-64-residual", lambda x: _residual(_pooled(x, block=(64, 64)))),
     Method("adaspa-residual", lambda x: _residual(presets.adaspa(x, search_at=(SEARCH,)))),
