@@ -33,7 +33,7 @@ import torch
 from fidelity_presets import METHODS, WEIGHTS, Method, at_density, method
 
 from dit_accel import CalibrationArtifact, Recipe, calibrate, patch
-from dit_accel.engine import AttentionCall
+from dit_accel.call import AttentionCall
 from dit_accel.pipelines import load
 from dit_accel.pipelines.generate import call_arguments
 from dit_accel.quality.bootstrap import bootstrap_mean

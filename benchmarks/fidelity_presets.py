@@ -13,7 +13,8 @@ from itertools import product
 import torch
 
 from dit_accel import Recipe, presets
-from dit_accel.engine import AttentionCall, Engine
+from dit_accel.call import AttentionCall
+from dit_accel.engine import Engine
 from dit_accel.layout import TokenLayout
 from dit_accel.stages.schedule import Schedule
 from dit_accel.stages.select_mass import Mass

@@ -18,7 +18,8 @@ import torch
 from fidelity_presets import METHODS, at_density, method
 
 from dit_accel import patch
-from dit_accel.engine import AttentionCall, Engine
+from dit_accel.call import AttentionCall
+from dit_accel.engine import Engine
 from dit_accel.pipelines import load
 from dit_accel.pipelines.builtin import builtins
 from dit_accel.pipelines.generate import call_arguments

@@ -39,6 +39,7 @@ from fidelity_presets import METHODS, at_density, method
 
 from dit_accel import Recipe, patch
 from dit_accel.calibration.search import with_orders
+from dit_accel.call import AttentionCall
 from dit_accel.cli.environment import environment
 from dit_accel.cli.forward_bench import (
     Variant,
@@ -48,7 +49,7 @@ from dit_accel.cli.forward_bench import (
     restored_dense_backend,
     share_weights,
 )
-from dit_accel.engine import AttentionCall, Engine
+from dit_accel.engine import Engine
 from dit_accel.layout import StepContext
 from dit_accel.pipelines.architectures import architecture
 from dit_accel.stages.order_axes import AXIS_ORDERS, ChosenAxes
@@ -112,10 +113,11 @@ def time_size(text: str, args: argparse.Namespace, size: dict[str, Any], save: A
         twin = share_weights(model)
         handle = stack.enter_context(patch(twin, "dense"))
         dense, patched = Variant(model, inputs), Variant(twin, inputs)
+        # One of each layer: a threshold that gives the density in one may give another in the next.
         calls: list[AttentionCall] = []
 
         def keep(_: str, call: AttentionCall) -> None:
-            if not calls:
+            if len(calls) < int(layers):
                 calls.append(replace(call, q=call.q.clone(), k=call.k.clone(), v=call.v.clone()))
 
         with handle.observe(keep):
@@ -253,13 +255,13 @@ def timed_plans(
     patched.run()
     # Orders and tables of the grid are made once a layout, plans as often as the schedule says.
     before = engine.plan_time.seconds()
-    engine.forget()
+    engine.planner.forget()
     patched.run()
     once = engine.plan_time.seconds() - before
     plan, fresh = [], []
     parts = parts_of(engine)
     for _ in range(repeats):
-        engine.forget_plans()
+        engine.planner.forget_plans()
         before = engine.plan_time.seconds()
         fresh.append(timed(patched, 1, warm=0))
         plan.append(engine.plan_time.seconds() - before)
@@ -326,7 +328,7 @@ def at_step(session: Any, index: int) -> Iterator[None]:
 
 def parts_of(engine: Engine) -> dict[str, float]:
     """Seconds of planning so far, by part."""
-    return {name: watch.seconds() for name, watch in engine.plan_parts.items()}
+    return {name: watch.seconds() for name, watch in engine.planner.parts.items()}
 
 
 def _run(recipe: Recipe) -> list[str]:

@@ -17,7 +17,7 @@ from pathlib import Path
 import torch
 
 from dit_accel import patch
-from dit_accel.engine import AttentionCall
+from dit_accel.call import AttentionCall
 from dit_accel.kernels.gate import global_choice
 from dit_accel.kernels.selection import own_blocks
 from dit_accel.layout import TokenLayout

@@ -88,7 +88,7 @@ def patch(
             min_tokens = 0 if recipe is not None else _min_tokens(model, family)
             own, masks = plans[name]
             engine = _patch_transformer(handle, name, model, family, backend, min_tokens, own)
-            engine.frozen, engine.rederive = masks, rederive
+            engine.planner.frozen, engine.planner.rederive = masks, rederive
     except BaseException:
         handle.remove()
         raise

@@ -41,10 +41,10 @@ def test_adaspa_searches_twice_densely_and_remembers_the_lse():
     assert [index for index, kind in enumerate(did) if kind == "dense"] == [0, 1, 2, 6]
     assert dict(engine.records[0].dense_calls) == {"dense phase": 2, "search step": 2}
     assert engine.records[0].plans_made == 2
-    ((_, memory),) = engine._memories.values()
+    ((_, memory),) = engine.planner._memories.values()
     first = memory.lse
     _run(engine, _inputs(1), 10, start=10)
-    ((_, memory),) = engine._memories.values()
+    ((_, memory),) = engine.planner._memories.values()
     assert memory.lse is not first, "a new run must not normalise with the last one's log-sum-exp"
 
 
@@ -80,7 +80,7 @@ def test_a_search_step_is_exact_and_plans_what_two_passes_would(name, hidden, la
     step = StepContext(index=4, num_steps=10, forward_id=4)
     searched = engine.attend(0, q, k, v, mask, None, layout, step, lambda: exact.float())
     torch.testing.assert_close(searched.double(), exact, atol=1e-5, rtol=1e-5)
-    ((_, kept),) = engine._plans.items()
+    ((_, kept),) = engine.planner._plans.items()
     blocks = SequenceBlocks(layout, None, 32, 32, torch.device("cpu"))
     alone = recipe.select.select(blocks, None, q, k, key_mask if hidden else None, None)
     assert torch.equal(kept.plan.mask.to_dense(), alone.to_dense())

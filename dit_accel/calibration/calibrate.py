@@ -16,7 +16,7 @@ import torch
 
 from .. import presets
 from ..api import patch, self_attentions, transformers_of
-from ..engine import AttentionCall
+from ..call import AttentionCall
 from ..kernels.block_mass import block_mass
 from ..kernels.selection import pooled_scores
 from ..layout import TokenLayout

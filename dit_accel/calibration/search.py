@@ -16,7 +16,8 @@ from torch import nn
 
 from .. import presets
 from ..api import patch, transformers_of
-from ..engine import AttentionCall, Engine, OutputTap
+from ..call import AttentionCall
+from ..engine import Engine, OutputTap
 from ..patches.handle import PatchHandle
 from ..patches.session import step_index
 from ..recipe import Recipe

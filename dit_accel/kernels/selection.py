@@ -16,14 +16,9 @@ import torch
 import torch.nn.functional as F
 
 from .block_mask import BlockMask
+from .shares import PPM, WEIGHT_ONE, share_in_ppm
 
 Impl = Literal["auto", "torch", "triton"]
-
-PPM = 1_000_000
-"""Densities and masses are resolved to parts per million."""
-
-WEIGHT_ONE = 1 << 28
-"""Integer weight of the best candidate; 16,384 blocks of it times PPM still fit 63 bits."""
 
 MAX_BLOCKS = 16_384
 
@@ -200,16 +195,6 @@ def pooled_scores(
     q_mean = pool_blocks(q, block_q, rows=rows, impl=impl) * scale
     k_mean = pool_blocks(k, block_k, rows=k_rows, key_mask=key_mask, impl=impl)
     return q_mean @ k_mean.transpose(-1, -2)
-
-
-def share_in_ppm(value: float | torch.Tensor, name: str, device: torch.device) -> int | torch.Tensor:
-    """A share in (0, 1] as an integer in parts per million; a tensor becomes int64 ``[B|1, H|1]``."""
-    if isinstance(value, torch.Tensor):
-        ppm = (value.to(device, torch.float64) * PPM).round().to(torch.int64).clamp(1, PPM)
-        return ppm if ppm.dim() == 2 else ppm.reshape((1,) * (2 - ppm.dim()) + tuple(ppm.shape))
-    if not 0.0 < value <= 1.0:
-        raise ValueError(f"{name} must lie in (0, 1], got {value}.")
-    return max(1, round(value * PPM))
 
 
 def expand_blocks(mask: torch.Tensor | None, last: int, name: str) -> torch.Tensor | None:

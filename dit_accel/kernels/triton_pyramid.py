@@ -11,7 +11,7 @@ import torch
 import triton
 import triton.language as tl
 
-from .pyramid import LEVELS
+from .pyramid_levels import LEVELS
 from .triton_pooling import contiguous_rows, lead_strides
 
 TILE = 64

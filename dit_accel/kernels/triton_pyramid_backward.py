@@ -10,7 +10,7 @@ import torch
 import triton
 import triton.language as tl
 
-from .pyramid import LEVELS, pool_level
+from .pyramid_levels import LEVELS, pool_level
 from .selection import gather_mask, gather_rows
 from .triton_pooling import lead_strides
 from .triton_pyramid import TILE, level_lists, pyramid_attention_triton

@@ -8,7 +8,8 @@ from functools import partial
 from types import TracebackType
 from typing import Any
 
-from ..engine import AttentionCall, OutputTap
+from ..call import AttentionCall
+from ..engine import OutputTap
 from ..recipe import Recipe
 from .session import Session
 from .summary import PatchSummary, summarise
@@ -43,7 +44,7 @@ class PatchHandle:
         while self._undo:
             self._undo.pop()()
         for session in self.sessions.values():
-            session.engine.forget()
+            session.engine.planner.forget()
 
     def summary(self) -> PatchSummary:
         """What ran so far: calls, true density, time, fallbacks. Waits for the device."""
@@ -99,7 +100,7 @@ class PatchHandle:
         if density is not None and not 0.0 < density <= 1.0:
             raise ValueError(f"density must lie in (0, 1], got {density}.")
         for session in self.sessions.values():
-            session.engine.density = density
+            session.engine.planner.density = density
 
     def __enter__(self) -> PatchHandle:
         return self

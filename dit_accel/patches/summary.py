@@ -7,8 +7,9 @@ from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from typing import Any
 
-from ..engine import Engine, LayerRecord
+from ..engine import Engine
 from ..recipe import Recipe
+from ..records import LayerRecord
 
 
 @dataclass(frozen=True)

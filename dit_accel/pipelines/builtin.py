@@ -8,19 +8,10 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from .settings import Settings
+
 if TYPE_CHECKING:
     import torch
-
-
-@dataclass(frozen=True)
-class Settings:
-    """What a model generates when the user names nothing: pixel size, frames, steps, guidance scale."""
-
-    width: int
-    height: int
-    frames: int
-    steps: int
-    guidance: float
 
 
 @dataclass(frozen=True)

@@ -11,7 +11,7 @@ import json
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from .builtin import Settings
+from .settings import Settings
 
 if TYPE_CHECKING:
     import torch

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 
 from ..api import patch
-from ..engine import AttentionCall
+from ..call import AttentionCall
 from ..layout import TokenLayout
 from ..recipe import Recipe
 from ..stages.order import Raster, Tiles

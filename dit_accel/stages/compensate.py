@@ -9,7 +9,8 @@ from typing import Any, ClassVar, Protocol
 import torch
 
 from ..kernels import BlockMask
-from ..kernels.pyramid import check_cumulative, energy_levels, pyramid_attention, similarity_cap
+from ..kernels.pyramid import pyramid_attention
+from ..kernels.pyramid_levels import check_cumulative, energy_levels, similarity_cap
 from ..kernels.rectified import add_pooled_compensation, gain_exceeds_error
 from ..plan import AttentionPlan, LayerMemory, SequenceBlocks
 from .compensate_agent import AgentTokens

@@ -2,15 +2,13 @@
 
 from __future__ import annotations
 
-import json
 import math
-import shutil
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any
 
 import torch
 
@@ -18,29 +16,15 @@ from ..api import handle_of, patch, self_attentions, transformers_of
 from ..patches.handle import PatchHandle
 from ..recipe import Recipe
 from .adapter import save_adapter
+from .batches import Batches, Samples, mix
+from .checkpoints import Checkpoints
 from .config import FinetuneConfig
 from .curves import Curves
 from .data import sigma_range, trained_transformer
-from .objective import NoisyBatch, annealed_density, draw_sigma, losses, velocity
-from .samples import Sample, collate
-from .trainables import Trainables, copy_values
+from .objective import NoisyBatch, annealed_density, losses, velocity
+from .trainables import Trainables
 
-# Places in the range of sigmas.
-EVALUATION_SIGMAS = (0.25, 0.5, 0.75)
-CHECKPOINTS, ADAPTER, TRAINED_FILE, PROGRESS = (
-    "checkpoints",
-    "adapter",
-    "trained.safetensors",
-    "progress.json",
-)
-
-
-class Samples(Protocol):
-    """Samples by index, e.g. a :class:`~dit_accel.training.samples.LatentFolder` or a list."""
-
-    def __len__(self) -> int: ...
-
-    def __getitem__(self, index: int, /) -> Sample: ...
+ADAPTER = "adapter"
 
 
 class TrainingStopped(RuntimeError):
@@ -117,7 +101,6 @@ class _Loop:
 
         self.pipe, self.data, self.output, self.config = pipe, data, output, config
         self.model = trained_transformer(pipe, config.transformer)
-        self.sigmas = sigma_range(pipe, config.transformer)
         self.dtype: torch.dtype = self.model.dtype
         if config.precision == "no" and self.model.dtype != torch.float32:
             raise ValueError(
@@ -167,15 +150,22 @@ class _Loop:
         self.wrapped, self.optimizer = self.accelerator.prepare(self.model, optimizer)
         self.ema = self._average()
         self.curves = Curves()
-        self.train_indices, self.held_out = _split(len(data), config.evaluate_samples)
         self.dense_velocities: dict[int, torch.Tensor] = {}
-        self.shift = config.shift or float(getattr(pipe.scheduler.config, "shift", None) or 1.0)
+        self.batches = Batches(
+            data,
+            config,
+            sigmas=sigma_range(pipe, config.transformer),
+            shift=config.shift or float(getattr(pipe.scheduler.config, "shift", None) or 1.0),
+            dtype=torch.float32 if config.precision == "no" else self.model.dtype,
+            device=self.accelerator.device,
+            process=self.accelerator.process_index,
+            processes=self.accelerator.num_processes,
+        )
+        self.checkpoints = Checkpoints(output, self.accelerator, self.trainables, config, self.sharded)
         self.density = getattr(self.handle.recipe.select, "density", None)
         self.spent = 0.0
         if config.density_start is not None and self.density is None:
             raise ValueError(f"density_start needs a recipe with a density, got {self.handle.recipe.select!r}.")
-        self.accelerator.register_save_state_pre_hook(self._save_trained)
-        self.accelerator.register_load_state_pre_hook(self._load_trained)
 
     def run(
         self,
@@ -183,7 +173,10 @@ class _Loop:
         on_step: Callable[[dict[str, float]], None] | None,
         measure: Callable[[int], Mapping[str, float]] | None,
     ) -> FinetuneResult:
-        first, begin = self._resume() if resume else 0, time.monotonic()
+        first, begin = 0, time.monotonic()
+        found = self.checkpoints.load() if resume else None
+        if found is not None:
+            first, self.curves = found
         if self.accelerator.is_main_process:
             self.output.mkdir(parents=True, exist_ok=True)
         self.accelerator.wait_for_everyone()
@@ -204,7 +197,8 @@ class _Loop:
                 if _due(step + 1, self.config.evaluate_every, last):
                     self._evaluate(step + 1, measure)
                 if _due(step + 1, self.config.checkpoint_every, last and self.config.checkpoint_every > 0):
-                    self._checkpoint(step + 1)
+                    self._write_curves()
+                    self.checkpoints.save(step + 1, self.curves)
                 if last:
                     break
             return self._finish()
@@ -227,13 +221,13 @@ class _Loop:
         for group in self.optimizer.param_groups:
             group["lr"] = config.learning_rate * rate_factor(config, step, self.spent)
         density = self._set_density(step)
-        generator = torch.Generator().manual_seed(_mix(config.seed, step, 1))
+        generator = torch.Generator().manual_seed(mix(config.seed, step, 1))
         full_stream = float(torch.rand((), generator=generator)) < config.objective.full_stream
-        torch.manual_seed(_mix(config.seed, step, 2))  # for models with dropout
+        torch.manual_seed(mix(config.seed, step, 2))  # for models with dropout
         sums: dict[str, torch.Tensor] = {}
         names: list[str] = []
         for micro in range(config.accumulation):
-            batch, batch_names = self._batch(step, micro)
+            batch, batch_names = self.batches.training(step, micro)
             names += batch_names
             with (
                 self.accelerator.accumulate(self.wrapped),
@@ -266,41 +260,6 @@ class _Loop:
         self.handle.set_density(density)
         return density
 
-    def _batch(self, step: int, micro: int) -> tuple[NoisyBatch, list[str]]:
-        config, world = self.config, self.accelerator.num_processes
-        first = (step * config.accumulation + micro) * world * config.batch_size
-        first += self.accelerator.process_index * config.batch_size
-        positions = range(first, first + config.batch_size)
-        samples = [self.data[self._index(position)] for position in positions]
-        generators = [torch.Generator().manual_seed(_mix(config.seed, position, 3)) for position in positions]
-        sigmas = [draw_sigma(g, config.time_mean, config.time_std, self.shift, self.sigmas) for g in generators]
-        return self._noisy(samples, sigmas, generators), [sample.name for sample in samples]
-
-    def _index(self, position: int) -> int:
-        epoch, place = divmod(position, len(self.train_indices))
-        generator = torch.Generator().manual_seed(_mix(self.config.seed, epoch, 4))
-        return self.train_indices[int(torch.randperm(len(self.train_indices), generator=generator)[place])]
-
-    def _noisy(
-        self, samples: Sequence[Sample], sigmas: Sequence[float], generators: Sequence[torch.Generator]
-    ) -> NoisyBatch:
-        device = self.accelerator.device
-        latents, condition = collate(samples, device)
-        latents = latents.float()
-        # Drawn on the CPU, so that a seed means the same on every device.
-        noise = torch.cat(
-            [torch.randn(s.latents.shape, generator=g) for s, g in zip(samples, generators, strict=True)]
-        ).to(device)
-        sigma = torch.tensor(sigmas, dtype=torch.float32, device=device)
-        wide = sigma.view(-1, *[1] * (latents.dim() - 1))
-        dtype = torch.float32 if self.config.precision == "no" else self.model.dtype
-        return NoisyBatch(
-            latents=((1 - wide) * latents + wide * noise).to(dtype),
-            target=noise - latents,
-            timestep=sigma * samples[0].timestep_scale,
-            condition=condition,
-        )
-
     def _stop_unless_finite(self, what: str, value: Any, step: int, names: Sequence[str]) -> None:
         # The norm of sharded gradients is itself in shards.
         value = value.full_tensor() if hasattr(value, "full_tensor") else value
@@ -308,7 +267,7 @@ class _Loop:
         bad = self.accelerator.reduce((~value.isfinite()).float(), "sum")
         if not bad:
             return
-        good = _newest_checkpoint(self.output)
+        good = self.checkpoints.newest()
         spelled = f"the last good checkpoint is {good}" if good else "there is no checkpoint yet"
         raise TrainingStopped(
             f"The {what} is {float(value)} at step {step + 1} (batch: {', '.join(names)}); {spelled}."
@@ -336,28 +295,18 @@ class _Loop:
 
     def _against_dense(self) -> dict[str, float]:
         error = norm = flow = dense_flow = 0.0
-        for number, batch in enumerate(self._evaluation_batches()):
+        for number, batch in enumerate(self.batches.evaluation()):
             got, wanted = velocity(self.wrapped, batch), self._dense_velocity(number, batch)
             error += float((got - wanted).square().sum())
             norm += float(wanted.square().sum())
             flow += float((got - batch.target).square().flatten(1).mean(1).sum())
             dense_flow += float((wanted - batch.target).square().flatten(1).mean(1).sum())
-        count = len(self.held_out) * len(EVALUATION_SIGMAS)
+        count = self.batches.evaluated
         return {
             "velocity_error": math.sqrt(error / norm) if norm else math.nan,
             "flow_loss": flow / count,
             "dense_flow_loss": dense_flow / count,
         }
-
-    def _evaluation_batches(self) -> Iterator[NoisyBatch]:
-        for first in range(0, len(self.held_out), self.config.batch_size):
-            indices = self.held_out[first : first + self.config.batch_size]
-            samples = [self.data[index] for index in indices]
-            for number, sigma in enumerate(EVALUATION_SIGMAS):
-                seeds = [_mix(self.config.seed, index * len(EVALUATION_SIGMAS) + number, 5) for index in indices]
-                generators = [torch.Generator().manual_seed(seed) for seed in seeds]
-                low, high = self.sigmas
-                yield self._noisy(samples, [low + (high - low) * sigma] * len(samples), generators)
 
     def _dense_velocity(self, number: int, batch: NoisyBatch) -> torch.Tensor:
         """Of the dense model before the training, which is computed once; of the present one where shards
@@ -369,59 +318,6 @@ class _Loop:
             with self.trainables.dense_teacher(frozen=True):
                 self.dense_velocities[number] = velocity(self.wrapped, batch).cpu()
         return self.dense_velocities[number].to(batch.target.device)
-
-    # Checkpoints.
-
-    def _checkpoint(self, step: int) -> None:
-        self._write_curves()
-        folder = self.output / CHECKPOINTS / f"step-{step:07d}"
-        # Written aside and renamed, so that a crash leaves no half checkpoint to resume from.
-        aside = folder.with_name(f".{folder.name}")
-        self.accelerator.save_state(str(aside))
-        self.accelerator.wait_for_everyone()
-        if self.accelerator.is_main_process:
-            progress = {"step": step, "config": asdict(self.config), "curves": self.curves.to_dict()}
-            (aside / PROGRESS).write_text(json.dumps(progress))
-            shutil.rmtree(folder, ignore_errors=True)
-            aside.rename(folder)
-            for old in _checkpoints(self.output)[: -self.config.keep_checkpoints]:
-                shutil.rmtree(old)
-        self.accelerator.wait_for_everyone()
-
-    def _resume(self) -> int:
-        folder = _newest_checkpoint(self.output)
-        if folder is None:
-            return 0
-        progress = json.loads((folder / PROGRESS).read_text())
-        mine = json.loads(json.dumps(asdict(self.config)))
-        for name, value in mine.items():
-            if name not in ("steps", "max_seconds", "checkpoint_every", "evaluate_every", "keep_checkpoints"):
-                theirs = progress["config"].get(name)
-                if theirs != value:
-                    raise ValueError(f"{folder} was trained with {name} = {theirs!r}, got {value!r}.")
-        self.accelerator.load_state(str(folder))
-        self.curves = Curves.from_dict(progress["curves"])
-        return int(progress["step"])
-
-    def _save_trained(self, models: list[Any], weights: list[Any], folder: str) -> None:
-        """Accelerate would write the whole model; only what is trained changes."""
-        from safetensors.torch import save_file
-
-        if self.sharded:
-            return
-        weights.clear()
-        if self.accelerator.is_main_process:
-            Path(folder).mkdir(parents=True, exist_ok=True)
-            values = {n: p.detach().cpu().contiguous() for n, p in self.trainables.named().items()}
-            save_file(values, Path(folder) / TRAINED_FILE)
-
-    def _load_trained(self, models: list[Any], folder: str) -> None:
-        from safetensors.torch import load_file
-
-        if self.sharded:
-            return
-        models.clear()
-        copy_values(self.trainables.named(), load_file(Path(folder) / TRAINED_FILE))
 
     # Ends.
 
@@ -490,31 +386,8 @@ def rate_factor(config: FinetuneConfig, step: int, spent: float = 0.0) -> float:
     return rise * 0.5 * (1.0 + math.cos(math.pi * min(1.0, max(done, spent))))
 
 
-def _mix(seed: int, number: int, purpose: int) -> int:
-    """One seed from three numbers, spread so that neighbours share no stream."""
-    value = (seed * 0x9E3779B97F4A7C15 + number * 0xBF58476D1CE4E5B9 + purpose * 0x94D049BB133111EB) % 2**64
-    value = ((value ^ (value >> 31)) * 0xD6E8FEB86659FD93) % 2**64
-    return (value ^ (value >> 32)) % 2**63
-
-
-def _split(count: int, held_out: int) -> tuple[list[int], list[int]]:
-    """Indices to train on and to evaluate on; a small set serves for both."""
-    indices = list(range(count))
-    if count > 2 * held_out:
-        return indices[:-held_out], indices[-held_out:]
-    return indices, indices[:held_out]
-
-
 def _due(step: int, every: int, last: bool) -> bool:
     return last or (every > 0 and step % every == 0)
-
-
-def _checkpoints(output: Path) -> list[Path]:
-    return sorted(folder for folder in (output / CHECKPOINTS).glob("step-*") if (folder / PROGRESS).is_file())
-
-
-def _newest_checkpoint(output: Path) -> Path | None:
-    return next(iter(reversed(_checkpoints(output))), None)
 
 
 def _has_tensorboard() -> bool:

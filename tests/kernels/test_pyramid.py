@@ -7,13 +7,8 @@ import math
 import pytest
 import torch
 
-from dit_accel.kernels.pyramid import (
-    LEVELS,
-    energy_levels,
-    pyramid_attention,
-    quota_levels,
-    similarity_cap,
-)
+from dit_accel.kernels.pyramid import pyramid_attention
+from dit_accel.kernels.pyramid_levels import LEVELS, energy_levels, quota_levels, similarity_cap
 
 from .test_selection import IMPLS, at, permutations
 

@@ -275,7 +275,7 @@ def test_errors():
 @pytest.mark.parametrize("nk", [7, 33, 130])
 def test_lists_of_a_dense_map(nk, device):
     """The kernel that lists a boolean map, row by row in plain Python."""
-    from dit_accel.kernels.triton_selection import block_lists_triton
+    from dit_accel.kernels.triton_block_lists import block_lists_triton
 
     rank = torch.randint(0, 3, (2, 3, 5, nk), generator=torch.Generator().manual_seed(0)).to(torch.int8)
     rank[0, 0, 0], rank[0, 0, 1] = 2, 0  # nothing, and everything

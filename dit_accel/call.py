@@ -1,0 +1,63 @@
+"""An attention call as the engine and its stages see it, and how one is read."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+
+import torch
+
+from .layout import StepContext, TokenLayout
+from .plan import AttentionPlan
+
+
+@dataclass(eq=False)
+class AttentionCall:
+    """One attention call: tensors (B, S, H, D) after norms and rotary embedding.
+
+    Attributes:
+        layer: index of the self-attention layer.
+        step: where the call sits in the trajectory.
+        key_mask: bool ``[B, S]``, False for hidden keys.
+        scale: of the logits; None for the default.
+        layout: of the sequence, or the reason why there is none.
+        plan: what a sparse call ran; None for a dense one.
+    """
+
+    layer: int
+    step: StepContext
+    q: torch.Tensor
+    k: torch.Tensor
+    v: torch.Tensor
+    key_mask: torch.Tensor | None
+    scale: float | None
+    layout: TokenLayout | str
+    plan: AttentionPlan | None = None
+
+
+@contextmanager
+def autocast_done(call: AttentionCall) -> Iterator[None]:
+    """Cast the call as autocast would for an attention kernel, and no autocast inside: plans stay exact."""
+    device = call.q.device.type
+    if not torch.is_autocast_enabled(device) or call.q.dtype == torch.float64:
+        yield
+        return
+    dtype = torch.get_autocast_dtype(device)
+    call.q, call.k, call.v = call.q.to(dtype), call.k.to(dtype), call.v.to(dtype)
+    with torch.autocast(device, enabled=False):
+        yield
+
+
+def key_mask_of(attn_mask: torch.Tensor | None, q: torch.Tensor) -> tuple[torch.Tensor | None, str | None]:
+    """The bool ``[B, S]`` key mask that an attention mask stands for, or the reason why it is none."""
+    if attn_mask is None:
+        return None, None
+    batch, seq_len = q.shape[:2]
+    if attn_mask.dtype != torch.bool:
+        return None, f"additive attention mask ({attn_mask.dtype})"
+    if attn_mask.ndim == 4 and attn_mask.shape[1] == attn_mask.shape[2] == 1:
+        attn_mask = attn_mask[:, 0, 0]
+    if attn_mask.ndim == 2 and attn_mask.shape[1] == seq_len and attn_mask.shape[0] in (1, batch):
+        return attn_mask.expand(batch, seq_len), None
+    return None, f"attention mask of shape {tuple(attn_mask.shape)} is more than a key mask"
