@@ -70,23 +70,9 @@ def consume(
     q_full, _q_empty, k_full, k_empty, v_full, v_empty = loads
     counts_ptr, fulls_ptr, index_ptr, bit_rows_ptr, bits_ptr, rows_ptr, key_mask_ptr = lists
     nq, num_tiles, mask_head_stride, list_length, q_rows, k_rows, _plane_cols = sizes
-    (
-        _q_ptr,
-        out_ptr,
-        lse_ptr,
-        q_scale_ptr,
-        k_scale_ptr,
-        _v_scale_ptr,
-        _q_shift_ptr,
-        _stride_qs,
-        _stride_qh,
-        stride_os,
-        stride_oh,
-        rows_head_stride,
-        q_len,
-        kv_len,
-        scale_log2,
-    ) = state
+    _queries, results, scales, rows_head_stride, q_len, kv_len, scale_log2 = state
+    out_ptr, lse_ptr, stride_os, stride_oh = results
+    q_scale_ptr, k_scale_ptr, _v_scale_ptr, _q_shift_ptr = scales
     dtype: gl.constexpr = o_smem.dtype
     K_INSTR: gl.constexpr = 32 if QUANTIZED else 16
     S_LAYOUT: gl.constexpr = gl.NVMMADistributedLayout(
@@ -161,7 +147,7 @@ def consume(
                 acc = acc * earlier
             acc_token = weigh_values(weights, v_smem.index(last), acc, open_more, FP8, OPERAND)
             # The next tile is asked for while the scores are being made.
-            next_tile = claimed_tile(queue, place, 4)
+            next_tile = claimed_tile(queue, place)
             next_row, next_count, next_full = tile_header(
                 next_tile, num_tiles, nq, mask_head_stride, counts_ptr, fulls_ptr
             )
@@ -290,7 +276,7 @@ def consume(
                         weights = pack_fp8(likely)
         else:
             # Nothing to read: zeros, and a log-sum-exp of -inf.
-            next_tile = claimed_tile(queue, place, 4)
+            next_tile = claimed_tile(queue, place)
             next_row, next_count, next_full = tile_header(
                 next_tile, num_tiles, nq, mask_head_stride, counts_ptr, fulls_ptr
             )

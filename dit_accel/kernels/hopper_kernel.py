@@ -5,7 +5,7 @@ One producer warp streams the listed key and value blocks into shared memory. Tw
 the matrix units busy, and inside a warpgroup the scores of block ``n + 1`` and the weighted values of block
 ``n`` are in flight during the softmax (FlashAttention-3, arXiv 2407.08608). A program stays on its
 multiprocessor and takes query blocks in turn, so that loads for the next one start before the last one is
-written.
+written. Two more warps take the outputs out and, of permuted calls, bring the queries in.
 
 With ``QUANTIZED`` q and k are INT8 with scales (per query token; per key block or, with ``THREAD_SCALES``, for
 the keys of a block that one thread holds); with ``FP8`` the values and weights are e4m3 and every block's product
@@ -134,6 +134,7 @@ def hopper_fwd_kernel(
     claim_empty = gl.allocate_shared_memory(gl.int64, [2, 1], mbarrier.MBarrierLayout())
     for half in gl.static_range(2):
         mbarrier.init(claim_full.index(half), count=1)
+        # Both consumers and the carriers read every claim.
         mbarrier.init(claim_empty.index(half), count=3)
     for buffer in gl.static_range(4):
         mbarrier.init(q_full.index(buffer), count=1)
@@ -161,27 +162,14 @@ def hopper_fwd_kernel(
         k_rows,
         plane_cols,
     )
-    state = (
-        q_ptr,
-        out_ptr,
-        lse_ptr,
-        q_scale_ptr,
-        k_scale_ptr,
-        v_scale_ptr,
-        q_shift_ptr,
-        stride_qs,
-        stride_qh,
-        stride_os,
-        stride_oh,
-        rows_head_stride,
-        q_len,
-        kv_len,
-        scale_log2,
-    )
+    queries = (q_ptr, stride_qs, stride_qh)
+    results = (out_ptr, lse_ptr, stride_os, stride_oh)
+    scales = (q_scale_ptr, k_scale_ptr, v_scale_ptr, q_shift_ptr)
+    state = (queries, results, scales, rows_head_stride, q_len, kv_len, scale_log2)
     FIRST: gl.constexpr = 0
     SECOND: gl.constexpr = 1
     # Registers of a thread: two warpgroups of consumers and one of the other warps share 504. With 64 keys consumers
-    # leave some, and the carriers hold more rows at a time.
+    # leave some, and the carriers need not keep theirs in memory.
     CONSUMER: gl.constexpr = 216 if GATHER_Q and BLOCK_K == 64 else 240
     OTHER: gl.constexpr = 504 - 2 * CONSUMER
     gl.warp_specialize(

@@ -38,12 +38,12 @@ def claim_tile(queue, place):
 
 
 @gluon.jit
-def claimed_tile(queue, place, WARPS: gl.constexpr):
-    """The ``place``-th tile that the producer took, for a partition of so many warps."""
+def claimed_tile(queue, place):
+    """The ``place``-th tile that the producer took, for the other warps."""
     _counter_ptr, claims, claim_full, claim_empty = queue
     slot = place % 2
     mbarrier.wait(claim_full.index(slot), (place // 2) & 1)
-    tile = gl.max(claims.index(slot).load(gl.BlockedLayout([1], [32], [WARPS], [0])), 0)
+    tile = gl.max(claims.index(slot).load(gl.BlockedLayout([1], [32], [gl.num_warps()], [0])), 0)
     mbarrier.arrive(claim_empty.index(slot), count=1)
     return tile
 

@@ -1,4 +1,4 @@
-"""End of a tile in the Hopper kernel: a warpgroup's output and log-sum-exp to global memory."""
+"""End of a tile in the Hopper kernel: a warpgroup's output to the carriers, its log-sum-exp to global memory."""
 
 from __future__ import annotations
 
@@ -36,23 +36,9 @@ def write_tile(
     q_empty = loads[1]
     o_full, o_ready = outputs
     nq, _num_tiles, _mask_head_stride, _list_length, q_rows, _k_rows, _plane_cols = sizes
-    (
-        _q_ptr,
-        _out_ptr,
-        lse_ptr,
-        _q_scale_ptr,
-        _k_scale_ptr,
-        v_scale_ptr,
-        q_shift_ptr,
-        _stride_qs,
-        _stride_qh,
-        _stride_os,
-        _stride_oh,
-        _rows_head_stride,
-        q_len,
-        _kv_len,
-        scale_log2,
-    ) = state
+    _queries, results, scales, _rows_head_stride, q_len, _kv_len, scale_log2 = state
+    _out_ptr, lse_ptr, _stride_os, _stride_oh = results
+    _q_scale_ptr, _k_scale_ptr, v_scale_ptr, q_shift_ptr = scales
     O_ROW: gl.constexpr = gl.SliceLayout(1, O_LAYOUT)
     head = (tile // nq).to(gl.int64)
     buffer = (turn % 2) * 2 + HALF
