@@ -70,6 +70,7 @@ def _agent_tiles(grid: tuple[int, int, int], density: float) -> list[object]:
 
 
 METHODS = (
+    Method("mass", lambda x: presets.mass(density=x, dense_fraction=DENSE)),
     Method("pooled", lambda x: presets.pooled(density=x, dense_fraction=DENSE)),
     Method("adaspa", lambda x: presets.adaspa(density=x, search_at=(SEARCH,)), note="one search"),
     Method("sparsed", lambda x: presets.sparsed(density=x, search_at=SEARCH)),
@@ -107,15 +108,12 @@ METHODS = (
     Method("pooled-64", lambda x: _pooled(x, block=(64, 64)), note="blocks of 64 queries"),
     Method("pooled-once", lambda x: _pooled(x).with_fields({"schedule.refresh_every": 100}), note="one plan a run"),
     Method("pooled-drift", lambda x: _drift(_pooled(x)), note="a plan where means moved by 0.1"),
-    Method("adaspa-drift", lambda x: _drift(_mass(x)), note="the same with AdaSpa's score"),
-    Method("mass", lambda x: _mass(x), note="AdaSpa's score, raster order, a plan every step, one density"),
-    Method("mass-tiles", lambda x: _mass(x).with_fields({"order": "tiles"}), note="the same in tile order"),
+    Method("adaspa-drift", lambda x: _drift(_each_step(x)), note="the same with AdaSpa's score"),
+    Method("adaspa-each-step", lambda x: _each_step(x), note="AdaSpa's score, a plan every step, one density"),
+    Method("mass-each-step", lambda x: _each_step(x).with_fields({"order": "tiles"}), note="the same in tile order"),
     Method("adaspa-even", lambda x: _even(x), note="one search, one density for all heads"),
-    Method("adaspa-tiles", lambda x: _even(x).with_fields({"order": "tiles"}), note="the same in tile order"),
     Method(
-        "adaspa-tiles-128",
-        lambda x: _even(x).with_fields({"order": "tiles", "select.block": (128, 64)}),
-        note="and with the blocks of pooled",
+        "mass-64", lambda x: presets.mass(density=x, dense_fraction=DENSE, block=(64, 64)), note="blocks of 64 queries"
     ),
     Method("pooled-residual", lambda x: _residual(_pooled(x)), note="left-out blocks as one key"),
     Method("pooled-64-residual", lambda x: _residual(_pooled(x, block=(64, 64)))),
@@ -163,7 +161,7 @@ def _even(density: float) -> Recipe:
     return presets.adaspa(density, search_at=(SEARCH,), head_adaptive=False)
 
 
-def _mass(density: float) -> Recipe:
+def _each_step(density: float) -> Recipe:
     select = Mass(density=density, head_adaptive=False)
     return Recipe(select=select, schedule=Schedule(dense_fraction=DENSE))
 

@@ -72,7 +72,7 @@ def patch(
     if backend not in BACKENDS:
         raise ValueError(f"Unknown backend {backend!r}; known are {', '.join(BACKENDS)}.")
     transformers = transformers_of(target)
-    chosen, note = _choose(recipe, options)
+    chosen, note = _choose(recipe, options, in_pipeline=not isinstance(target, nn.Module))
     for name, model, _ in transformers:
         if _root_hook(model) is not None:
             raise ValueError(
@@ -146,11 +146,12 @@ def _unwrap(model: nn.Module) -> nn.Module:
     return getattr(model, "_orig_mod", model)
 
 
-def _choose(recipe: Recipe | str | None, options: Mapping[str, Any]) -> tuple[Recipe, str | None]:
+def _choose(recipe: Recipe | str | None, options: Mapping[str, Any], in_pipeline: bool) -> tuple[Recipe, str | None]:
     if recipe is not None:
         return presets.resolve(recipe, **options), None
-    chosen = presets.automatic(**options)
-    return chosen, "no recipe was given: pooled scores, dense where a sequence is too short to gain"
+    chosen = presets.automatic(in_pipeline, **options)
+    score = "exact block mass" if in_pipeline else "pooled scores"
+    return chosen, f"no recipe was given: {score}, dense where a sequence is too short to gain"
 
 
 def _min_tokens(model: nn.Module, family: Family) -> int:
@@ -174,7 +175,10 @@ def _calibrated(
         return recipe, None
     part = artifact.part_for(name, model, dict(self_attentions(model, family)))
     resolved, holds = artifact.recipe_for(part, recipe, rederive)
-    return resolved, part.masks if holds else None
+    if not holds:
+        return resolved, None
+    # Nothing is left to search: the whole dense phase is dense.
+    return resolved.with_fields({"schedule.plan_in_dense_phase": False}), part.masks
 
 
 def _patch_transformer(

@@ -12,6 +12,7 @@ import torch
 
 from .call import AttentionCall
 from .kernels import BlockMask
+from .kernels.packed_mask import PackedBlockMask
 from .layout import StepContext, TokenLayout
 from .plan import AttentionPlan, LayerMemory, SequenceBlocks
 from .recipe import Recipe
@@ -36,12 +37,22 @@ class _Prepared:
 @dataclass(frozen=True, eq=False)
 class _KeptPlan:
     """A plan, when it was made, of which queries and keys where the schedule guards against drift, and for which
-    key mask: holding it keeps its memory from becoming another mask's."""
+    key mask: holding it keeps its memory from becoming another mask's.
+
+    The mask of a single layer is packed: the lists of all layers and branches of a large model are gigabytes.
+    """
 
     made: StepContext
-    plan: AttentionPlan
+    rows: torch.Tensor | None
+    mask: BlockMask | PackedBlockMask
+    compensation: Any
     means: BlockMeans | None
     key_mask: torch.Tensor | None
+
+    @property
+    def plan(self) -> AttentionPlan:
+        mask = self.mask.lists() if isinstance(self.mask, PackedBlockMask) else self.mask
+        return AttentionPlan(self.rows, mask, self.compensation)
 
     def fits_static(self, call: AttentionCall) -> bool:
         """Whether the plan of a static selection serves this call too: all layers of a forward share a mask."""
@@ -111,8 +122,6 @@ class Planner:
                 prepared = self._prepare(call)
             with self._timed("select", device):
                 mask = select.select(prepared.blocks, prepared.tables, q, k, call.key_mask, call.scale, memory)
-            if keep and not (select.is_static and call.key_mask is not None):
-                mask = mask.trimmed()
             if guarded and means is None:
                 means = BlockMeans.of(q, k, call.key_mask, select.block)
             with self._timed("compensate", device):
@@ -120,11 +129,14 @@ class Planner:
                 state = compensate.prepare(prepared.blocks, mask, q, k, call.key_mask, call.scale, memory)
             if memory is not None:
                 memory.found = None
-        plan = AttentionPlan(rows=prepared.blocks.kernel_rows, mask=mask, compensation=state)
-        if keep:
-            self._plans[key] = _KeptPlan(call.step, plan, means, call.key_mask)
+                if not schedule.plans_after(call.step):
+                    memory.lse = None
+            rows = prepared.blocks.kernel_rows
+            if keep:
+                kept_mask = self._to_keep(mask, call)
+                self._plans[key] = _KeptPlan(call.step, rows, kept_mask, state, means, call.key_mask)
         book.plans_made += 1
-        return call.step, plan
+        return call.step, AttentionPlan(rows, mask, state)
 
     def is_search(self, call: AttentionCall, made: StepContext) -> bool:
         """Whether a plan made at ``made`` is of a search in this very forward, whose attention the recipe has dense."""
@@ -175,6 +187,13 @@ class Planner:
         self._plans.clear()
         self._frozen_plans.clear()
 
+    def _to_keep(self, mask: BlockMask, call: AttentionCall) -> BlockMask | PackedBlockMask:
+        """The mask in the least memory that it allows: one of all layers is short enough as lists."""
+        if not self.recipe.select.is_static and mask.token_bits is None:
+            return PackedBlockMask.of(mask, call.key_mask is not None)
+        # A static mask of a key mask serves a single forward: not worth waiting for the device.
+        return mask if call.key_mask is not None else mask.trimmed()
+
     def _plan_key(self, call: AttentionCall) -> tuple[Any, ...]:
         """Which calls may share a plan: of a static selection all layers of one order, steps and branches."""
         if self.recipe.select.is_static:
@@ -210,7 +229,7 @@ class Planner:
             mask = frozen.mask(call.layer, bucket, prepared.blocks, call.key_mask)
             q, k = call.q.detach(), call.k.detach()
             state = compensate.prepare(prepared.blocks, mask, q, k, call.key_mask, call.scale)
-        plan = AttentionPlan(rows=prepared.blocks.kernel_rows, mask=mask, compensation=state)
+        plan = AttentionPlan(prepared.blocks.kernel_rows, mask, state)
         if call.key_mask is None:
             self._frozen_plans[place] = (version, plan)
         book.plans_made += 1
@@ -234,7 +253,7 @@ class Planner:
         if step.index is None:
             return LayerMemory()
         last, memory = self._memories.get(key, (step, LayerMemory()))
-        if last.index is None or step.index < last.index:
+        if last.index is None or (step.index <= last.index and step.forward_id != last.forward_id):
             memory = LayerMemory()
         self._memories[key] = (step, memory)
         return memory

@@ -5,8 +5,11 @@ import torch
 
 from dit_accel import Recipe, presets
 from dit_accel.engine import Engine
+from dit_accel.kernels import block_sparse_attention
+from dit_accel.kernels.packed_mask import PackedBlockMask
 from dit_accel.layout import StepContext, TokenLayout
 from dit_accel.plan import SequenceBlocks
+from dit_accel.records import LayerRecord
 from dit_accel.stages.drift import BlockMeans
 from dit_accel.stages.schedule import Schedule
 from dit_accel.stages.select_dynamic import Pooled
@@ -21,10 +24,10 @@ def _inputs(seed: int = 0) -> list[torch.Tensor]:
     return [torch.randn(1, 256, 2, 16, generator=generator) for _ in range(3)]
 
 
-def _run(engine: Engine, tensors, steps: int, start: int = 0, sigmas=None) -> list[str]:
-    """What each step did: "dense" or "sparse"."""
+def _run(engine: Engine, tensors, steps: int, start: int = 0, sigmas=None, until: int | None = None) -> list[str]:
+    """What each step did, to the end or to a step where the run is broken off: "dense" or "sparse"."""
     did = []
-    for index in range(steps):
+    for index in range(steps if until is None else until):
         q, k, v = tensors(index) if callable(tensors) else tensors
         sigma = None if sigmas is None else sigmas[index]
         step = StepContext(index=index, num_steps=steps, sigma=sigma, forward_id=start + index)
@@ -37,15 +40,38 @@ def _run(engine: Engine, tensors, steps: int, start: int = 0, sigmas=None) -> li
 def test_adaspa_searches_twice_densely_and_remembers_the_lse():
     recipe = presets.adaspa(density=0.3, search_at=(0.2, 0.6), block=(32, 32))
     engine = Engine(recipe, ["layer"], "auto", 0)
-    did = _run(engine, _inputs(), 10)
+    _run(engine, _inputs(1), 10, until=4)
+    ((_, memory),) = engine.planner._memories.values()
+    broken_off = memory.lse
+    _run(engine, _inputs(), 10, start=10, until=4)
+    ((_, memory),) = engine.planner._memories.values()
+    first = memory.lse
+    torch.testing.assert_close(first, _log_sum_exp(*_inputs()[:2]), atol=1e-5, rtol=1e-5)
+    assert first is not broken_off, "a new run must not normalise with the last one's log-sum-exp"
+    engine.records[0] = LayerRecord("layer")
+    did = _run(engine, _inputs(), 10, start=20)
     assert [index for index, kind in enumerate(did) if kind == "dense"] == [0, 1, 2, 6]
     assert dict(engine.records[0].dense_calls) == {"dense phase": 2, "search step": 2}
     assert engine.records[0].plans_made == 2
     ((_, memory),) = engine.planner._memories.values()
-    first = memory.lse
-    _run(engine, _inputs(1), 10, start=10)
-    ((_, memory),) = engine.planner._memories.values()
-    assert memory.lse is not first, "a new run must not normalise with the last one's log-sum-exp"
+    assert memory.lse is None, "no search is left that would need it"
+
+
+def test_mass_searches_in_the_last_dense_step_and_keeps_its_plan_in_bits():
+    recipe = presets.mass(density=0.3, block=(32, 32))
+    for steps, dense in ((30, range(6)), (10, range(2)), (4, range(1)), (1, range(1))):
+        engine = Engine(recipe, ["layer"], "auto", 0)
+        for start in (0, steps):
+            did = _run(engine, _inputs(start), steps, start=start)
+            assert [index for index, kind in enumerate(did) if kind == "dense"] == list(dense), steps
+        assert dict(engine.records[0].dense_calls)["search step"] == 2, "one search a run"
+        assert engine.records[0].plans_made == 2
+    (kept,) = engine.planner._plans.values()
+    assert isinstance(kept.mask, PackedBlockMask)
+    q, k, _ = _inputs(start)
+    blocks = SequenceBlocks(LAYOUT, recipe.order.rows(LAYOUT, q.device, 0), 32, 32, q.device)
+    alone = recipe.select.select(blocks, None, q, k, None, None)
+    assert torch.equal(kept.plan.mask.to_dense(), alone.to_dense())
 
 
 def test_a_repeated_forward_repeats_its_dense_search():
@@ -60,6 +86,10 @@ def test_a_repeated_forward_repeats_its_dense_search():
     assert dict(engine.records[0].dense_calls) == {"search step": 2}
 
 
+def _log_sum_exp(q, k):
+    return (torch.einsum("bqhd,bkhd->bhqk", q.double(), k.double()) / q.shape[-1] ** 0.5).logsumexp(-1).float()
+
+
 def _exact(q, k, v, key_mask=None):
     logits = torch.einsum("bqhd,bkhd->bhqk", q.double(), k.double()) / q.shape[-1] ** 0.5
     if key_mask is not None:
@@ -70,7 +100,17 @@ def _exact(q, k, v, key_mask=None):
 @pytest.mark.parametrize("layout", [LAYOUT, TokenLayout((3, 8, 8), 64, 256)], ids=["alone", "text first"])
 @pytest.mark.parametrize("hidden", [False, True])
 @pytest.mark.parametrize("name", ["adaspa", "sparsed"])
-def test_a_search_step_is_exact_and_plans_what_two_passes_would(name, hidden, layout):
+@pytest.mark.parametrize("own", [False, True], ids=["the model's attention", "our attention"])
+def test_a_search_step_is_exact_and_plans_what_two_passes_would(own, name, hidden, layout, monkeypatch):
+    calls = []
+
+    def ours(*args, backend, **options):
+        calls.append(backend)
+        return block_sparse_attention(*args, backend="torch", **options)
+
+    if own:  # as on a GPU, where the search takes the log-sum-exp of the step's attention
+        monkeypatch.setattr("dit_accel.engine.choose_backend", lambda *_, **__: ("triton", ""))
+        monkeypatch.setattr("dit_accel.engine.block_sparse_attention", ours)
     recipe = getattr(presets, name)(density=0.3, block=(32, 32))
     engine = Engine(recipe, ["layer"], "auto", 0)
     q, k, v = _inputs()
@@ -80,6 +120,7 @@ def test_a_search_step_is_exact_and_plans_what_two_passes_would(name, hidden, la
     step = StepContext(index=4, num_steps=10, forward_id=4)
     searched = engine.attend(0, q, k, v, mask, None, layout, step, lambda: exact.float())
     torch.testing.assert_close(searched.double(), exact, atol=1e-5, rtol=1e-5)
+    assert len(calls) == (own and recipe.select.uses_lse(layout, key_mask if hidden else None))
     ((_, kept),) = engine.planner._plans.items()
     blocks = SequenceBlocks(layout, None, 32, 32, torch.device("cpu"))
     alone = recipe.select.select(blocks, None, q, k, key_mask if hidden else None, None)

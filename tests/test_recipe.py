@@ -62,9 +62,10 @@ def test_bad_presets_and_options():
         Recipe(order="tiles")
 
 
-def test_the_automatic_recipe_is_pooled_at_the_density_of_the_fidelity_page():
-    assert presets.automatic() == presets.pooled(density=0.3)
-    assert presets.automatic(density=0.1, refresh_every=2) == presets.pooled(density=0.1, refresh_every=2)
+def test_the_automatic_recipe_is_that_of_the_fidelity_page():
+    assert presets.automatic() == presets.mass(density=0.3)
+    assert presets.automatic(density=0.1, dense_fraction=0.1) == presets.mass(density=0.1, dense_fraction=0.1)
+    assert presets.automatic(in_pipeline=False) == presets.pooled(density=0.3)
     with pytest.raises(ValueError, match="no option 'sparsity'"):
         presets.automatic(sparsity=0.9)
 

@@ -18,6 +18,7 @@ from .. import presets
 from ..api import patch, self_attentions, transformers_of
 from ..call import AttentionCall
 from ..kernels.block_mass import block_mass
+from ..kernels.packed_mask import pack_bits
 from ..kernels.selection import pooled_scores
 from ..layout import TokenLayout
 from ..patches.fingerprint import Fingerprint
@@ -25,7 +26,7 @@ from ..patches.session import sigmas_of
 from ..plan import SequenceBlocks
 from ..recipe import Recipe
 from ..stages.axis_choice import AxisScores, measure_axes
-from ..stages.frozen import FrozenMasks, bucket_edges, pack
+from ..stages.frozen import FrozenMasks, bucket_edges
 from ..stages.order_axes import AxisOrder, ChosenAxes
 from ..stages.order_sorted import SortedSegments
 from ..stages.select import density_of_layer, shares_per_head
@@ -345,7 +346,7 @@ class _Run:
         blocks = SequenceBlocks(layout, self._order(name).rows(layout, device, layer), *select.block, device)
         heads = next(value.shape[0] for key, value in self.sums.items() if not key.endswith("axes"))
         if not known:
-            return pack(torch.ones(heads, *blocks.num_blocks, dtype=torch.bool))
+            return pack_bits(torch.ones(heads, *blocks.num_blocks, dtype=torch.bool))
         key = f"{name}/{layer}/{min(known, key=lambda n: abs(n - bucket))}"
         mean = (self.sums[key] / self.counts[key])[None]
         if isinstance(select, (Mass, Pooled)):
@@ -363,8 +364,8 @@ class _Run:
                 blocks, mean.clamp_min(1e-38).log(), None, density=shares, top_p=select.top_p, forced_k=sink
             )
         else:
-            return pack(mean[0] >= 0.5)
-        return pack(mask.to_dense()[0])
+            return pack_bits(mean[0] >= 0.5)
+        return pack_bits(mask.to_dense()[0])
 
     def save(self, path: Path) -> None:
         """Keep what is done."""

@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+from itertools import product
+
 import torch
 import torch.nn.functional as F
 
 from .selection import Impl, gather_mask, gather_rows, tile_obstacle, use_triton
 
-CHUNK_LOGITS = 1 << 24
-"""The torch version holds about this many logits at a time."""
+CHUNK_LOGITS = 1 << 20
+"""The torch version holds about this many logits at a time, of one head."""
 
 
 def block_mass(
@@ -74,33 +76,39 @@ def _block_mass_torch(
     wide = torch.float64 if q.dtype == torch.float64 else torch.float32
     batch, q_len, heads, _ = q.shape
     kv_len = k.shape[1]
-    q_slots = gather_rows(q, rows).to(wide) * scale
-    k_slots = gather_rows(k, k_rows).to(wide).transpose(-1, -2)
-    hidden = None if key_mask is None else ~gather_mask(key_mask, k_rows)[:, :, None]
+    hidden = None if key_mask is None else ~gather_mask(key_mask, k_rows).expand(batch, heads, kv_len)
     given = None
     if lse is not None:
         given = lse.to(wide) if rows is None else torch.take_along_dim(lse.to(wide), rows.long(), dim=2)
-    pad_k = -kv_len % block_k
-    blocks = max(1, CHUNK_LOGITS // (batch * heads * block_q * kv_len))
-    masses, found = [], []
-    for start in range(0, q_len, blocks * block_q):
-        part = slice(start, min(start + blocks * block_q, q_len))
-        logits = q_slots[:, :, part] @ k_slots
-        if hidden is not None:
-            logits = logits.masked_fill(hidden, -torch.inf)
-        norm = logits.logsumexp(-1) if given is None else given[:, :, part]
-        found.append(norm)
-        # A query without visible keys: exp(-inf - inf) is 0, exp(-inf + inf) would be NaN.
-        norm = norm.masked_fill(norm == -torch.inf, torch.inf)
-        prob = torch.exp(logits - norm[..., None])
-        pad_q = -prob.shape[2] % block_q
-        prob = F.pad(prob, (0, pad_k, 0, pad_q)).unflatten(2, (-1, block_q)).unflatten(-1, (-1, block_k))
-        masses.append(prob.sum((3, 5)))
-    mass = torch.cat(masses, 2).float()
+    q_slots, k_slots = (gather_rows(x, places) for x, places in ((q, rows), (k, k_rows)))
+    nq, nk = -(-q_len // block_q), -(-kv_len // block_k)
+    mass = torch.zeros(batch, heads, nq, nk, dtype=torch.float32, device=q.device)
+    slots = torch.empty(batch, heads, q_len, dtype=wide, device=q.device)
+    blocks = max(1, CHUNK_LOGITS // (block_q * kv_len))
+    # Head by head in few rows: what a processor's caches hold.
+    for b, h in product(range(batch), range(heads)):
+        queries, keys = q_slots[b, h].to(wide) * scale, k_slots[b, h].to(wide).T
+        for first in range(0, nq, blocks):
+            part = slice(first * block_q, min((first + blocks) * block_q, q_len))
+            logits = queries[part] @ keys
+            if hidden is not None:
+                logits.masked_fill_(hidden[b, h], -torch.inf)
+            shift = logits.amax(-1) if given is None else given[b, h, part]
+            # A query without visible keys: exp(-inf - inf) is 0, exp(-inf + inf) would be NaN.
+            shift = shift.masked_fill(shift == -torch.inf, torch.inf)
+            weights = logits.sub_(shift[:, None]).exp_()
+            if kv_len % block_k:
+                weights = F.pad(weights, (0, -kv_len % block_k))
+            rows_mass = weights.view(-1, nk, block_k).sum(-1)
+            if given is None:
+                total = rows_mass.sum(-1)
+                slots[b, h, part] = torch.where(total == 0, -torch.inf, shift + total.log())
+                rows_mass = rows_mass * torch.where(total == 0, 0.0, total.reciprocal())[:, None]
+            rows_mass = F.pad(rows_mass, (0, 0, 0, -rows_mass.shape[0] % block_q))
+            mass[b, h, first : first + blocks] = rows_mass.view(-1, block_q, nk).sum(1)
     if lse is not None:
         return mass, lse
-    slots = torch.cat(found, 2).float()
     if rows is None:
-        return mass, slots
+        return mass, slots.float()
     index = rows.long().expand(batch, heads, q_len)
-    return mass, torch.empty_like(slots).scatter_(2, index, slots)
+    return mass, torch.empty_like(slots, dtype=torch.float32).scatter_(2, index, slots.float())

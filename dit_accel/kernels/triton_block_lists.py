@@ -1,4 +1,4 @@
-"""Block lists from ranks in one launch, for masks that are given as blocks."""
+"""Block lists in one launch, from the rank of every block or from bits."""
 
 from __future__ import annotations
 
@@ -13,10 +13,32 @@ def list_fwd_kernel(rank_ptr, indices_ptr, num_ptr, num_full_ptr, nk, WIDTH: tl.
     pid = tl.program_id(0).to(tl.int64)
     j = tl.arange(0, WIDTH)
     rank = tl.load(rank_ptr + pid * nk + j, mask=j < nk, other=2).to(tl.int32)
+    write_lists(rank, j, pid, indices_ptr + pid * nk, num_ptr, num_full_ptr)
+
+
+@triton.jit
+def unpack_fwd_kernel(
+    kept_ptr, partial_ptr, indices_ptr, num_ptr, num_full_ptr, nk, num_bytes, longest, short, WIDTH: tl.constexpr
+):
+    """One row's lists from its bits; the key block ``short`` is partial where it is kept."""
+    pid = tl.program_id(0).to(tl.int64)
+    j = tl.arange(0, WIDTH)
+    place = pid * num_bytes + j // 8
+    kept = (tl.load(kept_ptr + place, mask=j < nk, other=0) >> (j % 8)) & 1
+    partial = (j == short).to(tl.int32)
+    if partial_ptr is not None:
+        partial |= (tl.load(partial_ptr + place, mask=j < nk, other=0) >> (j % 8)) & 1
+    rank = tl.where(kept != 0, partial, 2)
+    write_lists(rank, j, pid, indices_ptr + pid * longest, num_ptr, num_full_ptr)
+
+
+@triton.jit
+def write_lists(rank, j, pid, row_ptr, num_ptr, num_full_ptr):
+    """Full blocks first, then partial ones, both rising."""
     before = tl.cumsum(tl.where(rank == 0, 1, tl.where(rank == 1, 65536, 0)), 0)
     num_full = tl.sum((rank == 0).to(tl.int32), 0)
     place = tl.where(rank == 0, (before & 65535) - 1, num_full + (before >> 16) - 1)
-    tl.store(indices_ptr + pid * nk + place, j, mask=rank < 2)
+    tl.store(row_ptr + place, j, mask=rank < 2)
     tl.store(num_ptr + pid, tl.sum((rank < 2).to(tl.int32), 0))
     tl.store(num_full_ptr + pid, num_full)
 
@@ -35,6 +57,26 @@ def block_lists_triton(rank: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, 
         list_fwd_kernel[(counts[0].numel(),)](
             rank, indices, counts[0], counts[1], nk, WIDTH=width, num_warps=row_warps(width, False)
         )
+    return indices, counts[0], counts[1]
+
+
+def block_lists_of_bits(
+    kept: torch.Tensor, partial: torch.Tensor | None, nk: int, short: int, longest: int
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """Lists of ``longest`` entries from uint8 bits ``[B, H, nq, ceil(nk / 8)]``; see :class:`PackedBlockMask`.
+
+    Args:
+        short: the last key block where it is short, -1 where it is not.
+    """
+    lead = kept.shape[:-1]
+    indices = torch.zeros(*lead, longest, dtype=torch.int32, device=kept.device)
+    counts = torch.empty(2, *lead, dtype=torch.int32, device=kept.device)
+    width = max(32, triton.next_power_of_2(nk))
+    with torch.cuda.device_of(kept):
+        unpack_fwd_kernel[(counts[0].numel(),)](
+            kept, partial, indices, counts[0], counts[1], nk, kept.shape[-1], longest, short,
+            WIDTH=width, num_warps=row_warps(width, False),
+        )  # fmt: skip
     return indices, counts[0], counts[1]
 
 

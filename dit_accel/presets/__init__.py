@@ -11,7 +11,7 @@ from ..stages.schedule import Schedule
 from ..stages.select_dynamic import Pooled
 from ..stages.select_static import Window
 from .grid import clear, dina, gna, na, radial, sta
-from .searched import adaspa, paro, pbs, psa, rectified, sparge, sparsed, vmoba
+from .searched import adaspa, mass, paro, pbs, psa, rectified, sparge, sparsed, vmoba
 from .trained import sla, sparge2, ssa
 from .whole import agent, sage
 
@@ -62,24 +62,26 @@ def pooled(
 
 
 AUTOMATIC_DENSITY = 0.3
-"""What ``patch(pipe)`` keeps without a recipe: the lowest density of the fidelity sweep at which ``pooled`` stays above
-30 dB against dense (docs/fidelity.md)."""
+"""What ``patch(pipe)`` keeps without a recipe: the lowest density of the fidelity sweep at which ``pooled`` stayed
+above 30 dB against dense with both sets of weights measured (docs/fidelity.md)."""
 
 
-def automatic(**options: Any) -> Recipe:
-    """The recipe where none is named: :func:`pooled`, whose plans cost least in time and nothing in memory, at a
-    density that keeps the pictures.
+def automatic(in_pipeline: bool = True, **options: Any) -> Recipe:
+    """The recipe where none is named, at a density that keeps the pictures: :func:`mass`, the best of the fidelity
+    sweep for its time (docs/fidelity.md), or outside a pipeline :func:`pooled`: without steps nobody knows for which
+    forwards a plan that is searched once should serve.
 
     Raises:
-        ValueError: an option that ``pooled`` lacks.
+        ValueError: an option that the preset lacks.
     """
-    return resolve("pooled", **({"density": AUTOMATIC_DENSITY} | options))
+    return resolve("mass" if in_pipeline else "pooled", **({"density": AUTOMATIC_DENSITY} | options))
 
 
 PRESETS: dict[str, Callable[..., Recipe]] = {
     "dense": dense,
     "window": window,
     "pooled": pooled,
+    "mass": mass,
     "adaspa": adaspa,
     "paro": paro,
     "sparsed": sparsed,

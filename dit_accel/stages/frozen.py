@@ -8,6 +8,7 @@ from dataclasses import dataclass
 import torch
 
 from ..kernels import BlockMask
+from ..kernels.packed_mask import unpack_bits
 from ..layout import TokenLayout
 from ..plan import SequenceBlocks
 from .select_dynamic import keep_chosen
@@ -55,20 +56,8 @@ class FrozenMasks:
         """
         if layer >= self.bits.shape[1]:
             raise ValueError(f"The calibration is for {self.bits.shape[1]} layers, the model has a layer {layer}.")
-        chosen = unpack(self.bits[bucket, layer].to(blocks.device), blocks.num_blocks[1])[None]
+        chosen = unpack_bits(self.bits[bucket, layer].to(blocks.device), blocks.num_blocks[1])[None]
         return keep_chosen(blocks, chosen, key_mask).trimmed()
-
-
-def pack(keep: torch.Tensor) -> torch.Tensor:
-    """uint8 ``[..., ceil(n / 8)]`` from bool ``[..., n]``; the inverse of :func:`unpack`."""
-    padded = torch.nn.functional.pad(keep, (0, -keep.shape[-1] % 8)).unflatten(-1, (-1, 8))
-    weights = 1 << torch.arange(8, device=keep.device)
-    return (padded * weights).sum(-1).to(torch.uint8)
-
-
-def unpack(bits: torch.Tensor, count: int) -> torch.Tensor:
-    """bool ``[..., count]`` from uint8 ``[..., ceil(count / 8)]``."""
-    return ((bits[..., None] >> torch.arange(8, device=bits.device)) & 1).bool().flatten(-2)[..., :count]
 
 
 def bucket_edges(sigmas: Sequence[float], buckets: int) -> tuple[float, ...]:

@@ -21,6 +21,8 @@ class Schedule:
             [0, 1)), and whenever there is none yet. Without a pipeline ``refresh_every`` counts forwards.
         dense_refresh: compute a step that makes a plan densely, and use the plan from the next step on. Acts
             in a pipeline only.
+        plan_in_dense_phase: make the first plan in the last step of the dense phase in place of the first step
+            after it; for ``dense_refresh``, which then adds no dense step.
         density_points: density of the plans made along the trajectory, as (position, density) pairs in
             between which it is interpolated linearly and beyond which it stays; empty leaves the selection's
             own. A position is a progress in [0, 1) or a sigma, see ``density_over``.
@@ -37,6 +39,7 @@ class Schedule:
     refresh_every: int = 1
     refresh_at: tuple[float, ...] = ()
     dense_refresh: bool = False
+    plan_in_dense_phase: bool = False
     density_points: tuple[tuple[float, float], ...] = ()
     density_over: str = "progress"
     drift_bound: float | None = None
@@ -56,6 +59,10 @@ class Schedule:
             raise ValueError(f"schedule.density_points must differ in position, got {self.density_points}.")
         if self.density_over not in ("progress", "sigma"):
             raise ValueError(f"schedule.density_over must be progress or sigma, got {self.density_over!r}.")
+        if self.plan_in_dense_phase and not self.dense_refresh:
+            raise ValueError(
+                "schedule.plan_in_dense_phase needs schedule.dense_refresh: the step of its plan must stay dense."
+            )
         if self.drift_bound is not None and self.drift_bound <= 0.0:
             raise ValueError(f"schedule.drift_bound must be above 0, got {self.drift_bound}.")
 
@@ -68,8 +75,10 @@ class Schedule:
         """Why this call stays dense, or None if it may run sparse."""
         if layer in self.dense_layers or layer - num_layers in self.dense_layers:
             return "dense layer"
-        if step.progress is not None and step.progress < self.dense_fraction:
-            return "dense phase"
+        if step.index is not None and step.num_steps:
+            ahead = step.index + (1 if self.plan_in_dense_phase else 0)
+            if ahead / step.num_steps < self.dense_fraction:
+                return "dense phase"
         return None
 
     def density(self, step: StepContext) -> float | None:
@@ -97,6 +106,12 @@ class Schedule:
             now, then = step.progress or 0.0, made.progress or 0.0
             return any(then < point <= now for point in self.refresh_at)
         return self._too_old(step.index - made.index)
+
+    def plans_after(self, step: StepContext) -> bool:
+        """Whether a run makes another plan after the one of ``step``."""
+        if not self.refresh_at or step.progress is None:
+            return True
+        return any(point > step.progress for point in self.refresh_at)
 
     def _too_old(self, age: int) -> bool:
         if self.drift_bound is not None and self.refresh_every == 1:

@@ -10,9 +10,10 @@ from diffusers import UniPCMultistepScheduler
 from dit_accel import CalibrationArtifact, Recipe, calibrate, patch, presets
 from dit_accel.calibration.artifact import CalibratedTransformer
 from dit_accel.calibration.calibrate import mask_megabytes
+from dit_accel.kernels.packed_mask import pack_bits, unpack_bits
 from dit_accel.layout import TokenLayout
 from dit_accel.patches.fingerprint import Fingerprint
-from dit_accel.stages.frozen import FrozenMasks, bucket_edges, pack, unpack
+from dit_accel.stages.frozen import FrozenMasks, bucket_edges
 from dit_accel.stages.order import Tiles
 from dit_accel.stages.order_axes import AXIS_ORDERS, AxisOrder
 from dit_accel.stages.select_dynamic import Pooled
@@ -101,7 +102,7 @@ def test_paro_masks_are_the_best_by_mean_exact_mass(paro):
         rows = part.recipe.order.rows(layout, device, layer)
         rows = torch.arange(126) if rows is None else rows
         mass = _mean_mass(here, rows.expand(2, -1), BLOCK)
-        kept = unpack(part.masks.bits[bucket, layer], 4)
+        kept = unpack_bits(part.masks.bits[bucket, layer], 4)
         for h, i in itertools.product(range(2), range(4)):
             best = set(mass[h, i].argsort(descending=True)[:2].tolist())  # ceil(0.4 * 4)
             assert set(kept[h, i].nonzero()[:, 0].tolist()) == best | {i}
@@ -117,7 +118,7 @@ def test_a_patched_run_uses_the_masks_of_its_noise_level(paro):
             return
         rows = torch.arange(126).expand(1, 1, -1) if call.plan.rows is None else call.plan.rows
         rows = rows.expand(1, 2, -1).long()
-        kept = unpack(part.masks.bits[part.masks.bucket(call.step.sigma), call.layer], 4)
+        kept = unpack_bits(part.masks.bits[part.masks.bucket(call.step.sigma), call.layer], 4)
         tokens = kept.repeat_interleave(32, 1).repeat_interleave(32, 2)[:, :126, :126]
         mask = torch.zeros(2, 126, 126, dtype=torch.bool)
         for h in range(2):
@@ -310,7 +311,7 @@ def test_per_head_densities_are_kept():
     pipe, prompts = TINY["wan"].build(2), _prompts("wan", 1)
     pipe.set_progress_bar_config(disable=True)
     artifact = calibrate(pipe, prompts, RECIPES["per head"], generate_kwargs=STEPS)
-    kept = unpack(artifact.transformers["transformer"].masks.bits, 4).double().mean((0, 1, 3, 4))
+    kept = unpack_bits(artifact.transformers["transformer"].masks.bits, 4).double().mean((0, 1, 3, 4))
     # ceil(0.3 * 4) and ceil(0.9 * 4) of 4 blocks, and own blocks
     assert 0.5 <= float(kept[0]) <= 0.75
     assert float(kept[1]) == 1.0
@@ -343,8 +344,8 @@ def test_wan_at_480p_stays_below_64_megabytes(tmp_path):
 @pytest.mark.parametrize("count", [1, 7, 8, 9, 72])
 def test_packing_is_exact(count):
     keep = torch.rand(3, 5, count, generator=torch.Generator().manual_seed(count)) < 0.5
-    assert torch.equal(unpack(pack(keep), count), keep)
-    assert pack(keep).shape[-1] == -(-count // 8)
+    assert torch.equal(unpack_bits(pack_bits(keep), count), keep)
+    assert pack_bits(keep).shape[-1] == -(-count // 8)
 
 
 @pytest.mark.parametrize(("steps", "buckets", "expected"), [(8, 3, (2, 4)), (8, 1, ()), (2, 4, (1,)), (1, 4, ())])

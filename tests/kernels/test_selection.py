@@ -10,6 +10,7 @@ import pytest
 import torch
 
 from dit_accel.kernels.block_mask import BlockMask
+from dit_accel.kernels.packed_mask import PackedBlockMask, pack_bits
 from dit_accel.kernels.selection import (
     hidden_blocks,
     pool_blocks,
@@ -284,6 +285,53 @@ def test_lists_of_a_dense_map(nk, device):
         full, partial = ([j for j in range(nk) if rank[b, h, i, j] == kind] for kind in (0, 1))
         assert indices[b, h, i, : number[b, h, i]].tolist() == full + partial
         assert int(number_full[b, h, i]) == len(full)
+
+
+@pytest.mark.parametrize("masked", [False, True])
+@pytest.mark.parametrize(("block_k", "kv_len"), [(16, 16 * 7), (16, 16 * 33 - 5), (32, 32 * 130 - 1)])
+def test_a_packed_mask_has_the_lists_of_the_mask(masked, block_k, kv_len, device):
+    nk, generator = -(-kv_len // block_k), torch.Generator().manual_seed(0)
+    keep = torch.rand(2, 3, 5, nk, generator=generator) < 0.3
+    keep[0, 0, 0], keep[0, 0, 1] = False, masked  # nothing, and everything
+    partial = torch.rand(2, 3, 5, nk, generator=generator) < 0.2 if masked else None
+    mask = BlockMask.from_dense(keep, 16, block_k, 75, kv_len, partial=partial)
+    packed = PackedBlockMask.of(mask.to(device), key_mask=masked)
+    assert packed.kept.numel() <= keep.numel() / 8 + keep[..., 0].numel()
+    found = packed.lists().to("cpu")
+    assert found.kv_indices.shape[-1] == int(keep.sum(-1).max())
+    assert torch.equal(found.kv_num_blocks, mask.kv_num_blocks)
+    assert torch.equal(found.kv_num_full, mask.kv_num_full)
+    for b, h, i in np.ndindex(2, 3, 5):
+        count = int(mask.kv_num_blocks[b, h, i])
+        assert torch.equal(found.kv_indices[b, h, i, :count], mask.kv_indices[b, h, i, :count])
+
+
+@pytest.mark.parametrize("nk", [7, 33, 130])
+def test_lists_of_bits(nk, device):
+    """The kernel that lists bits, row by row in plain Python."""
+    from dit_accel.kernels.triton_block_lists import block_lists_of_bits
+
+    generator = torch.Generator().manual_seed(0)
+    keep, partial = (torch.rand(2, 3, 5, nk, generator=generator) < share for share in (0.4, 0.3))
+    keep[0, 0, 0], keep[0, 0, 1] = False, True  # nothing, and everything
+    for part, short in ((None, -1), (None, nk - 1), (partial, nk - 1)):
+        bits = pack_bits(keep).to(device), None if part is None else pack_bits(part).to(device)
+        indices, number, number_full = (x.cpu() for x in block_lists_of_bits(*bits, nk, short, nk))
+        masked = torch.zeros_like(keep) if part is None else part.clone()
+        masked[..., short if short >= 0 else slice(0)] = True
+        for b, h, i in np.ndindex(2, 3, 5):
+            row, hidden = keep[b, h, i], masked[b, h, i]
+            full, some = ((row & which).nonzero()[:, 0].tolist() for which in (~hidden, hidden))
+            assert indices[b, h, i, : number[b, h, i]].tolist() == full + some
+            assert int(number_full[b, h, i]) == len(full)
+
+
+def test_a_mask_with_token_bits_is_not_packed():
+    keep = torch.ones(1, 1, 1, 2, dtype=torch.bool)
+    bits = torch.zeros(1, 32, 1, dtype=torch.int32)
+    mask = BlockMask.from_dense(keep, 32, 32, 32, 64, bit_rows=torch.zeros(1, 1, 1, 2), token_bits=bits)
+    with pytest.raises(ValueError, match="token bits cannot be packed"):
+        PackedBlockMask.of(mask, key_mask=False)
 
 
 @pytest.mark.parametrize("impl", IMPLS)

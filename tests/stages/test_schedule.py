@@ -24,6 +24,22 @@ def test_dense_phase_and_refresh():
     assert _run(Schedule(dense_fraction=0.2, refresh_at=(0.5, 0.55, 0.9)), 10) == [2, 5, 6, 9]
 
 
+def test_the_first_plan_may_be_made_in_the_last_dense_step():
+    kind = {"dense_refresh": True, "plan_in_dense_phase": True}
+    for share, steps, first in ((0.2, 30, 5), (0.2, 10, 1), (0.2, 4, 0), (0.0, 4, 0), (1.0, 4, 3), (0.25, 50, 12)):
+        assert _run(Schedule(dense_fraction=share, refresh_at=(0.0,), **kind), steps) == [first]
+    with pytest.raises(ValueError, match="plan_in_dense_phase needs"):
+        Schedule(plan_in_dense_phase=True)
+
+
+def test_whether_a_run_plans_again():
+    steps = [StepContext(index=index, num_steps=10) for index in range(10)]
+    schedule = Schedule(refresh_at=(0.2, 0.6))
+    assert [schedule.plans_after(step) for step in steps] == [True] * 6 + [False] * 4
+    assert Schedule(refresh_every=100).plans_after(steps[9]), "its age is not known ahead"
+    assert schedule.plans_after(StepContext()), "nor the end of forwards without a run"
+
+
 def test_dense_layers_count_from_both_ends():
     step = StepContext()
     schedule = Schedule(dense_layers=(0, -1))
