@@ -42,7 +42,7 @@ def gather_queries(head, buffer, shared, state, HEAD_DIM: gl.constexpr, LAYOUT: 
     buffers, loads, _outputs, _order = shared
     q_smem, _k_smem, _v_smem, _o_smem, places = buffers
     q_full = loads[0]
-    q_ptr, stride_qs, stride_qh = state[0]
+    q_ptr, stride_qs, stride_qh = state[1]
     base = q_ptr + head * stride_qh
     for half in range(2):
         for chunk in gl.static_range(64 // _CHUNK):
@@ -74,7 +74,7 @@ def put_outputs(
     q_empty = loads[1]
     o_full, _o_ready = outputs
     nq = sizes[0]
-    _queries, results, _scales, _rows_head_stride, q_len, _kv_len, _scale_log2 = state
+    _keys, _queries, results, _scales, _rows_head_stride, q_len, _kv_len, _scale_log2 = state
     out_ptr, _lse_ptr, stride_os, stride_oh = results
     head = (tile // nq).to(gl.int64)
     buffer = (turn % 2) * 2
@@ -116,7 +116,7 @@ def carry(
     _o_full, o_ready = outputs
     counts_ptr, fulls_ptr, _index_ptr, _bit_rows_ptr, _bits_ptr, rows_ptr, _key_mask_ptr = lists
     nq, num_tiles, mask_head_stride, _list_length, _q_rows, _k_rows, _plane_cols = sizes
-    _queries, _results, _scales, rows_head_stride, q_len, _kv_len, _scale_log2 = state
+    _keys, _queries, _results, _scales, rows_head_stride, q_len, _kv_len, _scale_log2 = state
     LANES: gl.constexpr = HEAD_DIM // 8  # that copy a row, 16 bytes each
     LAYOUT: gl.constexpr = gl.BlockedLayout([1, 8], [32 // LANES, LANES], [CARRIERS, 1], [1, 0])
     turn = gl.to_tensor(0)

@@ -70,7 +70,7 @@ def consume(
     q_full, _q_empty, k_full, k_empty, v_full, v_empty = loads
     counts_ptr, fulls_ptr, index_ptr, bit_rows_ptr, bits_ptr, rows_ptr, key_mask_ptr = lists
     nq, num_tiles, mask_head_stride, list_length, q_rows, k_rows, _plane_cols = sizes
-    _queries, results, scales, rows_head_stride, q_len, kv_len, scale_log2 = state
+    _keys, _queries, results, scales, rows_head_stride, q_len, kv_len, scale_log2 = state
     out_ptr, lse_ptr, stride_os, stride_oh = results
     q_scale_ptr, k_scale_ptr, _v_scale_ptr, _q_shift_ptr = scales
     dtype: gl.constexpr = o_smem.dtype

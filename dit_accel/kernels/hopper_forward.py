@@ -19,9 +19,10 @@ from .triton_forward import LOG2_E, mask_strides
 
 _ROWS = 64  # query rows of a consumer warpgroup
 _SHARED_BYTES = 224 << 10  # of 227 KiB: barriers and alignment take a little
-# What a permuted copy of keys and values may take, as a share of the bytes of q, k, v and the output: a few heads are
-# moved and attended at a time, through one buffer. Each part ends with multiprocessors that run out of tiles, so that
-# a part of few tiles would cost more than the copy is worth: then all heads of a batch entry are moved at once.
+# What a permuted copy of keys and values may take where they are not gathered, as a share of the bytes of q, k, v and
+# the output: a few heads are moved and attended at a time, through one buffer. Each part ends with multiprocessors that
+# run out of tiles, so that a part of few tiles would cost more than the copy is worth: then all heads of a batch entry
+# are moved at once.
 COPY_SHARE = 0.15
 _TILES_OF_A_PART = 8  # for each multiprocessor, at least
 
@@ -31,12 +32,15 @@ class HopperConfig:
     """Buffers of key and value blocks, and whether the consumers take turns at products.
 
     ``biased``: start the integer sums of INT8 products at the bits of a float, in place of converting them.
+    ``gather``: read keys and values of a permuted call row by row, where that can be, in place of copying them first;
+    takes four stages.
     ``copy_share``: a share to keep to whatever it costs, in place of :data:`COPY_SHARE`.
     """
 
     stages: int
     take_turns: bool
     biased: bool = False
+    gather: bool = False
     copy_share: float | None = None
 
 
@@ -88,7 +92,14 @@ def default_config(block_k: int, dim: int, precision: str | None) -> HopperConfi
     stages = (_SHARED_BYTES - 2 * 128 * in_row - out) // (block_k * (in_row + value_row))
     most = (3 if precision == "int8" else 4) * 128 // block_k
     turns = (block_k, dim) == (128, 128) if precision is None else (precision, block_k) == ("int8", 64)
-    return HopperConfig(min(most, stages), turns, biased=precision == "int8_fp8")
+    return HopperConfig(
+        min(most, stages), turns, biased=precision == "int8_fp8", gather=precision is None and block_k == 64
+    )
+
+
+def _can_gather(k: torch.Tensor, v: torch.Tensor) -> bool:
+    """Whether rows of k and v lie alike, at 32-bit distances."""
+    return k.stride(1) == v.stride(1) and k.shape[1] * k.stride(1) < 2**31
 
 
 def heads_of_a_copy(batch: int, heads: int, query_blocks: int, programs: int, share: float | None = None) -> int:
@@ -154,7 +165,8 @@ def hopper_forward(
     config = config or default_config(mask.block_k, dim, precision)
     programs = multiprocessors(q.device.index or 0)
     together, copy = heads, None
-    if rows is not None and quantized is None:
+    gathered = rows is not None and quantized is None and config.gather and _can_gather(k, v)
+    if rows is not None and quantized is None and not gathered:
         together = heads_of_a_copy(batch, heads, nq, programs, config.copy_share)
         copy = torch.empty((2, 1, kv_len, together, dim), dtype=k.dtype, device=k.device)
     counts, fulls, index = (x.contiguous() for x in (mask.kv_num_blocks, mask.kv_num_full, mask.kv_indices))
@@ -176,6 +188,7 @@ def hopper_forward(
                 part = part.view(2, 1, kv_len, count, dim)
                 reorder_pair(k[b : b + 1], v[b : b + 1], rows[rb : rb + 1], first=first, out=part)
                 k_in, v_in = part[0, 0], part[1, 0]
+            keys = (k[b], v[b])
             k_in, v_in = _side_by_side(k_in), _side_by_side(v_in)
             q_tiles = _tiles(_side_by_side(q_in) if rows is None else k_in, _ROWS, dim)
             scales = (lse, lse, lse, lse)
@@ -185,6 +198,7 @@ def hopper_forward(
             k_in = quantized.k[b].flatten(0, 1)
             v_in = quantized.v[b].flatten(0, 1) if fp8 else _side_by_side(values[b])
             q_tiles = _tiles(q_in.flatten(0, 1), _ROWS, dim)
+            keys = (q_in, q_in)
             v_scale = lse if quantized.v_scale is None else quantized.v_scale[b]
             scales = (quantized.q_scale[b], quantized.k_scale[b], v_scale, quantized.q_shift[b])
             planes = (nq * mask.block_q, nk * mask.block_k, 0)
@@ -195,6 +209,7 @@ def hopper_forward(
             _tiles(v_in, *v_tile),
             _tiles(_side_by_side(out[b]), _ROWS, dim),
             _heads_from(q_in, first, 1),
+            *keys,
             _heads_from(out[b], first, 1),
             _heads_from(lse[b], first),
             *scales,
@@ -207,6 +222,8 @@ def hopper_forward(
             index if hidden is None else hidden[b],
             taken[launch],
             *q.stride()[1:3],
+            *k.stride()[1:3],
+            v.stride(2),
             *out.stride()[1:3],
             rows_head_stride,
             nq,
@@ -221,6 +238,7 @@ def hopper_forward(
             HEAD_DIM=dim,
             STAGES=config.stages,
             PERMUTED=rows is not None,
+            GATHER_KV=gathered,
             HAS_BITS=mask.kv_bits is not None and mask.token_bits.shape[0] > 0,
             HAS_KEY_MASK=key_mask is not None,
             TAKE_TURNS=config.take_turns,

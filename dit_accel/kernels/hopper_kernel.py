@@ -1,9 +1,9 @@
 """Device code of block-sparse attention on Hopper, in Gluon: TMA, asynchronous WGMMA, specialised warps.
 
-One producer warp streams the listed key and value blocks into shared memory. Two consumer warpgroups hold
-64 query rows each; they take turns at issuing products, so that one is in its softmax while the other keeps
-the matrix units busy, and inside a warpgroup the scores of block ``n + 1`` and the weighted values of block
-``n`` are in flight during the softmax (FlashAttention-3, arXiv 2407.08608). A program stays on its
+One producer warp streams the listed key and value blocks into shared memory, or four warps gather their rows.
+Two consumer warpgroups hold 64 query rows each; they take turns at issuing products, so that one is in its softmax
+while the other keeps the matrix units busy, and inside a warpgroup the scores of block ``n + 1`` and the weighted
+values of block ``n`` are in flight during the softmax (FlashAttention-3, arXiv 2407.08608). A program stays on its
 multiprocessor and takes query blocks in turn, so that loads for the next one start before the last one is
 written. Two more warps take the outputs out and, of permuted calls, bring the queries in.
 
@@ -21,6 +21,7 @@ from triton.experimental.gluon.language.nvidia.hopper import fence_async_shared,
 
 from .hopper_carrier import CARRIERS, carry
 from .hopper_consumer import consume
+from .hopper_gather import GATHERERS, gather_blocks
 from .hopper_producer import produce
 from .triton_forward import SIZES
 
@@ -30,6 +31,8 @@ from .triton_forward import SIZES
     # Heads and launches start anywhere in these.
     do_not_specialize_on_alignment=(
         "q_ptr",
+        "k_ptr",
+        "v_ptr",
         "out_ptr",
         "lse_ptr",
         "counts_ptr",
@@ -46,6 +49,8 @@ def hopper_fwd_kernel(
     v_desc,
     out_desc,
     q_ptr,
+    k_ptr,
+    v_ptr,
     out_ptr,
     lse_ptr,
     q_scale_ptr,
@@ -62,6 +67,9 @@ def hopper_fwd_kernel(
     counter_ptr,
     stride_qs,
     stride_qh,
+    stride_ks,
+    stride_kh,
+    stride_vh,
     stride_os,
     stride_oh,
     rows_head_stride,
@@ -79,6 +87,7 @@ def hopper_fwd_kernel(
     HEAD_DIM: gl.constexpr,
     STAGES: gl.constexpr,
     PERMUTED: gl.constexpr,
+    GATHER_KV: gl.constexpr,
     HAS_BITS: gl.constexpr,
     HAS_KEY_MASK: gl.constexpr,
     TAKE_TURNS: gl.constexpr,
@@ -89,7 +98,8 @@ def hopper_fwd_kernel(
 ):
     """Query blocks of 128 rows of the heads of one batch entry.
 
-    ``q_rows`` and ``k_rows`` are a head's rows in the tensors of q and k, ``plane_cols`` its columns.
+    ``q_rows`` and ``k_rows`` are a head's rows in the tensors of q and k, ``plane_cols`` its columns. Rows of k and v
+    that are gathered are ``stride_ks`` apart.
     """
     GATHER_Q: gl.constexpr = PERMUTED and not QUANTIZED
     q_smem = gl.allocate_shared_memory(q_desc.dtype, [4, 64, HEAD_DIM], q_desc.layout)
@@ -165,13 +175,15 @@ def hopper_fwd_kernel(
     queries = (q_ptr, stride_qs, stride_qh)
     results = (out_ptr, lse_ptr, stride_os, stride_oh)
     scales = (q_scale_ptr, k_scale_ptr, v_scale_ptr, q_shift_ptr)
-    state = (queries, results, scales, rows_head_stride, q_len, kv_len, scale_log2)
+    keys = (k_ptr, v_ptr, stride_ks, stride_kh, stride_vh)
+    state = (keys, queries, results, scales, rows_head_stride, q_len, kv_len, scale_log2)
     FIRST: gl.constexpr = 0
     SECOND: gl.constexpr = 1
-    # Registers of a thread: two warpgroups of consumers and one of the other warps share 504. With 64 keys consumers
+    # Registers of a thread. The other warps fill a warpgroup, or two with those that gather. With 64 keys consumers
     # leave some, and the carriers need not keep theirs in memory.
-    CONSUMER: gl.constexpr = 216 if GATHER_Q and BLOCK_K == 64 else 240
-    OTHER: gl.constexpr = 504 - 2 * CONSUMER
+    SUPPLIERS: gl.constexpr = GATHERERS if GATHER_KV else 1
+    CONSUMER: gl.constexpr = 208 if GATHER_KV else 216 if GATHER_Q and BLOCK_K == 64 else 240
+    OTHER: gl.constexpr = 40 if GATHER_KV else 504 - 2 * CONSUMER
     gl.warp_specialize(
         [
             (
@@ -218,9 +230,34 @@ def hopper_fwd_kernel(
                     BIASED,
                 ),
             ),
-            (produce, (descriptors, shared, queue, lists, sizes, BLOCK_K, HEAD_DIM, STAGES, GATHER_Q, FP8)),
+            (
+                supply,
+                (descriptors, shared, queue, lists, sizes, state, BLOCK_K, HEAD_DIM, STAGES, GATHER_Q, GATHER_KV, FP8),
+            ),
             (carry, (out_desc, shared, queue, lists, sizes, state, HEAD_DIM, PERMUTED, QUANTIZED)),
         ],
-        [4, 1, CARRIERS],
+        [4, SUPPLIERS, CARRIERS],
         [CONSUMER, OTHER, OTHER],
     )
+
+
+@gluon.jit
+def supply(
+    descriptors,
+    shared,
+    queue,
+    lists,
+    sizes,
+    state,
+    BLOCK_K: gl.constexpr,
+    HEAD_DIM: gl.constexpr,
+    STAGES: gl.constexpr,
+    GATHER_Q: gl.constexpr,
+    GATHER_KV: gl.constexpr,
+    FP8: gl.constexpr,
+):
+    """Keys and values, rows gathered or whole blocks by TMA, and the program's tiles."""
+    if GATHER_KV:
+        gather_blocks(shared, queue, lists, sizes, state, BLOCK_K, HEAD_DIM, STAGES)
+    else:
+        produce(descriptors, shared, queue, lists, sizes, BLOCK_K, HEAD_DIM, STAGES, GATHER_Q, FP8)

@@ -32,7 +32,7 @@ def claim_tile(queue, place):
     slot = place % 2
     tile = gl.atomic_add(counter_ptr, 1) + gl.num_programs(0)
     mbarrier.wait(claim_empty.index(slot), ((place // 2) & 1) ^ 1)
-    claims.index(slot).store(gl.full([1], tile, gl.int32, layout=gl.BlockedLayout([1], [32], [1], [0])))
+    claims.index(slot).store(gl.full([1], tile, gl.int32, layout=gl.BlockedLayout([1], [32], [gl.num_warps()], [0])))
     mbarrier.arrive(claim_full.index(slot), count=1)
     return tile
 

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import json
 import sys
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -26,6 +27,7 @@ VARIANTS: dict[str, tuple[int, int, dict[str, Any]]] = {
     "half D=64": (128, 64, {"key_mask": True}),
     "rows": (128, 128, {"rows": True}),
     "rows 64": (64, 128, {"rows": True}),
+    "rows 64 copied": (64, 128, {"rows": True, "gather": False}),
     "rows D=64": (64, 64, {"rows": True, "key_mask": True}),
     "int8": (64, 128, {"precision": "int8"}),
     "int8 rows": (128, 128, {"precision": "int8", "rows": True}),
@@ -75,7 +77,9 @@ def main() -> None:
         hidden = torch.ones(1, LENGTH, dtype=torch.bool) if settings.get("key_mask") else None
         precision = settings.get("precision")
         ready = precision and reference_quantize(q, k, v, 128, block_k, precision=precision)
-        hopper_forward.hopper_forward(q, k, v, mask, rows, hidden, 0.1, quantized=ready or None)
+        config = hopper_forward.default_config(block_k, dim, precision)
+        config = replace(config, gather=settings.get("gather", config.gather))
+        hopper_forward.hopper_forward(q, k, v, mask, rows, hidden, 0.1, quantized=ready or None, config=config)
         print(json.dumps({"name": name, "ptx": kernel.ptx}), flush=True)
 
 

@@ -58,6 +58,28 @@ def test_matches_oracle(turns, case, shape, dtype, device):
 
 
 @pytest.mark.parametrize("lead", [(1, 1), (1, 5), (2, 5)], ids=str)
+@pytest.mark.parametrize("dim", [64, 128])
+def test_gathered_rows_and_copied_ones_have_the_same_bits(dim, lead, device):
+    from dit_accel.kernels.hopper_forward import default_config, hopper_forward
+
+    if torch.cuda.get_device_capability() != (9, 0):
+        pytest.skip("it needs a GPU of compute capability 9.0")
+    settings = {"length": 5000, "heads": 5, "batch": 2, "lead": lead, "rows": lead, "key_mask": True}
+    q, k, v, mask, rows, hide, _ = build(**settings, block=(128, 64), dim=dim, dtype=torch.bfloat16, empty_rows=True)
+    q, k, v, mask, rows, hide = (x.to(device) for x in (q, k, v, mask, rows, hide))
+    config = default_config(64, dim, None)
+    assert config.gather
+    copied = hopper_forward(q, k, v, mask, rows, hide, 0.1, config=replace(config, gather=False))
+    together = torch.stack([k, v], 2)[:, :, 0], torch.stack([k, v], 2)[:, :, 1]  # rows twice as far apart
+    by_head = [x.transpose(1, 2).contiguous().transpose(1, 2) for x in (k, v)]  # heads not side by side
+    apart = k, together[1]  # rows that do not lie alike, and are copied
+    for keys, values in ((k, v), together, by_head, apart):
+        gathered = hopper_forward(q, keys, values, mask, rows, hide, 0.1)
+        assert torch.equal(gathered[0], copied[0])
+        assert torch.equal(gathered[1], copied[1])
+
+
+@pytest.mark.parametrize("lead", [(1, 1), (1, 5), (2, 5)], ids=str)
 @pytest.mark.parametrize("share", [0.01, 0.2, 0.3])
 def test_a_copy_in_parts_changes_nothing(share, lead, device):
     from dit_accel.kernels.hopper_forward import default_config, hopper_forward
@@ -80,6 +102,7 @@ MANY_CALLS = {
     # name: (keys a block, head dim, settings)
     "rows": (64, 128, {"heads": 4, "batch": 2, "rows": (1, 4), "empty_rows": True}),
     "rows_one_launch": (64, 128, {"heads": 6, "rows": (1, 6)}),
+    "rows_copied": (64, 128, {"heads": 4, "batch": 2, "rows": (1, 4), "empty_rows": True}),
     "rows_wide_blocks": (128, 128, {"heads": 4, "batch": 2, "rows": (1, 4)}),
     "rows_small_heads": (64, 64, {"heads": 4, "batch": 2, "rows": (1, 4)}),
     "in_order": (64, 128, {"heads": 4, "batch": 2, "empty_rows": True}),
@@ -89,7 +112,7 @@ MANY_CALLS = {
 @pytest.mark.parametrize("case", MANY_CALLS)
 def test_many_calls_have_the_same_bits(case, device):
     """More tiles than multiprocessors, over and over: a race of the queue or of a buffer is rare."""
-    from dit_accel.kernels.hopper_forward import hopper_forward
+    from dit_accel.kernels.hopper_forward import default_config, hopper_forward
 
     if torch.cuda.get_device_capability() != (9, 0):
         pytest.skip("it needs a GPU of compute capability 9.0")
@@ -97,7 +120,8 @@ def test_many_calls_have_the_same_bits(case, device):
     q, k, v, mask, rows, _, _ = build(length=6000, block=(128, block_k), dim=dim, dtype=torch.bfloat16, **settings)
     q, k, v, mask = (x.to(device) for x in (q, k, v, mask))
     rows = None if rows is None else rows.to(device)
-    want, want_lse = hopper_forward(q, k, v, mask, rows, None, dim**-0.5)
+    config = replace(default_config(block_k, dim, None), gather=False) if case == "rows_copied" else None
+    want, want_lse = hopper_forward(q, k, v, mask, rows, None, dim**-0.5, config=config)
     cold = torch.empty(64 << 20, dtype=torch.uint8, device=device)
     for number in range(400):
         # Freed memory of the outputs' sizes, so that what no program writes shows.
@@ -105,7 +129,7 @@ def test_many_calls_have_the_same_bits(case, device):
         del poison
         if number % 4 == 0:
             cold.zero_()
-        out, lse = hopper_forward(q, k, v, mask, rows, None, dim**-0.5)
+        out, lse = hopper_forward(q, k, v, mask, rows, None, dim**-0.5, config=config)
         wrong = (out != want).any(-1).transpose(1, 2) | (lse != want_lse)
         assert not wrong.any(), f"call {number}: {wrong_tiles(wrong, lse, rows)}"
 
