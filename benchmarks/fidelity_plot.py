@@ -113,7 +113,7 @@ def draw(methods: dict[str, list[dict[str, Any]]], path: Path) -> None:
     axes.set_xlabel("density of the sparse calls (measured)")
     axes.set_ylabel("PSNR against dense, dB")
     axes.grid(alpha=0.25)
-    axes.legend(fontsize=8, ncols=2)
+    figure.legend(fontsize=8, loc="outside right upper")
     path.parent.mkdir(parents=True, exist_ok=True)
     figure.savefig(path)
 

@@ -35,7 +35,7 @@ def compare(
         list[str] | None,
         typer.Option(
             metavar="NAME[;AXIS.FIELD=VALUE...]",
-            help="Recipe to judge, such as 'pooled;select.density=0.1'; may be repeated. Default: pooled.",
+            help="Recipe to judge, such as 'pooled;select.density=0.1'; may be repeated. Default: auto.",
         ),
     ] = None,
     prompt: Annotated[list[str] | None, typer.Option(help="May be repeated. Default: 16 prompts.")] = None,
@@ -56,7 +56,7 @@ def compare(
     """Judge recipes against dense attention: fidelity per clip, density, time; JSON, film and page."""
     quiet_libraries()
     pixels = read_size(size) if size else None
-    recipes = {text: _recipe(text) for text in recipe or ["pooled"]}
+    recipes = {text: _recipe(text) for text in recipe or ["auto"]}
     target = read_device(device)
     number = read_dtype(dtype, target)
 
@@ -116,6 +116,8 @@ def _show(report: ComparisonReport) -> None:
 
 
 def _recipe(text: str) -> object:
+    from ..presets import automatic
+
     name, *changes = (part.strip() for part in text.split(";"))
     chosen = read_recipe(name, changes)
-    return "pooled" if chosen is None else chosen
+    return automatic() if chosen is None else chosen

@@ -53,6 +53,7 @@ def inspect(
     number = read_dtype(dtype, target)
 
     from ..pipelines.generate import generate
+    from ..presets import automatic
     from ..quality.inspect_pipeline import inspect_pipeline
     from .model import open_model
 
@@ -65,7 +66,7 @@ def inspect(
         pipe,
         lambda: generate(pipe, prompt, **settings, seed=seed),
         out,
-        recipe=chosen or "pooled",
+        recipe=chosen or automatic(),
         steps=at_step,
         layers=layer,
     )
