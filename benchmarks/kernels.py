@@ -143,9 +143,9 @@ def section_sla(report: Report, args: argparse.Namespace) -> None:
 
 def section_rows(report: Report, args: argparse.Namespace) -> None:
     """Permuted rows: gathered, or keys and values copied whole and in parts; and gathering in the portable kernel."""
-    from dit_accel.kernels.hopper_forward import default_config, hopper_forward
+    from dit_accel.kernels.hopper.forward import default_config, hopper_forward
+    from dit_accel.kernels.portable.forward import forward
     from dit_accel.kernels.reorder import reorder_pair
-    from dit_accel.kernels.triton_forward import forward
 
     length = args.lengths[0]
     q, k, v = inputs(length, args.heads, args.head_dim)
@@ -218,8 +218,8 @@ def section_hopper(report: Report, args: argparse.Namespace) -> None:
     Timed in turns, so that the GPU's clock, which falls under load, is the same for all. With ``--shard i/n``
     every n-th configuration is compiled and run once, untimed.
     """
-    from dit_accel.kernels.hopper_forward import HopperConfig, hopper_forward
-    from dit_accel.kernels.triton_quantize import quantize_inputs
+    from dit_accel.kernels.hopper.forward import HopperConfig, hopper_forward
+    from dit_accel.kernels.portable.quantize import quantize_inputs
 
     shard, shards = (int(x) for x in args.shard.split("/")) if args.shard else (0, 0)
     length = args.lengths[0]
@@ -261,8 +261,8 @@ def section_hopper(report: Report, args: argparse.Namespace) -> None:
 def section_quantized(report: Report, args: argparse.Namespace) -> None:
     """INT8 and FP8 with the prologue and without, and the kernel's variants, over our own half precision."""
     from dit_accel.kernels import quantized_block_sparse_attention
-    from dit_accel.kernels.hopper_forward import default_config, hopper_forward
-    from dit_accel.kernels.triton_quantize import quantize_inputs
+    from dit_accel.kernels.hopper.forward import default_config, hopper_forward
+    from dit_accel.kernels.portable.quantize import quantize_inputs
 
     for length in args.lengths:
         q, k, v = inputs(length, args.heads, args.head_dim)

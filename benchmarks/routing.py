@@ -22,12 +22,12 @@ import triton
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from triton.testing import do_bench, do_bench_cudagraph
 
-from dit_accel.kernels import triton_linear
 from dit_accel.kernels.block_mask import BlockMask
 from dit_accel.kernels.block_mass import block_mass
 from dit_accel.kernels.linear_branch import add_linear_branch, linear_branch, marginal_map
+from dit_accel.kernels.portable import linear as triton_linear
+from dit_accel.kernels.portable.pooling import pool_pair_triton
 from dit_accel.kernels.selection import pool_blocks, pooled_scores, select_blocks, select_pooled
-from dit_accel.kernels.triton_pooling import pool_pair_triton
 
 HEADS, DIM = 12, 128
 RESULTS: list[dict[str, object]] = []
@@ -185,7 +185,7 @@ def time_mass() -> None:
 
 def time_mass_tiles() -> None:
     """Tiles, warps and stages of the pass over all logits."""
-    from dit_accel.kernels.triton_block_mass import block_mass_triton
+    from dit_accel.kernels.portable.block_mass import block_mass_triton
 
     seq = 32768
     q, k = (torch.randn(1, seq, 12, 128, device="cuda", dtype=torch.bfloat16) for _ in range(2))

@@ -97,7 +97,7 @@ class BlockMask:
             rank[..., -1] = torch.where(keep[..., -1], 1, 2).to(torch.int8)
         if keep.device.type == "cuda":
             # A sort of every row costs more than all else that a selection does.
-            from .triton_block_lists import block_lists_triton
+            from .portable.block_lists import block_lists_triton
 
             indices, number, number_full = block_lists_triton(rank)
         else:

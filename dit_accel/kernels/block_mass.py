@@ -53,7 +53,7 @@ def block_mass(
     scale = q.shape[-1] ** -0.5 if scale is None else scale
     k_rows = rows if k_rows is None else k_rows
     if use_triton(impl, q.device, tile_obstacle(q, block_q, block_k)):
-        from .triton_block_mass import block_mass_triton
+        from .portable.block_mass import block_mass_triton
 
         return block_mass_triton(
             q, k, block_q=block_q, block_k=block_k, lse=lse, rows=rows, k_rows=k_rows, key_mask=key_mask,

@@ -59,7 +59,7 @@ def block_sparse_attention(
     name, _ = choose_backend(q, k, v, mask, rows=rows, key_mask=key_mask, backend=backend)
     scale = 1.0 / math.sqrt(q.shape[-1]) if scale is None else float(scale)
     if name == "triton":
-        from .triton_attention import triton_attention
+        from .portable.attention import triton_attention
 
         out, lse = triton_attention(q, k, v, mask, rows=rows, key_mask=key_mask, scale=scale)
     elif name == "fa4":

@@ -10,7 +10,7 @@ from __future__ import annotations
 import torch
 
 from .block_mask import BlockMask
-from .triton_attention import block_sparse_bwd
+from .portable.attention import block_sparse_bwd
 
 
 def block_lists(

@@ -34,7 +34,7 @@ def select_by_threshold(
         bool ``[B, H, nq, nk]``, false for pairs that take no part.
     """
     if use_triton(impl, gates.device):
-        from .triton_gate import select_by_threshold_triton
+        from .portable.gate import select_by_threshold_triton
 
         return select_by_threshold_triton(gates, threshold, block_q, block_k, seq_len, open_k, open_q)
     pairs = torch.ones((1, 1, *gates.shape[2:]), dtype=torch.bool, device=gates.device)

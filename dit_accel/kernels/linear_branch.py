@@ -123,7 +123,7 @@ def linear_branch(
     check_linear(q, k, v, critical, negligible, feature_map)
     k_rows = rows if k_rows is None else k_rows
     if use_triton(impl, q.device, linear_obstacle(impl, q, critical, feature_map)):
-        from .triton_linear_backward import linear_branch_triton
+        from .portable.linear_backward import linear_branch_triton
 
         return linear_branch_triton(q, k, v, critical, negligible, feature_map, rows, k_rows, key_mask, eps)
     if critical is None:
@@ -177,7 +177,7 @@ def add_linear_branch(
     k_rows = rows if k_rows is None else k_rows
     with torch.no_grad():
         if use_triton(impl, q.device, linear_obstacle(impl, q, critical, feature_map)):
-            from .triton_linear import linear_forward
+            from .portable.linear import linear_forward
 
             return linear_forward(
                 q, k, v, critical, negligible, feature_map, rows, k_rows, key_mask, eps,

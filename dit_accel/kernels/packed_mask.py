@@ -52,7 +52,7 @@ class PackedBlockMask:
         nk = -(-self.kv_len // self.block_k)
         short = nk - 1 if self.kv_len % self.block_k else -1
         if self.kept.device.type == "cuda":
-            from .triton_block_lists import block_lists_of_bits
+            from .portable.block_lists import block_lists_of_bits
 
             lists = block_lists_of_bits(self.kept, self.partial, nk, short, self.longest)
             indices, number, number_full = lists

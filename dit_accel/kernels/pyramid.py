@@ -59,11 +59,11 @@ def pyramid_attention(
         obstacle = "The kernels of its gradients have passed interpreted, not yet compiled on a GPU."
     if use_triton(impl, q.device, obstacle):
         if recorded:
-            from .triton_pyramid_backward import PyramidAttention
+            from .portable.pyramid_backward import PyramidAttention
 
             out, lse = PyramidAttention.apply(q, k, v, levels, block_q, block_k, rows, key_mask, scale)
         else:
-            from .triton_pyramid import pyramid_attention_triton
+            from .portable.pyramid import pyramid_attention_triton
 
             out, lse = pyramid_attention_triton(q, k, v, levels, block_q, block_k, rows, key_mask, scale)
     else:

@@ -83,7 +83,7 @@ def similarity_cap(
     above its threshold, and the levels before it too. Apply it as ``levels.minimum(cap[:, :, None])``.
     """
     if use_triton(impl, k.device, None if block >= LEVELS[-1] and not block & (block - 1) else "no power of two"):
-        from .triton_spread import similarity_cap_triton
+        from .portable.spread import similarity_cap_triton
 
         return similarity_cap_triton(k, block, rows=rows, thresholds=thresholds)
     k = F.normalize(gather_rows(k, rows).float(), dim=-1)

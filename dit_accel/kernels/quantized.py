@@ -152,10 +152,10 @@ def _run_triton(
     from .variants import why_not_hopper_quantized
 
     if why_not_hopper_quantized(q, mask, quantized.smooth_q) is None:
-        from .hopper_forward import hopper_forward
+        from .hopper.forward import hopper_forward
 
         return hopper_forward(q, k, v, mask, rows, key_mask, scale, quantized=quantized)
-    from .triton_quantized import quantized_forward
+    from .portable.quantized import quantized_forward
 
     return quantized_forward(quantized, mask, rows, key_mask, scale, q.shape[2], q.dtype)
 
@@ -163,9 +163,9 @@ def _run_triton(
 def _prologue(fused: bool) -> Callable[..., QuantizedInputs]:
     if not fused:
         return reference_quantize
-    from . import triton_quantize
+    from .portable.quantize import quantize_inputs as quantize_by_kernel
 
-    return triton_quantize.quantize_inputs
+    return quantize_by_kernel
 
 
 def _emulate(

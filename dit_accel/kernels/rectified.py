@@ -83,7 +83,7 @@ def pool_deviation(
     version takes heads one at a time to keep the memory small.
     """
     if use_triton(impl, x.device):
-        from .triton_spread import pool_deviation_triton
+        from .portable.spread import pool_deviation_triton
 
         return pool_deviation_triton(x, mean, block, rows=rows, key_mask=key_mask)
     seq, heads = x.shape[1:3]
@@ -170,7 +170,7 @@ def add_pooled_compensation(
     share = 1.0 - weight.sum(-1)
     extra = weight @ pool_blocks(v, kept.block_k, rows=rows, key_mask=key_mask, impl=impl)
     if use_triton(impl, out.device):
-        from .triton_rectified import blend_blocks_triton
+        from .portable.rectified import blend_blocks_triton
 
         return blend_blocks_triton(out, share, extra, block_q, rows)
     block_of = torch.arange(seq, device=out.device) // block_q

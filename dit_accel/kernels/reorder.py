@@ -6,7 +6,7 @@ import torch
 import triton
 import triton.language as tl
 
-from .triton_forward import SIZES, mask_strides, padded_head_dim, unit_stride
+from .portable.forward import SIZES, mask_strides, padded_head_dim, unit_stride
 
 
 @triton.jit(do_not_specialize=(*SIZES, "first"))

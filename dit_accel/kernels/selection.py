@@ -108,7 +108,7 @@ def pool_blocks(
     if block < 1:
         raise ValueError(f"block must be at least 1 token, got {block}.")
     if use_triton(impl, x.device):
-        from .triton_pooling import pool_blocks_triton
+        from .portable.pooling import pool_blocks_triton
 
         return pool_blocks_triton(x, block, rows=rows, key_mask=key_mask)
     seq = x.shape[1]
@@ -150,7 +150,7 @@ def self_similarity(
         float32 ``[B, H, n]``; 0 for a block of hidden tokens.
     """
     if use_triton(impl, x.device):
-        from .triton_spread import self_similarity_triton
+        from .portable.spread import self_similarity_triton
 
         return self_similarity_triton(x, block, rows=rows, key_mask=key_mask, centre=centre)
     wide = x.float() if centre is None else x.float() - centre[:, None]
@@ -186,7 +186,7 @@ def pooled_scores(
     scale = q.shape[-1] ** -0.5 if scale is None else scale
     k_rows = rows if k_rows is None else k_rows
     if use_triton(impl, q.device):
-        from .triton_pooling import pool_pair_triton
+        from .portable.pooling import pool_pair_triton
 
         q_mean, k_mean = pool_pair_triton(
             q, k, block_q, block_k, rows=rows, k_rows=k_rows, key_mask=key_mask, scale=scale
@@ -264,7 +264,7 @@ def select_blocks(
     partial_k = expand_blocks(partial_k, nk, "partial_k")
     empty_k = expand_blocks(empty_k, nk, "empty_k")
     if use_triton(impl, scores.device):
-        from .triton_selection import select_blocks_triton
+        from .portable.selection import select_blocks_triton
 
         return select_blocks_triton(
             scores,

@@ -139,8 +139,8 @@ def _candidates(sizes: _Sizes) -> Iterator[tuple[str, LaunchConfig, Callable[[],
 def _configurations(
     q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, grad: torch.Tensor, mask: BlockMask, rows: torch.Tensor
 ) -> Iterator[tuple[str, LaunchConfig, Callable[[], object]]]:
-    from .triton_backward import backward
-    from .triton_forward import forward
+    from .portable.backward import backward
+    from .portable.forward import forward
 
     dim = q.shape[-1]
     scale, usual = dim**-0.5, LaunchConfig(8, 1)

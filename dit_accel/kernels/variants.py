@@ -16,7 +16,7 @@ def why_not_hopper_half(
     reason = _why_not_gluon(q)
     if reason is not None:
         return reason
-    from .hopper_forward import why_not_hopper
+    from .hopper.forward import why_not_hopper
 
     return why_not_hopper(q, k, v, mask, rows)
 
@@ -28,7 +28,7 @@ def why_not_hopper_quantized(q: torch.Tensor, mask: BlockMask, smooth_q: bool) -
         return reason
     if smooth_q:
         return "it does not add the mean query's logits back"
-    from .hopper_forward import why_not_shape
+    from .hopper.forward import why_not_shape
 
     return why_not_shape(q, mask)
 

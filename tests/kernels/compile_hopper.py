@@ -16,7 +16,8 @@ import torch
 from triton.backends.compiler import GPUTarget
 from triton.runtime import driver
 
-from dit_accel.kernels import BlockMask, hopper_forward
+from dit_accel.kernels import BlockMask
+from dit_accel.kernels.hopper import forward as hopper_forward
 from dit_accel.kernels.quantize import reference_quantize
 
 LENGTH, HEADS = 256, 2

@@ -31,7 +31,7 @@ CASES = {
 @pytest.mark.parametrize("case", CASES)
 @pytest.mark.parametrize("turns", [False, True], ids=["free", "turns"])
 def test_matches_oracle(turns, case, shape, dtype, device):
-    from dit_accel.kernels.hopper_forward import default_config, hopper_forward, why_not_hopper
+    from dit_accel.kernels.hopper.forward import default_config, hopper_forward, why_not_hopper
 
     block_k, dim = shape
     settings = {"block": (128, block_k), "dim": dim, "dtype": dtype, **CASES[case]}
@@ -60,7 +60,7 @@ def test_matches_oracle(turns, case, shape, dtype, device):
 @pytest.mark.parametrize("lead", [(1, 1), (1, 5), (2, 5)], ids=str)
 @pytest.mark.parametrize("dim", [64, 128])
 def test_gathered_rows_and_copied_ones_have_the_same_bits(dim, lead, device):
-    from dit_accel.kernels.hopper_forward import default_config, hopper_forward
+    from dit_accel.kernels.hopper.forward import default_config, hopper_forward
 
     if torch.cuda.get_device_capability() != (9, 0):
         pytest.skip("it needs a GPU of compute capability 9.0")
@@ -82,7 +82,7 @@ def test_gathered_rows_and_copied_ones_have_the_same_bits(dim, lead, device):
 @pytest.mark.parametrize("lead", [(1, 1), (1, 5), (2, 5)], ids=str)
 @pytest.mark.parametrize("share", [0.01, 0.2, 0.3])
 def test_a_copy_in_parts_changes_nothing(share, lead, device):
-    from dit_accel.kernels.hopper_forward import default_config, hopper_forward
+    from dit_accel.kernels.hopper.forward import default_config, hopper_forward
 
     if torch.cuda.get_device_capability() != (9, 0):
         pytest.skip("it needs a GPU of compute capability 9.0")
@@ -112,7 +112,7 @@ MANY_CALLS = {
 @pytest.mark.parametrize("case", MANY_CALLS)
 def test_many_calls_have_the_same_bits(case, device):
     """More tiles than multiprocessors, over and over: a race of the queue or of a buffer is rare."""
-    from dit_accel.kernels.hopper_forward import default_config, hopper_forward
+    from dit_accel.kernels.hopper.forward import default_config, hopper_forward
 
     if torch.cuda.get_device_capability() != (9, 0):
         pytest.skip("it needs a GPU of compute capability 9.0")
@@ -151,9 +151,9 @@ def wrong_tiles(wrong, lse, rows):
 @pytest.mark.parametrize("key_scales", ["block", "thread"])
 @pytest.mark.parametrize("biased", [False, True], ids=["converted", "biased"])
 def test_agrees_with_the_portable_one_on_quantised_inputs(biased, key_scales, case, shape, precision, device):
-    from dit_accel.kernels.hopper_forward import default_config, hopper_forward
-    from dit_accel.kernels.triton_quantize import quantize_inputs
-    from dit_accel.kernels.triton_quantized import quantized_forward
+    from dit_accel.kernels.hopper.forward import default_config, hopper_forward
+    from dit_accel.kernels.portable.quantize import quantize_inputs
+    from dit_accel.kernels.portable.quantized import quantized_forward
 
     if torch.cuda.get_device_capability() != (9, 0):
         pytest.skip("it needs a GPU of compute capability 9.0")
@@ -177,7 +177,7 @@ def test_agrees_with_the_portable_one_on_quantised_inputs(biased, key_scales, ca
 
 @pytest.mark.parametrize("which", ["q", "k", "v"])
 def test_nan_reaches_the_rows_that_see_it_and_no_others(which, device):
-    from dit_accel.kernels.hopper_forward import hopper_forward
+    from dit_accel.kernels.hopper.forward import hopper_forward
 
     if torch.cuda.get_device_capability() != (9, 0):
         pytest.skip("it needs a GPU of compute capability 9.0")

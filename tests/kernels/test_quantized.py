@@ -8,8 +8,8 @@ import torch
 pytest.importorskip("triton")
 
 from dit_accel.kernels import quantize_inputs, quantized_block_sparse_attention
+from dit_accel.kernels.portable.quantize import quantize_inputs as prologue
 from dit_accel.kernels.quantize import KEY_PLACE, dequantize, reference_quantize
-from dit_accel.kernels.triton_quantize import quantize_inputs as prologue
 
 from .oracle import UNIT_ROUNDOFF, assert_close, dense_attention, on_cpu
 from .test_block_sparse import build
@@ -54,7 +54,7 @@ def moved(device, *values):
 )
 @pytest.mark.parametrize("block", [(64, 64), (128, 64), (64, 128)], ids=str)
 def test_prologue_matches_torch(block, options, precision, device):
-    from dit_accel.kernels.triton_quantize import quantize_inputs
+    from dit_accel.kernels.portable.quantize import quantize_inputs
 
     torch.manual_seed(3)
     options = dict(options)
@@ -86,7 +86,7 @@ def test_prologue_matches_torch(block, options, precision, device):
 @pytest.mark.parametrize("permuted", [False, True])
 @pytest.mark.parametrize("key_scales", ["block", "thread"])
 def test_prologue_is_the_same_however_many_programs_share_it(key_scales, permuted, device, monkeypatch):
-    from dit_accel.kernels import triton_quantize
+    from dit_accel.kernels.portable import quantize as triton_quantize
 
     torch.manual_seed(5)
     kv_length = 300 if permuted else 520
@@ -106,7 +106,7 @@ def test_prologue_is_the_same_however_many_programs_share_it(key_scales, permute
 
 @pytest.mark.parametrize("lengths", [(500, 70), (70, 500)], ids=str)
 def test_programs_without_a_block_touch_nothing(lengths, device, monkeypatch):
-    from dit_accel.kernels import triton_quantize
+    from dit_accel.kernels.portable import quantize as triton_quantize
 
     monkeypatch.setattr(triton_quantize, "_slots", lambda device: 1000)
     torch.manual_seed(6)
@@ -127,7 +127,7 @@ def test_key_place_is_a_permutation():
     ("tiles", "length", "sampled"), [(2, 700, [0, 3]), (3, 830, [0, 2, 4, 6]), (64, 300, [0, 1, 2])], ids=str
 )
 def test_the_mean_key_is_that_of_sampled_tiles(tiles, length, sampled, device, monkeypatch):
-    from dit_accel.kernels.triton_quantize import quantize_inputs as fused_quantize
+    from dit_accel.kernels.portable.quantize import quantize_inputs as fused_quantize
 
     monkeypatch.setattr("dit_accel.kernels.quantize.KEY_TILES", tiles)
     q, k, v, mask, rows, _, visible = build(length=length, dim=16, block=(64, 64), dtype=torch.float16, rows=(1, 3))

@@ -24,7 +24,7 @@ def test_heads_at_once_fit_the_share_in_even_parts(batch, heads, share, together
     ("query_blocks", "share", "together"), [(256, None, 12), (591, None, 3), (256, 0.15, 3), (591, 0.5, 12)]
 )
 def test_a_copy_keeps_to_its_share_where_its_parts_are_large(query_blocks, share, together):
-    from dit_accel.kernels.hopper_forward import heads_of_a_copy
+    from dit_accel.kernels.hopper.forward import heads_of_a_copy
 
     assert heads_of_a_copy(1, 12, query_blocks, 132, share) == together
 

@@ -276,7 +276,7 @@ def test_errors():
 @pytest.mark.parametrize("nk", [7, 33, 130])
 def test_lists_of_a_dense_map(nk, device):
     """The kernel that lists a boolean map, row by row in plain Python."""
-    from dit_accel.kernels.triton_block_lists import block_lists_triton
+    from dit_accel.kernels.portable.block_lists import block_lists_triton
 
     rank = torch.randint(0, 3, (2, 3, 5, nk), generator=torch.Generator().manual_seed(0)).to(torch.int8)
     rank[0, 0, 0], rank[0, 0, 1] = 2, 0  # nothing, and everything
@@ -309,7 +309,7 @@ def test_a_packed_mask_has_the_lists_of_the_mask(masked, block_k, kv_len, device
 @pytest.mark.parametrize("nk", [7, 33, 130])
 def test_lists_of_bits(nk, device):
     """The kernel that lists bits, row by row in plain Python."""
-    from dit_accel.kernels.triton_block_lists import block_lists_of_bits
+    from dit_accel.kernels.portable.block_lists import block_lists_of_bits
 
     generator = torch.Generator().manual_seed(0)
     keep, partial = (torch.rand(2, 3, 5, nk, generator=generator) < share for share in (0.4, 0.3))

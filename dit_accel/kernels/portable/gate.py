@@ -17,8 +17,8 @@ import torch
 import triton
 import triton.language as tl
 
-from .capability import interpreted, multiprocessors
-from .triton_gate_steps import (
+from ..capability import interpreted, multiprocessors
+from .gate_steps import (
     TOTALS,
     UNROLL,
     gate_of_key,
@@ -32,7 +32,7 @@ from .triton_gate_steps import (
     store_totals,
     wait_for_parts,
 )
-from .triton_pooling import lead_strides
+from .pooling import lead_strides
 
 DIGITS, CANDIDATES = 8, 16
 """A float32 has eight digits of sixteen values."""

@@ -10,10 +10,10 @@ import torch
 import triton
 import triton.language as tl
 
-from .pyramid_levels import LEVELS, pool_level
-from .selection import gather_mask, gather_rows
-from .triton_pooling import lead_strides
-from .triton_pyramid import TILE, level_lists, pyramid_attention_triton
+from ..pyramid_levels import LEVELS, pool_level
+from ..selection import gather_mask, gather_rows
+from .pooling import lead_strides
+from .pyramid import TILE, level_lists, pyramid_attention_triton
 
 LOG2_E = 1.4426950408889634
 _TILE_Q = 64

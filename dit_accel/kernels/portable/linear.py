@@ -15,14 +15,14 @@ from dataclasses import dataclass
 import torch
 import triton
 
-from .block_mask import BlockMask
-from .triton_linear_kernels import (
+from ..block_mask import BlockMask
+from .linear_kernels import (
     linear_combine_kernel,
     linear_out_fwd_kernel,
     linear_state_fwd_kernel,
     marginal_map_kernel,
 )
-from .triton_pooling import lead_strides
+from .pooling import lead_strides
 
 STATE_SHARE = 0.14
 """Forward states may take this share of the bytes of q, k, v and out (at least one head's)."""

@@ -6,9 +6,9 @@ import torch
 import triton
 import triton.language as tl
 
-from .block_mask import BlockMask
-from .quantize import QuantizedInputs
-from .triton_forward import LOG2_E, SIZES, key_visibility, mask_strides, padded_head_dim
+from ..block_mask import BlockMask
+from ..quantize import QuantizedInputs
+from .forward import LOG2_E, SIZES, key_visibility, mask_strides, padded_head_dim
 
 LN_2_ = tl.constexpr(0.6931471805599453)
 

@@ -6,7 +6,7 @@ import torch
 import triton
 import triton.language as tl
 
-from .triton_pooling import contiguous_rows, lead_strides, pool_chunk
+from .pooling import contiguous_rows, lead_strides, pool_chunk
 
 WARPS = 2
 

@@ -1,4 +1,4 @@
-"""Forward kernels of the linear branch; their launchers are in :mod:`.triton_linear`."""
+"""Forward kernels of the linear branch; their launchers are in :mod:`.linear`."""
 
 from __future__ import annotations
 

@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import torch
 
-from .block_mask import BlockMask
-from .triton_backward import backward
-from .triton_forward import forward
-from .variants import why_not_hopper_half
+from ..block_mask import BlockMask
+from ..variants import why_not_hopper_half
+from .backward import backward
+from .forward import forward
 
 
 def _mask_of(
@@ -43,7 +43,7 @@ def block_sparse_fwd(
     """``out [B, Sq, H, D]`` and ``lse [B, H, Sq]``; the lists are those of a BlockMask."""
     mask = _mask_of(counts, indices, fulls, bit_rows, token_bits, block_q, block_k, q.shape[1], k.shape[1])
     if why_not_hopper_half(q, k, v, mask, rows) is None:
-        from .hopper_forward import hopper_forward
+        from ..hopper.forward import hopper_forward
 
         return hopper_forward(q, k, v, mask, rows, key_mask, scale)
     return forward(q, k, v, mask, rows, key_mask, scale)

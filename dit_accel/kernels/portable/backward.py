@@ -9,12 +9,12 @@ from __future__ import annotations
 import torch
 import triton
 
-from .block_mask import BlockMask
-from .reorder import reorder_for_backward
-from .transpose import TransposedMask, transpose_mask
-from .triton_backward_kernels import block_sparse_bwd_dkv_kernel, block_sparse_bwd_dq_kernel, delta_bwd_kernel
-from .triton_forward import dot_precision, mask_strides, padded_head_dim, unit_stride
-from .tuning import LaunchConfig, launch_config
+from ..block_mask import BlockMask
+from ..reorder import reorder_for_backward
+from ..transpose import TransposedMask, transpose_mask
+from ..tuning import LaunchConfig, launch_config
+from .backward_kernels import block_sparse_bwd_dkv_kernel, block_sparse_bwd_dq_kernel, delta_bwd_kernel
+from .forward import dot_precision, mask_strides, padded_head_dim, unit_stride
 
 # Rows or columns of the other side taken at once; smaller than a block, to fit two score tiles in registers.
 _TILE = 64

@@ -10,8 +10,8 @@ from triton.experimental.gluon.language.nvidia.hopper import (
     warpgroup_mma_wait,
 )
 
-from .hopper_producer import claimed_tile, tile_block, tile_header
-from .hopper_softmax import (
+from .producer import claimed_tile, tile_block, tile_header
+from .softmax import (
     FP8_LIFT,
     INTEGER_BIAS_BITS,
     by_thread,
@@ -21,7 +21,7 @@ from .hopper_softmax import (
     scores_as_float,
     unpack_fp8,
 )
-from .hopper_writer import write_tile
+from .writer import write_tile
 
 
 @gluon.jit

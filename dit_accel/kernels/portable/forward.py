@@ -6,8 +6,8 @@ import torch
 import triton
 import triton.language as tl
 
-from .block_mask import BlockMask
-from .tuning import LaunchConfig, launch_config
+from ..block_mask import BlockMask
+from ..tuning import LaunchConfig, launch_config
 
 LOG2_E = 1.4426950408889634
 # Arguments that change with the sequence or the mask: no new compilation for another length.

@@ -5,7 +5,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from .triton_forward import LOG2_E, SIZES, key_visibility
+from .forward import LOG2_E, SIZES, key_visibility
 
 LOG2_E_ = tl.constexpr(LOG2_E)
 

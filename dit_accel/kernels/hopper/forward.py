@@ -10,12 +10,12 @@ import torch
 from triton.experimental.gluon import language as gl
 from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
 
-from .block_mask import BlockMask
-from .capability import compute_capability, multiprocessors
-from .hopper_kernel import hopper_fwd_kernel
-from .quantize import QuantizedInputs
-from .reorder import heads_at_once, reorder_pair
-from .triton_forward import LOG2_E, mask_strides
+from ..block_mask import BlockMask
+from ..capability import compute_capability, multiprocessors
+from ..portable.forward import LOG2_E, mask_strides
+from ..quantize import QuantizedInputs
+from ..reorder import heads_at_once, reorder_pair
+from .kernel import hopper_fwd_kernel
 
 _ROWS = 64  # query rows of a consumer warpgroup
 _SHARED_BYTES = 224 << 10  # of 227 KiB: barriers and alignment take a little

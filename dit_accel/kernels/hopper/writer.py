@@ -6,8 +6,8 @@ from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
 from triton.experimental.gluon.language.nvidia.hopper import fence_async_shared, mbarrier
 
-from .hopper_producer import tile_block
-from .hopper_softmax import FP8_LIFT
+from .producer import tile_block
+from .softmax import FP8_LIFT
 
 LN_2_ = gl.constexpr(0.6931471805599453)
 

@@ -11,8 +11,8 @@ import torch
 import triton
 import triton.language as tl
 
-from .pyramid_levels import LEVELS
-from .triton_pooling import contiguous_rows, lead_strides
+from ..pyramid_levels import LEVELS
+from .pooling import contiguous_rows, lead_strides
 
 TILE = 64
 

@@ -11,8 +11,8 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from .quantize import FP8_MAX
-from .triton_forward import SIZES
+from ..quantize import FP8_MAX
+from .forward import SIZES
 
 FP8_MAX_ = tl.constexpr(FP8_MAX)
 # Elements of 8 bits that a thread stores at once. With the 16 that it could store, the compiler would let it load 16

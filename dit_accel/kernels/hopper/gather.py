@@ -2,7 +2,7 @@
 
 TMA moves adjacent rows only, and a permuted copy of keys and values costs their bytes twice more, in time and in
 memory. Here every row comes by asynchronous 16-byte loads, straight from the model's tensors. With 128 keys a block
-consumers leave no registers for these warps: there the copy stays (see ``hopper_forward``).
+consumers leave no registers for these warps: there the copy stays (see ``forward``).
 """
 
 from __future__ import annotations
@@ -12,7 +12,7 @@ from triton.experimental.gluon import language as gl
 from triton.experimental.gluon.language.nvidia.ampere import async_copy
 from triton.experimental.gluon.language.nvidia.hopper import fence_async_shared, mbarrier
 
-from .hopper_producer import claim_tile, tile_header
+from .producer import claim_tile, tile_header
 
 GATHERERS = gl.constexpr(4)  # warps: two were not fast enough for the matrix units
 _UNDER_WAY = gl.constexpr(3)  # copies that may still be under way when one is handed over

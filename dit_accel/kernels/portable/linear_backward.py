@@ -15,8 +15,8 @@ import torch
 import triton
 import triton.language as tl
 
-from .block_mask import BlockMask
-from .triton_linear import (
+from ..block_mask import BlockMask
+from .linear import (
     SPLITS,
     Shape,
     all_states,
@@ -28,8 +28,8 @@ from .triton_linear import (
     scaled_map,
     shape_of,
 )
-from .triton_linear_kernels import feature_map, program_index, slot_rows
-from .triton_pooling import lead_strides
+from .linear_kernels import feature_map, program_index, slot_rows
+from .pooling import lead_strides
 
 STATE_SHARE = 0.5
 """Backward states may take this share of the bytes of q, k, v and out: fewer, fuller launches."""

@@ -10,10 +10,10 @@ import torch
 import triton
 import triton.language as tl
 
-from .block_mask import BlockMask
-from .shares import PPM, WEIGHT_ONE
-from .triton_block_lists import row_warps
-from .triton_pooling import lead_strides
+from ..block_mask import BlockMask
+from ..shares import PPM, WEIGHT_ONE
+from .block_lists import row_warps
+from .pooling import lead_strides
 
 EMPTY, FORCED, PARTIAL = 1, 2, 4
 

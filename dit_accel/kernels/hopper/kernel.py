@@ -19,11 +19,11 @@ from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
 from triton.experimental.gluon.language.nvidia.hopper import fence_async_shared, mbarrier
 
-from .hopper_carrier import CARRIERS, carry
-from .hopper_consumer import consume
-from .hopper_gather import GATHERERS, gather_blocks
-from .hopper_producer import produce
-from .triton_forward import SIZES
+from ..portable.forward import SIZES
+from .carrier import CARRIERS, carry
+from .consumer import consume
+from .gather import GATHERERS, gather_blocks
+from .producer import produce
 
 
 @gluon.jit(

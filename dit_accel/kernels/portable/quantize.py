@@ -13,10 +13,10 @@ from functools import cache
 import torch
 import triton
 
-from .capability import multiprocessors
-from .quantize import KEY_GROUPS, KEY_TILE, QuantizedInputs, sampled_keys, validate_key_scales
-from .triton_forward import mask_strides, padded_head_dim, unit_stride
-from .triton_quantize_kernels import key_value_stats_kernel, quantize_kernel
+from ..capability import multiprocessors
+from ..quantize import KEY_GROUPS, KEY_TILE, QuantizedInputs, sampled_keys, validate_key_scales
+from .forward import mask_strides, padded_head_dim, unit_stride
+from .quantize_kernels import key_value_stats_kernel, quantize_kernel
 
 _K_CHUNKS, _V_CHUNKS = 16, 32  # at most; each program adds them all up
 _CHUNK_PROGRAMS = 264  # two on each of an H200's multiprocessors

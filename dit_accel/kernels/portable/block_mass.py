@@ -6,8 +6,8 @@ import torch
 import triton
 import triton.language as tl
 
-from .selection import gather_mask
-from .triton_pooling import lead_strides
+from ..selection import gather_mask
+from .pooling import lead_strides
 
 LOG2E = 1.4426950408889634
 TILE_Q, TILE_K = 128, 64

@@ -11,7 +11,7 @@ from triton.experimental.gluon import language as gl
 from triton.experimental.gluon.language.nvidia.ampere import async_copy
 from triton.experimental.gluon.language.nvidia.hopper import fence_async_shared, mbarrier, tma
 
-from .hopper_producer import claimed_tile, tile_block, tile_header
+from .producer import claimed_tile, tile_block, tile_header
 
 CARRIERS = gl.constexpr(2)  # warps
 _CHUNK = gl.constexpr(8)  # rows that are under way at a time: these warps have few registers
