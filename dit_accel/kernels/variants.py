@@ -37,7 +37,7 @@ def _why_not_gluon(q: torch.Tensor) -> str | None:
     if not q.is_cuda or os.environ.get("TRITON_INTERPRET", "0") == "1":
         return "it needs a GPU"
     try:
-        from . import hopper_forward  # noqa: F401
+        from .hopper import forward  # noqa: F401
     except ImportError as error:  # Gluon is experimental: other Triton versions may lack a name
         return f"this Triton lacks a part of Gluon ({error})"
     return None

@@ -6,8 +6,11 @@ import re
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
+
+from dit_accel.kernels import variants
 
 from .compile_hopper import VARIANTS
 
@@ -78,3 +81,9 @@ def test_an_overlap_is_found():
     barriers, stores = shared_addresses(ptx)
     assert barriers == set(range(64, 72))
     assert stores == {68, 69, 70, 71, *range(128, 136)}
+
+
+def test_the_hopper_kernel_is_found_where_triton_has_gluon(monkeypatch):
+    """A name that is not there would be taken for a Triton without Gluon, and every call for the portable kernel."""
+    monkeypatch.setenv("TRITON_INTERPRET", "0")
+    assert variants._why_not_gluon(SimpleNamespace(is_cuda=True)) is None
