@@ -15,6 +15,7 @@ from dit_accel.stages.schedule import Schedule
 from dit_accel.stages.select_dynamic import Pooled
 from dit_accel.stages.select_mass import Mass
 from dit_accel.stages.select_static import Window
+from tests.stages.oracle import masked_attention
 
 LAYOUT = TokenLayout((4, 8, 8), 0, 256)
 
@@ -84,6 +85,29 @@ def test_a_repeated_forward_repeats_its_dense_search():
         torch.testing.assert_close(out.double(), exact, atol=1e-5, rtol=1e-5)
     assert engine.records[0].plans_made == 1
     assert dict(engine.records[0].dense_calls) == {"search step": 2}
+
+
+@pytest.mark.parametrize("layout", [LAYOUT, TokenLayout((3, 8, 8), 64, 256)], ids=["alone", "text first"])
+def test_a_plan_in_bits_hides_what_the_key_mask_hides(layout):
+    recipe = presets.mass(density=0.3, block=(32, 32))
+    engine = Engine(recipe, ["layer"], "auto", 0)
+    q, k, v = _inputs()
+    key_mask = torch.arange(256).expand(1, 256) >= 20
+    outs = []
+    for index in (1, 2):
+        step = StepContext(index=index, num_steps=10, forward_id=index)
+        outs.append(engine.attend(0, q, k, v, key_mask[:, None, None], None, layout, step, lambda: v))
+    assert outs[0] is v, "the search step is the model's own attention here"
+    ((_, kept),) = engine.planner._plans.items()
+    rows = recipe.order.rows(layout, q.device, 0)
+    blocks = SequenceBlocks(layout, rows, 32, 32, q.device)
+    alone = recipe.select.select(blocks, None, q, k, key_mask, None)
+    assert torch.equal(kept.plan.mask.to_dense(), alone.to_dense())
+    assert torch.equal(kept.plan.mask.kv_num_full, alone.kv_num_full)
+    place = torch.empty(256, dtype=torch.long).scatter_(0, rows.long(), torch.arange(256))
+    seen = alone.to_tokens()[..., place, :][..., place] & key_mask
+    exact = masked_attention(q, k, v, seen)
+    torch.testing.assert_close(outs[1].double(), exact, atol=1e-5, rtol=1e-5)
 
 
 def _log_sum_exp(q, k):

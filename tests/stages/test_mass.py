@@ -4,6 +4,7 @@ import numpy as np
 import pytest
 import torch
 
+from dit_accel import presets
 from dit_accel.plan import LayerMemory
 from dit_accel.stages.order import Raster, Tiles
 from dit_accel.stages.select_mass import FrozenMass, Mass, adapted_densities
@@ -62,6 +63,21 @@ def test_adaspa(name, order, hidden, density, target):
     select = Mass(density=density, recall_target=target, block=block)
     assert any(adapted), "no head was adapted, the case shows nothing"
     assert torch.equal(selected(select, layout, rows, q, k, key_mask), torch.tensor(np.array(expected)))
+
+
+@pytest.mark.parametrize(("name", "hidden"), sorted({(name, hidden) for name, _, hidden in CASES}), ids=str)
+def test_mass_in_tiles_with_one_density_for_all_heads(name, hidden):
+    recipe = presets.mass(density=0.4, block=(32, 32))
+    layout = LAYOUTS[name]
+    q, k = inputs(layout, heads=3)
+    key_mask = half_hidden(layout) if hidden else None
+    rows = recipe.order.rows(layout, CPU)
+    grid = views(layout, rows, q, k, recipe.select.block, key_mask)
+    expected = [
+        [_keep(view, mass, 0.4) for view, mass in zip(heads, masses, strict=True)]
+        for heads, masses in zip(grid, _masses(grid), strict=True)
+    ]
+    assert torch.equal(selected(recipe.select, layout, rows, q, k, key_mask), torch.tensor(np.array(expected)))
 
 
 def test_a_later_search_normalises_with_the_first_ones_lse():
