@@ -54,14 +54,12 @@ class PackedBlockMask:
         if self.kept.device.type == "cuda":
             from .portable.block_lists import block_lists_of_bits
 
-            lists = block_lists_of_bits(self.kept, self.partial, nk, short, self.longest)
-            indices, number, number_full = lists
+            indices, number, number_full = block_lists_of_bits(self.kept, self.partial, nk, short, self.longest)
             return BlockMask(number, indices, number_full, self.block_q, self.block_k, self.q_len, self.kv_len)
         keep = unpack_bits(self.kept, nk)
         partial = None if self.partial is None else unpack_bits(self.partial, nk)
         sizes = (self.block_q, self.block_k, self.q_len, self.kv_len)
-        mask = BlockMask.from_dense(keep, *sizes, partial=partial)
-        return replace(mask, kv_indices=mask.kv_indices[..., : self.longest].contiguous())
+        return BlockMask.from_dense(keep, *sizes, partial=partial).trimmed()
 
 
 def pack_bits(keep: torch.Tensor) -> torch.Tensor:
