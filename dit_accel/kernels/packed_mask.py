@@ -18,13 +18,15 @@ class PackedBlockMask:
         kept: uint8 ``[B, H, nq, ceil(nk / 8)]``; bit ``j % 8`` of byte ``j // 8`` says whether key block ``j`` is
             read.
         partial: likewise, which of them need masking; None where only a short last block does.
-        longest: entries in the longest row.
+        longest: entries in the longest row, 0-d on the CPU; there once ``arrived`` has happened.
+        arrived: None where the mask was packed on the CPU.
         block_q, block_k, q_len, kv_len: as in the mask.
     """
 
     kept: torch.Tensor
     partial: torch.Tensor | None
-    longest: int
+    longest: torch.Tensor
+    arrived: torch.cuda.Event | None
     block_q: int
     block_k: int
     q_len: int
@@ -32,7 +34,7 @@ class PackedBlockMask:
 
     @classmethod
     def of(cls, mask: BlockMask, key_mask: bool) -> PackedBlockMask:
-        """Pack a mask; waits for the device, once, for its longest row.
+        """Pack a mask; on a GPU in two launches, without waiting for it.
 
         Args:
             key_mask: whether a key mask made blocks partial; without one only a short last block is.
@@ -42,19 +44,34 @@ class PackedBlockMask:
         """
         if mask.token_bits is not None:
             raise ValueError("A mask with token bits cannot be packed: a bit a block does not hold them.")
-        keep = mask.to_dense()
-        partial = pack_bits(keep & ~replace(mask, kv_num_blocks=mask.kv_num_full).to_dense()) if key_mask else None
-        longest = max(1, int(mask.kv_num_blocks.max()))
-        return cls(pack_bits(keep), partial, longest, mask.block_q, mask.block_k, mask.q_len, mask.kv_len)
+        longest = mask.kv_num_blocks.max().to("cpu", non_blocking=True)
+        arrived = None
+        if mask.kv_indices.device.type == "cuda":
+            from .portable.block_lists import bits_of_block_lists
+
+            arrived = torch.cuda.Event()
+            arrived.record(torch.cuda.current_stream(mask.kv_indices.device))
+            kept, partial = bits_of_block_lists(mask, key_mask)
+        else:
+            keep = mask.to_dense()
+            full = replace(mask, kv_num_blocks=mask.kv_num_full).to_dense()
+            kept, partial = pack_bits(keep), pack_bits(keep & ~full) if key_mask else None
+        return cls(kept, partial, longest, arrived, mask.block_q, mask.block_k, mask.q_len, mask.kv_len)
 
     def lists(self) -> BlockMask:
-        """The mask, its lists no longer than its longest row; on a GPU in one launch."""
+        """The mask, its lists no longer than its longest row; on a GPU in one launch.
+
+        Waits for the device to have packed it, not for what came later.
+        """
         nk = -(-self.kv_len // self.block_k)
         short = nk - 1 if self.kv_len % self.block_k else -1
         if self.kept.device.type == "cuda":
             from .portable.block_lists import block_lists_of_bits
 
-            indices, number, number_full = block_lists_of_bits(self.kept, self.partial, nk, short, self.longest)
+            if self.arrived is not None:
+                self.arrived.synchronize()
+            longest = max(1, int(self.longest))
+            indices, number, number_full = block_lists_of_bits(self.kept, self.partial, nk, short, longest)
             return BlockMask(number, indices, number_full, self.block_q, self.block_k, self.q_len, self.kv_len)
         keep = unpack_bits(self.kept, nk)
         partial = None if self.partial is None else unpack_bits(self.partial, nk)

@@ -106,6 +106,7 @@ MANY_CALLS = {
     "rows_wide_blocks": (128, 128, {"heads": 4, "batch": 2, "rows": (1, 4)}),
     "rows_small_heads": (64, 64, {"heads": 4, "batch": 2, "rows": (1, 4)}),
     "in_order": (64, 128, {"heads": 4, "batch": 2, "empty_rows": True}),
+    "in_order_wide_blocks": (128, 128, {"heads": 4, "batch": 2, "empty_rows": True}),
 }
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from dataclasses import replace
 from fractions import Fraction
 
 import numpy as np
@@ -324,6 +325,23 @@ def test_lists_of_bits(nk, device):
             full, some = ((row & which).nonzero()[:, 0].tolist() for which in (~hidden, hidden))
             assert indices[b, h, i, : number[b, h, i]].tolist() == full + some
             assert int(number_full[b, h, i]) == len(full)
+
+
+@pytest.mark.parametrize("nk", [7, 33, 130])
+def test_bits_of_lists(nk, device):
+    """The kernel that packs lists, whose entries past a row's number hold anything."""
+    from dit_accel.kernels.portable.block_lists import bits_of_block_lists
+
+    generator = torch.Generator().manual_seed(0)
+    keep, partial = (torch.rand(2, 3, 5, nk, generator=generator) < share for share in (0.4, 0.3))
+    keep[0, 0, 0], keep[0, 0, 1] = False, True  # nothing, and everything
+    mask = BlockMask.from_dense(keep, 16, 16, 75, nk * 16, partial=partial)
+    past = torch.arange(nk) >= mask.kv_num_blocks[..., None]
+    mask = replace(mask, kv_indices=torch.where(past, 3, mask.kv_indices)).to(device)
+    kept, some = (x.cpu() for x in bits_of_block_lists(mask, True))
+    assert torch.equal(kept, pack_bits(keep))
+    assert torch.equal(some, pack_bits(keep & partial))
+    assert bits_of_block_lists(mask, False)[1] is None
 
 
 def test_a_mask_with_token_bits_is_not_packed():

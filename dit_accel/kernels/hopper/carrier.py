@@ -39,7 +39,7 @@ def row_addresses(base, places, chunk: gl.constexpr, stride, HEAD_DIM: gl.conste
 @gluon.jit
 def gather_queries(head, buffer, shared, state, HEAD_DIM: gl.constexpr, LAYOUT: gl.constexpr):
     """Both halves of a tile's queries into their buffers."""
-    buffers, loads, _outputs, _order = shared
+    buffers, loads, _outputs = shared
     q_smem, _k_smem, _v_smem, _o_smem, places = buffers
     q_full = loads[0]
     q_ptr, stride_qs, stride_qh = state[1]
@@ -69,7 +69,7 @@ def put_outputs(
     QUANTIZED: gl.constexpr,
 ):
     """Both halves of a tile's output from shared to global memory, once the consumers have left them there."""
-    buffers, loads, outputs, _order = shared
+    buffers, loads, outputs = shared
     _q_smem, _k_smem, _v_smem, o_smem, places = buffers
     q_empty = loads[1]
     o_full, _o_ready = outputs
@@ -111,7 +111,7 @@ def carry(
     QUANTIZED: gl.constexpr,
 ):
     """What goes in and out of every tile of this program that reads any block."""
-    buffers, _loads, outputs, _order = shared
+    buffers, _loads, outputs = shared
     _q_smem, _k_smem, _v_smem, _o_smem, places = buffers
     _o_full, o_ready = outputs
     counts_ptr, fulls_ptr, _index_ptr, _bit_rows_ptr, _bits_ptr, rows_ptr, _key_mask_ptr = lists

@@ -5,11 +5,13 @@ from __future__ import annotations
 from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
 from triton.experimental.gluon.language.nvidia.hopper import (
+    fence_async_shared,
     mbarrier,
     warpgroup_mma,
     warpgroup_mma_wait,
 )
 
+from .named_barriers import await_turn, give_back_keys, give_back_values, pass_turn
 from .producer import claimed_tile, tile_block, tile_header
 from .softmax import (
     FP8_LIFT,
@@ -18,6 +20,7 @@ from .softmax import (
     hide_keys,
     online_softmax,
     pack_fp8,
+    raise_peak,
     scores_as_float,
     unpack_fp8,
 )
@@ -41,6 +44,16 @@ def weigh_values(weights, values, acc, use_acc, FP8: gl.constexpr, OPERAND: gl.c
 
 
 @gluon.jit
+def await_keys_and_values(k_full, v_full, step, more, STAGES: gl.constexpr, LOADERS: gl.constexpr):
+    """Wait for the values of ``step``, and for the keys of the step after if there are ``more``, which come later."""
+    mbarrier.wait(v_full.index(step % STAGES), (step // STAGES) & 1)
+    mbarrier.wait(k_full.index((step + 1) % STAGES), ((step + 1) // STAGES) & 1, pred=more)
+    if LOADERS > 1:
+        # What threads have copied is not yet there for the matrix units.
+        fence_async_shared()
+
+
+@gluon.jit
 def consume(
     shared,
     queue,
@@ -51,6 +64,7 @@ def consume(
     BLOCK_K: gl.constexpr,
     HEAD_DIM: gl.constexpr,
     STAGES: gl.constexpr,
+    LOADERS: gl.constexpr,
     PERMUTED: gl.constexpr,
     HAS_BITS: gl.constexpr,
     HAS_KEY_MASK: gl.constexpr,
@@ -65,9 +79,9 @@ def consume(
     Tiles are a pipeline too: the last product of one runs beside the first scores of the next, and what is left
     of a tile then, normalising and storing, delays nothing that is in flight but this warpgroup's next scores.
     """
-    buffers, loads, _outputs, order = shared
+    buffers, loads, _outputs = shared
     q_smem, k_smem, v_smem, o_smem, _places = buffers
-    q_full, _q_empty, k_full, k_empty, v_full, v_empty = loads
+    q_full, _q_empty, k_full, v_full = loads
     counts_ptr, fulls_ptr, index_ptr, bit_rows_ptr, bits_ptr, rows_ptr, key_mask_ptr = lists
     nq, num_tiles, mask_head_stride, list_length, q_rows, k_rows, _plane_cols = sizes
     _keys, _queries, results, scales, rows_head_stride, q_len, kv_len, scale_log2 = state
@@ -82,22 +96,25 @@ def consume(
         version=[3, 0], warps_per_cta=[4, 1], instr_shape=[16, HEAD_DIM, 32 if FP8 else 16]
     )
     OPERAND: gl.constexpr = gl.DotOperandLayout(operand_index=0, parent=O_LAYOUT, k_width=4 if FP8 else 2)
+    QUERIES: gl.constexpr = gl.DotOperandLayout(operand_index=0, parent=S_LAYOUT, k_width=4 if QUANTIZED else 2)
+    # With 64 keys a product reads as many bytes of q as of k, and shared memory could not keep up.
+    KEEP_Q: gl.constexpr = BLOCK_K == 64
     ROW: gl.constexpr = gl.SliceLayout(1, S_LAYOUT)
     O_ROW: gl.constexpr = gl.SliceLayout(1, O_LAYOUT)
     LIFT: gl.constexpr = FP8_LIFT if FP8 else 0.0
     SCALES: gl.constexpr = 4 if THREAD_SCALES else 1
     step = gl.to_tensor(0)
     turn = gl.to_tensor(0)
-    beat = gl.to_tensor(0)
     place = gl.to_tensor(0)
     tile = gl.program_id(0)
+    once = gl.minimum(kv_len, 1)
     # Integer sums that start at the bits of 1.5 * 2**23 need no conversion to float.
     start = gl.full(
         [64, BLOCK_K], INTEGER_BIAS_BITS if BIASED else 0, gl.int32 if QUANTIZED else gl.float32, layout=S_LAYOUT
     )
     LANES: gl.constexpr = gl.SliceLayout(1, gl.SliceLayout(3, by_thread(start).type.layout))
     if TAKE_TURNS and HALF == 1:
-        mbarrier.arrive(order.index(0), count=1)
+        pass_turn(HALF, num_tiles)
     # The tile whose last product is still to be issued, none before the first; and whether it had more blocks. A
     # tile's first product ignores the sums of the tile before: writing zeros in their place would cost registers.
     open_tile = gl.to_tensor(-1)
@@ -131,6 +148,10 @@ def consume(
                 row_scale = gl.full([64, 1], scale_log2, gl.float32, layout=LANES)
                 key_scale = gl.to_tensor(1.0)
             mbarrier.wait(q_full.index(buffer + HALF), (turn // 2) & 1)
+            if KEEP_Q:
+                queries = q_tile.load(QUERIES)
+            else:
+                queries = q_tile
 
             # First scores of this tile, and the last product of the one before. Before the first tile that product
             # reads whatever is there, and nobody reads it.
@@ -138,10 +159,11 @@ def consume(
             stage = step % STAGES
             last = (step + STAGES - 1) % STAGES
             mbarrier.wait(k_full.index(stage), (step // STAGES) & 1)
+            if LOADERS > 1:
+                fence_async_shared()
             if not FP8:
                 weights = gl.convert_layout(likely.to(dtype), OPERAND)
-            token = warpgroup_mma(q_tile, k_smem.index(stage).permute([1, 0]), start, use_acc=BIASED, is_async=True)
-            mbarrier.wait(v_full.index(last), ((step - 1) // STAGES) & 1, pred=opened)
+            token = warpgroup_mma(queries, k_smem.index(stage).permute([1, 0]), start, use_acc=BIASED, is_async=True)
             earlier = gl.convert_layout(shrink, O_ROW)[:, None]
             if not FP8:
                 acc = acc * earlier
@@ -151,8 +173,9 @@ def consume(
             next_row, next_count, next_full = tile_header(
                 next_tile, num_tiles, nq, mask_head_stride, counts_ptr, fulls_ptr
             )
-            scores = scores_as_float(warpgroup_mma_wait(1, deps=[token]), BIASED)
-            mbarrier.arrive(k_empty.index(stage), count=1)
+            products = warpgroup_mma_wait(1, deps=[token])
+            give_back_keys(step, kv_len, STAGES, LOADERS)
+            scores = scores_as_float(products, BIASED)
             if full == 0:
                 scores = hide_keys(
                     scores,
@@ -172,16 +195,19 @@ def consume(
             open_peak, open_total = peak, total
             peak = gl.full([64], float("-inf"), gl.float32, layout=ROW)
             total = gl.zeros([64, 4], gl.float32, layout=LANES)
-            likely, peak, total, shrink = online_softmax(scores, peak, total, row_scale * key_scale, LIFT, BIASED)
-            step += 1
-            mbarrier.wait(k_full.index(step % STAGES), (step // STAGES) & 1, pred=count > 1)
+            factor = row_scale * key_scale
+            new_peak = raise_peak(scores, peak, factor, BIASED)
+            likely, total, shrink = online_softmax(scores, peak, new_peak, total, factor, LIFT, BIASED)
+            peak = new_peak
+            await_keys_and_values(k_full, v_full, step, count > 1, STAGES, LOADERS)
             if FP8:
                 product = warpgroup_mma_wait(0, deps=[acc_token])
                 acc = acc * earlier + product
                 weights = pack_fp8(likely)
             else:
                 acc, weights = warpgroup_mma_wait(0, deps=[acc_token, weights])
-            mbarrier.arrive(v_empty.index(last), count=1, pred=opened)
+            give_back_values(step, STAGES, LOADERS)
+            step += 1
             if opened:
                 write_tile(
                     acc,
@@ -221,23 +247,20 @@ def consume(
                         # Only now, while the scores are being made; and float32 is carried without repacking.
                         weights = gl.convert_layout(likely.to(dtype), OPERAND)
                     if TAKE_TURNS:
-                        mbarrier.wait(order.index(HALF), beat & 1)
+                        await_turn(HALF)
                     token = warpgroup_mma(
-                        q_tile, k_smem.index(stage).permute([1, 0]), start, use_acc=BIASED, is_async=True
+                        queries, k_smem.index(stage).permute([1, 0]), start, use_acc=BIASED, is_async=True
                     )
-                    mbarrier.wait(v_full.index(last), ((step - 1) // STAGES) & 1)
                     earlier = gl.convert_layout(shrink, O_ROW)[:, None]
                     if not FP8:
-                        # While the scores are being made.
-                        acc = acc * earlier
+                        # While the scores are being made. The loop runs once, which the assembler does not know: it
+                        # would put these products in front of the scores.
+                        for _ in range(0, once):
+                            acc = acc * earlier
                     acc_token = weigh_values(weights, v_smem.index(last), acc, entry > 1, FP8, OPERAND)
-                    scores = scores_as_float(warpgroup_mma_wait(1, deps=[token]), BIASED)
-                    if STAGES == 2:
-                        mbarrier.arrive(k_empty.index(stage), count=1)
-                    if TAKE_TURNS:
-                        # The product that is left keeps the tensor cores busy until the other one has issued its own.
-                        mbarrier.arrive(order.index(1 - HALF), count=1)
-                        beat += 1
+                    products = warpgroup_mma_wait(1, deps=[token])
+                    give_back_keys(step, kv_len, STAGES, LOADERS)
+                    scores = scores_as_float(products, BIASED)
                     if partial:
                         scores = hide_keys(
                             scores,
@@ -254,23 +277,25 @@ def consume(
                             HAS_BITS,
                             HAS_KEY_MASK,
                         )
-                    likely, peak, total, shrink = online_softmax(
-                        scores, peak, total, row_scale * key_scale, LIFT, BIASED
-                    )
-                    step += 1
-                    # The next keys are awaited here, before the product: the wait's branch keeps the assembler
-                    # from moving the wait for the product up, in front of the exponentials it shall overlap.
-                    mbarrier.wait(k_full.index(step % STAGES), (step // STAGES) & 1, pred=entry + 1 < count)
+                    factor = row_scale * key_scale
+                    new_peak = raise_peak(scores, peak, factor, BIASED)
+                    if TAKE_TURNS:
+                        # Now: the product that is left keeps the matrix units busy until the other consumer's scores
+                        # begin; before that those would slow it down.
+                        pass_turn(HALF, num_tiles)
+                    likely, total, shrink = online_softmax(scores, peak, new_peak, total, factor, LIFT, BIASED)
+                    peak = new_peak
+                    # Here, before the product: the waits' branches keep the assembler from moving the wait for the
+                    # product up, in front of the exponentials it shall overlap.
+                    await_keys_and_values(k_full, v_full, step, entry + 1 < count, STAGES, LOADERS)
                     if FP8:
                         # The wait takes no 8-bit operand; the assembler keeps its registers until here.
                         product = warpgroup_mma_wait(0, deps=[acc_token])
                         acc = acc * earlier + product
                     else:
                         acc, weights = warpgroup_mma_wait(0, deps=[acc_token, weights])
-                    if STAGES > 2:
-                        # Where they are not awaited keys go back with the values: before an arrival all warps meet.
-                        mbarrier.arrive(k_empty.index(stage), count=1)
-                    mbarrier.arrive(v_empty.index(last), count=1)
+                    give_back_values(step, STAGES, LOADERS)
+                    step += 1
                     if FP8:
                         # The product takes the registers that float32 weights would be carried in.
                         weights = pack_fp8(likely)
@@ -296,14 +321,13 @@ def consume(
 
     if open_tile >= 0:
         last = (step - 1) % STAGES
-        mbarrier.wait(v_full.index(last), ((step - 1) // STAGES) & 1)
         acc = acc * gl.convert_layout(shrink, O_ROW)[:, None]
         if not FP8:
             weights = gl.convert_layout(likely.to(dtype), OPERAND)
         acc_token = weigh_values(weights, v_smem.index(last), acc, open_more, FP8, OPERAND)
         product = warpgroup_mma_wait(0, deps=[acc_token])
         acc = acc + product if FP8 else product
-        mbarrier.arrive(v_empty.index(last), count=1)
+        give_back_values(step, STAGES, LOADERS)
         write_tile(
             acc,
             peak,
@@ -321,3 +345,6 @@ def consume(
             ROW,
             O_LAYOUT,
         )
+    if TAKE_TURNS and HALF == 0:
+        # What the other one passed last.
+        await_turn(HALF)

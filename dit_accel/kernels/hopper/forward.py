@@ -32,8 +32,7 @@ class HopperConfig:
     """Buffers of key and value blocks, and whether the consumers take turns at products.
 
     ``biased``: start the integer sums of INT8 products at the bits of a float, in place of converting them.
-    ``gather``: read keys and values of a permuted call row by row, where that can be, in place of copying them first;
-    takes four stages.
+    ``gather``: read keys and values of a permuted call row by row, where that can be, in place of copying them first.
     ``copy_share``: a share to keep to whatever it costs, in place of :data:`COPY_SHARE`.
     """
 
@@ -91,9 +90,11 @@ def default_config(block_k: int, dim: int, precision: str | None) -> HopperConfi
     out = 0 if precision is None else 128 * half
     stages = (_SHARED_BYTES - 2 * 128 * in_row - out) // (block_k * (in_row + value_row))
     most = (3 if precision == "int8" else 4) * 128 // block_k
-    turns = (block_k, dim) == (128, 128) if precision is None else (precision, block_k) == ("int8", 64)
     return HopperConfig(
-        min(most, stages), turns, biased=precision == "int8_fp8", gather=precision is None and block_k == 64
+        min(most, stages),
+        take_turns=precision is not None and block_k == 128,
+        biased=precision == "int8_fp8",
+        gather=precision is None and block_k == 64,
     )
 
 

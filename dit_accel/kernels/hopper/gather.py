@@ -10,12 +10,11 @@ from __future__ import annotations
 from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
 from triton.experimental.gluon.language.nvidia.ampere import async_copy
-from triton.experimental.gluon.language.nvidia.hopper import fence_async_shared, mbarrier
 
+from .named_barriers import await_keys, await_rest, await_values
 from .producer import claim_tile, tile_header
 
 GATHERERS = gl.constexpr(4)  # warps: two were not fast enough for the matrix units
-_UNDER_WAY = gl.constexpr(3)  # copies that may still be under way when one is handed over
 
 
 @gluon.jit
@@ -26,35 +25,23 @@ def rows_of_block(rows_at, block, stride, kv_len, BLOCK_K: gl.constexpr, ROW: gl
     see that row anyway.
     """
     first = block * BLOCK_K
-    slot = first + gl.arange(0, BLOCK_K, layout=ROW)
-    return gl.load(rows_at + gl.where(slot < kv_len, slot, first)) * stride
+    place = gl.arange(0, BLOCK_K, layout=ROW)
+    if first + BLOCK_K <= kv_len:
+        rows = gl.load(rows_at + first + place)
+    else:
+        rows = gl.load(rows_at + first + gl.where(first + place < kv_len, place, 0))
+    return rows * stride
 
 
 @gluon.jit
-def start_copy(base, rows, smem, HEAD_DIM: gl.constexpr, LAYOUT: gl.constexpr):
-    """Start the copy of a block's rows."""
+def start_copy(base, rows, smem, full, HEAD_DIM: gl.constexpr, LAYOUT: gl.constexpr):
+    """Start the copy of a block's rows; each thread arrives at ``full`` when its part is there."""
     columns = gl.arange(0, HEAD_DIM, layout=gl.SliceLayout(0, LAYOUT))
     at = (base + columns)[None, :] + rows[:, None]
     # Strides unknown to the compiler hide this from it; it would move 2 bytes at a time.
     at = gl.max_contiguous(gl.multiple_of(at, [16, 16]), [1, 8])
     async_copy.async_copy_global_to_shared(smem, at)
-    async_copy.commit_group()
-
-
-@gluon.jit
-def hand_over(full, step, flushed, under_way: gl.constexpr, STAGES: gl.constexpr):
-    """Tell the consumers of a block, unless a flush has, once all but the last ``under_way`` copies have arrived."""
-    async_copy.wait_group(under_way)
-    fence_async_shared()
-    mbarrier.arrive(full.index(gl.maximum(step, 0) % STAGES), count=1, pred=step >= flushed)
-
-
-@gluon.jit
-def flush(k_full, v_full, step, flushed, STAGES: gl.constexpr):
-    """Hand over all blocks before ``step``."""
-    hand_over(k_full, step - 1, flushed, 0, STAGES)
-    hand_over(v_full, step - 2, flushed, 0, STAGES)
-    hand_over(v_full, step - 1, flushed, 0, STAGES)
+    async_copy.mbarrier_arrive(full, increment_count=False)
 
 
 @gluon.jit
@@ -68,24 +55,18 @@ def gather_blocks(
     HEAD_DIM: gl.constexpr,
     STAGES: gl.constexpr,
 ):
-    """Stream K and V of every tile of this program, and take its tiles.
-
-    A block is handed over when the copy of the next one has been started. Consumers give a block back once they have
-    seen the keys of the next, so that with fewer than four stages both sides would wait for each other.
-    """
-    gl.static_assert(STAGES >= 4)
+    """Stream K and V of every tile of this program, and take its tiles."""
     LANES: gl.constexpr = HEAD_DIM // 8  # that copy a row, 16 bytes each
     LAYOUT: gl.constexpr = gl.BlockedLayout([1, 8], [32 // LANES, LANES], [GATHERERS, 1], [1, 0])
     ROW: gl.constexpr = gl.SliceLayout(1, LAYOUT)
-    buffers, loads, _outputs, _order = shared
+    buffers, loads, _outputs = shared
     _q_smem, k_smem, v_smem, _o_smem, _places = buffers
-    _q_full, _q_empty, k_full, k_empty, v_full, v_empty = loads
+    _q_full, _q_empty, k_full, v_full = loads
     counts_ptr, fulls_ptr, index_ptr, _bit_rows_ptr, _bits_ptr, rows_ptr, _key_mask_ptr = lists
     nq, num_tiles, mask_head_stride, list_length, _q_rows, _k_rows, _plane_cols = sizes
     keys, _queries, _results, _scales, rows_head_stride, _q_len, kv_len, _scale_log2 = state
     k_ptr, v_ptr, row_stride, k_head_stride, v_head_stride = keys
     step = gl.to_tensor(0)
-    flushed = gl.to_tensor(0)  # blocks before this one have been handed over
     place = gl.to_tensor(0)
     tile = gl.program_id(0)
     row, count, _full = tile_header(tile, num_tiles, nq, mask_head_stride, counts_ptr, fulls_ptr)
@@ -103,27 +84,21 @@ def gather_blocks(
                 next_rows = rows_of_block(rows_at, following, row_stride, kv_len, BLOCK_K, ROW)
                 following = gl.load(at + entry + 2, mask=entry + 2 < count, other=0)
                 stage = step % STAGES
-                phase = ((step // STAGES) & 1) ^ 1
-                mbarrier.wait(k_empty.index(stage), phase)
-                start_copy(k_base, rows, k_smem.index(stage), HEAD_DIM, LAYOUT)
-                hand_over(v_full, step - 2, flushed, _UNDER_WAY, STAGES)
+                await_keys(step, STAGES, GATHERERS)
+                start_copy(k_base, rows, k_smem.index(stage), k_full.index(stage), HEAD_DIM, LAYOUT)
                 if entry == 0:
                     # Here, so that the consumers find the answer when they begin the tile.
                     next_tile = claim_tile(queue, place)
                     next_row, next_count, _full = tile_header(
                         next_tile, num_tiles, nq, mask_head_stride, counts_ptr, fulls_ptr
                     )
-                mbarrier.wait(v_empty.index(stage), phase)
-                start_copy(v_base, rows, v_smem.index(stage), HEAD_DIM, LAYOUT)
-                hand_over(k_full, step - 1, flushed, _UNDER_WAY, STAGES)
+                await_values(step, STAGES, GATHERERS)
+                start_copy(v_base, rows, v_smem.index(stage), v_full.index(stage), HEAD_DIM, LAYOUT)
                 rows = next_rows
                 step += 1
         else:
-            # The claim may wait for consumers that wait for blocks.
-            flush(k_full, v_full, step, flushed, STAGES)
-            flushed = step
             next_tile = claim_tile(queue, place)
             next_row, next_count, _full = tile_header(next_tile, num_tiles, nq, mask_head_stride, counts_ptr, fulls_ptr)
         place += 1
         tile, row, count = next_tile, next_row, next_count
-    flush(k_full, v_full, step, flushed, STAGES)
+    await_rest(step, STAGES, GATHERERS)

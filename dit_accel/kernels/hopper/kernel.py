@@ -102,6 +102,9 @@ def hopper_fwd_kernel(
     that are gathered are ``stride_ks`` apart.
     """
     GATHER_Q: gl.constexpr = PERMUTED and not QUANTIZED
+    LOADERS: gl.constexpr = GATHERERS if GATHER_KV else 1
+    # A block is there when one TMA copy is, or what each thread that gathers has copied.
+    ARRIVALS: gl.constexpr = 32 * GATHERERS if GATHER_KV else 1
     q_smem = gl.allocate_shared_memory(q_desc.dtype, [4, 64, HEAD_DIM], q_desc.layout)
     k_smem = gl.allocate_shared_memory(k_desc.dtype, [STAGES, BLOCK_K, HEAD_DIM], k_desc.layout)
     V_ROWS: gl.constexpr = HEAD_DIM if FP8 else BLOCK_K
@@ -114,15 +117,13 @@ def hopper_fwd_kernel(
     OUT_BUFFERS: gl.constexpr = 2 if QUANTIZED else 4
     q_full = gl.allocate_shared_memory(gl.int64, [4, 1], mbarrier.MBarrierLayout())
     k_full = gl.allocate_shared_memory(gl.int64, [STAGES, 1], mbarrier.MBarrierLayout())
-    k_empty = gl.allocate_shared_memory(gl.int64, [STAGES, 1], mbarrier.MBarrierLayout())
     v_full = gl.allocate_shared_memory(gl.int64, [STAGES, 1], mbarrier.MBarrierLayout())
-    v_empty = gl.allocate_shared_memory(gl.int64, [STAGES, 1], mbarrier.MBarrierLayout())
     o_full = gl.allocate_shared_memory(gl.int64, [OUT_BUFFERS, 1], mbarrier.MBarrierLayout())
     for buffer in gl.static_range(OUT_BUFFERS):
         mbarrier.init(o_full.index(buffer), count=1)
     # Barriers only where they are used: the compiler would lay scratch over a dead one, and its first state was seen to
     # be read there in place of what had been stored since.
-    q_empty, o_ready, order = q_full, q_full, q_full
+    q_empty, o_ready = q_full, q_full
     if not GATHER_Q:
         q_empty = gl.allocate_shared_memory(gl.int64, [4, 1], mbarrier.MBarrierLayout())
         for buffer in gl.static_range(4):
@@ -131,10 +132,6 @@ def hopper_fwd_kernel(
         o_ready = gl.allocate_shared_memory(gl.int64, [2, 1], mbarrier.MBarrierLayout())
         for half in gl.static_range(2):
             mbarrier.init(o_ready.index(half), count=1)
-    if TAKE_TURNS:
-        order = gl.allocate_shared_memory(gl.int64, [2, 1], mbarrier.MBarrierLayout())
-        for half in gl.static_range(2):
-            mbarrier.init(order.index(half), count=1)
     claims = gl.allocate_shared_memory(gl.int32, [2, 1], gl.SwizzledSharedLayout(1, 1, 1, order=[0]))
     places = claims
     if PERMUTED:
@@ -149,18 +146,15 @@ def hopper_fwd_kernel(
     for buffer in gl.static_range(4):
         mbarrier.init(q_full.index(buffer), count=1)
     for stage in gl.static_range(STAGES):
-        mbarrier.init(k_full.index(stage), count=1)
-        mbarrier.init(v_full.index(stage), count=1)
-        # Both consumers read every block.
-        mbarrier.init(k_empty.index(stage), count=2)
-        mbarrier.init(v_empty.index(stage), count=2)
+        mbarrier.init(k_full.index(stage), count=ARRIVALS)
+        mbarrier.init(v_full.index(stage), count=ARRIVALS)
     fence_async_shared()
 
     descriptors = (q_desc, k_desc, v_desc, out_desc)
     buffers = (q_smem, k_smem, v_smem, o_smem, places)
-    loads = (q_full, q_empty, k_full, k_empty, v_full, v_empty)
+    loads = (q_full, q_empty, k_full, v_full)
     outputs = (o_full, o_ready)
-    shared = (buffers, loads, outputs, order)
+    shared = (buffers, loads, outputs)
     queue = (counter_ptr, claims, claim_full, claim_empty)
     lists = (counts_ptr, fulls_ptr, index_ptr, bit_rows_ptr, bits_ptr, rows_ptr, key_mask_ptr)
     sizes = (
@@ -181,9 +175,8 @@ def hopper_fwd_kernel(
     SECOND: gl.constexpr = 1
     # Registers of a thread. The other warps fill a warpgroup, or two with those that gather. With 64 keys consumers
     # leave some, and the carriers need not keep theirs in memory.
-    SUPPLIERS: gl.constexpr = GATHERERS if GATHER_KV else 1
     CONSUMER: gl.constexpr = 208 if GATHER_KV else 216 if GATHER_Q and BLOCK_K == 64 else 240
-    OTHER: gl.constexpr = 40 if GATHER_KV else 504 - 2 * CONSUMER
+    OTHER: gl.constexpr = 48 if GATHER_KV else 504 - 2 * CONSUMER
     gl.warp_specialize(
         [
             (
@@ -198,6 +191,7 @@ def hopper_fwd_kernel(
                     BLOCK_K,
                     HEAD_DIM,
                     STAGES,
+                    LOADERS,
                     PERMUTED,
                     HAS_BITS,
                     HAS_KEY_MASK,
@@ -220,6 +214,7 @@ def hopper_fwd_kernel(
                     BLOCK_K,
                     HEAD_DIM,
                     STAGES,
+                    LOADERS,
                     PERMUTED,
                     HAS_BITS,
                     HAS_KEY_MASK,
@@ -236,7 +231,7 @@ def hopper_fwd_kernel(
             ),
             (carry, (out_desc, shared, queue, lists, sizes, state, HEAD_DIM, PERMUTED, QUANTIZED)),
         ],
-        [4, SUPPLIERS, CARRIERS],
+        [4, LOADERS, CARRIERS],
         [CONSUMER, OTHER, OTHER],
     )
 

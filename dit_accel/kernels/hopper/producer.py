@@ -6,6 +6,8 @@ from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
 from triton.experimental.gluon.language.nvidia.hopper import mbarrier, tma
 
+from .named_barriers import await_keys, await_rest, await_values
+
 
 @gluon.jit
 def tile_block(tile, nq):
@@ -63,9 +65,9 @@ def produce(
 ):
     """Stream Q (unless its rows are gathered), K and V of every tile of this program, and take its tiles."""
     q_desc, k_desc, v_desc, _out_desc = descriptors
-    buffers, loads, _outputs, _order = shared
+    buffers, loads, _outputs = shared
     q_smem, k_smem, v_smem, _o_smem, _places = buffers
-    q_full, q_empty, k_full, k_empty, v_full, v_empty = loads
+    q_full, q_empty, k_full, v_full = loads
     counts_ptr, fulls_ptr, index_ptr, _bit_rows_ptr, _bits_ptr, _rows_ptr, _key_mask_ptr = lists
     nq, num_tiles, mask_head_stride, list_length, q_rows, k_rows, plane_cols = sizes
     step = gl.to_tensor(0)
@@ -83,7 +85,6 @@ def produce(
             for entry in range(0, count):
                 following = gl.load(at + entry + 1, mask=entry + 1 < count, other=0)
                 stage = step % STAGES
-                phase = ((step // STAGES) & 1) ^ 1
                 if not GATHER_Q:  # noqa: SIM102 - a compile-time condition around a run-time one
                     if entry == 0:
                         # Ahead of the keys, and into the buffer of the last tile but one: it waits for nobody.
@@ -97,7 +98,7 @@ def produce(
                                 q_full.index(buffer),
                                 q_smem.index(buffer),
                             )
-                mbarrier.wait(k_empty.index(stage), phase)
+                await_keys(step, STAGES, 1)
                 mbarrier.expect(k_full.index(stage), k_desc.block_type.nbytes)
                 tma.async_copy_global_to_shared(
                     k_desc,
@@ -114,7 +115,7 @@ def produce(
                     next_block = gl.load(
                         index_ptr + next_row.to(gl.int64) * list_length, mask=next_tile < num_tiles, other=0
                     )
-                mbarrier.wait(v_empty.index(stage), phase)
+                await_values(step, STAGES, 1)
                 mbarrier.expect(v_full.index(stage), v_desc.block_type.nbytes)
                 if FP8:
                     tma.async_copy_global_to_shared(
@@ -139,3 +140,4 @@ def produce(
             next_block = gl.load(index_ptr + next_row.to(gl.int64) * list_length, mask=next_tile < num_tiles, other=0)
         place += 1
         tile, row, count, block = next_tile, next_row, next_count, next_block
+    await_rest(step, STAGES, 1)

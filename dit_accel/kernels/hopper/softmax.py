@@ -55,33 +55,41 @@ def by_thread(scores):
 
 
 @gluon.jit
-def online_softmax(scores, peak, total, factor, LIFT: gl.constexpr, BIASED: gl.constexpr):
-    """float32 weights ``2 ** (LIFT + scores * factor - peak)`` of a block, the row state, and what shrinks older sums.
+def raise_peak(scores, peak, factor, BIASED: gl.constexpr):
+    """Each row's largest scaled score so far.
 
     ``factor`` is ``[64, 1]``, or ``[64, 4]`` with a key scale for each of the four lanes that hold a row: all that a
-    thread holds of a row has one factor, so that nothing more is done for an element. ``total [64, 4]`` stays apart
-    for the lanes and is added up after the last block; and maxima begin with pairs, since one chain over a row's
-    32 elements takes longer than the exponentials beside it.
+    thread holds of a row has one factor, so that nothing more is done for an element. Maxima begin with pairs, since
+    one chain over a row's 32 elements takes longer than the exponentials beside it.
+    """
+    largest = gl.max(gl.max(by_thread(scores), 3), 1)
+    if BIASED:
+        largest -= INTEGER_BIAS
+    return gl.maximum(peak, gl.convert_layout(gl.max(largest * factor, 1), peak.type.layout))
+
+
+@gluon.jit
+def online_softmax(scores, peak, new_peak, total, factor, LIFT: gl.constexpr, BIASED: gl.constexpr):
+    """float32 weights ``2 ** (LIFT + scores * factor - new_peak)`` of a block, row sums, and what shrinks older sums.
+
+    ``peak`` and ``total`` are those of the blocks before. ``total [64, 4]`` stays apart for the lanes that hold a row
+    and is added up after the last block.
 
     ``BIASED`` scores are larger by ``INTEGER_BIAS`` than the products; taking it off in the exponent rounds by at
     most one unit of an integer product, a hundredth of what rounding q and k to INT8 does.
     """
     wide = by_thread(scores)
-    largest = gl.max(gl.max(wide, 3), 1)
-    LANES_ROW: gl.constexpr = gl.SliceLayout(1, largest.type.layout)
-    if BIASED:
-        largest -= INTEGER_BIAS
-    new_peak = gl.maximum(peak, gl.convert_layout(gl.max(largest * factor, 1), peak.type.layout))
+    LANES: gl.constexpr = gl.SliceLayout(1, gl.SliceLayout(3, wide.type.layout))
     # A row that has seen nothing keeps peak -inf; 0 in its place avoids inf - inf.
     base = gl.where(new_peak == float("-inf"), 0.0, new_peak)
-    offset = gl.convert_layout(base - LIFT, LANES_ROW)[:, None]
+    offset = gl.convert_layout(base - LIFT, gl.SliceLayout(1, LANES))[:, None]
     if BIASED:
         offset = offset + INTEGER_BIAS * factor
     weights = gl.exp2(wide * factor.expand_dims(1).expand_dims(3) - offset.expand_dims(1).expand_dims(3))
     shrink = gl.exp2(peak - base)
-    total = total * gl.convert_layout(shrink, LANES_ROW)[:, None] + gl.sum(gl.sum(weights, 3), 1)
+    total = total * gl.convert_layout(shrink, gl.SliceLayout(1, LANES))[:, None] + gl.sum(gl.sum(weights, 3), 1)
     flat = weights.reshape([64, scores.shape[1]])
-    return gl.convert_layout(flat, scores.type.layout, assert_trivial=True), new_peak, total, shrink
+    return gl.convert_layout(flat, scores.type.layout, assert_trivial=True), total, shrink
 
 
 @gluon.jit

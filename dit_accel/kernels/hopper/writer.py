@@ -5,6 +5,7 @@ from __future__ import annotations
 from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
 from triton.experimental.gluon.language.nvidia.hopper import fence_async_shared, mbarrier
+from triton.language import debug_barrier
 
 from .producer import tile_block
 from .softmax import FP8_LIFT
@@ -31,7 +32,7 @@ def write_tile(
     O_LAYOUT: gl.constexpr,
 ):
     """Normalise a tile's 64 rows, store their log-sum-exp, and leave their output to the carriers in shared memory."""
-    buffers, loads, outputs, _order = shared
+    buffers, loads, outputs = shared
     _q_smem, _k_smem, _v_smem, o_smem, places = buffers
     q_empty = loads[1]
     o_full, o_ready = outputs
@@ -71,3 +72,5 @@ def write_tile(
     mbarrier.arrive(o_full.index(to), count=1)
     if QUANTIZED:
         mbarrier.arrive(q_empty.index(buffer), count=1)
+    # After an arrival Triton lets the warpgroup meet before the next product. Here, once; not in the loop over blocks.
+    debug_barrier()

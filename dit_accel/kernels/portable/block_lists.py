@@ -1,10 +1,12 @@
-"""Block lists in one launch, from the rank of every block or from bits."""
+"""Block lists in one launch, from the rank of every block or from bits; and bits from lists."""
 
 from __future__ import annotations
 
 import torch
 import triton
 import triton.language as tl
+
+from ..block_mask import BlockMask
 
 
 @triton.jit
@@ -41,6 +43,46 @@ def write_lists(rank, j, pid, row_ptr, num_ptr, num_full_ptr):
     tl.store(row_ptr + place, j, mask=rank < 2)
     tl.store(num_ptr + pid, tl.sum((rank < 2).to(tl.int32), 0))
     tl.store(num_full_ptr + pid, num_full)
+
+
+@triton.jit
+def pack_fwd_kernel(
+    indices_ptr, num_ptr, num_full_ptr, kept_ptr, partial_ptr, length, num_bytes,
+    ENTRIES: tl.constexpr, WIDTH: tl.constexpr,
+):  # fmt: skip
+    """One row's bits from its lists."""
+    pid = tl.program_id(0).to(tl.int64)
+    slot = tl.arange(0, ENTRIES)
+    listed = slot < tl.load(num_ptr + pid)
+    index = tl.load(indices_ptr + pid * length + slot, mask=listed, other=0)
+    place = tl.arange(0, WIDTH // 8)
+    at = pid * num_bytes + place
+    tl.store(kept_ptr + at, bits_of(index, listed, WIDTH), mask=place < num_bytes)
+    if partial_ptr is not None:
+        hidden = listed & (slot >= tl.load(num_full_ptr + pid))
+        tl.store(partial_ptr + at, bits_of(index, hidden, WIDTH), mask=place < num_bytes)
+
+
+@triton.jit
+def bits_of(index, listed, WIDTH: tl.constexpr):
+    """uint8 ``[WIDTH / 8]`` of the entries that are ``listed``, each at most once."""
+    bit = tl.histogram(index, WIDTH, mask=listed).reshape([WIDTH // 8, 8])
+    return tl.sum(bit << tl.arange(0, 8)[None, :], 1).to(tl.uint8)
+
+
+def bits_of_block_lists(mask: BlockMask, partial: bool) -> tuple[torch.Tensor, torch.Tensor | None]:
+    """uint8 bits ``[B, H, nq, ceil(nk / 8)]`` of the kept blocks, and if asked for of those that need masking."""
+    number, number_full, indices = (x.contiguous() for x in (mask.kv_num_blocks, mask.kv_num_full, mask.kv_indices))
+    nk, length = mask.num_blocks[1], indices.shape[-1]
+    kept = torch.empty(*number.shape, -(-nk // 8), dtype=torch.uint8, device=number.device)
+    some = torch.empty_like(kept) if partial else None
+    width = max(32, triton.next_power_of_2(nk))
+    with torch.cuda.device_of(number):
+        pack_fwd_kernel[(number.numel(),)](
+            indices, number, number_full, kept, some, length, kept.shape[-1],
+            ENTRIES=max(32, triton.next_power_of_2(length)), WIDTH=width, num_warps=row_warps(width, False),
+        )  # fmt: skip
+    return kept, some
 
 
 def block_lists_triton(rank: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
