@@ -5,7 +5,6 @@ from __future__ import annotations
 from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
 from triton.experimental.gluon.language.nvidia.hopper import (
-    fence_async_shared,
     mbarrier,
     warpgroup_mma,
     warpgroup_mma_wait,
@@ -44,13 +43,11 @@ def weigh_values(weights, values, acc, use_acc, FP8: gl.constexpr, OPERAND: gl.c
 
 
 @gluon.jit
-def await_keys_and_values(k_full, v_full, step, more, STAGES: gl.constexpr, LOADERS: gl.constexpr):
-    """Wait for the values of ``step``, and for the keys of the step after if there are ``more``, which come later."""
+def await_next(k_full, v_full, step, more, STAGES: gl.constexpr):
+    """Wait for the values of ``step``, and for the keys of the step after if there are ``more``; they are loaded in
+    this order."""
     mbarrier.wait(v_full.index(step % STAGES), (step // STAGES) & 1)
     mbarrier.wait(k_full.index((step + 1) % STAGES), ((step + 1) // STAGES) & 1, pred=more)
-    if LOADERS > 1:
-        # What threads have copied is not yet there for the matrix units.
-        fence_async_shared()
 
 
 @gluon.jit
@@ -159,8 +156,6 @@ def consume(
             stage = step % STAGES
             last = (step + STAGES - 1) % STAGES
             mbarrier.wait(k_full.index(stage), (step // STAGES) & 1)
-            if LOADERS > 1:
-                fence_async_shared()
             if not FP8:
                 weights = gl.convert_layout(likely.to(dtype), OPERAND)
             token = warpgroup_mma(queries, k_smem.index(stage).permute([1, 0]), start, use_acc=BIASED, is_async=True)
@@ -199,7 +194,7 @@ def consume(
             new_peak = raise_peak(scores, peak, factor, BIASED)
             likely, total, shrink = online_softmax(scores, peak, new_peak, total, factor, LIFT, BIASED)
             peak = new_peak
-            await_keys_and_values(k_full, v_full, step, count > 1, STAGES, LOADERS)
+            await_next(k_full, v_full, step, count > 1, STAGES)
             if FP8:
                 product = warpgroup_mma_wait(0, deps=[acc_token])
                 acc = acc * earlier + product
@@ -287,7 +282,7 @@ def consume(
                     peak = new_peak
                     # Here, before the product: the waits' branches keep the assembler from moving the wait for the
                     # product up, in front of the exponentials it shall overlap.
-                    await_keys_and_values(k_full, v_full, step, entry + 1 < count, STAGES, LOADERS)
+                    await_next(k_full, v_full, step, entry + 1 < count, STAGES)
                     if FP8:
                         # The wait takes no 8-bit operand; the assembler keeps its registers until here.
                         product = warpgroup_mma_wait(0, deps=[acc_token])

@@ -93,7 +93,7 @@ def default_config(block_k: int, dim: int, precision: str | None) -> HopperConfi
     return HopperConfig(
         min(most, stages),
         take_turns=precision is not None and block_k == 128,
-        biased=precision == "int8_fp8",
+        biased=precision is not None and (precision, block_k) != ("int8_fp8", 128),
         gather=precision is None and block_k == 64,
     )
 

@@ -35,7 +35,11 @@ def rows_of_block(rows_at, block, stride, kv_len, BLOCK_K: gl.constexpr, ROW: gl
 
 @gluon.jit
 def start_copy(base, rows, smem, full, HEAD_DIM: gl.constexpr, LAYOUT: gl.constexpr):
-    """Start the copy of a block's rows; each thread arrives at ``full`` when its part is there."""
+    """Start the copy of a block's rows; each thread arrives at ``full`` when its part is there.
+
+    The arrival follows the write, and matrix units read what has been written: nobody sets a fence between them, as
+    in CUTLASS' main loop of asynchronous copies and warpgroup products.
+    """
     columns = gl.arange(0, HEAD_DIM, layout=gl.SliceLayout(0, LAYOUT))
     at = (base + columns)[None, :] + rows[:, None]
     # Strides unknown to the compiler hide this from it; it would move 2 bytes at a time.
