@@ -1,6 +1,7 @@
 """What every preset's forward takes at real sizes, against dense attention, eager and compiled; and its plans.
 
-One transformer with random weights and few layers per size. Dense is timed once per size; the patched twin shares
+One transformer with random weights per size, of all layers or as many as memory and time allow: the first layer of a
+forward waits for the host, which counts where there are few. Dense is timed once per size; the patched twin shares
 the weights and changes its recipe between runs. For each preset: a forward that makes its plans, one that reuses
 them, and from both the mean over a run of 30 steps with the preset's own schedule. The densities of presets without
 a density of their own are fitted on recorded queries and keys.
@@ -12,10 +13,10 @@ log-sum-exp from the step's attention and later ones have it; what that attentio
 counts as planning. "order", "select" and "compensate" split the milliseconds of one planning forward. Methods whose
 plans are made offline have none to make; here their heads take the six axis orders in turn.
 
-    python benchmarks/presets_speed.py --seconds 250 --out presets_speed.json
+    python benchmarks/presets_speed.py --seconds 550 --out presets_speed.json
     python benchmarks/presets_speed.py --sizes wan2.1-1.3b:832x480x81:4 --methods pooled adaspa --out some.json
 
-    python benchmarks/presets_speed.py --sizes wan2.1-1.3b:832x480x81:4 wan2.1-1.3b:1280x720x81:3 --out first.json &
+    python benchmarks/presets_speed.py --sizes wan2.1-1.3b:832x480x81:30 wan2.1-1.3b:1280x720x81:3 --out first.json &
     CUDA_VISIBLE_DEVICES=1 python benchmarks/presets_speed.py --sizes hunyuanvideo:1280x720x129:2 --out second.json
 
 A size is ARCHITECTURE:WIDTHxHEIGHTxFRAMES:LAYERS. Figures are those of the layers timed, not of the whole model.
@@ -54,7 +55,7 @@ from dit_accel.layout import StepContext
 from dit_accel.pipelines.architectures import architecture
 from dit_accel.stages.order_axes import AXIS_ORDERS, ChosenAxes
 
-SIZES = ("wan2.1-1.3b:832x480x81:4", "wan2.1-1.3b:1280x720x81:3", "hunyuanvideo:1280x720x129:2")
+SIZES = ("wan2.1-1.3b:832x480x81:30", "wan2.1-1.3b:1280x720x81:3", "hunyuanvideo:1280x720x129:2")
 STEPS = 30
 # Where dense is the only other choice these show nothing, and those that differ in schedule alone repeat others.
 LEFT_OUT = ("adaspa-2", "ssa", "sla")
@@ -165,6 +166,7 @@ def time_size(text: str, args: argparse.Namespace, size: dict[str, Any], save: A
             return
         stack.enter_context(compiled_blocks(model, twin, args.compiler))
         size["dense_compiled_s"] = timed(dense, args.repeats, warm=2)
+        save()
         print(f"compiled: dense {size['dense_compiled_s'] * 1e3:.1f} ms", flush=True)
         size["compiled"] = []
         for label in args.compiled:

@@ -79,7 +79,7 @@ def why_not_shape(q: torch.Tensor, mask: BlockMask) -> str | None:
     return None
 
 
-def default_config(block_k: int, dim: int, precision: str | None) -> HopperConfig:
+def default_config(block_k: int, dim: int, precision: str | None, permuted: bool = False) -> HopperConfig:
     """The fastest that was measured at head dim 128, and buffers that fit shared memory elsewhere.
 
     ``precision`` is None for half-precision inputs.
@@ -90,11 +90,12 @@ def default_config(block_k: int, dim: int, precision: str | None) -> HopperConfi
     out = 0 if precision is None else 128 * half
     stages = (_SHARED_BYTES - 2 * 128 * in_row - out) // (block_k * (in_row + value_row))
     most = (3 if precision == "int8" else 4) * 128 // block_k
+    gather = precision is None and block_k == 64
     return HopperConfig(
         min(most, stages),
-        take_turns=precision is not None and block_k == 128,
+        take_turns=permuted if gather else precision is not None and block_k == 128,
         biased=precision is not None and (precision, block_k) != ("int8_fp8", 128),
-        gather=precision is None and block_k == 64,
+        gather=gather,
     )
 
 
@@ -163,7 +164,7 @@ def hopper_forward(
     values = quantized.v if precision == "int8" and _why_not_tiles(quantized.v) is None else None
     if precision == "int8" and values is None:
         values = quantized.v.contiguous()
-    config = config or default_config(mask.block_k, dim, precision)
+    config = config or default_config(mask.block_k, dim, precision, rows is not None)
     programs = multiprocessors(q.device.index or 0)
     together, copy = heads, None
     gathered = rows is not None and quantized is None and config.gather and _can_gather(k, v)

@@ -1,10 +1,10 @@
 """Named barriers of the Hopper kernel: block buffers given back to those that load them, and the consumers' turns.
 
-A warp that has only read says so for itself and goes on, where Triton lets its whole warpgroup meet before an arrival
-at a barrier in shared memory. Those stay where copies arrive.
+A warp that has only read says so for itself and goes on; at a barrier in shared memory, which Triton has, its whole
+warpgroup would meet before every arrival. Copies arrive at those.
 
 At each of these barriers a warp arrives again only after the other side has passed it, since it needs what that side
-does next. What was arrived at last is passed at the end (:func:`await_rest`, and a last turn).
+does next. What was arrived at last is passed at the end: :func:`await_rest`, and a last turn.
 """
 
 from __future__ import annotations
@@ -12,7 +12,7 @@ from __future__ import annotations
 from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
 
-# A program has 16 of them. Triton takes the first five here: one for each kind of warps, and one to start them.
+# A program has 16. Triton takes the first five here: one for each kind of warps, and one to start them.
 _TURNS = gl.constexpr(14)  # two
 _VALUES = gl.constexpr(6)  # one a stage, up to eight
 _KEYS = gl.constexpr(12)  # two, with two stages
@@ -62,6 +62,7 @@ def pass_turn(half, length):
 
 @gluon.jit
 def await_turn(half):
+    """A consumer waits for the other one to pass the turn."""
     _meet(_TURNS + half, _CONSUMERS)
 
 
@@ -75,6 +76,7 @@ def give_back_keys(step, length, STAGES: gl.constexpr, LOADERS: gl.constexpr):
 @gluon.jit
 def give_back_values(step, STAGES: gl.constexpr, LOADERS: gl.constexpr):
     """A consumer has read the keys of ``step`` and the values of the step before."""
+    gl.static_assert(STAGES <= 8)
     _arrive(_VALUES + step % STAGES, _CONSUMERS + 32 * LOADERS)
 
 
