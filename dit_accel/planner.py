@@ -82,7 +82,7 @@ class Planner:
         self.frozen: FrozenMasks | None = None
         self.rederive = False
         self.parts = {part: Stopwatch() for part in ("order", "select", "compensate")}
-        self._frozen_plans: dict[tuple[Any, ...], tuple[tuple[Any, ...], AttentionPlan]] = {}
+        self._frozen_plans: dict[tuple[Any, ...], tuple[tuple[Any, ...], _KeptPlan]] = {}
         self._prepared: dict[tuple[Any, ...], _Prepared] = {}
         self._full_masks: dict[tuple[Any, ...], BlockMask] = {}
         self._segments: dict[tuple[Any, ...], Segments] = {}
@@ -223,17 +223,18 @@ class Planner:
         version = (bucket, None if compensate.is_static else call.q.shape[0])
         kept = self._frozen_plans.get(place) if call.key_mask is None else None
         if kept is not None and kept[0] == version:
-            return kept[1]
+            return kept[1].plan
         with torch.no_grad():
             prepared = self._prepare(call)
             mask = frozen.mask(call.layer, bucket, prepared.blocks, call.key_mask)
             q, k = call.q.detach(), call.k.detach()
             state = compensate.prepare(prepared.blocks, mask, q, k, call.key_mask, call.scale)
-        plan = AttentionPlan(prepared.blocks.kernel_rows, mask, state)
+        rows = prepared.blocks.kernel_rows
         if call.key_mask is None:
-            self._frozen_plans[place] = (version, plan)
+            packed = PackedBlockMask.of(mask, key_mask=False)
+            self._frozen_plans[place] = (version, _KeptPlan(call.step, rows, packed, state, None, None))
         book.plans_made += 1
-        return plan
+        return AttentionPlan(rows, mask, state)
 
     def _selection(self, call: AttentionCall) -> Select:
         """The recipe's selection with the density that holds for this layer and step."""

@@ -49,7 +49,7 @@ class FrozenMasks:
         return sum(sigma < edge for edge in self.edges)
 
     def mask(self, layer: int, bucket: int, blocks: SequenceBlocks, key_mask: torch.Tensor | None) -> BlockMask:
-        """The mask of a layer, with text and own blocks, and no longer than its longest row.
+        """The mask of a layer, with text and own blocks.
 
         Raises:
             ValueError: the masks are for fewer layers.
@@ -57,7 +57,7 @@ class FrozenMasks:
         if layer >= self.bits.shape[1]:
             raise ValueError(f"The calibration is for {self.bits.shape[1]} layers, the model has a layer {layer}.")
         chosen = unpack_bits(self.bits[bucket, layer].to(blocks.device), blocks.num_blocks[1])[None]
-        return keep_chosen(blocks, chosen, key_mask).trimmed()
+        return keep_chosen(blocks, chosen, key_mask)
 
 
 def bucket_edges(sigmas: Sequence[float], buckets: int) -> tuple[float, ...]:

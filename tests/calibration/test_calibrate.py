@@ -10,7 +10,7 @@ from diffusers import UniPCMultistepScheduler
 from dit_accel import CalibrationArtifact, Recipe, calibrate, patch, presets
 from dit_accel.calibration.artifact import CalibratedTransformer
 from dit_accel.calibration.calibrate import mask_megabytes
-from dit_accel.kernels.packed_mask import pack_bits, unpack_bits
+from dit_accel.kernels.packed_mask import PackedBlockMask, pack_bits, unpack_bits
 from dit_accel.layout import TokenLayout
 from dit_accel.patches.fingerprint import Fingerprint
 from dit_accel.stages.frozen import FrozenMasks, bucket_edges
@@ -134,6 +134,10 @@ def test_a_patched_run_uses_the_masks_of_its_noise_level(paro):
 
     with patch(pipe, PARO, calibration=path) as handle, handle.observe(watch), handle.tap_outputs(tap):
         pipe(**{**STEPS, **prompts[0]}, generator=torch.Generator().manual_seed(3), output_type="latent")
+        (session,) = handle.sessions.values()
+        kept = session.engine.planner._frozen_plans.values()
+        assert kept
+        assert all(isinstance(plan.mask, PackedBlockMask) for _, plan in kept)
     assert len(seen) == len(outputs) == 4 * 2 * 2
     for (_, expected), out in zip(seen, outputs, strict=True):
         assert (out.double() - expected).abs().max() <= 4e-6 * expected.abs().max()
