@@ -152,7 +152,7 @@ def section_rows(report: Report, args: argparse.Namespace) -> None:
     scale = q.shape[-1] ** -0.5
     rows = torch.rand(1, args.heads, length, device="cuda").argsort(-1).to(torch.int32)
     for block_q, block_k in BLOCKS[:2]:
-        usual = default_config(block_k, args.head_dim, None)
+        usual = default_config(block_k, args.head_dim, None, permuted=True)
         for density in (0.05, 0.2):
             mask = random_mask(args.heads, length, block_q, block_k, density)
 

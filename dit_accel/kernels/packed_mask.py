@@ -34,7 +34,7 @@ class PackedBlockMask:
 
     @classmethod
     def of(cls, mask: BlockMask, key_mask: bool) -> PackedBlockMask:
-        """Pack a mask; on a GPU in two launches, without waiting for it.
+        """Pack a mask; on a GPU without waiting for it.
 
         Args:
             key_mask: whether a key mask made blocks partial; without one only a short last block is.
@@ -49,13 +49,14 @@ class PackedBlockMask:
         if mask.kv_indices.device.type == "cuda":
             from .portable.block_lists import bits_of_block_lists
 
+            kept, partial = bits_of_block_lists(mask, key_mask)
             arrived = torch.cuda.Event()
             arrived.record(torch.cuda.current_stream(mask.kv_indices.device))
-            kept, partial = bits_of_block_lists(mask, key_mask)
         else:
             keep = mask.to_dense()
-            full = replace(mask, kv_num_blocks=mask.kv_num_full).to_dense()
-            kept, partial = pack_bits(keep), pack_bits(keep & ~full) if key_mask else None
+            kept, partial = pack_bits(keep), None
+            if key_mask:
+                partial = pack_bits(keep & ~replace(mask, kv_num_blocks=mask.kv_num_full).to_dense())
         return cls(kept, partial, longest, arrived, mask.block_q, mask.block_k, mask.q_len, mask.kv_len)
 
     def lists(self) -> BlockMask:

@@ -74,10 +74,26 @@ def test_triton_leaves_the_named_barriers_alone(variant, compiled):
     """The kernel's own have numbers in registers; Triton's numbers are written out."""
     numbers = {int(n) for n in re.findall(r"bar(?:rier)?\.(?:sync|arrive)(?:\.aligned)?\s+(\d+)", compiled[variant])}
     assert {0, 1} <= numbers
-    assert max(numbers) < 6
+    assert max(numbers) < 6  # the kernel's begin there
     own = re.findall(r"bar\.(sync|arrive) %r\d+, %r\d+;", compiled[variant])
     assert "arrive" in own
     assert "sync" in own
+
+
+@pytest.mark.parametrize("precision", [None, "int8", "int8_fp8"])
+@pytest.mark.parametrize("dim", [64, 128])
+@pytest.mark.parametrize("block_k", [64, 128])
+@pytest.mark.parametrize("permuted", [False, True])
+def test_buffers_fit_and_have_a_named_barrier_each(permuted, block_k, dim, precision):
+    from dit_accel.kernels.hopper.forward import default_config
+
+    config = default_config(block_k, dim, precision, permuted)
+    assert 2 <= config.stages <= 8
+    query, value = (1 if precision else 2), (1 if precision == "int8_fp8" else 2)
+    # Two tiles of queries, the blocks, and where queries are not as wide as outputs a tile of those: below 227 KiB.
+    taken = 256 * dim * query + config.stages * block_k * dim * (query + value) + (128 * dim * 2 if precision else 0)
+    assert taken <= 224 * 1024
+    assert config.gather == (precision is None and block_k == 64)
 
 
 def test_an_overlap_is_found():

@@ -327,17 +327,19 @@ def test_lists_of_bits(nk, device):
             assert int(number_full[b, h, i]) == len(full)
 
 
+@pytest.mark.parametrize("trimmed", [False, True])
 @pytest.mark.parametrize("nk", [7, 33, 130])
-def test_bits_of_lists(nk, device):
+def test_bits_of_lists(nk, trimmed, device):
     """The kernel that packs lists, whose entries past a row's number hold anything."""
     from dit_accel.kernels.portable.block_lists import bits_of_block_lists
 
     generator = torch.Generator().manual_seed(0)
     keep, partial = (torch.rand(2, 3, 5, nk, generator=generator) < share for share in (0.4, 0.3))
-    keep[0, 0, 0], keep[0, 0, 1] = False, True  # nothing, and everything
+    keep[0, 0, 0], keep[0, 0, 1] = False, not trimmed  # nothing, and everything
     mask = BlockMask.from_dense(keep, 16, 16, 75, nk * 16, partial=partial)
     past = torch.arange(nk) >= mask.kv_num_blocks[..., None]
-    mask = replace(mask, kv_indices=torch.where(past, 3, mask.kv_indices)).to(device)
+    mask = replace(mask, kv_indices=torch.where(past, 10**7, mask.kv_indices).to(torch.int32))
+    mask = (mask.trimmed() if trimmed else mask).to(device)
     kept, some = (x.cpu() for x in bits_of_block_lists(mask, True))
     assert torch.equal(kept, pack_bits(keep))
     assert torch.equal(some, pack_bits(keep & partial))

@@ -76,7 +76,7 @@ def give_back_keys(step, length, STAGES: gl.constexpr, LOADERS: gl.constexpr):
 @gluon.jit
 def give_back_values(step, STAGES: gl.constexpr, LOADERS: gl.constexpr):
     """A consumer has read the keys of ``step`` and the values of the step before."""
-    gl.static_assert(STAGES <= 8)
+    gl.static_assert(STAGES >= 2 and STAGES <= 8)
     _arrive(_VALUES + step % STAGES, _CONSUMERS + 32 * LOADERS)
 
 
