@@ -28,7 +28,8 @@ def _arrive(barrier, threads):
 def _arrive_here(barrier, threads, length):
     """:func:`_arrive` in a loop that runs once, which only the assembler does not know: ``length`` is not negative.
 
-    Without a branch it puts the arrival behind all exponentials of the block.
+    Without a branch it puts the arrival behind all exponentials of the block. Two arrivals in a row take two lengths:
+    what one loop has shown of its own the assembler knows in the next.
     """
     gl.inline_asm_elementwise(
         """
