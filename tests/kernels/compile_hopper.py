@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import json
 import sys
-from dataclasses import replace
 from typing import Any
 
 import torch
@@ -28,7 +27,6 @@ VARIANTS: dict[str, tuple[int, int, dict[str, Any]]] = {
     "half D=64": (128, 64, {"key_mask": True}),
     "rows": (128, 128, {"rows": True}),
     "rows 64": (64, 128, {"rows": True}),
-    "rows 64 copied": (64, 128, {"rows": True, "gather": False}),
     "rows D=64": (64, 64, {"rows": True, "key_mask": True}),
     "int8": (64, 128, {"precision": "int8"}),
     "int8 rows": (128, 128, {"precision": "int8", "rows": True}),
@@ -68,7 +66,6 @@ def main() -> None:
     kernel = Compiles(hopper_forward.hopper_fwd_kernel)
     hopper_forward.hopper_fwd_kernel = kernel
     hopper_forward.multiprocessors = lambda index: 132
-    hopper_forward.reorder_pair = lambda *args, **options: None
     for name in sys.argv[1:]:
         block_k, dim, settings = VARIANTS[name]
         q, k, v = (torch.randn(1, LENGTH, HEADS, dim, dtype=torch.bfloat16) for _ in range(3))
@@ -79,7 +76,6 @@ def main() -> None:
         precision = settings.get("precision")
         ready = precision and reference_quantize(q, k, v, 128, block_k, precision=precision)
         config = hopper_forward.default_config(block_k, dim, precision, rows is not None)
-        config = replace(config, gather=settings.get("gather", config.gather))
         hopper_forward.hopper_forward(q, k, v, mask, rows, hidden, 0.1, quantized=ready or None, config=config)
         print(json.dumps({"name": name, "ptx": kernel.ptx}), flush=True)
 

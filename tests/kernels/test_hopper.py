@@ -46,7 +46,7 @@ def test_matches_oracle(turns, case, shape, dtype, device):
     eager, eager_lse = dense_attention(*moved[:3], visible, moved[4], dtype=torch.float32)
     eager = eager + UNIT_ROUNDOFF[dtype] * v.double().abs().amax()
     scale = dim**-0.5
-    config = replace(default_config(block_k, dim, None), take_turns=turns)
+    config = replace(default_config(block_k, dim, None, rows is not None), take_turns=turns)
     first, second = (hopper_forward(*moved, scale, config=config) for _ in range(2))
     assert torch.equal(first[0], second[0])
     out, lse = first
@@ -58,51 +58,57 @@ def test_matches_oracle(turns, case, shape, dtype, device):
 
 
 @pytest.mark.parametrize("lead", [(1, 1), (1, 5), (2, 5)], ids=str)
-@pytest.mark.parametrize("dim", [64, 128])
-def test_gathered_rows_and_copied_ones_have_the_same_bits(dim, lead, device):
+@pytest.mark.parametrize("shape", [(128, 128), (128, 64), (64, 128), (64, 64)], ids=str)
+def test_a_ring_of_any_size_and_rows_that_lie_anywhere_have_the_same_bits(shape, lead, device):
     from dit_accel.kernels.hopper.forward import default_config, hopper_forward
 
     if torch.cuda.get_device_capability() != (9, 0):
         pytest.skip("it needs a GPU of compute capability 9.0")
+    block_k, dim = shape
     settings = {"length": 5000, "heads": 5, "batch": 2, "lead": lead, "rows": lead, "key_mask": True}
-    q, k, v, mask, rows, hide, _ = build(**settings, block=(128, 64), dim=dim, dtype=torch.bfloat16, empty_rows=True)
+    q, k, v, mask, rows, hide, visible = build(
+        **settings, block=(128, block_k), dim=dim, dtype=torch.bfloat16, empty_rows=True
+    )
     q, k, v, mask, rows, hide = (x.to(device) for x in (q, k, v, mask, rows, hide))
-    config = default_config(64, dim, None)
-    assert config.gather
-    copied = hopper_forward(q, k, v, mask, rows, hide, 0.1, config=replace(config, gather=False))
+    config = default_config(block_k, dim, None, permuted=True)
+    whole = hopper_forward(q, k, v, mask, rows, hide, 0.1, config=replace(config, ring=5))
+    exact, _ = dense_attention(q, k, v, visible.to(device), rows, scale=0.1)
+    assert (whole[0].double() - exact).norm() <= 1e-2 * exact.norm()
     together = torch.stack([k, v], 2)[:, :, 0], torch.stack([k, v], 2)[:, :, 1]  # rows twice as far apart
     by_head = [x.transpose(1, 2).contiguous().transpose(1, 2) for x in (k, v)]  # heads not side by side
-    apart = k, together[1]  # rows that do not lie alike, and are copied
-    for keys, values in ((k, v), together, by_head, apart):
-        gathered = hopper_forward(q, keys, values, mask, rows, hide, 0.1)
-        assert torch.equal(gathered[0], copied[0])
-        assert torch.equal(gathered[1], copied[1])
+    apart = k, together[1]  # rows that do not lie alike
+    for ring, (keys, values) in ((1, (k, v)), (2, together), (3, by_head), (4, apart), (9, (k, v))):
+        got = hopper_forward(q, keys, values, mask, rows, hide, 0.1, config=replace(config, ring=ring))
+        assert torch.equal(got[0], whole[0])
+        assert torch.equal(got[1], whole[1])
 
 
-@pytest.mark.parametrize("lead", [(1, 1), (1, 5), (2, 5)], ids=str)
-@pytest.mark.parametrize("share", [0.01, 0.2, 0.3])
-def test_a_copy_in_parts_changes_nothing(share, lead, device):
+def test_permuted_calls_on_several_streams_do_not_wait_for_each_other(device):
+    """Programs wait for what others have moved; those that wait must not keep the others from running."""
     from dit_accel.kernels.hopper.forward import default_config, hopper_forward
 
     if torch.cuda.get_device_capability() != (9, 0):
         pytest.skip("it needs a GPU of compute capability 9.0")
-    settings = {"length": 1000, "heads": 5, "batch": 2, "lead": lead, "rows": lead, "key_mask": True}
-    q, k, v, mask, rows, hide, visible = build(**settings, block=(128, 128), dim=64, dtype=torch.bfloat16)
-    q, k, v, mask, rows, hide = (x.to(device) for x in (q, k, v, mask, rows, hide))
-    config = default_config(128, 64, None)
-    whole = hopper_forward(q, k, v, mask, rows, hide, 0.125, config=replace(config, copy_share=0.5))
-    parts = hopper_forward(q, k, v, mask, rows, hide, 0.125, config=replace(config, copy_share=share))
-    exact, _ = dense_attention(q, k, v, visible.to(device), rows)
-    assert (whole[0].double() - exact).norm() <= 1e-2 * exact.norm()
-    assert torch.equal(whole[0], parts[0])
-    assert torch.equal(whole[1], parts[1])
+    q, k, v, mask, rows, _, _ = build(length=3000, heads=16, block=(128, 64), dim=128, dtype=torch.bfloat16, rows=(1, 16))
+    q, k, v, mask, rows = (x.to(device) for x in (q, k, v, mask, rows))
+    config = replace(default_config(64, 128, None, permuted=True), ring=1)
+    want = hopper_forward(q, k, v, mask, rows, None, 0.1, config=config)[0]
+    torch.cuda.synchronize()
+    streams = [torch.cuda.Stream() for _ in range(4)]
+    outputs = []
+    for _ in range(50):
+        for stream in streams:
+            with torch.cuda.stream(stream):
+                outputs.append(hopper_forward(q, k, v, mask, rows, None, 0.1, config=config)[0])
+    torch.cuda.synchronize()
+    assert all(torch.equal(out, want) for out in outputs)
 
 
 MANY_CALLS = {
     # name: (keys a block, head dim, settings)
     "rows": (64, 128, {"heads": 4, "batch": 2, "rows": (1, 4), "empty_rows": True}),
     "rows_one_launch": (64, 128, {"heads": 6, "rows": (1, 6)}),
-    "rows_copied": (64, 128, {"heads": 4, "batch": 2, "rows": (1, 4), "empty_rows": True}),
+    "rows_narrow_ring": (128, 64, {"heads": 9, "rows": (1, 9), "empty_rows": True}),
     "rows_wide_blocks": (128, 128, {"heads": 4, "batch": 2, "rows": (1, 4)}),
     "rows_small_heads": (64, 64, {"heads": 4, "batch": 2, "rows": (1, 4)}),
     "in_order": (64, 128, {"heads": 4, "batch": 2, "empty_rows": True}),
@@ -121,7 +127,7 @@ def test_many_calls_have_the_same_bits(case, device):
     q, k, v, mask, rows, _, _ = build(length=6000, block=(128, block_k), dim=dim, dtype=torch.bfloat16, **settings)
     q, k, v, mask = (x.to(device) for x in (q, k, v, mask))
     rows = None if rows is None else rows.to(device)
-    config = replace(default_config(block_k, dim, None), gather=False) if case == "rows_copied" else None
+    config = replace(default_config(block_k, dim, None, rows is not None), ring=1 if "narrow" in case else 3)
     want, want_lse = hopper_forward(q, k, v, mask, rows, None, dim**-0.5, config=config)
     cold = torch.empty(64 << 20, dtype=torch.uint8, device=device)
     for number in range(400):

@@ -11,7 +11,8 @@ from triton.experimental.gluon import language as gl
 from triton.experimental.gluon.language.nvidia.ampere import async_copy
 from triton.experimental.gluon.language.nvidia.hopper import fence_async_shared, mbarrier, tma
 
-from .producer import claimed_tile, tile_block, tile_header
+from .producer import claimed_tile, first_tile, tile_block, tile_header
+from .rows import row_addresses
 
 CARRIERS = gl.constexpr(2)  # warps
 _CHUNK = gl.constexpr(8)  # rows that are under way at a time: these warps have few registers
@@ -27,16 +28,6 @@ def copy_places(tile, buffer, places, nq, rows_at, q_len):
 
 
 @gluon.jit
-def row_addresses(base, places, chunk: gl.constexpr, stride, HEAD_DIM: gl.constexpr, LAYOUT: gl.constexpr):
-    """Addresses ``[_CHUNK, HEAD_DIM]`` of a chunk's rows in a tensor whose rows start at multiples of 16 bytes."""
-    row = places.slice(chunk * _CHUNK, _CHUNK).load(gl.SliceLayout(1, LAYOUT)).to(gl.int64)
-    columns = gl.arange(0, HEAD_DIM, layout=gl.SliceLayout(0, LAYOUT))
-    at = base + row[:, None] * stride + columns[None, :]
-    # Strides unknown to the compiler hide this from it; it would move 2 bytes at a time.
-    return gl.max_contiguous(gl.multiple_of(at, [16, 16]), [1, 8])
-
-
-@gluon.jit
 def gather_queries(head, buffer, shared, state, HEAD_DIM: gl.constexpr, LAYOUT: gl.constexpr):
     """Both halves of a tile's queries into their buffers."""
     buffers, loads, _outputs = shared
@@ -46,7 +37,7 @@ def gather_queries(head, buffer, shared, state, HEAD_DIM: gl.constexpr, LAYOUT: 
     base = q_ptr + head * stride_qh
     for half in range(2):
         for chunk in gl.static_range(64 // _CHUNK):
-            at = row_addresses(base, places.index(buffer + half), chunk, stride_qs, HEAD_DIM, LAYOUT)
+            at = row_addresses(base, places.index(buffer + half), chunk, stride_qs, _CHUNK, HEAD_DIM, LAYOUT)
             async_copy.async_copy_global_to_shared(q_smem.index(buffer + half).slice(chunk * _CHUNK, _CHUNK), at)
     async_copy.commit_group()
     async_copy.wait_group(0)
@@ -86,7 +77,7 @@ def put_outputs(
             for chunk in gl.static_range(64 // _CHUNK):
                 slot = first_slot + chunk * _CHUNK + gl.arange(0, _CHUNK, layout=gl.SliceLayout(1, LAYOUT))
                 base = out_ptr + head * stride_oh
-                to = row_addresses(base, places.index(buffer + half), chunk, stride_os, HEAD_DIM, LAYOUT)
+                to = row_addresses(base, places.index(buffer + half), chunk, stride_os, _CHUNK, HEAD_DIM, LAYOUT)
                 rows = o_smem.index(at).slice(chunk * _CHUNK, _CHUNK).load(LAYOUT)
                 gl.store(to, rows, mask=(slot < q_len)[:, None])
         else:
@@ -108,6 +99,7 @@ def carry(
     state,
     HEAD_DIM: gl.constexpr,
     PERMUTED: gl.constexpr,
+    MOVED: gl.constexpr,
     QUANTIZED: gl.constexpr,
 ):
     """What goes in and out of every tile of this program that reads any block."""
@@ -115,13 +107,12 @@ def carry(
     _q_smem, _k_smem, _v_smem, _o_smem, places = buffers
     _o_full, o_ready = outputs
     counts_ptr, fulls_ptr, _index_ptr, _bit_rows_ptr, _bits_ptr, rows_ptr, _key_mask_ptr = lists
-    nq, num_tiles, mask_head_stride, _list_length, _q_rows, _k_rows, _plane_cols = sizes
+    nq, num_tiles, mask_head_stride, _list_length, _q_rows, _k_rows, _plane_cols, _ring = sizes
     _keys, _queries, _results, _scales, rows_head_stride, q_len, _kv_len, _scale_log2 = state
     LANES: gl.constexpr = HEAD_DIM // 8  # that copy a row, 16 bytes each
     LAYOUT: gl.constexpr = gl.BlockedLayout([1, 8], [32 // LANES, LANES], [CARRIERS, 1], [1, 0])
     turn = gl.to_tensor(0)
-    place = gl.to_tensor(0)
-    tile = gl.program_id(0)
+    tile, place = first_tile(queue, MOVED)
     # The tile before, whose output is still to come; after the last tile one more round waits for it.
     before = gl.to_tensor(-1)
     while (tile < num_tiles) | (before >= 0):

@@ -11,7 +11,7 @@ from triton.experimental.gluon.language.nvidia.hopper import (
 )
 
 from .named_barriers import await_turn, give_back_keys, give_back_values, pass_turn
-from .producer import claimed_tile, tile_block, tile_header
+from .producer import claimed_tile, first_tile, tile_block, tile_header
 from .softmax import (
     FP8_LIFT,
     INTEGER_BIAS_BITS,
@@ -61,8 +61,8 @@ def consume(
     BLOCK_K: gl.constexpr,
     HEAD_DIM: gl.constexpr,
     STAGES: gl.constexpr,
-    LOADERS: gl.constexpr,
     PERMUTED: gl.constexpr,
+    MOVED: gl.constexpr,
     HAS_BITS: gl.constexpr,
     HAS_KEY_MASK: gl.constexpr,
     TAKE_TURNS: gl.constexpr,
@@ -80,7 +80,7 @@ def consume(
     q_smem, k_smem, v_smem, o_smem, _places = buffers
     q_full, _q_empty, k_full, v_full = loads
     counts_ptr, fulls_ptr, index_ptr, bit_rows_ptr, bits_ptr, rows_ptr, key_mask_ptr = lists
-    nq, num_tiles, mask_head_stride, list_length, q_rows, k_rows, _plane_cols = sizes
+    nq, num_tiles, mask_head_stride, list_length, q_rows, k_rows, _plane_cols, _ring = sizes
     _keys, _queries, results, scales, rows_head_stride, q_len, kv_len, scale_log2 = state
     out_ptr, lse_ptr, stride_os, stride_oh = results
     q_scale_ptr, k_scale_ptr, _v_scale_ptr, _q_shift_ptr = scales
@@ -102,8 +102,7 @@ def consume(
     SCALES: gl.constexpr = 4 if THREAD_SCALES else 1
     step = gl.to_tensor(0)
     turn = gl.to_tensor(0)
-    place = gl.to_tensor(0)
-    tile = gl.program_id(0)
+    tile, place = first_tile(queue, MOVED)
     once = gl.minimum(kv_len, 1)
     # Integer sums that start at the bits of 1.5 * 2**23 need no conversion to float.
     start = gl.full(
@@ -169,7 +168,7 @@ def consume(
                 next_tile, num_tiles, nq, mask_head_stride, counts_ptr, fulls_ptr
             )
             products = warpgroup_mma_wait(1, deps=[token])
-            give_back_keys(step, kv_len, STAGES, LOADERS)
+            give_back_keys(step, kv_len, STAGES)
             scores = scores_as_float(products, BIASED)
             if full == 0:
                 scores = hide_keys(
@@ -201,7 +200,7 @@ def consume(
                 weights = pack_fp8(likely)
             else:
                 acc, weights = warpgroup_mma_wait(0, deps=[acc_token, weights])
-            give_back_values(step, STAGES, LOADERS)
+            give_back_values(step, STAGES)
             step += 1
             if opened:
                 write_tile(
@@ -254,7 +253,7 @@ def consume(
                             acc = acc * earlier
                     acc_token = weigh_values(weights, v_smem.index(last), acc, entry > 1, FP8, OPERAND)
                     products = warpgroup_mma_wait(1, deps=[token])
-                    give_back_keys(step, kv_len, STAGES, LOADERS)
+                    give_back_keys(step, kv_len, STAGES)
                     scores = scores_as_float(products, BIASED)
                     if partial:
                         scores = hide_keys(
@@ -289,7 +288,7 @@ def consume(
                         acc = acc * earlier + product
                     else:
                         acc, weights = warpgroup_mma_wait(0, deps=[acc_token, weights])
-                    give_back_values(step, STAGES, LOADERS)
+                    give_back_values(step, STAGES)
                     step += 1
                     if FP8:
                         # The product takes the registers that float32 weights would be carried in.
@@ -322,7 +321,7 @@ def consume(
         acc_token = weigh_values(weights, v_smem.index(last), acc, open_more, FP8, OPERAND)
         product = warpgroup_mma_wait(0, deps=[acc_token])
         acc = acc + product if FP8 else product
-        give_back_values(step, STAGES, LOADERS)
+        give_back_values(step, STAGES)
         write_tile(
             acc,
             peak,

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import itertools
 from dataclasses import dataclass
 from functools import cache
 
@@ -14,17 +13,13 @@ from ..block_mask import BlockMask
 from ..capability import compute_capability, multiprocessors
 from ..portable.forward import LOG2_E, mask_strides
 from ..quantize import QuantizedInputs
-from ..reorder import heads_at_once, reorder_pair
 from .kernel import hopper_fwd_kernel
 
 _ROWS = 64  # query rows of a consumer warpgroup
 _SHARED_BYTES = 224 << 10  # of 227 KiB: barriers and alignment take a little
-# What a permuted copy of keys and values may take where they are not gathered, as a share of the bytes of q, k, v and
-# the output: a few heads are moved and attended at a time, through one buffer. Each part ends with multiprocessors that
-# run out of tiles, so that a part of few tiles would cost more than the copy is worth: then all heads of a batch entry
-# are moved at once.
-COPY_SHARE = 0.15
-_TILES_OF_A_PART = 8  # for each multiprocessor, at least
+# Heads of a permuted call whose keys and values are in order at a time: those attended last while a slow query block
+# holds them, the present ones, and the next.
+RING = 3
 
 
 @dataclass(frozen=True)
@@ -32,15 +27,13 @@ class HopperConfig:
     """Buffers of key and value blocks, and whether the consumers take turns at products.
 
     ``biased``: start the integer sums of INT8 products at the bits of a float, in place of converting them.
-    ``gather``: read keys and values of a permuted call row by row, where that can be, in place of copying them first.
-    ``copy_share``: a share to keep to whatever it costs, in place of :data:`COPY_SHARE`.
+    ``ring``: heads of a permuted call whose keys and values the kernel holds in order at a time.
     """
 
     stages: int
     take_turns: bool
     biased: bool = False
-    gather: bool = False
-    copy_share: float | None = None
+    ring: int = RING
 
 
 def why_not_hopper(
@@ -87,29 +80,15 @@ def default_config(block_k: int, dim: int, precision: str | None, permuted: bool
     half = 2 * dim
     in_row = half if precision is None else dim
     value_row = dim if precision == "int8_fp8" else half
-    out = 0 if precision is None else 128 * half
-    stages = (_SHARED_BYTES - 2 * 128 * in_row - out) // (block_k * (in_row + value_row))
+    # Outputs of quantised calls have a buffer of their own, and rows on their way into order.
+    other = 128 * half if precision is not None or permuted else 0
+    stages = (_SHARED_BYTES - 2 * 128 * in_row - other) // (block_k * (in_row + value_row))
     most = (3 if precision == "int8" else 4) * 128 // block_k
-    gather = precision is None and block_k == 64
     return HopperConfig(
         min(most, stages),
-        take_turns=permuted if gather else precision is not None and block_k == 128,
+        take_turns=precision is not None and block_k == 128,
         biased=precision is not None and (precision, block_k) != ("int8_fp8", 128),
-        gather=gather,
     )
-
-
-def _can_gather(k: torch.Tensor, v: torch.Tensor) -> bool:
-    """Whether rows of k and v lie alike, at 32-bit distances."""
-    return k.stride(1) == v.stride(1) and k.shape[1] * k.stride(1) < 2**31
-
-
-def heads_of_a_copy(batch: int, heads: int, query_blocks: int, programs: int, share: float | None = None) -> int:
-    """Heads whose keys and values a permuted call moves at a time; ``share`` as in :class:`HopperConfig`."""
-    if share is not None:
-        return heads_at_once(batch, heads, share)
-    part = heads_at_once(batch, heads, COPY_SHARE)
-    return part if part * query_blocks >= _TILES_OF_A_PART * programs else heads
 
 
 def _tiles(x: torch.Tensor, rows: int, columns: int) -> TensorDescriptor:
@@ -128,11 +107,6 @@ def _side_by_side(x: torch.Tensor) -> torch.Tensor:
     """``[S, H, D]`` with adjacent heads as the matrix ``[S, H * D]``."""
     length, heads, dim = x.shape
     return x.as_strided((length, heads * dim), (x.stride(0), 1))
-
-
-def _heads_from(x: torch.Tensor, first: int, dim: int = 0) -> torch.Tensor:
-    """``x`` from a head on; where it has one head, that one stands for all."""
-    return x if first == 0 or x.shape[dim] == 1 else x.narrow(dim, first, x.shape[dim] - first)
 
 
 def hopper_forward(
@@ -166,33 +140,26 @@ def hopper_forward(
         values = quantized.v.contiguous()
     config = config or default_config(mask.block_k, dim, precision, rows is not None)
     programs = multiprocessors(q.device.index or 0)
-    together, copy = heads, None
-    gathered = rows is not None and quantized is None and config.gather and _can_gather(k, v)
-    if rows is not None and quantized is None and not gathered:
-        together = heads_of_a_copy(batch, heads, nq, programs, config.copy_share)
-        copy = torch.empty((2, 1, kv_len, together, dim), dtype=k.dtype, device=k.device)
+    moved = rows is not None and quantized is None
+    ring = min(config.ring, heads) if moved else heads
+    if moved:
+        in_order = torch.empty((2, kv_len, ring, dim), dtype=k.dtype, device=k.device)
     counts, fulls, index = (x.contiguous() for x in (mask.kv_num_blocks, mask.kv_num_full, mask.kv_indices))
     bit_rows = index if mask.kv_bits is None else mask.kv_bits.contiguous()
     bits = index if mask.token_bits is None else mask.token_bits.contiguous()
     hidden = None if key_mask is None else key_mask.contiguous().view(torch.uint8)
     rows_head_stride = 0 if rows is None else mask_strides(rows, q_len)[1]
-    # Tiles that were taken beyond the first of each program, a count for each launch.
-    launches = list(itertools.product(range(batch), range(0, heads, together)))
-    taken = torch.zeros(len(launches), dtype=torch.int32, device=q.device)
-    for launch, (b, first) in enumerate(launches):
+    # Of each batch entry: tiles that were taken (beyond the first of each program), and of a permuted call the pieces
+    # of keys and values, and for every head what is ready and what is spent.
+    counters = torch.zeros((batch, 2 + 2 * heads if moved else 1), dtype=torch.int32, device=q.device)
+    for b in range(batch):
         mb = b if counts.shape[0] > 1 else 0
         rb = b if rows is not None and rows.shape[0] > 1 else 0
-        count = min(together, heads - first)
         if quantized is None:
-            q_in, k_in, v_in = q[b], k[b], v[b]
-            if copy is not None:
-                part = copy if count == together else copy.flatten()[: 2 * kv_len * count * dim]
-                part = part.view(2, 1, kv_len, count, dim)
-                reorder_pair(k[b : b + 1], v[b : b + 1], rows[rb : rb + 1], first=first, out=part)
-                k_in, v_in = part[0, 0], part[1, 0]
+            q_in = q[b]
             keys = (k[b], v[b])
-            k_in, v_in = _side_by_side(k_in), _side_by_side(v_in)
-            q_tiles = _tiles(_side_by_side(q_in) if rows is None else k_in, _ROWS, dim)
+            k_in, v_in = (_side_by_side(x) for x in (in_order if moved else keys))
+            q_tiles = _tiles(k_in if moved else _side_by_side(q_in), _ROWS, dim)
             scales = (lse, lse, lse, lse)
             planes = (0, 0, dim)
         else:
@@ -205,34 +172,38 @@ def hopper_forward(
             scales = (quantized.q_scale[b], quantized.k_scale[b], v_scale, quantized.q_shift[b])
             planes = (nq * mask.block_q, nk * mask.block_k, 0)
         v_tile = (dim, mask.block_k) if fp8 else (mask.block_k, dim)
-        hopper_fwd_kernel[(min(nq * count, programs),)](
+        hopper_fwd_kernel[(min(nq * heads, programs),)](
             q_tiles,
             _tiles(k_in, mask.block_k, dim),
             _tiles(v_in, *v_tile),
             _tiles(_side_by_side(out[b]), _ROWS, dim),
-            _heads_from(q_in, first, 1),
+            q_in,
             *keys,
-            _heads_from(out[b], first, 1),
-            _heads_from(lse[b], first),
+            out[b],
+            lse[b],
             *scales,
-            _heads_from(counts[mb], first),
-            _heads_from(fulls[mb], first),
-            _heads_from(index[mb], first),
-            _heads_from(bit_rows[mb], first),
+            counts[mb],
+            fulls[mb],
+            index[mb],
+            bit_rows[mb],
             bits,
-            index if rows is None else _heads_from(rows[rb], first),
+            index if rows is None else rows[rb],
             index if hidden is None else hidden[b],
-            taken[launch],
+            counters[b],
+            *(in_order if moved else (q_in, q_in)),
             *q.stride()[1:3],
-            *k.stride()[1:3],
+            k.stride(1),
+            v.stride(1),
+            k.stride(2),
             v.stride(2),
             *out.stride()[1:3],
             rows_head_stride,
             nq,
-            nq * count,
+            nq * heads,
             mask_strides(index, nq)[1],
             index.shape[-1],
             *planes,
+            ring,
             q_len,
             kv_len,
             scale * LOG2_E,
@@ -240,7 +211,7 @@ def hopper_forward(
             HEAD_DIM=dim,
             STAGES=config.stages,
             PERMUTED=rows is not None,
-            GATHER_KV=gathered,
+            MOVED=moved,
             HAS_BITS=mask.kv_bits is not None and mask.token_bits.shape[0] > 0,
             HAS_KEY_MASK=key_mask is not None,
             TAKE_TURNS=config.take_turns,

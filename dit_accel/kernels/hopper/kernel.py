@@ -1,6 +1,7 @@
 """Device code of block-sparse attention on Hopper, in Gluon: TMA, asynchronous WGMMA, specialised warps.
 
-One producer warp streams the listed key and value blocks into shared memory, or four warps gather their rows.
+One producer warp streams the listed key and value blocks into shared memory; of permuted calls another one puts them in
+order, some heads ahead.
 Two consumer warpgroups hold 64 query rows each; they take turns at issuing products, so that one is in its softmax
 while the other keeps the matrix units busy, and inside a warpgroup the scores of block ``n + 1`` and the weighted
 values of block ``n`` are in flight during the softmax (FlashAttention-3, arXiv 2407.08608). A program stays on its
@@ -22,12 +23,12 @@ from triton.experimental.gluon.language.nvidia.hopper import fence_async_shared,
 from ..portable.forward import SIZES
 from .carrier import CARRIERS, carry
 from .consumer import consume
-from .gather import GATHERERS, gather_blocks
+from .mover import MOVED_CHUNK, MOVED_ROWS, move_heads
 from .producer import produce
 
 
 @gluon.jit(
-    do_not_specialize=(*SIZES, "nq", "num_tiles", "q_rows", "k_rows", "plane_cols", "stride_oh"),
+    do_not_specialize=(*SIZES, "nq", "num_tiles", "q_rows", "k_rows", "plane_cols", "stride_oh", "ring"),
     # Heads and launches start anywhere in these.
     do_not_specialize_on_alignment=(
         "q_ptr",
@@ -41,6 +42,8 @@ from .producer import produce
         "bit_rows_ptr",
         "rows_ptr",
         "counter_ptr",
+        "k_ring_ptr",
+        "v_ring_ptr",
     ),
 )
 def hopper_fwd_kernel(
@@ -65,9 +68,12 @@ def hopper_fwd_kernel(
     rows_ptr,
     key_mask_ptr,
     counter_ptr,
+    k_ring_ptr,
+    v_ring_ptr,
     stride_qs,
     stride_qh,
     stride_ks,
+    stride_vs,
     stride_kh,
     stride_vh,
     stride_os,
@@ -80,6 +86,7 @@ def hopper_fwd_kernel(
     q_rows,
     k_rows,
     plane_cols,
+    ring,
     q_len,
     kv_len,
     scale_log2,
@@ -87,7 +94,7 @@ def hopper_fwd_kernel(
     HEAD_DIM: gl.constexpr,
     STAGES: gl.constexpr,
     PERMUTED: gl.constexpr,
-    GATHER_KV: gl.constexpr,
+    MOVED: gl.constexpr,
     HAS_BITS: gl.constexpr,
     HAS_KEY_MASK: gl.constexpr,
     TAKE_TURNS: gl.constexpr,
@@ -98,13 +105,10 @@ def hopper_fwd_kernel(
 ):
     """Query blocks of 128 rows of the heads of one batch entry.
 
-    ``q_rows`` and ``k_rows`` are a head's rows in the tensors of q and k, ``plane_cols`` its columns. Rows of k and v
-    that are gathered are ``stride_ks`` apart.
+    ``q_rows`` and ``k_rows`` are a head's rows in the tensors of q and k, ``plane_cols`` its columns.
+    With ``MOVED`` k and v lie in a ring of ``ring`` heads, side by side, in which the kernel itself puts them.
     """
     GATHER_Q: gl.constexpr = PERMUTED and not QUANTIZED
-    LOADERS: gl.constexpr = GATHERERS if GATHER_KV else 1
-    # A block is there when one TMA copy is, or what each thread that gathers has copied.
-    ARRIVALS: gl.constexpr = 32 * GATHERERS if GATHER_KV else 1
     q_smem = gl.allocate_shared_memory(q_desc.dtype, [4, 64, HEAD_DIM], q_desc.layout)
     k_smem = gl.allocate_shared_memory(k_desc.dtype, [STAGES, BLOCK_K, HEAD_DIM], k_desc.layout)
     V_ROWS: gl.constexpr = HEAD_DIM if FP8 else BLOCK_K
@@ -137,6 +141,15 @@ def hopper_fwd_kernel(
     if PERMUTED:
         # Of the two tiles under way: the rows of their slots.
         places = gl.allocate_shared_memory(gl.int32, [4, 64], gl.SwizzledSharedLayout(1, 1, 1, order=[0]))
+    moves = (claims, claims, (counter_ptr, counter_ptr, counter_ptr), (k_ring_ptr, v_ring_ptr))
+    if MOVED:
+        ROWS_LAYOUT: gl.constexpr = gl.SwizzledSharedLayout(8, 1, 1, order=[1, 0])
+        CHUNKS: gl.constexpr = 2 * MOVED_ROWS // MOVED_CHUNK
+        stage = gl.allocate_shared_memory(out_desc.dtype, [CHUNKS, MOVED_CHUNK, HEAD_DIM], ROWS_LAYOUT)
+        moved = gl.allocate_shared_memory(gl.int32, [MOVED_ROWS], gl.SwizzledSharedLayout(1, 1, 1, order=[0]))
+        heads = num_tiles // nq
+        counters = (counter_ptr + 1, counter_ptr + 2, counter_ptr + 2 + heads)
+        moves = (stage, moved, counters, (k_ring_ptr, v_ring_ptr))
     claim_full = gl.allocate_shared_memory(gl.int64, [2, 1], mbarrier.MBarrierLayout())
     claim_empty = gl.allocate_shared_memory(gl.int64, [2, 1], mbarrier.MBarrierLayout())
     for half in gl.static_range(2):
@@ -146,8 +159,8 @@ def hopper_fwd_kernel(
     for buffer in gl.static_range(4):
         mbarrier.init(q_full.index(buffer), count=1)
     for stage in gl.static_range(STAGES):
-        mbarrier.init(k_full.index(stage), count=ARRIVALS)
-        mbarrier.init(v_full.index(stage), count=ARRIVALS)
+        mbarrier.init(k_full.index(stage), count=1)
+        mbarrier.init(v_full.index(stage), count=1)
     fence_async_shared()
 
     descriptors = (q_desc, k_desc, v_desc, out_desc)
@@ -165,18 +178,19 @@ def hopper_fwd_kernel(
         q_rows,
         k_rows,
         plane_cols,
+        ring,
     )
     queries = (q_ptr, stride_qs, stride_qh)
     results = (out_ptr, lse_ptr, stride_os, stride_oh)
     scales = (q_scale_ptr, k_scale_ptr, v_scale_ptr, q_shift_ptr)
-    keys = (k_ptr, v_ptr, stride_ks, stride_kh, stride_vh)
+    keys = (k_ptr, v_ptr, stride_ks, stride_vs, stride_kh, stride_vh)
     state = (keys, queries, results, scales, rows_head_stride, q_len, kv_len, scale_log2)
     FIRST: gl.constexpr = 0
     SECOND: gl.constexpr = 1
-    # Registers of a thread. The other warps fill a warpgroup, or two with those that gather. With 64 keys consumers
-    # leave some, and the carriers need not keep theirs in memory.
-    CONSUMER: gl.constexpr = 208 if GATHER_KV else 216 if GATHER_Q and BLOCK_K == 64 else 240
-    OTHER: gl.constexpr = 48 if GATHER_KV else 504 - 2 * CONSUMER
+    # Registers of a thread. The other warps fill a warpgroup. With 64 keys consumers leave some, and the carriers need
+    # not keep theirs in memory.
+    CONSUMER: gl.constexpr = 216 if GATHER_Q and BLOCK_K == 64 else 240
+    OTHER: gl.constexpr = 504 - 2 * CONSUMER
     gl.warp_specialize(
         [
             (
@@ -191,8 +205,8 @@ def hopper_fwd_kernel(
                     BLOCK_K,
                     HEAD_DIM,
                     STAGES,
-                    LOADERS,
                     PERMUTED,
+                    MOVED,
                     HAS_BITS,
                     HAS_KEY_MASK,
                     TAKE_TURNS,
@@ -214,8 +228,8 @@ def hopper_fwd_kernel(
                     BLOCK_K,
                     HEAD_DIM,
                     STAGES,
-                    LOADERS,
                     PERMUTED,
+                    MOVED,
                     HAS_BITS,
                     HAS_KEY_MASK,
                     TAKE_TURNS,
@@ -226,33 +240,26 @@ def hopper_fwd_kernel(
                 ),
             ),
             (
-                supply,
-                (descriptors, shared, queue, lists, sizes, state, BLOCK_K, HEAD_DIM, STAGES, GATHER_Q, GATHER_KV, FP8),
+                produce,
+                (
+                    descriptors,
+                    shared,
+                    queue,
+                    lists,
+                    sizes,
+                    state,
+                    moves,
+                    BLOCK_K,
+                    HEAD_DIM,
+                    STAGES,
+                    GATHER_Q,
+                    MOVED,
+                    FP8,
+                ),
             ),
-            (carry, (out_desc, shared, queue, lists, sizes, state, HEAD_DIM, PERMUTED, QUANTIZED)),
+            (carry, (out_desc, shared, queue, lists, sizes, state, HEAD_DIM, PERMUTED, MOVED, QUANTIZED)),
+            (move_heads, (moves, lists, sizes, state, HEAD_DIM, MOVED)),
         ],
-        [4, LOADERS, CARRIERS],
-        [CONSUMER, OTHER, OTHER],
+        [4, 1, CARRIERS, 1],
+        [CONSUMER, OTHER, OTHER, OTHER],
     )
-
-
-@gluon.jit
-def supply(
-    descriptors,
-    shared,
-    queue,
-    lists,
-    sizes,
-    state,
-    BLOCK_K: gl.constexpr,
-    HEAD_DIM: gl.constexpr,
-    STAGES: gl.constexpr,
-    GATHER_Q: gl.constexpr,
-    GATHER_KV: gl.constexpr,
-    FP8: gl.constexpr,
-):
-    """Keys and values, rows gathered or whole blocks by TMA, and the program's tiles."""
-    if GATHER_KV:
-        gather_blocks(shared, queue, lists, sizes, state, BLOCK_K, HEAD_DIM, STAGES)
-    else:
-        produce(descriptors, shared, queue, lists, sizes, BLOCK_K, HEAD_DIM, STAGES, GATHER_Q, FP8)

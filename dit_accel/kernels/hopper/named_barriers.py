@@ -1,4 +1,4 @@
-"""Named barriers of the Hopper kernel: block buffers given back to those that load them, and the consumers' turns.
+"""Named barriers of the Hopper kernel: block buffers given back to the producer, and the consumers' turns.
 
 A warp that has only read says so for itself and goes on; at a barrier in shared memory, which Triton has, its whole
 warpgroup would meet before every arrival. Copies arrive at those.
@@ -17,6 +17,7 @@ _TURNS = gl.constexpr(14)  # two
 _VALUES = gl.constexpr(6)  # one a stage, up to eight
 _KEYS = gl.constexpr(12)  # two, with two stages
 _CONSUMERS = gl.constexpr(256)  # threads of both
+_BUFFERS = gl.constexpr(288)  # and those of the producer
 
 
 @gluon.jit
@@ -68,38 +69,38 @@ def await_turn(half):
 
 
 @gluon.jit
-def give_back_keys(step, length, STAGES: gl.constexpr, LOADERS: gl.constexpr):
+def give_back_keys(step, length, STAGES: gl.constexpr):
     """A consumer has read the keys of ``step``. With more than two stages they go back with the values before them."""
     if STAGES == 2:
-        _arrive_here(_KEYS + step % STAGES, _CONSUMERS + 32 * LOADERS, length)
+        _arrive_here(_KEYS + step % STAGES, _BUFFERS, length)
 
 
 @gluon.jit
-def give_back_values(step, STAGES: gl.constexpr, LOADERS: gl.constexpr):
+def give_back_values(step, STAGES: gl.constexpr):
     """A consumer has read the keys of ``step`` and the values of the step before."""
     gl.static_assert(STAGES >= 2 and STAGES <= 8)
-    _arrive(_VALUES + step % STAGES, _CONSUMERS + 32 * LOADERS)
+    _arrive(_VALUES + step % STAGES, _BUFFERS)
 
 
 @gluon.jit
-def await_keys(step, STAGES: gl.constexpr, LOADERS: gl.constexpr):
-    """Wait, before loading the keys of ``step``, for the buffer. All ``LOADERS`` warps call it."""
+def await_keys(step, STAGES: gl.constexpr):
+    """Wait, before loading the keys of ``step``, for the buffer."""
     if STAGES == 2:  # noqa: SIM102 - a compile-time condition around a run-time one
         if step >= STAGES:
-            _meet(_KEYS + step % STAGES, _CONSUMERS + 32 * LOADERS)
+            _meet(_KEYS + step % STAGES, _BUFFERS)
 
 
 @gluon.jit
-def await_values(step, STAGES: gl.constexpr, LOADERS: gl.constexpr):
+def await_values(step, STAGES: gl.constexpr):
     """Wait, before loading the values of ``step``, for the buffer and for that of the next keys."""
     if step >= STAGES - 1:
-        _meet(_VALUES + (step + 1) % STAGES, _CONSUMERS + 32 * LOADERS)
+        _meet(_VALUES + (step + 1) % STAGES, _BUFFERS)
 
 
 @gluon.jit
-def await_rest(steps, STAGES: gl.constexpr, LOADERS: gl.constexpr):
+def await_rest(steps, STAGES: gl.constexpr):
     """Wait until everything that was loaded in all ``steps`` has been given back."""
     if steps > 0:
         for more in gl.static_range(STAGES):
-            await_keys(steps + more, STAGES, LOADERS)
-            await_values(steps + more, STAGES, LOADERS)
+            await_keys(steps + more, STAGES)
+            await_values(steps + more, STAGES)

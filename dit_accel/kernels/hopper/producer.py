@@ -6,6 +6,8 @@ from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
 from triton.experimental.gluon.language.nvidia.hopper import mbarrier, tma
 
+from .counters import add_to, await_count, has_reached
+from .mover import pieces_of_head
 from .named_barriers import await_keys, await_rest, await_values
 
 
@@ -28,11 +30,26 @@ def tile_header(tile, num_tiles, nq, mask_head_stride, counts_ptr, fulls_ptr):
 
 
 @gluon.jit
-def claim_tile(queue, place):
+def first_tile(queue, MOVED: gl.constexpr):
+    """The first tile of this program, and the place of the next in the queue, for the warps that do not claim.
+
+    It is the program's own number; but where programs wait for each other's tiles, none may be held by a program that
+    does not run yet.
+    """
+    if MOVED:
+        return claimed_tile(queue, gl.to_tensor(0)), gl.to_tensor(1)
+    else:
+        return gl.program_id(0), gl.to_tensor(0)
+
+
+@gluon.jit
+def claim_tile(queue, place, MOVED: gl.constexpr):
     """Take the next tile for this program and tell its consumers: the ``place``-th that it takes."""
     counter_ptr, claims, claim_full, claim_empty = queue
     slot = place % 2
-    tile = gl.atomic_add(counter_ptr, 1) + gl.num_programs(0)
+    tile = gl.atomic_add(counter_ptr, 1, sem="relaxed")
+    if not MOVED:
+        tile += gl.num_programs(0)
     mbarrier.wait(claim_empty.index(slot), ((place // 2) & 1) ^ 1)
     claims.index(slot).store(gl.full([1], tile, gl.int32, layout=gl.BlockedLayout([1], [32], [gl.num_warps()], [0])))
     mbarrier.arrive(claim_full.index(slot), count=1)
@@ -51,16 +68,37 @@ def claimed_tile(queue, place):
 
 
 @gluon.jit
+def count_loaded(head, last_head, loaded, spent_ptr, loads, steps, STAGES: gl.constexpr):
+    """Tiles of ``head`` that were loaded, with this one; those of the head before are told to the movers.
+
+    ``steps`` blocks were to be loaded until then. All must have arrived, and of those that are still under way none
+    overtakes another for sure.
+    """
+    if head != last_head:
+        if loaded > 0:
+            for back in gl.static_range(1, STAGES):
+                step = gl.maximum(steps - back, 0)
+                mbarrier.wait(loads[2].index(step % STAGES), (step // STAGES) & 1, pred=steps >= back)
+                mbarrier.wait(loads[3].index(step % STAGES), (step // STAGES) & 1, pred=steps >= back)
+            add_to(spent_ptr + last_head, loaded)
+        loaded = gl.to_tensor(0)
+    return loaded + 1
+
+
+@gluon.jit
 def produce(
     descriptors,
     shared,
     queue,
     lists,
     sizes,
+    state,
+    moves,
     BLOCK_K: gl.constexpr,
     HEAD_DIM: gl.constexpr,
     STAGES: gl.constexpr,
     GATHER_Q: gl.constexpr,
+    MOVED: gl.constexpr,
     FP8: gl.constexpr,
 ):
     """Stream Q (unless its rows are gathered), K and V of every tile of this program, and take its tiles."""
@@ -69,18 +107,37 @@ def produce(
     q_smem, k_smem, v_smem, _o_smem, _places = buffers
     q_full, q_empty, k_full, v_full = loads
     counts_ptr, fulls_ptr, index_ptr, _bit_rows_ptr, _bits_ptr, _rows_ptr, _key_mask_ptr = lists
-    nq, num_tiles, mask_head_stride, list_length, q_rows, k_rows, plane_cols = sizes
+    nq, num_tiles, mask_head_stride, list_length, q_rows, k_rows, plane_cols, _ring = sizes
     step = gl.to_tensor(0)
     turn = gl.to_tensor(0)
-    place = gl.to_tensor(0)
-    tile = gl.program_id(0)
+    if MOVED:
+        _pieces_ptr, ready_ptr, spent_ptr = moves[2]
+        place = gl.to_tensor(1)
+        tile = claim_tile(queue, gl.to_tensor(0), MOVED)
+        # The head whose tiles are being loaded, and how many of them have been.
+        last_head = gl.to_tensor(-1)
+        loaded = gl.to_tensor(0)
+        # Whether the keys of the next tile's head are known to be in order.
+        ready = gl.to_tensor(0)
+        pieces = pieces_of_head(state[6])
+    else:
+        place = gl.to_tensor(0)
+        tile = gl.program_id(0)
+    ring = sizes[7]
     row, count, _full = tile_header(tile, num_tiles, nq, mask_head_stride, counts_ptr, fulls_ptr)
     block = gl.load(index_ptr + row.to(gl.int64) * list_length)
     while tile < num_tiles:
         next_tile, next_row, next_count, next_block = tile, row, count, block
         at = index_ptr + row.to(gl.int64) * list_length
         head = tile // nq
-        column = head * plane_cols
+        column = head % ring * plane_cols
+        if MOVED:
+            if head - last_head >= ring:
+                # The movers may need to know before they can go on. Else it has time.
+                loaded = count_loaded(head, last_head, loaded, spent_ptr, loads, step, STAGES) - 1
+                last_head = head
+            if ready == 0:
+                await_count(ready_ptr + head, pieces)
         if count > 0:
             for entry in range(0, count):
                 following = gl.load(at + entry + 1, mask=entry + 1 < count, other=0)
@@ -94,11 +151,11 @@ def produce(
                             mbarrier.expect(q_full.index(buffer), q_desc.block_type.nbytes)
                             tma.async_copy_global_to_shared(
                                 q_desc,
-                                [head * q_rows + tile_block(tile, nq) * 128 + half * 64, column],
+                                [head * q_rows + tile_block(tile, nq) * 128 + half * 64, head * plane_cols],
                                 q_full.index(buffer),
                                 q_smem.index(buffer),
                             )
-                await_keys(step, STAGES, 1)
+                await_keys(step, STAGES)
                 mbarrier.expect(k_full.index(stage), k_desc.block_type.nbytes)
                 tma.async_copy_global_to_shared(
                     k_desc,
@@ -108,14 +165,19 @@ def produce(
                 )
                 if entry == 0:
                     # Here, so that the consumers find the answer when they begin the tile.
-                    next_tile = claim_tile(queue, place)
+                    next_tile = claim_tile(queue, place, MOVED)
                     next_row, next_count, _full = tile_header(
                         next_tile, num_tiles, nq, mask_head_stride, counts_ptr, fulls_ptr
                     )
                     next_block = gl.load(
                         index_ptr + next_row.to(gl.int64) * list_length, mask=next_tile < num_tiles, other=0
                     )
-                await_values(step, STAGES, 1)
+                    if MOVED:
+                        loaded = count_loaded(head, last_head, loaded, spent_ptr, loads, step, STAGES)
+                        last_head = head
+                        next_head = gl.minimum(next_tile, num_tiles - 1) // nq
+                        ready = has_reached(ready_ptr + next_head, pieces)
+                await_values(step, STAGES)
                 mbarrier.expect(v_full.index(stage), v_desc.block_type.nbytes)
                 if FP8:
                     tma.async_copy_global_to_shared(
@@ -127,7 +189,7 @@ def produce(
                 else:
                     tma.async_copy_global_to_shared(
                         v_desc,
-                        [block * BLOCK_K, head * HEAD_DIM],
+                        [block * BLOCK_K, head % ring * HEAD_DIM],
                         v_full.index(stage),
                         v_smem.index(stage),
                     )
@@ -135,9 +197,15 @@ def produce(
                 step += 1
             turn += 1
         else:
-            next_tile = claim_tile(queue, place)
+            next_tile = claim_tile(queue, place, MOVED)
             next_row, next_count, _full = tile_header(next_tile, num_tiles, nq, mask_head_stride, counts_ptr, fulls_ptr)
             next_block = gl.load(index_ptr + next_row.to(gl.int64) * list_length, mask=next_tile < num_tiles, other=0)
+            if MOVED:
+                loaded = count_loaded(head, last_head, loaded, spent_ptr, loads, step, STAGES)
+                last_head = head
+                ready = gl.to_tensor(0)
         place += 1
         tile, row, count, block = next_tile, next_row, next_count, next_block
-    await_rest(step, STAGES, 1)
+    if MOVED:
+        count_loaded(-1, last_head, loaded, spent_ptr, loads, step, STAGES)
+    await_rest(step, STAGES)

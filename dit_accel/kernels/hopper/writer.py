@@ -36,7 +36,7 @@ def write_tile(
     _q_smem, _k_smem, _v_smem, o_smem, places = buffers
     q_empty = loads[1]
     o_full, o_ready = outputs
-    nq, _num_tiles, _mask_head_stride, _list_length, q_rows, _k_rows, _plane_cols = sizes
+    nq, _num_tiles, _mask_head_stride, _list_length, q_rows, _k_rows, _plane_cols, _ring = sizes
     _keys, _queries, results, scales, _rows_head_stride, q_len, _kv_len, scale_log2 = state
     _out_ptr, lse_ptr, _stride_os, _stride_oh = results
     _q_scale_ptr, _k_scale_ptr, v_scale_ptr, q_shift_ptr = scales
