@@ -80,8 +80,8 @@ def default_config(block_k: int, dim: int, precision: str | None, permuted: bool
     half = 2 * dim
     in_row = half if precision is None else dim
     value_row = dim if precision == "int8_fp8" else half
-    # Outputs of quantised calls have a buffer of their own, and rows on their way into order.
-    other = 128 * half if precision is not None or permuted else 0
+    # Outputs of quantised calls have a buffer of their own, and so has a block on its way into order.
+    other = 128 * half if precision is not None else block_k * half if permuted else 0
     stages = (_SHARED_BYTES - 2 * 128 * in_row - other) // (block_k * (in_row + value_row))
     most = (3 if precision == "int8" else 4) * 128 // block_k
     return HopperConfig(
@@ -190,7 +190,6 @@ def hopper_forward(
             index if rows is None else rows[rb],
             index if hidden is None else hidden[b],
             counters[b],
-            *(in_order if moved else (q_in, q_in)),
             *q.stride()[1:3],
             k.stride(1),
             v.stride(1),

@@ -23,7 +23,7 @@ from triton.experimental.gluon.language.nvidia.hopper import fence_async_shared,
 from ..portable.forward import SIZES
 from .carrier import CARRIERS, carry
 from .consumer import consume
-from .mover import MOVED_CHUNK, MOVED_ROWS, move_heads
+from .mover import move_heads
 from .producer import produce
 
 
@@ -42,8 +42,6 @@ from .producer import produce
         "bit_rows_ptr",
         "rows_ptr",
         "counter_ptr",
-        "k_ring_ptr",
-        "v_ring_ptr",
     ),
 )
 def hopper_fwd_kernel(
@@ -68,8 +66,6 @@ def hopper_fwd_kernel(
     rows_ptr,
     key_mask_ptr,
     counter_ptr,
-    k_ring_ptr,
-    v_ring_ptr,
     stride_qs,
     stride_qh,
     stride_ks,
@@ -141,15 +137,12 @@ def hopper_fwd_kernel(
     if PERMUTED:
         # Of the two tiles under way: the rows of their slots.
         places = gl.allocate_shared_memory(gl.int32, [4, 64], gl.SwizzledSharedLayout(1, 1, 1, order=[0]))
-    moves = (claims, claims, (counter_ptr, counter_ptr, counter_ptr), (k_ring_ptr, v_ring_ptr))
+    moves = (claims, claims, (counter_ptr, counter_ptr, counter_ptr))
     if MOVED:
-        ROWS_LAYOUT: gl.constexpr = gl.SwizzledSharedLayout(8, 1, 1, order=[1, 0])
-        CHUNKS: gl.constexpr = 2 * MOVED_ROWS // MOVED_CHUNK
-        stage = gl.allocate_shared_memory(out_desc.dtype, [CHUNKS, MOVED_CHUNK, HEAD_DIM], ROWS_LAYOUT)
-        moved = gl.allocate_shared_memory(gl.int32, [MOVED_ROWS], gl.SwizzledSharedLayout(1, 1, 1, order=[0]))
+        stage = gl.allocate_shared_memory(k_desc.dtype, [BLOCK_K, HEAD_DIM], k_desc.layout)
+        moved = gl.allocate_shared_memory(gl.int32, [2, BLOCK_K], gl.SwizzledSharedLayout(1, 1, 1, order=[0]))
         heads = num_tiles // nq
-        counters = (counter_ptr + 1, counter_ptr + 2, counter_ptr + 2 + heads)
-        moves = (stage, moved, counters, (k_ring_ptr, v_ring_ptr))
+        moves = (stage, moved, (counter_ptr + 1, counter_ptr + 2, counter_ptr + 2 + heads))
     claim_full = gl.allocate_shared_memory(gl.int64, [2, 1], mbarrier.MBarrierLayout())
     claim_empty = gl.allocate_shared_memory(gl.int64, [2, 1], mbarrier.MBarrierLayout())
     for half in gl.static_range(2):
@@ -189,7 +182,7 @@ def hopper_fwd_kernel(
     SECOND: gl.constexpr = 1
     # Registers of a thread. The other warps fill a warpgroup. With 64 keys consumers leave some, and the carriers need
     # not keep theirs in memory.
-    CONSUMER: gl.constexpr = 216 if GATHER_Q and BLOCK_K == 64 else 240
+    CONSUMER: gl.constexpr = 208 if GATHER_Q and BLOCK_K == 64 else 240
     OTHER: gl.constexpr = 504 - 2 * CONSUMER
     gl.warp_specialize(
         [
@@ -258,7 +251,7 @@ def hopper_fwd_kernel(
                 ),
             ),
             (carry, (out_desc, shared, queue, lists, sizes, state, HEAD_DIM, PERMUTED, MOVED, QUANTIZED)),
-            (move_heads, (moves, lists, sizes, state, HEAD_DIM, MOVED)),
+            (move_heads, (descriptors, moves, lists, sizes, state, BLOCK_K, HEAD_DIM, MOVED)),
         ],
         [4, 1, CARRIERS, 1],
         [CONSUMER, OTHER, OTHER, OTHER],

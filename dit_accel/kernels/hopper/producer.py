@@ -7,7 +7,7 @@ from triton.experimental.gluon import language as gl
 from triton.experimental.gluon.language.nvidia.hopper import mbarrier, tma
 
 from .counters import add_to, await_count, has_reached
-from .mover import pieces_of_head
+from .mover import blocks_of_head
 from .named_barriers import await_keys, await_rest, await_values
 
 
@@ -119,7 +119,7 @@ def produce(
         loaded = gl.to_tensor(0)
         # Whether the keys of the next tile's head are known to be in order.
         ready = gl.to_tensor(0)
-        pieces = pieces_of_head(state[6])
+        pieces = blocks_of_head(state[6], BLOCK_K)
     else:
         place = gl.to_tensor(0)
         tile = gl.program_id(0)
