@@ -142,33 +142,29 @@ def section_sla(report: Report, args: argparse.Namespace) -> None:
 
 
 def section_rows(report: Report, args: argparse.Namespace) -> None:
-    """Permuted rows: gathered, or keys and values copied whole and in parts; and gathering in the portable kernel."""
-    from dit_accel.kernels.hopper.forward import default_config, hopper_forward
+    """Permuted rows: read in place, and copied by torch before and after; and in the portable kernel."""
     from dit_accel.kernels.portable.forward import forward
-    from dit_accel.kernels.reorder import reorder_pair
 
     length = args.lengths[0]
     q, k, v = inputs(length, args.heads, args.head_dim)
     scale = q.shape[-1] ** -0.5
     rows = torch.rand(1, args.heads, length, device="cuda").argsort(-1).to(torch.int32)
+    index = rows.long().transpose(1, 2)[..., None].expand_as(q)
     for block_q, block_k in BLOCKS[:2]:
-        usual = default_config(block_k, args.head_dim, None, permuted=True)
         for density in (0.05, 0.2):
             mask = random_mask(args.heads, length, block_q, block_k, density)
 
-            def copied(share: float) -> Callable:
-                config = replace(usual, copy_share=share, gather=False)
-                return lambda: lambda: hopper_forward(q, k, v, mask, rows, None, scale, config=config)[0]
+            def copied() -> torch.Tensor:
+                out = block_sparse_attention(*(x.gather(1, index) for x in (q, k, v)), mask)
+                return torch.empty_like(out).scatter_(1, index, out)
 
             def check(name: str, call: Callable) -> dict[str, object]:
                 return checked(q, k, v, mask, None if name == "in order" else rows)(name, call)
 
             makers = {
                 "in order": lambda: lambda: block_sparse_attention(q, k, v, mask),
-                "as chosen": lambda: lambda: block_sparse_attention(q, k, v, mask, rows=rows),
-                "whole copy": copied(0.5),
-                "copy in 2 parts": copied(0.25),
-                "copy in 4 parts": copied(0.15),
+                "permuted": lambda: lambda: block_sparse_attention(q, k, v, mask, rows=rows),
+                "copied by torch": lambda: copied,
             }
             report.turns(
                 makers,
@@ -181,24 +177,15 @@ def section_rows(report: Report, args: argparse.Namespace) -> None:
                 density=density,
             )
             # Not among the turns: it leaves the GPU so idle that the next one would run at a higher clock.
-            gathered = lambda: forward(q, k, v, mask, rows, None, scale)  # noqa: E731
+            portable = lambda: forward(q, k, v, mask, rows, None, scale)  # noqa: E731
             report.add(
-                lambda: {"ms": median_ms(gathered)},
+                lambda: {"ms": median_ms(portable)},
                 section="rows",
                 op="portable kernel",
                 S=length,
                 block=f"{block_q}x{block_k}",
                 density=density,
             )
-    pair = lambda: reorder_pair(k, v, rows)  # noqa: E731
-    report.add(lambda: {"ms": median_ms(pair), "device_ms": device_ms(pair)}, section="rows", op="copy k, v", S=length)
-    index = rows.long().transpose(1, 2)[..., None].expand_as(q)
-    report.add(
-        lambda: {"ms": median_ms(lambda: [x.gather(1, index) for x in (q, k, v)])},
-        section="rows",
-        op="torch reorder of q, k, v",
-        S=length,
-    )
 
 
 HOPPER_CONFIGS = {

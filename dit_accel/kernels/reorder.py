@@ -1,4 +1,4 @@
-"""Tensors in permuted order, written in one pass at memory speed."""
+"""What the backward of a permuted call reads, in permuted order, written in one pass at memory speed."""
 
 from __future__ import annotations
 
@@ -6,92 +6,7 @@ import torch
 import triton
 import triton.language as tl
 
-from .portable.forward import SIZES, mask_strides, padded_head_dim, unit_stride
-
-
-@triton.jit(do_not_specialize=(*SIZES, "first"))
-def reorder_pair_kernel(
-    a_ptr,
-    b_ptr,
-    a_out_ptr,
-    b_out_ptr,
-    rows_ptr,
-    stride_ab,
-    stride_as,
-    stride_ah,
-    stride_bb,
-    stride_bs,
-    stride_bh,
-    stride_ob,
-    stride_os,
-    stride_oh,
-    rows_batch_stride,
-    rows_head_stride,
-    heads,
-    first,
-    length,
-    BLOCK: tl.constexpr,
-    BLOCK_D: tl.constexpr,
-    HEAD_DIM: tl.constexpr,
-):
-    batch = (tl.program_id(1) // heads).to(tl.int64)
-    to_head = (tl.program_id(1) % heads).to(tl.int64)
-    head = to_head + first
-    slot = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
-    offs_d = tl.arange(0, BLOCK_D)
-    live = (slot < length)[:, None] & (offs_d < HEAD_DIM)[None, :]
-    rows_ptr += batch * rows_batch_stride + head * rows_head_stride
-    row = tl.load(rows_ptr + slot, mask=slot < length, other=0).to(tl.int64)[:, None]
-    a = tl.load(a_ptr + batch * stride_ab + head * stride_ah + row * stride_as + offs_d[None, :], mask=live)
-    b = tl.load(b_ptr + batch * stride_bb + head * stride_bh + row * stride_bs + offs_d[None, :], mask=live)
-    at = batch * stride_ob + to_head * stride_oh + slot.to(tl.int64)[:, None] * stride_os + offs_d[None, :]
-    tl.store(a_out_ptr + at, a, mask=live)
-    tl.store(b_out_ptr + at, b, mask=live)
-
-
-def heads_at_once(batch: int, heads: int, share: float) -> int:
-    """Heads of one batch entry whose keys and values fit the share, in even parts; at least one.
-
-    The copy of ``n`` heads is ``n / (2 batch heads)`` of q, k, v and the output.
-    """
-    most = min(heads, max(1, int(2 * share * batch * heads + 1e-6)))
-    return -(-heads // -(-heads // most))
-
-
-def reorder_pair(
-    a: torch.Tensor, b: torch.Tensor, rows: torch.Tensor, *, first: int = 0, out: torch.Tensor | None = None
-) -> torch.Tensor:
-    """``[2, B, S, H, D]``: row ``rows[b, h, n]`` at slot ``n``, of two ``[B, S, H, D]`` tensors.
-
-    Args:
-        rows: int32 ``[B|1, H|1, S]``.
-        first, out: with a contiguous ``out [2, B, S, n, D]`` only heads ``first`` to ``first + n - 1`` are moved.
-    """
-    batch, length, heads, dim = a.shape
-    a, b = unit_stride(a), unit_stride(b)
-    if out is None:
-        out = torch.empty((2, batch, length, heads, dim), dtype=a.dtype, device=a.device)
-    heads = out.shape[3]
-    block = 64
-    reorder_pair_kernel[(triton.cdiv(length, block), batch * heads)](
-        a,
-        b,
-        out[0],
-        out[1],
-        rows,
-        *a.stride()[:3],
-        *b.stride()[:3],
-        *out.stride()[1:4],
-        *mask_strides(rows, length),
-        heads,
-        first,
-        length,
-        BLOCK=block,
-        BLOCK_D=padded_head_dim(dim),
-        HEAD_DIM=dim,
-        num_warps=4,
-    )
-    return out
+from .portable.forward import SIZES, mask_strides, padded_head_dim
 
 
 @triton.jit(do_not_specialize=SIZES)

@@ -90,10 +90,21 @@ def test_buffers_fit_and_have_a_named_barrier_each(permuted, block_k, dim, preci
     config = default_config(block_k, dim, precision, permuted)
     assert 2 <= config.stages <= 8
     query, value = (1 if precision else 2), (1 if precision == "int8_fp8" else 2)
-    # Two tiles of queries, the blocks, and where queries are not as wide as outputs a tile of those, or 64 rows of k
-    # and v on their way into order: below 227 KiB.
-    other = 128 * dim * 2 if precision or permuted else 0
+    # Two tiles of queries, the blocks, and where queries are not as wide as outputs a tile of those, or a block on its
+    # way into order: below 227 KiB.
+    other = 128 * dim * 2 if precision else block_k * dim * 2 if permuted else 0
     assert 256 * dim * query + config.stages * block_k * dim * (query + value) + other <= 224 * 1024
+
+
+@pytest.mark.parametrize(
+    ("batch", "heads", "ring"),
+    [(1, 12, 3), (2, 12, 7), (1, 40, 12), (1, 24, 7), (1, 7, 2), (1, 4, 2), (1, 1, 1), (9, 2, 2)],
+)
+def test_keys_in_order_take_their_share_where_two_heads_fit_it(batch, heads, ring):
+    from dit_accel.kernels.hopper.forward import RING_SHARE, ring_heads
+
+    assert ring_heads(batch, heads) == ring
+    assert 2 * ring <= RING_SHARE * 4 * batch * heads or ring == min(heads, 2)
 
 
 def test_an_overlap_is_found():

@@ -17,9 +17,9 @@ from .kernel import hopper_fwd_kernel
 
 _ROWS = 64  # query rows of a consumer warpgroup
 _SHARED_BYTES = 224 << 10  # of 227 KiB: barriers and alignment take a little
-# Heads of a permuted call whose keys and values are in order at a time: those attended last while a slow query block
-# holds them, the present ones, and the next.
-RING = 3
+# What keys and values in order may take in a permuted call, of the bytes of q, k, v and the output. Two heads are enough
+# where all query blocks read alike; one that reads everything holds its head for long.
+RING_SHARE = 0.15
 
 
 @dataclass(frozen=True)
@@ -27,13 +27,13 @@ class HopperConfig:
     """Buffers of key and value blocks, and whether the consumers take turns at products.
 
     ``biased``: start the integer sums of INT8 products at the bits of a float, in place of converting them.
-    ``ring``: heads of a permuted call whose keys and values the kernel holds in order at a time.
+    ``ring``: heads of a permuted call whose keys and values are in order at a time, in place of :func:`ring_heads`.
     """
 
     stages: int
     take_turns: bool
     biased: bool = False
-    ring: int = RING
+    ring: int | None = None
 
 
 def why_not_hopper(
@@ -91,6 +91,11 @@ def default_config(block_k: int, dim: int, precision: str | None, permuted: bool
     )
 
 
+def ring_heads(batch: int, heads: int) -> int:
+    """Heads whose keys and values are in order at a time, two at least: what :data:`RING_SHARE` allows."""
+    return min(heads, max(2, int(2 * RING_SHARE * batch * heads)))
+
+
 def _tiles(x: torch.Tensor, rows: int, columns: int) -> TensorDescriptor:
     """Tiles ``[rows, columns]`` of a matrix; what lies past its last row reads as zero and is not written."""
     layout = _shared_layout(x.element_size(), columns)
@@ -141,7 +146,7 @@ def hopper_forward(
     config = config or default_config(mask.block_k, dim, precision, rows is not None)
     programs = multiprocessors(q.device.index or 0)
     moved = rows is not None and quantized is None
-    ring = min(config.ring, heads) if moved else heads
+    ring = min(config.ring or ring_heads(batch, heads), heads) if moved else heads
     if moved:
         in_order = torch.empty((2, kv_len, ring, dim), dtype=k.dtype, device=k.device)
     counts, fulls, index = (x.contiguous() for x in (mask.kv_num_blocks, mask.kv_num_full, mask.kv_indices))
