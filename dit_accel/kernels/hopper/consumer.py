@@ -96,6 +96,9 @@ def consume(
     QUERIES: gl.constexpr = gl.DotOperandLayout(operand_index=0, parent=S_LAYOUT, k_width=4 if QUANTIZED else 2)
     # With 64 keys a product reads as many bytes of q as of k, and shared memory could not keep up.
     KEEP_Q: gl.constexpr = BLOCK_K == 64
+    # What is hidden in a partial block is read at places that are read before: with 64 keys a block ahead, so that the
+    # second load need not wait for the first. With 128 keys that takes registers which there are not.
+    ASK_AHEAD: gl.constexpr = BLOCK_K == 64
     ROW: gl.constexpr = gl.SliceLayout(1, S_LAYOUT)
     O_ROW: gl.constexpr = gl.SliceLayout(1, O_LAYOUT)
     LIFT: gl.constexpr = FP8_LIFT if FP8 else 0.0
@@ -128,6 +131,8 @@ def consume(
         at = index_ptr + list_row.to(gl.int64) * list_length
         bits_at = bit_rows_ptr + list_row.to(gl.int64) * list_length
         rows_at = rows_ptr + head * rows_head_stride
+        # By slots, as the rows are, where they are.
+        key_mask_at = key_mask_ptr + head * rows_head_stride
         first_slot = tile_block(tile, nq) * 128 + HALF * 64
         if count > 0:
             buffer = (turn % 2) * 2
@@ -176,13 +181,11 @@ def consume(
                     gl.load(at),
                     gl.load(bits_at),
                     bits_ptr,
-                    key_mask_ptr,
-                    rows_at,
+                    key_mask_at,
                     kv_len,
                     HALF,
                     BLOCK_K,
                     S_LAYOUT,
-                    PERMUTED,
                     HAS_BITS,
                     HAS_KEY_MASK,
                 )
@@ -230,6 +233,9 @@ def consume(
             for partial in gl.static_range(2):
                 begin = gl.maximum(full, 1) if partial else 1
                 end = count if partial else full
+                if partial and ASK_AHEAD:
+                    block = gl.load(at + begin, mask=begin < end, other=0)
+                    bit_row = gl.load(bits_at + begin, mask=begin < end, other=0)
                 for entry in range(begin, end):
                     if QUANTIZED:
                         # Two dependent loads, each one block ahead of its use.
@@ -256,21 +262,25 @@ def consume(
                     give_back_keys(step, kv_len, STAGES)
                     scores = scores_as_float(products, BIASED)
                     if partial:
+                        if not ASK_AHEAD:
+                            block = gl.load(at + entry)
+                            bit_row = gl.load(bits_at + entry)
                         scores = hide_keys(
                             scores,
-                            gl.load(at + entry),
-                            gl.load(bits_at + entry),
+                            block,
+                            bit_row,
                             bits_ptr,
-                            key_mask_ptr,
-                            rows_at,
+                            key_mask_at,
                             kv_len,
                             HALF,
                             BLOCK_K,
                             S_LAYOUT,
-                            PERMUTED,
                             HAS_BITS,
                             HAS_KEY_MASK,
                         )
+                        if ASK_AHEAD:
+                            block = gl.load(at + entry + 1, mask=entry + 1 < end, other=0)
+                            bit_row = gl.load(bits_at + entry + 1, mask=entry + 1 < end, other=0)
                     factor = row_scale * key_scale
                     new_peak = raise_peak(scores, peak, factor, BIASED)
                     if TAKE_TURNS:

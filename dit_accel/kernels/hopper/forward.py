@@ -17,8 +17,8 @@ from .kernel import hopper_fwd_kernel
 
 _ROWS = 64  # query rows of a consumer warpgroup
 _SHARED_BYTES = 224 << 10  # of 227 KiB: barriers and alignment take a little
-# What keys and values in order may take in a permuted call, of the bytes of q, k, v and the output. Two heads are enough
-# where all query blocks read alike; one that reads everything holds its head for long.
+# What keys and values in order may take in a permuted call, of the bytes of q, k, v and the output. Two heads do where
+# all query blocks read alike; one that reads everything holds its head for long.
 RING_SHARE = 0.15
 
 
@@ -114,6 +114,15 @@ def _side_by_side(x: torch.Tensor) -> torch.Tensor:
     return x.as_strided((length, heads * dim), (x.stride(0), 1))
 
 
+def _in_slot_order(key_mask: torch.Tensor, rows: torch.Tensor | None) -> torch.Tensor:
+    """A key mask ``[B, S]`` as ``[B, H|1, S]`` by slots: for every key its row would be read first, one load more."""
+    key_mask = key_mask[:, None]
+    if rows is None:
+        return key_mask.contiguous()
+    shape = (max(key_mask.shape[0], rows.shape[0]), *rows.shape[1:])
+    return key_mask.expand(shape).gather(2, rows.long().expand(shape))
+
+
 def hopper_forward(
     q: torch.Tensor,
     k: torch.Tensor,
@@ -152,7 +161,7 @@ def hopper_forward(
     counts, fulls, index = (x.contiguous() for x in (mask.kv_num_blocks, mask.kv_num_full, mask.kv_indices))
     bit_rows = index if mask.kv_bits is None else mask.kv_bits.contiguous()
     bits = index if mask.token_bits is None else mask.token_bits.contiguous()
-    hidden = None if key_mask is None else key_mask.contiguous().view(torch.uint8)
+    hidden = None if key_mask is None else _in_slot_order(key_mask, rows).view(torch.uint8)
     rows_head_stride = 0 if rows is None else mask_strides(rows, q_len)[1]
     # Of each batch entry: tiles that were taken (beyond the first of each program), and of a permuted call the pieces
     # of keys and values, and for every head what is ready and what is spent.
@@ -193,7 +202,7 @@ def hopper_forward(
             bit_rows[mb],
             bits,
             index if rows is None else rows[rb],
-            index if hidden is None else hidden[b],
+            index if hidden is None else hidden[b if hidden.shape[0] > 1 else 0],
             counters[b],
             *q.stride()[1:3],
             k.stride(1),

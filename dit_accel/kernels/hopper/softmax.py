@@ -19,12 +19,10 @@ def hide_keys(
     bit_row,
     bits_ptr,
     key_mask_ptr,
-    rows_ptr,
     kv_len,
     HALF: gl.constexpr,
     BLOCK_K: gl.constexpr,
     LAYOUT: gl.constexpr,
-    PERMUTED: gl.constexpr,
     HAS_BITS: gl.constexpr,
     HAS_KEY_MASK: gl.constexpr,
 ):
@@ -33,10 +31,7 @@ def hide_keys(
     slot = block * BLOCK_K + offs_n
     inside = slot < kv_len
     if HAS_KEY_MASK:
-        key_row = slot
-        if PERMUTED:
-            key_row = gl.load(rows_ptr + slot, mask=inside, other=0)
-        inside = inside & (gl.load(key_mask_ptr + key_row, mask=inside, other=0) != 0)
+        inside = inside & (gl.load(key_mask_ptr + slot, mask=inside, other=0) != 0)
     scores = gl.where(inside[None, :], scores, float("-inf"))
     if HAS_BITS:
         words_per_row: gl.constexpr = BLOCK_K // 32
