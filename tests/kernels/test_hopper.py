@@ -65,15 +65,16 @@ def test_a_ring_of_any_size_and_rows_that_lie_anywhere_have_the_same_bits(shape,
     if torch.cuda.get_device_capability() != (9, 0):
         pytest.skip("it needs a GPU of compute capability 9.0")
     block_k, dim = shape
-    settings = {"length": 5000, "heads": 5, "batch": 2, "lead": lead, "rows": lead, "key_mask": True}
+    settings = {"length": 3600, "heads": 5, "batch": 2, "lead": lead, "rows": lead, "key_mask": True}
     q, k, v, mask, rows, hide, visible = build(
         **settings, block=(128, block_k), dim=dim, dtype=torch.bfloat16, empty_rows=True
     )
     q, k, v, mask, rows, hide = (x.to(device) for x in (q, k, v, mask, rows, hide))
     config = default_config(block_k, dim, None, permuted=True)
     whole = hopper_forward(q, k, v, mask, rows, hide, 0.1, config=replace(config, ring=5))
-    exact, _ = dense_attention(q, k, v, visible.to(device), rows, scale=0.1)
-    assert (whole[0].double() - exact).norm() <= 1e-2 * exact.norm()
+    # One batch entry: the oracle's matrices are large.
+    exact, _ = dense_attention(*(x[:1] for x in (q, k, v, visible.to(device), rows)), scale=0.1)
+    assert (whole[0][:1].double() - exact).norm() <= 1e-2 * exact.norm()
     together = torch.stack([k, v], 2)[:, :, 0], torch.stack([k, v], 2)[:, :, 1]  # rows twice as far apart
     by_head = [x.transpose(1, 2).contiguous().transpose(1, 2) for x in (k, v)]  # heads not side by side
     apart = k, together[1]  # rows that do not lie alike
