@@ -1,0 +1,119 @@
+"""A model of how programs of the Hopper kernel share the ring of a permuted call: who waits for whom, and what is read.
+
+The kernel has no interpreter. Here every program has a warp that moves blocks and one that loads tiles, both written
+as in ``hopper/mover.py`` and ``hopper/producer.py`` with a ``yield`` wherever others may go on. A random scheduler runs
+them, some programs only after others have ended, as on a GPU that something else keeps busy.
+"""
+
+import random
+
+import pytest
+
+
+class Call:
+    """What the programs of one call share; ``mutation`` names a line that is left out or changed."""
+
+    def __init__(self, heads: int, tiles: int, pieces: int, ring: int, programs: int, mutation: str = "") -> None:
+        self.heads, self.tiles, self.pieces, self.ring, self.programs = heads, tiles, pieces, ring, programs
+        self.mutation = mutation
+        self.taken = self.claimed = 0
+        self.ready, self.spent = [0] * heads, [0] * heads
+        self.in_ring: list[list[int | None]] = [[None] * pieces for _ in range(ring)]
+        self.loaded: list[int] = []
+
+    def claim_tile(self) -> int:
+        self.taken += 1
+        return self.taken - 1 + (self.programs if self.mutation == "first tiles are given" else 0)
+
+    def move(self):
+        while True:
+            piece = self.claimed
+            self.claimed += 1
+            if piece >= self.heads * self.pieces:
+                return
+            head = piece // self.pieces
+            yield
+            while head >= self.ring and self.spent[head - self.ring] < self.tiles and self.mutation != "spent":
+                yield
+            self.in_ring[head % self.ring][piece % self.pieces] = head
+            yield
+            self.ready[head] += 1
+
+    def load(self, program: int):
+        last_head, loaded, known = -1, 0, False
+        tile = program if self.mutation == "first tiles are given" else self.claim_tile()
+        while tile < self.heads * self.tiles:
+            head = tile // self.tiles
+            if head - last_head >= self.ring and self.mutation != "early report":
+                if loaded:
+                    self.spent[last_head] += loaded
+                last_head, loaded = head, 0
+            while not known and self.ready[head] < self.pieces and self.mutation != "ready":
+                yield
+            following = self.claim_tile()
+            for piece in range(self.pieces):
+                yield
+                assert self.in_ring[head % self.ring][piece] == head, "a block of another head was read"
+                if piece == 0:
+                    if head != last_head:
+                        if loaded:
+                            self.spent[last_head] += loaded
+                        last_head, loaded = head, 0
+                    loaded += 1
+                    next_head = min(following, self.heads * self.tiles - 1) // self.tiles
+                    known = self.ready[next_head] >= self.pieces
+            self.loaded.append(tile)
+            tile = following
+        if loaded:
+            self.spent[last_head] += loaded
+
+
+def run(call: Call, resident: int, seed: int) -> None:
+    """Run a call with so many programs at a time; raises RuntimeError when all of them wait for ever."""
+    chance = random.Random(seed)
+    waiting = list(range(call.programs))
+    running: dict[int, list] = {}
+    idle = 0
+    while waiting or running:
+        while waiting and len(running) < resident:
+            program = waiting.pop(0)
+            running[program] = [call.move(), call.load(program)]
+        program = chance.choice(list(running))
+        warp = chance.choice(running[program])
+        before = (call.taken, call.claimed, *call.ready, *call.spent, len(call.loaded), len(running), len(waiting))
+        for _ in range(chance.randint(1, 12)):
+            if next(warp, "ended") == "ended":
+                running[program].remove(warp)
+                break
+        if not running[program]:
+            del running[program]
+        now = (call.taken, call.claimed, *call.ready, *call.spent, len(call.loaded), len(running), len(waiting))
+        idle = idle + 1 if now == before else 0
+        if idle > 4000:
+            raise RuntimeError("deadlock")
+    assert sorted(call.loaded) == list(range(call.heads * call.tiles))
+
+
+def cases(count: int):
+    chance = random.Random(0)
+    for seed in range(count):
+        programs = chance.randint(1, 6)
+        sizes = {"heads": chance.randint(1, 9), "tiles": chance.randint(1, 5), "pieces": chance.randint(1, 4)}
+        yield {**sizes, "ring": chance.randint(1, 4), "programs": programs}, chance.randint(1, programs), seed
+
+
+def test_every_tile_reads_its_own_head_and_nobody_waits_for_ever():
+    for sizes, resident, seed in cases(3000):
+        run(Call(**sizes), resident, seed)
+
+
+@pytest.mark.parametrize("mutation", ["first tiles are given", "early report", "spent", "ready"])
+def test_without_a_rule_it_goes_wrong(mutation):
+    """Else the model would show nothing."""
+    wrong = 0
+    for sizes, resident, seed in cases(200):
+        try:
+            run(Call(**sizes, mutation=mutation), resident, seed)
+        except (RuntimeError, AssertionError):
+            wrong += 1
+    assert wrong > 0
