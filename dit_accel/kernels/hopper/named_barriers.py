@@ -12,7 +12,7 @@ from __future__ import annotations
 from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
 
-# A program has 16. Triton takes the first five here: one for each kind of warps, and one to start them.
+# A program has 16. Triton has the first six here: one for each kind of warps, and one to start them.
 _TURNS = gl.constexpr(14)  # two
 _VALUES = gl.constexpr(6)  # one a stage, up to eight
 _KEYS = gl.constexpr(12)  # two, with two stages
