@@ -99,7 +99,6 @@ def carry(
     state,
     HEAD_DIM: gl.constexpr,
     PERMUTED: gl.constexpr,
-    MOVED: gl.constexpr,
     QUANTIZED: gl.constexpr,
 ):
     """What goes in and out of every tile of this program that reads any block."""
@@ -112,7 +111,7 @@ def carry(
     LANES: gl.constexpr = HEAD_DIM // 8  # that copy a row, 16 bytes each
     LAYOUT: gl.constexpr = gl.BlockedLayout([1, 8], [32 // LANES, LANES], [CARRIERS, 1], [1, 0])
     turn = gl.to_tensor(0)
-    tile, place = first_tile(queue, MOVED)
+    tile, place = first_tile(queue, PERMUTED and not QUANTIZED)
     # The tile before, whose output is still to come; after the last tile one more round waits for it.
     before = gl.to_tensor(-1)
     while (tile < num_tiles) | (before >= 0):

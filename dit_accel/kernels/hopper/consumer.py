@@ -62,7 +62,6 @@ def consume(
     HEAD_DIM: gl.constexpr,
     STAGES: gl.constexpr,
     PERMUTED: gl.constexpr,
-    MOVED: gl.constexpr,
     HAS_BITS: gl.constexpr,
     HAS_KEY_MASK: gl.constexpr,
     TAKE_TURNS: gl.constexpr,
@@ -105,7 +104,7 @@ def consume(
     SCALES: gl.constexpr = 4 if THREAD_SCALES else 1
     step = gl.to_tensor(0)
     turn = gl.to_tensor(0)
-    tile, place = first_tile(queue, MOVED)
+    tile, place = first_tile(queue, PERMUTED and not QUANTIZED)
     once = gl.minimum(kv_len, 1)
     # Integer sums that start at the bits of 1.5 * 2**23 need no conversion to float.
     start = gl.full(

@@ -224,7 +224,6 @@ def hopper_forward(
             HEAD_DIM=dim,
             STAGES=config.stages,
             PERMUTED=rows is not None,
-            MOVED=moved,
             HAS_BITS=mask.kv_bits is not None and mask.token_bits.shape[0] > 0,
             HAS_KEY_MASK=key_mask is not None,
             TAKE_TURNS=config.take_turns,

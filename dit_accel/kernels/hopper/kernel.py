@@ -90,7 +90,6 @@ def hopper_fwd_kernel(
     HEAD_DIM: gl.constexpr,
     STAGES: gl.constexpr,
     PERMUTED: gl.constexpr,
-    MOVED: gl.constexpr,
     HAS_BITS: gl.constexpr,
     HAS_KEY_MASK: gl.constexpr,
     TAKE_TURNS: gl.constexpr,
@@ -102,9 +101,10 @@ def hopper_fwd_kernel(
     """Query blocks of 128 rows of the heads of one batch entry.
 
     ``q_rows`` and ``k_rows`` are a head's rows in the tensors of q and k, ``plane_cols`` its columns.
-    With ``MOVED`` k and v lie in a ring of ``ring`` heads, side by side, in which the kernel itself puts them.
+    Half-precision k and v of a permuted call lie in a ring of ``ring`` heads, side by side, in which the kernel itself
+    puts them; quantised ones are in order already.
     """
-    GATHER_Q: gl.constexpr = PERMUTED and not QUANTIZED
+    MOVED: gl.constexpr = PERMUTED and not QUANTIZED
     q_smem = gl.allocate_shared_memory(q_desc.dtype, [4, 64, HEAD_DIM], q_desc.layout)
     k_smem = gl.allocate_shared_memory(k_desc.dtype, [STAGES, BLOCK_K, HEAD_DIM], k_desc.layout)
     V_ROWS: gl.constexpr = HEAD_DIM if FP8 else BLOCK_K
@@ -124,7 +124,7 @@ def hopper_fwd_kernel(
     # Barriers only where they are used: the compiler would lay scratch over a dead one, and its first state was seen to
     # be read there in place of what had been stored since.
     q_empty, o_ready = q_full, q_full
-    if not GATHER_Q:
+    if not MOVED:
         q_empty = gl.allocate_shared_memory(gl.int64, [4, 1], mbarrier.MBarrierLayout())
         for buffer in gl.static_range(4):
             mbarrier.init(q_empty.index(buffer), count=1)
@@ -182,7 +182,7 @@ def hopper_fwd_kernel(
     SECOND: gl.constexpr = 1
     # Registers of a thread. The other warps fill a warpgroup. With 64 keys consumers leave some, and the carriers need
     # not keep theirs in memory.
-    CONSUMER: gl.constexpr = 208 if GATHER_Q and BLOCK_K == 64 else 240
+    CONSUMER: gl.constexpr = 208 if MOVED and BLOCK_K == 64 else 240
     OTHER: gl.constexpr = 504 - 2 * CONSUMER
     gl.warp_specialize(
         [
@@ -199,7 +199,6 @@ def hopper_fwd_kernel(
                     HEAD_DIM,
                     STAGES,
                     PERMUTED,
-                    MOVED,
                     HAS_BITS,
                     HAS_KEY_MASK,
                     TAKE_TURNS,
@@ -222,7 +221,6 @@ def hopper_fwd_kernel(
                     HEAD_DIM,
                     STAGES,
                     PERMUTED,
-                    MOVED,
                     HAS_BITS,
                     HAS_KEY_MASK,
                     TAKE_TURNS,
@@ -245,12 +243,11 @@ def hopper_fwd_kernel(
                     BLOCK_K,
                     HEAD_DIM,
                     STAGES,
-                    GATHER_Q,
                     MOVED,
                     FP8,
                 ),
             ),
-            (carry, (out_desc, shared, queue, lists, sizes, state, HEAD_DIM, PERMUTED, MOVED, QUANTIZED)),
+            (carry, (out_desc, shared, queue, lists, sizes, state, HEAD_DIM, PERMUTED, QUANTIZED)),
             (move_heads, (descriptors, moves, lists, sizes, state, BLOCK_K, HEAD_DIM, MOVED)),
         ],
         [4, 1, CARRIERS, 1],

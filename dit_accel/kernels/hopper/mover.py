@@ -60,7 +60,7 @@ def move_heads(
         nq, num_tiles, _mask_head_stride, _list_length, _q_rows, _k_rows, _plane_cols, ring = sizes
         keys, _queries, _results, _scales, rows_head_stride, _q_len, kv_len, _scale_log2 = state
         k_ptr, v_ptr, stride_ks, stride_vs, stride_kh, stride_vh = keys
-        rows_ptr = lists[5]
+        _counts_ptr, _fulls_ptr, _index_ptr, _bit_rows_ptr, _bits_ptr, rows_ptr, _key_mask_ptr = lists
         pieces = blocks_of_head(kv_len, BLOCK_K)
         end = num_tiles // nq * pieces
         turn = gl.to_tensor(0)

@@ -68,21 +68,27 @@ def claimed_tile(queue, place):
 
 
 @gluon.jit
-def count_loaded(head, last_head, loaded, spent_ptr, loads, steps, STAGES: gl.constexpr):
-    """Tiles of ``head`` that were loaded, with this one; those of the head before are told to the movers.
+def report_loaded(spent, tiles, k_full, v_full, steps, STAGES: gl.constexpr):
+    """Tell the movers that so many tiles of a head need nothing more of it.
 
-    ``steps`` blocks were to be loaded until then. All must have arrived, and of those that are still under way none
+    ``steps`` blocks were asked for until then. All must have arrived, and of those that are still under way none
     overtakes another for sure.
     """
+    if tiles > 0:
+        for back in gl.static_range(1, STAGES):
+            step = gl.maximum(steps - back, 0)
+            mbarrier.wait(k_full.index(step % STAGES), (step // STAGES) & 1, pred=steps >= back)
+            mbarrier.wait(v_full.index(step % STAGES), (step // STAGES) & 1, pred=steps >= back)
+        add_to(spent, tiles)
+
+
+@gluon.jit
+def count_loaded(head, last_head, tiles, spent_ptr, k_full, v_full, steps, STAGES: gl.constexpr):
+    """Tiles of ``head`` so far, with this one; those of the head before are reported when it changes."""
     if head != last_head:
-        if loaded > 0:
-            for back in gl.static_range(1, STAGES):
-                step = gl.maximum(steps - back, 0)
-                mbarrier.wait(loads[2].index(step % STAGES), (step // STAGES) & 1, pred=steps >= back)
-                mbarrier.wait(loads[3].index(step % STAGES), (step // STAGES) & 1, pred=steps >= back)
-            add_to(spent_ptr + last_head, loaded)
-        loaded = gl.to_tensor(0)
-    return loaded + 1
+        report_loaded(spent_ptr + last_head, tiles, k_full, v_full, steps, STAGES)
+        tiles = gl.to_tensor(0)
+    return tiles + 1
 
 
 @gluon.jit
@@ -97,21 +103,22 @@ def produce(
     BLOCK_K: gl.constexpr,
     HEAD_DIM: gl.constexpr,
     STAGES: gl.constexpr,
-    GATHER_Q: gl.constexpr,
     MOVED: gl.constexpr,
     FP8: gl.constexpr,
 ):
-    """Stream Q (unless its rows are gathered), K and V of every tile of this program, and take its tiles."""
+    """Stream Q (unless its rows are permuted), K and V of every tile of this program, and take its tiles."""
     q_desc, k_desc, v_desc, _out_desc = descriptors
     buffers, loads, _outputs = shared
     q_smem, k_smem, v_smem, _o_smem, _places = buffers
     q_full, q_empty, k_full, v_full = loads
     counts_ptr, fulls_ptr, index_ptr, _bit_rows_ptr, _bits_ptr, _rows_ptr, _key_mask_ptr = lists
-    nq, num_tiles, mask_head_stride, list_length, q_rows, k_rows, plane_cols, _ring = sizes
+    nq, num_tiles, mask_head_stride, list_length, q_rows, k_rows, plane_cols, ring = sizes
     step = gl.to_tensor(0)
     turn = gl.to_tensor(0)
     if MOVED:
-        _pieces_ptr, ready_ptr, spent_ptr = moves[2]
+        _stage, _places, counters = moves
+        _pieces_ptr, ready_ptr, spent_ptr = counters
+        _keys, _queries, _results, _scales, _rows_head_stride, _q_len, kv_len, _scale_log2 = state
         place = gl.to_tensor(1)
         tile = claim_tile(queue, gl.to_tensor(0), MOVED)
         # The head whose tiles are being loaded, and how many of them have been.
@@ -119,11 +126,10 @@ def produce(
         loaded = gl.to_tensor(0)
         # Whether the keys of the next tile's head are known to be in order.
         ready = gl.to_tensor(0)
-        pieces = blocks_of_head(state[6], BLOCK_K)
+        pieces = blocks_of_head(kv_len, BLOCK_K)
     else:
         place = gl.to_tensor(0)
         tile = gl.program_id(0)
-    ring = sizes[7]
     row, count, _full = tile_header(tile, num_tiles, nq, mask_head_stride, counts_ptr, fulls_ptr)
     block = gl.load(index_ptr + row.to(gl.int64) * list_length)
     while tile < num_tiles:
@@ -134,15 +140,16 @@ def produce(
         if MOVED:
             if head - last_head >= ring:
                 # The movers may need to know before they can go on. Else it has time.
-                loaded = count_loaded(head, last_head, loaded, spent_ptr, loads, step, STAGES) - 1
+                report_loaded(spent_ptr + last_head, loaded, k_full, v_full, step, STAGES)
                 last_head = head
+                loaded = gl.to_tensor(0)
             if ready == 0:
                 await_count(ready_ptr + head, pieces)
         if count > 0:
             for entry in range(0, count):
                 following = gl.load(at + entry + 1, mask=entry + 1 < count, other=0)
                 stage = step % STAGES
-                if not GATHER_Q:  # noqa: SIM102 - a compile-time condition around a run-time one
+                if not MOVED:  # noqa: SIM102 - a compile-time condition around a run-time one
                     if entry == 0:
                         # Ahead of the keys, and into the buffer of the last tile but one: it waits for nobody.
                         for half in gl.static_range(2):
@@ -173,7 +180,7 @@ def produce(
                         index_ptr + next_row.to(gl.int64) * list_length, mask=next_tile < num_tiles, other=0
                     )
                     if MOVED:
-                        loaded = count_loaded(head, last_head, loaded, spent_ptr, loads, step, STAGES)
+                        loaded = count_loaded(head, last_head, loaded, spent_ptr, k_full, v_full, step, STAGES)
                         last_head = head
                         next_head = gl.minimum(next_tile, num_tiles - 1) // nq
                         ready = has_reached(ready_ptr + next_head, pieces)
@@ -201,11 +208,11 @@ def produce(
             next_row, next_count, _full = tile_header(next_tile, num_tiles, nq, mask_head_stride, counts_ptr, fulls_ptr)
             next_block = gl.load(index_ptr + next_row.to(gl.int64) * list_length, mask=next_tile < num_tiles, other=0)
             if MOVED:
-                loaded = count_loaded(head, last_head, loaded, spent_ptr, loads, step, STAGES)
+                loaded = count_loaded(head, last_head, loaded, spent_ptr, k_full, v_full, step, STAGES)
                 last_head = head
                 ready = gl.to_tensor(0)
         place += 1
         tile, row, count, block = next_tile, next_row, next_count, next_block
     if MOVED:
-        count_loaded(-1, last_head, loaded, spent_ptr, loads, step, STAGES)
+        report_loaded(spent_ptr + last_head, loaded, k_full, v_full, step, STAGES)
     await_rest(step, STAGES)
