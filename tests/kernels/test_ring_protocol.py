@@ -2,7 +2,7 @@
 
 The kernel has no interpreter. Here every program has a warp that moves blocks and one that loads tiles, both written
 as in ``hopper/mover.py`` and ``hopper/producer.py`` with a ``yield`` wherever others may go on. A random scheduler runs
-them, some programs only after others have ended, as on a GPU that something else keeps busy.
+them, some programs only after others have ended, as on a GPU that something else keeps busy. Some tiles read nothing.
 """
 
 import random
@@ -20,6 +20,8 @@ class Call:
         self.ready, self.spent = [0] * heads, [0] * heads
         self.in_ring: list[list[int | None]] = [[None] * pieces for _ in range(ring)]
         self.loaded: list[int] = []
+        every = range(heads * tiles)
+        self.empty = set(random.Random(heads * tiles + ring).sample(every, len(every) // 4))
 
     def claim_tile(self) -> int:
         self.taken += 1
@@ -51,17 +53,16 @@ class Call:
             while not known and self.ready[head] < self.pieces and self.mutation != "ready":
                 yield
             following = self.claim_tile()
-            for piece in range(self.pieces):
-                yield
+            if head != last_head:
+                if loaded:
+                    self.spent[last_head] += loaded
+                last_head, loaded = head, 0
+            loaded += 1
+            next_head = min(following, self.heads * self.tiles - 1) // self.tiles
+            known = tile not in self.empty and self.ready[next_head] >= self.pieces
+            for piece in range(0 if tile in self.empty else self.pieces):
                 assert self.in_ring[head % self.ring][piece] == head, "a block of another head was read"
-                if piece == 0:
-                    if head != last_head:
-                        if loaded:
-                            self.spent[last_head] += loaded
-                        last_head, loaded = head, 0
-                    loaded += 1
-                    next_head = min(following, self.heads * self.tiles - 1) // self.tiles
-                    known = self.ready[next_head] >= self.pieces
+                yield
             self.loaded.append(tile)
             tile = following
         if loaded:
