@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import math
 import os
+import random
 import statistics
 import time
 import traceback
@@ -19,7 +20,11 @@ from dit_accel.kernels import BlockMask, tune
 
 BLOCKS = ((128, 128), (128, 64), (64, 64))
 DENSITIES = (0.05, 0.1, 0.2)
+PREFIXES = {"ms": "", "device_ms": "device_", "load_ms": "load_"}  # a row's times; what derives from each begins so
 
+# Continuous load: how long until the clock has fallen, how long is counted, and the bounds of the rounds in that time.
+WARM_UP_MS, COUNTED_MS, MIN_ROUNDS, MAX_ROUNDS = 300, 450, 8, 500
+ENQUEUE_MS = 0.02  # what the host needs for a graph and its events, about
 
 DRY = os.environ.get("KERNELS_DRY") == "1"  # run everything once, untimed, to fill the compilers' caches
 
@@ -69,30 +74,77 @@ def replay_ms(graph: torch.cuda.CUDAGraph, budget_ms: float = 25) -> float:
     return ms
 
 
+def load_ms(
+    launches: dict[str, Callable[[], object]], expected_ms: dict[str, float], seed: int = 0
+) -> dict[str, float]:
+    """Median milliseconds of calls in random order, the GPU busy all the time and thus at its power.
+
+    A call is a few per cent faster behind one that draws less power, so every round is shuffled anew. Nothing waits
+    before the end, and no cache is cleared.
+
+    Args:
+        launches: enqueue a call, at best as one graph.
+        expected_ms: what each takes, about, to know how many rounds fit.
+
+    Returns:
+        A time for every name; NaN where the GPU waited for the host in half of the rounds or more.
+    """
+    round_ms = sum(max(expected_ms[name], ENQUEUE_MS) for name in launches)
+    warm_up = math.ceil(WARM_UP_MS / round_ms)
+    rounds = min(max(int(COUNTED_MS / round_ms), MIN_ROUNDS), MAX_ROUNDS)
+    order, shuffle = list(launches), random.Random(seed).shuffle
+    spans: dict[str, list[tuple[torch.cuda.Event, torch.cuda.Event]]] = {name: [] for name in launches}
+    previous: torch.cuda.Event | None = None
+    for number in range(warm_up + rounds):
+        shuffle(order)
+        for name in order:
+            start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+            start.record()
+            launches[name]()
+            end.record()
+            # Where the call before has ended by now, the GPU has waited for the host: that time is not the kernel's.
+            late = previous is not None and previous.query()
+            if number >= warm_up and not late:
+                spans[name].append((start, end))
+            previous = end
+    torch.cuda.synchronize()
+    times = {name: [start.elapsed_time(end) for start, end in found] for name, found in spans.items()}
+    return {name: statistics.median(ms) if 2 * len(ms) > rounds else math.nan for name, ms in times.items()}
+
+
 def in_turns(calls: dict[str, Callable[[], object]], rounds: int = 3) -> dict[str, dict[str, float]]:
-    """``ms`` (called, L2 cache cleared) and ``device_ms`` (replayed graph) of calls, medians over rounds.
+    """Three times of every call, medians.
+
+    ``ms``: called, L2 cache cleared, with rests between. ``device_ms``: its graph replayed, one replay after the other;
+    NaN without a graph. ``load_ms``: all of them in random order under load, graphs where there are.
 
     Every round times all of them, so that a clock that falls under load falls for all alike.
     """
-    if DRY:
+    if DRY or not calls:
         for call in calls.values():
             call()
-        return {name: {"ms": math.nan, "device_ms": math.nan} for name in calls}
+        return {name: dict.fromkeys(PREFIXES, math.nan) for name in calls}
     graphs = {}
     for name, call in calls.items():
         with contextlib.suppress(RuntimeError):  # what cannot be captured has no device time
             graphs[name] = captured(call)
     plain: dict[str, list[float]] = {name: [] for name in calls}
     device: dict[str, list[float]] = {name: [] for name in calls}
-    for _ in range(rounds):
-        for name, call in calls.items():
-            with torch.no_grad():
+    with torch.no_grad():
+        for _ in range(rounds):
+            for name, call in calls.items():
                 plain[name].append(triton.testing.do_bench(call, warmup=5, rep=20, return_mode="median"))
-    for _ in range(rounds):
-        for name, graph in graphs.items():
-            device[name].append(replay_ms(graph))
+        for _ in range(rounds):
+            for name, graph in graphs.items():
+                device[name].append(replay_ms(graph))
+        launches = {name: graphs[name].replay if name in graphs else call for name, call in calls.items()}
+        loaded = load_ms(launches, {name: statistics.median(device[name] or plain[name]) for name in calls})
     return {
-        name: {"ms": statistics.median(plain[name]), "device_ms": statistics.median(device[name] or [math.nan])}
+        name: {
+            "ms": statistics.median(plain[name]),
+            "device_ms": statistics.median(device[name] or [math.nan]),
+            "load_ms": loaded[name],
+        }
         for name in calls
     }
 
@@ -200,7 +252,7 @@ class Report:
             return
         for name, time_of in times.items():
             row = {**labels, "op": name, **time_of}
-            for key, prefix in (("ms", ""), ("device_ms", "device_")):
+            for key, prefix in PREFIXES.items():
                 row[f"{prefix}eff"] = work / time_of[key] / 1e9
                 if base in times:
                     row[f"{prefix}over_{base}"] = times[base][key] / time_of[key]

@@ -4,8 +4,11 @@
 
 Random normal bf16 inputs, batch 1, 12 heads, head dim 128, random BlockMask. "eff" counts the kept blocks'
 operations only (4 H S^2 D density, and 3.5 times that with the backward). Anchors of the same run: cuDNN and,
-where it is installed, flash-attn-4, dense and, in turns with ours, with the same masks. "ms" is a call, "device_ms"
-a replay of its launches as a CUDA graph.
+where it is installed, flash-attn-4, dense and, in turns with ours, with the same masks. Three times, medians:
+
+    ms         a call from Python, the L2 cache cleared, with rests between calls.
+    device_ms  its launches replayed as a CUDA graph, one replay after the other.
+    load_ms    the same replays in random order with all calls of the comparison, the GPU always busy.
 """
 
 # ruff: noqa: B023 - every closure is called before its loop moves on
@@ -27,6 +30,7 @@ import triton
 from kernel_cases import (
     BLOCKS,
     DENSITIES,
+    PREFIXES,
     Report,
     dense_backward_cudnn,
     dense_cudnn,
@@ -344,6 +348,14 @@ def section_backward(report: Report, args: argparse.Namespace) -> None:
 
 # Share of the time that a section of ``--sections all`` may take; what one leaves over the next ones may use.
 ALL = {"forward": 0.3, "quantized": 0.3, "rows": 0.15, "backward": 0.15, "sla": 0.1}
+SECTIONS = {
+    "forward": section_forward,
+    "quantized": section_quantized,
+    "rows": section_rows,
+    "backward": section_backward,
+    "sla": section_sla,
+    "hopper": section_hopper,
+}
 
 
 def run(report: Report, args: argparse.Namespace) -> None:
@@ -353,25 +365,27 @@ def run(report: Report, args: argparse.Namespace) -> None:
     for name in names:
         share += ALL.get(name, 0.1) / total
         report.until = begin + args.seconds * share
-        globals()[f"section_{name}"](report, args)
+        SECTIONS[name](report, args)
         torch.cuda.empty_cache()
 
 
 def print_table(rows: list[dict[str, object]]) -> None:
     """The rows once more, short, so that the end of the output says all."""
-    columns = ("ms", "device_ms", "eff", "device_eff", "error", "extra_memory_share")
-    print(f"\n{'':64}" + "".join(f"{name[:11]:>12}" for name in (*columns, "over base")))
+    labels = ("section", "S", "block", "density", "op", "linear")
+    columns = (*PREFIXES, *(f"{prefix}eff" for prefix in PREFIXES.values()), "error", "extra_memory_share")
+    print(f"\n{'':64}" + "".join(f"{name[:10]:>11}" for name in (*columns, "over base", "load over")))
     for row in rows:
-        label = " ".join(str(row[key]) for key in ("section", "S", "block", "density", "op", "linear") if key in row)
+        label = " ".join(str(row[key]) for key in labels if key in row)
         ratio = next((row[key] for key in row if key.startswith(("device_over", "over"))), None)
-        cells = [*(row.get(key) for key in columns), ratio]
-        text = "".join(f"{cell:12.4g}" if isinstance(cell, float) else f"{str(cell or '')[:11]:>12}" for cell in cells)
+        load_ratio = next((row[key] for key in row if key.startswith("load_over")), None)
+        cells = [*(row.get(key) for key in columns), ratio, load_ratio]
+        text = "".join(f"{cell:11.4g}" if isinstance(cell, float) else f"{str(cell or '')[:10]:>11}" for cell in cells)
         print(f"{label[:64]:64}{text}" + ("  (out of time)" if "skipped" in row else ""))
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--sections", default="all", help="all, or of forward,quantized,rows,backward,sla,hopper")
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--sections", default="all", help=f"all, or of {','.join(SECTIONS)}")
     parser.add_argument("--seconds", type=float, default=math.inf, help="time for all sections, about")
     parser.add_argument("--lengths", default="32768,32760,75600")
     parser.add_argument("--heads", type=int, default=12)
@@ -394,7 +408,8 @@ def main() -> None:
                 "triton": triton.__version__,
                 "cudnn": torch.backends.cudnn.version(),
                 "command": " ".join(["python", *sys.argv]),
-                "units": "ms: median milliseconds; eff: TFLOP/s of the kept blocks; error: relative Frobenius",
+                "units": "ms, device_ms, load_ms: median milliseconds, called, replayed, replayed in random order "
+                "under load; eff: TFLOP/s of the kept blocks; error: relative Frobenius",
             }
             args.json.write_text(json.dumps({**head, "rows": report.rows}, indent=1) + "\n")
         print_table(report.rows)

@@ -1,0 +1,203 @@
+"""The parts of the kernel benchmark that need no GPU: times under load."""
+
+import importlib
+import importlib.util
+import math
+import statistics
+from pathlib import Path
+
+import pytest
+import torch
+
+pytest.importorskip("triton")
+
+BENCHMARKS = Path(__file__).parents[2] / "benchmarks"
+
+
+@pytest.fixture
+def cases(monkeypatch):
+    monkeypatch.syspath_prepend(str(BENCHMARKS))
+    module = importlib.import_module("kernel_cases")
+    monkeypatch.setattr(module, "DRY", False)
+    return module
+
+
+@pytest.fixture
+def script(cases):
+    """``kernels.py`` under another name: there is a package that is called ``kernels``."""
+    spec = importlib.util.spec_from_file_location("kernels_script", BENCHMARKS / "kernels.py")
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+class FakeGPU:
+    """A stream with two clocks, in milliseconds: when the host is done enqueuing, and when the GPU is done."""
+
+    def __init__(self, monkeypatch) -> None:
+        self.host = self.device = 0.0
+        self.log: list[str] = []
+        gpu = self
+
+        class Event:
+            def __init__(self, enable_timing: bool = False) -> None:
+                assert enable_timing
+
+            def record(self) -> None:
+                self.at = gpu.device = max(gpu.host, gpu.device)
+
+            def query(self) -> bool:
+                return self.at <= gpu.host
+
+            def synchronize(self) -> None:
+                gpu.synchronize()
+
+            def elapsed_time(self, end) -> float:
+                assert gpu.log[-1] == "synchronize", "read before the GPU is done"
+                return end.at - self.at
+
+        monkeypatch.setattr(torch.cuda, "Event", Event)
+        monkeypatch.setattr(torch.cuda, "synchronize", self.synchronize)
+
+    def synchronize(self) -> None:
+        self.log.append("synchronize")
+        self.host = max(self.host, self.device)
+
+    def call(self, name: str, device_ms, host_ms: float = 0.01):
+        """Enqueues work; ``device_ms`` may depend on the call before."""
+
+        def launch() -> None:
+            before = self.log[-1] if self.log else None
+            self.log.append(name)
+            self.host += host_ms
+            self.device = max(self.host, self.device) + (device_ms(before) if callable(device_ms) else device_ms)
+
+        return launch
+
+
+def rounds_of(log: list[str], count: int) -> list[tuple[str, ...]]:
+    return [tuple(log[at : at + count]) for at in range(0, len(log), count)]
+
+
+def test_every_round_is_shuffled_and_nothing_waits_before_the_end(cases, monkeypatch):
+    gpu = FakeGPU(monkeypatch)
+    ms = {"a": 0.5, "b": 1.0, "c": 1.5, "d": 2.0}
+    found = cases.load_ms({name: gpu.call(name, value) for name, value in ms.items()}, ms)
+    assert found == pytest.approx(ms)
+    assert gpu.log.pop() == "synchronize"
+    assert "synchronize" not in gpu.log
+    rounds = rounds_of(gpu.log, 4)
+    assert all(sorted(names) == sorted(ms) for names in rounds)  # each as often as the others
+    assert len(rounds) == math.ceil(cases.WARM_UP_MS / 5) + cases.COUNTED_MS // 5
+    assert len(set(rounds)) == 24  # every order occurs
+    assert 740 <= gpu.device <= 760
+
+
+def test_orders_repeat_with_the_seed_only(cases, monkeypatch):
+    logs = []
+    for seed in (0, 0, 1):
+        gpu = FakeGPU(monkeypatch)
+        cases.load_ms({name: gpu.call(name, 2.0) for name in "abc"}, dict.fromkeys("abc", 2.0), seed)
+        logs.append(gpu.log)
+    assert logs[0] == logs[1] != logs[2]
+
+
+def test_the_median_is_over_the_counted_calls_alone(cases, monkeypatch):
+    gpu = FakeGPU(monkeypatch)
+    counted: dict[str, list[float]] = {"light": [], "heavy": [], "other": []}
+    base = {"light": 1.0, "heavy": 3.0, "other": 2.0}
+
+    def takes(name: str):
+        def device_ms(before: str | None) -> float:
+            ms = base[name] * (0.96 if before == "light" else 1.0)  # behind one that draws less power
+            if gpu.device < 200:
+                return 5 * ms  # a warm-up of another speed must not be counted
+            counted[name].append(ms)
+            return ms
+
+        return device_ms
+
+    found = cases.load_ms({name: gpu.call(name, takes(name)) for name in base}, base)
+    rounds = int(cases.COUNTED_MS / 6)
+    assert found == pytest.approx({name: statistics.median(ms[-rounds:]) for name, ms in counted.items()})
+
+
+@pytest.mark.parametrize(("ms", "rounds"), [(0.001, 500), (1.0, 225), (400.0, 8)])
+def test_rounds_are_bounded(cases, monkeypatch, ms, rounds):
+    gpu = FakeGPU(monkeypatch)
+    cases.load_ms({name: gpu.call(name, ms, host_ms=0.0001) for name in "ab"}, dict.fromkeys("ab", ms))
+    assert len(gpu.log) == 2 * (math.ceil(cases.WARM_UP_MS / (2 * max(ms, cases.ENQUEUE_MS))) + rounds) + 1
+
+
+def test_a_time_that_is_the_hosts_is_none(cases, monkeypatch):
+    gpu = FakeGPU(monkeypatch)
+    found = cases.load_ms({"slow host": gpu.call("slow host", 0.1, host_ms=1.0)}, {"slow host": 0.1})
+    assert math.isnan(found["slow host"])
+
+
+def test_work_ahead_hides_a_slow_call_from_the_host(cases, monkeypatch):
+    gpu = FakeGPU(monkeypatch)
+    found = cases.load_ms(
+        {"called": gpu.call("called", 0.5, host_ms=1.0), "graph": gpu.call("graph", 3.0)}, {"called": 0.5, "graph": 3.0}
+    )
+    assert found == pytest.approx({"called": 0.5, "graph": 3.0})
+
+
+def test_in_turns_replays_what_can_be_captured(cases, monkeypatch):
+    gpu = FakeGPU(monkeypatch)
+    calls = {"graph": gpu.call("graph called", 9.0), "plain": gpu.call("plain called", 2.0)}
+
+    class Graph:
+        replay = staticmethod(gpu.call("graph replayed", 1.5))
+
+    def captured(call):
+        if call is calls["plain"]:
+            raise RuntimeError("not permitted when stream is capturing")
+        return Graph()
+
+    monkeypatch.setattr(cases, "captured", captured)
+    monkeypatch.setattr(cases, "replay_ms", lambda graph: 1.5)
+    monkeypatch.setattr(
+        cases.triton.testing, "do_bench", lambda call, **_: {calls["graph"]: 9.0, calls["plain"]: 2.0}[call]
+    )
+    found = cases.in_turns(calls)
+    assert found["graph"] == pytest.approx({"ms": 9.0, "device_ms": 1.5, "load_ms": 1.5})
+    assert found["plain"] == pytest.approx({"ms": 2.0, "device_ms": math.nan, "load_ms": 2.0}, nan_ok=True)
+    assert set(gpu.log) == {"graph replayed", "plain called", "synchronize"}
+
+
+def test_a_dry_run_calls_everything_once(cases, monkeypatch):
+    gpu = FakeGPU(monkeypatch)
+    monkeypatch.setattr(cases, "DRY", True)
+    found = cases.in_turns({name: gpu.call(name, 1.0) for name in "ab"})
+    assert gpu.log == ["a", "b"]
+    assert all(math.isnan(ms) for times in found.values() for ms in times.values())
+    assert [list(times) for times in found.values()] == [["ms", "device_ms", "load_ms"]] * 2
+
+
+def test_nothing_to_time(cases):
+    assert cases.in_turns({}) == {}
+
+
+def test_the_report_and_its_table_show_the_load(cases, script, monkeypatch, capsys):
+    times = {"base": (1.0, 2.0, 4.0), "ours": (0.5, 1.0, 1.6)}
+    monkeypatch.setattr(
+        cases, "in_turns", lambda calls: {name: dict(zip(cases.PREFIXES, times[name])) for name in calls}
+    )
+    report = cases.Report()
+    makers = {name: lambda: lambda: None for name in times}
+    report.turns(makers, lambda name, call: {"error": 1e-3}, "base", 8e9, section="rows", S=64)
+    ours = report.rows[1]
+    assert (ours["load_ms"], ours["load_eff"], ours["load_over_base"]) == pytest.approx((1.6, 5.0, 2.5))
+    assert (ours["eff"], ours["over_base"]) == pytest.approx((16.0, 2.0))
+    assert (ours["device_eff"], ours["device_over_base"]) == pytest.approx((8.0, 2.0))
+    capsys.readouterr()
+    script.print_table(report.rows)
+    head, _, line = capsys.readouterr().out.strip("\n").split("\n")
+    assert line.startswith("rows 64 ours")
+    cell = {name: line[head.index(name) : head.index(name) + len(name)].strip() for name in ("load_ms", "load over")}
+    assert cell == {"load_ms": "1.6", "load over": "2.5"}
+
+
+def test_the_sections_of_all_exist(script):
+    assert set(script.ALL) < set(script.SECTIONS)
