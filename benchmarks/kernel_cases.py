@@ -10,6 +10,7 @@ import statistics
 import time
 import traceback
 from collections.abc import Callable
+from dataclasses import replace
 
 import torch
 import torch.nn.functional as F
@@ -167,24 +168,64 @@ def operations(q: torch.Tensor, mask: BlockMask) -> float:
     return 4 * batch * heads * length * length * dim * float(mask.density())
 
 
-def oracle_error(out: torch.Tensor, q, k, v, mask: BlockMask, rows=None, samples: int = 4) -> float:
-    """Relative error of a few query blocks of ``out`` against float64 attention over their kept keys."""
+def with_token_bits(mask: BlockMask, patterns: int = 64) -> BlockMask:
+    """The same blocks, each with one of a few random token masks that hide half of it."""
+    shape, device = (patterns, mask.block_q, mask.block_k // 32), mask.kv_indices.device
+    return replace(
+        mask,
+        kv_num_full=torch.zeros_like(mask.kv_num_full),
+        kv_bits=torch.randint(patterns, mask.kv_indices.shape, dtype=torch.int32, device=device),
+        token_bits=torch.randint(-(2**31), 2**31 - 1, shape, dtype=torch.int32, device=device),
+    )
+
+
+def oracle_error(out: torch.Tensor, q, k, v, mask: BlockMask, rows=None, key_mask=None, samples: int = 4) -> float:
+    """Relative error of a few query blocks of ``out``, batch entry 0, against float64 attention over what they see."""
     nq, _ = mask.num_blocks
     worst = 0.0
     for n in range(samples):
         head, block = (5 * n) % q.shape[2], (nq - 1) * n // max(1, samples - 1)
         slots = torch.arange(block * mask.block_q, min((block + 1) * mask.block_q, q.shape[1]), device=q.device)
-        kept = mask.kv_indices[0, min(head, mask.kv_indices.shape[1] - 1), block]
-        kept = kept[: int(mask.kv_num_blocks[0, min(head, mask.kv_indices.shape[1] - 1), block])].long()
+        at = (0, min(head, mask.kv_indices.shape[1] - 1), block)
+        kept = mask.kv_indices[at][: int(mask.kv_num_blocks[at])].long()
         keys = (kept[:, None] * mask.block_k + torch.arange(mask.block_k, device=q.device)).flatten()
-        keys = keys[keys < k.shape[1]]
+        partial = (torch.arange(len(kept), device=q.device) >= mask.kv_num_full[at]).repeat_interleave(mask.block_k)
+        seen = listed_tokens(mask, at)[: len(slots), keys < k.shape[1]]
+        partial, keys = partial[keys < k.shape[1]], keys[keys < k.shape[1]]
         if rows is not None:
-            slots, keys = rows[0, head, slots].long(), rows[0, head, keys].long()
+            order = rows[0, min(head, rows.shape[1] - 1)].long()
+            slots, keys = order[slots], order[keys]
+        if key_mask is not None:
+            seen = seen & (key_mask[0, keys] | ~partial)  # full blocks are not masked
         scores = q[0, slots, head].double() @ k[0, keys, head].double().T / math.sqrt(q.shape[-1])
-        exact = scores.softmax(-1) @ v[0, keys, head].double()
+        weights = scores.masked_fill(~seen, -math.inf).softmax(-1)
+        weights = weights.masked_fill(~seen.any(-1, keepdim=True), 0)  # a query that sees nothing has output 0
+        exact = weights @ v[0, keys, head].double()
         error = (out[0, slots, head].double() - exact).norm() / exact.norm()
         worst = max(worst, error.item()) if error.isfinite() else math.nan
     return worst
+
+
+def listed_tokens(mask: BlockMask, at: tuple[int, int, int]) -> torch.Tensor:
+    """Bool ``[block_q, blocks * block_k]``: what the token bits of a query block's kept blocks let it see."""
+    number, full = int(mask.kv_num_blocks[at]), int(mask.kv_num_full[at])
+    seen = torch.ones(number, mask.block_q, mask.block_k, dtype=torch.bool, device=mask.kv_indices.device)
+    if mask.kv_bits is not None:
+        key = torch.arange(mask.block_k, device=seen.device)
+        bits = mask.kv_bits[at][full:number].long()
+        words = mask.token_bits[bits.clamp(min=0)][..., key // 32]
+        seen[full:] = (words >> (key % 32) & 1).bool() | (bits < 0)[:, None, None]
+    return seen.transpose(0, 1).flatten(1)
+
+
+def checked(q, k, v, mask: BlockMask, rows=None, key_mask=None) -> Callable[[str, Callable], dict[str, object]]:
+    """What is said of a call: its error against the fp64 oracle, and its memory."""
+
+    def check(name: str, call: Callable) -> dict[str, object]:
+        error = oracle_error(call(), q, k, v, mask, rows, key_mask)
+        return {"error": error, "extra_memory_share": extra_memory_share(call, q)}
+
+    return check
 
 
 class Report:

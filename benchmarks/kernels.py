@@ -32,11 +32,11 @@ from kernel_cases import (
     DENSITIES,
     PREFIXES,
     Report,
+    checked,
     dense_backward_cudnn,
     dense_cudnn,
     dense_fa4,
     device_ms,
-    extra_memory_share,
     inputs,
     median_ms,
     operations,
@@ -46,16 +46,6 @@ from kernel_cases import (
 )
 
 from dit_accel.kernels import BlockMask, QuantizedInputs, block_sparse_attention
-
-
-def checked(q, k, v, mask, rows=None) -> Callable[[str, Callable], dict[str, object]]:
-    """What is said of a call: its error against the fp64 oracle, and its memory."""
-
-    def check(name: str, call: Callable) -> dict[str, object]:
-        error = oracle_error(call(), q, k, v, mask, rows)
-        return {"error": error, "extra_memory_share": extra_memory_share(call, q)}
-
-    return check
 
 
 def section_forward(report: Report, args: argparse.Namespace) -> None:

@@ -1,4 +1,4 @@
-"""The parts of the kernel benchmark that need no GPU: times under load."""
+"""The parts of the kernel benchmark that need no GPU: times under load, and its check against float64."""
 
 import importlib
 import importlib.util
@@ -10,6 +10,8 @@ import pytest
 import torch
 
 pytest.importorskip("triton")
+
+from . import oracle
 
 BENCHMARKS = Path(__file__).parents[2] / "benchmarks"
 
@@ -197,6 +199,62 @@ def test_the_report_and_its_table_show_the_load(cases, script, monkeypatch, caps
     assert line.startswith("rows 64 ours")
     cell = {name: line[head.index(name) : head.index(name) + len(name)].strip() for name in ("load_ms", "load over")}
     assert cell == {"load_ms": "1.6", "load over": "2.5"}
+
+
+def attention_case(cases, rows_lead, key_mask: bool):
+    heads, length = 3, 200  # the last blocks are short
+    q, k, v = (torch.randn(1, length, heads, 16, dtype=torch.float64) for _ in range(3))
+    rows = None if rows_lead is None else oracle.random_rows(rows_lead, length)
+    hidden = torch.rand(1, length) < 0.6 if key_mask else None
+    return q, k, v, rows, hidden
+
+
+@pytest.mark.parametrize("rows_lead", [None, (1, 1), (1, 3)])
+@pytest.mark.parametrize("key_mask", [False, True])
+@pytest.mark.parametrize("bits", ["none", "some", "all"])
+def test_the_check_agrees_with_the_oracle(cases, rows_lead, key_mask, bits):
+    torch.manual_seed(3)
+    q, k, v, rows, visible_keys = attention_case(cases, rows_lead, key_mask)
+    mask = oracle.random_mask(
+        (1, 3), 200, 200, 64, 32, key_mask=visible_keys, rows=rows, bits=bits == "some", density=0.4
+    )
+    if bits == "all":
+        mask = cases.with_token_bits(mask, patterns=5)
+        assert not mask.kv_num_full.any()
+    seen = oracle.visible_tokens(mask, visible_keys, rows)
+    out, _ = oracle.dense_attention(q, k, v, seen, rows)
+    assert cases.oracle_error(out, q, k, v, mask, rows, visible_keys) < 1e-12
+    # What is left out of the check shows.
+    if bits != "none":
+        assert (
+            cases.oracle_error(out, q, k, v, cases.replace(mask, kv_bits=None, token_bits=None), rows, visible_keys)
+            > 0.1
+        )
+    if key_mask:
+        assert cases.oracle_error(out, q, k, v, mask, rows, None) > 0.1
+    if rows is not None:
+        assert cases.oracle_error(out, q, k, v, mask, None, visible_keys) > 0.1
+
+
+def test_the_check_knows_queries_that_see_nothing(cases):
+    torch.manual_seed(0)
+    q, k, v, _, _ = attention_case(cases, None, False)
+    mask = cases.with_token_bits(oracle.random_mask((1, 3), 200, 200, 64, 32), patterns=2)
+    mask.token_bits[:, 5] = 0
+    out, _ = oracle.dense_attention(q, k, v, oracle.visible_tokens(mask))
+    assert not out[0, 5].any()
+    assert cases.oracle_error(out, q, k, v, mask) < 1e-12
+    out[0, 5] = torch.nan
+    assert math.isnan(cases.oracle_error(out, q, k, v, mask))
+
+
+def test_full_blocks_are_not_masked(cases):
+    """As the contract of BlockMask says: the caller lists a block with a hidden key as partial."""
+    torch.manual_seed(0)
+    q, k, v, _, visible_keys = attention_case(cases, None, True)
+    mask = oracle.random_mask((1, 3), 200, 200, 64, 32)
+    out, _ = oracle.dense_attention(q, k, v, oracle.visible_tokens(mask, visible_keys))
+    assert cases.oracle_error(out, q, k, v, mask, None, visible_keys) < 1e-12
 
 
 def test_the_sections_of_all_exist(script):
