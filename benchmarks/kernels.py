@@ -1,6 +1,6 @@
 """Time the attention kernels on one GPU, checked against an fp64 oracle in the same run.
 
-    python benchmarks/kernels.py --json out.json [--sections all] [--seconds 150] [--lengths 32768]
+    python benchmarks/kernels.py --json out.json [--sections all] [--seconds 240] [--lengths 32768]
 
 Random normal bf16 inputs, batch 1, 12 heads, head dim 128, random BlockMask. "eff" counts the kept blocks'
 operations only (4 H S^2 D density, and 3.5 times that with the backward). Anchors of the same run: cuDNN and,
@@ -44,6 +44,7 @@ from kernel_cases import (
     random_mask,
     sparse_fa4,
 )
+from kernel_rows import section_rows
 
 from dit_accel.kernels import BlockMask, QuantizedInputs, block_sparse_attention
 
@@ -133,53 +134,6 @@ def section_sla(report: Report, args: argparse.Namespace) -> None:
                         block=f"128x{block_k}",
                         linear="all tokens" if every else "non-critical",
                     )
-
-
-def section_rows(report: Report, args: argparse.Namespace) -> None:
-    """Permuted rows: read in place, and copied by torch before and after; and in the portable kernel."""
-    from dit_accel.kernels.portable.forward import forward
-
-    length = args.lengths[0]
-    q, k, v = inputs(length, args.heads, args.head_dim)
-    scale = q.shape[-1] ** -0.5
-    rows = torch.rand(1, args.heads, length, device="cuda").argsort(-1).to(torch.int32)
-    index = rows.long().transpose(1, 2)[..., None].expand_as(q)
-    for block_q, block_k in BLOCKS[:2]:
-        for density in (0.05, 0.2):
-            mask = random_mask(args.heads, length, block_q, block_k, density)
-
-            def copied() -> torch.Tensor:
-                out = block_sparse_attention(*(x.gather(1, index) for x in (q, k, v)), mask)
-                return torch.empty_like(out).scatter_(1, index, out)
-
-            def check(name: str, call: Callable) -> dict[str, object]:
-                return checked(q, k, v, mask, None if name == "in order" else rows)(name, call)
-
-            makers = {
-                "in order": lambda: lambda: block_sparse_attention(q, k, v, mask),
-                "permuted": lambda: lambda: block_sparse_attention(q, k, v, mask, rows=rows),
-                "copied by torch": lambda: copied,
-            }
-            report.turns(
-                makers,
-                check,
-                "in order",
-                operations(q, mask),
-                section="rows",
-                S=length,
-                block=f"{block_q}x{block_k}",
-                density=density,
-            )
-            # Not among the turns: it leaves the GPU so idle that the next one would run at a higher clock.
-            portable = lambda: forward(q, k, v, mask, rows, None, scale)  # noqa: E731
-            report.add(
-                lambda: {"ms": median_ms(portable)},
-                section="rows",
-                op="portable kernel",
-                S=length,
-                block=f"{block_q}x{block_k}",
-                density=density,
-            )
 
 
 HOPPER_CONFIGS = {
@@ -337,7 +291,7 @@ def section_backward(report: Report, args: argparse.Namespace) -> None:
 
 
 # Share of the time that a section of ``--sections all`` may take; what one leaves over the next ones may use.
-ALL = {"forward": 0.3, "quantized": 0.3, "rows": 0.15, "backward": 0.15, "sla": 0.1}
+ALL = {"forward": 0.25, "quantized": 0.3, "rows": 0.2, "backward": 0.15, "sla": 0.1}
 SECTIONS = {
     "forward": section_forward,
     "quantized": section_quantized,
@@ -361,7 +315,7 @@ def run(report: Report, args: argparse.Namespace) -> None:
 
 def print_table(rows: list[dict[str, object]]) -> None:
     """The rows once more, short, so that the end of the output says all."""
-    labels = ("section", "S", "block", "density", "op", "linear")
+    labels = ("section", "S", "block", "density", "tokens", "op", "linear")
     columns = (*PREFIXES, *(f"{prefix}eff" for prefix in PREFIXES.values()), "error", "extra_memory_share")
     print(f"\n{'':64}" + "".join(f"{name[:10]:>11}" for name in (*columns, "over base", "load over")))
     for row in rows:

@@ -1,5 +1,6 @@
 """The parts of the kernel benchmark that need no GPU: times under load, and its check against float64."""
 
+import argparse
 import importlib
 import importlib.util
 import math
@@ -188,7 +189,7 @@ def test_the_report_and_its_table_show_the_load(cases, script, monkeypatch, caps
     )
     report = cases.Report()
     makers = {name: lambda: lambda: None for name in times}
-    report.turns(makers, lambda name, call: {"error": 1e-3}, "base", 8e9, section="rows", S=64)
+    report.turns(makers, lambda name, call: {"error": 1e-3}, "base", 8e9, section="rows", S=64, tokens="bits")
     ours = report.rows[1]
     assert (ours["load_ms"], ours["load_eff"], ours["load_over_base"]) == pytest.approx((1.6, 5.0, 2.5))
     assert (ours["eff"], ours["over_base"]) == pytest.approx((16.0, 2.0))
@@ -196,7 +197,7 @@ def test_the_report_and_its_table_show_the_load(cases, script, monkeypatch, caps
     capsys.readouterr()
     script.print_table(report.rows)
     head, _, line = capsys.readouterr().out.strip("\n").split("\n")
-    assert line.startswith("rows 64 ours")
+    assert line.startswith("rows 64 bits ours")
     cell = {name: line[head.index(name) : head.index(name) + len(name)].strip() for name in ("load_ms", "load over")}
     assert cell == {"load_ms": "1.6", "load over": "2.5"}
 
@@ -255,6 +256,45 @@ def test_full_blocks_are_not_masked(cases):
     mask = oracle.random_mask((1, 3), 200, 200, 64, 32)
     out, _ = oracle.dense_attention(q, k, v, oracle.visible_tokens(mask, visible_keys))
     assert cases.oracle_error(out, q, k, v, mask, None, visible_keys) < 1e-12
+
+
+def test_tile_order(script):
+    rows_module = importlib.import_module("kernel_rows")
+    tiles = rows_module.tiled_rows(32768, torch.device("cpu"))
+    assert tiles.shape == (1, 1, 32768)
+    assert tiles.dtype == torch.int32
+    assert tiles[0, 0].sort().values.equal(torch.arange(32768, dtype=torch.int32))
+    first = tiles[0, 0, :64].long()
+    assert (first // (32 * 64)).max() == (first // 64 % 32).max() == (first % 64).max() == 3  # a volume of 4 x 4 x 4
+    assert rows_module.tiled_rows(32760, torch.device("cpu")) is None
+
+
+def test_the_rows_section_runs_dry_and_every_call_is_checked(cases, script, monkeypatch):
+    """On a small grid, on the CPU."""
+    module = importlib.import_module("kernel_rows")
+    torch.manual_seed(0)
+    monkeypatch.setattr(cases, "DRY", True)
+    monkeypatch.setattr(cases, "extra_memory_share", lambda call, q: 0.0)
+    monkeypatch.setattr(module, "GRID", (4, 8, 16))
+    monkeypatch.setattr(module, "inputs", lambda *shape: [torch.randn(1, *shape) for _ in range(3)])
+    monkeypatch.setattr(module, "random_mask", lambda *sizes: cases.tune.random_mask(*sizes, torch.device("cpu")))
+    report = cases.Report()
+    module.section_rows(report, argparse.Namespace(lengths=[512, 520], heads=2, head_dim=16))
+    wrong = [row for row in report.rows if row["op"] != "portable kernel" and not row["error"] < 1e-5]
+    assert not wrong
+    sets = {}
+    for row in report.rows:
+        key = (row["S"], row["block"], row["density"], row.get("tokens"))
+        sets.setdefault(key, []).append(row["op"])
+    plain = ["in order", "permuted", "copied by torch", "portable kernel"]
+    for block in ("128x128", "128x64"):
+        for density in (0.05, 0.1, 0.2):
+            assert sets.pop((512, block, density, None)) == [*plain[:2], "permuted by tiles", *plain[2:]]
+        for density in (0.05, 0.2):
+            assert sets.pop((520, block, density, None)) == plain
+        for length in (512, 520):
+            assert sets.pop((length, block, 0.2, "token bits and key mask")) == ["in order", "permuted"]
+    assert not sets
 
 
 def test_the_sections_of_all_exist(script):
