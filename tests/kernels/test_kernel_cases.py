@@ -4,6 +4,7 @@ import argparse
 import importlib
 import importlib.util
 import math
+import random
 import statistics
 from pathlib import Path
 
@@ -107,22 +108,21 @@ def test_orders_repeat_with_the_seed_only(cases, monkeypatch):
 
 def test_the_median_is_over_the_counted_calls_alone(cases, monkeypatch):
     gpu = FakeGPU(monkeypatch)
-    counted: dict[str, list[float]] = {"light": [], "heavy": [], "other": []}
     base = {"light": 1.0, "heavy": 3.0, "other": 2.0}
+    taken: dict[str, list[float]] = {name: [] for name in base}
+    warm_up, rounds = math.ceil(cases.WARM_UP_MS / 6), int(cases.COUNTED_MS / 6)
+    noise = random.Random(5)
 
     def takes(name: str):
         def device_ms(before: str | None) -> float:
-            ms = base[name] * (0.96 if before == "light" else 1.0)  # behind one that draws less power
-            if gpu.device < 200:
-                return 5 * ms  # a warm-up of another speed must not be counted
-            counted[name].append(ms)
-            return ms
+            ms = base[name] * (0.96 if before == "light" else 1.0) * noise.uniform(0.9, 1.1)
+            taken[name].append(ms * (1 if len(taken[name]) >= warm_up else 2))  # another clock while it warms up
+            return taken[name][-1]
 
         return device_ms
 
     found = cases.load_ms({name: gpu.call(name, takes(name)) for name in base}, base)
-    rounds = int(cases.COUNTED_MS / 6)
-    assert found == pytest.approx({name: statistics.median(ms[-rounds:]) for name, ms in counted.items()})
+    assert found == pytest.approx({name: statistics.median(ms[-rounds:]) for name, ms in taken.items()}, rel=1e-9)
 
 
 @pytest.mark.parametrize(("ms", "rounds"), [(0.001, 500), (1.0, 225), (400.0, 8)])
