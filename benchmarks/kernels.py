@@ -137,13 +137,13 @@ def section_sla(report: Report, args: argparse.Namespace) -> None:
 
 
 HOPPER_CONFIGS = {
-    # (kind, keys a block): (stages, turns, biased)
+    # (kind, keys a block): (stages, turns)
     ("half", 128): ((2, False), (2, True)),
-    ("int8", 128): ((3, False), (3, True), (3, False, True), (3, True, True)),
-    ("int8_fp8", 128): ((4, False), (4, True), (4, False, True), (4, True, True)),
-    ("half", 64): ((4, False), (5, False), (5, True)),
-    ("int8", 64): ((6, False), (6, True), (6, True, True)),
-    ("int8_fp8", 64): ((8, False), (8, False, True)),
+    ("int8", 128): ((3, False), (3, True)),
+    ("int8_fp8", 128): ((4, False), (4, True)),
+    ("half", 64): ((4, False), (4, True), (5, False), (5, True)),
+    ("int8", 64): ((6, False), (6, True)),
+    ("int8_fp8", 64): ((8, False), (8, True)),
 }
 
 
@@ -240,8 +240,7 @@ def section_quantized(report: Report, args: argparse.Namespace) -> None:
                 makers[f"{precision} kernel"] = kernel(precision)
                 if length == args.lengths[0] and density != 0.1:
                     usual = default_config(128, args.head_dim, precision)
-                    turns, biased = not usual.take_turns, not usual.biased
-                    makers[f"{precision} kernel, biased {biased}"] = kernel(precision, biased=biased)
+                    turns = not usual.take_turns
                     makers[f"{precision} kernel, by thread"] = kernel(precision, "thread")
                     makers[f"{precision} kernel, turns {turns}"] = kernel(precision, take_turns=turns)
             report.turns(

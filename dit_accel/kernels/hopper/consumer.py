@@ -14,14 +14,17 @@ from .named_barriers import await_turn, give_back_keys, give_back_values, pass_t
 from .producer import claimed_tile, first_tile, tile_block, tile_header
 from .softmax import (
     FP8_LIFT,
-    INTEGER_BIAS_BITS,
+    FP8_SLACK,
+    LOWEST,
+    SLACK,
     by_thread,
     hide_keys,
-    online_softmax,
+    largest_scores,
     pack_fp8,
-    raise_peak,
-    scores_as_float,
+    raise_reference,
+    shrink_sums,
     unpack_fp8,
+    weigh_scores,
 )
 from .writer import write_tile
 
@@ -40,6 +43,16 @@ def weigh_values(weights, values, acc, use_acc, FP8: gl.constexpr, OPERAND: gl.c
     else:
         token = warpgroup_mma(weights, values, acc, use_acc=use_acc, is_async=True)
     return token
+
+
+@gluon.jit
+def add_product(acc, shrink, product):
+    """``acc * shrink + product``, of 8-bit products, with ``shrink [64, 4]`` as in :func:`shrink_sums`."""
+    wide = by_thread(acc)
+    LANES: gl.constexpr = gl.SliceLayout(1, gl.SliceLayout(3, wide.type.layout))
+    factor = gl.convert_layout(shrink, LANES, assert_trivial=True)
+    wide = wide * factor.expand_dims(1).expand_dims(3)
+    return gl.convert_layout(wide.reshape([64, acc.shape[1]]), acc.type.layout, assert_trivial=True) + product
 
 
 @gluon.jit
@@ -68,7 +81,6 @@ def consume(
     QUANTIZED: gl.constexpr,
     FP8: gl.constexpr,
     THREAD_SCALES: gl.constexpr,
-    BIASED: gl.constexpr,
 ):
     """Attention of 64 query rows of every tile of this program.
 
@@ -101,15 +113,12 @@ def consume(
     ROW: gl.constexpr = gl.SliceLayout(1, S_LAYOUT)
     O_ROW: gl.constexpr = gl.SliceLayout(1, O_LAYOUT)
     LIFT: gl.constexpr = FP8_LIFT if FP8 else 0.0
+    MAY_EXCEED: gl.constexpr = FP8_SLACK if FP8 else SLACK
     SCALES: gl.constexpr = 4 if THREAD_SCALES else 1
     step = gl.to_tensor(0)
     turn = gl.to_tensor(0)
     tile, place = first_tile(queue, PERMUTED and not QUANTIZED)
-    once = gl.minimum(kv_len, 1)
-    # Integer sums that start at the bits of 1.5 * 2**23 need no conversion to float.
-    start = gl.full(
-        [64, BLOCK_K], INTEGER_BIAS_BITS if BIASED else 0, gl.int32 if QUANTIZED else gl.float32, layout=S_LAYOUT
-    )
+    start = gl.zeros([64, BLOCK_K], gl.int32 if QUANTIZED else gl.float32, layout=S_LAYOUT)
     LANES: gl.constexpr = gl.SliceLayout(1, gl.SliceLayout(3, by_thread(start).type.layout))
     if TAKE_TURNS and HALF == 1:
         pass_turn(HALF, num_tiles)
@@ -118,9 +127,9 @@ def consume(
     open_tile = gl.to_tensor(-1)
     open_more = open_tile >= 0
     acc = gl.zeros([64, HEAD_DIM], gl.float32, layout=O_LAYOUT)
-    peak = gl.full([64], float("-inf"), gl.float32, layout=ROW)
+    reference = gl.full([64, 4], LOWEST, gl.float32, layout=LANES)
     total = gl.zeros([64, 4], gl.float32, layout=LANES)
-    shrink = gl.zeros([64], gl.float32, layout=ROW)
+    shrink = gl.zeros([64, 4], gl.float32, layout=LANES)
     likely = gl.zeros([64, BLOCK_K], gl.float32, layout=S_LAYOUT)
     if FP8:
         weights = pack_fp8(likely)
@@ -161,10 +170,10 @@ def consume(
             mbarrier.wait(k_full.index(stage), (step // STAGES) & 1)
             if not FP8:
                 weights = gl.convert_layout(likely.to(dtype), OPERAND)
-            token = warpgroup_mma(queries, k_smem.index(stage).permute([1, 0]), start, use_acc=BIASED, is_async=True)
-            earlier = gl.convert_layout(shrink, O_ROW)[:, None]
+            token = warpgroup_mma(queries, k_smem.index(stage).permute([1, 0]), start, use_acc=False, is_async=True)
             if not FP8:
-                acc = acc * earlier
+                acc = shrink_sums(acc, shrink)
+            earlier = shrink
             acc_token = weigh_values(weights, v_smem.index(last), acc, open_more, FP8, OPERAND)
             # The next tile is asked for while the scores are being made.
             next_tile = claimed_tile(queue, place)
@@ -173,10 +182,10 @@ def consume(
             )
             products = warpgroup_mma_wait(1, deps=[token])
             give_back_keys(step, kv_len, STAGES)
-            scores = scores_as_float(products, BIASED)
+            first_scores = products.to(gl.float32)
             if full == 0:
-                scores = hide_keys(
-                    scores,
+                first_scores = hide_keys(
+                    first_scores,
                     gl.load(at),
                     gl.load(bits_at),
                     bits_ptr,
@@ -188,17 +197,19 @@ def consume(
                     HAS_BITS,
                     HAS_KEY_MASK,
                 )
-            open_peak, open_total = peak, total
-            peak = gl.full([64], float("-inf"), gl.float32, layout=ROW)
+            open_reference, open_total = reference, total
+            reference = gl.full([64, 4], LOWEST, gl.float32, layout=LANES)
             total = gl.zeros([64, 4], gl.float32, layout=LANES)
             factor = row_scale * key_scale
-            new_peak = raise_peak(scores, peak, factor, BIASED)
-            likely, total, shrink = online_softmax(scores, peak, new_peak, total, factor, LIFT, BIASED)
-            peak = new_peak
+            largest = largest_scores(first_scores, factor)
+            reference, shrink = raise_reference(largest, reference, MAY_EXCEED)
+            likely, total = weigh_scores(first_scores, reference, shrink, total, factor, LIFT)
+            if FP8:
+                shrink = gl.zeros([64, 4], gl.float32, layout=LANES)
             await_next(k_full, v_full, step, count > 1, STAGES)
             if FP8:
                 product = warpgroup_mma_wait(0, deps=[acc_token])
-                acc = acc * earlier + product
+                acc = add_product(acc, earlier, product)
                 weights = pack_fp8(likely)
             else:
                 acc, weights = warpgroup_mma_wait(0, deps=[acc_token, weights])
@@ -207,7 +218,7 @@ def consume(
             if opened:
                 write_tile(
                     acc,
-                    open_peak,
+                    open_reference,
                     open_total,
                     open_tile,
                     turn - 1,
@@ -248,24 +259,22 @@ def consume(
                     if TAKE_TURNS:
                         await_turn(HALF)
                     token = warpgroup_mma(
-                        queries, k_smem.index(stage).permute([1, 0]), start, use_acc=BIASED, is_async=True
+                        queries, k_smem.index(stage).permute([1, 0]), start, use_acc=False, is_async=True
                     )
-                    earlier = gl.convert_layout(shrink, O_ROW)[:, None]
                     if not FP8:
-                        # While the scores are being made. The loop runs once, which the assembler does not know: it
-                        # would put these products in front of the scores.
-                        for _ in range(0, once):
-                            acc = acc * earlier
+                        # While the scores are being made.
+                        acc = shrink_sums(acc, shrink)
+                    earlier = shrink
                     acc_token = weigh_values(weights, v_smem.index(last), acc, entry > 1, FP8, OPERAND)
                     products = warpgroup_mma_wait(1, deps=[token])
                     give_back_keys(step, kv_len, STAGES)
-                    scores = scores_as_float(products, BIASED)
+                    scores = products
                     if partial:
                         if not ASK_AHEAD:
                             block = gl.load(at + entry)
                             bit_row = gl.load(bits_at + entry)
                         scores = hide_keys(
-                            scores,
+                            products.to(gl.float32),
                             block,
                             bit_row,
                             bits_ptr,
@@ -281,20 +290,20 @@ def consume(
                             block = gl.load(at + entry + 1, mask=entry + 1 < end, other=0)
                             bit_row = gl.load(bits_at + entry + 1, mask=entry + 1 < end, other=0)
                     factor = row_scale * key_scale
-                    new_peak = raise_peak(scores, peak, factor, BIASED)
+                    largest = largest_scores(scores, factor)
+                    reference, shrink = raise_reference(largest, reference, MAY_EXCEED)
                     if TAKE_TURNS:
                         # Now: the product that is left keeps the matrix units busy until the other consumer's scores
                         # begin; before that those would slow it down.
                         pass_turn(HALF, num_tiles)
-                    likely, total, shrink = online_softmax(scores, peak, new_peak, total, factor, LIFT, BIASED)
-                    peak = new_peak
+                    likely, total = weigh_scores(scores, reference, shrink, total, factor, LIFT)
                     # Here, before the product: the waits' branches keep the assembler from moving the wait for the
                     # product up, in front of the exponentials it shall overlap.
                     await_next(k_full, v_full, step, entry + 1 < count, STAGES)
                     if FP8:
                         # The wait takes no 8-bit operand; the assembler keeps its registers until here.
                         product = warpgroup_mma_wait(0, deps=[acc_token])
-                        acc = acc * earlier + product
+                        acc = add_product(acc, earlier, product)
                     else:
                         acc, weights = warpgroup_mma_wait(0, deps=[acc_token, weights])
                     give_back_values(step, STAGES)
@@ -324,16 +333,19 @@ def consume(
 
     if open_tile >= 0:
         last = (step - 1) % STAGES
-        acc = acc * gl.convert_layout(shrink, O_ROW)[:, None]
         if not FP8:
+            acc = shrink_sums(acc, shrink)
             weights = gl.convert_layout(likely.to(dtype), OPERAND)
         acc_token = weigh_values(weights, v_smem.index(last), acc, open_more, FP8, OPERAND)
         product = warpgroup_mma_wait(0, deps=[acc_token])
-        acc = acc + product if FP8 else product
+        if FP8:
+            acc = add_product(acc, shrink, product)
+        else:
+            acc = product
         give_back_values(step, STAGES)
         write_tile(
             acc,
-            peak,
+            reference,
             total,
             open_tile,
             turn - 1,

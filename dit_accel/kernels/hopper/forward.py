@@ -26,13 +26,11 @@ RING_SHARE = 0.15
 class HopperConfig:
     """Buffers of key and value blocks, and whether the consumers take turns at products.
 
-    ``biased``: start the integer sums of INT8 products at the bits of a float, in place of converting them.
     ``ring``: heads of a permuted call whose keys and values are in order at a time, in place of :func:`ring_heads`.
     """
 
     stages: int
     take_turns: bool
-    biased: bool = False
     ring: int | None = None
 
 
@@ -86,8 +84,7 @@ def default_config(block_k: int, dim: int, precision: str | None, permuted: bool
     most = (3 if precision == "int8" else 4) * 128 // block_k
     return HopperConfig(
         min(most, stages),
-        take_turns=precision is not None and block_k == 128,
-        biased=precision is not None and (precision, block_k) != ("int8_fp8", 128),
+        take_turns=64 in (block_k, dim) if precision is None else (precision, block_k) == ("int8_fp8", 128),
     )
 
 
@@ -230,7 +227,6 @@ def hopper_forward(
             QUANTIZED=quantized is not None,
             FP8=fp8,
             THREAD_SCALES=quantized is not None and quantized.scales_by_thread,
-            BIASED=quantized is not None and config.biased,
             num_warps=4,
         )
     return out, lse

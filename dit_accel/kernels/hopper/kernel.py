@@ -10,8 +10,7 @@ written. Two more warps take the outputs out and, of permuted calls, bring the q
 
 With ``QUANTIZED`` q and k are INT8 with scales (per query token; per key block or, with ``THREAD_SCALES``, for
 the keys of a block that one thread holds); with ``FP8`` the values and weights are e4m3 and every block's product
-is added in float32 (SageAttention 2, arXiv 2411.10958). With ``BIASED`` the INT8 products are summed onto the bits
-of 1.5 * 2**23, which makes them floats without a conversion.
+is added in float32 (SageAttention 2, arXiv 2411.10958).
 """
 
 from __future__ import annotations
@@ -96,7 +95,6 @@ def hopper_fwd_kernel(
     QUANTIZED: gl.constexpr,
     FP8: gl.constexpr,
     THREAD_SCALES: gl.constexpr,
-    BIASED: gl.constexpr,
 ):
     """Query blocks of 128 rows of the heads of one batch entry.
 
@@ -205,7 +203,6 @@ def hopper_fwd_kernel(
                     QUANTIZED,
                     FP8,
                     THREAD_SCALES,
-                    BIASED,
                 ),
             ),
             (
@@ -227,7 +224,6 @@ def hopper_fwd_kernel(
                     QUANTIZED,
                     FP8,
                     THREAD_SCALES,
-                    BIASED,
                 ),
             ),
             (

@@ -5,11 +5,13 @@ from __future__ import annotations
 from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
 
-# Weights are at most 1 and e4m3 holds 448: its base-2 logarithm, added to the exponents.
-FP8_LIFT = gl.constexpr(8.807354922057604)
-# 1.5 * 2**23: as bits of a float32, integers of less than 2**22 added to them are added to the number.
-INTEGER_BIAS = gl.constexpr(12582912.0)
-INTEGER_BIAS_BITS = gl.constexpr(0x4B400000)
+# A row's reference before its first block: finite, so that no difference is NaN.
+LOWEST = gl.constexpr(-1e30)
+# Octaves by which a row's largest score may exceed its reference. In e4m3, which has few, the weights' range pays.
+SLACK = gl.constexpr(8.0)
+FP8_SLACK = gl.constexpr(1.0)
+# e4m3 holds 448, and weights are at most 2 ** FP8_SLACK: the base-2 logarithm of what they are multiplied by.
+FP8_LIFT = gl.constexpr(8.807354922057604 - 1.0)
 
 
 @gluon.jit
@@ -50,49 +52,123 @@ def by_thread(scores):
 
 
 @gluon.jit
-def raise_peak(scores, peak, factor, BIASED: gl.constexpr):
-    """Each row's largest scaled score so far.
+def raise_reference(largest, reference, SLACK: gl.constexpr):
+    """What a row's weights are taken relative to, after another block: ``(reference, shrink)``, both ``[64, 4]``.
 
-    ``factor`` is ``[64, 1]``, or ``[64, 4]`` with a key scale for each of the four lanes that hold a row: all that a
-    thread holds of a row has one factor, so that nothing more is done for an element. Maxima begin with pairs, since
-    one chain over a row's 32 elements takes longer than the exponentials beside it.
+    ``largest [64, 4]`` is the largest scaled score of the row in the block, in each of the four threads that hold the
+    row. The reference may lie ``SLACK`` octaves below a row's largest score before it is raised: a weight of
+    ``2 ** SLACK`` is as exact as one of 1 (FlashAttention-4). It is raised to the largest score, for all 16 rows of a
+    warp as soon as one needs it, and ``shrink`` is what older sums are multiplied by then. In the other blocks the
+    four threads need not hear of each other, which takes as long as a quarter of the exponentials.
     """
-    largest = gl.max(gl.max(by_thread(scores), 3), 1)
-    if BIASED:
-        largest -= INTEGER_BIAS
-    return gl.maximum(peak, gl.convert_layout(gl.max(largest * factor, 1), peak.type.layout))
+    return gl.inline_asm_elementwise(
+        """
+        {
+        .reg .pred low;
+        .reg .f32 first, second, other;
+        sub.f32 first, $4, $6;
+        sub.f32 second, $5, $7;
+        max.f32 first, first, second;
+        setp.gt.f32 low, first, $8;
+        vote.sync.any.pred low, low, 0xffffffff;
+        mov.f32 $0, $6;
+        mov.f32 $1, $7;
+        mov.f32 $2, 0f3F800000;
+        mov.f32 $3, 0f3F800000;
+        @!low bra.uni kept;
+        shfl.sync.bfly.b32 first, $4, 1, 31, 0xffffffff;
+        shfl.sync.bfly.b32 second, $5, 1, 31, 0xffffffff;
+        max.f32 first, first, $4;
+        max.f32 second, second, $5;
+        shfl.sync.bfly.b32 other, first, 2, 31, 0xffffffff;
+        max.f32 first, first, other;
+        shfl.sync.bfly.b32 other, second, 2, 31, 0xffffffff;
+        max.f32 second, second, other;
+        max.f32 $0, first, $6;
+        max.f32 $1, second, $7;
+        sub.f32 first, $6, $0;
+        sub.f32 second, $7, $1;
+        ex2.approx.ftz.f32 $2, first;
+        ex2.approx.ftz.f32 $3, second;
+        kept:
+        }
+        """,
+        "=&f,=&f,=&f,=&f,f,f,f,f,f,f",
+        [largest, reference, gl.full_like(reference, SLACK)],
+        dtype=(gl.float32, gl.float32),
+        is_pure=True,
+        pack=2,
+    )
+
+
+def _shrink_text(elements: int) -> tuple[str, str]:
+    """Assembly of :func:`shrink_sums` for a thread's share of a row pair, and its constraints.
+
+    A thread holds two columns of the first row, two of the second, and so on.
+    """
+    products = "".join(f"mul.f32 ${n}, ${n}, ${2 * elements + n % 4 // 2 * 2};" for n in range(elements))
+    text = f"""
+        {{
+        .reg .pred some, more;
+        setp.neu.f32 some, ${2 * elements}, 0f3F800000;
+        setp.neu.f32 more, ${2 * elements + 2}, 0f3F800000;
+        or.pred some, some, more;
+        vote.sync.any.pred some, some, 0xffffffff;
+        @!some bra.uni kept;
+        {products}
+        kept:
+        }}
+        """
+    # In place: copies would come between the products, which the assembler then waits for one by one.
+    places = [str(n) for n in range(elements)]
+    return text, ",".join(["=f"] * elements + places + ["f"] * elements)
+
+
+_SHRINK_64 = _shrink_text(32)
+_SHRINK_128 = _shrink_text(64)
+_TEXT_64, _CONSTRAINTS_64 = (gl.constexpr(x) for x in _SHRINK_64)
+_TEXT_128, _CONSTRAINTS_128 = (gl.constexpr(x) for x in _SHRINK_128)
 
 
 @gluon.jit
-def online_softmax(scores, peak, new_peak, total, factor, LIFT: gl.constexpr, BIASED: gl.constexpr):
-    """float32 weights ``2 ** (LIFT + scores * factor - new_peak)`` of a block, row sums, and what shrinks older sums.
+def shrink_sums(acc, shrink):
+    """``acc [64, D]`` times ``shrink [64, 4]``, which is left out where a warp's are all 1: most of the time."""
+    wide = by_thread(acc)
+    D: gl.constexpr = acc.shape[1]
+    LANES: gl.constexpr = gl.SliceLayout(1, gl.SliceLayout(3, wide.type.layout))
+    factor = gl.convert_layout(shrink, LANES, assert_trivial=True)
+    factor = factor.expand_dims(1).expand_dims(3)
+    if D == 64:
+        wide = gl.inline_asm_elementwise(_TEXT_64, _CONSTRAINTS_64, [wide, factor], gl.float32, True, 32)
+    else:
+        wide = gl.inline_asm_elementwise(_TEXT_128, _CONSTRAINTS_128, [wide, factor], gl.float32, True, 64)
+    return gl.convert_layout(wide.reshape([64, D]), acc.type.layout, assert_trivial=True)
 
-    ``peak`` and ``total`` are those of the blocks before. ``total [64, 4]`` stays apart for the lanes that hold a row
-    and is added up after the last block.
 
-    ``BIASED`` scores are larger by ``INTEGER_BIAS`` than the products; taking it off in the exponent rounds by at
-    most one unit of an integer product, a hundredth of what rounding q and k to INT8 does.
+@gluon.jit
+def largest_scores(scores, factor):
+    """Each row's largest scaled score, ``[64, 4]``: of what each of four threads holds of the row.
+
+    ``factor`` is ``[64, 1]``, or ``[64, 4]`` with a key scale for each of the four. Maxima begin with pairs, since one
+    chain over a row's 32 elements takes longer than the exponentials beside it.
     """
     wide = by_thread(scores)
     LANES: gl.constexpr = gl.SliceLayout(1, gl.SliceLayout(3, wide.type.layout))
-    # A row that has seen nothing keeps peak -inf; 0 in its place avoids inf - inf.
-    base = gl.where(new_peak == float("-inf"), 0.0, new_peak)
-    offset = gl.convert_layout(base - LIFT, gl.SliceLayout(1, LANES))[:, None]
-    if BIASED:
-        offset = offset + INTEGER_BIAS * factor
-    weights = gl.exp2(wide * factor.expand_dims(1).expand_dims(3) - offset.expand_dims(1).expand_dims(3))
-    shrink = gl.exp2(peak - base)
-    total = total * gl.convert_layout(shrink, gl.SliceLayout(1, LANES))[:, None] + gl.sum(gl.sum(weights, 3), 1)
-    flat = weights.reshape([64, scores.shape[1]])
-    return gl.convert_layout(flat, scores.type.layout, assert_trivial=True), total, shrink
+    largest = gl.convert_layout(gl.max(gl.max(wide, 1), 2), LANES, assert_trivial=True)
+    return largest.to(gl.float32) * factor
 
 
 @gluon.jit
-def scores_as_float(products, BIASED: gl.constexpr):
-    """float32 of the integer or float32 products; biased ones are the bits of a float already."""
-    if BIASED:
-        return products.to(gl.float32, bitcast=True)
-    return products.to(gl.float32)
+def weigh_scores(scores, reference, shrink, total, factor, LIFT: gl.constexpr):
+    """float32 weights ``2 ** (LIFT + scores * factor - reference)`` of a block, and the row sums with them.
+
+    ``total [64, 4]`` stays apart for the threads that hold a row and is added up after the last block.
+    """
+    offset = (reference - LIFT).expand_dims(1).expand_dims(3)
+    weights = gl.exp2(by_thread(scores).to(gl.float32) * factor.expand_dims(1).expand_dims(3) - offset)
+    total = total * shrink + gl.sum(gl.sum(weights, 3), 1)
+    flat = weights.reshape([64, scores.shape[1]])
+    return gl.convert_layout(flat, scores.type.layout, assert_trivial=True), total
 
 
 @gluon.jit

@@ -16,7 +16,7 @@ LN_2_ = gl.constexpr(0.6931471805599453)
 @gluon.jit
 def write_tile(
     acc,
-    peak,
+    reference,
     total,
     tile,
     turn,
@@ -51,7 +51,7 @@ def write_tile(
     total = gl.convert_layout(gl.sum(total, 1), ROW)
     nothing = total == 0.0
     safe = gl.where(nothing, 1.0, total)
-    lse = (peak + gl.log2(safe) - (FP8_LIFT if FP8 else 0.0)) * LN_2_
+    lse = (gl.convert_layout(gl.max(reference, 1), ROW) + gl.log2(safe) - (FP8_LIFT if FP8 else 0.0)) * LN_2_
     row = slot
     if PERMUTED:
         row = places.index(buffer).load(ROW)
