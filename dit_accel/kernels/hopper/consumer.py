@@ -56,11 +56,17 @@ def add_product(acc, shrink, product):
 
 
 @gluon.jit
-def await_next(k_full, v_full, step, more, STAGES: gl.constexpr):
-    """Wait for the values of ``step``, and for the keys of the step after if there are ``more``; they are loaded in
-    this order."""
-    mbarrier.wait(v_full.index(step % STAGES), (step // STAGES) & 1)
-    mbarrier.wait(k_full.index((step + 1) % STAGES), ((step + 1) // STAGES) & 1, pred=more)
+def stage_after(stage, phase, STAGES: gl.constexpr):
+    """Buffer of the next step, and the phase of its barriers. Counted on: a step's remainder would take longer."""
+    wraps = stage == STAGES - 1
+    return gl.where(wraps, 0, stage + 1), gl.where(wraps, phase ^ 1, phase)
+
+
+@gluon.jit
+def await_next(k_full, v_full, stage, phase, next_stage, next_phase, more):
+    """Wait for a step's values, and if there are ``more``, for the next one's keys, which are loaded after them."""
+    mbarrier.wait(v_full.index(stage), phase)
+    mbarrier.wait(k_full.index(next_stage), next_phase, pred=more)
 
 
 @gluon.jit
@@ -115,7 +121,9 @@ def consume(
     LIFT: gl.constexpr = FP8_LIFT if FP8 else 0.0
     MAY_EXCEED: gl.constexpr = FP8_SLACK if FP8 else SLACK
     SCALES: gl.constexpr = 4 if THREAD_SCALES else 1
-    step = gl.to_tensor(0)
+    # Of the block at hand; and of the one before, whose product is still to be issued.
+    stage, phase = gl.to_tensor(0), gl.to_tensor(0)
+    last = gl.to_tensor(STAGES - 1)
     turn = gl.to_tensor(0)
     tile, place = first_tile(queue, PERMUTED and not QUANTIZED)
     start = gl.zeros([64, BLOCK_K], gl.int32 if QUANTIZED else gl.float32, layout=S_LAYOUT)
@@ -130,6 +138,7 @@ def consume(
     reference = gl.full([64, 4], LOWEST, gl.float32, layout=LANES)
     total = gl.zeros([64, 4], gl.float32, layout=LANES)
     shrink = gl.zeros([64, 4], gl.float32, layout=LANES)
+    raised = gl.zeros([64, 4], gl.int32, layout=LANES)
     likely = gl.zeros([64, BLOCK_K], gl.float32, layout=S_LAYOUT)
     if FP8:
         weights = pack_fp8(likely)
@@ -165,14 +174,13 @@ def consume(
             # First scores of this tile, and the last product of the one before. Before the first tile that product
             # reads whatever is there, and nobody reads it.
             opened = open_tile >= 0
-            stage = step % STAGES
-            last = (step + STAGES - 1) % STAGES
-            mbarrier.wait(k_full.index(stage), (step // STAGES) & 1)
+            next_stage, next_phase = stage_after(stage, phase, STAGES)
+            mbarrier.wait(k_full.index(stage), phase)
             if not FP8:
                 weights = gl.convert_layout(likely.to(dtype), OPERAND)
             token = warpgroup_mma(queries, k_smem.index(stage).permute([1, 0]), start, use_acc=False, is_async=True)
             if not FP8:
-                acc = shrink_sums(acc, shrink)
+                acc = shrink_sums(acc, shrink, raised)
             earlier = shrink
             acc_token = weigh_values(weights, v_smem.index(last), acc, open_more, FP8, OPERAND)
             # The next tile is asked for while the scores are being made.
@@ -181,7 +189,7 @@ def consume(
                 next_tile, num_tiles, nq, mask_head_stride, counts_ptr, fulls_ptr
             )
             products = warpgroup_mma_wait(1, deps=[token])
-            give_back_keys(step, kv_len, STAGES)
+            give_back_keys(stage, kv_len, STAGES)
             first_scores = products.to(gl.float32)
             if full == 0:
                 first_scores = hide_keys(
@@ -202,19 +210,19 @@ def consume(
             total = gl.zeros([64, 4], gl.float32, layout=LANES)
             factor = row_scale * key_scale
             largest = largest_scores(first_scores, factor)
-            reference, shrink = raise_reference(largest, reference, MAY_EXCEED)
+            reference, shrink, raised = raise_reference(largest, reference, MAY_EXCEED)
             likely, total = weigh_scores(first_scores, reference, shrink, total, factor, LIFT)
             if FP8:
                 shrink = gl.zeros([64, 4], gl.float32, layout=LANES)
-            await_next(k_full, v_full, step, count > 1, STAGES)
+            await_next(k_full, v_full, stage, phase, next_stage, next_phase, count > 1)
             if FP8:
                 product = warpgroup_mma_wait(0, deps=[acc_token])
                 acc = add_product(acc, earlier, product)
                 weights = pack_fp8(likely)
             else:
                 acc, weights = warpgroup_mma_wait(0, deps=[acc_token, weights])
-            give_back_values(step, STAGES)
-            step += 1
+            give_back_values(stage, STAGES)
+            last, stage, phase = stage, next_stage, next_phase
             if opened:
                 write_tile(
                     acc,
@@ -251,8 +259,7 @@ def consume(
                         # Two dependent loads, each one block ahead of its use.
                         key_scale = gl.load(scales_at + following * SCALES)
                         following = gl.load(at + entry + 1, mask=entry + 1 < count, other=0)
-                    stage = step % STAGES
-                    last = (step - 1) % STAGES
+                    next_stage, next_phase = stage_after(stage, phase, STAGES)
                     if not FP8:
                         # Only now, while the scores are being made; and float32 is carried without repacking.
                         weights = gl.convert_layout(likely.to(dtype), OPERAND)
@@ -263,11 +270,11 @@ def consume(
                     )
                     if not FP8:
                         # While the scores are being made.
-                        acc = shrink_sums(acc, shrink)
+                        acc = shrink_sums(acc, shrink, raised)
                     earlier = shrink
                     acc_token = weigh_values(weights, v_smem.index(last), acc, entry > 1, FP8, OPERAND)
                     products = warpgroup_mma_wait(1, deps=[token])
-                    give_back_keys(step, kv_len, STAGES)
+                    give_back_keys(stage, kv_len, STAGES)
                     scores = products
                     if partial:
                         if not ASK_AHEAD:
@@ -291,7 +298,7 @@ def consume(
                             bit_row = gl.load(bits_at + entry + 1, mask=entry + 1 < end, other=0)
                     factor = row_scale * key_scale
                     largest = largest_scores(scores, factor)
-                    reference, shrink = raise_reference(largest, reference, MAY_EXCEED)
+                    reference, shrink, raised = raise_reference(largest, reference, MAY_EXCEED)
                     if TAKE_TURNS:
                         # Now: the product that is left keeps the matrix units busy until the other consumer's scores
                         # begin; before that those would slow it down.
@@ -299,15 +306,15 @@ def consume(
                     likely, total = weigh_scores(scores, reference, shrink, total, factor, LIFT)
                     # Here, before the product: the waits' branches keep the assembler from moving the wait for the
                     # product up, in front of the exponentials it shall overlap.
-                    await_next(k_full, v_full, step, entry + 1 < count, STAGES)
+                    await_next(k_full, v_full, stage, phase, next_stage, next_phase, entry + 1 < count)
                     if FP8:
                         # The wait takes no 8-bit operand; the assembler keeps its registers until here.
                         product = warpgroup_mma_wait(0, deps=[acc_token])
                         acc = add_product(acc, earlier, product)
                     else:
                         acc, weights = warpgroup_mma_wait(0, deps=[acc_token, weights])
-                    give_back_values(step, STAGES)
-                    step += 1
+                    give_back_values(stage, STAGES)
+                    last, stage, phase = stage, next_stage, next_phase
                     if FP8:
                         # The product takes the registers that float32 weights would be carried in.
                         weights = pack_fp8(likely)
@@ -332,9 +339,8 @@ def consume(
         place += 1
 
     if open_tile >= 0:
-        last = (step - 1) % STAGES
         if not FP8:
-            acc = shrink_sums(acc, shrink)
+            acc = shrink_sums(acc, shrink, raised)
             weights = gl.convert_layout(likely.to(dtype), OPERAND)
         acc_token = weigh_values(weights, v_smem.index(last), acc, open_more, FP8, OPERAND)
         product = warpgroup_mma_wait(0, deps=[acc_token])
@@ -342,7 +348,7 @@ def consume(
             acc = add_product(acc, shrink, product)
         else:
             acc = product
-        give_back_values(step, STAGES)
+        give_back_values(stage, STAGES)
         write_tile(
             acc,
             reference,

@@ -69,17 +69,17 @@ def await_turn(half):
 
 
 @gluon.jit
-def give_back_keys(step, length, STAGES: gl.constexpr):
-    """A consumer has read the keys of ``step``. With more than two stages they go back with the values before them."""
+def give_back_keys(stage, length, STAGES: gl.constexpr):
+    """A consumer has read a stage's keys. With more than two stages they go back with the values before them."""
     if STAGES == 2:
-        _arrive_here(_KEYS + step % STAGES, _BUFFERS, length)
+        _arrive_here(_KEYS + stage, _BUFFERS, length)
 
 
 @gluon.jit
-def give_back_values(step, STAGES: gl.constexpr):
-    """A consumer has read the keys of ``step`` and the values of the step before."""
+def give_back_values(stage, STAGES: gl.constexpr):
+    """A consumer has read a stage's keys and the values of the step before."""
     gl.static_assert(STAGES >= 2 and STAGES <= 8)
-    _arrive(_VALUES + step % STAGES, _BUFFERS)
+    _arrive(_VALUES + stage, _BUFFERS)
 
 
 @gluon.jit

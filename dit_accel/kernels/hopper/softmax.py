@@ -6,7 +6,7 @@ from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
 
 # A row's reference before its first block: finite, so that no difference is NaN.
-LOWEST = gl.constexpr(-1e30)
+LOWEST = gl.constexpr(-3e38)
 # Octaves by which a row's largest score may exceed its reference. In e4m3, which has few, the weights' range pays.
 SLACK = gl.constexpr(8.0)
 FP8_SLACK = gl.constexpr(1.0)
@@ -52,96 +52,94 @@ def by_thread(scores):
 
 
 @gluon.jit
-def raise_reference(largest, reference, SLACK: gl.constexpr):
-    """What a row's weights are taken relative to, after another block: ``(reference, shrink)``, both ``[64, 4]``.
+def raise_reference(largest, reference, slack: gl.constexpr):
+    """What a row's weights are relative to after another block: ``(reference, shrink, raised)``, each ``[64, 4]``.
 
     ``largest [64, 4]`` is the largest scaled score of the row in the block, in each of the four threads that hold the
-    row. The reference may lie ``SLACK`` octaves below a row's largest score before it is raised: a weight of
-    ``2 ** SLACK`` is as exact as one of 1 (FlashAttention-4). It is raised to the largest score, for all 16 rows of a
-    warp as soon as one needs it, and ``shrink`` is what older sums are multiplied by then. In the other blocks the
-    four threads need not hear of each other, which takes as long as a quarter of the exponentials.
+    row. A reference may lie ``slack`` octaves below a row's largest score: weights of ``2 ** slack`` are as exact as
+    those of 1 (FlashAttention-4). It is raised to that score, for all 16 rows of a warp, as soon as one of them needs
+    it; ``raised`` is 1 in the whole warp then, and older sums are to be multiplied by ``shrink``. In the other blocks
+    the four threads need not hear of each other, which takes as long as a fourth of the exponentials.
     """
     return gl.inline_asm_elementwise(
         """
         {
         .reg .pred low;
         .reg .f32 first, second, other;
-        sub.f32 first, $4, $6;
-        sub.f32 second, $5, $7;
+        sub.f32 first, $6, $8;
+        sub.f32 second, $7, $9;
         max.f32 first, first, second;
-        setp.gt.f32 low, first, $8;
+        setp.gt.f32 low, first, $10;
         vote.sync.any.pred low, low, 0xffffffff;
-        mov.f32 $0, $6;
-        mov.f32 $1, $7;
+        selp.b32 $4, 1, 0, low;
+        selp.b32 $5, 1, 0, low;
+        mov.f32 $0, $8;
+        mov.f32 $1, $9;
         mov.f32 $2, 0f3F800000;
         mov.f32 $3, 0f3F800000;
         @!low bra.uni kept;
-        shfl.sync.bfly.b32 first, $4, 1, 31, 0xffffffff;
-        shfl.sync.bfly.b32 second, $5, 1, 31, 0xffffffff;
-        max.f32 first, first, $4;
-        max.f32 second, second, $5;
+        shfl.sync.bfly.b32 first, $6, 1, 31, 0xffffffff;
+        shfl.sync.bfly.b32 second, $7, 1, 31, 0xffffffff;
+        max.f32 first, first, $6;
+        max.f32 second, second, $7;
         shfl.sync.bfly.b32 other, first, 2, 31, 0xffffffff;
         max.f32 first, first, other;
         shfl.sync.bfly.b32 other, second, 2, 31, 0xffffffff;
         max.f32 second, second, other;
-        max.f32 $0, first, $6;
-        max.f32 $1, second, $7;
-        sub.f32 first, $6, $0;
-        sub.f32 second, $7, $1;
+        max.f32 $0, first, $8;
+        max.f32 $1, second, $9;
+        sub.f32 first, $8, $0;
+        sub.f32 second, $9, $1;
         ex2.approx.ftz.f32 $2, first;
         ex2.approx.ftz.f32 $3, second;
         kept:
         }
         """,
-        "=&f,=&f,=&f,=&f,f,f,f,f,f,f",
-        [largest, reference, gl.full_like(reference, SLACK)],
-        dtype=(gl.float32, gl.float32),
+        "=&f,=&f,=&f,=&f,=&r,=&r,f,f,f,f,f,f",
+        [largest, reference, gl.full_like(reference, slack)],
+        dtype=(gl.float32, gl.float32, gl.int32),
         is_pure=True,
         pack=2,
     )
 
 
-def _shrink_text(elements: int) -> tuple[str, str]:
-    """Assembly of :func:`shrink_sums` for a thread's share of a row pair, and its constraints.
+def _shrink_assembly(elements: int) -> tuple[str, str]:
+    """Assembly of :func:`shrink_sums` for a thread's elements of two rows, and its constraints.
 
-    A thread holds two columns of the first row, two of the second, and so on.
+    A thread holds two columns of the first row, two of the second, and so on. What all of them share comes once for
+    every element.
     """
     products = "".join(f"mul.f32 ${n}, ${n}, ${2 * elements + n % 4 // 2 * 2};" for n in range(elements))
     text = f"""
         {{
-        .reg .pred some, more;
-        setp.neu.f32 some, ${2 * elements}, 0f3F800000;
-        setp.neu.f32 more, ${2 * elements + 2}, 0f3F800000;
-        or.pred some, some, more;
-        vote.sync.any.pred some, some, 0xffffffff;
-        @!some bra.uni kept;
+        .reg .pred raised;
+        setp.ne.s32 raised, ${3 * elements}, 0;
+        @!raised bra.uni kept;
         {products}
         kept:
         }}
         """
     # In place: copies would come between the products, which the assembler then waits for one by one.
     places = [str(n) for n in range(elements)]
-    return text, ",".join(["=f"] * elements + places + ["f"] * elements)
+    return text, ",".join(["=f"] * elements + places + ["f"] * elements + ["r"] * elements)
 
 
-_SHRINK_64 = _shrink_text(32)
-_SHRINK_128 = _shrink_text(64)
-_TEXT_64, _CONSTRAINTS_64 = (gl.constexpr(x) for x in _SHRINK_64)
-_TEXT_128, _CONSTRAINTS_128 = (gl.constexpr(x) for x in _SHRINK_128)
+_TEXT_64, _CONSTRAINTS_64 = (gl.constexpr(x) for x in _shrink_assembly(32))
+_TEXT_128, _CONSTRAINTS_128 = (gl.constexpr(x) for x in _shrink_assembly(64))
 
 
 @gluon.jit
-def shrink_sums(acc, shrink):
-    """``acc [64, D]`` times ``shrink [64, 4]``, which is left out where a warp's are all 1: most of the time."""
+def shrink_sums(acc, shrink, raised):
+    """``acc [64, D]`` times ``shrink`` in the warps that have ``raised`` their references, both ``[64, 4]``."""
     wide = by_thread(acc)
     D: gl.constexpr = acc.shape[1]
     LANES: gl.constexpr = gl.SliceLayout(1, gl.SliceLayout(3, wide.type.layout))
-    factor = gl.convert_layout(shrink, LANES, assert_trivial=True)
-    factor = factor.expand_dims(1).expand_dims(3)
+    factor = gl.convert_layout(shrink, LANES, assert_trivial=True).expand_dims(1).expand_dims(3)
+    raised = gl.convert_layout(raised, LANES, assert_trivial=True).expand_dims(1).expand_dims(3)
     if D == 64:
-        wide = gl.inline_asm_elementwise(_TEXT_64, _CONSTRAINTS_64, [wide, factor], gl.float32, True, 32)
+        wide = gl.inline_asm_elementwise(_TEXT_64, _CONSTRAINTS_64, [wide, factor, raised], gl.float32, True, 32)
     else:
-        wide = gl.inline_asm_elementwise(_TEXT_128, _CONSTRAINTS_128, [wide, factor], gl.float32, True, 64)
+        wide = gl.inline_asm_elementwise(_TEXT_128, _CONSTRAINTS_128, [wide, factor, raised], gl.float32, True, 64)
     return gl.convert_layout(wide.reshape([64, D]), acc.type.layout, assert_trivial=True)
 
 
@@ -149,8 +147,8 @@ def shrink_sums(acc, shrink):
 def largest_scores(scores, factor):
     """Each row's largest scaled score, ``[64, 4]``: of what each of four threads holds of the row.
 
-    ``factor`` is ``[64, 1]``, or ``[64, 4]`` with a key scale for each of the four. Maxima begin with pairs, since one
-    chain over a row's 32 elements takes longer than the exponentials beside it.
+    ``factor`` is ``[64, 1]``, or ``[64, 4]`` with a key scale for each of the four. A row's even and odd columns are
+    chains of their own: of integers the assembler takes three at a time of a chain.
     """
     wide = by_thread(scores)
     LANES: gl.constexpr = gl.SliceLayout(1, gl.SliceLayout(3, wide.type.layout))
