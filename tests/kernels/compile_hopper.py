@@ -75,8 +75,7 @@ def main() -> None:
         hidden = torch.ones(1, LENGTH, dtype=torch.bool) if settings.get("key_mask") else None
         precision = settings.get("precision")
         ready = precision and reference_quantize(q, k, v, 128, block_k, precision=precision)
-        config = hopper_forward.default_config(block_k, dim, precision, rows is not None)
-        hopper_forward.hopper_forward(q, k, v, mask, rows, hidden, 0.1, quantized=ready or None, config=config)
+        hopper_forward.hopper_forward(q, k, v, mask, rows, hidden, 0.1, quantized=ready or None)
         print(json.dumps({"name": name, "ptx": kernel.ptx}), flush=True)
 
 

@@ -8,18 +8,20 @@ from triton.experimental.gluon import language as gl
 
 @gluon.jit
 def add_to(counter, number):
-    """Add to a counter in global memory what the calling warp has done; whoever awaits the sum sees it."""
+    """Add to a counter in global memory what the calling warp has done; whoever awaits the sum sees it.
+
+    A release only: what acquires empties the cache of the whole multiprocessor, masks of tokens and keys included.
+    """
     gl.inline_asm_elementwise(
         """
         {
         .reg .pred first;
         .reg .b32 lane;
         fence.proxy.async.global;
-        fence.acq_rel.gpu;
         bar.warp.sync 0xffffffff;
         mov.u32 lane, %laneid;
         setp.eq.u32 first, lane, 0;
-        @first red.relaxed.gpu.global.add.s32 [$1], $2;
+        @first red.release.gpu.global.add.s32 [$1], $2;
         mov.b32 $0, 0;
         }
         """,
@@ -41,9 +43,11 @@ def has_reached(counter, number):
         .reg .b32 seen;
         ld.relaxed.gpu.global.s32 seen, [$1];
         setp.ge.s32 reached, seen, $2;
+        selp.b32 $0, 1, 0, reached;
+        @!reached bra not_yet;
         fence.acq_rel.gpu;
         fence.proxy.async.global;
-        selp.b32 $0, 1, 0, reached;
+        not_yet:
         }
         """,
         "=r,l,r",

@@ -70,10 +70,13 @@ def why_not_shape(q: torch.Tensor, mask: BlockMask) -> str | None:
     return None
 
 
-def default_config(block_k: int, dim: int, precision: str | None, permuted: bool = False) -> HopperConfig:
+def default_config(
+    block_k: int, dim: int, precision: str | None, permuted: bool = False, has_bits: bool = False
+) -> HopperConfig:
     """The fastest that was measured at head dim 128, and buffers that fit shared memory elsewhere.
 
-    ``precision`` is None for half-precision inputs.
+    ``precision`` is None for half-precision inputs. ``has_bits``: many blocks have token bits, and applying them takes
+    a consumer longer than its turn should.
     """
     half = 2 * dim
     in_row = half if precision is None else dim
@@ -84,7 +87,8 @@ def default_config(block_k: int, dim: int, precision: str | None, permuted: bool
     most = (3 if precision == "int8" else 4) * 128 // block_k
     return HopperConfig(
         min(most, stages),
-        take_turns=64 in (block_k, dim) if precision is None else (precision, block_k) == ("int8_fp8", 128),
+        take_turns=not has_bits
+        and (64 in (block_k, dim) if precision is None else (precision, block_k) == ("int8_fp8", 128)),
     )
 
 
@@ -149,7 +153,8 @@ def hopper_forward(
     values = quantized.v if precision == "int8" and _why_not_tiles(quantized.v) is None else None
     if precision == "int8" and values is None:
         values = quantized.v.contiguous()
-    config = config or default_config(mask.block_k, dim, precision, rows is not None)
+    has_bits = mask.kv_bits is not None and mask.token_bits.shape[0] > 0
+    config = config or default_config(mask.block_k, dim, precision, rows is not None, has_bits)
     programs = multiprocessors(q.device.index or 0)
     moved = rows is not None and quantized is None
     ring = min(config.ring or ring_heads(batch, heads), heads) if moved else heads
@@ -221,7 +226,7 @@ def hopper_forward(
             HEAD_DIM=dim,
             STAGES=config.stages,
             PERMUTED=rows is not None,
-            HAS_BITS=mask.kv_bits is not None and mask.token_bits.shape[0] > 0,
+            HAS_BITS=has_bits,
             HAS_KEY_MASK=key_mask is not None,
             TAKE_TURNS=config.take_turns,
             QUANTIZED=quantized is not None,

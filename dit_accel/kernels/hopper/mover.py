@@ -64,6 +64,8 @@ def move_heads(
         pieces = blocks_of_head(kv_len, BLOCK_K)
         end = num_tiles // nq * pieces
         turn = gl.to_tensor(0)
+        # The last head whose place in the ring is known to be free.
+        free = gl.to_tensor(ring - 1)
         piece = gl.atomic_add(pieces_ptr, 1, sem="relaxed")
         find_rows(piece, end, pieces, places.index(0), rows_ptr, rows_head_stride, kv_len, BLOCK_K)
         while piece < end:
@@ -82,8 +84,9 @@ def move_heads(
             turn = turn ^ 1
             find_rows(following, end, pieces, places.index(turn), rows_ptr, rows_head_stride, kv_len, BLOCK_K)
             async_copy.wait_group(0)
-            if head >= ring:
+            if head > free:
                 await_count(spent_ptr + head - ring, nq)
+                free = head
             fence_async_shared()
             debug_barrier()
             slot = piece % pieces // 2 * BLOCK_K

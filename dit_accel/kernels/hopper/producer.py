@@ -183,7 +183,9 @@ def produce(
                         loaded = count_loaded(head, last_head, loaded, spent_ptr, k_full, v_full, step, STAGES)
                         last_head = head
                         next_head = gl.minimum(next_tile, num_tiles - 1) // nq
-                        ready = has_reached(ready_ptr + next_head, pieces)
+                        ready = gl.to_tensor(1)
+                        if next_head != head:
+                            ready = has_reached(ready_ptr + next_head, pieces)
                 await_values(step, STAGES)
                 mbarrier.expect(v_full.index(stage), v_desc.block_type.nbytes)
                 if FP8:
