@@ -25,7 +25,6 @@ from dataclasses import replace
 from pathlib import Path
 
 import torch
-import torch.nn.functional as F
 import triton
 from kernel_cases import (
     BLOCKS,
@@ -82,6 +81,7 @@ def section_forward(report: Report, args: argparse.Namespace) -> None:
 def section_sla(report: Report, args: argparse.Namespace) -> None:
     """SLA with its routing at 5%: forward, and forward with backward, over cuDNN dense in the same run."""
     from dit_accel.kernels.linear_branch import add_linear_branch, linear_branch
+    from dit_accel.kernels.projection import project
     from dit_accel.kernels.selection import select_pooled
 
     for length in args.lengths:
@@ -113,7 +113,7 @@ def section_sla(report: Report, args: argparse.Namespace) -> None:
                     critical = route()
                     out = block_sparse_attention(*leaves, critical)
                     branch = linear_branch(*leaves, None if every else critical)
-                    out = out + F.linear(branch, weight.to(q.dtype), bias.to(q.dtype))
+                    out = out + project(branch, weight.to(q.dtype), bias.to(q.dtype))
                     return torch.autograd.grad(out, (*leaves, weight, bias), grad)
 
                 for name, call, base in (("forward", infer, dense), ("fwd+bwd", train, dense_both)):

@@ -8,12 +8,12 @@ from dataclasses import dataclass, replace
 from typing import Any, ClassVar
 
 import torch
-import torch.nn.functional as F
 from torch import nn
 from torch.utils.checkpoint import checkpoint
 
 from ..kernels import BlockMask
 from ..kernels.linear_branch import add_linear_branch, linear_branch
+from ..kernels.projection import project
 from ..kernels.selection import pooled_scores, select_blocks
 from ..plan import AttentionPlan, LayerMemory, SequenceBlocks
 
@@ -208,7 +208,7 @@ class LinearBranchLayer(LearnedCompensation):
             q, k = _mapped(q, k, key_mask, *maps)
             branch = linear_branch(q, k, v, critical, **options)
             # In the activations' dtype, as the inference kernel does.
-            return F.linear(branch, weight.to(branch.dtype), bias.to(branch.dtype))
+            return project(branch, weight.to(branch.dtype), bias.to(branch.dtype))
 
         # The branch is computed again in the backward: kept for the projection's gradient it would be half as
         # large again as dense attention's output. Parameters are arguments, since a functional call takes its
