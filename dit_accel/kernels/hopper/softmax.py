@@ -7,11 +7,12 @@ from triton.experimental.gluon import language as gl
 
 # A row's reference before its first block: finite, so that no difference is NaN.
 LOWEST = gl.constexpr(-3e38)
-# Octaves by which a row's largest score may exceed its reference. In e4m3, which has few, the weights' range pays.
+# Octaves by which a row's largest score may exceed its reference. None in e4m3: a row's largest weight is then exactly
+# the largest number there is, and the error 1 % smaller.
 SLACK = gl.constexpr(8.0)
-FP8_SLACK = gl.constexpr(1.0)
-# e4m3 holds 448, and weights are at most 2 ** FP8_SLACK: the base-2 logarithm of what they are multiplied by.
-FP8_LIFT = gl.constexpr(8.807354922057604 - 1.0)
+FP8_SLACK = gl.constexpr(0.0)
+# Weights are at most 1 then, and e4m3 holds 448: its base-2 logarithm, added to the exponents.
+FP8_LIFT = gl.constexpr(8.807354922057604)
 
 
 @gluon.jit
