@@ -87,8 +87,7 @@ def default_config(
     most = (3 if precision == "int8" else 4) * 128 // block_k
     return HopperConfig(
         min(most, stages),
-        take_turns=not has_bits
-        and (64 in (block_k, dim) if precision is None else (precision, block_k) == ("int8_fp8", 128)),
+        take_turns=not has_bits and (block_k == 128 if precision else 64 in (block_k, dim)),
     )
 
 
