@@ -10,8 +10,9 @@ written. Two more warps take the outputs out and, of permuted calls, bring the q
 
 With ``QUANTIZED`` q and k are INT8 with scales (per query token; per key block or, with ``THREAD_SCALES``, for
 the keys of a block that one thread holds); with ``FP8`` the values and weights are e4m3 and every block's product
-is added in float32 (SageAttention 2, arXiv 2411.10958). Weights are relative to a reference that is raised late, so that
-sums are seldom multiplied (FlashAttention-4).
+is added in float32 (SageAttention 2, arXiv 2411.10958).
+
+Weights are relative to a reference that is raised late, so that sums are seldom multiplied (FlashAttention-4).
 """
 
 from __future__ import annotations
