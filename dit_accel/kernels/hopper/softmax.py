@@ -60,7 +60,7 @@ def raise_reference(largest, reference, slack: gl.constexpr):
     row. A reference may lie ``slack`` octaves below a row's largest score: weights of ``2 ** slack`` are as exact as
     those of 1 (FlashAttention-4). It is raised to that score, for all 16 rows of a warp, as soon as one of them needs
     it; ``raised`` is 1 in the whole warp then, and older sums are to be multiplied by ``shrink``. In the other blocks
-    the four threads need not hear of each other, which takes as long as a fourth of the exponentials.
+    the four threads need not hear of each other, which would take an eighth of the exponentials' time.
     """
     return gl.inline_asm_elementwise(
         """
