@@ -69,6 +69,20 @@ def test_no_scratch_lies_on_a_barrier(variant, compiled):
     assert not barriers & stores
 
 
+@pytest.mark.parametrize("variant", ["half", "half 64", "half D=64", "int8", "int8_fp8"])
+def test_no_product_waits_for_the_one_before(variant, compiled, tmp_path):
+    """The assembler waits after every product as soon as registers are copied between two of them, and only says so."""
+    from triton.knobs import nvidia
+
+    path = tmp_path / "kernel.ptx"
+    path.write_text(compiled[variant])
+    command = [nvidia.ptxas.path, "-v", "--gpu-name=sm_90a", str(path), "-o", str(tmp_path / "kernel.cubin")]
+    run = subprocess.run(command, capture_output=True, text=True, timeout=300)
+    assert run.returncode == 0, run.stderr[-2000:]
+    assert "registers" in run.stderr
+    assert "serialized" not in run.stderr
+
+
 @pytest.mark.parametrize("variant", VARIANTS)
 def test_triton_leaves_the_named_barriers_alone(variant, compiled):
     """The kernel's own have numbers in registers; Triton's numbers are written out."""
