@@ -17,6 +17,7 @@ from .softmax import (
     FP8_SLACK,
     LOWEST,
     SLACK,
+    add_product,
     by_thread,
     hide_keys,
     largest_scores,
@@ -43,16 +44,6 @@ def weigh_values(weights, values, acc, use_acc, FP8: gl.constexpr, OPERAND: gl.c
     else:
         token = warpgroup_mma(weights, values, acc, use_acc=use_acc, is_async=True)
     return token
-
-
-@gluon.jit
-def add_product(acc, shrink, product):
-    """``acc * shrink + product``, of 8-bit products, with ``shrink [64, 4]`` as in :func:`shrink_sums`."""
-    wide = by_thread(acc)
-    LANES: gl.constexpr = gl.SliceLayout(1, gl.SliceLayout(3, wide.type.layout))
-    factor = gl.convert_layout(shrink, LANES, assert_trivial=True)
-    wide = wide * factor.expand_dims(1).expand_dims(3)
-    return gl.convert_layout(wide.reshape([64, acc.shape[1]]), acc.type.layout, assert_trivial=True) + product
 
 
 @gluon.jit

@@ -53,6 +53,19 @@ def by_thread(scores):
 
 
 @gluon.jit
+def as_factor(values, wide):
+    """``values [64, 4]``, of rows and the four threads that hold each, as a factor of ``wide`` (:func:`by_thread`)."""
+    LANES: gl.constexpr = gl.SliceLayout(1, gl.SliceLayout(3, wide.type.layout))
+    return gl.convert_layout(values, LANES, assert_trivial=True).expand_dims(1).expand_dims(3)
+
+
+@gluon.jit
+def as_rows(wide, LAYOUT: gl.constexpr):
+    """The inverse of :func:`by_thread`."""
+    return gl.convert_layout(wide.reshape([64, wide.shape[1] * 8]), LAYOUT, assert_trivial=True)
+
+
+@gluon.jit
 def raise_reference(largest, reference, slack: gl.constexpr):
     """What a row's weights are relative to after another block: ``(reference, shrink, raised)``, each ``[64, 4]``.
 
@@ -133,15 +146,19 @@ _TEXT_128, _CONSTRAINTS_128 = (gl.constexpr(x) for x in _shrink_assembly(64))
 def shrink_sums(acc, shrink, raised):
     """``acc [64, D]`` times ``shrink`` in the warps that have ``raised`` their references, both ``[64, 4]``."""
     wide = by_thread(acc)
-    D: gl.constexpr = acc.shape[1]
-    LANES: gl.constexpr = gl.SliceLayout(1, gl.SliceLayout(3, wide.type.layout))
-    factor = gl.convert_layout(shrink, LANES, assert_trivial=True).expand_dims(1).expand_dims(3)
-    raised = gl.convert_layout(raised, LANES, assert_trivial=True).expand_dims(1).expand_dims(3)
-    if D == 64:
+    factor, raised = as_factor(shrink, wide), as_factor(raised, wide)
+    if acc.shape[1] == 64:
         wide = gl.inline_asm_elementwise(_TEXT_64, _CONSTRAINTS_64, [wide, factor, raised], gl.float32, True, 32)
     else:
         wide = gl.inline_asm_elementwise(_TEXT_128, _CONSTRAINTS_128, [wide, factor, raised], gl.float32, True, 64)
-    return gl.convert_layout(wide.reshape([64, D]), acc.type.layout, assert_trivial=True)
+    return as_rows(wide, acc.type.layout)
+
+
+@gluon.jit
+def add_product(acc, shrink, product):
+    """``acc * shrink + product``, of 8-bit products, with ``shrink [64, 4]`` as in :func:`shrink_sums`."""
+    wide = by_thread(acc)
+    return as_rows(wide * as_factor(shrink, wide), acc.type.layout) + product
 
 
 @gluon.jit
@@ -163,11 +180,11 @@ def weigh_scores(scores, reference, shrink, total, factor, LIFT: gl.constexpr):
 
     ``total [64, 4]`` stays apart for the threads that hold a row and is added up after the last block.
     """
+    wide = by_thread(scores)
     offset = (reference - LIFT).expand_dims(1).expand_dims(3)
-    weights = gl.exp2(by_thread(scores).to(gl.float32) * factor.expand_dims(1).expand_dims(3) - offset)
+    weights = gl.exp2(wide.to(gl.float32) * factor.expand_dims(1).expand_dims(3) - offset)
     total = total * shrink + gl.sum(gl.sum(weights, 3), 1)
-    flat = weights.reshape([64, scores.shape[1]])
-    return gl.convert_layout(flat, scores.type.layout, assert_trivial=True), total
+    return as_rows(weights, scores.type.layout), total
 
 
 @gluon.jit
