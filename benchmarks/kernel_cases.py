@@ -190,8 +190,8 @@ def oracle_error(out: torch.Tensor, q, k, v, mask: BlockMask, rows=None, key_mas
         kept = mask.kv_indices[at][: int(mask.kv_num_blocks[at])].long()
         keys = (kept[:, None] * mask.block_k + torch.arange(mask.block_k, device=q.device)).flatten()
         partial = (torch.arange(len(kept), device=q.device) >= mask.kv_num_full[at]).repeat_interleave(mask.block_k)
-        seen = listed_tokens(mask, at)[: len(slots), keys < k.shape[1]]
         partial, keys = partial[keys < k.shape[1]], keys[keys < k.shape[1]]
+        seen = query_block(mask, at).to_tokens()[0, 0, : len(slots), keys]
         if rows is not None:
             order = rows[0, min(head, rows.shape[1] - 1)].long()
             slots, keys = order[slots], order[keys]
@@ -206,16 +206,14 @@ def oracle_error(out: torch.Tensor, q, k, v, mask: BlockMask, rows=None, key_mas
     return worst
 
 
-def listed_tokens(mask: BlockMask, at: tuple[int, int, int]) -> torch.Tensor:
-    """Bool ``[block_q, blocks * block_k]``: what the token bits of a query block's kept blocks let it see."""
-    number, full = int(mask.kv_num_blocks[at]), int(mask.kv_num_full[at])
-    seen = torch.ones(number, mask.block_q, mask.block_k, dtype=torch.bool, device=mask.kv_indices.device)
-    if mask.kv_bits is not None:
-        key = torch.arange(mask.block_k, device=seen.device)
-        bits = mask.kv_bits[at][full:number].long()
-        words = mask.token_bits[bits.clamp(min=0)][..., key // 32]
-        seen[full:] = (words >> (key % 32) & 1).bool() | (bits < 0)[:, None, None]
-    return seen.transpose(0, 1).flatten(1)
+def query_block(mask: BlockMask, at: tuple[int, int, int]) -> BlockMask:
+    """The mask of one query block alone, a whole one: what it lists, of a batch entry and head."""
+    lists = {
+        name: getattr(mask, name)[at][None, None, None]
+        for name in ("kv_num_blocks", "kv_num_full", "kv_indices", "kv_bits")
+        if getattr(mask, name) is not None
+    }
+    return replace(mask, q_len=mask.block_q, **lists)
 
 
 def checked(q, k, v, mask: BlockMask, rows=None, key_mask=None) -> Callable[[str, Callable], dict[str, object]]:

@@ -56,7 +56,7 @@ def block_sparse_attention(
         RuntimeError: the named backend cannot run the call; the message says why.
     """
     validate(q, k, v, mask, rows, key_mask)
-    name, _ = choose_backend(q, k, v, mask, rows=rows, key_mask=key_mask, backend=backend)
+    name, _ = _backend(q, mask, rows, key_mask, backend)
     scale = 1.0 / math.sqrt(q.shape[-1]) if scale is None else float(scale)
     if name == "triton":
         from .portable.attention import triton_attention
@@ -101,6 +101,14 @@ def choose_backend(
         ValueError: unknown backend name.
         RuntimeError: the named backend cannot run the call.
     """
+    name, reasons = _backend(q, mask, rows, key_mask, backend)
+    return name, "; ".join([*reasons, *_kernel(name, q, k, v, mask, rows)]) or "the fastest that runs here"
+
+
+def _backend(
+    q: torch.Tensor, mask: BlockMask, rows: torch.Tensor | None, key_mask: torch.Tensor | None, backend: str
+) -> tuple[str, list[str]]:
+    """:func:`choose_backend` without a word about kernels, which every call would pay for."""
     if backend != "auto":
         if backend not in BACKENDS:
             raise ValueError(f"backend must be one of {', '.join(BACKENDS)}, got {backend!r}.")
@@ -110,20 +118,19 @@ def choose_backend(
             reason = _PREDICATES[backend](q, mask)
         if reason is not None:
             raise RuntimeError(f"Backend {backend!r} cannot run this call: {reason}.")
-        return backend, "; ".join(["asked for by name", *_kernel(backend, q, k, v, mask, rows)])
+        return backend, ["asked for by name"]
     passed_over = []
     if tuning.fa4_is_fastest(q, mask):
         reason = capability.why_not_fa4(q, mask, rows, key_mask)
         if reason is None:
-            return "fa4", "measured the fastest for this block size and head dim"
+            return "fa4", ["measured the fastest for this block size and head dim"]
         passed_over.append(f"fa4: {reason}")
     for name, predicate in _PREDICATES.items():
         reason = predicate(q, mask)
         if reason is None and name == "triton" and q.device.type != "cuda":
             reason = "the interpreter is for tests, ask for it by name"
         if reason is None:
-            passed_over.extend(_kernel(name, q, k, v, mask, rows))
-            return name, "; ".join(passed_over) or "the fastest that runs here"
+            return name, passed_over
         passed_over.append(f"{name}: {reason}")
     raise RuntimeError(f"No backend can run this call: {'; '.join(passed_over)}.")
 
