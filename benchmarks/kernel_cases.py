@@ -9,7 +9,7 @@ import random
 import statistics
 import time
 import traceback
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import replace
 
 import torch
@@ -179,31 +179,83 @@ def with_token_bits(mask: BlockMask, patterns: int = 64) -> BlockMask:
     )
 
 
-def oracle_error(out: torch.Tensor, q, k, v, mask: BlockMask, rows=None, key_mask=None, samples: int = 4) -> float:
-    """Relative error of a few query blocks of ``out``, batch entry 0, against float64 attention over what they see."""
+def sampled(
+    q: torch.Tensor, mask: BlockMask, samples: int = 4
+) -> Iterator[tuple[int, tuple[int, int, int], torch.Tensor]]:
+    """A few query blocks of batch entry 0: head, place in the lists, slots."""
     nq, _ = mask.num_blocks
-    worst = 0.0
     for n in range(samples):
         head, block = (5 * n) % q.shape[2], (nq - 1) * n // max(1, samples - 1)
         slots = torch.arange(block * mask.block_q, min((block + 1) * mask.block_q, q.shape[1]), device=q.device)
-        at = (0, min(head, mask.kv_indices.shape[1] - 1), block)
-        kept = mask.kv_indices[at][: int(mask.kv_num_blocks[at])].long()
-        keys = (kept[:, None] * mask.block_k + torch.arange(mask.block_k, device=q.device)).flatten()
-        partial = (torch.arange(len(kept), device=q.device) >= mask.kv_num_full[at]).repeat_interleave(mask.block_k)
-        partial, keys = partial[keys < k.shape[1]], keys[keys < k.shape[1]]
-        seen = query_block(mask, at).to_tokens()[0, 0, : len(slots), keys]
-        if rows is not None:
-            order = rows[0, min(head, rows.shape[1] - 1)].long()
-            slots, keys = order[slots], order[keys]
-        if key_mask is not None:
-            seen = seen & (key_mask[0, keys] | ~partial)  # full blocks are not masked
-        scores = q[0, slots, head].double() @ k[0, keys, head].double().T / math.sqrt(q.shape[-1])
-        weights = scores.masked_fill(~seen, -math.inf).softmax(-1)
-        weights = weights.masked_fill(~seen.any(-1, keepdim=True), 0)  # a query that sees nothing has output 0
-        exact = weights @ v[0, keys, head].double()
-        error = (out[0, slots, head].double() - exact).norm() / exact.norm()
-        worst = max(worst, error.item()) if error.isfinite() else math.nan
-    return worst
+        yield head, (0, min(head, mask.kv_indices.shape[1] - 1), block), slots
+
+
+def exact_block(q, k, v, mask: BlockMask, head: int, at, slots, rows=None, key_mask=None) -> tuple[torch.Tensor, ...]:
+    """float64 attention of a query block over what it sees: ``(output, its rows, the rows of its keys)``."""
+    kept = mask.kv_indices[at][: int(mask.kv_num_blocks[at])].long()
+    keys = (kept[:, None] * mask.block_k + torch.arange(mask.block_k, device=q.device)).flatten()
+    partial = (torch.arange(len(kept), device=q.device) >= mask.kv_num_full[at]).repeat_interleave(mask.block_k)
+    partial, keys = partial[keys < k.shape[1]], keys[keys < k.shape[1]]
+    seen = query_block(mask, at).to_tokens()[0, 0, : len(slots), keys]
+    if rows is not None:
+        order = rows[0, min(head, rows.shape[1] - 1)].long()
+        slots, keys = order[slots], order[keys]
+    if key_mask is not None:
+        seen = seen & (key_mask[0, keys] | ~partial)  # full blocks are not masked
+    scores = q[0, slots, head].double() @ k[0, keys, head].double().T / math.sqrt(q.shape[-1])
+    weights = scores.masked_fill(~seen, -math.inf).softmax(-1)
+    weights = weights.masked_fill(~seen.any(-1, keepdim=True), 0)  # a query that sees nothing has output 0
+    return weights @ v[0, keys, head].double(), slots, keys
+
+
+def worst_error(pairs: Iterator[tuple[torch.Tensor, torch.Tensor]]) -> float:
+    """Largest relative error of pairs (found, exact); NaN if any is not finite."""
+    errors = [((found.double() - exact).norm() / exact.norm()).item() for found, exact in pairs]
+    return max(errors) if all(map(math.isfinite, errors)) else math.nan
+
+
+def oracle_error(out: torch.Tensor, q, k, v, mask: BlockMask, rows=None, key_mask=None) -> float:
+    """Relative error of a few query blocks of ``out`` against float64 attention over what they see."""
+
+    def pairs() -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
+        for head, at, slots in sampled(q, mask):
+            exact, own, _ = exact_block(q, k, v, mask, head, at, slots, rows, key_mask)
+            yield out[0, own, head], exact
+
+    return worst_error(pairs())
+
+
+def query_gradient_error(dq: torch.Tensor, grad: torch.Tensor, q, k, v, mask: BlockMask, rows=None) -> float:
+    """Relative error of a few query blocks of ``dq`` against float64; ``grad`` is the output's gradient."""
+
+    def pairs() -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
+        leaf = q.detach().double().requires_grad_()
+        for head, at, slots in sampled(q, mask):
+            exact, own, _ = exact_block(leaf, k.detach(), v.detach(), mask, head, at, slots, rows)
+            (exact_dq,) = torch.autograd.grad(exact, leaf, grad[0, own, head].double())
+            yield dq[0, own, head], exact_dq[0, own, head]
+
+    return worst_error(pairs())
+
+
+def sla_error(out: torch.Tensor, q, k, v, critical: BlockMask, everything: bool, weight, bias) -> float:
+    """Relative error of a few query blocks of SLA's output against float64.
+
+    ``everything``: the linear branch, of the softmax map, sums over all tokens, else over those not critical.
+    """
+
+    def pairs() -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
+        for head, at, slots in sampled(q, critical):
+            exact, own, keys = exact_block(q, k, v, critical, head, at, slots)
+            summed = torch.ones(k.shape[1], dtype=torch.bool, device=k.device)
+            summed[keys] = everything
+            phi = k[0, summed, head].double().softmax(-1)
+            features = q[0, own, head].double().softmax(-1)
+            branch = features @ (phi.T @ v[0, summed, head].double()) / (features @ phi.sum(0))[:, None]
+            yield out[0, own, head], exact + branch @ weight.double().T + bias.double()
+
+    with torch.no_grad():
+        return worst_error(pairs())
 
 
 def query_block(mask: BlockMask, at: tuple[int, int, int]) -> BlockMask:

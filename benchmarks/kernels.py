@@ -1,4 +1,4 @@
-"""Time the attention kernels on one GPU, checked against an fp64 oracle in the same run.
+"""Time the attention kernels on one GPU, outputs (and with the backward dq) checked against fp64 in the same run.
 
     python benchmarks/kernels.py --json out.json [--sections all] [--seconds 240] [--lengths 32768]
 
@@ -40,7 +40,9 @@ from kernel_cases import (
     median_ms,
     operations,
     oracle_error,
+    query_gradient_error,
     random_mask,
+    sla_error,
     sparse_fa4,
 )
 from kernel_rows import section_rows
@@ -118,12 +120,13 @@ def section_sla(report: Report, args: argparse.Namespace) -> None:
 
                 for name, call, base in (("forward", infer, dense), ("fwd+bwd", train, dense_both)):
 
-                    def measure(name=name, call=call, base=base) -> dict[str, object]:
+                    def measure(name=name, call=call, base=base, route=route, every=every) -> dict[str, object]:
                         ms = median_ms(call)
                         found = {"ms": ms, "over_cudnn": base.get("ms", math.nan) / ms}
                         if name == "forward":  # several launches: what of the time is the host's
                             found["device_ms"] = device_ms(call)
                             found["device_over_cudnn"] = base.get("device_ms", math.nan) / found["device_ms"]
+                            found["error"] = sla_error(call(), q, k, v, route(), every, weight, bias)
                         return found
 
                     report.add(
@@ -267,9 +270,9 @@ def section_backward(report: Report, args: argparse.Namespace) -> None:
             permutation = torch.rand(1, args.heads, length, device="cuda").argsort(-1).to(torch.int32)
             for rows in (None, permutation):
 
-                def ours() -> None:
+                def ours() -> tuple[torch.Tensor, ...]:
                     out = block_sparse_attention(q, k, v, mask, rows=rows)
-                    torch.autograd.grad(out, (q, k, v), grad)
+                    return torch.autograd.grad(out, (q, k, v), grad)
 
                 def measure() -> dict[str, object]:
                     ms = median_ms(ours)
@@ -277,6 +280,7 @@ def section_backward(report: Report, args: argparse.Namespace) -> None:
                         "ms": ms,
                         "eff": 3.5 * operations(q, mask) / ms / 1e9,
                         "over_cudnn": base.get("ms", math.nan) / ms,
+                        "error": query_gradient_error(ours()[0], grad, q, k, v, mask, rows),
                     }
 
                 report.add(

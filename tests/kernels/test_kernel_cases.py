@@ -249,6 +249,35 @@ def test_the_check_knows_queries_that_see_nothing(cases):
     assert math.isnan(cases.oracle_error(out, q, k, v, mask))
 
 
+@pytest.mark.parametrize("rows_lead", [None, (1, 3)])
+def test_the_check_of_gradients(cases, rows_lead):
+    torch.manual_seed(5)
+    q, k, v, rows, _ = attention_case(cases, rows_lead, False)
+    mask = oracle.random_mask((1, 3), 200, 200, 64, 32, rows=rows)
+    leaf, grad = q.requires_grad_(), torch.randn_like(q)
+    out, _ = oracle.dense_attention(leaf, k, v, oracle.visible_tokens(mask, None, rows), rows)
+    (dq,) = torch.autograd.grad(out, leaf, grad)
+    assert cases.query_gradient_error(dq, grad, q, k, v, mask, rows) < 1e-12
+    assert cases.query_gradient_error(dq, -grad, q, k, v, mask, rows) > 1
+    assert math.isnan(cases.query_gradient_error(dq.fill_(torch.nan), grad, q, k, v, mask, rows))
+
+
+@pytest.mark.parametrize("everything", [True, False])
+def test_the_check_of_sla(cases, everything):
+    from dit_accel.kernels.linear_branch import linear_branch
+
+    torch.manual_seed(6)
+    q, k, v, _, _ = attention_case(cases, None, False)
+    critical = oracle.random_mask((1, 3), 200, 200, 64, 32)
+    weight, bias = torch.randn(16, 16, dtype=torch.float64), torch.randn(16, dtype=torch.float64)
+    sparse, _ = oracle.dense_attention(q, k, v, oracle.visible_tokens(critical))
+    branch = linear_branch(q, k, v, None if everything else critical, impl="torch")
+    out = sparse + branch @ weight.T + bias
+    assert cases.sla_error(out, q, k, v, critical, everything, weight, bias) < 1e-12
+    assert cases.sla_error(out, q, k, v, critical, not everything, weight, bias) > 1e-3
+    assert cases.sla_error(out, q, k, v, critical, everything, weight.T, bias) > 1e-2
+
+
 def test_full_blocks_are_not_masked(cases):
     """As the contract of BlockMask says: the caller lists a block with a hidden key as partial."""
     torch.manual_seed(0)
