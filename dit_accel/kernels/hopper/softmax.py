@@ -60,8 +60,9 @@ def as_factor(values, wide):
 
 
 @gluon.jit
-def as_rows(wide, LAYOUT: gl.constexpr):
-    """The inverse of :func:`by_thread`."""
+def as_rows(wide, like):
+    """The inverse of :func:`by_thread`, in the layout of ``like``."""
+    LAYOUT: gl.constexpr = like.type.layout
     return gl.convert_layout(wide.reshape([64, wide.shape[1] * 8]), LAYOUT, assert_trivial=True)
 
 
@@ -151,14 +152,14 @@ def shrink_sums(acc, shrink, raised):
         wide = gl.inline_asm_elementwise(_TEXT_64, _CONSTRAINTS_64, [wide, factor, raised], gl.float32, True, 32)
     else:
         wide = gl.inline_asm_elementwise(_TEXT_128, _CONSTRAINTS_128, [wide, factor, raised], gl.float32, True, 64)
-    return as_rows(wide, acc.type.layout)
+    return as_rows(wide, acc)
 
 
 @gluon.jit
 def add_product(acc, shrink, product):
     """``acc * shrink + product``, of 8-bit products, with ``shrink [64, 4]`` as in :func:`shrink_sums`."""
     wide = by_thread(acc)
-    return as_rows(wide * as_factor(shrink, wide), acc.type.layout) + product
+    return as_rows(wide * as_factor(shrink, wide), acc) + product
 
 
 @gluon.jit
@@ -184,7 +185,7 @@ def weigh_scores(scores, reference, shrink, total, factor, LIFT: gl.constexpr):
     offset = (reference - LIFT).expand_dims(1).expand_dims(3)
     weights = gl.exp2(wide.to(gl.float32) * factor.expand_dims(1).expand_dims(3) - offset)
     total = total * shrink + gl.sum(gl.sum(weights, 3), 1)
-    return as_rows(weights, scores.type.layout), total
+    return as_rows(weights, scores), total
 
 
 @gluon.jit
