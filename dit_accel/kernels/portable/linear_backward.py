@@ -1,10 +1,10 @@
 """Triton backward of the linear branch, and its autograd function.
 
 With a = phi(q) and den = a . Z + eps, per query block: ``dH = (a / den)^T dO``, ``dZ = -(a / den)^T D`` and
-``dphi(q) = (dO H^T - D Z^T) / den`` where ``D = rowsum(dO * O)``. Per key block, with G and g the sums of dH
-and dZ over the query blocks that count it as marginal (the transposed matrix product of the forward):
-``dphi(k) = V G^T + 1 g^T``, ``dV = phi(k) G``. States are recomputed, not saved; nothing is atomic, so
-gradients are the same from run to run.
+``dphi(q) = (dO H^T - D Z^T) / den`` where ``D = rowsum(dO * O) = rowsum(a * dO H^T) / den``. Per key block, with
+G and g the sums of dH and dZ over the query blocks that count it as marginal (the transposed matrix product of
+the forward): ``dphi(k) = V G^T + 1 g^T``, ``dV = phi(k) G``. States are recomputed, not saved; nothing is
+atomic, so gradients are the same from run to run.
 """
 
 from __future__ import annotations
@@ -116,9 +116,9 @@ def linear_dq_bwd_kernel(
         phi = feature_map(b_q, valid, in_d, KIND, True, DIM != DIM_PAD)
         den = tl.sum(phi * b_z[None, :], 1) + eps
         inverse = tl.where(den > 0.0, 1.0 / tl.where(den > 0.0, den, 1.0), 0.0)
-        b_o = tl.dot(phi.to(b_h.dtype), b_h, input_precision=PRECISION) * inverse[:, None]
-        delta = tl.sum(b_do.to(tl.float32) * b_o, 1)
         dphi = tl.dot(b_do, tl.trans(b_h), input_precision=PRECISION)
+        # rowsum(dO * O), taken from this product: O would need one of its own.
+        delta = tl.sum(phi * dphi, 1) * inverse
         dphi = (dphi - delta[:, None] * b_z[None, :]) * inverse[:, None]
         b_dq = feature_map_backward(b_q, phi, dphi, KIND)
         p_dq = dq_ptr + row * stride_ds + o_d[None, :] * stride_dd
