@@ -144,6 +144,7 @@ def linear_combine_kernel(
     ROWS: tl.constexpr,
     DIM: tl.constexpr,
     DIM_PAD: tl.constexpr,
+    PRECISION: tl.constexpr,
 ):
     """``scale`` times the sum of a head's partial states, projected: ROWS features of it."""
     head = tl.program_id(0)
@@ -162,7 +163,7 @@ def linear_combine_kernel(
     if PROJECT:
         p_w = weight_ptr + (head % heads) * stride_wh + o_d[None, :] * DIM + o_d[:, None]
         b_w = tl.load(p_w, mask=in_d[:, None] & in_d[None, :], other=0.0).to(tl.float32)
-        b_h = tl.dot(b_h, b_w, input_precision="ieee")
+        b_h = tl.dot(b_h, b_w, input_precision=PRECISION)
     out_dtype: tl.constexpr = state_ptr.dtype.element_ty
     state_ptr += head.to(tl.int64) * (DIM * DIM + DIM)
     tl.store(state_ptr + f[:, None] * DIM + o_d[None, :], b_h.to(out_dtype), mask=ok)
