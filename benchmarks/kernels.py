@@ -82,8 +82,7 @@ def section_forward(report: Report, args: argparse.Namespace) -> None:
 
 def section_sla(report: Report, args: argparse.Namespace) -> None:
     """SLA with its routing at 5%: forward, and forward with backward, over cuDNN dense in the same run."""
-    from dit_accel.kernels.linear_branch import add_linear_branch, linear_branch
-    from dit_accel.kernels.projection import project
+    from dit_accel.kernels.linear_branch import add_linear_branch, plus_linear_branch
     from dit_accel.kernels.selection import select_pooled
 
     for length in args.lengths:
@@ -114,8 +113,7 @@ def section_sla(report: Report, args: argparse.Namespace) -> None:
                 def train(every=every) -> object:
                     critical = route()
                     out = block_sparse_attention(*leaves, critical)
-                    branch = linear_branch(*leaves, None if every else critical)
-                    out = out + project(branch, weight.to(q.dtype), bias.to(q.dtype))
+                    out = plus_linear_branch(out, *leaves, None if every else critical, weight, bias)
                     return torch.autograd.grad(out, (*leaves, weight, bias), grad)
 
                 for name, call, base in (("forward", infer, dense), ("fwd+bwd", train, dense_both)):

@@ -287,14 +287,14 @@ def time_linear_parts() -> None:
     record("  product, 12 heads", device_median(torch.bmm, marginal[0], states))
     record("  product, 2 heads", device_median(torch.bmm, marginal[0, :2], states[:2]))
     sums, out = torch.bmm(marginal[0], states), torch.zeros_like(q)
-    args = (q, None, sums, out, None, True, shape, "softmax", 0.0)
+    args = (q, None, sums, out, None, out, shape, "softmax", 0.0)
     record("  output added, a state per block", device_median(triton_linear.launch_out, *args, group_tokens=128))
     record(
         "  states of all tokens",
         device_median(triton_linear.all_states, k, v, None, weight, shape, "softmax"),
     )
     mean = triton_linear.all_states(k, v, None, weight, shape, "softmax")
-    args = (q, None, mean, out, None, True, shape, "softmax", 0.0)
+    args = (q, None, mean, out, None, out, shape, "softmax", 0.0)
     record("  output added, one state", device_median(triton_linear.launch_out, *args, group_tokens=768))
 
 

@@ -5,7 +5,7 @@
 
 from .block_mask import BlockMask
 from .block_sparse import BACKENDS, block_sparse_attention, choose_backend
-from .linear_branch import FEATURE_MAPS, add_linear_branch
+from .linear_branch import FEATURE_MAPS, add_linear_branch, plus_linear_branch
 from .pyramid import pyramid_attention
 from .quantize import PRECISIONS, QuantizedInputs
 from .quantized import QUANTIZED_BACKENDS, quantize_inputs, quantized_block_sparse_attention
@@ -23,6 +23,7 @@ __all__ = [
     "add_pooled_compensation",
     "block_sparse_attention",
     "choose_backend",
+    "plus_linear_branch",
     "pool_blocks",
     "pooled_scores",
     "pyramid_attention",

@@ -122,10 +122,11 @@ def linear_branch(
     """
     check_linear(q, k, v, critical, negligible, feature_map)
     k_rows = rows if k_rows is None else k_rows
-    if use_triton(impl, q.device, linear_obstacle(impl, q, critical, feature_map)):
-        from .portable.linear_backward import linear_branch_triton
+    if has_linear_kernels(q, critical, feature_map, impl):
+        from .portable.linear_backward import LinearBranchFunction
 
-        return linear_branch_triton(q, k, v, critical, negligible, feature_map, rows, k_rows, key_mask, eps)
+        options = (critical, negligible, feature_map, rows, k_rows, key_mask, eps)
+        return LinearBranchFunction.apply(q, k, v, None, None, None, *options)
     if critical is None:
         h, z = linear_states(k, v, k.shape[1], feature_map, rows=None, key_mask=key_mask)
         block_q = q.shape[1]
@@ -172,25 +173,88 @@ def add_linear_branch(
 
     The other arguments are those of :func:`linear_branch`. On Triton one kernel reads q and the states,
     projects and adds, so that the linear output itself never reaches memory.
+
+    Raises:
+        ValueError: shapes do not fit together, or the named implementation cannot take the call.
     """
     check_linear(q, k, v, critical, negligible, feature_map)
+    check_projection(out, q, weight, bias)
     k_rows = rows if k_rows is None else k_rows
     with torch.no_grad():
-        if use_triton(impl, q.device, linear_obstacle(impl, q, critical, feature_map)):
+        if has_linear_kernels(q, critical, feature_map, impl):
             from .portable.linear import linear_forward
 
             return linear_forward(
                 q, k, v, critical, negligible, feature_map, rows, k_rows, key_mask, eps,
-                out=out, weight=weight, bias=bias,
+                added=out, weight=weight, bias=bias, out=out,
             )  # fmt: skip
         branch = linear_branch(
             q, k, v, critical, negligible=negligible, feature_map=feature_map, rows=rows, k_rows=k_rows,
             key_mask=key_mask, eps=eps, impl="torch",
         )  # fmt: skip
-        weight = weight.to(branch.dtype)
-        equation = "bshd,ed->bshe" if weight.dim() == 2 else "bshd,hed->bshe"
-        branch = torch.einsum(equation, branch, weight)
-        return out.add_(branch if bias is None else branch + bias.to(branch.dtype))
+        return out.add_(project_heads(branch, weight, bias))
+
+
+def plus_linear_branch(
+    out: torch.Tensor,
+    q: torch.Tensor,
+    k: torch.Tensor,
+    v: torch.Tensor,
+    critical: BlockMask | None,
+    weight: torch.Tensor,
+    bias: torch.Tensor | None = None,
+    *,
+    negligible: BlockMask | None = None,
+    feature_map: FeatureMap = "softmax",
+    rows: torch.Tensor | None = None,
+    k_rows: torch.Tensor | None = None,
+    key_mask: torch.Tensor | None = None,
+    eps: float = 0.0,
+    impl: Impl = "auto",
+) -> torch.Tensor:
+    """``out + linear_branch(...) @ weight.T + bias`` as a new tensor, differentiable: SLA in training.
+
+    Args: those of :func:`add_linear_branch`; ``out`` is not changed.
+
+    Returns:
+        ``[B, Sq, H, D]`` in out's dtype, differentiable in out, q, k, v, weight and bias. On Triton the backward
+        keeps no activations but its inputs, and one state a head in the form over all tokens; it cannot be
+        differentiated again. On torch it keeps what autograd keeps, the linear output among it.
+
+    Raises:
+        ValueError: shapes do not fit together, or the named implementation cannot take the call.
+    """
+    check_linear(q, k, v, critical, negligible, feature_map)
+    check_projection(out, q, weight, bias)
+    k_rows = rows if k_rows is None else k_rows
+    if has_linear_kernels(q, critical, feature_map, impl):
+        from .portable.linear_backward import LinearBranchFunction
+
+        options = (critical, negligible, feature_map, rows, k_rows, key_mask, eps)
+        return LinearBranchFunction.apply(q, k, v, out, weight, bias, *options)
+    branch = linear_branch(
+        q, k, v, critical, negligible=negligible, feature_map=feature_map, rows=rows, k_rows=k_rows,
+        key_mask=key_mask, eps=eps, impl="torch",
+    )  # fmt: skip
+    return out + project_heads(branch, weight, bias).to(out.dtype)
+
+
+def project_heads(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None = None) -> torch.Tensor:
+    """``[B, S, H, D]`` through ``weight`` ``[D, D]`` or ``[H, D, D]`` (out, in) plus ``bias``, in x's dtype."""
+    weight, bias = weight.to(x.dtype), None if bias is None else bias.to(x.dtype)
+    if weight.dim() == 2 and (bias is None or bias.dim() == 1):
+        return F.linear(x, weight, bias)
+    x = torch.einsum("bshd,ed->bshe" if weight.dim() == 2 else "bshd,hed->bshe", x, weight)
+    return x if bias is None else x + bias
+
+
+def has_linear_kernels(q: torch.Tensor, critical: BlockMask | None, feature_map: str, impl: Impl = "auto") -> bool:
+    """Whether a call runs in Triton.
+
+    Raises:
+        ValueError: the named implementation is unknown or cannot take the call.
+    """
+    return use_triton(impl, q.device, linear_obstacle(impl, q, critical, feature_map))
 
 
 def linear_obstacle(impl: Impl, q: torch.Tensor, critical: BlockMask | None, feature_map: str) -> str | None:
@@ -236,3 +300,14 @@ def check_linear(
                 f"negligible must have critical's blocks {critical.block_q} x {critical.block_k}, "
                 f"got {mask.block_q} x {mask.block_k}."
             )
+
+
+def check_projection(out: torch.Tensor, q: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None) -> None:
+    """Raise one clear error for a projection that does not fit the heads, or an output that is not q's shape."""
+    heads, dim = q.shape[2:]
+    if out.shape != q.shape:
+        raise ValueError(f"out must have q's shape {tuple(q.shape)}, got {tuple(out.shape)}.")
+    if tuple(weight.shape) not in ((dim, dim), (heads, dim, dim)):
+        raise ValueError(f"weight must be {(dim, dim)} or {(heads, dim, dim)}, got {tuple(weight.shape)}.")
+    if bias is not None and tuple(bias.shape) not in ((dim,), (heads, dim)):
+        raise ValueError(f"bias must be {(dim,)} or {(heads, dim)}, got {tuple(bias.shape)}.")

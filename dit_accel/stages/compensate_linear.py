@@ -12,7 +12,7 @@ from torch import nn
 from torch.utils.checkpoint import checkpoint
 
 from ..kernels import BlockMask
-from ..kernels.linear_branch import add_linear_branch, linear_branch
+from ..kernels.linear_branch import add_linear_branch, has_linear_kernels, linear_branch, plus_linear_branch
 from ..kernels.projection import project
 from ..kernels.selection import pooled_scores, select_blocks
 from ..plan import AttentionPlan, LayerMemory, SequenceBlocks
@@ -196,6 +196,8 @@ class LinearBranchLayer(LearnedCompensation):
         if not recorded:
             q, k = _mapped(q, k, key_mask, *maps)
             return add_linear_branch(out, q, k, v, critical, self.weight, self.bias, **options)
+        if has_linear_kernels(q, critical, self.choice.feature_map):
+            return plus_linear_branch(out, q, k, v, critical, self.weight, self.bias, **options)
 
         def projected(
             q: torch.Tensor,
@@ -210,9 +212,9 @@ class LinearBranchLayer(LearnedCompensation):
             # In the activations' dtype, as the inference kernel does.
             return project(branch, weight.to(branch.dtype), bias.to(branch.dtype))
 
-        # The branch is computed again in the backward: kept for the projection's gradient it would be half as
-        # large again as dense attention's output. Parameters are arguments, since a functional call takes its
-        # own back before the backward.
+        # Without a kernel's backward the branch is computed again: kept for the projection's gradient it would be
+        # half as large again as dense attention's output. Parameters are arguments, since a functional call takes
+        # its own back before the backward.
         return out + checkpoint(
             projected, q, k, v, self.weight, self.bias, *maps, use_reentrant=False, preserve_rng_state=False
         )

@@ -53,7 +53,8 @@ def draw(batch, seq, heads, dim, block_q, block_k, dtype, device, negligible, se
 
 def rounding(dtype):
     """Unit roundoff; float32 sums of a few hundred terms."""
-    return {torch.float32: 2.0**-24 * 64, torch.float16: 2.0**-11, torch.float64: 2.0**-53 * 64}[dtype]
+    half = {torch.float16: 2.0**-11, torch.bfloat16: 2.0**-8}
+    return {torch.float32: 2.0**-24 * 64, torch.float64: 2.0**-53 * 64, **half}[dtype]
 
 
 CASES = [

@@ -12,6 +12,7 @@ import torch
 import dit_accel
 from dit_accel import Recipe
 from dit_accel.engine import Engine
+from dit_accel.kernels import linear_branch
 from dit_accel.layout import StepContext, TokenLayout
 from dit_accel.stages.compensate import NoCompensation
 from dit_accel.stages.compensate_linear import LinearBranch
@@ -319,3 +320,28 @@ def test_the_branch_keeps_nothing_for_its_backward(feature_map):
     assert plan.compensation.kv_indices.shape[-1] == 3  # ceil(0.1 * 16) and one more
     result.sum().backward()
     assert all(p.grad is not None and p.grad.abs().sum() > 0 for p in (layer.weight, layer.bias))
+
+
+@pytest.mark.parametrize("form", ["paper", "non_critical", "all_tokens"])
+def test_kernels_and_torch_give_the_same_gradients(form, monkeypatch):
+    """The stage with the branch in one Triton function, and with torch computing it again; parameters handed in."""
+    layout = TokenLayout((3, 6, 9), 0, 175)
+    recipe = SLA.with_fields({"compensate.form": form})
+    generator = torch.Generator().manual_seed(0)
+    q, k, v, upstream = (torch.randn(2, 175, 2, 32, generator=generator) for _ in range(4))
+    mask = torch.ones(2, 1, 1, 175, dtype=torch.bool)
+    mask[1, ..., 170:] = False
+    parameters = [torch.randn(32, 32, generator=generator) / 6, torch.randn(32, generator=generator)]
+    results = []
+    for kernels in (False, True):
+        engine = Engine(recipe, ["layer"], "auto", 0)
+        engine.learned[0] = recipe.compensate.build(2, 32)
+        leaves = [tensor.clone().requires_grad_() for tensor in (q, k, v, *parameters)]
+        if kernels:
+            monkeypatch.setattr(linear_branch, "use_triton", lambda impl, device, obstacle: obstacle is None)
+        step = StepContext()
+        out = engine.attend(0, *leaves[:3], mask, None, layout, step, lambda: None, learned=leaves[3:])
+        assert (out.grad_fn.name() == "LinearBranchFunctionBackward") == kernels
+        results.append((out.detach(), *torch.autograd.grad(out, leaves, upstream)))
+    for ours, theirs in zip(*results, strict=True):
+        assert (ours - theirs).abs().max() <= 1e-5 * theirs.abs().max()

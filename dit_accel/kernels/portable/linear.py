@@ -199,8 +199,9 @@ def all_states(
     weight: torch.Tensor | None,
     shape: Shape,
     kind: str,
+    dtype: torch.dtype | None = None,
 ) -> torch.Tensor:
-    """The mean state over all tokens, ``[B * H, 1, D * D + D]`` in the input's dtype."""
+    """The mean state over all tokens, ``[B * H, 1, D * D + D]`` in ``dtype`` (the input's if None)."""
     total = shape.batch * shape.heads
     tiles = triton.cdiv(shape.kv_len, shape.tile_k)
     group = triton.cdiv(tiles, max(1, SPLITS // total))
@@ -210,12 +211,19 @@ def all_states(
         k, v, None, key_mask, None, partial, shape, kind,
         group_tiles=group, per_block=False, batch0=0, head0=0,
     )  # fmt: skip
-    return combine(partial, weight, shape, 1.0 / shape.kv_len)
+    return combine(partial, weight, shape, 1.0 / shape.kv_len, dtype)
 
 
-def combine(partial: torch.Tensor, weight: torch.Tensor | None, shape: Shape, scale: float) -> torch.Tensor:
-    """``scale`` times the sum of partial states [B * H, splits, ...], in the input's dtype."""
-    states = torch.empty(partial.shape[0], 1, shape.state_width, dtype=shape.dtype, device=partial.device)
+def combine(
+    partial: torch.Tensor,
+    weight: torch.Tensor | None,
+    shape: Shape,
+    scale: float = 1.0,
+    dtype: torch.dtype | None = None,
+) -> torch.Tensor:
+    """``scale`` times the sum of partial states [B * H, splits, ...], projected, in ``dtype`` (the input's if None)."""
+    dtype = shape.dtype if dtype is None else dtype
+    states = torch.empty(partial.shape[0], 1, shape.state_width, dtype=dtype, device=partial.device)
     with torch.cuda.device_of(partial):
         linear_combine_kernel[(partial.shape[0], triton.cdiv(shape.dim, 16))](
             partial,
@@ -243,7 +251,7 @@ def launch_out(
     states: torch.Tensor,
     out: torch.Tensor,
     bias: torch.Tensor | None,
-    add: bool,
+    added: torch.Tensor | None,
     shape: Shape,
     kind: str,
     eps: float,
@@ -252,7 +260,10 @@ def launch_out(
     batch0: int = 0,
     head0: int = 0,
 ) -> None:
-    """Output of the queries of every head of ``states`` [heads of the launch, groups or 1, D * D + D]."""
+    """Output of the queries of every head of ``states`` [heads of the launch, groups or 1, D * D + D].
+
+    ``added``, which may be ``out`` itself, is added to it.
+    """
     groups = triton.cdiv(shape.q_len, group_tokens)
     tile, warps, stages = OUT_ALL if states.shape[1] == 1 else OUT_PER_BLOCK
     with torch.cuda.device_of(q):
@@ -261,6 +272,7 @@ def launch_out(
             rows if rows is not None else q,
             states,
             bias if bias is not None else q,
+            added if added is not None else out,
             out,
             shape.q_len,
             min(shape.heads, states.shape[0]),
@@ -270,6 +282,7 @@ def launch_out(
             head0,
             eps,
             *q.stride(),
+            *(added if added is not None else out).stride(),
             *out.stride(),
             *lead_strides(rows),
             states.stride(0),
@@ -277,7 +290,7 @@ def launch_out(
             0 if bias is None or bias.dim() == 1 else bias.stride(0),
             HAS_ROWS=rows is not None,
             HAS_BIAS=bias is not None,
-            ADD=add,
+            ADD=added is not None,
             KIND=kind,
             TILE=min(group_tokens, tile),
             num_warps=warps,
@@ -298,25 +311,33 @@ def linear_forward(
     key_mask: torch.Tensor | None,
     eps: float,
     *,
-    out: torch.Tensor | None = None,
+    added: torch.Tensor | None = None,
     weight: torch.Tensor | None = None,
     bias: torch.Tensor | None = None,
+    out: torch.Tensor | None = None,
+    mean: torch.Tensor | None = None,
 ) -> torch.Tensor:
-    """Forward on checked arguments; with ``weight`` it projects and adds to ``out``."""
+    """Forward on checked arguments: projected by ``weight``, onto ``added``, into ``out`` (a new tensor if None).
+
+    ``mean`` is the unprojected :func:`all_states` in float32, where the caller has it.
+    """
     shape = shape_of(q, k, critical)
     rows = None if rows is None else rows.contiguous()
     k_rows = None if k_rows is None else k_rows.contiguous()
     key_mask = None if key_mask is None else key_mask.expand(k.shape[:2]).contiguous()
     weight = None if weight is None else weight.to(q.dtype).contiguous()
     bias = None if bias is None else bias.contiguous()
-    add = out is not None
-    out = torch.empty(q.shape, dtype=q.dtype, device=q.device) if out is None else out
+    if out is None:
+        out = torch.empty(q.shape, dtype=q.dtype if added is None else added.dtype, device=q.device)
     if critical is None:
         # The sum over tokens is scaled to a mean, so eps is scaled with it.
-        states = all_states(k, v, key_mask, weight, shape, kind)
+        if mean is None:
+            states = all_states(k, v, key_mask, weight, shape, kind)
+        else:
+            states = combine(mean, weight, shape)
         group = triton.cdiv(shape.q_len, max(1, 2 * SPLITS // states.shape[0]))
         group = triton.cdiv(group, 64) * 64
-        launch_out(q, rows, states, out, bias, add, shape, kind, eps / shape.kv_len, group_tokens=group)
+        launch_out(q, rows, states, out, bias, added, shape, kind, eps / shape.kv_len, group_tokens=group)
         return out
     nq, nk = critical.num_blocks
     scale = map_scale(nk)
@@ -331,7 +352,7 @@ def linear_forward(
         launch_block_states(k, v, k_rows, key_mask, weight, states, shape, kind, b, head)
         torch.bmm(part, states, out=sums)
         launch_out(
-            q, rows, sums, out, bias, add, shape, kind, eps * scale,
+            q, rows, sums, out, bias, added, shape, kind, eps * scale,
             group_tokens=shape.block_q, batch0=b, head0=head,
         )  # fmt: skip
     return out

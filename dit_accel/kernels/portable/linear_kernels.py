@@ -176,6 +176,7 @@ def linear_out_fwd_kernel(
     rows_ptr,
     state_ptr,
     bias_ptr,
+    added_ptr,
     out_ptr,
     seq,
     heads,
@@ -188,6 +189,10 @@ def linear_out_fwd_kernel(
     stride_qs,
     stride_qh,
     stride_qd,
+    stride_ab,
+    stride_as,
+    stride_ah,
+    stride_ad,
     stride_ob,
     stride_os,
     stride_oh,
@@ -206,12 +211,13 @@ def linear_out_fwd_kernel(
     DIM_PAD: tl.constexpr,
     PRECISION: tl.constexpr,
 ):
-    """phi(q) H / (phi(q) . Z + eps) of the queries that share a state; ADD adds to what ``out`` holds."""
+    """phi(q) H / (phi(q) . Z + eps) of the queries that share a state; ADD adds ``added``, which ``out`` may be."""
     g, b, h, row_h = program_index(heads, groups, batch0, head0)
     o_d = tl.arange(0, DIM_PAD)
     in_d = o_d < DIM
     ok_h = in_d[:, None] & in_d[None, :]
     q_ptr += b.to(tl.int64) * stride_qb + h.to(tl.int64) * stride_qh
+    added_ptr += b.to(tl.int64) * stride_ab + h.to(tl.int64) * stride_ah
     out_ptr += b.to(tl.int64) * stride_ob + h.to(tl.int64) * stride_oh
     rows_ptr += b * stride_rb + h * stride_rh
     state_ptr += row_h.to(tl.int64) * stride_state + g.to(tl.int64) * stride_state_g
@@ -239,10 +245,10 @@ def linear_out_fwd_kernel(
         b_o = tl.dot(phi.to(b_h.dtype), b_h, input_precision=PRECISION) * inverse[:, None]
         if HAS_BIAS:
             b_o += b_bias[None, :]
-        b_o = b_o.to(out_ptr.dtype.element_ty)
         if ADD:
-            b_o = (b_o.to(tl.float32) + tl.load(p_out, mask=ok, other=0.0).to(tl.float32)).to(b_o.dtype)
-        tl.store(p_out, b_o, mask=ok)
+            p_added = added_ptr + row * stride_as + o_d[None, :] * stride_ad
+            b_o += tl.load(p_added, mask=ok, other=0.0).to(tl.float32)
+        tl.store(p_out, b_o.to(out_ptr.dtype.element_ty), mask=ok)
 
 
 @triton.jit
