@@ -8,6 +8,9 @@ import torch
 
 from .block_mask import BlockMask
 
+# The kernel compiles with these and not before; CI compiles it with the oldest and the newest.
+OLDEST_TRITON = (3, 6)
+
 
 def why_not_hopper_half(
     q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, mask: BlockMask, rows: torch.Tensor | None
@@ -36,6 +39,10 @@ def why_not_hopper_quantized(q: torch.Tensor, mask: BlockMask, smooth_q: bool) -
 def _why_not_gluon(q: torch.Tensor) -> str | None:
     if not q.is_cuda or os.environ.get("TRITON_INTERPRET", "0") == "1":
         return "it needs a GPU"
+    import triton
+
+    if tuple(int(n) for n in triton.__version__.split(".")[:2]) < OLDEST_TRITON:
+        return f"it needs Triton {'.'.join(map(str, OLDEST_TRITON))} or newer, this is {triton.__version__}"
     try:
         from .hopper import forward  # noqa: F401
     except ImportError as error:  # Gluon is experimental: other Triton versions may lack a name

@@ -139,3 +139,12 @@ def test_the_hopper_kernel_is_found_where_triton_has_gluon(monkeypatch):
     """A name that is not there would be taken for a Triton without Gluon, and every call for the portable kernel."""
     monkeypatch.setenv("TRITON_INTERPRET", "0")
     assert variants._why_not_gluon(SimpleNamespace(is_cuda=True)) is None
+
+
+def test_an_older_triton_has_the_portable_kernel(monkeypatch):
+    """3.5 has every name that is imported, and fails at the first call."""
+    import triton
+
+    monkeypatch.setenv("TRITON_INTERPRET", "0")
+    monkeypatch.setattr(triton, "__version__", "3.5.1")
+    assert variants._why_not_gluon(SimpleNamespace(is_cuda=True)) == "it needs Triton 3.6 or newer, this is 3.5.1"
