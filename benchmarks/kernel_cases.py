@@ -9,7 +9,7 @@ import random
 import statistics
 import time
 import traceback
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Collection, Iterator
 from dataclasses import replace
 
 import torch
@@ -21,7 +21,8 @@ from dit_accel.kernels import BlockMask, tune
 
 BLOCKS = ((128, 128), (128, 64), (64, 64))
 DENSITIES = (0.05, 0.1, 0.2)
-PREFIXES = {"ms": "", "device_ms": "device_", "load_ms": "load_"}  # a row's times; what derives from each begins so
+# A row's times; what derives from each begins so.
+PREFIXES = {"ms": "", "device_ms": "device_", "load_ms": "load_", "alone_ms": "alone_"}
 
 # Continuous load: how long until the clock has fallen, how long is counted, and the bounds of the rounds in that time.
 WARM_UP_MS, COUNTED_MS, MIN_ROUNDS, MAX_ROUNDS = 300, 450, 8, 500
@@ -113,18 +114,22 @@ def load_ms(
     return {name: statistics.median(ms) if 2 * len(ms) > rounds else math.nan for name, ms in times.items()}
 
 
-def in_turns(calls: dict[str, Callable[[], object]], rounds: int = 3) -> dict[str, dict[str, float]]:
-    """Three times of every call, medians.
+def in_turns(
+    calls: dict[str, Callable[[], object]], alone: Collection[str] = (), rounds: int = 3
+) -> dict[str, dict[str, float]]:
+    """Three times of every call, medians, and of those in ``alone`` a fourth.
 
     ``ms``: called, L2 cache cleared, with rests between. ``device_ms``: its graph replayed, one replay after the other;
-    NaN without a graph. ``load_ms``: all of them in random order under load, graphs where there are.
+    NaN without a graph. ``load_ms``: all of them in random order under load, graphs where there are. ``alone_ms``: one
+    of them over and over under load.
 
     Every round times all of them, so that a clock that falls under load falls for all alike.
     """
     if DRY or not calls:
         for call in calls.values():
             call()
-        return {name: dict.fromkeys(PREFIXES, math.nan) for name in calls}
+        keys = {name: [key for key in PREFIXES if key != "alone_ms" or name in alone] for name in calls}
+        return {name: dict.fromkeys(keys[name], math.nan) for name in calls}
     graphs = {}
     for name, call in calls.items():
         with contextlib.suppress(RuntimeError):  # what cannot be captured has no device time
@@ -139,12 +144,15 @@ def in_turns(calls: dict[str, Callable[[], object]], rounds: int = 3) -> dict[st
             for name, graph in graphs.items():
                 device[name].append(replay_ms(graph))
         launches = {name: graphs[name].replay if name in graphs else call for name, call in calls.items()}
-        loaded = load_ms(launches, {name: statistics.median(device[name] or plain[name]) for name in calls})
+        expected = {name: statistics.median(device[name] or plain[name]) for name in calls}
+        loaded = load_ms(launches, expected)
+        by_itself = {name: load_ms({name: launches[name]}, expected)[name] for name in calls if name in alone}
     return {
         name: {
             "ms": statistics.median(plain[name]),
             "device_ms": statistics.median(device[name] or [math.nan]),
             "load_ms": loaded[name],
+            **({"alone_ms": by_itself[name]} if name in by_itself else {}),
         }
         for name in calls
     }
@@ -316,6 +324,7 @@ class Report:
         check: Callable[[str, Callable[[], object]], dict[str, object]],
         base: str,
         work: float,
+        alone: Collection[str] = (),
         **labels: object,
     ) -> None:
         """A row for every call, timed in turns.
@@ -325,6 +334,7 @@ class Report:
             check: runs a call once and describes it.
             base: the call whose time the others are compared with.
             work: operations of a call, for ``eff``.
+            alone: calls that are also timed without the others in between.
         """
         if self._out_of_time(labels):
             return
@@ -337,15 +347,17 @@ class Report:
                 calls.pop(name, None)
                 self._failed({**labels, "op": name}, error)
         try:
-            times = in_turns(calls)
+            times = in_turns(calls, alone)
         except Exception as error:
             self._failed({**labels, "op": "in turns"}, error)
             return
         for name, time_of in times.items():
             row = {**labels, "op": name, **time_of}
             for key, prefix in PREFIXES.items():
+                if key not in time_of:
+                    continue
                 row[f"{prefix}eff"] = work / time_of[key] / 1e9
-                if base in times:
+                if key in times.get(base, ()):
                     row[f"{prefix}over_{base}"] = times[base][key] / time_of[key]
             self._record({**row, **found[name]})
 

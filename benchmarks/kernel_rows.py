@@ -64,7 +64,7 @@ def permuted_rows(report: Report, q, k, v, mask: BlockMask, rows: torch.Tensor, 
 
     makers = {name: in_place(q, k, v, mask, order) for name, order in orders.items()}
     makers["copied by torch"] = lambda: copied
-    report.turns(makers, check, "in order", operations(q, mask), **labels)
+    report.turns(makers, check, "in order", operations(q, mask), ["in order", "permuted"], **labels)
     # Not among the turns: it leaves the GPU so idle that the next one would run at a higher clock.
     portable = lambda: forward(q, k, v, mask, rows, None, q.shape[-1] ** -0.5)  # noqa: E731
     report.add(lambda: {"ms": median_ms(portable)}, **labels, op="portable kernel")

@@ -4,11 +4,13 @@
 
 Random normal bf16 inputs, batch 1, 12 heads, head dim 128, random BlockMask. "eff" counts the kept blocks'
 operations only (4 H S^2 D density, and 3.5 times that with the backward). Anchors of the same run: cuDNN and,
-where it is installed, flash-attn-4, dense and, in turns with ours, with the same masks. Three times, medians:
+where it is installed, flash-attn-4, dense and, in turns with ours, with the same masks. Times, medians:
 
     ms         a call from Python, the L2 cache cleared, with rests between calls.
     device_ms  its launches replayed as a CUDA graph, one replay after the other.
     load_ms    the same replays in random order with all calls of the comparison, the GPU always busy.
+    alone_ms   of calls quantised or permuted and what they are compared with: one over and over, the GPU always
+               busy. The clock is then what this call's power allows, as in a model whose attention is of one kind.
 """
 
 # ruff: noqa: B023 - every closure is called before its loop moves on
@@ -249,6 +251,7 @@ def section_quantized(report: Report, args: argparse.Namespace) -> None:
                 checked(q, k, v, mask),
                 "half",
                 operations(q, mask),
+                ["half", "int8 with prologue", "int8_fp8 with prologue"],
                 section="quantized",
                 S=length,
                 density=density,
@@ -318,12 +321,12 @@ def print_table(rows: list[dict[str, object]]) -> None:
     """The rows once more, short, so that the end of the output says all."""
     labels = ("section", "S", "block", "density", "tokens", "op", "linear")
     columns = (*PREFIXES, *(f"{prefix}eff" for prefix in PREFIXES.values()), "error", "extra_memory_share")
-    print(f"\n{'':64}" + "".join(f"{name[:10]:>11}" for name in (*columns, "over base", "load over")))
+    print(f"\n{'':64}" + "".join(f"{name[:10]:>11}" for name in (*columns, "over base", "load over", "alone over")))
     for row in rows:
         label = " ".join(str(row[key]) for key in labels if key in row)
         ratio = next((row[key] for key in row if key.startswith(("device_over", "over"))), None)
-        load_ratio = next((row[key] for key in row if key.startswith("load_over")), None)
-        cells = [*(row.get(key) for key in columns), ratio, load_ratio]
+        loaded = (next((row[key] for key in row if key.startswith(over)), None) for over in ("load_over", "alone_over"))
+        cells = [*(row.get(key) for key in columns), ratio, *loaded]
         text = "".join(f"{cell:11.4g}" if isinstance(cell, float) else f"{str(cell or '')[:10]:>11}" for cell in cells)
         print(f"{label[:64]:64}{text}" + ("  (out of time)" if "skipped" in row else ""))
 
@@ -354,7 +357,8 @@ def main() -> None:
                 "cudnn": torch.backends.cudnn.version(),
                 "command": " ".join(["python", *sys.argv]),
                 "units": "ms, device_ms, load_ms: median milliseconds, called, replayed, replayed in random order "
-                "under load; eff: TFLOP/s of the kept blocks; error: relative Frobenius",
+                "under load; alone_ms: one call over and over under load; eff: TFLOP/s of the kept blocks; error: "
+                "relative Frobenius",
             }
             args.json.write_text(json.dumps({**head, "rows": report.rows}, indent=1) + "\n")
         print_table(report.rows)

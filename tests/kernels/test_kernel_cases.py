@@ -163,19 +163,26 @@ def test_in_turns_replays_what_can_be_captured(cases, monkeypatch):
     monkeypatch.setattr(
         cases.triton.testing, "do_bench", lambda call, **_: {calls["graph"]: 9.0, calls["plain"]: 2.0}[call]
     )
-    found = cases.in_turns(calls)
-    assert found["graph"] == pytest.approx({"ms": 9.0, "device_ms": 1.5, "load_ms": 1.5})
+    found = cases.in_turns(calls, alone=["graph"])
+    assert found["graph"] == pytest.approx({"ms": 9.0, "device_ms": 1.5, "load_ms": 1.5, "alone_ms": 1.5})
     assert found["plain"] == pytest.approx({"ms": 2.0, "device_ms": math.nan, "load_ms": 2.0}, nan_ok=True)
-    assert set(gpu.log) == {"graph replayed", "plain called", "synchronize"}
+    mixed, _, by_itself = " ".join(gpu.log).removesuffix(" synchronize").partition(" synchronize ")
+    assert "graph replayed" in mixed
+    assert "plain called" in mixed
+    assert "graph replayed" in by_itself
+    assert "plain called" not in by_itself
 
 
 def test_a_dry_run_calls_everything_once(cases, monkeypatch):
     gpu = FakeGPU(monkeypatch)
     monkeypatch.setattr(cases, "DRY", True)
-    found = cases.in_turns({name: gpu.call(name, 1.0) for name in "ab"})
+    found = cases.in_turns({name: gpu.call(name, 1.0) for name in "ab"}, alone="b")
     assert gpu.log == ["a", "b"]
     assert all(math.isnan(ms) for times in found.values() for ms in times.values())
-    assert [list(times) for times in found.values()] == [["ms", "device_ms", "load_ms"]] * 2
+    assert [list(times) for times in found.values()] == [
+        ["ms", "device_ms", "load_ms"],
+        ["ms", "device_ms", "load_ms", "alone_ms"],
+    ]
 
 
 def test_nothing_to_time(cases):
@@ -183,9 +190,9 @@ def test_nothing_to_time(cases):
 
 
 def test_the_report_and_its_table_show_the_load(cases, script, monkeypatch, capsys):
-    times = {"base": (1.0, 2.0, 4.0), "ours": (0.5, 1.0, 1.6)}
+    times = {"base": (1.0, 2.0, 4.0, 3.0), "ours": (0.5, 1.0, 1.6, 2.5), "other": (0.5, 1.0, 1.6)}
     monkeypatch.setattr(
-        cases, "in_turns", lambda calls: {name: dict(zip(cases.PREFIXES, times[name])) for name in calls}
+        cases, "in_turns", lambda calls, alone: {name: dict(zip(cases.PREFIXES, times[name])) for name in calls}
     )
     report = cases.Report()
     makers = {name: lambda: lambda: None for name in times}
@@ -193,13 +200,17 @@ def test_the_report_and_its_table_show_the_load(cases, script, monkeypatch, caps
     ours = report.rows[1]
     assert (ours["load_ms"], ours["load_eff"], ours["load_over_base"]) == pytest.approx((1.6, 5.0, 2.5))
     assert (ours["eff"], ours["over_base"]) == pytest.approx((16.0, 2.0))
+    assert (ours["alone_eff"], ours["alone_over_base"]) == pytest.approx((3.2, 1.2))
+    assert not [key for key in report.rows[2] if key.startswith("alone")]
     assert (ours["device_eff"], ours["device_over_base"]) == pytest.approx((8.0, 2.0))
     capsys.readouterr()
     script.print_table(report.rows)
-    head, _, line = capsys.readouterr().out.strip("\n").split("\n")
+    head, _, line, other = capsys.readouterr().out.strip("\n").split("\n")
     assert line.startswith("rows 64 bits ours")
-    cell = {name: line[head.index(name) : head.index(name) + len(name)].strip() for name in ("load_ms", "load over")}
-    assert cell == {"load_ms": "1.6", "load over": "2.5"}
+    columns = ("load_ms", "alone_ms", "load over", "alone over")
+    cell = {name: line[head.index(name) : head.index(name) + len(name)].strip() for name in columns}
+    assert cell == {"load_ms": "1.6", "alone_ms": "2.5", "load over": "2.5", "alone over": "1.2"}
+    assert other.endswith("2.5" + 11 * " ")
 
 
 def attention_case(cases, rows_lead, key_mask: bool):
