@@ -23,6 +23,7 @@ import torch
 import torch.nn.functional as F
 
 from .block_mask import BlockMask
+from .projection import project_heads
 from .selection import Impl, gather_mask, gather_rows, tile_obstacle, use_triton
 
 FeatureMap = Literal["softmax", "elu", "relu", "hedgehog"]
@@ -237,15 +238,6 @@ def plus_linear_branch(
         key_mask=key_mask, eps=eps, impl="torch",
     )  # fmt: skip
     return out + project_heads(branch, weight, bias).to(out.dtype)
-
-
-def project_heads(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None = None) -> torch.Tensor:
-    """``[B, S, H, D]`` through ``weight`` ``[D, D]`` or ``[H, D, D]`` (out, in) plus ``bias``, in x's dtype."""
-    weight, bias = weight.to(x.dtype), None if bias is None else bias.to(x.dtype)
-    if weight.dim() == 2 and (bias is None or bias.dim() == 1):
-        return F.linear(x, weight, bias)
-    x = torch.einsum("bshd,ed->bshe" if weight.dim() == 2 else "bshd,hed->bshe", x, weight)
-    return x if bias is None else x + bias
 
 
 def has_linear_kernels(q: torch.Tensor, critical: BlockMask | None, feature_map: str, impl: Impl = "auto") -> bool:

@@ -1,4 +1,4 @@
-"""A linear layer for many rows of few channels, whose bias has a gradient as fast as memory."""
+"""Linear layers of attention outputs, one for all heads or one a head; a bias whose gradient is as fast as memory."""
 
 from __future__ import annotations
 
@@ -61,3 +61,12 @@ def project(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor) -> torch.
     if torch.is_autocast_enabled(x.device.type):
         return F.linear(x, weight, bias)  # in the dtype that autocast chooses, backward included
     return _Projection.apply(x, weight, bias)
+
+
+def project_heads(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None = None) -> torch.Tensor:
+    """``[B, S, H, D]`` through ``weight`` ``[D, D]`` or ``[H, D, D]`` (out, in) plus ``bias``, in x's dtype."""
+    weight, bias = weight.to(x.dtype), None if bias is None else bias.to(x.dtype)
+    if weight.dim() == 2 and (bias is None or bias.dim() == 1):
+        return F.linear(x, weight, bias)
+    x = torch.einsum("bshd,ed->bshe" if weight.dim() == 2 else "bshd,hed->bshe", x, weight)
+    return x if bias is None else x + bias
