@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from functools import cache
 
 import torch
 
@@ -39,6 +40,12 @@ def why_not_hopper_quantized(q: torch.Tensor, mask: BlockMask, smooth_q: bool) -
 def _why_not_gluon(q: torch.Tensor) -> str | None:
     if not q.is_cuda or os.environ.get("TRITON_INTERPRET", "0") == "1":
         return "it needs a GPU"
+    return _why_not_this_triton()
+
+
+@cache
+def _why_not_this_triton() -> str | None:
+    """Asked by every call, and the same for all of a process."""
     import triton
 
     if tuple(int(n) for n in triton.__version__.split(".")[:2]) < OLDEST_TRITON:

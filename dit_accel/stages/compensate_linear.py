@@ -13,7 +13,7 @@ from torch.utils.checkpoint import checkpoint
 
 from ..kernels import BlockMask
 from ..kernels.linear_branch import add_linear_branch, has_linear_kernels, linear_branch, plus_linear_branch
-from ..kernels.projection import project
+from ..kernels.projection import project_heads
 from ..kernels.selection import pooled_scores, select_blocks
 from ..plan import AttentionPlan, LayerMemory, SequenceBlocks
 
@@ -210,7 +210,7 @@ class LinearBranchLayer(LearnedCompensation):
             q, k = _mapped(q, k, key_mask, *maps)
             branch = linear_branch(q, k, v, critical, **options)
             # In the activations' dtype, as the inference kernel does.
-            return project(branch, weight.to(branch.dtype), bias.to(branch.dtype))
+            return project_heads(branch, weight, bias)
 
         # Without a kernel's backward the branch is computed again: kept for the projection's gradient it would be
         # half as large again as dense attention's output. Parameters are arguments, since a functional call takes

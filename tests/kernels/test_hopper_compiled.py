@@ -147,4 +147,8 @@ def test_an_older_triton_has_the_portable_kernel(monkeypatch):
 
     monkeypatch.setenv("TRITON_INTERPRET", "0")
     monkeypatch.setattr(triton, "__version__", "3.5.1")
-    assert variants._why_not_gluon(SimpleNamespace(is_cuda=True)) == "it needs Triton 3.6 or newer, this is 3.5.1"
+    variants._why_not_this_triton.cache_clear()
+    try:
+        assert variants._why_not_gluon(SimpleNamespace(is_cuda=True)) == "it needs Triton 3.6 or newer, this is 3.5.1"
+    finally:
+        variants._why_not_this_triton.cache_clear()

@@ -51,6 +51,14 @@ def draw(batch, seq, heads, dim, block_q, block_k, dtype, device, negligible, se
     return q, k, v, grad, critical, low if negligible else None
 
 
+def hide_keys(k, v):
+    """A key mask; what it hides becomes NaN and infinite, since padded prompts may hold anything."""
+    seen = torch.rand(k.shape[:2], device=k.device, generator=torch.Generator(k.device).manual_seed(1)) > 0.3
+    k[~seen] = torch.nan
+    v[~seen] = torch.inf
+    return seen
+
+
 def rounding(dtype):
     """Unit roundoff; float32 sums of a few hundred terms."""
     half = {torch.float16: 2.0**-11, torch.bfloat16: 2.0**-8}
@@ -77,11 +85,7 @@ def test_linear_branch(impl, case, everything, device):
         batch, seq, heads, dim, block_q, block_k, dtype, device, low and not everything
     )
     rows = permutations(1, heads, seq).to(device) if permuted else None
-    key_mask = None
-    if masked:
-        key_mask = torch.rand(batch, seq, device=device, generator=torch.Generator(device).manual_seed(1)) > 0.3
-        k[~key_mask] = torch.nan  # padded prompts may hold anything
-        v[~key_mask] = torch.inf
+    key_mask = hide_keys(k, v) if masked else None
     if everything:
         marginal, critical = None, None
     else:

@@ -9,7 +9,7 @@ from torch.utils.checkpoint import checkpoint
 
 from dit_accel.kernels.linear_branch import linear_branch, marginal_map, plus_linear_branch
 
-from .test_linear_branch import draw, oracle, rounding
+from .test_linear_branch import draw, hide_keys, oracle, rounding
 from .test_selection import IMPLS, permutations
 
 NAMES = ("out", "q", "k", "v", "weight", "bias")
@@ -60,11 +60,7 @@ def test_values_and_gradients(impl, case, everything, device):
         batch, seq, heads, dim, block_q, block_k, dtype, device, low and not everything
     )
     rows = permutations(1, heads, seq).to(device) if permuted else None
-    key_mask = None
-    if masked:
-        key_mask = torch.rand(batch, seq, device=device, generator=torch.Generator(device).manual_seed(1)) > 0.3
-        k[~key_mask] = torch.nan  # padded prompts may hold anything
-        v[~key_mask] = torch.inf
+    key_mask = hide_keys(k, v) if masked else None
     marginal = None if everything else marginal_map(critical, negligible)
     tensors = leaves(q, k, v, bias, per_head)
     before = tensors[0].detach().clone()

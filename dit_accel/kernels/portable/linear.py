@@ -299,6 +299,15 @@ def launch_out(
         )
 
 
+def contiguous_lists(
+    k: torch.Tensor, rows: torch.Tensor | None, k_rows: torch.Tensor | None, key_mask: torch.Tensor | None
+) -> tuple[torch.Tensor | None, ...]:
+    """Permutations, and the key mask ``[B|1, Sk]`` for all of k's batch, as the kernels read them."""
+    if key_mask is not None:
+        key_mask = key_mask.expand(k.shape[:2])
+    return tuple(None if x is None else x.contiguous() for x in (rows, k_rows, key_mask))
+
+
 def linear_forward(
     q: torch.Tensor,
     k: torch.Tensor,
@@ -322,9 +331,7 @@ def linear_forward(
     ``mean`` is the unprojected :func:`all_states` in float32, where the caller has it.
     """
     shape = shape_of(q, k, critical)
-    rows = None if rows is None else rows.contiguous()
-    k_rows = None if k_rows is None else k_rows.contiguous()
-    key_mask = None if key_mask is None else key_mask.expand(k.shape[:2]).contiguous()
+    rows, k_rows, key_mask = contiguous_lists(k, rows, k_rows, key_mask)
     weight = None if weight is None else weight.to(q.dtype).contiguous()
     bias = None if bias is None else bias.contiguous()
     if out is None:

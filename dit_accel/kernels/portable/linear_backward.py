@@ -27,6 +27,7 @@ from .linear import (
     Shape,
     all_states,
     combine,
+    contiguous_lists,
     launch_block_states,
     linear_forward,
     map_scale,
@@ -164,11 +165,8 @@ def linear_backward(
 ) -> tuple[torch.Tensor, torch.Tensor | None, torch.Tensor | None, torch.Tensor | None]:
     """Gradients of q, k, v, contiguous, in their dtypes, and of ``weight``; None for those not needed.
 
-    ``mean`` is the forward's, given in the form over all tokens.
+    ``mean`` is the forward's, given in the form over all tokens; permutations and key mask are contiguous.
     """
-    rows = None if rows is None else rows.contiguous()
-    k_rows = None if k_rows is None else k_rows.contiguous()
-    key_mask = None if key_mask is None else key_mask.expand(k.shape[:2]).contiguous()
     weight = None if weight is None else weight.to(q.dtype).contiguous()
     grad = grad.to(q.dtype)
     if critical is None:
@@ -282,13 +280,19 @@ class LinearBranchFunction(torch.autograd.Function):
         added: torch.Tensor | None,
         weight: torch.Tensor | None,
         bias: torch.Tensor | None,
-        *rest: Any,
+        critical: BlockMask | None,
+        negligible: BlockMask | None,
+        kind: str,
+        rows: torch.Tensor | None,
+        k_rows: torch.Tensor | None,
+        key_mask: torch.Tensor | None,
+        eps: float,
     ) -> torch.Tensor:
-        critical, _, kind, _, _, key_mask, _ = rest
+        rows, k_rows, key_mask = contiguous_lists(k, rows, k_rows, key_mask)
+        rest = (critical, negligible, kind, rows, k_rows, key_mask, eps)
         mean = None
         if critical is None:
-            visible = None if key_mask is None else key_mask.expand(k.shape[:2]).contiguous()
-            mean = all_states(k, v, visible, None, shape_of(q, k, None), kind, torch.float32)
+            mean = all_states(k, v, key_mask, None, shape_of(q, k, None), kind, torch.float32)
         ctx.save_for_backward(q, k, v, weight, bias, mean)
         ctx.rest = rest
         return linear_forward(q, k, v, *rest, added=added, weight=weight, bias=bias, mean=mean)
