@@ -19,7 +19,7 @@ from ..api import patch, transformers_of
 from ..call import AttentionCall
 from ..engine import Engine, OutputTap
 from ..patches.handle import PatchHandle
-from ..patches.session import step_index
+from ..patches.progress import step_index
 from ..recipe import Recipe
 from .calibrate import Progress
 
