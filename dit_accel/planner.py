@@ -12,6 +12,8 @@ import torch
 
 from .call import AttentionCall
 from .kernels import BlockMask
+from .kernels.capability import choose_selection
+from .kernels.choice import Case, Choice, Operation, refusal
 from .kernels.packed_mask import PackedBlockMask
 from .layout import StepContext, TokenLayout
 from .plan import AttentionPlan, LayerMemory, SequenceBlocks
@@ -20,6 +22,7 @@ from .records import LayerRecord
 from .run import Bounded, Kept
 from .stages.drift import BlockMeans
 from .stages.frozen import FrozenMasks
+from .stages.order import Raster
 from .stages.order_sorted import Segments, SortedSegments
 from .stages.select import HeadDensities, Select, density_of_layer
 from .stages.select_mass import FrozenMass, Mass
@@ -83,6 +86,33 @@ class Planner:
         self._segments: Bounded[Segments] = Bounded(KEPT_LAYOUTS)
         self._lock = threading.Lock()
 
+    def choices(self, case: Case, backend: str) -> dict[Operation, Choice]:
+        """The backend of each operation that calls of a case run, as far as the case tells.
+
+        Raises:
+            ValueError: the backend was named and cannot run one of them.
+        """
+        recipe = self.recipe
+        if isinstance(recipe.select, DenseSelect):
+            return {}
+        case = case._replace(blocks=recipe.select.block, permuted=not isinstance(recipe.order, Raster))
+        # Every plan is lists of blocks, also one from a calibration.
+        found: dict[Operation, Choice] = {"selection": choose_selection(case, backend)}
+        if self.selects:
+            found |= recipe.select.choices(case, backend)
+        found |= recipe.compensate.choices(case, backend)
+        if not recipe.compensate.attends_alone:
+            found |= recipe.precision.choices(case, backend)
+        elif backend == "fa4":
+            alone = type(recipe.compensate).__name__
+            raise refusal("attention", backend, f"{alone} attends by itself, and fa4 is for attention to kept blocks")
+        return found
+
+    @property
+    def selects(self) -> bool:
+        """Whether the recipe's own selection may run."""
+        return self.frozen is None or self.rederive
+
     def plan(self, call: AttentionCall, book: LayerRecord) -> tuple[StepContext, AttentionPlan]:
         """The plan of a call, and when it was made."""
         assert isinstance(call.layout, TokenLayout)
@@ -130,7 +160,7 @@ class Planner:
             if kept is not None and not schedule.needs_plan(call.step, kept.made):
                 if kept.means is None or call.step.forward_id == kept.made.forward_id:
                     return self._reused(call, kept)
-                means = BlockMeans.of(call.q.detach(), call.k.detach(), call.key_mask, select.block)
+                means = BlockMeans.of(call, select.block)
                 assert schedule.drift_bound is not None
                 if bool(means.change_since(kept.means) <= schedule.drift_bound):
                     return self._reused(call, kept)
@@ -142,12 +172,14 @@ class Planner:
             if not schedule.plans_after(call.step):
                 memory.lse = None
             if keep and schedule.drift_bound is not None and means is None:
-                means = BlockMeans.of(call.q.detach(), call.k.detach(), call.key_mask, select.block)
+                means = BlockMeans.of(call, select.block)
         rows = prepared.blocks.kernel_rows
         book.plans_made += 1
         if not keep:
             return call.step, AttentionPlan(rows, mask, state)
-        packed = mask if mask.token_bits is not None else PackedBlockMask.of(mask, call.key_mask is not None)
+        packed: BlockMask | PackedBlockMask = mask
+        if mask.token_bits is None:
+            packed = PackedBlockMask.of(mask, call.key_mask is not None, call.backend("selection"))
         plans[key] = _KeptPlan(call.step, rows, packed, state, means)
         call.used[call.layer] = plans[key]
         return call.step, AttentionPlan(rows, mask, state)
@@ -161,12 +193,10 @@ class Planner:
         self, call: AttentionCall, select: Select, prepared: _Prepared, memory: LayerMemory | None
     ) -> tuple[BlockMask, Any]:
         """A block mask, and what the compensation works out for it."""
-        q, k, device = call.q.detach(), call.k.detach(), call.q.device
-        with self._timed("select", device):
-            mask = select.select(prepared.blocks, prepared.tables, q, k, call.key_mask, call.scale, memory)
-        with self._timed("compensate", device):
-            compensate = self.recipe.compensate
-            state = compensate.prepare(prepared.blocks, mask, q, k, call.key_mask, call.scale, memory)
+        with self._timed("select", call.q.device):
+            mask = select.select(prepared.blocks, prepared.tables, call, memory)
+        with self._timed("compensate", call.q.device):
+            state = self.recipe.compensate.prepare(prepared.blocks, mask, call, memory)
         return mask, state
 
     def is_search(self, call: AttentionCall, made: StepContext) -> bool:
@@ -198,7 +228,7 @@ class Planner:
         blocks = SequenceBlocks(call.layout, None, *full.block, call.q.device)
 
         def make() -> BlockMask:
-            return full.select(blocks, None, call.q, call.k, call.key_mask, call.scale)
+            return full.select(blocks, None, call)
 
         if call.key_mask is not None:
             return make()
@@ -255,11 +285,10 @@ class Planner:
             return plans[place][1].plan
         with torch.no_grad():
             prepared = self._prepare(call)
-            mask = frozen.mask(call.layer, bucket, prepared.blocks, call.key_mask)
-            q, k = call.q.detach(), call.k.detach()
-            state = compensate.prepare(prepared.blocks, mask, q, k, call.key_mask, call.scale)
+            mask = frozen.mask(call.layer, bucket, prepared.blocks, call.key_mask, call.backend("selection"))
+            state = compensate.prepare(prepared.blocks, mask, call)
         rows = prepared.blocks.kernel_rows
-        packed = PackedBlockMask.of(mask, call.key_mask is not None)
+        packed = PackedBlockMask.of(mask, call.key_mask is not None, call.backend("selection"))
         if not call.repeated:
             plans[place] = (version, _KeptPlan(call.step, rows, packed, state, None))
         book.plans_made += 1
@@ -286,7 +315,7 @@ class Planner:
             # An order of the call itself: nothing to keep but the plan, and which tokens a segment holds.
             with self._lock:
                 segments = self._segments.get((layout, device), lambda: order.segments(layout, device))
-            rows = order.rows_of_call(layout, call.q.detach(), call.k.detach(), call.key_mask, call.scale, segments)
+            rows = order.rows_of_call(layout, call, segments)
             blocks = SequenceBlocks(layout, rows, *select.block, device)
             return _Prepared(blocks, select.prepare(blocks))
         variant = order.variant(call.layer)

@@ -5,7 +5,7 @@ import torch
 
 from dit_accel import Recipe, presets
 from dit_accel.engine import Engine
-from dit_accel.kernels import block_sparse_attention
+from dit_accel.kernels import Choice, block_sparse_attention
 from dit_accel.kernels.packed_mask import PackedBlockMask
 from dit_accel.layout import StepContext, TokenLayout
 from dit_accel.plan import SequenceBlocks
@@ -16,6 +16,7 @@ from dit_accel.stages.schedule import Schedule
 from dit_accel.stages.select_dynamic import Pooled
 from dit_accel.stages.select_mass import Mass
 from dit_accel.stages.select_static import Window
+from tests.calls import call_of
 from tests.stages.oracle import masked_attention
 
 LAYOUT = TokenLayout((4, 8, 8), 0, 256)
@@ -87,7 +88,7 @@ def test_mass_searches_in_the_last_dense_step_and_keeps_its_plan_in_bits():
     assert isinstance(kept.mask, PackedBlockMask)
     q, k, _ = _inputs(start)
     blocks = SequenceBlocks(LAYOUT, recipe.order.rows(LAYOUT, q.device, 0), 32, 32, q.device)
-    alone = recipe.select.select(blocks, None, q, k, None, None)
+    alone = recipe.select.select(blocks, None, call_of(q, k))
     assert torch.equal(kept.plan.mask.to_dense(), alone.to_dense())
 
 
@@ -117,7 +118,7 @@ def test_a_plan_in_bits_hides_what_the_key_mask_hides(layout):
     kept = _plan(engine)
     rows = recipe.order.rows(layout, q.device, 0)
     blocks = SequenceBlocks(layout, rows, 32, 32, q.device)
-    alone = recipe.select.select(blocks, None, q, k, key_mask, None)
+    alone = recipe.select.select(blocks, None, call_of(q, k, key_mask=key_mask))
     assert torch.equal(kept.plan.mask.to_dense(), alone.to_dense())
     assert torch.equal(kept.plan.mask.kv_num_full, alone.kv_num_full)
     place = torch.empty(256, dtype=torch.long).scatter_(0, rows.long(), torch.arange(256))
@@ -149,7 +150,7 @@ def test_a_search_step_is_exact_and_plans_what_two_passes_would(own, name, hidde
         return block_sparse_attention(*args, backend="torch", **options)
 
     if own:  # as on a GPU, where the search takes the log-sum-exp of the step's attention
-        monkeypatch.setattr("dit_accel.engine.choose_backend", lambda *_, **__: ("triton", ""))
+        monkeypatch.setattr("dit_accel.engine.choose_backend", lambda *_, **__: Choice("triton", ""))
         monkeypatch.setattr("dit_accel.engine.block_sparse_attention", ours)
     recipe = getattr(presets, name)(density=0.3, block=(32, 32))
     engine = Engine(recipe, ["layer"], "auto", 0)
@@ -163,7 +164,7 @@ def test_a_search_step_is_exact_and_plans_what_two_passes_would(own, name, hidde
     assert len(calls) == (own and recipe.select.uses_lse(layout, key_mask if hidden else None))
     kept = _plan(engine)
     blocks = SequenceBlocks(layout, None, 32, 32, torch.device("cpu"))
-    alone = recipe.select.select(blocks, None, q, k, key_mask if hidden else None, None)
+    alone = recipe.select.select(blocks, None, call_of(q, k, key_mask=key_mask if hidden else None))
     assert torch.equal(kept.plan.mask.to_dense(), alone.to_dense())
 
 
@@ -230,10 +231,10 @@ def test_block_means_ignore_hidden_keys():
     q, k, _ = _inputs()
     key_mask = torch.ones(1, 256, dtype=torch.bool)
     key_mask[:, 250:] = False
-    before = BlockMeans.of(q, k, key_mask, (32, 32))
+    before = BlockMeans.of(call_of(q, k, key_mask=key_mask), (32, 32))
     k = k.clone()
     k[:, 250:] = torch.nan
-    assert float(BlockMeans.of(q, k, key_mask, (32, 32)).change_since(before)) == 0.0
+    assert float(BlockMeans.of(call_of(q, k, key_mask=key_mask), (32, 32)).change_since(before)) == 0.0
 
 
 def test_density_points_are_interpolated_and_reach_the_mask():

@@ -300,7 +300,7 @@ class _Run:
         if isinstance(select, Pooled):
             pooled: torch.Tensor = score(call.q, call.k)
             return pooled.softmax(-1)
-        return select.select(blocks, tables, call.q, call.k, call.key_mask, call.scale).to_dense().float()
+        return select.select(blocks, tables, call).to_dense().float()
 
     def _add(self, key: str, value: torch.Tensor) -> None:
         value = value.to("cpu", torch.float64 if key.endswith("axes") else torch.float32)

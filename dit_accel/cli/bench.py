@@ -202,8 +202,10 @@ def _show(data: dict[str, Any]) -> None:
         f"{'finite' if data['finite'] else 'NOT finite'}",
         highlight=False,
     )
-    for name, reason in data["summary"]["backends"].items():
-        console.print(f"backend: {name} ({reason})", highlight=False)
+    from ..records import backend_lines
+
+    for line in backend_lines(data["summary"]["backends"]):
+        console.print(line, highlight=False)
     for name, seconds in data["dense_candidates"].items():
         spelled = seconds if isinstance(seconds, str) else f"{seconds * 1000:.1f} ms in a one-block model"
         console.print(f"dense candidate {name}: {spelled}", highlight=False)

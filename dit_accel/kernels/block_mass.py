@@ -7,10 +7,17 @@ from itertools import product
 import torch
 import torch.nn.functional as F
 
-from .selection import Impl, gather_mask, gather_rows, tile_obstacle, use_triton
+from .capability import why_not_tiles
+from .choice import Case, Choice, case_of, choose
+from .selection import gather_mask, gather_rows
 
 CHUNK_LOGITS = 1 << 20
 """The torch version holds about this many logits at a time, of one head."""
+
+
+def choose_block_mass(case: Case, backend: str = "auto") -> Choice:
+    """The backend of :func:`block_mass`; raises a ValueError if it is refused."""
+    return choose("block_mass", backend, case, why_not_tiles(case))
 
 
 def block_mass(
@@ -24,7 +31,7 @@ def block_mass(
     k_rows: torch.Tensor | None = None,
     key_mask: torch.Tensor | None = None,
     scale: float | None = None,
-    impl: Impl = "auto",
+    backend: str = "auto",
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Softmax probability summed over each block pair, and the log-sum-exp it was normalised with.
 
@@ -42,7 +49,7 @@ def block_mass(
             out), see :func:`dit_accel.kernels.selection.pool_blocks`.
         key_mask: optional bool ``[B, Sk]``, visible keys in original order.
         scale: softmax scale, ``D ** -0.5`` when left out.
-        impl: ``"torch"``, ``"triton"``, or ``"auto"`` (Triton on CUDA).
+        backend: one of :data:`~dit_accel.kernels.BACKENDS`; ``"auto"`` is Triton on CUDA.
 
     Returns:
         ``(mass, lse)``: float32 ``[B, H, nq, nk]``, and ``[B, H, Sq]`` in original order. A query that sees
@@ -52,7 +59,7 @@ def block_mass(
         raise ValueError(f"q and k must agree in batch, heads and head dim, got {tuple(q.shape)} and {tuple(k.shape)}.")
     scale = q.shape[-1] ** -0.5 if scale is None else scale
     k_rows = rows if k_rows is None else k_rows
-    if use_triton(impl, q.device, tile_obstacle(q, block_q, block_k)):
+    if choose_block_mass(case_of(q, k, blocks=(block_q, block_k)), backend).name == "triton":
         from .portable.block_mass import block_mass_triton
 
         return block_mass_triton(

@@ -9,7 +9,7 @@ from typing import Any
 
 from ..engine import Engine
 from ..recipe import Recipe
-from ..records import LayerRecord
+from ..records import BackendsUsed, LayerRecord, backend_lines
 from .operator import PASSED
 
 
@@ -42,7 +42,8 @@ class PatchSummary:
         note: why a recipe was chosen or left dense, where that was automatic.
         notes: what else a user should know, a sentence each.
         layers: per layer.
-        backends: backend used and why.
+        backends: by operation ("attention", "selection", "block_mass", ...) the backends that ran it, each with the
+            reason for it. An operation that did not run is not there.
         plan_seconds, sparse_seconds, dense_seconds: time spent planning, in sparse and in dense attention.
     """
 
@@ -50,7 +51,7 @@ class PatchSummary:
     note: str | None
     notes: tuple[str, ...]
     layers: tuple[LayerSummary, ...]
-    backends: dict[str, str]
+    backends: dict[str, dict[str, str]]
     plan_seconds: float
     sparse_seconds: float
     dense_seconds: float
@@ -104,7 +105,7 @@ class PatchSummary:
         density = "-" if self.density is None else f"{self.density:.3f}"
         lines.append(f"attention: {self.sparse_calls} sparse calls at density {density}")
         lines += [f"  dense calls: {count} ({reason})" for reason, count in self.dense_calls.items()]
-        lines += [f"  backend: {name} ({reason})" for name, reason in self.backends.items()]
+        lines += [f"  {line}" for line in backend_lines(self.backends)]
         lines.append(
             f"  time: {self.sparse_seconds:.3f} s sparse, {self.dense_seconds:.3f} s dense, "
             f"{self.plan_seconds:.3f} s planning ({sum(layer.plans_made for layer in self.layers)} plans)"
@@ -117,17 +118,17 @@ class PatchSummary:
 def summarise(recipe: Recipe, note: str | None, engines: Mapping[str, Engine]) -> PatchSummary:
     """Read the records of a patch's engines, by transformer name."""
     layers: list[LayerSummary] = []
-    backends: dict[str, str] = {}
+    backends = BackendsUsed()
     plan = sparse = dense = 0.0
     for name, engine in engines.items():
         prefix = f"{name}." if len(engines) > 1 else ""
         layers += [_layer(prefix, record) for record in engine.records]
-        backends |= engine.backends_used
+        backends.update(engine.backends_used)
         plan += engine.plan_time.seconds()
         sparse += engine.sparse_time.seconds()
         dense += engine.dense_time.seconds()
     notes = dict.fromkeys(note for engine in engines.values() for note in engine.notes)
-    summary = PatchSummary(repr(recipe), note, tuple(notes), tuple(layers), backends, plan, sparse, dense)
+    summary = PatchSummary(repr(recipe), note, tuple(notes), tuple(layers), backends.to_dict(), plan, sparse, dense)
     raised = _why_denser(recipe, summary.density)
     return summary if raised is None else replace(summary, notes=(*notes, raised))
 

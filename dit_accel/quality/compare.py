@@ -14,6 +14,7 @@ from typing import Any, Protocol
 
 import torch
 
+from ..records import backend_lines
 from .clips import save_clip
 from .generation import Generated, generate_clip, shortened
 from .measurement import Measurement
@@ -38,7 +39,7 @@ class RunSummary(Protocol):
     @property
     def mean_density(self) -> float | None: ...
     @property
-    def backends(self) -> Mapping[str, str]: ...
+    def backends(self) -> Mapping[str, Mapping[str, str]]: ...
     @property
     def plan_seconds(self) -> float: ...
     @property
@@ -272,7 +273,7 @@ def _notes(name: str, warm: RunSummary, end: RunSummary) -> list[str]:
     nan_calls = end.nan_calls - warm.nan_calls
     if nan_calls:
         notes.append(f"{name}: {nan_calls} attention calls gave NaN.")
-    notes += [f"{name}: attention backend {backend} ({reason})." for backend, reason in end.backends.items()]
+    notes += [f"{name}: {line}." for line in backend_lines(end.backends)]
     return notes
 
 

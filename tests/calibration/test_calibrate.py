@@ -229,7 +229,7 @@ def test_precision_and_schedule_may_differ(paro):
     with patch(pipe, recipe, calibration=path) as handle:
         pipe(**{**STEPS, **prompts[0]}, output_type="latent")
     assert handle.summary().dense_calls == {"dense phase": 12}
-    assert "emulated" in handle.summary().backends["torch"]
+    assert "emulated" in handle.summary().backends["quantized_attention"]["torch"]
 
 
 def test_an_interrupted_calibration_resumes(tmp_path):

@@ -7,7 +7,7 @@ import torch
 
 from dit_accel.kernels.block_mass import block_mass
 
-from .test_selection import IMPLS, permutations
+from .test_selection import NAMED, permutations
 
 
 def oracle(q, k, block_q, block_k, rows=None, key_mask=None, scale=None):
@@ -27,7 +27,7 @@ def oracle(q, k, block_q, block_k, rows=None, key_mask=None, scale=None):
     return mass, lse
 
 
-@pytest.mark.parametrize("impl", IMPLS)
+@pytest.mark.parametrize("backend", NAMED)
 @pytest.mark.parametrize(
     ("batch", "seq", "heads", "dim", "block_q", "block_k", "permuted", "masked", "dtype"),
     [
@@ -38,7 +38,7 @@ def oracle(q, k, block_q, block_k, rows=None, key_mask=None, scale=None):
         (1, 200, 2, 16, 32, 32, False, "end", torch.float32),
     ],
 )
-def test_block_mass(impl, batch, seq, heads, dim, block_q, block_k, permuted, masked, dtype, device):
+def test_block_mass(backend, batch, seq, heads, dim, block_q, block_k, permuted, masked, dtype, device):
     torch.manual_seed(0)
     q, k = (torch.randn(batch, seq, heads, dim, dtype=dtype, device=device) * 2 for _ in range(2))
     rows = permutations(1, heads, seq).to(device) if permuted else None
@@ -48,18 +48,20 @@ def test_block_mass(impl, batch, seq, heads, dim, block_q, block_k, permuted, ma
     if masked and batch > 1:
         key_mask[1] = False  # nothing visible: no mass, lse -inf
     want, want_lse = oracle(q, k, block_q, block_k, rows, key_mask)
-    mass, lse = block_mass(q, k, block_q=block_q, block_k=block_k, rows=rows, key_mask=key_mask, impl=impl)
+    mass, lse = block_mass(q, k, block_q=block_q, block_k=block_k, rows=rows, key_mask=key_mask, backend=backend)
     # float32 logits of `dim` terms up to |s| < 64 carry 64 * 2**-24 * sqrt(dim) or so each.
     tol = 64 * 2.0**-24 * dim**0.5 * 4
     assert (lse.cpu() - want_lse).nan_to_num(0.0).abs().max() <= tol
     assert torch.equal(lse.cpu() == -torch.inf, want_lse == -torch.inf)
     assert (mass.cpu() - want).abs().max() <= tol * block_q
     # One pass with the cached normaliser gives the same masses.
-    again, same = block_mass(q, k, block_q=block_q, block_k=block_k, lse=lse, rows=rows, key_mask=key_mask, impl=impl)
+    again, same = block_mass(
+        q, k, block_q=block_q, block_k=block_k, lse=lse, rows=rows, key_mask=key_mask, backend=backend
+    )
     assert torch.equal(same, lse)
     assert (again - mass).abs().max() <= tol * block_q
     stale, _ = block_mass(
-        q, k, block_q=block_q, block_k=block_k, lse=lse + 0.5, rows=rows, key_mask=key_mask, impl=impl
+        q, k, block_q=block_q, block_k=block_k, lse=lse + 0.5, rows=rows, key_mask=key_mask, backend=backend
     )
     torch.testing.assert_close(stale, mass * torch.e**-0.5, atol=tol * block_q, rtol=1e-5)
 
@@ -69,9 +71,9 @@ def test_block_mass_float64_and_chunks(monkeypatch):
     torch.manual_seed(1)
     q, k = (torch.randn(1, 90, 2, 24, dtype=torch.float64) for _ in range(2))
     want, _ = oracle(q, k, 16, 32, scale=0.3)
-    whole, _ = block_mass(q, k, block_q=16, block_k=32, scale=0.3, impl="torch")
+    whole, _ = block_mass(q, k, block_q=16, block_k=32, scale=0.3, backend="torch")
     monkeypatch.setattr("dit_accel.kernels.block_mass.CHUNK_LOGITS", 90 * 2 * 16)
-    parts, _ = block_mass(q, k, block_q=16, block_k=32, scale=0.3, impl="torch")
+    parts, _ = block_mass(q, k, block_q=16, block_k=32, scale=0.3, backend="torch")
     assert torch.equal(parts, whole)
     assert (whole - want).abs().max() <= 16 * 2.0**-23
 
@@ -81,4 +83,4 @@ def test_errors(device):
     with pytest.raises(ValueError, match="must agree"):
         block_mass(q, q[..., :8], block_q=16, block_k=16)
     with pytest.raises(ValueError, match="power of two"):
-        block_mass(q, q, block_q=24, block_k=16, impl="triton")
+        block_mass(q, q, block_q=24, block_k=16, backend="triton")

@@ -276,5 +276,5 @@ def test_mask_with_wrong_heads_is_named():
 
 def test_named_backend_that_cannot_run_says_why(device):
     q, k, v, mask = (x.to(device) for x in build(dtype=torch.float64)[:4])
-    with pytest.raises(RuntimeError, match="float16, bfloat16 or float32"):
+    with pytest.raises(ValueError, match="float16, bfloat16 or float32"):
         block_sparse_attention(q, k, v, mask, backend="triton")

@@ -11,6 +11,7 @@ from dit_accel.layout import StepContext
 from dit_accel.plan import SequenceBlocks
 from dit_accel.recipe import SELECTS
 from dit_accel.stages.order import Raster, Tiles
+from tests.calls import call_of
 from tests.stages.block_oracle import CPU, LAYOUTS, half_hidden, inputs
 from tests.stages.oracle import masked_attention
 
@@ -33,7 +34,7 @@ def _small(name: str):
 def _mask(select, layout, rows, key_mask=None):
     q, k = inputs(layout)
     blocks = SequenceBlocks(layout, rows, *select.block, CPU)
-    mask = select.select(blocks, select.prepare(blocks), q, k, key_mask, None)
+    mask = select.select(blocks, select.prepare(blocks), call_of(q, k, key_mask=key_mask))
     tokens = mask.to_tokens().expand(2, 3, -1, -1)
     if rows is None:
         return mask, tokens
