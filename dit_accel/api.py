@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import inspect
 import sys
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -200,19 +200,16 @@ def _patch_transformer(
     session = Session(engine, family, patch_size(dict(getattr(model, "config", {}))), model, pipe, handle.schedules)
     handle.sessions[name] = session
     names = tuple(inspect.signature(type(model).forward).parameters)[1:]
-    root = hooks.PublishLatents(session, handle, names, watch)
+    gradients = partial(_watch_gradients, handle, session, model, layers)
+    root = hooks.PublishLatents(session, handle, names, watch, gradients)
     handle.record(model.register_forward_pre_hook(root, with_kwargs=True).remove)
     handle.record(model.register_forward_hook(hooks.ClearAll(session), always_call=True).remove)
-    for block in {path.rpartition(".")[0]: None for path, _ in layers}:
-        module = model.get_submodule(block)
-        handle.record(module.register_forward_pre_hook(hooks.EnterBlock(session), with_kwargs=True).remove)
-        handle.record(module.register_forward_hook(hooks.LeaveBlock()).remove)
     for index, (_, module) in enumerate(layers):
         handle.record(partial(setattr, module, "__class__", type(module)))
         module.__class__ = hooks.patched_class(type(module))  # type: ignore[arg-type]
         counts = engine.records[index].compiled_dense = torch.zeros(len(PASSED), dtype=torch.int64)
         publish = hooks.PublishLayer(session, index, counts)
-        handle.record(module.register_forward_pre_hook(publish, with_kwargs=True).remove)
+        handle.record(module.register_forward_pre_hook(publish).remove)
         handle.record(module.register_forward_hook(hooks.ClearLayer(session, index)).remove)
         always_dense = handle.recipe.schedule.dense_reason(StepContext(), index, len(layers)) is not None
         if isinstance(handle.recipe.compensate, LinearBranch) and not always_dense:
@@ -225,6 +222,22 @@ def _patch_transformer(
     if hasattr(model, "cache_context"):
         handle.record(_replace_method(model, "cache_context", hooks.BranchContext(model.cache_context)))  # type: ignore[arg-type]
     return engine
+
+
+def _watch_gradients(
+    handle: PatchHandle, session: Session, model: nn.Module, layers: Sequence[tuple[str, nn.Module]]
+) -> None:
+    """Hooks by which blocks and attention layers are recognised when checkpointing repeats them.
+
+    They are added at the first forward with gradients: inference would pay for them in every layer.
+    """
+    modules = {path.rpartition(".")[0]: True for path, _ in layers} | {path: False for path, _ in layers}
+    for path, is_block in modules.items():
+        module = model.get_submodule(path)
+        enter = hooks.EnterModule(session, is_block)
+        handle.record(module.register_forward_pre_hook(enter, with_kwargs=True).remove)
+        if is_block:
+            handle.record(module.register_forward_hook(hooks.LeaveBlock()).remove)
 
 
 def self_attentions(model: nn.Module, family: Family) -> Iterator[tuple[str, Any]]:

@@ -94,13 +94,15 @@ def _why_not(
     refused = (
         parallel_config is not None,
         lengths[0] != lengths[1],
-        bool(is_causal),
-        bool(dropout_p),
-        bool(attention_kwargs),
+        is_causal,
+        dropout_p,
+        attention_kwargs,
         attn_mask is not None and not isinstance(attn_mask, torch.Tensor),
         _function_mode_is_on(),
     )
-    return PASSED[refused.index(True)] if True in refused else None
+    if not any(refused):
+        return None
+    return next(reason for reason, holds in zip(PASSED, refused, strict=False) if holds)
 
 
 def _function_mode_is_on() -> bool:
