@@ -31,6 +31,11 @@ def test_fields_by_name():
     assert recipe.order == Raster()
     assert recipe.select == Pooled(density=0.05, top_p=0.9)
     assert recipe.schedule.refresh_at == (0.2, 0.5)
+    # fields that only go together, whatever the order given
+    for changes in ({"select.density": None, "select.top_p": 0.9}, {"select.top_p": 0.9, "select.density": None}):
+        assert presets.pooled().with_fields(changes).select == Pooled(density=None, top_p=0.9)
+    dense = {"schedule.plan_in_dense_phase": True, "schedule.dense_refresh": True}
+    assert Recipe().with_fields(dense).schedule.plan_in_dense_phase
     # a kind first, then its fields, whatever the order given
     assert Recipe().with_fields({"order.shape": (2, 8, 8), "order": "tiles"}).order == Tiles((2, 8, 8))
 
