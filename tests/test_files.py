@@ -76,5 +76,12 @@ def test_a_name_as_long_as_names_can_be(tmp_path: Path) -> None:
 
 
 def test_a_name_that_is_too_long_is_refused_before_the_work(tmp_path: Path) -> None:
-    with pytest.raises(ValueError, match="Cannot write .*File name too long"):
+    with pytest.raises(ValueError, match=r"Cannot write .*File name too long"):
         refuse_unwritable(tmp_path / ("n" * 300 + ".txt"))
+
+
+@pytest.mark.parametrize("path", ["file/a.txt", "file/deeper/a.txt", "n" * 300])
+def test_what_cannot_even_be_begun_is_one_sentence(tmp_path: Path, path: str) -> None:
+    (tmp_path / "file").write_text("in the way")
+    with pytest.raises(ValueError, match="Cannot write "):
+        write_text(tmp_path / path, "text")
