@@ -103,3 +103,82 @@ def test_the_page_of_recipes_has_every_value_of_an_axis(axis):
     assert row is not None
     # What stands in parentheses explains.
     assert sorted(re.findall(r"`(\w+)`", re.sub(r"\(.*?\)", "", row[1]))) == sorted(AXES[axis])
+
+
+def test_a_file_gives_the_recipe_back(tmp_path):
+    recipe = presets.pooled(density=0.1)
+    recipe.save(tmp_path / "deep" / "r.json")
+    assert Recipe.load(tmp_path / "deep" / "r.json") == recipe
+    (tmp_path / "edited.json").write_text(json.dumps(recipe.to_dict(), indent=2), encoding="utf-8-sig")
+    assert presets.resolve(str(tmp_path / "edited.json")) == recipe
+    (tmp_path / "short.json").write_text(json.dumps({"select": {"kind": "pooled", "density": 0.1}}))
+    assert Recipe.load(tmp_path / "short.json") == Recipe(select=Pooled(density=0.1))
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("{}", "it has no select"),
+        ('{"order": {"kind": "tiles"}}', "it has no select"),
+        ("[]", "one object of five axes is expected"),
+        ("3", "one object of five axes is expected"),
+        ('{"select": "pooled"}', "one object of five axes is expected"),
+        ('{"select": {}}', "Unknown select None; known are dense"),
+        ('{"select": {"kind": ["pooled"]}}', r"Unknown select \['pooled'\]"),
+        ('{"select": {"kind": "pooled"}, "speed": {"kind": "fast"}}', "Unknown axis 'speed'"),
+        ('{"select": {"kind": "pooled", "densty": 0.1}}', "has no field 'densty'"),
+        ('{"select": {"kind": "pooled", "density": NaN}}', r"select.density must lie in \(0, 1\], got nan"),
+        ('{"select": {"kind": "pooled", "density": {}}}', "select.density must be .*, got {}"),
+        ('{"select": {"kind": "window"}, "compensate": {"kind": "residual"}}', "also hides single tokens"),
+        ("", "Expecting value"),
+        ('{"select": {"kind": "poo', "Unterminated string"),
+        ("[" * 100_000, "recursion|nested"),
+        ("\udcff", "can't decode byte 0xff"),
+    ],
+)
+def test_a_file_without_a_recipe_is_named(tmp_path, text, message):
+    path = tmp_path / "r.json"
+    path.write_bytes(text.encode("utf-8", "surrogateescape"))
+    with pytest.raises(ValueError, match=rf"r\.json holds no recipe: .*({message})") as caught:
+        Recipe.load(path)
+    assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize("value", ["(" * 10_000, "{[]: 1}", "-" * 100_000 + "1", "\x00", ""])
+def test_text_that_is_no_literal_is_named(value):
+    with pytest.raises(ValueError, match="must be a Python literal"):
+        Recipe().with_fields({"schedule.refresh_every": value})
+
+
+def test_a_recipe_that_cannot_be_written_keeps_the_old_one(tmp_path):
+    presets.pooled().save(tmp_path / "r.json")
+    with pytest.raises(ValueError, match="is a folder"):
+        Recipe().save(tmp_path)
+    with pytest.raises(ValueError, match=r"Cannot write .*r\.json/deeper\.json"):
+        Recipe().save(tmp_path / "r.json" / "deeper.json")
+    assert Recipe.load(tmp_path / "r.json") == presets.pooled()
+
+
+@pytest.mark.parametrize(
+    ("recipe", "field"),
+    [
+        ("window", "order.shape=(1000000000, 1000000000, 1000000000)"),
+        ("pooled", "order.shape=(4, 4, 9223372036854775808)"),
+        ("pooled", "select.block=(1000000000, 64)"),
+        ("window", "select.window=(float, 0.4, 0.4)"),
+        ("agent", "compensate.tile=(1000000000, 1000000000, 1000000000)"),
+        ("pooled", "schedule.refresh_every=1000000000000000000000000000000"),
+        ("clear", "select.radius=9223372036854775808"),
+        ("sta", "select.window=(3, 3, 1000000000000000000000000000000)"),
+        ("psa", "compensate.seed=1000000000000000000000000000000"),
+    ],
+)
+def test_numbers_that_no_grid_has_are_refused(recipe, field):
+    name, value = field.split("=")
+    changes = {name: (float("nan"), 0.4, 0.4) if "float" in value else value}
+    with pytest.raises(ValueError, match=name):
+        presets.resolve(recipe).with_fields(changes)
+
+
+def test_a_tile_may_be_larger_than_any_grid():
+    assert presets.pooled().with_fields({"order.shape": "(1, 1000000, 1000000)"}).order == Tiles((1, 10**6, 10**6))
