@@ -10,6 +10,7 @@ from typing import Any
 
 import numpy as np
 
+from ..files import write_text, written_whole
 from .clips import read_clip, save_clip, side_by_side, write_mp4
 from .page import report_page
 from .results import DENSE, ComparisonReport
@@ -30,12 +31,17 @@ def write_report(report: ComparisonReport, folder: Path) -> ReportFiles:
     The clips named in the report must lie under ``folder``. The film shows one prompt after the other: dense
     first, then every recipe, under labels.
     """
-    folder.mkdir(parents=True, exist_ok=True)
-    json_path = folder / "report.json"
-    json_path.write_text(json.dumps(report.to_json(), indent=1, ensure_ascii=False, allow_nan=False) + "\n")
+    json_path = write_json(report, folder)
     page_path = folder / "index.html"
-    page_path.write_text(report_page(report, folder), encoding="utf-8")
+    write_text(page_path, report_page(report, folder))
     return ReportFiles(json_path, page_path, _write_film(report, folder))
+
+
+def write_json(report: ComparisonReport, folder: Path) -> Path:
+    """Write ``report.json`` alone, which takes no time."""
+    path = folder / "report.json"
+    write_text(path, json.dumps(report.to_json(), indent=1, ensure_ascii=False, allow_nan=False) + "\n")
+    return path
 
 
 def read_report(path: Path) -> ComparisonReport:
@@ -59,7 +65,7 @@ def _write_film(report: ComparisonReport, folder: Path) -> Path | None:
     ]
     if not rows:
         return None
-    labels = [name if name == DENSE else f"{name}  {report.summary(name).speedup.mean:.2f}x" for name in names]
+    labels = [name if name == DENSE else f"{name}  {report.summary(name).speedup.median:.2f}x" for name in names]
 
     def pictures() -> Iterator[np.ndarray[Any, Any]]:
         size: tuple[int, ...] | None = None
@@ -72,7 +78,8 @@ def _write_film(report: ComparisonReport, folder: Path) -> Path | None:
         path = save_clip(np.concatenate(list(pictures()), axis=0)[None], folder / "side_by_side", report.fps)
         return path
     path = folder / "side_by_side.mp4"
-    write_mp4(pictures(), path, report.fps)
+    with written_whole(path) as draft:
+        write_mp4(pictures(), draft, report.fps)
     return path
 
 
