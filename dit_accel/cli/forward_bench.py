@@ -283,10 +283,10 @@ def dense_backend_errors(name: str, dtype: torch.dtype, device: torch.device) ->
     except torch.OutOfMemoryError:
         raise
     except (RuntimeError, TypeError, AttributeError) as error:
-        reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
+        reason = (str(error).strip().splitlines() or [type(error).__name__])[0].split(". ")[0].rstrip(".")
+        where = f"in {str(dtype).removeprefix('torch.')} on {device.type}"
         raise ValueError(
-            f"The dense backend {name!r} cannot run in {str(dtype).removeprefix('torch.')} on {device.type}; leave it "
-            f"out for the fastest that runs. Its own words: {reason}"
+            f"The dense backend {name!r} cannot run {where} ({reason}); leave it out for the fastest that runs."
         ) from error
 
 
