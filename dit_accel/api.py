@@ -9,7 +9,6 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-import torch
 from torch import nn
 
 from . import presets
@@ -23,6 +22,7 @@ from .patches.families.family import patch_size
 from .patches.handle import PatchHandle
 from .patches.learned import SaveWithoutLearned, attach, head_shape
 from .patches.operator import PASSED
+from .patches.placement import execution_device
 from .patches.processors import ProcessorWatch
 from .patches.session import Session
 from .recipe import Recipe
@@ -153,9 +153,8 @@ def _choose(recipe: Recipe | str | None, options: Mapping[str, Any], in_pipeline
 
 
 def _min_tokens(model: nn.Module, family: Family) -> int:
-    on_gpu = torch.cuda.is_available()
-    # Without a GPU dense attention is slow enough for a few thousand tokens to gain.
-    return family.min_tokens if on_gpu else 2048
+    # On a CPU dense attention is slow enough for a few thousand tokens to gain.
+    return 2048 if execution_device(model).type == "cpu" else family.min_tokens
 
 
 def _calibrated(

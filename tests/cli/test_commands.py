@@ -59,6 +59,10 @@ def test_bench_measures_both_variants(tmp_path: Path) -> None:
     assert data["latent_tokens"] == 2 * 4 * 4
     assert len(data["dense"]["seconds"]) == len(data["patched"]["seconds"]) == 2
     assert data["speedup"] == pytest.approx(data["dense"]["median_s"] / data["patched"]["median_s"])
+    low, high = data["speedup_range"]
+    assert low == pytest.approx(data["dense"]["min_s"] / data["patched"]["max_s"])
+    assert high == pytest.approx(data["dense"]["max_s"] / data["patched"]["min_s"])
+    assert low <= data["speedup"] <= high
     assert data["recipe"]["select"]["density"] == 0.5
     # Two warm-up forwards and two measured ones.
     assert data["summary"]["sparse_calls"] == 4
@@ -74,10 +78,41 @@ def test_bench_of_the_dense_recipe_is_bit_equal() -> None:
     assert data["mean_density"] == 1
 
 
+def test_bench_of_dense_against_dense_shows_no_difference() -> None:
+    data = run_json(*BENCH[:-1], "7", "--recipe", "dense")
+    low, high = data["speedup_range"]
+    assert low <= 1 <= high
+
+
+@pytest.mark.parametrize("recipe", ["pooled", "mass", "adaspa", "pooled;schedule.refresh_every=100"])
+def test_bench_times_what_a_fresh_patch_computes(recipe: str) -> None:
+    """A plan that outlives a forward is that of the same inputs."""
+    data = run_json(*BENCH, "--recipe", recipe, "--set", "select.density=0.5", "--dtype", "fp32")
+    assert data["repeat_difference"] == 0
+    assert not any("fresh patch" in note for note in data["notes"])
+
+
+def test_bench_says_when_a_kept_plan_is_another(monkeypatch: pytest.MonkeyPatch) -> None:
+    from dit_accel.cli import forward_bench
+
+    runs = iter(range(1, 100))
+
+    def drifting(self: Any) -> None:
+        import torch
+
+        self.seconds.append(1.0)
+        self.output = torch.full((2,), float(next(runs)))
+
+    monkeypatch.setattr(forward_bench.Variant, "run", drifting)
+    data = run_json(*BENCH)
+    assert any("not what a fresh patch computes" in note for note in data["notes"])
+
+
 def test_bench_as_text() -> None:
     result = run(*BENCH, "--backend", "reference")
     assert result.exit_code == 0, result.stderr
-    for word in ("speed-up", "1 of 30 layers", "reference (asked for by name)", "relative difference"):
+    words = ("speed-up", "over 2 of each, in turns", "1 of 30 layers", "reference (asked for by name)")
+    for word in (*words, "relative difference"):
         assert word in result.stdout
 
 
@@ -183,6 +218,11 @@ def test_generate_as_text(tmp_path: Path) -> None:
         ([*BENCH, "--device", "cuda:99"], "--device cuda:99 is not there"),
         ([*BENCH, "--repeats", "0"], "repeats must be at least 1, got 0"),
         ([*BENCH, "--batch", "0"], "batch must be at least 1, got 0"),
+        ([*BENCH, "--dense-backend", "_native_cudnn"], "dense backend '_native_cudnn' cannot run in"),
+        ([*BENCH, "--dense-backend", "_native_efficient"], "was found); leave it out for the fastest that runs."),
+        ([*BENCH, "--dense-backend", "cudnn"], "Unknown dense backend 'cudnn'; diffusers knows flash,"),
+        ([*BENCH, "--dense-backend", "xformers"], "xformers"),
+        ([*BENCH, "--out", "/proc/no/bench.json"], "Cannot write in /proc/no"),
         ([*GENERATE[:1], "no-such-model", *GENERATE[2:]], "neither a built-in model"),
         ([*GENERATE, "--size", "huge"], "--size must be"),
         ([*GENERATE, "--adapter", "sla"], "There is no adapter 'sla': it is no folder, and the model comes with none"),
