@@ -21,7 +21,7 @@ from .patches.families import FAMILIES, Family, family_of
 from .patches.families.family import patch_size
 from .patches.handle import PatchHandle
 from .patches.learned import SaveWithoutLearned, attach, head_shape
-from .patches.operator import PASSED
+from .patches.operator import new_counts
 from .patches.placement import execution_device
 from .patches.processors import ProcessorWatch
 from .patches.session import Session
@@ -206,7 +206,7 @@ def _patch_transformer(
     for index, (_, module) in enumerate(layers):
         handle.record(partial(setattr, module, "__class__", type(module)))
         module.__class__ = hooks.patched_class(type(module))  # type: ignore[arg-type]
-        counts = engine.records[index].compiled_dense = torch.zeros(len(PASSED), dtype=torch.int64)
+        counts = engine.records[index].compiled_dense = new_counts()
         publish = hooks.PublishLayer(session, index, counts)
         handle.record(module.register_forward_pre_hook(publish).remove)
         handle.record(module.register_forward_hook(hooks.ClearLayer(session, index)).remove)
