@@ -73,12 +73,14 @@ class PublishLayer(_Hook):
     """Forward pre-hook of a self-attention module.
 
     Attributes:
-        layer: ids of session and layer. A tensor, because torch.compile would specialise a graph for each value of an
+        announced: session and layer.
+        layer: their ids for compiled code, in a tensor: torch.compile would specialise a graph for each value of an
             int.
         counts: of calls in compiled code that go past the session, by reason.
     """
 
     def __init__(self, session: Session, layer: int, counts: torch.Tensor) -> None:
+        self.announced = (session, layer)
         self.layer = torch.tensor([session.id, layer])
         self.counts = counts
 
@@ -89,7 +91,7 @@ class PublishLayer(_Hook):
             learned = module._modules.get(CHILD)
             TRACED.learned = () if learned is None else tuple(learned.parameters())
         else:
-            EAGER.layer, EAGER.attended = self.layer, False
+            EAGER.layer, EAGER.attended = self.announced, False
 
 
 class ClearLayer(_Hook):
