@@ -54,6 +54,11 @@ def sigma_range(pipe: Any, name: str = "transformer") -> tuple[float, float]:
     return (float(boundary), 1.0) if name == "transformer" else (0.0, float(boundary))
 
 
+def sigma_shift(pipe: Any, shift: float | None) -> float:
+    """The shift of sigmas that are drawn: the one given, or else the scheduler's."""
+    return shift or float(getattr(pipe.scheduler.config, "shift", None) or 1.0)
+
+
 def capture_call(pipe: Any, arguments: Mapping[str, Any]) -> tuple[torch.Size, float, dict[str, Any]]:
     """What the pipeline gives its transformer for these arguments, without running it.
 

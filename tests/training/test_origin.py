@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import json
-import resource
-from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +13,7 @@ from dit_accel.training.data import generate_samples
 from dit_accel.training.origin import RECORD
 from dit_accel.training.samples import LatentFolder, Sample, read_sample, save_sample
 from tests.tiny import TINY
-from tests.training.samples import tiny_pipe
+from tests.training.samples import files_up_to, tiny_pipe
 
 SETTINGS = {"height": 32, "width": 48, "num_frames": 5, "num_inference_steps": 1, "guidance_scale": 1.0}
 
@@ -35,17 +33,6 @@ def make(folder: Path, prompts: Any = None, pipe: Any = None, seed: int = 0, **c
 
 def stamps(folder: Path) -> dict[str, int]:
     return {path.name: path.stat().st_mtime_ns for path in folder.iterdir() if path.is_file()}
-
-
-@contextmanager
-def files_up_to(size: int):
-    """No file may become larger than so many bytes, as if the disk were full."""
-    before = resource.getrlimit(resource.RLIMIT_FSIZE)
-    resource.setrlimit(resource.RLIMIT_FSIZE, (size, before[1]))
-    try:
-        yield
-    finally:
-        resource.setrlimit(resource.RLIMIT_FSIZE, before)
 
 
 def trained_a_little() -> Any:
