@@ -7,12 +7,12 @@ from dataclasses import asdict, dataclass, replace
 from typing import Any
 
 from ..api import self_attentions, transformers_of
-from ..patches.fingerprint import Fingerprint
 from ..recipe import Recipe
 from .batches import Samples
 from .config import FinetuneConfig
 from .data import sigma_shift
-from .plain_data import as_plain, digest, first_difference, model_difference
+from .model_facts import model_difference, model_facts
+from .plain_data import as_plain, digest, first_difference
 from .samples import refuse_mixed
 
 # What a training that goes on may have otherwise: none of it changes what is learned.
@@ -37,7 +37,7 @@ class RunIdentity:
     Attributes:
         recipe: as ``Recipe.to_dict`` gives it.
         config: all fields of the :class:`~dit_accel.training.config.FinetuneConfig`.
-        model: fingerprint of the transformer before the training.
+        model: facts of the transformer before the training.
         measures: dtype of the transformer, and shift of the noise levels.
         samples_a_step: processes x batch_size x accumulation; None where that is not known yet.
         data: number of samples and a digest of them; None where that is not known yet.
@@ -61,7 +61,7 @@ class RunIdentity:
         return cls(
             recipe=as_plain(recipe.to_dict()),
             config=as_plain(asdict(config)),
-            model=as_plain(Fingerprint.of(model, attentions).to_dict()),
+            model=model_facts(model, attentions),
             measures={"dtype": str(getattr(model, "dtype", None)), "shift": sigma_shift(pipe, config.shift)},
         )
 

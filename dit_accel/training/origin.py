@@ -10,9 +10,9 @@ from typing import Any
 
 from ..api import self_attentions, transformers_of
 from ..files import write_text
-from ..patches.fingerprint import Fingerprint
 from .earlier import set_aside
-from .plain_data import as_plain, first_difference, model_difference
+from .model_facts import model_difference, model_facts
+from .plain_data import as_plain, first_difference
 
 RECORD, SUFFIX = "samples.json", ".safetensors"
 
@@ -22,7 +22,7 @@ class Origin:
     """What made the samples of a folder, as plain data.
 
     Attributes:
-        models: fingerprint of every transformer of the pipeline, by name; and what the scheduler is set to.
+        models: facts of every transformer of the pipeline, by name; and what the scheduler is set to.
         settings: what all samples share.
         samples: what each sample was made from, by its name.
     """
@@ -36,7 +36,7 @@ class Origin:
         """Of samples that a pipeline makes."""
         found = transformers_of(pipe)
         models: dict[str, Any] = {
-            name: Fingerprint.of(model, dict(self_attentions(model, family))).to_dict() for name, model, family in found
+            name: model_facts(model, dict(self_attentions(model, family))) for name, model, family in found
         }
         config = {k: v for k, v in dict(getattr(pipe.scheduler, "config", {})).items() if not k.startswith("_")}
         models["scheduler"] = {"class": type(pipe.scheduler).__name__, "config": config}

@@ -46,21 +46,6 @@ def first_difference(there: Mapping[str, Any], here: Mapping[str, Any], shared: 
     return None
 
 
-def model_difference(name: str, there: Mapping[str, Any], here: Mapping[str, Any]) -> str | None:
-    """How two models of a name differ, by their fingerprints (``Fingerprint.to_dict``); None if they are the same.
-
-    Weights must be equal to the bit: a short training changes them by less than another dtype does.
-    """
-    was, now = ({part: value for part, value in side.items() if part != "weights"} for side in (there, here))
-    # Other versions of diffusers know other settings.
-    if difference := first_difference(was, now, shared=True):
-        return f"{name}.{difference}"
-    # As text, in which a NaN equals itself.
-    if json.dumps(there.get("weights")) != json.dumps(here.get("weights")):
-        return f"other weights of the {name}"
-    return None
-
-
 def _feed(sums: Any, value: Any) -> None:
     if isinstance(value, torch.Tensor):
         flat = value.detach().cpu().contiguous().flatten()

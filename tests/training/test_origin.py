@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 import torch
 
+from dit_accel.training.adapter import add_lora
 from dit_accel.training.data import generate_samples
 from dit_accel.training.origin import RECORD
 from dit_accel.training.samples import LatentFolder, Sample, read_sample, save_sample
@@ -41,6 +42,12 @@ def trained_a_little() -> Any:
     with torch.no_grad():
         for parameter in pipe.transformer.parameters():
             parameter += 1e-5
+    return pipe
+
+
+def with_lora() -> Any:
+    pipe = tiny_pipe()
+    add_lora(pipe.transformer, ["blocks.0.attn1.to_q"], 2, 2)
     return pipe
 
 
@@ -77,6 +84,7 @@ def test_samples_of_the_same_settings_are_kept(tmp_path):
         ({"pipe": TINY["wan2.2"].build}, r"made by a pipeline without transformer_2"),
         ({"pipe": lambda: tiny_pipe(layers=3)}, r"transformer\.layers = 2, got 3"),
         ({"pipe": trained_a_little}, r"other weights of the transformer"),
+        ({"pipe": with_lora}, r"other LoRA layers of the transformer"),
         ({"pipe": shifted}, r"scheduler\.config\.shift = 3\.0, got 5\.0"),
         ({"pipe": in_half}, r"dtype = 'torch\.float32', got 'torch\.bfloat16'"),
     ],
