@@ -64,7 +64,7 @@ class ForwardReport:
 
     @property
     def speedup(self) -> Interval:
-        """Its median is the ratio of the medians; the ends are what the times of both allow."""
+        """Its median is the ratio of the medians; the ends are as far as the noise of the runs goes."""
         return speed_up([self.dense.seconds], [self.patched.seconds])
 
     def to_dict(self) -> dict[str, Any]:

@@ -30,8 +30,8 @@ class Interval:
         mean, median: of the values.
         low, high: ends of the interval.
         count: how many values.
-        kind: what the interval is: ``"range"``, from the lowest to the highest value, or a confidence such as
-            ``"95%"``. A range of few values says nothing of how sure their mean is.
+        kind: what the interval is: ``"range"``, from the lowest to the highest value, a confidence such as ``"95%"``,
+            or of a speed-up of few clips the ``"noise of the runs"``. Only a confidence says how sure the mean is.
     """
 
     mean: float

@@ -13,12 +13,13 @@ from .metrics import METRICS, Metric
 from .page_style import SCRIPT, STYLE
 from .plot import ParetoPoint, pareto_svg
 from .results import DENSE, ClipResult, ComparisonReport, RecipeSummary
+from .turns import NOISE
 
 _SERIES_COLOURS = 6
 _COST_LEGEND = (
     "Density is the share of attention block pairs that was really read, dense calls included. Time is the whole "
     "pipeline call: text encoding, all steps, decoding. Attention is self-attention only, planning included. Times and "
-    "speed-ups are medians, density a mean. Below a time stand its fastest and slowest run. "
+    "speed-ups are medians, density a mean; below them stand the ends of their intervals. "
 )
 _MANY_RECIPES = 4
 """From so many recipes on the first sentence gives their range alone; the tables give each."""
@@ -43,7 +44,7 @@ def report_page(report: ComparisonReport, folder: Path, *, embed_limit: int = 64
         f'<p class="lead">{escape(_headline(report, summaries, dense))}</p>',
         "<h2>Cost</h2>",
         _cost_table(report, summaries, dense),
-        f'<p class="soft">{_COST_LEGEND}{_spread_legend(dense)}</p>',
+        f'<p class="soft">{_COST_LEGEND}{escape(dense.spread)}</p>',
         _fidelity(report, summaries, metrics),
         _plots(summaries, dense, metrics),
         _clips(report, folder, metrics, embed_limit),
@@ -86,25 +87,12 @@ def _measured(summary: RecipeSummary) -> str:
     if found.count == 1:
         spread = "one run of each, no spread"
     else:
-        what = f"over {_count(found.count, 'run')}" if found.is_range else f"{found.kind} interval"
+        what = f"over {_count(found.count, 'run')}" if found.kind == NOISE else f"{found.kind} interval"
         spread = f"{found.low:.2f}× to {found.high:.2f}×, {what}"
         if found.low <= 1 <= found.high:
             spread += ": no difference shown"
     fidelity = f", PSNR to dense {_number(psnr.mean, 1)} dB" if psnr else ""
     return f"{summary.recipe} {found.median:.2f}× ({spread}){fidelity}"
-
-
-def _spread_legend(summary: RecipeSummary) -> str:
-    """What stands below a mean or a speed-up."""
-    if summary.clips >= FEWEST_CLIPS:
-        return f"Below all else stands a 95% bootstrap interval over {summary.clips} clips."
-    if summary.clips == 1:
-        return "One clip has no interval."
-    return (
-        f"Below all else stands the range over {summary.clips} clips, of the end-to-end speed-up that from the fastest "
-        "dense over the slowest accelerated run to the slowest over the fastest: fewer than "
-        f"{FEWEST_CLIPS} clips have no 95% interval."
-    )
 
 
 def _count(number: int, noun: str) -> str:
@@ -194,7 +182,7 @@ def _fidelity(report: ComparisonReport, summaries: Sequence[RecipeSummary], metr
         return ""
     text = (
         "Means over clips, each against the dense clip of the same prompt and seed; arrows show which way is better. "
-        f"{_spread_legend(summaries[0])} "
+        f"{escape(summaries[0].spread)} "
     )
     if any(m.name.startswith("flicker") for m in metrics):
         text += "Flicker is in 8-bit levels: how differently the two clips change from frame to frame."

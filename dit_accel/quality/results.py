@@ -6,7 +6,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-from .bootstrap import Interval, bootstrap_mean, bootstrap_median, range_of
+from .bootstrap import FEWEST_CLIPS, Interval, bootstrap_mean, bootstrap_median, range_of
 from .measurement import Measurement, number_from_json, number_to_json
 from .turns import speed_up
 
@@ -69,6 +69,19 @@ class RecipeSummary:
     density: Interval | None
     metrics: Mapping[str, Interval]
     missing: Mapping[str, tuple[str, ...]]
+
+    @property
+    def spread(self) -> str:
+        """What the ends of the intervals are, as a sentence for readers."""
+        if self.clips >= FEWEST_CLIPS:
+            return f"The ends are those of a 95% bootstrap interval over {self.clips} clips, of times the extremes."
+        if self.clips == 1 and self.total_seconds.count == 1:
+            return "One clip, run once, has no spread."
+        clips = _count(self.clips, "clip")
+        return (
+            f"The ends are the extremes of {clips}; fewer than {FEWEST_CLIPS} have no 95% interval. "
+            "A speed-up goes up and down by the ratio of the slowest to the fastest run, of the side that varies more."
+        )
 
 
 @dataclass(frozen=True)
@@ -190,6 +203,10 @@ class ComparisonReport:
             facts=tree["facts"],
             notes=tuple(tree["notes"]),
         )
+
+
+def _count(number: int, noun: str) -> str:
+    return f"{number} {noun}{'' if number == 1 else 's'}"
 
 
 def _known(values: Sequence[float | None]) -> list[float]:

@@ -4,13 +4,21 @@ from __future__ import annotations
 
 import statistics
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from functools import partial
 from itertools import chain
 from typing import Any, TypeVar
 
 from .bootstrap import FEWEST_CLIPS, Interval, bootstrap_median, range_of
 
 Result = TypeVar("Result")
+
+WARM_UP_STEPS = 2
+"""Denoising steps of a side's warm-up: the first may be in a recipe's dense phase, and what a sparse one compiles must
+not be timed."""
+
+NOISE = "noise of the runs"
+"""Kind of the interval of a speed-up from few clips."""
 
 
 @dataclass(frozen=True)
@@ -65,14 +73,32 @@ def in_turns(
             yield name, variants[name]()
 
 
+def measured_in_turns(
+    sides: Mapping[str, Callable[[bool], Result]], repeats: int, warm_up: bool
+) -> dict[str, list[Result]]:
+    """Results of every side by name: first each side is warmed up, then they take turns.
+
+    Args:
+        sides: told whether it is the warm-up, which is short and whose result is thrown away.
+        repeats: timed runs of each.
+    """
+    if warm_up:
+        for run in sides.values():
+            run(True)
+    found: dict[str, list[Result]] = {name: [] for name in sides}
+    for name, result in in_turns({name: partial(run, False) for name, run in sides.items()}, repeats):
+        found[name].append(result)
+    return found
+
+
 def speed_up(dense: Sequence[Sequence[float]], fast: Sequence[Sequence[float]]) -> Interval:
     """How many times as fast one variant is as dense, from the runs of both.
 
     Its ``median`` is that of the clips' ratios, each of the medians of a clip's runs. From
     :data:`~dit_accel.quality.bootstrap.FEWEST_CLIPS` clips on the interval is a bootstrap of that median. Of fewer it
-    is the range that the times allow, from the fastest dense run over the slowest accelerated one to the slowest over
-    the fastest: it holds 1 unless all runs of one side are faster than all of the other. ``count`` is the number of
-    clips, or of runs of each side; one run has no spread.
+    goes up and down from the median by the noise of the runs: the ratio of the slowest to the fastest run, of the side
+    that varies more, since a quiet side of few runs may be quiet by chance. ``count`` is the number of clips, or of
+    runs of each side; one run has no spread.
 
     Args:
         dense, fast: seconds of the runs of each clip, the same clips in the same order.
@@ -80,10 +106,11 @@ def speed_up(dense: Sequence[Sequence[float]], fast: Sequence[Sequence[float]]) 
     ratios = [statistics.median(d) / statistics.median(f) for d, f in zip(dense, fast, strict=True)]
     if len(ratios) >= FEWEST_CLIPS:
         return bootstrap_median(ratios)
-    slow_runs, fast_runs = (list(chain.from_iterable(runs)) for runs in (dense, fast))
+    sides = [list(chain.from_iterable(runs)) for runs in (dense, fast)]
+    noise = max(max(runs) / min(runs) for runs in sides)
     found = range_of(ratios)
-    low, high = min(slow_runs) / max(fast_runs), max(slow_runs) / min(fast_runs)
-    return Interval(found.mean, found.median, low, high, min(len(slow_runs), len(fast_runs)), found.kind)
+    count = min(len(runs) for runs in sides)
+    return replace(found, low=found.median / noise, high=found.median * noise, count=count, kind=NOISE)
 
 
 def spelled(found: Interval) -> str:
