@@ -16,9 +16,9 @@ from dit_accel.layout import TokenLayout
 from tests.kernels.oracle import poison_unlisted
 
 
-def few(share: int) -> settings:
-    """A ``share``-th of the profile's examples, for what is slow."""
-    return settings(max_examples=max(1, settings.default.max_examples // share))
+def times(factor: float) -> settings:
+    """So many times the profile's examples: fewer of what is slow, more of what has many sides."""
+    return settings(max_examples=max(1, round(settings.default.max_examples * factor)))
 
 
 def booleans(*shape: int) -> st.SearchStrategy[torch.Tensor]:
@@ -35,9 +35,9 @@ seeds = st.integers(0, 2**31)
 
 
 @st.composite
-def layouts(draw: st.DrawFn, side: int = 6, extra: int = 9) -> TokenLayout:
-    """Small grids with tokens before and after them."""
-    grid = draw(st.tuples(*[st.integers(1, side)] * 3))
+def layouts(draw: st.DrawFn, side: int = 6, extra: int = 9, least: int = 1) -> TokenLayout:
+    """Small grids, of ``least`` to ``side`` tokens a side, with up to ``extra`` tokens before and after them."""
+    grid = draw(st.tuples(*[st.integers(least, side)] * 3))
     before, after = draw(st.integers(0, extra)), draw(st.integers(0, extra))
     return TokenLayout(grid, before, before + grid[0] * grid[1] * grid[2] + after)
 

@@ -15,7 +15,7 @@ from hypothesis import strategies as st
 from dit_accel import Recipe, presets
 from dit_accel.cli.options import read_recipe
 from dit_accel.recipe import AXES
-from tests.properties.drawn import few, spelled
+from tests.properties.drawn import spelled, times
 from tests.properties.drawn_recipes import recipes
 
 every = st.one_of(st.sampled_from([presets.resolve(name) for name in presets.PRESETS]), recipes())
@@ -43,7 +43,7 @@ def test_a_recipe_survives_its_dictionary_and_json(recipe: Recipe | None):
     assert repr(again) == repr(recipe)
 
 
-@few(2)
+@times(1 / 2)
 @given(every)
 def test_a_recipe_survives_a_file(recipe: Recipe | None):
     assume(recipe is not None)

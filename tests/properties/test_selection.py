@@ -20,7 +20,7 @@ from dit_accel.plan import LayerMemory, SequenceBlocks
 from dit_accel.recipe import SELECTS
 from dit_accel.stages.select_grid import TileWindow
 from tests.kernels.selection_oracle import assert_lists, at, loop_select
-from tests.properties.drawn import booleans, few, layouts, normal, odd_numbers, scores, seeds
+from tests.properties.drawn import booleans, layouts, normal, odd_numbers, scores, seeds, times
 
 CPU = torch.device("cpu")
 shares = st.one_of(st.sampled_from((1e-6, 1.0)), st.integers(1, 1000).map(lambda n: n / 1000))
@@ -113,7 +113,7 @@ def assert_same(one: BlockMask, other: BlockMask) -> None:
     assert torch.equal(lists[0].masked_fill(unlisted, 0), lists[1].masked_fill(unlisted, 0))
 
 
-@few(4)
+@times(1 / 4)
 @given(calls(5), st.one_of(st.none(), shares), st.one_of(st.none(), shares))
 def test_the_kernel_lists_the_same_blocks(call: dict[str, Any], density: float | None, top_p: float | None):
     pytest.importorskip("triton")
@@ -123,7 +123,7 @@ def test_the_kernel_lists_the_same_blocks(call: dict[str, Any], density: float |
     assert_same(*masks)
 
 
-@few(2)
+@times(1 / 2)
 @given(scores(1, 2, 3, 5), shares, st.booleans())
 def test_a_threshold_on_any_gates_keeps_own_pairs_and_no_closed_one(
     gates: torch.Tensor, threshold: float, closed: bool
