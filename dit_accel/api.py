@@ -4,12 +4,11 @@ from __future__ import annotations
 
 import inspect
 import sys
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any
 
-import torch
 from torch import nn
 
 from . import presets
@@ -22,7 +21,8 @@ from .patches.families import FAMILIES, Family, family_of
 from .patches.families.family import patch_size
 from .patches.handle import PatchHandle
 from .patches.learned import SaveWithoutLearned, attach, head_shape
-from .patches.operator import PASSED
+from .patches.operator import new_counts
+from .patches.placement import execution_device
 from .patches.processors import ProcessorWatch
 from .patches.session import Session
 from .recipe import Recipe
@@ -153,9 +153,8 @@ def _choose(recipe: Recipe | str | None, options: Mapping[str, Any], in_pipeline
 
 
 def _min_tokens(model: nn.Module, family: Family) -> int:
-    on_gpu = torch.cuda.is_available()
-    # Without a GPU dense attention is slow enough for a few thousand tokens to gain.
-    return family.min_tokens if on_gpu else 2048
+    # On a CPU dense attention is slow enough for a few thousand tokens to gain.
+    return 2048 if execution_device(model).type == "cpu" else family.min_tokens
 
 
 def _calibrated(
@@ -200,19 +199,16 @@ def _patch_transformer(
     session = Session(engine, family, patch_size(dict(getattr(model, "config", {}))), model, pipe, handle.schedules)
     handle.sessions[name] = session
     names = tuple(inspect.signature(type(model).forward).parameters)[1:]
-    root = hooks.PublishLatents(session, handle, names, watch)
+    gradients = partial(_watch_gradients, handle, session, model, layers)
+    root = hooks.PublishLatents(session, handle, names, watch, gradients)
     handle.record(model.register_forward_pre_hook(root, with_kwargs=True).remove)
     handle.record(model.register_forward_hook(hooks.ClearAll(session), always_call=True).remove)
-    for block in {path.rpartition(".")[0]: None for path, _ in layers}:
-        module = model.get_submodule(block)
-        handle.record(module.register_forward_pre_hook(hooks.EnterBlock(session), with_kwargs=True).remove)
-        handle.record(module.register_forward_hook(hooks.LeaveBlock()).remove)
     for index, (_, module) in enumerate(layers):
         handle.record(partial(setattr, module, "__class__", type(module)))
         module.__class__ = hooks.patched_class(type(module))  # type: ignore[arg-type]
-        counts = engine.records[index].compiled_dense = torch.zeros(len(PASSED), dtype=torch.int64)
+        counts = engine.records[index].compiled_dense = new_counts()
         publish = hooks.PublishLayer(session, index, counts)
-        handle.record(module.register_forward_pre_hook(publish, with_kwargs=True).remove)
+        handle.record(module.register_forward_pre_hook(publish).remove)
         handle.record(module.register_forward_hook(hooks.ClearLayer(session, index)).remove)
         always_dense = handle.recipe.schedule.dense_reason(StepContext(), index, len(layers)) is not None
         if isinstance(handle.recipe.compensate, LinearBranch) and not always_dense:
@@ -225,6 +221,22 @@ def _patch_transformer(
     if hasattr(model, "cache_context"):
         handle.record(_replace_method(model, "cache_context", hooks.BranchContext(model.cache_context)))  # type: ignore[arg-type]
     return engine
+
+
+def _watch_gradients(
+    handle: PatchHandle, session: Session, model: nn.Module, layers: Sequence[tuple[str, nn.Module]]
+) -> None:
+    """Hooks by which blocks and attention layers are recognised when checkpointing repeats them.
+
+    They are added at the first forward with gradients: inference would pay for them in every layer.
+    """
+    modules = {path.rpartition(".")[0]: True for path, _ in layers} | {path: False for path, _ in layers}
+    for path, is_block in modules.items():
+        module = model.get_submodule(path)
+        enter = hooks.EnterModule(session, is_block)
+        handle.record(module.register_forward_pre_hook(enter, with_kwargs=True).remove)
+        if is_block:
+            handle.record(module.register_forward_hook(hooks.LeaveBlock()).remove)
 
 
 def self_attentions(model: nn.Module, family: Family) -> Iterator[tuple[str, Any]]:

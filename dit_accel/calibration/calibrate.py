@@ -385,20 +385,27 @@ class _Run:
         """Go on from what :meth:`save` kept.
 
         Raises:
-            ValueError: it belongs to another calibration.
+            ValueError: it belongs to another calibration, or is damaged.
         """
         header, sums = read_tensors(path)
-        found = json.loads(json.dumps(self.asked))
-        for name, value in found.items():
-            if header["asked"].get(name) != value:
+        its: Any = header.get("asked")
+        for name, value in json.loads(json.dumps(self.asked)).items() if isinstance(its, dict) else ():
+            if its.get(name) != value:
                 raise ValueError(
-                    f"{path} is the beginning of another calibration: its {name} is {header['asked'].get(name)}, asked "
-                    f"for is {value}. Delete it or pass resume=False."
+                    f"{path} is the beginning of another calibration: its {name} is {its.get(name)}, asked for is "
+                    f"{value}. Delete it or pass resume=False."
                 )
-        self.sums, self.counts = sums, header["counts"]
-        self.finished, self.sigmas = header["finished"], header["sigmas"]
-        self.orders = {name: AxisOrder(tuple(map(tuple, axes))) for name, axes in header["orders"].items()}
-        self.layouts = {name: TokenLayout((f, h, w), *rest) for name, (f, h, w, *rest) in header["layouts"].items()}
+        try:
+            if not isinstance(its, dict) or sums.keys() != header["counts"].keys():
+                raise ValueError("its sums are not those counted")
+            self.sums, self.counts = sums, header["counts"]
+            self.finished, self.sigmas = int(header["finished"]), header["sigmas"]
+            self.orders = {name: AxisOrder(tuple(map(tuple, axes))) for name, axes in header["orders"].items()}
+            self.layouts = {name: TokenLayout((f, h, w), *rest) for name, (f, h, w, *rest) in header["layouts"].items()}
+        except (KeyError, TypeError, AttributeError, ValueError) as error:
+            raise ValueError(
+                f"{path} is the damaged beginning of a calibration ({error}). Delete it or pass resume=False."
+            ) from error
 
 
 def mask_megabytes(layout: TokenLayout, block: tuple[int, int], layers: int, heads: int, buckets: int) -> float:

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from .against_dense import SideRun, compared, print_comparison
 from .errors import one_sentence_errors
 from .options import (
     BackendOption,
@@ -27,9 +28,6 @@ from .options import (
 if TYPE_CHECKING:
     from ..patches.handle import PatchHandle
     from ..pipelines.generate import Generated
-
-# Two steps run a dense and a sparse one: kernels are compiled and libraries set up before anything is timed.
-WARM_UP_STEPS = 2
 
 
 @one_sentence_errors
@@ -57,8 +55,11 @@ def generate(
     ] = None,
     backend: BackendOption = "auto",
     compare_dense: Annotated[
-        bool, typer.Option("--compare-dense", help="Also generate dense with the same seed, and compare.")
+        bool, typer.Option("--compare-dense", help="Also generate dense with the same seed, in turns, and compare.")
     ] = False,
+    repeat: Annotated[
+        int, typer.Option(min=1, help="With --compare-dense: timed runs of each side. From 2 on there is a spread.")
+    ] = 1,
     out: Annotated[Path | None, typer.Option(help="File to write (.mp4 or .png). Default: outputs/MODEL-SEED.")] = None,
     dtype: DtypeOption = None,
     device: DeviceOption = None,
@@ -72,6 +73,8 @@ def generate(
         raise ValueError(f"--adapter brings its own recipe, got --recipe {recipe} and {len(changes or ())} changes.")
     if adapter is not None and calibration is not None:
         raise ValueError(f"--adapter brings its own recipe and takes no calibration, got {calibration}.")
+    if repeat > 1 and not compare_dense:
+        raise ValueError(f"--repeat goes with --compare-dense, got --repeat {repeat} alone.")
     chosen = read_recipe(recipe, changes)
     target = read_device(device)
     number = read_dtype(dtype, target)
@@ -79,6 +82,7 @@ def generate(
     from ..api import patch
     from ..pipelines.generate import generate as run
     from ..pipelines.generate import makes_video, output_path, save
+    from ..quality.turns import WARM_UP_STEPS, measured_in_turns
     from .model import find_adapter, open_model
 
     name, builtin, pipe = open_model(model, number, target, quiet=as_json)
@@ -92,7 +96,10 @@ def generate(
     asked = {"width": width, "height": height, "frames": frames, "steps": steps, "guidance": guidance}
     arguments |= {key: value for key, value in asked.items() if value is not None}
 
-    def generated(label: str) -> Generated:
+    def generated(label: str, short: bool) -> Generated:
+        if short:
+            _say(f"Warming up: {label}", as_json)
+            return run(pipe, prompt, **{**arguments, "steps": warm_up_steps}, seed=seed)
         with _progress(label, quiet=as_json) as advance:
             result = run(pipe, prompt, **arguments, seed=seed, progress=advance)
         if result.nan_values:
@@ -109,22 +116,26 @@ def generate(
 
         return load_adapter(pipe, folder, backend=backend)
 
-    if target.type == "cuda":
-        _say("Warming up", as_json)
-        short = {**arguments, "steps": WARM_UP_STEPS}
-        run(pipe, prompt, **short, seed=seed)
-        with accelerated():
-            run(pipe, prompt, **short, seed=seed)
-    dense = generated("dense") if compare_dense else None
-    handle = accelerated()
-    try:
-        fast = generated("accelerated" if recipe != "dense" else "dense")
-        summary = handle.summary()
-    finally:
-        handle.remove()
+    def dense_side(short: bool) -> SideRun:
+        return SideRun(generated("dense", short))
+
+    def fast_side(short: bool) -> SideRun:
+        # Patched for this run alone: it keeps nothing of the warm-up or of another run.
+        with accelerated() as handle:
+            made = generated("accelerated" if recipe != "dense" else "dense", short)
+            return SideRun(made, handle.summary(), handle.recipe)
+
+    sides = {"dense": dense_side, "accelerated": fast_side} if compare_dense else {"accelerated": fast_side}
+    with accelerated():
+        pass  # what cannot be patched is refused before the dense side has run
+    warm_up_steps = min(WARM_UP_STEPS, arguments.get("steps") or WARM_UP_STEPS)
+    runs = measured_in_turns(sides, repeat, warm_up=compare_dense or target.type == "cuda")
+    fast, summary, used = runs["accelerated"][0]
+    assert summary is not None
+    assert used is not None
     files = {"out": str(save(fast, path))}
-    if dense is not None:
-        files["dense"] = str(save(dense, path.with_name(f"{path.stem}.dense{path.suffix}")))
+    if compare_dense:
+        files["dense"] = str(save(runs["dense"][0].made, path.with_name(f"{path.stem}.dense{path.suffix}")))
     report = {
         "model": name,
         "random_weights": bool(builtin and "RANDOM" in builtin.description),
@@ -132,10 +143,10 @@ def generate(
         "seed": seed,
         "settings": arguments,
         "dtype": str(number).removeprefix("torch."),
-        "recipe": handle.recipe.to_dict(),
+        "recipe": used.to_dict(),
         "adapter": adapter,
         "seconds": fast.seconds,
-        **(_comparison(dense, fast) if dense is not None else {}),
+        **(compared(runs["dense"], runs["accelerated"], warm_up_steps) if compare_dense else {}),
         "density": summary.density,
         "mean_density": summary.mean_density,
         "nan_values": fast.nan_values,
@@ -148,19 +159,6 @@ def generate(
         print(json.dumps({**report, **environment(target)}, indent=2))
     else:
         _show(report, str(summary))
-
-
-def _comparison(dense: Generated, fast: Generated) -> dict[str, Any]:
-    from ..quality.measurement import number_to_json
-    from ..quality.pixel import Psnr
-    from ..quality.video import ClipPair
-
-    psnr = Psnr()(ClipPair(dense.frames, fast.frames, dense.fps))  # type: ignore[arg-type]
-    return {
-        "dense_seconds": dense.seconds,
-        "speedup": dense.seconds / fast.seconds,
-        "psnr_db": number_to_json(psnr),
-    }
 
 
 def _progress(label: str, quiet: bool) -> Any:
@@ -194,13 +192,10 @@ def _say(text: str, quiet: bool) -> None:
 
 
 def _show(report: dict[str, Any], summary: str) -> None:
-    if "dense_seconds" in report:
-        print(f"dense        {report['dense_seconds']:8.2f} s   {report['files']['dense']}")
-    print(f"this recipe  {report['seconds']:8.2f} s   {report['files']['out']}")
-    if "dense_seconds" in report:
-        psnr = report["psnr_db"]
-        spelled = "identical" if psnr == "inf" else f"PSNR {psnr:.2f} dB"
-        print(f"speed-up     {report['speedup']:8.2f} x   {spelled} between the two")
+    if "turns" in report:
+        print_comparison(report)
+    else:
+        print(f"this recipe  {report['seconds']:8.2f} s   {report['files']['out']}")
     if report["random_weights"]:
         print("The weights are random: the times are real, the pictures mean nothing.")
     print(summary)

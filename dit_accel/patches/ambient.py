@@ -7,9 +7,12 @@ beside the call: which layer this is, and where the latent tokens are.
 from __future__ import annotations
 
 import threading
-from typing import NamedTuple
+from typing import TYPE_CHECKING, NamedTuple
 
 import torch
+
+if TYPE_CHECKING:
+    from .session import Session
 
 
 class LatentTokens(NamedTuple):
@@ -33,13 +36,13 @@ class Eager(threading.local):
     """Ambience of eager code: one per thread, since pipelines may run side by side.
 
     Attributes:
-        layer: of the attention module that is running.
+        layer: session and index of the attention layer that is running.
         attended: whether its attention call has come to the seam.
         branch: guidance branch as the pipeline names it.
     """
 
     def __init__(self) -> None:
-        self.layer: torch.Tensor | None = None
+        self.layer: tuple[Session, int] | None = None
         self.attended = False
         self.branch: str | None = None
 

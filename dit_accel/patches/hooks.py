@@ -69,33 +69,29 @@ def patched_class(original: type[nn.Module]) -> type[nn.Module]:
     return patched
 
 
-def _first_tensor(args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> torch.Tensor | None:
-    return next((value for value in (*args, *kwargs.values()) if isinstance(value, torch.Tensor)), None)
-
-
 class PublishLayer(_Hook):
     """Forward pre-hook of a self-attention module.
 
     Attributes:
-        layer: ids of session and layer. A tensor, because torch.compile would specialise a graph for each value of an
+        announced: session and layer.
+        layer: their ids for compiled code, in a tensor: torch.compile would specialise a graph for each value of an
             int.
         counts: of calls in compiled code that go past the session, by reason.
     """
 
     def __init__(self, session: Session, layer: int, counts: torch.Tensor) -> None:
-        self.session = session
+        self.announced = (session, layer)
         self.layer = torch.tensor([session.id, layer])
         self.counts = counts
 
-    def __call__(self, module: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> None:
+    def __call__(self, module: nn.Module, args: tuple[Any, ...]) -> None:
         if torch.compiler.is_compiling():
             TRACED.layer, TRACED.counts, TRACED.attended = self.layer, self.counts, False
             # Inputs of the graph, so that they get their gradients; eager calls find them by layer.
             learned = module._modules.get(CHILD)
             TRACED.learned = () if learned is None else tuple(learned.parameters())
         else:
-            EAGER.layer, EAGER.attended = self.layer, False
-            self.session.enter_module(_first_tensor(args, kwargs), is_block=False)
+            EAGER.layer, EAGER.attended = self.announced, False
 
 
 class ClearLayer(_Hook):
@@ -118,18 +114,19 @@ class ClearLayer(_Hook):
             EAGER.layer = None
 
 
-class EnterBlock(_Hook):
-    """Forward pre-hook of a block with a self-attention: what gradient checkpointing repeats."""
+class EnterModule(_Hook):
+    """Forward pre-hook of a block with a self-attention, and of that: what gradient checkpointing repeats."""
 
-    def __init__(self, session: Session) -> None:
+    def __init__(self, session: Session, is_block: bool) -> None:
         self.session = session
+        self.is_block = is_block
 
     def __call__(self, module: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> None:
-        tensor = _first_tensor(args, kwargs)
-        if torch.compiler.is_compiling():
+        tensor = next((value for value in (*args, *kwargs.values()) if isinstance(value, torch.Tensor)), None)
+        if not torch.compiler.is_compiling():
+            self.session.enter_module(tensor, self.is_block)
+        elif self.is_block:
             TRACED.block_input = tensor
-        else:
-            self.session.enter_module(tensor, is_block=True)
 
 
 class LeaveBlock(_Hook):
@@ -150,11 +147,13 @@ class PublishLatents(_Hook):
         handle: PatchHandle,
         argument_names: tuple[str, ...],
         processors: Callable[[], None],
+        watch_gradients: Callable[[], None],
     ) -> None:
         self.session = session
         self.handle = handle
         self.argument_names = argument_names
         self.processors = processors
+        self.watch_gradients: Callable[[], None] | None = watch_gradients
 
     def __call__(self, module: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> None:
         arguments = dict(zip(self.argument_names, args, strict=False))
@@ -164,6 +163,9 @@ class PublishLatents(_Hook):
             TRACED.latents = latents
         else:
             self.processors()
+            if self.watch_gradients is not None and torch.is_grad_enabled():
+                self.watch_gradients()
+                self.watch_gradients = None
             self.session.begin_forward(latents, arguments.get("timestep"))
 
 

@@ -221,6 +221,11 @@ PASSED = (
 )
 
 
+def new_counts() -> torch.Tensor:
+    """Counters of one layer's dense calls in compiled code, by index into :data:`PASSED`."""
+    return torch.zeros(len(PASSED), dtype=torch.int64)
+
+
 @torch.library.custom_op("dit_accel::count", mutates_args=("counts",), tags=_TAGS)
 def count_op(counts: torch.Tensor, reason: int) -> None:
     """Count a dense call of compiled code: ``counts`` is int64 ``[len(PASSED)]``."""

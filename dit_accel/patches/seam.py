@@ -22,7 +22,6 @@ from torch.utils._device import DeviceContext
 
 from .ambient import EAGER, TRACED
 from .operator import PASSED, attention_op, count_op
-from .session import session_of
 
 
 @dataclass
@@ -74,12 +73,13 @@ def divert(module_name: str, symbol: str) -> Callable[[], None]:
     return undo
 
 
-def _published() -> torch.Tensor | None:
-    """The layer whose module is running, marked as having called attention; None outside patched modules."""
+def _is_announced() -> bool:
+    """Whether the module of a patched layer is running; it is marked as having called attention."""
     here = TRACED if torch.compiler.is_compiling() else EAGER
-    if here.layer is not None:
-        here.attended = True
-    return here.layer
+    if here.layer is None:
+        return False
+    here.attended = True
+    return True
 
 
 def _why_not(
@@ -94,13 +94,15 @@ def _why_not(
     refused = (
         parallel_config is not None,
         lengths[0] != lengths[1],
-        bool(is_causal),
-        bool(dropout_p),
-        bool(attention_kwargs),
+        is_causal,
+        dropout_p,
+        attention_kwargs,
         attn_mask is not None and not isinstance(attn_mask, torch.Tensor),
         _function_mode_is_on(),
     )
-    return PASSED[refused.index(True)] if True in refused else None
+    if not any(refused):
+        return None
+    return next(reason for reason, holds in zip(PASSED, refused, strict=False) if holds)
 
 
 def _function_mode_is_on() -> bool:
@@ -111,19 +113,18 @@ def _function_mode_is_on() -> bool:
     return not all(isinstance(mode, DeviceContext) for mode in _get_current_function_mode_stack())
 
 
-def _pass_by(layer: torch.Tensor, reason: str, dense: Callable[[], torch.Tensor]) -> torch.Tensor:
+def _pass_by(reason: str, dense: Callable[[], torch.Tensor]) -> torch.Tensor:
     """The model's own attention, counted with the reason."""
     if torch.compiler.is_compiling():
         assert TRACED.counts is not None
         count_op(TRACED.counts, PASSED.index(reason))
         return dense()
-    session_id, index = layer.tolist()
-    session = session_of(session_id)
-    return dense() if session is None else session.engine.pass_by(index, reason, dense)
+    assert EAGER.layer is not None
+    session, index = EAGER.layer
+    return session.engine.pass_by(index, reason, dense)
 
 
 def _attend(
-    layer: torch.Tensor,
     query: torch.Tensor,
     key: torch.Tensor,
     value: torch.Tensor,
@@ -141,7 +142,7 @@ def _attend(
             key,
             value,
             attn_mask,
-            layer,
+            TRACED.layer,
             TRACED.block_input if TRACED.latents is None else None,
             list(grid),
             count,
@@ -153,10 +154,8 @@ def _attend(
             through_dispatch,
         )
         return out
-    session_id, index = layer.tolist()
-    session = session_of(session_id)
-    if session is None:
-        return dense()
+    assert EAGER.layer is not None
+    session, index = EAGER.layer
     return session.attend(index, query, key, value, attn_mask, scale, None, dense)
 
 
@@ -190,15 +189,14 @@ def _dispatch_in_place_of(original: Callable[..., torch.Tensor]) -> Callable[...
                 parallel_config=parallel_config,
             )
 
-        layer = _published()
-        if layer is None:
+        if not _is_announced():
             return dense()
         lengths = query.shape[1], key.shape[1]
         reason = _why_not(attn_mask, dropout_p, is_causal, lengths, attention_kwargs, parallel_config)
         if reason is not None:
-            return _pass_by(layer, reason, dense)
+            return _pass_by(reason, dense)
         name = None if backend is None else getattr(backend, "value", backend)
-        return _attend(layer, query, key, value, attn_mask, scale, enable_gqa, name, True, dense)
+        return _attend(query, key, value, attn_mask, scale, enable_gqa, name, True, dense)
 
     return dispatch_attention_fn
 
@@ -220,14 +218,12 @@ def _scaled_dot_product_attention(
             query, key, value, attn_mask, dropout_p, is_causal, scale=scale, enable_gqa=enable_gqa
         )
 
-    layer = _published()
-    if layer is None:
+    if not _is_announced():
         return original()
     reason = _why_not(attn_mask, dropout_p, is_causal, (query.shape[-2], key.shape[-2]))
     if reason is not None:
-        return _pass_by(layer, reason, original)
+        return _pass_by(reason, original)
     out = _attend(
-        layer,
         query.transpose(1, 2),
         key.transpose(1, 2),
         value.transpose(1, 2),

@@ -15,7 +15,7 @@ from torch import nn
 
 from ..engine import Engine
 from ..layout import StepContext, TokenLayout
-from ..run import Bounded, Run
+from ..run import Run
 from .ambient import EAGER, LatentTokens
 from .families import Family
 from .progress import PipelineSchedules, RunTracker
@@ -25,8 +25,6 @@ _sessions: weakref.WeakValueDictionary[int, Session] = weakref.WeakValueDictiona
 _ids = itertools.count()
 # Forwards whose gradients may still be asked for. Each holds references to plans, not plans of its own.
 KEPT_FORWARDS = 64
-# A layout is a handful of numbers.
-KEPT_LAYOUTS = 64
 
 
 def session_of(session_id: int) -> Session | None:
@@ -47,6 +45,7 @@ class Forward:
         inputs: addresses of the tensors that blocks and attention layers were given: a checkpointed module is repeated
             with the very same tensor, and while that lives no other has its address.
         used: kept plans that its layers used.
+        layouts: of its sequences, by length.
     """
 
     number: int
@@ -57,6 +56,7 @@ class Forward:
     last_layer: int = -1
     inputs: set[int] = field(default_factory=set)
     used: dict[int, Any] = field(default_factory=dict)
+    layouts: dict[int, TokenLayout | str] = field(default_factory=dict)
 
 
 class _Thread(threading.local):
@@ -100,7 +100,6 @@ class Session:
         self._thread = _Thread(*self._origin)
         self._numbers = itertools.count()
         self._forwards: OrderedDict[int, Forward] = OrderedDict()
-        self._layouts: Bounded[TokenLayout | str] = Bounded(KEPT_LAYOUTS)
         self._lock = threading.Lock()
         _sessions[self.id] = self
 
@@ -252,15 +251,15 @@ class Session:
         record: bool,
         learned: Sequence[torch.Tensor] | None,
     ) -> torch.Tensor:
-        layout = self._layout(forward.latents, q.shape[1])
+        layout = forward.layouts.get(q.shape[1])
+        if layout is None:
+            layout = forward.layouts[q.shape[1]] = self._layout(forward.latents, q.shape[1])
         return self.engine.attend(
             layer, q, k, v, attn_mask, scale, layout, forward.step, dense, record, learned, forward.run, forward.used
         )
 
     def _layout(self, latents: LatentTokens | None, seq_len: int) -> TokenLayout | str:
-        if latents is None:
-            return "the latent grid is unknown"
-        return self._layouts.get((latents, seq_len), lambda: self._place(latents, seq_len))
+        return "the latent grid is unknown" if latents is None else self._place(latents, seq_len)
 
     def _place(self, latents: LatentTokens, seq_len: int) -> TokenLayout | str:
         extra = seq_len - latents.tokens

@@ -10,7 +10,8 @@ from typing import Any
 
 import numpy as np
 
-from .clips import read_clip, save_clip, side_by_side, write_mp4
+from ..files import write_text
+from .clips import read_clip, save_clip, save_film, side_by_side
 from .page import report_page
 from .results import DENSE, ComparisonReport
 
@@ -29,13 +30,21 @@ def write_report(report: ComparisonReport, folder: Path) -> ReportFiles:
 
     The clips named in the report must lie under ``folder``. The film shows one prompt after the other: dense
     first, then every recipe, under labels.
+
+    Raises:
+        ValueError: a file cannot be written; the message names it.
     """
-    folder.mkdir(parents=True, exist_ok=True)
-    json_path = folder / "report.json"
-    json_path.write_text(json.dumps(report.to_json(), indent=1, ensure_ascii=False, allow_nan=False) + "\n")
+    json_path = write_json(report, folder)
     page_path = folder / "index.html"
-    page_path.write_text(report_page(report, folder), encoding="utf-8")
+    write_text(page_path, report_page(report, folder))
     return ReportFiles(json_path, page_path, _write_film(report, folder))
+
+
+def write_json(report: ComparisonReport, folder: Path) -> Path:
+    """Write ``report.json`` alone, which takes no time."""
+    path = folder / "report.json"
+    write_text(path, json.dumps(report.to_json(), indent=1, ensure_ascii=False, allow_nan=False) + "\n")
+    return path
 
 
 def read_report(path: Path) -> ComparisonReport:
@@ -46,7 +55,7 @@ def read_report(path: Path) -> ComparisonReport:
     """
     try:
         return ComparisonReport.from_json(json.loads(path.read_text(encoding="utf-8")))
-    except (ValueError, KeyError, TypeError, AttributeError) as error:
+    except (OSError, ValueError, KeyError, TypeError, AttributeError, IndexError) as error:
         raise ValueError(f"{path} is not a comparison report: {error}") from error
 
 
@@ -59,7 +68,7 @@ def _write_film(report: ComparisonReport, folder: Path) -> Path | None:
     ]
     if not rows:
         return None
-    labels = [name if name == DENSE else f"{name}  {report.summary(name).speedup.mean:.2f}x" for name in names]
+    labels = [name if name == DENSE else f"{name}  {report.summary(name).speedup.median:.2f}x" for name in names]
 
     def pictures() -> Iterator[np.ndarray[Any, Any]]:
         size: tuple[int, ...] | None = None
@@ -72,7 +81,7 @@ def _write_film(report: ComparisonReport, folder: Path) -> Path | None:
         path = save_clip(np.concatenate(list(pictures()), axis=0)[None], folder / "side_by_side", report.fps)
         return path
     path = folder / "side_by_side.mp4"
-    write_mp4(pictures(), path, report.fps)
+    save_film(pictures(), path, report.fps)
     return path
 
 

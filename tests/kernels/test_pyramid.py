@@ -10,7 +10,8 @@ import torch
 from dit_accel.kernels.pyramid import pyramid_attention
 from dit_accel.kernels.pyramid_levels import LEVELS, energy_levels, quota_levels, similarity_cap
 
-from .test_selection import NAMED, at, permutations
+from .selection_oracle import at
+from .test_selection import NAMED, permutations
 
 
 def oracle(q, k, v, levels, block_q, block_k, rows=None, key_mask=None):
