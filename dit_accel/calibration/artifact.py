@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 from collections.abc import Mapping
 from dataclasses import dataclass, field, fields
 from pathlib import Path
@@ -11,14 +10,15 @@ from typing import Any
 
 import torch
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
 from torch import nn
 
+from ..files import written_whole
 from ..layout import TokenLayout
 from ..patches.fingerprint import Fingerprint
 from ..recipe import Recipe
 from ..stages.frozen import FrozenMasks
 from ..stages.order_axes import AxisOrder, ChosenAxes
+from ..tensor_files import save_tensors
 
 FORMAT = "dit_accel.calibration"
 VERSION = 1
@@ -54,7 +54,11 @@ class CalibrationArtifact:
     facts: Mapping[str, Any] = field(default_factory=dict)
 
     def save(self, path: str | Path) -> Path:
-        """Write the file; a file that is there is replaced at the end, not half-way."""
+        """Write the file; a file that is there is replaced at the end, not half-way.
+
+        Raises:
+            ValueError: the file cannot be written.
+        """
         path = Path(path)
         header = {
             "format": FORMAT,
@@ -106,8 +110,8 @@ class CalibrationArtifact:
                 for name, data in header["transformers"].items()
             }
             return cls(Recipe.from_dict(header["recipe"]), transformers, header["facts"])
-        except (KeyError, TypeError, IndexError, ValueError) as error:
-            raise ValueError(f"{path} is a damaged calibration: {error}") from error
+        except (AttributeError, KeyError, TypeError, IndexError, ValueError) as error:
+            raise ValueError(f"{path} is a damaged calibration: {spell(error)}.") from error
 
     def part_for(self, name: str, model: nn.Module, attentions: Mapping[str, nn.Module]) -> CalibratedTransformer:
         """The part of a transformer.
@@ -151,11 +155,13 @@ class CalibrationArtifact:
 
 
 def write_tensors(path: Path, tensors: Mapping[str, torch.Tensor], header: Mapping[str, Any]) -> None:
-    """Write safetensors with a JSON header, in one move."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    draft = path.with_name(path.name + ".writing")
-    save_file(dict(tensors), draft, metadata={"dit_accel": json.dumps(header)})
-    os.replace(draft, path)
+    """Write safetensors with a JSON header, whole or not at all.
+
+    Raises:
+        ValueError: the file cannot be written.
+    """
+    with written_whole(path) as draft:
+        save_tensors(draft, tensors, {"dit_accel": json.dumps(header)})
 
 
 def read_tensors(path: Path) -> tuple[dict[str, Any], dict[str, torch.Tensor]]:
@@ -168,10 +174,18 @@ def read_tensors(path: Path) -> tuple[dict[str, Any], dict[str, torch.Tensor]]:
         raise ValueError(f"There is no calibration at {path}.")
     try:
         with safe_open(path, framework="pt") as file:
-            header: dict[str, Any] = json.loads((file.metadata() or {})["dit_accel"])
-            return header, {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
-    except (SafetensorError, KeyError, ValueError, OSError) as error:
-        raise ValueError(f"{path} is no calibration file: {error}") from error
+            header = json.loads((file.metadata() or {}).get("dit_accel", "null"))
+            tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+    except (SafetensorError, ValueError, OSError, RecursionError) as error:
+        raise ValueError(f"{path} is no calibration file: {spell(error)}.") from error
+    if not isinstance(header, dict):
+        raise ValueError(f"{path} is no calibration file: it has no header of one.")
+    return header, tensors
+
+
+def spell(error: BaseException) -> str:
+    """What is wrong with data that was read, as the end of a sentence."""
+    return f"{error} is missing" if isinstance(error, KeyError) else str(error).rstrip(".")
 
 
 def _first_difference(calibrated: Recipe, asked: Recipe) -> str | None:

@@ -3,7 +3,6 @@ measured on the model itself."""
 
 from __future__ import annotations
 
-import heapq
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -21,56 +20,14 @@ from ..engine import Engine, OutputTap
 from ..patches.handle import PatchHandle
 from ..patches.session import step_index
 from ..recipe import Recipe
+from .allocate import HeadErrors, allocate, check_reach, check_target, uniform_shares
 from .calibrate import Progress
+from .runs import begin, run_arguments
 
 DENSITIES = (0.02, 0.03, 0.04, 0.05, 0.06, 0.08, 0.1, 0.15, 0.2, 0.3, 0.4, 0.55, 0.75, 1.0)
 # Low: where a head's error is small, what it does to the velocity drowns in the rounding of bfloat16, and heads of
 # small errors seem to matter most.
 PROBE = 0.1
-
-
-@dataclass(frozen=True, eq=False)
-class HeadErrors:
-    """What each head's sparsity does to the velocity.
-
-    Attributes:
-        densities: asked of the recipe, rising to 1.
-        kept: float64 ``[layers, heads, densities]``: what the recipe then kept, own and rounded-up blocks included.
-        error: float64 ``[layers, heads, densities]``: mean squared norm of what a head at this density changes in
-            the velocity, alone, as a share of the velocity's own squared norm; in the best order there.
-        orders: the orders that heads may choose from; empty where the recipe's own serves all.
-        by_order: float64 ``[orders, layers, heads, densities]``, the errors in each of them.
-    """
-
-    densities: tuple[float, ...]
-    kept: torch.Tensor
-    error: torch.Tensor
-    orders: tuple[str, ...] = ()
-    by_order: torch.Tensor | None = None
-
-    def predicted(self, head_densities: Sequence[Sequence[float]]) -> float:
-        """Relative error of the velocity if errors of single heads added up as independent ones do."""
-        return max(sum(self._at(self.error, head_densities)), 0.0) ** 0.5
-
-    def kept_at(self, head_densities: Sequence[Sequence[float]]) -> float:
-        """Mean density that the recipe would really keep."""
-        found = self._at(self.kept, head_densities)
-        return sum(found) / len(found)
-
-    def best_orders(self, head_densities: Sequence[Sequence[float]]) -> tuple[tuple[str, ...], ...]:
-        """The order of every head with the least error at its density; the first one named where orders tie."""
-        assert self.by_order is not None
-        each = torch.tensor([self._at(curves, head_densities) for curves in self.by_order])
-        names = [self.orders[int(place)] for place in each.argmin(0)]
-        heads = len(head_densities[0])
-        return tuple(tuple(names[first : first + heads]) for first in range(0, len(names), heads))
-
-    def _at(self, curves: torch.Tensor, head_densities: Sequence[Sequence[float]]) -> list[float]:
-        return [
-            _interpolate(self.densities, curve, density)
-            for row, densities in zip(curves.tolist(), head_densities, strict=True)
-            for curve, density in zip(row, densities, strict=True)
-        ]
 
 
 @torch.no_grad()
@@ -82,6 +39,7 @@ def measure_heads(
     densities: Sequence[float] = DENSITIES,
     orders: Sequence[str] = (),
     probe: float = PROBE,
+    mean_density: float | None = None,
     progress: Callable[[int, int], None] = lambda done, total: None,
 ) -> HeadErrors:
     """Measure every head of a transformer on recorded inputs.
@@ -98,15 +56,16 @@ def measure_heads(
         orders: to measure each head in, some of :data:`~dit_accel.stages.order_axes.HEAD_ORDERS`, in place of the
             recipe's order. What a head's error does to the velocity is measured in the first.
         probe: where a head's effect on the velocity is measured; no higher than the density that is wanted.
+        mean_density: that is wanted, to be told before most of the work that it cannot be.
         progress: told forwards done and their number.
 
     Raises:
-        ValueError: the recipe's selection has no density per head.
+        ValueError: the recipe's selection has no density per head, or keeps more than ``mean_density`` at the lowest.
     """
     _check_select(recipe)
     recipe = recipe.with_fields({"schedule": "schedule"})
     steps = tuple(sorted({*densities, probe, 1.0}))
-    bases = [recipe.with_fields({"order": "axes", "order.axes": ((name,),)}) for name in orders] or [recipe]
+    bases = _in_orders(recipe, orders)
     recipe = bases[0]
     at_probe = _with_density(recipe, probe)
     with patch(model, at_probe) as handle:
@@ -131,6 +90,7 @@ def measure_heads(
         for one, shares, arguments in zip(curves, kept, inputs, strict=True):
             tap = _curve_tap(next(iter(handle.sessions.values())).engine, engines, one, shares)
             exact.append(forward(tap, handle, arguments))
+    check_reach(float(kept.mean(0)[..., 0].amin(0).mean()), mean_density)
     effect = torch.zeros(len(inputs), layers, heads, dtype=torch.float64)
     for layer in range(layers):
         others = tuple(number for number in range(layers) if number != layer)
@@ -143,57 +103,6 @@ def measure_heads(
     error, best = by_order.min(0)
     kept_there = kept.mean(0).gather(0, best[None])[0]
     return HeadErrors(steps, kept_there, error, tuple(orders), by_order if orders else None)
-
-
-def allocate(
-    errors: HeadErrors, *, mean_density: float | None = None, max_error: float | None = None
-) -> tuple[tuple[float, ...], ...]:
-    """Densities per layer and head with the least predicted error: greedy on each head's convex hull.
-
-    On convex curves the greedy choice, always the steepest fall of error per block, is optimal. Every head begins
-    at the lowest density measured.
-
-    Args:
-        mean_density: over all heads, to spend.
-        max_error: relative error of the velocity to come down to, with as few blocks as possible.
-
-    Returns:
-        ``head_densities`` of a selection.
-
-    Raises:
-        ValueError: neither or both targets, or a mean density below the lowest measured.
-    """
-    _check_target(mean_density, max_error)
-    layers, heads, _ = errors.error.shape
-    hulls = {
-        (layer, head): _hull(errors.densities, errors.kept[layer, head].tolist(), errors.error[layer, head].tolist())
-        for layer, head in product(range(layers), range(heads))
-    }
-    lowest = sum(hull[0].kept for hull in hulls.values()) / len(hulls)
-    if mean_density is not None and not lowest <= mean_density <= 1.0:
-        raise ValueError(f"mean_density must lie in [{lowest:.4f}, 1], got {mean_density}.")
-    chosen = [[hulls[layer, head][0].asked for head in range(heads)] for layer in range(layers)]
-    queue = [(_slope(hull, 0), layer, head, 0) for (layer, head), hull in hulls.items() if len(hull) > 1]
-    heapq.heapify(queue)
-    budget = None if mean_density is None else (mean_density - lowest) * layers * heads
-    left = sum(hull[0].error for hull in hulls.values())
-    goal = 0.0 if max_error is None else max_error**2
-    while queue:
-        _, layer, head, place = heapq.heappop(queue)
-        here, there = hulls[layer, head][place : place + 2]
-        share, gain = 1.0, here.error - there.error
-        if budget is not None:
-            share = min(1.0, budget / (there.kept - here.kept))
-            budget -= share * (there.kept - here.kept)
-        elif left - goal < gain:
-            share = max(0.0, (left - goal) / gain)
-        chosen[layer][head] = here.asked + share * (there.asked - here.asked)
-        left -= share * gain
-        if share < 1.0:
-            break
-        if place + 2 < len(hulls[layer, head]):
-            heapq.heappush(queue, (_slope(hulls[layer, head], place + 1), layer, head, place + 1))
-    return tuple(tuple(round(share, 6) for share in row) for row in chosen)
 
 
 def with_densities(recipe: Recipe, head_densities: tuple[tuple[float, ...], ...]) -> Recipe:
@@ -260,26 +169,29 @@ def search(
         progress: told after every run and every forward.
 
     Raises:
-        ValueError: a pipeline of two transformers, no prompts, or what :func:`allocate` and :func:`measure_heads`
-            refuse.
+        ValueError: a pipeline of two transformers, what :func:`~dit_accel.calibration.runs.run_arguments` refuses, no
+            or several targets: before the first run. A mean density that the recipe cannot come down to: before heads
+            are measured one by one.
     """
     chosen = presets.resolve(recipe)
-    if isinstance(prompts, str) or not prompts:
-        raise ValueError(f"prompts must be a non-empty sequence, got {prompts!r}.")
-    _check_target(mean_density, max_error)
+    seeds = range(seed, seed + len(prompts))
+    runs = run_arguments(pipe, prompts, generate_kwargs, None)
+    check_target(mean_density, max_error)
     _check_select(chosen)
+    if samples < 1:
+        raise ValueError(f"samples must be at least 1, got {samples}.")
+    for base in _in_orders(chosen, orders):
+        for density in densities:
+            _with_density(base, density)
     models = transformers_of(pipe)
     if len(models) != 1:
         raise ValueError(f"A search is for one transformer, {type(pipe).__name__} has {len(models)}.")
     ((_, model, _),) = models
     inputs: list[dict[str, Any]] = []
-    for number, prompt in enumerate(prompts):
+    for number, arguments in enumerate(runs):
         progress(Progress(number, len(prompts), None, "dense runs"))
-        arguments = {"prompt": prompt} if isinstance(prompt, str) else dict(prompt)
-        generator = torch.Generator().manual_seed(seed + number)
-        call = {**(generate_kwargs or {}), "generator": generator, "output_type": "latent", **arguments}
         keep = _first_forwards(pipe, samples, chosen.schedule.dense_fraction)
-        inputs += record_inputs(model, partial(pipe, **call), keep)
+        inputs += record_inputs(model, partial(pipe, **begin(arguments, seeds[number])), keep)
     start = time.perf_counter()
 
     def measured(done: int, total: int) -> None:
@@ -287,24 +199,23 @@ def search(
         progress(Progress(done, total, spent / done * (total - done), "heads"))
 
     probe = PROBE if mean_density is None else min(PROBE, mean_density)
-    errors = measure_heads(model, chosen, inputs, densities=densities, orders=orders, probe=probe, progress=measured)
+    errors = measure_heads(
+        model,
+        chosen,
+        inputs,
+        densities=densities,
+        orders=orders,
+        probe=probe,
+        mean_density=mean_density,
+        progress=measured,
+    )
     shares = allocate(errors, mean_density=mean_density, max_error=max_error)
     found = with_densities(chosen, shares)
     if orders:
         found = with_orders(found, errors.best_orders(shares))
     kept = errors.kept_at(shares)
     first = errors if errors.by_order is None else replace(errors, error=errors.by_order[0])
-    return Found(found, errors, kept, errors.predicted(shares), first.predicted(_uniform(errors, kept)))
-
-
-def _uniform(errors: HeadErrors, kept: float) -> list[list[float]]:
-    """One density for all heads that keeps this share of the blocks."""
-    layers, heads, _ = errors.error.shape
-    low, high = errors.densities[0], 1.0
-    for _ in range(40):
-        middle = (low + high) / 2
-        low, high = (middle, high) if errors.kept_at([[middle] * heads] * layers) < kept else (low, middle)
-    return [[high] * heads] * layers
+    return Found(found, errors, kept, errors.predicted(shares), first.predicted(uniform_shares(errors, kept)))
 
 
 def _first_forwards(pipe: Any, samples: int, dense_fraction: float) -> Callable[[int], bool]:
@@ -351,13 +262,8 @@ def _check_select(recipe: Recipe) -> None:
         raise ValueError(f"{type(recipe.select).__name__} has no density per head; pooled and mass selections have.")
 
 
-def _check_target(mean_density: float | None, max_error: float | None) -> None:
-    if (mean_density is None) == (max_error is None):
-        raise ValueError(f"give mean_density or max_error, got {mean_density} and {max_error}.")
-    if mean_density is not None and not 0.0 < mean_density <= 1.0:
-        raise ValueError(f"mean_density must lie in (0, 1], got {mean_density}.")
-    if max_error is not None and max_error <= 0.0:
-        raise ValueError(f"max_error must be above 0, got {max_error}.")
+def _in_orders(recipe: Recipe, orders: Sequence[str]) -> list[Recipe]:
+    return [recipe.with_fields({"order": "axes", "order.axes": ((name,),)}) for name in orders] or [recipe]
 
 
 def _with_density(recipe: Recipe, density: float) -> Recipe:
@@ -418,40 +324,3 @@ def _head_tap(head: int) -> OutputTap:
         return exact
 
     return tap
-
-
-@dataclass(frozen=True)
-class _Point:
-    """One density of a head: asked, kept, and its error."""
-
-    asked: float
-    kept: float
-    error: float
-
-
-def _hull(asked: Sequence[float], kept: Sequence[float], errors: Sequence[float]) -> list[_Point]:
-    """The lower convex hull of a falling curve, from its first point to its lowest."""
-    points: list[_Point] = []
-    for point in map(_Point, asked, kept, errors):
-        if points and (point.error >= points[-1].error or point.kept <= points[-1].kept):
-            continue  # more blocks that do not help are no choice
-        while len(points) > 1 and _rise(points[-2], points[-1]) >= _rise(points[-1], point):
-            points.pop()
-        points.append(point)
-    return points
-
-
-def _rise(left: _Point, right: _Point) -> float:
-    return (right.error - left.error) / (right.kept - left.kept)
-
-
-def _slope(hull: list[_Point], place: int) -> float:
-    return _rise(*hull[place : place + 2])
-
-
-def _interpolate(densities: Sequence[float], curve: Sequence[float], density: float) -> float:
-    for left in range(len(densities) - 1):
-        if density <= densities[left + 1]:
-            share = (density - densities[left]) / (densities[left + 1] - densities[left])
-            return curve[left] + max(share, 0.0) * (curve[left + 1] - curve[left])
-    return curve[-1]
