@@ -11,7 +11,6 @@ from typing import Any
 
 import torch
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
 from torch import nn
 
 from ..files import written_whole
@@ -20,6 +19,7 @@ from ..patches.fingerprint import Fingerprint
 from ..recipe import Recipe
 from ..stages.frozen import FrozenMasks
 from ..stages.order_axes import AxisOrder, ChosenAxes
+from ..tensor_files import save_tensors
 
 FORMAT = "dit_accel.calibration"
 VERSION = 1
@@ -55,7 +55,11 @@ class CalibrationArtifact:
     facts: Mapping[str, Any] = field(default_factory=dict)
 
     def save(self, path: str | Path) -> Path:
-        """Write the file; a file that is there is replaced at the end, not half-way."""
+        """Write the file; a file that is there is replaced at the end, not half-way.
+
+        Raises:
+            ValueError: the file cannot be written.
+        """
         path = Path(path)
         header = {
             "format": FORMAT,
@@ -144,16 +148,13 @@ class CalibrationArtifact:
 
 
 def write_tensors(path: Path, tensors: Mapping[str, torch.Tensor], header: Mapping[str, Any]) -> None:
-    """Write safetensors with a JSON header, in one move.
+    """Write safetensors with a JSON header, whole or not at all.
 
     Raises:
-        ValueError: the file cannot be written; one that was there is untouched.
+        ValueError: the file cannot be written.
     """
     with written_whole(path) as draft:
-        try:
-            save_file(dict(tensors), draft, metadata={"dit_accel": json.dumps(header)})
-        except SafetensorError as error:
-            raise ValueError(f"Cannot write {path}: {error}.") from error
+        save_tensors(draft, tensors, {"dit_accel": json.dumps(header)})
 
 
 def read_tensors(path: Path) -> tuple[dict[str, Any], dict[str, torch.Tensor]]:

@@ -24,6 +24,7 @@ from ..recipe import Recipe
 from .calibrate import Progress
 from .hull import interpolate, lower_hull, slope
 from .recording import first_forwards, first_input, record_inputs
+from .runs import begin, run_arguments
 
 DENSITIES = (0.02, 0.03, 0.04, 0.05, 0.06, 0.08, 0.1, 0.15, 0.2, 0.3, 0.4, 0.55, 0.75, 1.0)
 # Low: where a head's error is small, what it does to the velocity drowns in the rounding of bfloat16, and heads of
@@ -267,28 +268,29 @@ def search(
             :func:`measure_heads` refuse. A mean density below what any head can keep is refused before the runs.
     """
     chosen = presets.resolve(recipe)
-    if isinstance(prompts, str) or not prompts:
-        raise ValueError(f"prompts must be a non-empty sequence, got {prompts!r}.")
+    runs = run_arguments(pipe, prompts, generate_kwargs, None)
+    if samples < 1:
+        raise ValueError(f"samples must be at least 1, got {samples}.")
     refuse_search(chosen, mean_density=mean_density, max_error=max_error, orders=orders)
+    for base in _in_orders(chosen, orders):
+        for density in densities:
+            _with_density(base, density)
     models = transformers_of(pipe)
     if len(models) != 1:
         raise ValueError(f"A search is for one transformer, {type(pipe).__name__} has {len(models)}.")
     ((_, model, _),) = models
     probe = PROBE if mean_density is None else min(PROBE, mean_density)
     inputs: list[dict[str, Any]] = []
-    for number, prompt in enumerate(prompts):
-        progress(Progress(number, len(prompts), None, "dense runs"))
-        arguments = {"prompt": prompt} if isinstance(prompt, str) else dict(prompt)
-        generator = torch.Generator().manual_seed(seed + number)
-        call = {**(generate_kwargs or {}), "generator": generator, "output_type": "latent", **arguments}
+    for number, arguments in enumerate(runs):
+        progress(Progress(number, len(runs), None, "dense runs"))
         if mean_density is not None and number == 0:
-            begin = first_input(model, partial(pipe, **call | {"generator": torch.Generator()}))
-            least = _least_kept(model, _in_orders(chosen, orders), begin, min(*densities, probe))
+            first = first_input(model, partial(pipe, **begin(arguments, seed)))
+            least = _least_kept(model, _in_orders(chosen, orders), first, min(*densities, probe))
             # What heads keep differs a little from forward to forward: only what none of them comes near is refused.
             if mean_density < least.min():
                 _check_reachable(mean_density, float(least.mean()))
         keep = first_forwards(pipe, samples, chosen.schedule.dense_fraction)
-        inputs += record_inputs(model, partial(pipe, **call), keep)
+        inputs += record_inputs(model, partial(pipe, **begin(arguments, seed + number)), keep)
     start = time.perf_counter()
 
     def measured(done: int, total: int) -> None:
@@ -310,8 +312,8 @@ def search(
     if orders:
         found = with_orders(found, errors.best_orders(shares))
     kept = errors.kept_at(shares)
-    first = errors if errors.by_order is None else replace(errors, error=errors.by_order[0])
-    return Found(found, errors, kept, errors.predicted(shares), first.predicted(_uniform(errors, kept)))
+    own = errors if errors.by_order is None else replace(errors, error=errors.by_order[0])
+    return Found(found, errors, kept, errors.predicted(shares), own.predicted(_uniform(errors, kept)))
 
 
 def _uniform(errors: HeadErrors, kept: float) -> list[list[float]]:
