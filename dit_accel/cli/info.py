@@ -6,6 +6,8 @@ import inspect
 import json
 from typing import TYPE_CHECKING, Any
 
+from .backend import try_backend
+from .console import plain_console
 from .errors import one_sentence_errors
 from .options import DebugOption, DeviceOption, JsonOption, quiet_libraries, read_device
 
@@ -59,21 +61,13 @@ def _backends(device: torch.device) -> list[dict[str, Any]]:
     """Which backends run a plain call here, asked of the very predicates that choose them."""
     import torch
 
-    from ..kernels import BACKENDS, BlockMask, choose_backend
+    from ..kernels import BACKENDS
 
     dtype = torch.bfloat16 if device.type == "cuda" else torch.float32
-    q = torch.zeros(1, 128, 1, 128, dtype=dtype, device=device)
-    mask = BlockMask.from_dense(
-        torch.ones(1, 1, 1, 2, dtype=torch.bool, device=device),
-        block_q=128,
-        block_k=64,
-        q_len=128,
-        kv_len=128,
-    )
     rows = []
     for name in BACKENDS:
         try:
-            chosen, reason = choose_backend(q, q, q, mask, backend=name)
+            chosen, reason = try_backend(name, dtype, device)
         except RuntimeError as error:
             rows.append({"name": name, "available": False, "reason": str(error)})
             continue
@@ -106,13 +100,17 @@ def _axes() -> dict[str, dict[str, dict[str, Any]]]:
 
 
 def _show(data: dict[str, Any]) -> None:
-    from rich.console import Console
     from rich.table import Table
+    from rich.text import Text
 
-    console = Console()
+    console = plain_console()
     device = data["device"]
-    console.print(f"[bold]Device[/] {device['name']} ({', '.join(f'{k} {v}' for k, v in device.items())})")
-    console.print("[bold]Versions[/] " + ", ".join(f"{k} {v}" for k, v in data["versions"].items()))
+    facts = f"{device['name']} ({', '.join(f'{k} {v}' for k, v in device.items())})"
+    for title, text in (
+        ("Device", facts),
+        ("Versions", ", ".join(f"{k} {v}" for k, v in data["versions"].items())),
+    ):
+        console.print(Text(title, style="bold"), text)
 
     def table(title: str, *columns: str) -> Table:
         result = Table(*columns, title=title, title_justify="left", title_style="bold", show_edge=False)
