@@ -17,6 +17,7 @@ import torch
 from .. import presets
 from ..api import patch, self_attentions, transformers_of
 from ..call import AttentionCall
+from ..files import refuse_unwritable
 from ..kernels.block_mass import block_mass
 from ..kernels.packed_mask import pack_bits
 from ..kernels.selection import pooled_scores
@@ -91,15 +92,17 @@ def calibrate(
         options: of the named preset.
 
     Raises:
-        ValueError: a recipe with nothing to calibrate, no prompts, a scheduler without sigmas, or what is beside
-            ``out`` belongs to another calibration.
+        ValueError: a recipe with nothing to calibrate, no prompts, a scheduler without sigmas, an ``out`` that cannot
+            be written, or what is beside it belongs to another calibration.
     """
     chosen = presets.resolve(recipe, **options)
-    _check(chosen, prompts)
+    if isinstance(prompts, str) or not prompts:
+        raise ValueError(f"prompts must be a non-empty sequence, got {prompts!r}.")
+    refuse_calibration(chosen, None if out is None else Path(out))
     seeds = tuple(range(len(prompts)) if seeds is None else seeds)
     if len(seeds) != len(prompts):
         raise ValueError(f"seeds must be as many as prompts, {len(prompts)}, got {len(seeds)}.")
-    draft = None if out is None else Path(out).with_name(Path(out).name + ".partial")
+    draft = None if out is None else _beginning(Path(out))
     asked = {
         "recipe": chosen.to_dict(),
         "prompts": [prompt if isinstance(prompt, str) else sorted(prompt) for prompt in prompts],
@@ -134,15 +137,25 @@ def calibrate(
     return artifact
 
 
-def _check(recipe: Recipe, prompts: Sequence[Any]) -> None:
-    if isinstance(prompts, str) or not prompts:
-        raise ValueError(f"prompts must be a non-empty sequence, got {prompts!r}.")
+def refuse_calibration(recipe: Recipe, out: Path | None) -> None:
+    """Check what can be known before the model is loaded.
+
+    Raises:
+        ValueError: a recipe with nothing to calibrate, or a file that cannot be written.
+    """
     if isinstance(recipe.select, DenseSelect) or recipe.select.is_static:
         raise ValueError(
             f"{type(recipe.select).__name__} chooses nothing from queries and keys: there is nothing to calibrate."
         )
     if isinstance(recipe.order, SortedSegments):
         raise ValueError("SortedSegments orders each call anew: masks made for one call mean nothing in another.")
+    for path in () if out is None else (out, _beginning(out)):
+        refuse_unwritable(path)
+
+
+def _beginning(out: Path) -> Path:
+    """Where the beginning of a calibration is kept until the file is whole."""
+    return out.with_name(out.name + ".partial")
 
 
 @dataclass
