@@ -1,9 +1,9 @@
 """What every preset costs in fidelity on the embedded model, at equal densities, against dense attention.
 
 The same prompts and seeds are generated dense and under each recipe, all prompts of a recipe in one batch; PSNR,
-SSIM, flicker and the error of the final latents are taken clip by clip, with bootstrap intervals over clips. The
-settings of methods without a density of their own are fitted on recorded queries and keys. A method that fails is
-recorded, and the rest goes on.
+SSIM, flicker and the error of the final latents are taken clip by clip, with bootstrap intervals over clips (of few
+clips ranges). The settings of methods without a density of their own are fitted on recorded queries and keys. A method
+that fails is recorded, and the rest goes on.
 
     python benchmarks/fidelity.py --shards 5 --out fidelity.json          # five processes share the GPU
     python benchmarks/fidelity.py --methods pooled adaspa --clips 2 --steps 4 --frames 5 --out small.json
@@ -25,7 +25,7 @@ import sys
 import time
 import traceback
 from concurrent.futures import Future, ThreadPoolExecutor
-from dataclasses import asdict, replace
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -268,11 +268,7 @@ class Sweep:
                 if found.value is not None:
                     values[name].append(found.value)
         row["clips"] = {name: [number_to_json(x) for x in numbers] for name, numbers in values.items()}
-        row["metrics"] = {
-            name: {key: number_to_json(x) for key, x in asdict(bootstrap_mean(numbers)).items()}
-            for name, numbers in values.items()
-            if numbers
-        }
+        row["metrics"] = {name: bootstrap_mean(numbers).to_json() for name, numbers in values.items() if numbers}
         return row
 
 

@@ -4,12 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+from typing import Any
 
 import torch
 
 from .layout import StepContext, TokenLayout
 from .plan import AttentionPlan
+from .run import Run
 
 
 @dataclass(eq=False)
@@ -22,6 +24,10 @@ class AttentionCall:
         key_mask: bool ``[B, S]``, False for hidden keys.
         scale: of the logits; None for the default.
         layout: of the sequence, or the reason why there is none.
+        run: the run that keeps its plans.
+        repeated: whether a forward is repeated for its gradients: the call then uses what ``used`` holds and keeps
+            nothing.
+        used: kept plan of each layer that its forward used.
         plan: what a sparse call ran; None for a dense one.
     """
 
@@ -33,6 +39,9 @@ class AttentionCall:
     key_mask: torch.Tensor | None
     scale: float | None
     layout: TokenLayout | str
+    run: Run = field(default_factory=Run)
+    repeated: bool = False
+    used: dict[int, Any] = field(default_factory=dict)
     plan: AttentionPlan | None = None
 
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import logging
+import threading
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -16,9 +18,17 @@ from .plan import AttentionPlan
 from .planner import Planner
 from .recipe import Recipe
 from .records import LayerRecord
+from .run import Run
 from .stages.compensate_linear import LearnedCompensation
 from .stages.select_static import DenseSelect
 from .timing import Stopwatch
+
+logger = logging.getLogger("dit_accel")
+
+# Share of pairs that must be read above which the default stays dense.
+MOST_FORCED = 0.7
+# A server sees any number of sizes; advice about this many is enough.
+MOST_ADVISED = 64
 
 # Sees layer, output and the model's own attention of a call (None where that is the output already); what it
 # returns takes the output's place.
@@ -32,19 +42,25 @@ class Engine:
         recipe: what to do.
         layer_names: the self-attention modules, in order of execution.
         backend: of :func:`~dit_accel.kernels.block_sparse_attention`.
-        min_tokens: stay dense below this sequence length.
+        min_tokens: sequence length from which sparse attention gains.
+        automatic: stay dense below ``min_tokens`` and where most pairs must be read in any case; else only say so.
 
     Attributes:
         switched_on: False lets every call through to the model's own attention, uncounted.
         planner: of the plans of sparse calls.
         output_tap: sees, and may replace, every output; for losses on attention outputs.
         learned: learned compensation of each layer by index; empty for recipes without parameters.
+        notes: what a user should know of the calls so far, a sentence each, in the order of events.
+        run: keeps the plans of calls that name no run, where an engine is used without a session.
     """
 
-    def __init__(self, recipe: Recipe, layer_names: list[str], backend: str, min_tokens: int) -> None:
+    def __init__(
+        self, recipe: Recipe, layer_names: list[str], backend: str, min_tokens: int, automatic: bool = False
+    ) -> None:
         self.recipe = recipe
         self.backend = backend
         self.min_tokens = min_tokens
+        self.automatic = automatic
         self.planner = Planner(recipe)
         self.records = [LayerRecord(name) for name in layer_names]
         self.plan_time = Stopwatch()
@@ -55,7 +71,12 @@ class Engine:
         self.switched_on = True
         self.output_tap: OutputTap | None = None
         self.learned: dict[int, LearnedCompensation] = {}
+        self.notes: dict[str, None] = {}
+        self.run = Run()
         self._backend_choice: dict[tuple[Any, ...], str] = {}
+        self._seen_layouts: set[TokenLayout] = set()
+        # Threads that share a transformer count in the same records.
+        self._counting = threading.Lock()
 
     def attend(
         self,
@@ -70,6 +91,8 @@ class Engine:
         dense: Callable[[], torch.Tensor],
         record: bool = True,
         learned: Sequence[torch.Tensor] | None = None,
+        run: Run | None = None,
+        used: dict[int, Any] | None = None,
     ) -> torch.Tensor:
         """Attention of (B, S, H, D) queries, keys and values.
 
@@ -82,40 +105,58 @@ class Engine:
             record: whether to count the call; False when a call is repeated for its gradients.
             learned: parameters to use in place of the layer's own, in the order of ``parameters()``: a
                 compiled graph hands them in so that they get their gradients.
+            run: keeps the plans of the call.
+            used: kept plan of each layer that the forward used: written, or read when a call is repeated.
         """
         if not self.switched_on:
             out = dense()
             return out if self.output_tap is None else self.output_tap(layer, out, None)
-        out, was_dense = self._attend(layer, q, k, v, attn_mask, scale, layout, step, dense, record, learned)
+        key_mask, reason = key_mask_of(attn_mask, q)
+        used = {} if used is None else used
+        call = AttentionCall(
+            layer, step, q, k, v, key_mask, scale, layout, run or self.run, repeated=not record, used=used
+        )
+        out, was_dense = self._attend(call, reason, dense, learned)
         return out if self.output_tap is None else self.output_tap(layer, out, None if was_dense else dense)
+
+    def pass_by(self, layer: int, reason: str, dense: Callable[[], torch.Tensor]) -> torch.Tensor:
+        """A call that no plan can serve, by the model's own attention, counted with the reason."""
+        if not self.switched_on:
+            return dense()
+        self.count_dense(layer, reason)
+        return dense()
+
+    def count_dense(self, layer: int, reason: str) -> None:
+        """Count a call of this layer that was not sparse."""
+        with self._counting:
+            self.records[layer].dense_calls[reason] += 1
+
+    def note(self, sentence: str) -> None:
+        """Keep a sentence for the summary; it is logged once, as a warning."""
+        with self._counting:
+            is_new = sentence not in self.notes
+            self.notes[sentence] = None
+        if is_new:
+            logger.warning(sentence)
 
     def _attend(
         self,
-        layer: int,
-        q: torch.Tensor,
-        k: torch.Tensor,
-        v: torch.Tensor,
-        attn_mask: torch.Tensor | None,
-        scale: float | None,
-        layout: TokenLayout | str,
-        step: StepContext,
+        call: AttentionCall,
+        reason: str | None,
         dense: Callable[[], torch.Tensor],
-        record: bool,
         learned: Sequence[torch.Tensor] | None,
     ) -> tuple[torch.Tensor, bool]:
         """The output, and whether it is the model's own attention's."""
-        key_mask, reason = key_mask_of(attn_mask, q)
-        call = AttentionCall(layer, step, q, k, v, key_mask, scale, layout)
-        book = self.records[layer] if record else LayerRecord("")
+        book = LayerRecord("") if call.repeated else self.records[call.layer]
         reason = reason or self._dense_reason(call)
         if reason is not None:
             return self._run_dense(call, reason, dense, book), True
         with autocast_done(call):
             exact = self._searched_attention(call)
-            begin = self.plan_time.start(q.device)
+            begin = self.plan_time.start(call.q.device)
             made, plan = self.planner.plan(call, book)
             backend = self._choose_backend(call, plan)
-            self.plan_time.stop(begin, q.device)
+            self.plan_time.stop(begin, call.q.device)
             if not self.planner.is_search(call, made):
                 call.plan = plan
                 return self._run_sparse(call, plan, backend, learned, book), False
@@ -142,15 +183,17 @@ class Engine:
         begin = self.sparse_time.start(q.device)
         out, witness = compensate.attend(q, k, v, plan, key_mask, scale, sparse)
         with torch.no_grad():
-            book.nan_calls = book.nan_calls + witness.detach().isnan().any()
-            book.density_sum = book.density_sum + compensate.density(plan)
+            nan, density = witness.detach().isnan().any(), compensate.density(plan)
         if module is not None and learned is None:
             out = module(out, q, k, v, plan, key_mask)
         elif module is not None and learned is not None:
             given = dict(zip((name for name, _ in module.named_parameters()), learned, strict=True))
             out = functional_call(module, given, (out, q, k, v, plan, key_mask))
         self.sparse_time.stop(begin, q.device)
-        book.sparse_calls += 1
+        with self._counting:
+            book.nan_calls = book.nan_calls + nan
+            book.density_sum = book.density_sum + density
+            book.sparse_calls += 1
         return out
 
     def _searched_attention(self, call: AttentionCall) -> torch.Tensor | None:
@@ -176,7 +219,8 @@ class Engine:
     ) -> torch.Tensor:
         if self.observer is not None:
             self.observer(call)
-        book.dense_calls[reason] += 1
+        with self._counting:
+            book.dense_calls[reason] += 1
         begin = self.dense_time.start(call.q.device)
         out = dense()
         self.dense_time.stop(begin, call.q.device)
@@ -189,9 +233,30 @@ class Engine:
             return call.layout
         if call.q.shape[2] != call.k.shape[2]:
             return f"grouped-query attention ({call.q.shape[2]} query and {call.k.shape[2]} key heads)"
-        if call.layout.seq_len < self.min_tokens:
-            return f"{call.layout.seq_len} tokens, too few to gain (below {self.min_tokens})"
+        if self.automatic:
+            reason = self._why_not_worthwhile(call.layout)
+            if reason is not None:
+                return reason
+        elif call.layout not in self._seen_layouts:
+            self._advise(call.layout)
         return self.recipe.schedule.dense_reason(call.step, call.layer, len(self.records))
+
+    def _why_not_worthwhile(self, layout: TokenLayout) -> str | None:
+        if layout.seq_len < self.min_tokens:
+            return f"{layout.seq_len} tokens, too few to gain (below {self.min_tokens})"
+        share = layout.forced_share
+        if share > MOST_FORCED:
+            return f"{share:.2f} of all pairs are of text or references and must be read: too little is left to gain"
+        return None
+
+    def _advise(self, layout: TokenLayout) -> None:
+        """Say once what a recipe chosen by name will not gain at this layout."""
+        if len(self._seen_layouts) >= MOST_ADVISED:
+            return
+        self._seen_layouts.add(layout)
+        reason = self._why_not_worthwhile(layout)
+        if reason is not None:
+            self.note(f"The recipe may be slower than dense here: {reason}.")
 
     def _choose_backend(self, call: AttentionCall, plan: AttentionPlan) -> str:
         q, permuted, hidden = call.q, plan.rows is not None, call.key_mask is not None

@@ -137,15 +137,18 @@ class Recipe:
         Raises:
             ValueError: unknown axis, kind or field, or a value that the field does not allow.
         """
-        # Kinds first, so that fields apply to the kind that stays.
         stages = {axis: getattr(self, axis) for axis in AXES}
-        for name, value in sorted(changes.items(), key=lambda item: "." in item[0]):
+        fields_of: dict[str, dict[str, Any]] = {}
+        for name, value in changes.items():
             axis, _, field_name = name.partition(".")
             _check_axis(axis)
             if field_name:
-                stages[axis] = _replace_fields(axis, stages[axis], {field_name: value})
+                fields_of.setdefault(axis, {})[field_name] = value
             else:
                 stages[axis] = _kind(axis, value)()
+        # After the kinds, and all fields of a stage at once: one by one they might not go together.
+        for axis, values in fields_of.items():
+            stages[axis] = _replace_fields(axis, stages[axis], values)
         return Recipe(**stages)
 
     def to_dict(self) -> dict[str, dict[str, Any]]:

@@ -10,7 +10,12 @@ import torch
 
 @dataclass
 class LayerRecord:
-    """What one self-attention layer did: counters, and tensors that are only read when asked for."""
+    """What one self-attention layer did: counters, and tensors that are only read when asked for.
+
+    Attributes:
+        compiled_dense: dense calls that compiled code counted by itself, int64 by reason; see
+            :data:`dit_accel.patches.operator.PASSED`.
+    """
 
     name: str
     dense_calls: Counter[str] = field(default_factory=Counter)
@@ -18,3 +23,4 @@ class LayerRecord:
     plans_made: int = 0
     density_sum: torch.Tensor | float = 0.0
     nan_calls: torch.Tensor | int = 0
+    compiled_dense: torch.Tensor | None = None

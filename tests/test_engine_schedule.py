@@ -10,6 +10,7 @@ from dit_accel.kernels.packed_mask import PackedBlockMask
 from dit_accel.layout import StepContext, TokenLayout
 from dit_accel.plan import SequenceBlocks
 from dit_accel.records import LayerRecord
+from dit_accel.run import Run
 from dit_accel.stages.drift import BlockMeans
 from dit_accel.stages.schedule import Schedule
 from dit_accel.stages.select_dynamic import Pooled
@@ -28,6 +29,7 @@ def _inputs(seed: int = 0) -> list[torch.Tensor]:
 def _run(engine: Engine, tensors, steps: int, start: int = 0, sigmas=None, until: int | None = None) -> list[str]:
     """What each step did, to the end or to a step where the run is broken off: "dense" or "sparse"."""
     did = []
+    engine.run = Run()
     for index in range(steps if until is None else until):
         q, k, v = tensors(index) if callable(tensors) else tensors
         sigma = None if sigmas is None else sigmas[index]
@@ -38,14 +40,28 @@ def _run(engine: Engine, tensors, steps: int, start: int = 0, sigmas=None, until
     return did
 
 
+def _plan(engine: Engine):
+    """The only kept plan of the engine's run."""
+    (kept,) = engine.run._kept.entries.values()
+    (plan,) = kept.plans.values()
+    return plan
+
+
+def _memory(engine: Engine):
+    """The memory of the only layer and branch of the engine's run."""
+    (kept,) = engine.run._kept.entries.values()
+    (memory,) = kept.memories.values()
+    return memory
+
+
 def test_adaspa_searches_twice_densely_and_remembers_the_lse():
     recipe = presets.adaspa(density=0.3, search_at=(0.2, 0.6), block=(32, 32))
     engine = Engine(recipe, ["layer"], "auto", 0)
     _run(engine, _inputs(1), 10, until=4)
-    ((_, memory),) = engine.planner._memories.values()
+    memory = _memory(engine)
     broken_off = memory.lse
     _run(engine, _inputs(), 10, start=10, until=4)
-    ((_, memory),) = engine.planner._memories.values()
+    memory = _memory(engine)
     first = memory.lse
     torch.testing.assert_close(first, _log_sum_exp(*_inputs()[:2]), atol=1e-5, rtol=1e-5)
     assert first is not broken_off, "a new run must not normalise with the last one's log-sum-exp"
@@ -54,7 +70,7 @@ def test_adaspa_searches_twice_densely_and_remembers_the_lse():
     assert [index for index, kind in enumerate(did) if kind == "dense"] == [0, 1, 2, 6]
     assert dict(engine.records[0].dense_calls) == {"dense phase": 2, "search step": 2}
     assert engine.records[0].plans_made == 2
-    ((_, memory),) = engine.planner._memories.values()
+    memory = _memory(engine)
     assert memory.lse is None, "no search is left that would need it"
 
 
@@ -67,7 +83,7 @@ def test_mass_searches_in_the_last_dense_step_and_keeps_its_plan_in_bits():
             assert [index for index, kind in enumerate(did) if kind == "dense"] == list(dense), steps
         assert dict(engine.records[0].dense_calls)["search step"] == 2, "one search a run"
         assert engine.records[0].plans_made == 2
-    (kept,) = engine.planner._plans.values()
+    kept = _plan(engine)
     assert isinstance(kept.mask, PackedBlockMask)
     q, k, _ = _inputs(start)
     blocks = SequenceBlocks(LAYOUT, recipe.order.rows(LAYOUT, q.device, 0), 32, 32, q.device)
@@ -98,7 +114,7 @@ def test_a_plan_in_bits_hides_what_the_key_mask_hides(layout):
         step = StepContext(index=index, num_steps=10, forward_id=index)
         outs.append(engine.attend(0, q, k, v, key_mask[:, None, None], None, layout, step, lambda: v))
     assert outs[0] is v, "the search step is the model's own attention here"
-    ((_, kept),) = engine.planner._plans.items()
+    kept = _plan(engine)
     rows = recipe.order.rows(layout, q.device, 0)
     blocks = SequenceBlocks(layout, rows, 32, 32, q.device)
     alone = recipe.select.select(blocks, None, q, k, key_mask, None)
@@ -145,7 +161,7 @@ def test_a_search_step_is_exact_and_plans_what_two_passes_would(own, name, hidde
     searched = engine.attend(0, q, k, v, mask, None, layout, step, lambda: exact.float())
     torch.testing.assert_close(searched.double(), exact, atol=1e-5, rtol=1e-5)
     assert len(calls) == (own and recipe.select.uses_lse(layout, key_mask if hidden else None))
-    ((_, kept),) = engine.planner._plans.items()
+    kept = _plan(engine)
     blocks = SequenceBlocks(layout, None, 32, 32, torch.device("cpu"))
     alone = recipe.select.select(blocks, None, q, k, key_mask if hidden else None, None)
     assert torch.equal(kept.plan.mask.to_dense(), alone.to_dense())
@@ -167,8 +183,8 @@ def test_layers_of_one_forward_share_a_static_plan_also_with_hidden_keys():
         for layer in range(2):
             step = StepContext(index=5 + forward, num_steps=10, forward_id=forward)
             engine.attend(layer, q, k, v, hidden, None, LAYOUT, step, lambda: v)
-    assert [record.plans_made for record in engine.records] == [3, 0], "one plan a forward, for both layers"
-    step = StepContext(index=8, num_steps=10, forward_id=2)
+    assert [record.plans_made for record in engine.records] == [1, 0], "one plan for both layers and all forwards"
+    step = StepContext(index=8, num_steps=10, forward_id=3)
     other = (torch.arange(256) < 100).expand(1, 1, 1, 256)
     engine.attend(1, q, k, v, other, None, LAYOUT, step, lambda: v)
     assert engine.records[1].plans_made == 1, "another mask, another plan"

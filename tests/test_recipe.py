@@ -1,9 +1,12 @@
+import inspect
 import json
+import re
 from pathlib import Path
 
 import pytest
 
 from dit_accel import Recipe, presets
+from dit_accel.recipe import AXES
 from dit_accel.stages.order import Raster, Tiles
 from dit_accel.stages.select_dynamic import Pooled
 
@@ -28,6 +31,11 @@ def test_fields_by_name():
     assert recipe.order == Raster()
     assert recipe.select == Pooled(density=0.05, top_p=0.9)
     assert recipe.schedule.refresh_at == (0.2, 0.5)
+    # fields that only go together, whatever the order given
+    for changes in ({"select.density": None, "select.top_p": 0.9}, {"select.top_p": 0.9, "select.density": None}):
+        assert presets.pooled().with_fields(changes).select == Pooled(density=None, top_p=0.9)
+    dense = {"schedule.plan_in_dense_phase": True, "schedule.dense_refresh": True}
+    assert Recipe().with_fields(dense).schedule.plan_in_dense_phase
     # a kind first, then its fields, whatever the order given
     assert Recipe().with_fields({"order.shape": (2, 8, 8), "order": "tiles"}).order == Tiles((2, 8, 8))
 
@@ -70,10 +78,31 @@ def test_the_automatic_recipe_is_that_of_the_fidelity_page():
         presets.automatic(sparsity=0.9)
 
 
-def test_every_preset_has_its_place_in_the_documentation():
-    page = (Path(__file__).parent.parent / "docs" / "recipes.md").read_text()
-    for name in presets.PRESETS:
-        assert f"### `{name}(" in page, f"docs/recipes.md lacks {name}"
+PAGE = (Path(__file__).parent.parent / "docs" / "recipes.md").read_text(encoding="utf-8")
+
+
+@pytest.mark.parametrize("name", presets.PRESETS)
+def test_the_page_of_recipes_has_every_preset_as_it_is(name):
+    parameters = inspect.signature(presets.PRESETS[name]).parameters.values()
+    assert all(parameter.default is not parameter.empty for parameter in parameters), "a preset needs no argument"
+    written = f"{name}({', '.join(f'{p.name}={p.default!r}' for p in parameters)})"
+    assert f"\n### `{written}`\n" in PAGE
+    section = PAGE.split(f"\n### `{written}`\n")[1].split("\n### ")[0]
+    kinds = {axis: values["kind"] for axis, values in presets.resolve(name).to_dict().items() if axis != "schedule"}
+    line = "Axes: " + ", ".join(f"{axis} `{kind}`" for axis, kind in kinds.items()) + "."
+    assert line in section
+
+
+def test_the_page_of_recipes_has_no_preset_that_is_gone():
+    assert sorted(re.findall(r"\n### `(\w+)\(", PAGE)) == sorted(presets.PRESETS)
+
+
+@pytest.mark.parametrize("axis", [axis for axis in AXES if axis != "schedule"])
+def test_the_page_of_recipes_has_every_value_of_an_axis(axis):
+    row = re.search(rf"^\| {axis} \|(.*)\|$", PAGE, re.MULTILINE)
+    assert row is not None
+    # What stands in parentheses explains.
+    assert sorted(re.findall(r"`(\w+)`", re.sub(r"\(.*?\)", "", row[1]))) == sorted(AXES[axis])
 
 
 def test_a_file_gives_the_recipe_back(tmp_path):

@@ -23,7 +23,7 @@ from ..kernels.packed_mask import pack_bits
 from ..kernels.selection import pooled_scores
 from ..layout import TokenLayout
 from ..patches.fingerprint import Fingerprint
-from ..patches.session import sigmas_of
+from ..patches.progress import sigmas_of
 from ..plan import SequenceBlocks
 from ..recipe import Recipe
 from ..stages.axis_choice import AxisScores, measure_axes

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from ..patches.session import step_index
+from ..patches.progress import step_index
 
 
 class _Enough(Exception):

@@ -10,6 +10,7 @@ from typing import Annotated, Any
 
 import typer
 
+from ..files import refuse_unwritable, write_text
 from .errors import one_sentence_errors
 from .options import (
     BackendOption,
@@ -56,8 +57,10 @@ def bench(
     as_json: JsonOption = False,
     debug: DebugOption = False,
 ) -> None:
-    """Time one transformer forward with random weights, dense and patched, in alternation."""
+    """Time one transformer forward with random weights, dense and patched, in turns."""
     quiet_libraries()
+    if out is not None:
+        refuse_unwritable(out)
     if kernels:
         _tune(read_device(device), out, as_json, seconds)
         return
@@ -107,8 +110,7 @@ def bench(
         **environment(target),
     }
     if out is not None:
-        out.parent.mkdir(parents=True, exist_ok=True)
-        out.write_text(json.dumps(data, indent=1) + "\n")
+        write_text(out, json.dumps(data, indent=1) + "\n")
     if as_json:
         print(json.dumps(data, indent=2))
     else:
@@ -130,8 +132,7 @@ def _tune(device: Any, out: Path | None, as_json: bool, seconds: float | None) -
         measured = tune(device, progress=progress, workers=default_workers(), seconds=seconds or math.inf)
         table = {**measured, "environment": environment(device)}
     if out is not None:
-        out.parent.mkdir(parents=True, exist_ok=True)
-        out.write_text(json.dumps(table, indent=1) + "\n")
+        write_text(out, json.dumps(table, indent=1) + "\n")
     if as_json:
         print(json.dumps(table, indent=2))
         return
@@ -190,7 +191,10 @@ def _show(data: dict[str, Any]) -> None:
     attention = data["attention_per_forward"]
     density = "-" if data["density"] is None else f"{data['density']:.4f}"
     mean = "-" if data["mean_density"] is None else f"{data['mean_density']:.4f}"
-    console.print(f"speed-up {data['speedup']:.2f}x at density {density} (all calls {mean})", highlight=False)
+    low, high = data["speedup_range"]
+    runs = len(data["dense"]["seconds"])
+    spread = f" ({low:.2f}x to {high:.2f}x over {runs} of each, in turns)" if runs > 1 else " (one of each: no spread)"
+    console.print(f"speed-up {data['speedup']:.2f}x{spread} at density {density} (all calls {mean})", highlight=False)
     console.print(
         f"per patched forward: sparse attention {attention['sparse_s'] * 1000:.1f} ms, dense attention "
         f"{attention['dense_s'] * 1000:.1f} ms, planning {attention['plan_s'] * 1000:.1f} ms "

@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import sys
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import Annotated
 
 import typer
 
+from ..files import refuse_unwritable_folder
 from .errors import one_sentence_errors
 from .options import (
     DebugOption,
@@ -21,9 +22,6 @@ from .options import (
     read_size,
 )
 
-if TYPE_CHECKING:
-    from ..quality.results import ComparisonReport
-
 
 @one_sentence_errors
 def compare(
@@ -34,8 +32,8 @@ def compare(
     recipe: Annotated[
         list[str] | None,
         typer.Option(
-            metavar="NAME[;AXIS.FIELD=VALUE...]",
-            help="Recipe to judge, such as 'pooled;select.density=0.1'; may be repeated. Default: auto.",
+            metavar="RECIPE",
+            help="Recipe to judge, changes after semicolons; may be repeated. Default: auto, what patch(pipe) does.",
         ),
     ] = None,
     prompt: Annotated[list[str] | None, typer.Option(help="May be repeated. Default: 16 prompts.")] = None,
@@ -46,6 +44,7 @@ def compare(
     frames: Annotated[int | None, typer.Option(min=1, help="Default: the model's.")] = None,
     steps: Annotated[int | None, typer.Option(min=1, help="Denoising steps. Default: the model's.")] = None,
     guidance: Annotated[float | None, typer.Option(help="Guidance scale. Default: the model's.")] = None,
+    repeat: Annotated[int, typer.Option(min=1, help="Timed runs of each clip, dense and under each recipe.")] = 1,
     metrics: Annotated[str | None, typer.Option(help="Names, by comma. Default: all that run.")] = None,
     out: Annotated[Path, typer.Option(help="Folder for clips and report.")] = Path("outputs/compare"),
     dtype: DtypeOption = None,
@@ -53,21 +52,37 @@ def compare(
     as_json: JsonOption = False,
     debug: DebugOption = False,
 ) -> None:
-    """Judge recipes against dense attention: fidelity per clip, density, time; JSON, film and page."""
+    """Judge recipes against dense attention: fidelity per clip, density, time; JSON, film and page.
+
+    Dense and the recipes take turns, clip by clip, after an untimed warm-up of each; every run is patched anew.
+
+    Example:
+
+    dit-accel compare --recipe auto --recipe "pooled;select.density=0.1" --count 4
+    """
     quiet_libraries()
     pixels = read_size(size) if size else None
-    recipes = {text: _recipe(text) for text in recipe or ["auto"]}
+    asked_for = recipe or ["auto"]
+    if len(set(asked_for)) != len(asked_for):
+        raise ValueError(f"--recipe must not repeat a recipe, got {', '.join(asked_for)}.")
+    # The unpatched pipeline is called dense in the report; the recipe of that name is measured like any other.
+    recipes = {"dense (patched)" if text == "dense" else text: read_recipe(text, None) for text in asked_for}
     target = read_device(device)
     number = read_dtype(dtype, target)
+    refuse_unwritable_folder(out)
 
     from ..pipelines.generate import call_arguments, frames_per_second
     from ..quality.compare import compare as run
+    from ..quality.metrics import find_metrics
     from ..quality.prompts import DEFAULT_PROMPTS
+    from .compare_table import show
     from .model import open_model
 
+    chosen = metrics.split(",") if metrics else None
+    find_metrics(chosen)
     prompts = list(prompt or ()) or list(DEFAULT_PROMPTS)
     if prompts_file is not None:
-        prompts = [line.strip() for line in prompts_file.read_text().splitlines() if line.strip()]
+        prompts = [line.strip() for line in prompts_file.read_text(encoding="utf-8").splitlines() if line.strip()]
     name, builtin, pipe = open_model(model, number, target, quiet=as_json)
     settings = dict(vars(builtin.settings)) if builtin else {}
     width, height = pixels or (None, None)
@@ -79,45 +94,16 @@ def compare(
         recipes,
         prompts[:count],
         seed or (0,),
-        metrics=metrics.split(",") if metrics else None,
+        metrics=chosen,
         generate_kwargs=call_arguments(pipe, **settings),
         out=out,
         fps=frames_per_second(pipe),
+        repeat=repeat,
         facts={"model": name, "command": " ".join(["dit-accel", *sys.argv[1:]])},
         progress=lambda line: print(line, file=sys.stderr),
     )
     if as_json:
-        print((out / "report.json").read_text())
+        print((out / "report.json").read_text(encoding="utf-8"))
         return
-    _show(report)
+    show(report)
     print(f"{out / 'index.html'} has the clips, the table and the plot.")
-
-
-def _show(report: ComparisonReport) -> None:
-    from rich.console import Console
-    from rich.table import Table
-
-    names = list(report.summary(report.recipes[0]).metrics)
-    table = Table("recipe", "density", "seconds", "speed-up", *names, show_edge=False)
-    for recipe in report.recipes:
-        row = report.summary(recipe)
-        table.add_row(
-            recipe,
-            "-" if row.density is None else f"{row.density.mean:.3f}",
-            f"{row.total_seconds.mean:.2f}",
-            f"{row.speedup.mean:.2f}x",
-            *(f"{row.metrics[name].mean:.4g}" if name in row.metrics else "-" for name in names),
-        )
-    Console().print(table)
-    for note in report.notes:
-        print(f"note: {note}")
-    for name, reasons in report.summary(report.recipes[0]).missing.items():
-        print(f"{name} is missing: {'; '.join(reasons)}")
-
-
-def _recipe(text: str) -> object:
-    from ..presets import automatic
-
-    name, *changes = (part.strip() for part in text.split(";"))
-    chosen = read_recipe(name, changes)
-    return automatic() if chosen is None else chosen

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import copy
 import itertools
-import statistics
 import time
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager, nullcontext
@@ -19,38 +18,14 @@ from ..patches.families import family_of
 from ..patches.seam import seam_symbol
 from ..patches.summary import PatchSummary
 from ..pipelines.architectures import Architecture
+from ..quality.bootstrap import Interval
+from ..quality.turns import Timing, in_turns, speed_up
 from ..recipe import Recipe
 
 # diffusers' names. Each goes through torch, so that no package has to be fetched.
 DENSE_BACKENDS = ("_native_cudnn", "_native_flash", "native")
-
-
-@dataclass(frozen=True)
-class Timing:
-    """Seconds of one variant, in order of measurement, and its peak memory."""
-
-    seconds: tuple[float, ...]
-    peak_bytes: int | None
-
-    @property
-    def median(self) -> float:
-        return statistics.median(self.seconds)
-
-    @property
-    def spread(self) -> float:
-        """(slowest - fastest) / median."""
-        return (max(self.seconds) - min(self.seconds)) / self.median
-
-    def to_dict(self) -> dict[str, Any]:
-        peak = None if self.peak_bytes is None else round(self.peak_bytes / 2**30, 3)
-        return {
-            "median_s": self.median,
-            "min_s": min(self.seconds),
-            "max_s": max(self.seconds),
-            "spread": self.spread,
-            "seconds": list(self.seconds),
-            "peak_memory_gib": peak,
-        }
+# Above what sums in another order make in half precision through some dozens of layers.
+REPEAT_TOLERANCE = 0.01
 
 
 @dataclass(frozen=True, eq=False)
@@ -62,6 +37,8 @@ class ForwardReport:
         dense_backend: attention of the dense variant.
         dense_candidates: seconds of each candidate in a shallow model, or why it cannot run.
         relative_difference: of the patched output to the dense one, as a ratio of norms.
+        repeat_difference: of the last patched output to the first one after patching: 0 where a plan that the
+            schedule kept is the one that a fresh patch makes.
         finite: whether both outputs hold finite values only.
         sparse_seconds, dense_seconds, plan_seconds: per patched forward: sparse attention, attention calls
             that stayed dense, and planning.
@@ -76,6 +53,7 @@ class ForwardReport:
     dense_backend: str
     dense_candidates: dict[str, float | str]
     relative_difference: float
+    repeat_difference: float
     finite: bool
     sparse_seconds: float
     dense_seconds: float
@@ -85,19 +63,21 @@ class ForwardReport:
     notes: tuple[str, ...] = field(default=())
 
     @property
-    def speedup(self) -> float:
-        """Ratio of the medians."""
-        return self.dense.median / self.patched.median
+    def speedup(self) -> Interval:
+        """Its median is the ratio of the medians; the ends are as far as the noise of the runs goes."""
+        return speed_up([self.dense.seconds], [self.patched.seconds])
 
     def to_dict(self) -> dict[str, Any]:
         """Plain data for JSON."""
         return {
-            "speedup": self.speedup,
+            "speedup": self.speedup.median,
+            "speedup_range": [self.speedup.low, self.speedup.high],
             "dense": self.dense.to_dict(),
             "patched": self.patched.to_dict(),
             "dense_backend": self.dense_backend,
             "dense_candidates": self.dense_candidates,
             "relative_difference": self.relative_difference,
+            "repeat_difference": self.repeat_difference,
             "finite": self.finite,
             "attention_per_forward": {
                 "sparse_s": self.sparse_seconds,
@@ -132,8 +112,10 @@ def bench_forward(
 ) -> ForwardReport:
     """Build a transformer with random weights and time its forward, dense and patched, in turns.
 
-    Both variants share one set of weights. After a warm-up they alternate, and which goes first changes from
-    one repeat to the next, so that a machine that slows down slows both.
+    Both variants share one set of weights. After two untimed forwards of each they take turns, and which goes first
+    changes from one turn to the next, so that a machine that slows down slows both. The patch stays over all turns:
+    patching anew would discard compiled code. The inputs are the same in every forward, so a kept plan is the one that
+    a fresh patch would make; ``repeat_difference`` of the report shows it.
 
     Args:
         width, height, frames: pixel size of the clip.
@@ -147,12 +129,15 @@ def bench_forward(
         progress: told what is going on.
 
     Raises:
-        ValueError: an impossible size, batch or number of layers or repeats, or an unknown backend.
+        ValueError: an impossible size, batch or number of layers or repeats, an unknown backend, or a dense one that
+            cannot run here.
     """
     if repeats < 1:
         raise ValueError(f"repeats must be at least 1, got {repeats}.")
     size = {"width": width, "height": height, "frames": frames, "batch": batch}
     architecture.latent_size(width, height, frames)
+    if dense_backend is not None:
+        refuse_dense_backend(dense_backend, architecture.config.get("attention_head_dim", 64), dtype, device)
     with ExitStack() as stack:
         stack.enter_context(torch.no_grad())
         stack.enter_context(restored_dense_backend())
@@ -171,21 +156,22 @@ def bench_forward(
         variants = {"dense": Variant(model, inputs), "patched": Variant(twin, inputs)}
         progress("warming up" + (" and compiling" if compiler else ""))
         start = time.perf_counter()
+        with dense_backend_errors(dense_backend, dtype, device):
+            variants["dense"].run()
+        variants["patched"].run()
+        first_patched = variants["patched"].output.float()
         for variant in variants.values():
-            variant.run()
             variant.run()
         warm_up = time.perf_counter() - start
         for variant in variants.values():
             variant.seconds.clear()
         before = handle.summary()
-        for repeat in range(repeats):
-            progress(f"repeat {repeat + 1} of {repeats}")
-            order = ("dense", "patched") if repeat % 2 == 0 else ("patched", "dense")
-            for name in order:
-                variants[name].run()
+        for number, _ in enumerate(in_turns({name: v.run for name, v in variants.items()}, repeats)):
+            progress(f"measured {number // 2} of {repeats}")
         after = handle.summary()
         dense_out, patched_out = (variant.output.float() for variant in variants.values())
         difference = float((patched_out - dense_out).norm() / dense_out.norm())
+        repeat_difference = float((patched_out - first_patched).norm() / first_patched.norm())
         finite = bool(dense_out.isfinite().all() and patched_out.isfinite().all())
     return ForwardReport(
         dense=variants["dense"].timing(),
@@ -193,13 +179,14 @@ def bench_forward(
         dense_backend=dense_backend,
         dense_candidates=candidates,
         relative_difference=difference,
+        repeat_difference=repeat_difference,
         finite=finite,
         sparse_seconds=(after.sparse_seconds - before.sparse_seconds) / repeats,
         dense_seconds=(after.dense_seconds - before.dense_seconds) / repeats,
         plan_seconds=(after.plan_seconds - before.plan_seconds) / repeats,
         summary=after,
         warm_up_seconds=warm_up,
-        notes=tuple(_notes(handle.recipe, after)),
+        notes=tuple(_notes(handle.recipe, after, repeat_difference)),
     )
 
 
@@ -215,6 +202,7 @@ class Variant:
         self.output = torch.empty(0)
 
     def run(self) -> None:
+        """One forward; its time and output are kept."""
         if self.device.type != "cuda":
             start = time.perf_counter()
             output = self.model(**self.inputs)[0]
@@ -235,7 +223,7 @@ class Variant:
         return Timing(tuple(self.seconds), self.peak)
 
 
-def _notes(recipe: Recipe, summary: PatchSummary) -> Iterator[str]:
+def _notes(recipe: Recipe, summary: PatchSummary, repeat_difference: float) -> Iterator[str]:
     if recipe.schedule.dense_fraction > 0:
         yield (
             "schedule.dense_fraction does not act on a bare transformer, which has no steps: this is the "
@@ -245,6 +233,11 @@ def _notes(recipe: Recipe, summary: PatchSummary) -> Iterator[str]:
         yield "The schedule keeps plans: a forward here reuses them as the steps of a run would."
     if not summary.sparse_calls:
         yield "No attention call ran sparse."
+    if repeat_difference > REPEAT_TOLERANCE:
+        yield (
+            f"The last patched forward differs from the first by {repeat_difference:.2g}, on the same inputs: what was "
+            "timed is not what a fresh patch computes."
+        )
 
 
 def share_weights(model: nn.Module) -> nn.Module:
@@ -262,6 +255,39 @@ def _attends_through_dispatch(model: nn.Module) -> bool:
         if family.has_self_attention(path) and hasattr(module, "processor")
     ]
     return seam_symbol(processors[0])[1] == "dispatch_attention_fn"
+
+
+def refuse_dense_backend(name: str, head_dim: int, dtype: torch.dtype, device: torch.device) -> None:
+    """Check a dense backend before a model is built for it.
+
+    Raises:
+        ValueError: diffusers knows no such backend, or it is one of torch's that cannot run here. Other projects'
+            kernels are fetched when a model asks for them, and fail then.
+    """
+    from diffusers.models.attention_dispatch import AttentionBackendName, dispatch_attention_fn
+
+    known = [backend.value for backend in AttentionBackendName]
+    if name not in known:
+        raise ValueError(f"Unknown dense backend {name!r}; diffusers knows {', '.join(known)}.")
+    if name.lstrip("_").startswith("native"):
+        x = torch.zeros(1, 128, 1, head_dim, dtype=dtype, device=device)
+        with dense_backend_errors(name, dtype, device):
+            dispatch_attention_fn(x, x, x, backend=AttentionBackendName(name))
+
+
+@contextmanager
+def dense_backend_errors(name: str, dtype: torch.dtype, device: torch.device) -> Iterator[None]:
+    """Turn what a dense backend raises where it cannot run into a sentence that names it."""
+    try:
+        yield
+    except torch.OutOfMemoryError:
+        raise
+    except (RuntimeError, TypeError, AttributeError) as error:
+        reason = (str(error).strip().splitlines() or [type(error).__name__])[0].split(". ")[0].rstrip(".")
+        where = f"in {str(dtype).removeprefix('torch.')} on {device.type}"
+        raise ValueError(
+            f"The dense backend {name!r} cannot run {where} ({reason}); leave it out for the fastest that runs."
+        ) from error
 
 
 @contextmanager

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from .adapter import adapter_recipe, find_adapter, load_whole_adapter
+from .against_dense import SideRun, compared, print_comparison
 from .backend import refuse_backend
 from .console import plain_console
 from .errors import one_sentence_errors
@@ -39,9 +40,6 @@ if TYPE_CHECKING:
     from ..patches.handle import PatchHandle
     from ..pipelines.generate import Generated
 
-# Two steps run a dense and a sparse one: kernels are compiled and libraries set up before anything is timed.
-WARM_UP_STEPS = 2
-
 
 @one_sentence_errors
 def generate(
@@ -65,8 +63,11 @@ def generate(
     ] = None,
     backend: BackendOption = "auto",
     compare_dense: Annotated[
-        bool, typer.Option("--compare-dense", help="Also generate dense with the same seed, and compare.")
+        bool, typer.Option("--compare-dense", help="Also generate dense with the same seed, in turns, and compare.")
     ] = False,
+    repeat: Annotated[
+        int, typer.Option(min=1, help="With --compare-dense: timed runs of each side. From 2 on there is a spread.")
+    ] = 1,
     out: Annotated[
         Path | None, typer.Option(help="File to write (.mp4 or .png). Default: outputs/MODEL-SEED, or a free name.")
     ] = None,
@@ -84,6 +85,8 @@ def generate(
         raise ValueError(f"--adapter brings its own recipe, got --recipe {recipe} and {len(changes or ())} changes.")
     if adapter is not None and calibration is not None:
         raise ValueError(f"--adapter brings its own recipe and takes no calibration, got {calibration}.")
+    if repeat > 1 and not compare_dense:
+        raise ValueError(f"--repeat goes with --compare-dense, got --repeat {repeat} alone.")
     chosen = read_recipe(recipe, changes)
     target = read_device(device)
     number = read_dtype(dtype, target)
@@ -93,6 +96,7 @@ def generate(
     from ..pipelines.generate import generate as run
     from ..pipelines.generate import makes_video, save
     from ..presets import automatic
+    from ..quality.turns import WARM_UP_STEPS, measured_in_turns
     from .model import choose_model, open_model, will_make_video
 
     name, builtin = choose_model(model)
@@ -106,7 +110,10 @@ def generate(
         path = _checked_path(out, name, seed, makes_video(pipe), compare_dense)
     arguments = {"negative_prompt": negative_prompt, **asked.settings(pipe, builtin)}
 
-    def generated(label: str) -> Generated:
+    def generated(label: str, short: bool) -> Generated:
+        if short:
+            _say(f"Warming up: {label}", as_json)
+            return run(pipe, prompt, **{**arguments, "steps": warm_up_steps}, seed=seed)
         with _progress(label, quiet=as_json) as advance:
             result = run(pipe, prompt, **arguments, seed=seed, progress=advance)
         if result.nan_values:
@@ -121,22 +128,26 @@ def generate(
             return patch(pipe, chosen, backend=backend, calibration=plans)
         return load_whole_adapter(pipe, folder, backend)
 
-    if target.type == "cuda":
-        _say("Warming up", as_json)
-        short = {**arguments, "steps": WARM_UP_STEPS}
-        run(pipe, prompt, **short, seed=seed)
-        with accelerated():
-            run(pipe, prompt, **short, seed=seed)
-    dense = generated("dense") if compare_dense else None
-    handle = accelerated()
-    try:
-        fast = generated("accelerated" if recipe != "dense" else "dense")
-        summary = handle.summary()
-    finally:
-        handle.remove()
+    def dense_side(short: bool) -> SideRun:
+        return SideRun(generated("dense", short))
+
+    def fast_side(short: bool) -> SideRun:
+        # Patched for this run alone: it keeps nothing of the warm-up or of another run.
+        with accelerated() as handle:
+            made = generated("accelerated" if recipe != "dense" else "dense", short)
+            return SideRun(made, handle.summary(), handle.recipe)
+
+    sides = {"dense": dense_side, "accelerated": fast_side} if compare_dense else {"accelerated": fast_side}
+    with accelerated():
+        pass  # what cannot be patched is refused before the dense side has run
+    warm_up_steps = min(WARM_UP_STEPS, arguments.get("steps") or WARM_UP_STEPS)
+    runs = measured_in_turns(sides, repeat, warm_up=compare_dense or target.type == "cuda")
+    fast, summary, used = runs["accelerated"][0]
+    assert summary is not None
+    assert used is not None
     files = {"out": str(save(fast, path))}
-    if dense is not None:
-        files["dense"] = str(save(dense, _dense_name(path)))
+    if compare_dense:
+        files["dense"] = str(save(runs["dense"][0].made, _dense_name(path)))
     report = {
         "model": name,
         "random_weights": bool(builtin and "RANDOM" in builtin.description),
@@ -144,10 +155,10 @@ def generate(
         "seed": seed,
         "settings": {**arguments, **_made(fast)},
         "dtype": str(number).removeprefix("torch."),
-        "recipe": handle.recipe.to_dict(),
+        "recipe": used.to_dict(),
         "adapter": adapter,
         "seconds": fast.seconds,
-        **(_comparison(dense, fast) if dense is not None else {}),
+        **(compared(runs["dense"], runs["accelerated"], warm_up_steps) if compare_dense else {}),
         "density": summary.density,
         "mean_density": summary.mean_density,
         "nan_values": fast.nan_values,
@@ -191,19 +202,6 @@ def _made(result: Generated) -> dict[str, int]:
     return {"width": width, "height": height, **({"frames": frames} if result.is_video else {})}
 
 
-def _comparison(dense: Generated, fast: Generated) -> dict[str, Any]:
-    from ..quality.measurement import number_to_json
-    from ..quality.pixel import Psnr
-    from ..quality.video import ClipPair
-
-    psnr = Psnr()(ClipPair(dense.frames, fast.frames, dense.fps))  # type: ignore[arg-type]
-    return {
-        "dense_seconds": dense.seconds,
-        "speedup": dense.seconds / fast.seconds,
-        "psnr_db": number_to_json(psnr),
-    }
-
-
 def _progress(label: str, quiet: bool) -> Any:
     """A bar on stderr, so that stdout holds the result alone; entering it gives the callback."""
     from contextlib import contextmanager, nullcontext
@@ -234,13 +232,10 @@ def _say(text: str, quiet: bool) -> None:
 
 
 def _show(report: dict[str, Any], summary: str) -> None:
-    if "dense_seconds" in report:
-        print(f"dense        {report['dense_seconds']:8.2f} s   {report['files']['dense']}")
-    print(f"this recipe  {report['seconds']:8.2f} s   {report['files']['out']}")
-    if "dense_seconds" in report:
-        psnr = report["psnr_db"]
-        spelled = "identical" if psnr == "inf" else f"PSNR {psnr:.2f} dB"
-        print(f"speed-up     {report['speedup']:8.2f} x   {spelled} between the two")
+    if "turns" in report:
+        print_comparison(report)
+    else:
+        print(f"this recipe  {report['seconds']:8.2f} s   {report['files']['out']}")
     if report["random_weights"]:
         print("The weights are random: the times are real, the pictures mean nothing.")
     print(summary)

@@ -94,14 +94,16 @@ def read_prompts(prompts: Sequence[str] | None, file: Path | None) -> list[str]:
 
 
 def read_recipe(name: str, changes: Sequence[str] | None) -> Recipe | None:
-    """A preset with single fields changed; None for ``auto`` without changes."""
+    """A preset with single fields changed, by ``--set`` or after semicolons; None for ``auto`` without changes."""
     from .. import presets
 
+    name, *inline = (part.strip() for part in name.split(";"))
+    changes = [*filter(None, inline), *(changes or ())]
     if name == "auto":
         if not changes:
             return None
         return presets.automatic().with_fields(_read_changes(changes))
-    return presets.resolve(name).with_fields(_read_changes(changes or ()))
+    return presets.resolve(name).with_fields(_read_changes(changes))
 
 
 def _read_changes(changes: Sequence[str]) -> dict[str, str]:

@@ -63,6 +63,10 @@ class SaveWithoutLearned:
         copy = memo.get(id(self.original.__self__))  # type: ignore[attr-defined]
         return self.original if copy is None else MethodType(type(copy).save_pretrained, copy)
 
+    def __reduce__(self) -> tuple[Callable[..., Any], tuple[Any, ...]]:
+        # When a pickle is read, the model has no such attribute yet, and its class's method is found.
+        return getattr, (self.original.__self__, "save_pretrained")  # type: ignore[attr-defined]
+
 
 def _drop_learned(module: nn.Module, state: dict[str, Any], prefix: str, metadata: Any) -> None:
     for name in [name for name in state if is_learned(name)]:

@@ -21,7 +21,7 @@ class Builtin:
     Attributes:
         name: as given to :func:`~dit_accel.pipelines.load`.
         description: one line; says so where the weights are random.
-        settings: its own defaults.
+        settings: its own defaults, which the pipeline's call has too.
         build: makes the pipeline on the CPU in a dtype (None: the model's own).
         adapters: folders of the adapters that come with it, by name.
     """
@@ -34,9 +34,10 @@ class Builtin:
 
 
 def _random_wan(dtype: torch.dtype | None) -> Any:
+    from .call_defaults import WanPipeline
     from .random_wan import build_random_wan
 
-    return build_random_wan(dtype)
+    return WanPipeline.of(build_random_wan(dtype), RANDOM_WAN.settings)
 
 
 def _embedded(dtype: torch.dtype | None) -> Any:

@@ -64,15 +64,19 @@ def load_embedded(dtype: torch.dtype | None = None, folder: Path | None = None) 
         folder: another copy of the model's folder.
 
     Returns:
-        A `WanPipeline` on the CPU.
+        A `WanPipeline` on the CPU, whose call has :data:`SETTINGS` as its defaults.
 
     Raises:
         FileNotFoundError, ValueError: see :func:`check_files`.
     """
+    import diffusers
     import torch
-    from diffusers import WanPipeline
+
+    from .call_defaults import WanPipeline
+    from .dtypes import dtype_argument
 
     folder = FOLDER if folder is None else folder
     check_files(folder)
     dtypes = {"default": torch.bfloat16 if dtype is None else dtype, "vae": torch.float32}
-    return WanPipeline.from_pretrained(folder, torch_dtype=dtypes, local_files_only=True)
+    pipe = diffusers.WanPipeline.from_pretrained(folder, local_files_only=True, **dtype_argument(dtypes))
+    return WanPipeline.of(pipe, SETTINGS)

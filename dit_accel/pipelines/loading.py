@@ -9,12 +9,15 @@ from typing import Any
 import torch
 
 from .builtin import builtins
+from .dtypes import dtype_argument
 
 HUB_ID = re.compile(r"[\w.-]+/[\w.-]+")
 
 
 def load(name_or_path: str, *, dtype: torch.dtype | None = None, device: str | torch.device | None = None) -> Any:
     """Load a diffusers pipeline.
+
+    A built-in model can be called with a prompt alone: its size, frames, steps and guidance are its own.
 
     Args:
         name_or_path: a built-in model (:func:`~dit_accel.pipelines.builtin.builtins`), a folder that
@@ -47,6 +50,8 @@ def usual_dtype(device: torch.device) -> torch.dtype:
 def _from_pretrained(name_or_path: str, dtype: torch.dtype, offered: list[str]) -> Any:
     from diffusers import DiffusionPipeline
 
+    from .call_defaults import KEY, WanPipeline
+
     folder = Path(name_or_path)
     if folder.is_dir():
         if not (folder / "model_index.json").is_file():
@@ -60,7 +65,10 @@ def _from_pretrained(name_or_path: str, dtype: torch.dtype, offered: list[str]) 
         config = DiffusionPipeline.load_config(name_or_path)
         vae = (config.get("vae") or (None, None))[1]
         dtypes = {"default": dtype, "vae": torch.float32} if vae == "AutoencoderKLWan" else dtype
-        return DiffusionPipeline.from_pretrained(name_or_path, torch_dtype=dtypes)
+        # A built-in model that was saved brings its call's defaults.
+        own = KEY in config and config.get("_class_name") == WanPipeline.__name__
+        kind = WanPipeline if own else DiffusionPipeline
+        return kind.from_pretrained(name_or_path, **dtype_argument(dtypes))
     except OSError as error:
         reason = " ".join(str(error).split())
         raise ValueError(f"{name_or_path!r} could not be loaded: {reason}") from error

@@ -1,29 +1,25 @@
-"""The same prompts and seeds, dense and under recipes: generate, measure, report."""
+"""The same prompts and seeds, dense and under recipes: generate in turns, measure, report."""
 
 from __future__ import annotations
 
-import platform
-import tempfile
-from collections import Counter
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from contextlib import AbstractContextManager
-from dataclasses import dataclass
-from importlib.metadata import PackageNotFoundError, version
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass, field, replace
+from functools import partial
 from pathlib import Path
 from typing import Any, Protocol
 
-import torch
-
+from ..files import refuse_unwritable_folder
 from .clips import save_clip
-from .generation import Generated, generate_clip, shortened
+from .compare_facts import Tally, describe
+from .generation import Generated, compiles, generate_clip, shortened
 from .measurement import Measurement
 from .metrics import Metric, find_metrics, measure
 from .prompts import DEFAULT_PROMPTS
-from .report import write_report
+from .report import write_json, write_report
 from .results import DENSE, ClipResult, ComparisonReport
-from .video import ClipPair, to_uint8
-
-_WARM_UP_STEPS = 2
+from .turns import WARM_UP_STEPS, Timing, in_turns
+from .video import ClipPair
 
 
 class RunSummary(Protocol):
@@ -58,28 +54,6 @@ Patch = Callable[[Any, Any], Handle]
 """``dit_accel.patch``, or a partial of it: takes a pipeline and a recipe."""
 
 
-@dataclass(frozen=True)
-class _Counts:
-    """Running totals of a patch; two of them differ by what happened in between."""
-
-    calls: int
-    kept: float
-    seconds: float
-
-    @classmethod
-    def of(cls, summary: RunSummary) -> _Counts:
-        calls = summary.sparse_calls + sum(summary.dense_calls.values())
-        seconds = summary.plan_seconds + summary.sparse_seconds + summary.dense_seconds
-        return cls(calls, (summary.mean_density or 0.0) * calls, seconds)
-
-    def density_since(self, before: _Counts) -> float | None:
-        calls = self.calls - before.calls
-        return (self.kept - before.kept) / calls if calls else None
-
-    def seconds_since(self, before: _Counts) -> float | None:
-        return self.seconds - before.seconds if self.calls > before.calls else None
-
-
 def compare(
     pipe: Any,
     recipes: Mapping[str, Any],
@@ -93,17 +67,23 @@ def compare(
     patch: Patch | None = None,
     dense_attention_clips: int = 1,
     warm_up: bool = True,
+    repeat: int = 1,
     facts: Mapping[str, str] | None = None,
     progress: Callable[[str], None] = lambda line: None,
 ) -> ComparisonReport:
     """Generate every prompt with every seed, dense and under each recipe, and report the differences.
 
-    The dense clips come from the unpatched pipeline. All metrics compare 8-bit frames, which is what a viewer
-    gets. A report is written after each recipe, so that a broken run leaves what it had.
+    Dense and the recipes take turns, clip by clip, in the reverse order for every second clip. The dense clips come
+    from the unpatched pipeline. A recipe's patch is made anew for every run, so that each is what a user's first run
+    gives; nothing is kept from a warm-up or another clip. Patching discards compiled code: where the pipeline is
+    compiled, an untimed run goes before each timed one, and the clips are those of the untimed.
+
+    All metrics compare 8-bit frames, which is what a viewer gets. The JSON is written after each clip, the page and
+    the film at the end or when a run breaks.
 
     Args:
         pipe: a diffusers pipeline, not patched.
-        recipes: recipe (or preset name) by display name.
+        recipes: recipe, preset name, or None for what ``patch(pipe)`` does by itself, by display name.
         prompts, seeds: every combination is one clip.
         metrics: names from :data:`~dit_accel.quality.METRICS`; None for all.
         generate_kwargs: further arguments of the pipeline's call.
@@ -112,7 +92,8 @@ def compare(
         patch: takes the pipeline and a recipe; ``dit_accel.patch`` if None.
         dense_attention_clips: how many clips are generated once more, with timers in the dense attention
             (which does not depend on the prompt). 0 leaves dense attention time unknown.
-        warm_up: first run a few steps untimed, for compilation and autotuning.
+        warm_up: first run a few steps of dense and of each recipe untimed, for compilation and autotuning.
+        repeat: timed runs of each clip, dense and under each recipe. Clips and metrics are the first run's.
         facts: added to the report's facts, for example the command line.
         progress: called with one line per generation.
 
@@ -120,127 +101,165 @@ def compare(
         The report, also written to ``out`` as ``report.json``, ``index.html`` and ``side_by_side.mp4``.
 
     Raises:
-        ValueError: no or repeated prompts, seeds or recipes, an unknown metric, or what ``patch`` raises.
+        ValueError: no or repeated prompts, seeds or recipes, an unknown metric, a folder that cannot be written, less
+            than one run, dense clips with NaN, or what ``patch`` raises.
     """
     chosen = find_metrics(metrics)
     pairs = _pairs(prompts, seeds)
     if not recipes or DENSE in recipes:
         raise ValueError(f"give at least one recipe, none named {DENSE!r}, got {list(recipes)}.")
+    if repeat < 1:
+        raise ValueError(f"repeat must be at least 1, got {repeat}.")
+    refuse_unwritable_folder(Path(out))
     if patch is None:
         from ..api import patch as patch_pipeline
 
         patch = patch_pipeline
     arguments = dict(generate_kwargs or {})
-    run = _Run(pipe, pairs, chosen, arguments, Path(out), fps, patch, warm_up, progress)
+    run = _Run(pipe, recipes, pairs, chosen, arguments, Path(out), fps, patch, repeat, progress)
     # Every recipe is tried before hours go into the first.
     for recipe in recipes.values():
         with patch(pipe, recipe):
             pass
-    all_facts = {**_facts(pipe, arguments, warm_up), **(facts or {})}
-    descriptions = {name: recipe if isinstance(recipe, str) else "" for name, recipe in recipes.items()}
-    with tempfile.TemporaryDirectory() as store:
-        results = run.dense(Path(store), dense_attention_clips)
-        notes: list[str] = []
-        for done, (name, recipe) in enumerate(recipes.items(), start=1):
-            clips, said = run.recipe(name, recipe, Path(store), done)
-            results += clips
-            notes += said
-            report = ComparisonReport(
-                pipeline=type(pipe).__name__,
-                results=tuple(results),
-                recipes=tuple(recipes)[:done],
-                descriptions={n: d for n, d in descriptions.items() if d and d != n},
-                fps=fps,
-                facts=all_facts,
-                notes=tuple(notes),
-            )
-            write_report(report, run.out)
-    return report
+    steps = min(WARM_UP_STEPS, arguments.get("num_inference_steps", WARM_UP_STEPS)) if warm_up else 0
+    if warm_up:
+        run.warm_up(steps)
+    all_facts = {**describe(pipe, arguments, steps, repeat, compiles(pipe)), **(facts or {})}
+    results: list[ClipResult] = []
+
+    def report() -> ComparisonReport:
+        return ComparisonReport(
+            pipeline=type(pipe).__name__,
+            results=tuple(results),
+            recipes=tuple(recipes),
+            descriptions=_descriptions(recipes),
+            fps=fps,
+            facts=all_facts,
+            notes=tuple(note for name in recipes for note in run.tallies[name].notes(name)),
+        )
+
+    try:
+        for i in range(len(pairs)):
+            results += run.clip(i, timers=i < dense_attention_clips)
+            write_json(report(), run.out)
+    finally:
+        if results:
+            write_report(report(), run.out)
+    return report()
 
 
 @dataclass(frozen=True, eq=False)
 class _Run:
-    """What stays the same over a comparison."""
+    """What stays the same over a comparison, and what its runs added up to."""
 
     pipe: Any
+    recipes: Mapping[str, Any]
     pairs: tuple[tuple[str, int], ...]
     metrics: tuple[Metric, ...]
     arguments: Mapping[str, Any]
     out: Path
     fps: float
     patch: Patch
-    warm_up: bool
+    repeat: int
     progress: Callable[[str], None]
+    tallies: dict[str, Tally] = field(default_factory=dict)
 
-    def dense(self, store: Path, attention_clips: int) -> list[ClipResult]:
-        """Dense clips; frames and latents are kept in ``store``."""
-        self._warm_up()
-        seconds, files = [], []
-        for i in range(len(self.pairs)):
-            made = self._generate(i, DENSE)
-            if not made.finite:
+    def __post_init__(self) -> None:
+        self.tallies.update({name: Tally() for name in self.recipes})
+
+    def warm_up(self, steps: int) -> None:
+        """A few untimed steps of dense and of each recipe, at the size that is measured."""
+        prompt, seed = self.pairs[0]
+        short = shortened(self.pipe, self.arguments, steps)
+        generate_clip(self.pipe, prompt, seed, short)
+        for name, recipe in self.recipes.items():
+            with self.patch(self.pipe, recipe) as handle:
+                generate_clip(self.pipe, prompt, seed, short)
+                self.tallies[name].warmed_up(handle.summary())
+
+    def clip(self, i: int, timers: bool) -> list[ClipResult]:
+        """One clip dense and under each recipe: runs in turns, then metrics.
+
+        Args:
+            timers: generate the dense clip once more, with timers in its attention.
+        """
+        variants = {name: partial(self._timed, i, name) for name in (DENSE, *self.recipes)}
+        clips: dict[str, tuple[Generated, RunSummary | None]] = {}
+        seconds: dict[str, list[float]] = {name: [] for name in variants}
+        for name, (made, summary) in in_turns(variants, self.repeat, first=i * self.repeat):
+            if name == DENSE and not made.finite:
                 raise ValueError(f"the dense pipeline gave NaN or infinite pixels for {self.pairs[i][0]!r}.")
-            torch.save((to_uint8(made.frames), made.latents), store / f"{i}.pt")
-            seconds.append(made.seconds)
-            files.append(self._save(made, i, f"{i:03d}-00-dense"))
-        attention: list[float | None] = [None] * len(self.pairs)
-        if attention_clips > 0:
-            with self.patch(self.pipe, "dense") as handle:
-                for i in range(min(attention_clips, len(self.pairs))):
-                    before = _Counts.of(handle.summary())
-                    self._generate(i, "dense, with timers in its attention")
-                    attention[i] = _Counts.of(handle.summary()).seconds_since(before)
-        return [
-            ClipResult(prompt, seed, DENSE, seconds[i], attention[i], 1.0, clip=files[i])
-            for i, (prompt, seed) in enumerate(self.pairs)
-        ]
+            seconds[name].append(made.seconds)
+            if name not in clips:
+                clips[name] = made, summary
+                if summary is not None:
+                    self.tallies[name].add(summary)
+        dense, _ = clips[DENSE]
+        results = [self._result(i, number, name, *clips[name], seconds[name]) for number, name in enumerate(variants)]
+        for n, name in enumerate(self.recipes, start=1):
+            results[n] = replace(results[n], metrics=self._measure(clips[name][0], dense))
+        if timers:
+            results[0] = replace(results[0], attention_seconds=self._dense_attention(i))
+        return results
 
-    def recipe(self, name: str, recipe: Any, store: Path, number: int) -> tuple[list[ClipResult], list[str]]:
-        """Clips under a recipe with their fidelity, and what a reader must know about them."""
-        results = []
-        with self.patch(self.pipe, recipe) as handle:
-            self._warm_up()
-            warm = handle.summary()
-            for i, (prompt, seed) in enumerate(self.pairs):
-                before = _Counts.of(handle.summary())
-                made = self._generate(i, name)
-                after = _Counts.of(handle.summary())
-                results.append(
-                    ClipResult(
-                        prompt,
-                        seed,
-                        name,
-                        made.seconds,
-                        after.seconds_since(before),
-                        after.density_since(before),
-                        self._measure(made, store / f"{i}.pt"),
-                        self._save(made, i, f"{i:03d}-{number:02d}-{_file_name(name)}"),
-                    )
-                )
-            notes = _notes(name, warm, handle.summary())
-        return results, notes
+    def _timed(self, i: int, name: str) -> tuple[Generated, RunSummary | None]:
+        """One timed run; under a recipe with what its patch did, which is made for this run alone."""
+        fresh = nullcontext() if name == DENSE else self.patch(self.pipe, self.recipes[name])
+        with fresh as handle:
+            made = self._generate(i)
+            summary = None if handle is None else handle.summary()
+            if compiles(self.pipe):
+                # That run compiled. The next one is timed, and must be the same, whatever the patch has kept.
+                again = self._generate(i)
+                if name != DENSE and not again.frames.equal(made.frames):
+                    self.tallies[name].differing += 1
+                made = replace(made, seconds=again.seconds)
+        self._tell(i, name, made.seconds)
+        return made, summary
 
-    def _measure(self, made: Generated, dense: Path) -> dict[str, Measurement]:
+    def _dense_attention(self, i: int) -> float | None:
+        """Seconds of dense attention in a further run."""
+        with self.patch(self.pipe, DENSE) as handle:
+            made = self._generate(i)
+            seconds = attention_seconds(handle.summary())
+        self._tell(i, "dense, with timers in its attention", made.seconds)
+        return seconds
+
+    def _result(
+        self, i: int, number: int, name: str, made: Generated, summary: RunSummary | None, seconds: Sequence[float]
+    ) -> ClipResult:
+        path = save_clip(made.frames, self.out / "clips" / f"{i:03d}-{number:02d}-{_file_name(name)}", self.fps)
+        prompt, seed = self.pairs[i]
+        return ClipResult(
+            prompt,
+            seed,
+            name,
+            Timing(tuple(seconds)).median,
+            None if summary is None else attention_seconds(summary),
+            1.0 if summary is None else summary.mean_density,
+            clip=path.relative_to(self.out).as_posix(),
+            runs=tuple(seconds) if len(seconds) > 1 else (),
+        )
+
+    def _measure(self, made: Generated, dense: Generated) -> dict[str, Measurement]:
         if not made.finite:
             reason = "the clip holds NaN or infinite pixels."
             return {metric.name: Measurement(reason=reason) for metric in self.metrics}
-        levels, latents = torch.load(dense, weights_only=True)
-        return measure(ClipPair(levels, to_uint8(made.frames), self.fps, latents, made.latents), self.metrics)
+        return measure(ClipPair(dense.frames, made.frames, self.fps, dense.latents, made.latents), self.metrics)
 
-    def _warm_up(self) -> None:
-        if self.warm_up:
-            prompt, seed = self.pairs[0]
-            generate_clip(self.pipe, prompt, seed, shortened(self.pipe, self.arguments, _WARM_UP_STEPS))
-
-    def _generate(self, i: int, title: str) -> Generated:
+    def _generate(self, i: int) -> Generated:
         prompt, seed = self.pairs[i]
-        made = generate_clip(self.pipe, prompt, seed, self.arguments)
-        self.progress(f"[{i + 1}/{len(self.pairs)}] {title}: {made.seconds:.2f} s, {prompt!r}, seed {seed}")
-        return made
+        return generate_clip(self.pipe, prompt, seed, self.arguments).in_8_bits()
 
-    def _save(self, made: Generated, i: int, stem: str) -> str:
-        path = save_clip(made.frames, self.out / "clips" / stem, self.fps)
-        return path.relative_to(self.out).as_posix()
+    def _tell(self, i: int, title: str, seconds: float) -> None:
+        prompt, seed = self.pairs[i]
+        self.progress(f"[{i + 1}/{len(self.pairs)}] {title}: {seconds:.2f} s, {prompt!r}, seed {seed}")
+
+
+def attention_seconds(summary: RunSummary) -> float | None:
+    """Seconds in self-attention, planning included; None where no call was seen."""
+    calls = summary.sparse_calls + sum(summary.dense_calls.values())
+    return summary.plan_seconds + summary.sparse_seconds + summary.dense_seconds if calls else None
 
 
 def _pairs(prompts: Sequence[str], seeds: Sequence[int]) -> tuple[tuple[str, int], ...]:
@@ -253,50 +272,11 @@ def _pairs(prompts: Sequence[str], seeds: Sequence[int]) -> tuple[tuple[str, int
     return tuple((prompt, seed) for prompt in prompts for seed in seeds)
 
 
+def _descriptions(recipes: Mapping[str, Any]) -> dict[str, str]:
+    """What a recipe's name does not say: the preset, or that there is none."""
+    said = {name: "patch(pipe) without a recipe" for name, recipe in recipes.items() if recipe is None}
+    return said | {name: recipe for name, recipe in recipes.items() if isinstance(recipe, str) and recipe != name}
+
+
 def _file_name(name: str) -> str:
     return "".join(c if c.isalnum() else "_" for c in name)
-
-
-def _notes(name: str, warm: RunSummary, end: RunSummary) -> list[str]:
-    """Fallbacks and failures after the warm-up, as sentences."""
-    dense = Counter(dict(end.dense_calls))
-    dense.subtract(warm.dense_calls)
-    sparse = end.sparse_calls - warm.sparse_calls
-    dense_total = sum(dense.values())
-    notes = []
-    if dense_total:
-        reasons = ", ".join(f"{count} {reason}" for reason, count in dense.items() if count)
-        notes.append(f"{name}: {dense_total} of {sparse + dense_total} self-attention calls ran dense ({reasons}).")
-    if not sparse + dense_total:
-        notes.append(f"{name}: no self-attention call went through the patch.")
-    nan_calls = end.nan_calls - warm.nan_calls
-    if nan_calls:
-        notes.append(f"{name}: {nan_calls} attention calls gave NaN.")
-    notes += [f"{name}: attention backend {backend} ({reason})." for backend, reason in end.backends.items()]
-    return notes
-
-
-def _facts(pipe: Any, arguments: Mapping[str, Any], warm_up: bool) -> dict[str, str]:
-    """Device, versions and settings, as text."""
-    if torch.cuda.is_available():
-        device = torch.cuda.get_device_name()
-    else:
-        device = f"CPU ({platform.machine()}, {torch.get_num_threads()} threads)"
-    settings = {name: value for name, value in arguments.items() if isinstance(value, (str, int, float, bool))}
-    return {
-        "device": device,
-        "versions": ", ".join(
-            f"{name} {found}"
-            for name in ("dit-accel", "torch", "diffusers", "triton")
-            if (found := _version(name)) is not None
-        ),
-        "settings": ", ".join(f"{name}={value}" for name, value in settings.items()) or "pipeline defaults",
-        "warm-up": f"{_WARM_UP_STEPS} untimed steps before dense and before each recipe" if warm_up else "none",
-    }
-
-
-def _version(name: str) -> str | None:
-    try:
-        return version(name)
-    except PackageNotFoundError:
-        return None

@@ -5,12 +5,12 @@ from __future__ import annotations
 import inspect
 import time
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
 
-from .video import as_video
+from .video import as_video, to_uint8
 
 
 @dataclass(frozen=True, eq=False)
@@ -28,6 +28,20 @@ class Generated:
     finite: bool
     latents: torch.Tensor | None
     seconds: float
+
+    def in_8_bits(self) -> Generated:
+        """The same with uint8 frames in 0..255, what a viewer gets, in a quarter of the memory."""
+        return replace(self, frames=to_uint8(self.frames))
+
+
+def compiles(pipe: Any) -> bool:
+    """Whether a model of the pipeline is compiled, whole or in parts: patching, and undoing it, discards that code."""
+    models = [value for value in getattr(pipe, "components", {}).values() if isinstance(value, torch.nn.Module)]
+    return any(
+        hasattr(module, "_orig_mod") or getattr(module, "_compiled_call_impl", None) is not None
+        for model in models
+        for module in model.modules()
+    )
 
 
 def generate_clip(pipe: Any, prompt: str, seed: int, arguments: Mapping[str, Any] | None = None) -> Generated:
@@ -78,7 +92,7 @@ def _takes(pipe: Any, argument: str) -> bool:
 
 
 def _wait_for_device() -> None:
-    if torch.cuda.is_available():
+    if torch.cuda.is_initialized():
         torch.cuda.synchronize()
 
 

@@ -8,18 +8,22 @@ from collections.abc import Sequence
 from html import escape
 from pathlib import Path
 
-from .bootstrap import Interval
+from .bootstrap import FEWEST_CLIPS, Interval
 from .metrics import METRICS, Metric
 from .page_style import SCRIPT, STYLE
 from .plot import ParetoPoint, pareto_svg
 from .results import DENSE, ClipResult, ComparisonReport, RecipeSummary
+from .turns import NOISE
 
 _SERIES_COLOURS = 6
 _COST_LEGEND = (
-    "Means over clips, below them their 95% bootstrap intervals. Density is the share of attention block "
-    "pairs that was really read, dense calls included. Time is the whole pipeline call: text encoding, all "
-    "steps, decoding. Attention is self-attention only, planning included."
+    "Density is the share of attention block pairs that was really read, dense calls included. Time is the whole "
+    "pipeline call: text encoding, all steps, decoding. Attention is self-attention only, planning included. Times and "
+    "speed-ups are medians, density a mean; below them stand the ends of their intervals. "
 )
+_MANY_RECIPES = 4
+"""From so many recipes on the first sentence gives their range alone; the tables give each."""
+_MISSING = '<td class="soft">n/a</td>'
 _PLOTTED = ("psnr", "ssim", "lpips", "vmaf")
 
 
@@ -40,7 +44,7 @@ def report_page(report: ComparisonReport, folder: Path, *, embed_limit: int = 64
         f'<p class="lead">{escape(_headline(report, summaries, dense))}</p>',
         "<h2>Cost</h2>",
         _cost_table(report, summaries, dense),
-        f'<p class="soft">{_COST_LEGEND}</p>',
+        f'<p class="soft">{_COST_LEGEND}{escape(dense.spread)}</p>',
         _fidelity(report, summaries, metrics),
         _plots(summaries, dense, metrics),
         _clips(report, folder, metrics, embed_limit),
@@ -65,16 +69,30 @@ def _headline(report: ComparisonReport, summaries: Sequence[RecipeSummary], dens
     )
     start = f"{clips}, the same noise for every column. "
     if not summaries:
-        return f"{start}Dense takes {dense.total_seconds.mean:.2f} s a clip."
-    fastest = max(summaries, key=lambda s: s.speedup.mean)
-    psnr = fastest.metrics.get("psnr")
-    fidelity = f", at {_number(psnr.mean, 1)} dB of PSNR to the dense clips" if psnr else ""
-    if fastest.speedup.mean > 1:
-        return (
-            f"{start}The fastest recipe is {fastest.recipe}: {fastest.speedup.mean:.2f}× as fast as dense, "
-            f"end to end{fidelity}."
-        )
-    return f"{start}No recipe is faster than dense here; the nearest is {fastest.recipe}{fidelity}."
+        return f"{start}Dense takes {dense.total_seconds.median:.2f} s a clip."
+    if len(summaries) < _MANY_RECIPES:
+        return f"{start}Against dense, end to end: {'; '.join(_measured(s) for s in summaries)}."
+    speeds = [s.speedup.median for s in summaries]
+    psnr = [s.metrics["psnr"].mean for s in summaries if "psnr" in s.metrics]
+    fidelity = f", PSNR to dense from {_number(min(psnr), 1)} to {_number(max(psnr), 1)} dB" if psnr else ""
+    return (
+        f"{start}Against dense, end to end, {len(summaries)} recipes have median speed-ups from {min(speeds):.2f}× to "
+        f"{max(speeds):.2f}×{fidelity}."
+    )
+
+
+def _measured(summary: RecipeSummary) -> str:
+    """A recipe's speed-up with its spread, and its fidelity: what was measured, and no judgement."""
+    found, psnr = summary.speedup, summary.metrics.get("psnr")
+    if found.count == 1:
+        spread = "one run of each, no spread"
+    else:
+        what = f"over {_count(found.count, 'run')}" if found.kind == NOISE else f"{found.kind} interval"
+        spread = f"{found.low:.2f}× to {found.high:.2f}×, {what}"
+        if found.low <= 1 <= found.high:
+            spread += ": no difference shown"
+    fidelity = f", PSNR to dense {_number(psnr.mean, 1)} dB" if psnr else ""
+    return f"{summary.recipe} {found.median:.2f}× ({spread}){fidelity}"
 
 
 def _count(number: int, noun: str) -> str:
@@ -85,13 +103,26 @@ def _number(value: float, digits: int) -> str:
     return ("∞" if value > 0 else "−∞") if math.isinf(value) else f"{value:.{digits}f}".replace("-", "−")
 
 
-def _cell(interval: Interval | None, digits: int, *, suffix: str = "", best: bool = False) -> str:
+def _mean_cell(interval: Interval | None, digits: int, *, best: bool = False, clips: int = 0) -> str:
+    """``clips``: how many the legend speaks of; a value for too few of them says so."""
     if interval is None:
-        return '<td class="soft">n/a</td>'
-    ends = f"{_number(interval.low, digits)} – {_number(interval.high, digits)}"
-    ci = f'<span class="ci">{ends}</span>' if interval.count > 1 else ""
+        return _MISSING
+    few = interval.is_range and clips >= FEWEST_CLIPS
+    note = f" (range of {interval.count})" if few else ""
     mark = ' class="best"' if best else ""
-    return f"<td><span{mark}>{_number(interval.mean, digits)}{suffix}</span>{ci}</td>"
+    return f"<td><span{mark}>{_number(interval.mean, digits)}</span>{_ends(interval, digits, note)}</td>"
+
+
+def _median_cell(interval: Interval | None, digits: int, suffix: str = "") -> str:
+    if interval is None:
+        return _MISSING
+    return f"<td><span>{_number(interval.median, digits)}{suffix}</span>{_ends(interval, digits)}</td>"
+
+
+def _ends(interval: Interval, digits: int, note: str = "") -> str:
+    if interval.count == 1:
+        return ""
+    return f'<span class="ci">{_number(interval.low, digits)} – {_number(interval.high, digits)}{note}</span>'
 
 
 def _name_cell(report: ComparisonReport, name: str, *, describe: bool = True) -> str:
@@ -103,24 +134,22 @@ def _name_cell(report: ComparisonReport, name: str, *, describe: bool = True) ->
 
 def _cost_table(report: ComparisonReport, summaries: Sequence[RecipeSummary], dense: RecipeSummary) -> str:
     timed = dense.attention_seconds is not None or any(s.attention_seconds for s in summaries)
-    heads = ["Recipe", "Density", "Time, s", "Speedup"]
-    heads += ["Attention, s", "Attention speedup"] if timed else []
+    heads = ["Recipe", "Density", "Time, s", "Speed-up"]
+    heads += ["Attention, s", "Attention speed-up"] if timed else []
     rows = []
-    fastest = max((s.speedup.mean for s in summaries), default=0.0)
     for summary in summaries:
-        best = len(summaries) > 1 and summary.speedup.mean == fastest
         cells = [
             _name_cell(report, summary.recipe),
-            _cell(summary.density, 3),
-            _cell(summary.total_seconds, 2),
-            _cell(summary.speedup, 2, suffix="×", best=best),
+            _mean_cell(summary.density, 3),
+            _median_cell(summary.total_seconds, 2),
+            _median_cell(summary.speedup, 2, "×"),
         ]
         if timed:
-            cells += [_cell(summary.attention_seconds, 2), _cell(summary.attention_speedup, 2, suffix="×")]
+            cells += [_median_cell(summary.attention_seconds, 2), _median_cell(summary.attention_speedup, 2, "×")]
         rows.append(cells)
-    last = ['<td class="soft">dense</td>', "<td>1</td>", _cell(dense.total_seconds, 2), "<td>1×</td>"]
+    last = ['<td class="soft">dense</td>', "<td>1</td>", _median_cell(dense.total_seconds, 2), "<td>1×</td>"]
     if timed:
-        last += [_cell(dense.attention_seconds, 2), "<td>1×</td>"]
+        last += [_median_cell(dense.attention_seconds, 2), "<td>1×</td>"]
     return _table(heads, [*rows, last])
 
 
@@ -137,7 +166,7 @@ def _fidelity_table(report: ComparisonReport, summaries: Sequence[RecipeSummary]
             top = (max if metric.higher_is_better else min)(values) if len(values) > 1 else None
             interval = summary.metrics.get(metric.name)
             best = interval is not None and interval.mean == top
-            cells.append(_cell(interval, metric.digits, best=best))
+            cells.append(_mean_cell(interval, metric.digits, best=best, clips=summary.clips))
         rows.append(cells)
     return _table(heads, rows)
 
@@ -151,7 +180,10 @@ def _table(heads: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
 def _fidelity(report: ComparisonReport, summaries: Sequence[RecipeSummary], metrics: Sequence[Metric]) -> str:
     if not summaries or not metrics:
         return ""
-    text = "Each clip against the dense clip of the same prompt and seed; arrows show which way is better. "
+    text = (
+        "Means over clips, each against the dense clip of the same prompt and seed; arrows show which way is better. "
+        f"{escape(summaries[0].spread)} "
+    )
     if any(m.name.startswith("flicker") for m in metrics):
         text += "Flicker is in 8-bit levels: how differently the two clips change from frame to frame."
     return f'<h2>Fidelity to dense</h2>{_fidelity_table(report, summaries, metrics)}<p class="soft">{text}</p>'
@@ -171,7 +203,7 @@ def _plots(summaries: Sequence[RecipeSummary], dense: RecipeSummary, metrics: Se
             points,
             label=metric.label,
             higher_is_better=metric.higher_is_better,
-            dense_seconds=dense.total_seconds.mean,
+            dense_seconds=dense.total_seconds.median,
             digits=metric.digits,
         )
         if svg:

@@ -12,7 +12,7 @@ from .bootstrap import Interval
 
 @dataclass(frozen=True)
 class ParetoPoint:
-    """One recipe: seconds per clip, fidelity, and the number of its colour on the page."""
+    """One recipe: seconds per clip (drawn at their median), fidelity (at its mean), and the number of its colour."""
 
     name: str
     seconds: Interval
@@ -81,14 +81,14 @@ def pareto_svg(
 
     front = _front(drawn, higher_is_better)
     if len(front) > 1:
-        path = " ".join(f"{x(p.seconds.mean):.1f},{y(p.fidelity.mean):.1f}" for p in front)
+        path = " ".join(f"{x(p.seconds.median):.1f},{y(p.fidelity.mean):.1f}" for p in front)
         out.append(f'<polyline class="front" points="{path}"/>')
     taken: list[tuple[float, float, float, float]] = []
     for p in drawn:
-        px, py = x(p.seconds.mean), y(p.fidelity.mean)
+        px, py = x(p.seconds.median), y(p.fidelity.mean)
         taken.append((px - 6, py - 6, px + 6, py + 6))
     for p in drawn:
-        px, py = x(p.seconds.mean), y(p.fidelity.mean)
+        px, py = x(p.seconds.median), y(p.fidelity.mean)
         out.append(f'<g class="s{p.series}">')
         out.append(_line("bar", px, y(p.fidelity.low), px, y(p.fidelity.high)))
         out.append(_line("bar", x(p.seconds.low), py, x(p.seconds.high), py))
@@ -110,7 +110,7 @@ def _front(points: Sequence[ParetoPoint], higher_is_better: bool) -> list[Pareto
     """Recipes from fast to slow, each better than all faster ones."""
     sign = 1 if higher_is_better else -1
     front: list[ParetoPoint] = []
-    for p in sorted(points, key=lambda p: (p.seconds.mean, -sign * p.fidelity.mean)):
+    for p in sorted(points, key=lambda p: (p.seconds.median, -sign * p.fidelity.mean)):
         if not front or sign * p.fidelity.mean > sign * front[-1].fidelity.mean:
             front.append(p)
     return front

@@ -6,8 +6,9 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-from .bootstrap import Interval, bootstrap_mean
+from .bootstrap import FEWEST_CLIPS, Interval, bootstrap_mean, bootstrap_median, range_of
 from .measurement import Measurement, number_from_json, number_to_json
+from .turns import speed_up
 
 DENSE = "dense"
 """Name of the unpatched pipeline in place of a recipe's."""
@@ -23,11 +24,13 @@ class ClipResult:
     Attributes:
         prompt, seed: what was asked for; dense and recipes share the seed's noise.
         recipe: name of the recipe, or ``"dense"``.
-        total_seconds: end-to-end wall time of the pipeline call, text encoding and decoding included.
+        total_seconds: end-to-end wall time of the pipeline call, text encoding and decoding included; the median
+            of ``runs``.
         attention_seconds: time inside self-attention, or None if it was not measured.
         density: true share of block pairs read, over all self-attention calls; 1 for dense, None if unknown.
         metrics: fidelity to the dense clip of this prompt and seed; empty for the dense clip itself.
         clip: path of the saved clip relative to the report's folder, or None.
+        runs: wall times of all runs of this clip, in order; empty for one run.
     """
 
     prompt: str
@@ -38,15 +41,23 @@ class ClipResult:
     density: float | None = None
     metrics: Mapping[str, Measurement] = field(default_factory=dict)
     clip: str | None = None
+    runs: tuple[float, ...] = ()
+
+    @property
+    def seconds(self) -> tuple[float, ...]:
+        """Wall times of all runs."""
+        return self.runs or (self.total_seconds,)
 
 
 @dataclass(frozen=True)
 class RecipeSummary:
-    """One recipe over all clips; every interval is a bootstrap over clips.
+    """One recipe over all clips.
 
-    ``metrics`` holds the metrics that gave values, ``missing`` the reasons of those that gave none on some
-    clip. ``speedup`` is the mean of the paired ratios dense / recipe; ``attention_speedup`` divides the mean
-    of the dense attention times that were measured (often one clip's) by each clip's own.
+    Times are ranges of their runs, with the median. ``speedup`` is of the clips' ratios to dense, see
+    :func:`~dit_accel.quality.turns.speed_up`. ``attention_speedup`` divides the median of the dense attention times
+    that were measured (often one clip's) by each clip's own. ``metrics`` holds the metrics that gave values, as means
+    over clips, ``missing`` the reasons of those that gave none on some clip. The ``kind`` of an interval says
+    whether it is a bootstrap or the range of few clips.
     """
 
     recipe: str
@@ -58,6 +69,19 @@ class RecipeSummary:
     density: Interval | None
     metrics: Mapping[str, Interval]
     missing: Mapping[str, tuple[str, ...]]
+
+    @property
+    def spread(self) -> str:
+        """What the ends of the intervals are, as a sentence for readers."""
+        if self.clips >= FEWEST_CLIPS:
+            return f"The ends are those of a 95% bootstrap interval over {self.clips} clips, of times the extremes."
+        if self.clips == 1 and self.total_seconds.count == 1:
+            return "One clip, run once, has no spread."
+        clips = _count(self.clips, "clip")
+        return (
+            f"The ends are the extremes of {clips}; fewer than {FEWEST_CLIPS} have no 95% interval. "
+            "A speed-up goes up and down by the ratio of the slowest to the fastest run, of the side that varies more."
+        )
 
 
 @dataclass(frozen=True)
@@ -113,7 +137,7 @@ class ComparisonReport:
         raise KeyError(f"no clip of {recipe!r} for prompt {prompt!r} and seed {seed}.")
 
     def summary(self, recipe: str) -> RecipeSummary:
-        """Means and 95% intervals of one recipe over all clips."""
+        """One recipe over all clips: means or medians, and how far they scatter."""
         clips = [self.result(recipe, *pair) for pair in self.pairs]
         dense = [self.result(DENSE, *pair) for pair in self.pairs]
         if not clips:
@@ -128,17 +152,18 @@ class ComparisonReport:
             reasons = tuple(dict.fromkeys(m.reason for m in measured if m.reason is not None))
             if reasons:
                 missing[name] = reasons
-        attention = [clip.attention_seconds for clip in clips]
-        dense_attention = _interval_of_known([clip.attention_seconds for clip in dense])
-        ratios = [dense_attention.mean / a for a in attention if dense_attention is not None and a]
+        attention = _known([clip.attention_seconds for clip in clips])
+        dense_attention = _known([clip.attention_seconds for clip in dense])
+        ratios = [range_of(dense_attention).median / a for a in attention if dense_attention and a]
+        density = _known([clip.density for clip in clips])
         return RecipeSummary(
             recipe=recipe,
             clips=len(clips),
-            total_seconds=bootstrap_mean([clip.total_seconds for clip in clips]),
-            speedup=bootstrap_mean([d.total_seconds / c.total_seconds for d, c in zip(dense, clips, strict=True)]),
-            attention_seconds=_interval_of_known(attention),
-            attention_speedup=bootstrap_mean(ratios) if ratios else None,
-            density=_interval_of_known([clip.density for clip in clips]),
+            total_seconds=range_of([seconds for clip in clips for seconds in clip.seconds]),
+            speedup=speed_up([clip.seconds for clip in dense], [clip.seconds for clip in clips]),
+            attention_seconds=range_of(attention) if attention else None,
+            attention_speedup=bootstrap_median(ratios) if ratios else None,
+            density=bootstrap_mean(density) if density else None,
             metrics=metrics,
             missing=missing,
         )
@@ -180,9 +205,12 @@ class ComparisonReport:
         )
 
 
-def _interval_of_known(values: Sequence[float | None]) -> Interval | None:
-    known = [value for value in values if value is not None]
-    return bootstrap_mean(known) if known else None
+def _count(number: int, noun: str) -> str:
+    return f"{number} {noun}{'' if number == 1 else 's'}"
+
+
+def _known(values: Sequence[float | None]) -> list[float]:
+    return [value for value in values if value is not None]
 
 
 def _result_to_json(result: ClipResult) -> dict[str, Any]:
@@ -201,6 +229,7 @@ def _result_to_json(result: ClipResult) -> dict[str, Any]:
         "density": result.density,
         "metrics": metrics,
         "clip": result.clip,
+        "runs": list(result.runs),
     }
 
 
@@ -211,29 +240,22 @@ def _result_from_json(tree: Mapping[str, Any]) -> ClipResult:
         else Measurement(reason=entry["reason"])
         for name, entry in tree["metrics"].items()
     }
-    return ClipResult(**{**tree, "metrics": metrics})
+    return ClipResult(**{**tree, "metrics": metrics, "runs": tuple(tree.get("runs", ()))})
 
 
-def _interval_to_json(interval: Interval | None) -> dict[str, float | str | int] | None:
-    if interval is None:
-        return None
-    return {
-        "mean": number_to_json(interval.mean),
-        "low": number_to_json(interval.low),
-        "high": number_to_json(interval.high),
-        "count": interval.count,
-    }
+def _optional(interval: Interval | None) -> dict[str, float | str | int] | None:
+    return None if interval is None else interval.to_json()
 
 
 def _summary_to_json(summary: RecipeSummary) -> dict[str, Any]:
     return {
         "recipe": summary.recipe,
         "clips": summary.clips,
-        "total_seconds": _interval_to_json(summary.total_seconds),
-        "speedup": _interval_to_json(summary.speedup),
-        "attention_seconds": _interval_to_json(summary.attention_seconds),
-        "attention_speedup": _interval_to_json(summary.attention_speedup),
-        "density": _interval_to_json(summary.density),
-        "metrics": {name: _interval_to_json(interval) for name, interval in summary.metrics.items()},
+        "total_seconds": summary.total_seconds.to_json(),
+        "speedup": summary.speedup.to_json(),
+        "attention_seconds": _optional(summary.attention_seconds),
+        "attention_speedup": _optional(summary.attention_speedup),
+        "density": _optional(summary.density),
+        "metrics": {name: interval.to_json() for name, interval in summary.metrics.items()},
         "missing": {name: list(reasons) for name, reasons in summary.missing.items()},
     }

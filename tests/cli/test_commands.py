@@ -59,6 +59,10 @@ def test_bench_measures_both_variants(tmp_path: Path) -> None:
     assert data["latent_tokens"] == 2 * 4 * 4
     assert len(data["dense"]["seconds"]) == len(data["patched"]["seconds"]) == 2
     assert data["speedup"] == pytest.approx(data["dense"]["median_s"] / data["patched"]["median_s"])
+    low, high = data["speedup_range"]
+    noise = max(data[side]["max_s"] / data[side]["min_s"] for side in ("dense", "patched"))
+    assert (low, high) == (pytest.approx(data["speedup"] / noise), pytest.approx(data["speedup"] * noise))
+    assert low <= data["speedup"] <= high
     assert data["recipe"]["select"]["density"] == 0.5
     # Two warm-up forwards and two measured ones.
     assert data["summary"]["sparse_calls"] == 4
@@ -74,10 +78,41 @@ def test_bench_of_the_dense_recipe_is_bit_equal() -> None:
     assert data["mean_density"] == 1
 
 
+def test_bench_of_dense_against_dense_shows_no_difference() -> None:
+    data = run_json(*BENCH[:-1], "7", "--recipe", "dense")
+    low, high = data["speedup_range"]
+    assert low <= 1 <= high
+
+
+@pytest.mark.parametrize("recipe", ["pooled", "mass", "adaspa", "pooled;schedule.refresh_every=100"])
+def test_bench_times_what_a_fresh_patch_computes(recipe: str) -> None:
+    """A plan that outlives a forward is that of the same inputs."""
+    data = run_json(*BENCH, "--recipe", recipe, "--set", "select.density=0.5", "--dtype", "fp32")
+    assert data["repeat_difference"] == 0
+    assert not any("fresh patch" in note for note in data["notes"])
+
+
+def test_bench_says_when_a_kept_plan_is_another(monkeypatch: pytest.MonkeyPatch) -> None:
+    from dit_accel.cli import forward_bench
+
+    runs = iter(range(1, 100))
+
+    def drifting(self: Any) -> None:
+        import torch
+
+        self.seconds.append(1.0)
+        self.output = torch.full((2,), float(next(runs)))
+
+    monkeypatch.setattr(forward_bench.Variant, "run", drifting)
+    data = run_json(*BENCH)
+    assert any("not what a fresh patch computes" in note for note in data["notes"])
+
+
 def test_bench_as_text() -> None:
     result = run(*BENCH, "--backend", "reference")
     assert result.exit_code == 0, result.stderr
-    for word in ("speed-up", "1 of 30 layers", "reference (asked for by name)", "relative difference"):
+    words = ("speed-up", "over 2 of each, in turns", "1 of 30 layers", "reference (asked for by name)")
+    for word in (*words, "relative difference"):
         assert word in result.stdout
 
 
@@ -141,6 +176,77 @@ def test_generate_compares_with_dense(tmp_path: Path) -> None:
     assert data["recipe"]["select"]["density"] == 0.1
 
 
+@pytest.fixture
+def runs(monkeypatch: pytest.MonkeyPatch) -> list[tuple[int, str]]:
+    """Steps of every generation, and the side that it was of."""
+    from dit_accel.api import handle_of
+    from dit_accel.pipelines import generate as module
+
+    seen: list[tuple[int, str]] = []
+    really = module.generate
+
+    def record(pipe: Any, prompt: str, **arguments: Any) -> Any:
+        try:
+            side = f"patch {id(handle_of(pipe))}"
+        except ValueError:
+            side = "dense"
+        seen.append((arguments["steps"], side))
+        return really(pipe, prompt, **arguments)
+
+    monkeypatch.setattr(module, "generate", record)
+    return seen
+
+
+def test_both_sides_are_warmed_up_and_take_turns(runs: list[tuple[int, str]], tmp_path: Path) -> None:
+    asked = ["--recipe", "dense", "--compare-dense", "--repeat", "3", "--out", str(tmp_path / "cat.mp4")]
+    data = run_json(*GENERATE, *SMALL, *asked)
+    assert [steps for steps, _ in runs] == [2, 2, 3, 3, 3, 3, 3, 3]
+    sides = [side.split()[0] for _, side in runs]
+    assert sides == ["dense", "patch", "dense", "patch", "patch", "dense", "dense", "patch"]
+    turns = data["turns"]
+    assert (turns["repeat"], turns["warm_up_steps_of_each_side"], turns["patched_for_each_run"]) == (3, 2, True)
+    assert len(turns["dense"]["seconds"]) == len(turns["accelerated"]["seconds"]) == 3
+    assert data["seconds"] == turns["accelerated"]["median_s"]
+    # Each patch counts its own run alone: 3 layers, 2 branches, 3 steps.
+    assert data["summary"]["dense_calls"] == {"recipe is dense": 18}
+    low, high = data["speedup_range"]
+    assert low <= data["speedup"] <= high
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["cat.dense.mp4", "cat.mp4"]
+
+
+def test_one_run_of_each_has_no_spread(runs: list[tuple[int, str]], tmp_path: Path) -> None:
+    result = run(*GENERATE, *SMALL, "--recipe", "dense", "--compare-dense", "--out", str(tmp_path / "cat.mp4"))
+    assert result.exit_code == 0, result.stderr
+    assert [steps for steps, _ in runs] == [2, 2, 3, 3]
+    assert "2 untimed steps of each side, then one run of each, which has no spread" in result.stdout
+    assert " to " not in next(line for line in result.stdout.splitlines() if line.startswith("speed-up"))
+    few = run_json(
+        *GENERATE, *SMALL, "--steps", "1", "--recipe", "dense", "--compare-dense", "--out", str(tmp_path / "c.mp4")
+    )
+    assert few["turns"]["warm_up_steps_of_each_side"] == 1
+    assert few["speedup_range"] is None
+
+
+@pytest.mark.parametrize("recipe", ["mass", "adaspa", "pooled;schedule.refresh_every=100"])
+def test_the_compared_clip_is_what_a_plain_run_gives(recipe: str, tmp_path: Path) -> None:
+    """Of a recipe that keeps plans: nothing of the warm-up or of an earlier turn is in the clip."""
+    asked = ["--size", "96x96", "--frames", "5", "--steps", "5", "--recipe", recipe, "--set", "select.density=0.3"]
+    plain = run_json(*GENERATE, *asked, "--out", str(tmp_path / "plain.mp4"))
+    both = run_json(*GENERATE, *asked, "--compare-dense", "--repeat", "2", "--out", str(tmp_path / "both.mp4"))
+    frames = [iio.imread(tmp_path / name, plugin="FFMPEG") for name in ("plain.mp4", "both.mp4")]
+    assert (frames[0] == frames[1]).all()
+    for name in ("sparse_calls", "dense_calls", "density"):
+        assert both["summary"][name] == plain["summary"][name]
+    assert both["recipe"] == plain["recipe"]
+
+
+def test_what_cannot_be_patched_is_refused_before_the_dense_side_runs(runs: list[tuple[int, str]]) -> None:
+    result = run(*GENERATE, *SMALL, "--recipe", "paro", "--compare-dense")
+    assert result.exit_code == 2
+    assert "calibrat" in result.stderr
+    assert runs == []
+
+
 def test_generate_with_an_adapter(tmp_path: Path) -> None:
     """The one that comes with the embedded model; one for another model is refused by name."""
     asked = ["--prompt", "a red car in a forest", "--device", "cpu", "--dtype", "fp32", "--size", "64x64"]
@@ -183,11 +289,17 @@ def test_generate_as_text(tmp_path: Path) -> None:
         ([*BENCH, "--device", "cuda:99"], "--device cuda:99 is not there"),
         ([*BENCH, "--repeats", "0"], "repeats must be at least 1, got 0"),
         ([*BENCH, "--batch", "0"], "batch must be at least 1, got 0"),
+        ([*BENCH, "--dense-backend", "_native_cudnn"], "dense backend '_native_cudnn' cannot run in"),
+        ([*BENCH, "--dense-backend", "_native_efficient"], "was found); leave it out for the fastest that runs."),
+        ([*BENCH, "--dense-backend", "cudnn"], "Unknown dense backend 'cudnn'; diffusers knows flash,"),
+        ([*BENCH, "--dense-backend", "xformers"], "xformers"),
+        ([*BENCH, "--out", "/proc/no/bench.json"], "Cannot write in /proc/no"),
         ([*GENERATE[:1], "no-such-model", *GENERATE[2:]], "neither a built-in model"),
         ([*GENERATE, "--size", "huge"], "--size must be"),
         ([*GENERATE, "--adapter", "sla"], "There is no adapter 'sla': it is no folder, and the model comes with none"),
         ([*GENERATE, "--adapter", "sla", "--recipe", "sla"], "--adapter brings its own recipe, got --recipe sla"),
         ([*GENERATE, *SMALL, "--out", "film.png"], "saved as .mp4; got film.png"),
+        ([*GENERATE, *SMALL, "--repeat", "3"], "--repeat goes with --compare-dense, got --repeat 3 alone"),
     ],
 )
 def test_errors_are_one_sentence(arguments: list[str], words: str) -> None:

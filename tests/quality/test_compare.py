@@ -26,6 +26,7 @@ class FakePipe:
 
     error: float = 0.0
     calls: list[tuple[str, int, float]] = field(default_factory=list)
+    log: list[str] = field(default_factory=list)
     patched_with: Any = None
 
     def __call__(
@@ -39,6 +40,7 @@ class FakePipe:
         assert output_type == "np"
         noise = torch.randn(3, generator=generator)
         self.calls.append((prompt, num_inference_steps, float(noise[0])))
+        self.log.append("dense" if self.patched_with is None else str(self.patched_with))
         latents = noise.expand(1, 2, 3) + self.error
         for step in range(num_inference_steps):
             callback_on_step_end(self, step, 0, {"latents": latents * (step + 1) / num_inference_steps})
@@ -94,10 +96,14 @@ def test_everything_is_paired(tmp_path: Path) -> None:
     )  # fmt: skip
     assert report.pairs == (("a cat", 3), ("a cat", 4), ("a dog", 3), ("a dog", 4))
     assert report.recipes == ("exact", "off/by")
-    # Warm-up, 4 dense, 1 with timers, and for each recipe a warm-up and 4: warm-ups have two steps.
-    assert [steps for _, steps, _ in pipe.calls] == [2, 6, 6, 6, 6, 6, 2, 6, 6, 6, 6, 2, 6, 6, 6, 6]
-    assert [noise for _, _, noise in pipe.calls[1:5]] == [noise for _, _, noise in pipe.calls[7:11]]
-    assert pipe.calls[1][2] != pipe.calls[2][2]
+    # A warm-up of two steps for each side, then clip by clip each side once, and one clip again with timers.
+    assert [steps for _, steps, _ in pipe.calls] == [2] * 3 + [6] * 13
+    assert pipe.log[:3] == ["dense", str(_RECIPES["exact"]), str(_RECIPES["off/by"])]
+    turn = pipe.log[:3]
+    assert pipe.log[3:] == [*turn, "dense", *turn[::-1], *turn, *turn[::-1]]
+    noises = [noise for _, _, noise in pipe.calls[3:6] + pipe.calls[7:]]
+    assert [len(set(noises[n : n + 3])) for n in range(0, 12, 3)] == [1] * 4
+    assert noises[0] == noises[6] != noises[3]  # seeds 3 and 4, of each prompt
     assert pipe.patched_with is None
     assert len(lines) == 13
 
@@ -140,18 +146,104 @@ def test_a_broken_recipe_fails_before_anything_is_generated(tmp_path: Path) -> N
     assert pipe.patched_with is None
 
 
-def test_a_run_that_breaks_leaves_the_recipes_it_finished(tmp_path: Path) -> None:
+def test_every_run_has_a_patch_of_its_own(tmp_path: Path) -> None:
+    """Nothing of a warm-up or of another clip is there: what a patch keeps would be in its summary."""
+    pipe = FakePipe()
+    report = compare(
+        pipe, {"exact": {"error": 0.0}}, ["a cat", "a dog"], out=tmp_path, patch=FakeHandle, metrics=["psnr"],
+        generate_kwargs={"num_inference_steps": 4}, repeat=2,
+    )  # fmt: skip
+    # 4 calls a step, 4 steps; a summary of more than one run would have multiples.
+    for prompt in ("a cat", "a dog"):
+        assert report.result("exact", prompt, 0).attention_seconds == pytest.approx(8 * 0.5 + 8 * 0.11)
+    assert report.facts["runs"] == (
+        "each clip 2 times dense and 2 times under each recipe, in turns; patched anew for every run"
+    )
+    assert report.facts["warm-up"] == "2 untimed steps of dense and of each recipe, at the same size"
+    assert "exact: 16 of 32 self-attention calls ran dense (16 first steps)." in report.notes
+
+
+@pytest.mark.parametrize("repeat", [1, 2, 3])
+def test_repeats_are_in_turns(repeat: int, tmp_path: Path) -> None:
+    pipe = FakePipe()
+    report = compare(
+        pipe, {"exact": "pooled"}, ["a cat", "a dog"], out=tmp_path, patch=_ExactHandle, metrics=["psnr"],
+        warm_up=False, dense_attention_clips=0, repeat=repeat,
+    )  # fmt: skip
+    pair = ["dense", "pooled"]
+    assert pipe.log == [name for turn in range(2 * repeat) for name in (pair if turn % 2 == 0 else pair[::-1])]
+    for result in report.results:
+        assert len(result.seconds) == repeat
+        assert result.total_seconds == pytest.approx(sorted(result.seconds)[repeat // 2], rel=0.9)
+    assert report.summary("exact").speedup.count == 2 * repeat
+    assert report.summary("exact").metrics["psnr"].count == 2
+
+
+class _ExactHandle(FakeHandle):
+    """Of a recipe that is a name, and changes nothing."""
+
+    def __init__(self, pipe: FakePipe, recipe: Any) -> None:
+        super().__init__(pipe, {"error": 0.0})
+        pipe.patched_with = recipe
+
+
+def test_asked_for_one_step_it_warms_up_with_one(tmp_path: Path) -> None:
+    pipe = FakePipe()
+    arguments = {"num_inference_steps": 1}
+    report = compare(pipe, _RECIPES, ["a cat"], out=tmp_path, patch=FakeHandle, generate_kwargs=arguments, metrics=())
+    assert {steps for _, steps, _ in pipe.calls} == {1}
+    assert report.facts["warm-up"].startswith("1 untimed steps")
+
+
+def test_a_warm_up_without_a_sparse_call_is_said(tmp_path: Path) -> None:
+    class LateHandle(FakeHandle):
+        def summary(self) -> SimpleNamespace:
+            found = super().summary()
+            found.sparse_calls = max(0, found.sparse_calls - 8)
+            return found
+
+    arguments = {"num_inference_steps": 10}
+    report = compare(
+        FakePipe(), _RECIPES, ["a cat"], out=tmp_path, patch=LateHandle, generate_kwargs=arguments, metrics=["psnr"]
+    )
+    assert sum("the warm-up ran no sparse call" in note for note in report.notes) == 2
+
+
+def test_a_run_that_breaks_leaves_the_clips_it_finished(tmp_path: Path) -> None:
     class BreakingHandle(FakeHandle):
         def summary(self) -> SimpleNamespace:
-            if self.error:
+            if self.error and len(self.pipe.calls) > 4:
                 raise RuntimeError("out of memory")
             return super().summary()
 
     pipe = FakePipe()
     with pytest.raises(RuntimeError, match="out of memory"):
-        compare(pipe, _RECIPES, ["a cat"], out=tmp_path, patch=BreakingHandle, metrics=["psnr"], warm_up=False)
-    assert json.loads((tmp_path / "report.json").read_text())["recipes"] == ["exact"]
+        compare(pipe, _RECIPES, ["a cat", "a dog"], out=tmp_path, patch=BreakingHandle, metrics=["psnr"], warm_up=False)
+    tree = json.loads((tmp_path / "report.json").read_text())
+    assert tree["recipes"] == ["exact", "off/by"]
+    assert [result["prompt"] for result in tree["results"]] == ["a cat"] * 3
+    assert (tmp_path / "index.html").is_file()
     assert pipe.patched_with is None
+
+
+def test_a_recipe_that_breaks_does_so_in_its_warm_up(tmp_path: Path) -> None:
+    class BreakingHandle(FakeHandle):
+        def summary(self) -> SimpleNamespace:
+            raise RuntimeError("out of memory")
+
+    pipe = FakePipe()
+    with pytest.raises(RuntimeError, match="out of memory"):
+        compare(pipe, _RECIPES, ["a cat"], out=tmp_path, patch=BreakingHandle)
+    assert {steps for _, steps, _ in pipe.calls} == {2}
+    assert not (tmp_path / "report.json").exists()
+
+
+def test_a_folder_that_cannot_be_written_is_refused_before_the_work(tmp_path: Path) -> None:
+    pipe = FakePipe()
+    (tmp_path / "file").write_text("")
+    with pytest.raises(ValueError, match="Cannot write in"):
+        compare(pipe, _RECIPES, ["a cat"], out=tmp_path / "file", patch=FakeHandle)
+    assert pipe.calls == []
 
 
 def test_a_recipe_that_gives_nan_has_reasons_not_numbers(tmp_path: Path) -> None:
@@ -182,6 +274,7 @@ def test_unmeasured_dense_attention(tmp_path: Path) -> None:
         ({"recipes": {"dense": "dense"}}, "none named 'dense'"),
         ({"metrics": ["fvd"]}, "unknown metric 'fvd'"),
         ({"generate_kwargs": {"generator": 1}}, "must not set generator"),
+        ({"repeat": 0}, "repeat must be at least 1, got 0"),
     ],
 )
 def test_bad_arguments(tmp_path: Path, changes: dict[str, Any], message: str) -> None:
@@ -232,3 +325,55 @@ def test_a_real_pipeline(tmp_path: Path) -> None:
     assert coarse.metrics["latent_mse"].mean > 0
     assert coarse.attention_seconds.mean > 0
     assert coarse.attention_speedup is not None
+
+
+def _real_pipe() -> Any:
+    from tests.tiny import TINY
+
+    pipe = TINY["wan"].build()
+    pipe.set_progress_bar_config(disable=True)
+    pipe.encode_prompt = lambda prompt, **_: (torch.full((1, 16, 32), len(prompt) / 100), None)
+    return pipe
+
+
+_REAL = {"height": 224, "width": 256, "num_frames": 1, "guidance_scale": 1.0, "num_inference_steps": 5}
+
+
+@pytest.mark.filterwarnings("ignore")
+@pytest.mark.parametrize("compiled", [False, True])
+def test_clips_are_what_a_first_run_gives(compiled: bool, tmp_path: Path) -> None:
+    """The clip of a recipe is that of a pipeline patched for it alone, not one with a warm-up's plan."""
+    import dit_accel
+    from dit_accel import presets
+
+    kept = presets.pooled(density=0.3, dense_fraction=0.2).with_fields({"schedule.refresh_every": 100})
+    recipes = {"search": presets.mass(density=0.3, dense_fraction=0.4), "kept": kept}
+    pipe = _real_pipe()
+    if compiled:
+        for block in pipe.transformer.blocks:
+            block.compile(backend="eager")
+    report = compare(
+        pipe, recipes, ["a cat", "a quick brown fox"], out=tmp_path, metrics=["latent_mse"], generate_kwargs=_REAL
+    )
+    assert ("compiled" in report.facts["runs"]) == compiled
+    assert not any("other pixels" in note for note in report.notes)
+    for name, recipe in recipes.items():
+        for prompt in ("a cat", "a quick brown fox"):
+            alone = _real_pipe()
+            dense = generate_clip(alone, prompt, 0, _REAL).latents
+            with dit_accel.patch(alone, recipe) as handle:
+                fast = generate_clip(alone, prompt, 0, _REAL).latents
+            assert report.result(name, prompt, 0).density == pytest.approx(handle.summary().mean_density)
+            said = report.result(name, prompt, 0).metrics["latent_mse"].value
+            assert said == pytest.approx(float((dense - fast).square().mean()), rel=1e-3)
+    assert any("search step" in note for note in report.notes)
+
+
+@pytest.mark.filterwarnings("ignore")
+def test_no_recipe_is_what_the_patch_does_by_itself(tmp_path: Path) -> None:
+    """A sequence too short to gain stays dense, as it does for a user."""
+    report = compare(_real_pipe(), {"auto": None}, ["a cat"], out=tmp_path, metrics=["psnr"], generate_kwargs=_REAL)
+    assert report.result("auto", "a cat", 0).density == 1
+    assert report.summary("auto").metrics["psnr"].mean == math.inf
+    assert any("too few to gain" in note for note in report.notes)
+    assert report.descriptions == {"auto": "patch(pipe) without a recipe"}

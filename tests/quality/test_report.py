@@ -1,6 +1,7 @@
 """The written report: self-contained, escaped, complete, and a film that holds every clip."""
 
 import re
+from dataclasses import replace
 from html.parser import HTMLParser
 from pathlib import Path
 
@@ -9,6 +10,7 @@ import pytest
 import torch
 
 from dit_accel.quality import ClipPair, Interval, Measurement, measure
+from dit_accel.quality.bootstrap import range_of
 from dit_accel.quality.clips import read_clip, save_clip, side_by_side
 from dit_accel.quality.page import report_page
 from dit_accel.quality.pixel import Psnr, Ssim
@@ -82,7 +84,66 @@ def test_page_says_what_is_missing_and_shows_infinity(tmp_path: Path) -> None:
     assert "rough: &lt;odd&gt;" in page
     assert "∞" in page
     assert "dit-accel compare embedded" in page
-    assert "2.67× as fast" in page
+    assert "rough 2.67× (2.67× to 2.67×, over 2 runs), PSNR to dense" in page
+
+
+def _timed(dense: tuple[float, ...], psnr: float = 40.0, **fast: tuple[float, ...]) -> ComparisonReport:
+    """A report of these seconds, one clip a run."""
+    times = {DENSE: dense, **fast}
+    metrics = {"psnr": Measurement(value=psnr)}
+    results = [
+        ClipResult("a cat", seed, name, seconds, metrics={} if name == DENSE else metrics)
+        for name, runs in times.items()
+        for seed, seconds in enumerate(runs)
+    ]
+    return ComparisonReport("Tiny", tuple(results), tuple(fast))
+
+
+def _lead(report: ComparisonReport) -> str:
+    found = re.search(r'<p class="lead">(.*?)</p>', report_page(report, Path()))
+    assert found is not None
+    return found[1]
+
+
+def test_the_lead_says_what_was_measured() -> None:
+    """No recipe is called the fastest: its interval may hold 1, or its clips be far from dense."""
+    lead = _lead(_timed((2.0, 2.2), 14.8, pooled=(2.1, 2.0)))
+    assert "pooled 1.03× (0.93× to 1.13×, over 2 runs: no difference shown), PSNR to dense 14.8 dB" in lead
+    lead = _lead(_timed((4.0, 4.4), 14.8, pooled=(2.0, 2.0), mass=(5.0, 5.5)))
+    assert "pooled 2.10× (1.91× to 2.31×, over 2 runs), PSNR to dense 14.8 dB; mass 0.80× (0.73× to 0.88×" in lead
+    assert "one run of each, no spread" in _lead(_timed((4.0,), pooled=(2.0,)))
+    many = {f"r{n}": (4.0 - n / 2, 4.0 - n / 2) for n in range(5)}
+    assert "5 recipes have median speed-ups from 1.00× to 2.00×, PSNR to dense from 40.0 to 40.0 dB" in _lead(
+        _timed((4.0, 4.0), **many)
+    )
+    enough = _lead(_timed((4.0,) * 12, pooled=(2.0,) * 12))
+    assert "pooled 2.00× (2.00× to 2.00×, 95% interval)" in enough
+    for text in (lead, enough):
+        assert "fastest" not in text
+        assert "No recipe is faster" not in text
+
+
+@pytest.mark.parametrize(
+    ("count", "said"),
+    [(1, "One clip, run once, has no spread"), (2, "the extremes of 2 clips"), (9, "the extremes of 9 clips")],
+)
+def test_few_clips_have_no_95_percent(count: int, said: str) -> None:
+    page = report_page(_timed((4.0,) * count, pooled=(2.0,) * count), Path())
+    assert said in page
+    assert "95% bootstrap" not in page
+    assert "95% interval over" not in page
+
+
+def test_enough_clips_have_one() -> None:
+    report = _timed((4.0,) * 12, pooled=(2.0,) * 12)
+    assert "a 95% bootstrap interval over 12 clips" in report_page(report, Path())
+    # Where a metric has a value on few of them, its cell says so.
+    some = [
+        r if r.seed < 3 or r.recipe == DENSE else replace(r, metrics={"psnr": Measurement(reason="none")})
+        for r in report.results
+    ]
+    page = report_page(ComparisonReport("Tiny", tuple(some), ("pooled",)), Path())
+    assert "40.00 – 40.00 (range of 3)" in page
 
 
 def test_clips_beyond_the_limit_are_counted(tmp_path: Path) -> None:
@@ -168,7 +229,11 @@ def test_side_by_side_refuses_unequal_clips() -> None:
 
 
 def _points(*values: tuple[float, float]) -> list[ParetoPoint]:
-    return [ParetoPoint(f"r{i}", Interval(s, s, s, 2), Interval(f, f, f, 2), i) for i, (s, f) in enumerate(values)]
+    return [ParetoPoint(f"r{i}", _interval(s), _interval(f), i) for i, (s, f) in enumerate(values)]
+
+
+def _interval(low: float, high: float | None = None) -> Interval:
+    return range_of([low, low if high is None else high])
 
 
 @pytest.mark.parametrize(("higher", "fidelity"), [(True, (20, 30, 25)), (False, (0.3, 0.1, 0.2))])
@@ -191,7 +256,7 @@ def test_plot_without_finite_points_is_empty() -> None:
 
 
 def test_plot_of_one_point_with_an_infinite_end() -> None:
-    point = ParetoPoint("r", Interval(1, 1, 1, 2), Interval(30, 29, float("inf"), 2), 0)
+    point = ParetoPoint("r", _interval(1), replace(_interval(29, 31), high=float("inf")), 0)
     svg = pareto_svg([point], label="x", higher_is_better=True, dense_seconds=2, digits=2)
     assert "nan" not in svg
     assert "inf" not in svg
