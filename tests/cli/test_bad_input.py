@@ -19,6 +19,7 @@ SIZE = ["--device", "cpu", "--size", "64x64", "--frames", "5", "--steps", "2"]
 GENERATE = ["generate", "random-wan", "--prompt", "a cat", *SIZE]
 CALIBRATE = ["calibrate", "random-wan", "--recipe", "pooled", *SIZE]
 SEARCH = ["search", "random-wan", "--density", "0.9", "--samples", "1", *SIZE]
+COMPARE = ["compare", "random-wan", *SIZE]
 INSPECT = ["inspect", "random-wan", "--prompt", "a cat", *SIZE]
 HUGE = "order.shape=(1000000000,1000000000,1000000000)"
 
@@ -77,6 +78,8 @@ WITHOUT_A_MODEL = [
     ([*SEARCH, "--out", "/proc/no/f.json"], "Cannot write in /proc/no"),
     ([*INSPECT, "--out", "file"], "Cannot write in file"),
     ([*INSPECT, "--out", "/proc/no"], "Cannot write in /proc/no"),
+    ([*COMPARE, "--out", "file"], "Cannot write in file"),
+    ([*COMPARE, "--out", "/proc/no"], "Cannot write in /proc/no"),
     # Numbers.
     ([*GENERATE, "--size", "00x64"], "--size must be WIDTHxHEIGHT in pixels, such as 832x480"),
     ([*GENERATE, "--size", "64x99999999999999999999"], "--size must be at most 32768 pixels a side"),
@@ -85,6 +88,8 @@ WITHOUT_A_MODEL = [
     ([*GENERATE, "--seed", "-1"], "--seed must lie in 0 to"),
     ([*SEARCH, "--seed", str(10**22)], "--seed must lie in 0 to"),
     ([*INSPECT, "--seed", "-1"], "--seed must lie in 0 to"),
+    ([*COMPARE, "--seed", "1", "--seed", "-1"], "--seed must lie in 0 to"),
+    ([*COMPARE, "--guidance", "nan"], "--guidance must be finite, got nan"),
     ([*GENERATE, "--frames", "0"], "--frames"),
     ([*GENERATE, "--frames", str(10**22)], "--frames"),
     ([*GENERATE, "--steps", "-3"], "--steps"),
@@ -111,6 +116,8 @@ WITHOUT_A_MODEL = [
     ([*CALIBRATE, "--prompts-file", "latin.txt"], "latin.txt must be UTF-8 text: invalid"),
     ([*CALIBRATE, "--prompts-file", "empty.txt"], "empty.txt must hold a prompt, one a line, got none"),
     ([*CALIBRATE, "--prompts-file", "dir"], "--prompts-file dir cannot be read: Is a directory"),
+    ([*COMPARE, "--prompts-file", "latin.txt"], "latin.txt must be UTF-8 text: invalid"),
+    ([*COMPARE, "--prompts-file", "empty.txt"], "empty.txt must hold a prompt, one a line, got none"),
     ([*SEARCH, "--prompts-file", "gone.txt"], "gone.txt cannot be read: No such file or directory"),
     ([*GENERATE, "--calibration", "gone"], "There is no calibration at gone"),
     ([*GENERATE, "--calibration", "file"], "file is no calibration file"),
@@ -143,6 +150,7 @@ def test_what_needs_no_model_is_refused_before_it_is_loaded(folder, monkeypatch,
         ([*GENERATE, "--size", "72x64"], "WanPipeline needs a width that is a multiple of 16, got 72"),
         ([*CALIBRATE, "--size", "64x100"], "WanPipeline needs a height that is a multiple of 16, got 100"),
         ([*SEARCH, "--size", "1x1"], "WanPipeline needs a width that is a multiple of 16, got 1"),
+        ([*COMPARE, "--size", "64x100"], "WanPipeline needs a height that is a multiple of 16, got 100"),
         ([*INSPECT, "--size", "64x16384"], "WanPipeline needs a height of at most 8192, got 16384"),
         ([*GENERATE, "--frames", "99999"], "WanPipeline makes at most 4093 frames, got 99999"),
         ([*INSPECT, "--at-step", "9"], "--at-step must lie in 0 to 1, of 2 steps, got 9"),

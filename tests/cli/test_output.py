@@ -82,11 +82,12 @@ def test_frames_are_those_made_and_a_difference_is_said(tmp_path, asked, made) -
     assert (f"makes {made} frames, not the {asked} that --frames asks for" in result.stderr) == (asked != made)
 
 
-@pytest.mark.parametrize("command", ["calibrate", "search", "inspect"])
+@pytest.mark.parametrize("command", ["calibrate", "search", "inspect", "compare"])
 def test_frames_that_are_rounded_are_said_by_every_command(tmp_path, command) -> None:
     given = {
         "calibrate": ["--recipe", "pooled", "--out", str(tmp_path / "c")],
         "search": [*SEARCH[-2:], "--density", "0.9", "--samples", "1", "--out", str(tmp_path / "f.json")],
+        "compare": ["--recipe", "dense", "--metrics", "psnr", "--out", str(tmp_path / "d")],
         "inspect": ["--at-step", "0", "--layer", "0", "--out", str(tmp_path / "i")],
     }[command]
     size = ["--device", "cpu", "--size", "64x64", "--frames", "6", "--steps", "2", "--prompt", "a cat"]
