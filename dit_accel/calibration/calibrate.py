@@ -105,10 +105,9 @@ def calibrate(
     for name, value in (("buckets", buckets), ("axis_prompts", axis_prompts)):
         if value < 1:
             raise ValueError(f"{name} must be at least 1, got {value}.")
-    _check(chosen, pipe)
-    draft = None if out is None else Path(out).with_name(Path(out).name + ".partial")
-    for path in () if out is None or draft is None else (Path(out), draft):
-        refuse_unwritable(path)
+    refuse_calibration(chosen, None if out is None else Path(out))
+    _refuse_shares(chosen, pipe)
+    draft = None if out is None else _beginning(Path(out))
     seeds = tuple(range(len(prompts)) if seeds is None else seeds)
     from .. import __version__
 
@@ -145,13 +144,29 @@ def calibrate(
     return artifact
 
 
-def _check(recipe: Recipe, pipe: Any) -> None:
+def refuse_calibration(recipe: Recipe, out: Path | None) -> None:
+    """Check what can be known before the model is loaded.
+
+    Raises:
+        ValueError: a recipe with nothing to calibrate, or a file that cannot be written.
+    """
     if isinstance(recipe.select, DenseSelect) or recipe.select.is_static:
         raise ValueError(
             f"{type(recipe.select).__name__} chooses nothing from queries and keys: there is nothing to calibrate."
         )
     if isinstance(recipe.order, SortedSegments):
         raise ValueError("SortedSegments orders each call anew: masks made for one call mean nothing in another.")
+    for path in () if out is None else (out, _beginning(out)):
+        refuse_unwritable(path)
+
+
+def _beginning(out: Path) -> Path:
+    """Where the beginning of a calibration is kept until the file is whole."""
+    return out.with_name(out.name + ".partial")
+
+
+def _refuse_shares(recipe: Recipe, pipe: Any) -> None:
+    """Refuse densities per head that do not fit the model."""
     shares = getattr(recipe.select, "head_densities", ())
     for _, model, family in transformers_of(pipe):
         for layer, (_, module) in enumerate(self_attentions(model, family)):

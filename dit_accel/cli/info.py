@@ -6,6 +6,7 @@ import inspect
 import json
 from typing import TYPE_CHECKING, Any
 
+from .console import plain_console
 from .errors import one_sentence_errors
 from .options import DebugOption, DeviceOption, JsonOption, quiet_libraries, read_device
 
@@ -135,13 +136,17 @@ def _axes() -> dict[str, dict[str, dict[str, Any]]]:
 
 
 def _show(data: dict[str, Any]) -> None:
-    from rich.console import Console
     from rich.table import Table
+    from rich.text import Text
 
-    console = Console()
+    console = plain_console()
     device = data["device"]
-    console.print(f"[bold]Device[/] {device['name']} ({', '.join(f'{k} {v}' for k, v in device.items())})")
-    console.print("[bold]Versions[/] " + ", ".join(f"{k} {v}" for k, v in data["versions"].items()))
+    facts = f"{device['name']} ({', '.join(f'{k} {v}' for k, v in device.items())})"
+    for title, text in (
+        ("Device", facts),
+        ("Versions", ", ".join(f"{k} {v}" for k, v in data["versions"].items())),
+    ):
+        console.print(Text(title, style="bold"), text)
 
     def table(title: str, *columns: str) -> Table:
         result = Table(*columns, title=title, title_justify="left", title_style="bold", show_edge=False)

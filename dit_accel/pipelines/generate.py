@@ -146,8 +146,10 @@ def output_path(path: Path, is_video: bool) -> Path:
     """The path with the suffix of what is saved there; a name without one gets it.
 
     Raises:
-        ValueError: the suffix of another kind of file.
+        ValueError: a folder, or the suffix of another kind of file.
     """
+    if path.is_dir():
+        raise ValueError(f"{path} is a folder; give the name of a file in it.")
     suffix = ".mp4" if is_video else ".png"
     if path.suffix.lower() == suffix:
         return path

@@ -11,6 +11,9 @@ from ..patches.families.family import patch_size
 SPATIAL = ("vae_scale_factor_spatial", "vae_spatial_compression_ratio", "vae_scale_factor")
 TEMPORAL = ("vae_scale_factor_temporal", "vae_temporal_compression_ratio")
 
+# What pipelines ask for whatever their patches are.
+CHECKED = {"Wan": 16, "HunyuanVideo": 16}
+
 
 def refuse_size(pipe: Any, width: int | None, height: int | None) -> None:
     """Check a picture's size in pixels; None is the pipeline's own.
@@ -20,15 +23,17 @@ def refuse_size(pipe: Any, width: int | None, height: int | None) -> None:
     Raises:
         ValueError: a side of no pixels, not a multiple of what the pipeline needs, or beyond its positions.
     """
-    _, rows, columns = _pixels_of_a_token(pipe)
+    _, rows, columns = patch_size(_config(pipe))
+    pixels, whole = _first(pipe, SPATIAL), _whole(pipe)
     longest = _config(pipe).get("rope_max_seq_len")
-    for name, side, unit in (("width", width, columns), ("height", height, rows)):
+    for name, side, token in (("width", width, pixels * columns), ("height", height, pixels * rows)):
         if side is None:
             continue
+        unit = lcm(token, whole)
         if side < 1 or side % unit:
             raise ValueError(f"{type(pipe).__name__} needs a {name} that is a multiple of {unit}, got {side}.")
-        if longest is not None and side // unit > longest:
-            raise ValueError(f"{type(pipe).__name__} needs a {name} of at most {longest * unit}, got {side}.")
+        if longest is not None and side // token > longest:
+            raise ValueError(f"{type(pipe).__name__} needs a {name} of at most {longest * token}, got {side}.")
 
 
 def fitted_frames(pipe: Any, frames: int) -> int:
@@ -49,14 +54,13 @@ def fitted_frames(pipe: Any, frames: int) -> int:
     return (latents - 1) * group + 1
 
 
-def _pixels_of_a_token(pipe: Any) -> tuple[int, int, int]:
-    """Latent frames, pixel rows and pixel columns of a token."""
-    depth, rows, columns = patch_size(_config(pipe))
-    pixels = _first(pipe, SPATIAL)
+def _whole(pipe: Any) -> int:
+    """Pixels that a side needs besides whole tokens."""
     processor = getattr(pipe, "video_processor", None) or getattr(pipe, "image_processor", None)
     # Of pipelines that pack latents into patches themselves only the processor knows.
     packed = getattr(getattr(processor, "config", None), "vae_scale_factor", 1)
-    return depth, lcm(pixels * rows, packed), lcm(pixels * columns, packed)
+    checked = next((unit for prefix, unit in CHECKED.items() if type(pipe).__name__.startswith(prefix)), 1)
+    return lcm(packed, checked)
 
 
 def _config(pipe: Any) -> dict[str, Any]:

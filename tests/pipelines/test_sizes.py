@@ -73,7 +73,7 @@ def test_frames_that_cannot_be_are_refused(frames: int) -> None:
         fitted_frames(TINY["wan"].build(), frames)
 
 
-@pytest.mark.parametrize(("width", "height"), [(0, 64), (64, 0), (-64, 64), (10**8, 64), (64, 8208)])
+@pytest.mark.parametrize(("width", "height"), [(0, 64), (64, 0), (-64, 64), (10**8, 64), (64, 8208), (72, 64)])
 def test_sizes_that_cannot_be_are_refused(width: int, height: int) -> None:
     with pytest.raises(ValueError, match=r"WanPipeline needs a (width|height) .* got"):
         refuse_size(build_random_wan(), width, height)
