@@ -44,7 +44,8 @@ class Checkpoints:
         # Written aside and renamed, so that a crash leaves no half checkpoint to resume from.
         aside = folder.with_name(f".{folder.name}")
         if self.accelerator.is_main_process:
-            shutil.rmtree(aside, ignore_errors=True)
+            for half in folder.parent.glob(".step-*"):
+                shutil.rmtree(half, ignore_errors=True)
         self.accelerator.wait_for_everyone()
         try:
             with writing(folder):

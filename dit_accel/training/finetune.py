@@ -22,9 +22,9 @@ from .batches import Batches, Samples, mix
 from .checkpoints import Checkpoints, newest_checkpoint
 from .config import FinetuneConfig
 from .curves import JSON_NAME, PNG_NAME, Curves
-from .data import sigma_range, sigma_shift
+from .data import sigma_range, sigma_shift, trained_transformer
 from .earlier import set_aside
-from .fitness import refuse_unfit
+from .fitness import refuse_other_latents, refuse_unfit
 from .identity import RunIdentity, survey
 from .lent import lent
 from .objective import NoisyBatch, annealed_density, losses, velocity
@@ -90,13 +90,14 @@ def finetune(
             its numbers join the curves. It may generate with ``pipe``.
 
     Raises:
-        ValueError: no samples, settings that do not fit the model, a checkpoint of another training, a folder or
-            disk that cannot be written, or FSDP 1.
+        ValueError: no samples, samples or settings that do not fit the model, a checkpoint of another training, a
+            folder or disk that cannot be written, or FSDP 1.
         TrainingStopped: a loss or gradient is not finite.
     """
     config, output = config or FinetuneConfig(), Path(output)
     chosen = presets.resolve(recipe, **options)
     found = survey(data, config.batch_size)
+    refuse_other_latents(trained_transformer(pipe, config.transformer), data[0])
     run = refuse_unfit(pipe, chosen, output, config, resume=resume, backend=backend)
     with lent(pipe, chosen, config, backend) as (handle, trainables):
         return _Loop(pipe, handle, trainables, data, output, config, run, found).run(resume, on_step, measure)

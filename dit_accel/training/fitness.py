@@ -16,6 +16,7 @@ from .config import FinetuneConfig
 from .data import trained_transformer
 from .identity import RunIdentity
 from .lent import patch_of
+from .samples import Sample
 from .trainables import NOTHING_TO_TRAIN
 
 
@@ -48,3 +49,18 @@ def refuse_unfit(
         find_checkpoint(output, run)
     refuse_unwritable_folder(output)
     return run
+
+
+def refuse_other_latents(model: Any, sample: Sample) -> None:
+    """Check that a sample's latents are of the model's kind: ``[1, C, ...]``, or tokens ``[1, S, C]``.
+
+    Raises:
+        ValueError: they have other channels than the model takes.
+    """
+    takes = dict(getattr(model, "config", {})).get("in_channels")
+    has = sample.latents.shape[-1 if sample.latents.dim() == 3 else 1] if sample.latents.dim() > 1 else None
+    if takes is not None and has != takes:
+        raise ValueError(
+            f"The sample {sample.name} is of another model: its latents are {list(sample.latents.shape)}, "
+            f"{type(model).__name__} takes {takes} channels."
+        )

@@ -13,8 +13,9 @@ from ..files import write_text
 from .earlier import set_aside
 from .model_facts import model_difference, model_facts
 from .plain_data import as_plain, first_difference
+from .samples import sample_files
 
-RECORD, SUFFIX = "samples.json", ".safetensors"
+RECORD = "samples.json"
 
 
 @dataclass(frozen=True)
@@ -54,14 +55,14 @@ class Origin:
         Raises:
             ValueError: there are samples of another origin; the message names what differs.
         """
-        present = {path.stem for path in folder.glob(f"*{SUFFIX}")}
+        present = {path.stem for path in sample_files(folder)}
         there = self._read(folder)
         if present and (difference := self._difference(there, present)) is not None:
             if not start_over:
                 raise ValueError(
                     f"{folder} holds samples {difference}; give another folder (--out), or start over (--start-over)."
                 )
-            set_aside(folder, [RECORD, *(f"{name}{SUFFIX}" for name in sorted(present))])
+            set_aside(folder, [RECORD, *(path.name for path in sample_files(folder))])
         mine = {"models": self.models, "settings": self.settings, "samples": self.samples}
         if self._read(folder) != mine:
             write_text(folder / RECORD, json.dumps(mine, indent=1, ensure_ascii=False) + "\n")

@@ -88,6 +88,11 @@ def read_sample(path: Path) -> Sample:
         raise ValueError(f"{path.name} is no readable sample: {error}") from error
 
 
+def sample_files(folder: Path) -> list[Path]:
+    """Files of samples in a folder, in order; not the hidden ones, which a killed process left half written."""
+    return sorted(path for path in folder.glob("*.safetensors") if not path.name.startswith("."))
+
+
 def is_sample(path: Path) -> bool:
     """Whether a whole sample stands at ``path``; its tensors are not read."""
     try:
@@ -112,7 +117,7 @@ class LatentFolder:
             raise ValueError(f"There is no folder {folder}.")
         self.paths: list[Path] = []
         self.skipped: list[Skipped] = []
-        for path in sorted(self.folder.glob("*.safetensors")):
+        for path in sample_files(self.folder):
             try:
                 read_sample(path)
                 self.paths.append(path)

@@ -162,6 +162,15 @@ def test_a_damaged_sample_is_made_again(tmp_path):
     assert torch.equal(read_sample(path).latents, whole)
 
 
+def test_what_a_killed_process_left_half_written_is_no_sample(tmp_path):
+    make(tmp_path)
+    (tmp_path / ".dit_accel-0123abcd.safetensors").write_bytes(b"half")
+    make(tmp_path)
+    data = LatentFolder(tmp_path)
+    assert len(data) == 2
+    assert data.skipped == []
+
+
 def test_no_prompts_and_a_folder_that_cannot_be_written(tmp_path):
     with pytest.raises(ValueError, match="no prompt"):
         make(tmp_path / "new", [])

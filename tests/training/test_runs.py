@@ -72,9 +72,14 @@ def test_a_new_training_that_dies_early_leaves_nothing_of_the_old_one_to_go_on_f
 def test_a_training_that_cannot_begin_leaves_the_old_one_in_place(tmp_path):
     train(tmp_path)
     old = contents(tmp_path)
-    unfit = [Sample("flat", torch.zeros(1, 5, 3, 12, 16), 1000.0, {"encoder_hidden_states": torch.zeros(1, 8, 32)})]
-    with pytest.raises(RuntimeError):
-        train(tmp_path, data=unfit)
+    for channels, features, error, message in (
+        (5, 32, ValueError, r"flat is of another model: its latents are \[1, 5, 3, 12, 16\], .* takes 16 channels"),
+        (16, 7, RuntimeError, None),
+    ):
+        condition = {"encoder_hidden_states": torch.zeros(1, 8, features)}
+        unfit = [Sample("flat", torch.zeros(1, channels, 3, 12, 16), 1000.0, condition)]
+        with pytest.raises(error, match=message):
+            train(tmp_path, data=unfit)
     with pytest.raises(ValueError, match="no sample"):
         finetune(tiny_pipe(), SLA, [], tmp_path, CONFIG)
     assert contents(tmp_path) == old
@@ -214,8 +219,9 @@ def test_a_full_disk_is_one_sentence_and_leaves_no_half_file(tmp_path, limit):
 
 def test_a_checkpoint_left_half_written_is_cleared_away(tmp_path):
     """As a killed process leaves it."""
-    half = tmp_path / "checkpoints" / ".step-0000001"
-    half.mkdir(parents=True)
-    (half / "pytorch_model_fsdp_0").write_text("left over")
+    for name in (".step-0000001", ".step-0000009"):
+        half = tmp_path / "checkpoints" / name
+        half.mkdir(parents=True)
+        (half / "pytorch_model_fsdp_0").write_text("left over")
     train(tmp_path, resume=True)
     assert sorted(path.name for path in (tmp_path / "checkpoints").iterdir()) == ["step-0000001", "step-0000002"]
