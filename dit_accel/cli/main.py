@@ -12,6 +12,7 @@ from .generate import generate
 from .info import info
 from .inspect import inspect
 from .search import search
+from .waiting import wait_passively
 
 app = typer.Typer(
     name="dit-accel",
@@ -20,6 +21,13 @@ app = typer.Typer(
     add_completion=False,
     pretty_exceptions_enable=False,
 )
+
+
+@app.callback()
+def main() -> None:
+    wait_passively()
+
+
 app.command()(generate)
 app.command()(compare)
 app.command()(inspect)

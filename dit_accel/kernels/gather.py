@@ -2,6 +2,9 @@
 
 Query blocks with the same number of kept blocks run as one batch of ``scaled_dot_product_attention``. Only
 query blocks that list partial key blocks build a mask tensor. Work and memory follow the mask's density.
+
+On a CPU beside other work, set ``OMP_WAIT_POLICY=passive`` before torch is imported, as the command line does: GNU
+OpenMP's threads otherwise wait busily for one that does not run.
 """
 
 from __future__ import annotations
