@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from .adapter import adapter_recipe, find_adapter, load_whole_adapter
+from .adapter import adapter_recipe, find_adapter
 from .against_dense import SideRun, compared, print_comparison
 from .backend import refuse_backend
 from .console import plain_console
@@ -97,6 +97,7 @@ def generate(
     from ..pipelines.generate import makes_video, save
     from ..presets import automatic
     from ..quality.turns import WARM_UP_STEPS, measured_in_turns
+    from ..training.adapter import load_adapter
     from .model import choose_model, open_model, will_make_video
 
     name, builtin = choose_model(model)
@@ -126,7 +127,7 @@ def generate(
     def accelerated() -> PatchHandle:
         if folder is None:
             return patch(pipe, chosen, backend=backend, calibration=plans)
-        return load_whole_adapter(pipe, folder, backend)
+        return load_adapter(pipe, folder, backend=backend)
 
     def dense_side(short: bool) -> SideRun:
         return SideRun(generated("dense", short))

@@ -16,6 +16,7 @@ from .generate import generate
 from .info import info
 from .inspect import inspect
 from .search import search
+from .waiting import wait_passively
 
 app = typer.Typer(
     name="dit-accel",
@@ -39,6 +40,7 @@ def main(
     ] = False,
 ) -> None:
     speak_utf8()
+    wait_passively()
 
 
 app.command()(generate)

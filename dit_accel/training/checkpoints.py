@@ -8,9 +8,9 @@ from pathlib import Path
 from typing import Any
 
 from ..files import write_text
+from ..tensor_files import write_tensors, writing
 from .curves import Curves
 from .identity import RunIdentity
-from .tensor_files import write_tensors, writing
 from .trainables import Trainables, copy_values
 
 FOLDER, TRAINED_FILE, PROGRESS = "checkpoints", "trained.safetensors", "progress.json"

@@ -16,6 +16,7 @@ import torch
 from .. import presets
 from ..patches.handle import PatchHandle
 from ..recipe import Recipe
+from ..tensor_files import writing
 from . import checkpoints, tracking
 from .adapter import save_adapter
 from .batches import Batches, Samples, mix
@@ -28,7 +29,6 @@ from .fitness import refuse_other_latents, refuse_unfit
 from .identity import RunIdentity, survey
 from .lent import lent
 from .objective import NoisyBatch, annealed_density, losses, velocity
-from .tensor_files import writing
 from .tracking import Tracking, has_tensorboard
 from .trainables import Trainables
 

@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from safetensors import SafetensorError, safe_open
 
-from .tensor_files import write_tensors
+from ..tensor_files import write_tensors
 
 
 @dataclass(frozen=True, eq=False)

@@ -8,7 +8,7 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
-from .tensor_files import writing
+from ..tensor_files import writing
 
 FOLDER = "tensorboard"
 

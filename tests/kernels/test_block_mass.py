@@ -7,6 +7,7 @@ import torch
 
 from dit_accel.kernels.block_mass import block_mass
 
+from .operations import CountedOperations
 from .test_selection import NAMED, permutations
 
 
@@ -36,6 +37,10 @@ def oracle(q, k, block_q, block_k, rows=None, key_mask=None, scale=None):
         (2, 70, 2, 64, 16, 32, True, True, torch.float16),
         (1, 300, 1, 16, 256, 64, False, True, torch.float16),
         (1, 200, 2, 16, 32, 32, False, "end", torch.float32),
+        # More key blocks than the head has dims; of some runs of a head dim of them no key is visible.
+        (1, 600, 2, 16, 64, 16, True, False, torch.float32),
+        (2, 600, 2, 16, 64, 16, True, True, torch.float16),
+        (2, 600, 1, 16, 32, 16, False, "end", torch.float32),
     ],
 )
 def test_block_mass(backend, batch, seq, heads, dim, block_q, block_k, permuted, masked, dtype, device):
@@ -72,10 +77,45 @@ def test_block_mass_float64_and_chunks(monkeypatch):
     q, k = (torch.randn(1, 90, 2, 24, dtype=torch.float64) for _ in range(2))
     want, _ = oracle(q, k, 16, 32, scale=0.3)
     whole, _ = block_mass(q, k, block_q=16, block_k=32, scale=0.3, backend="torch")
-    monkeypatch.setattr("dit_accel.kernels.block_mass.CHUNK_LOGITS", 90 * 2 * 16)
+    monkeypatch.setattr("dit_accel.kernels.block_mass.CHUNK_VALUES", 90 * 2 * 16)
     parts, _ = block_mass(q, k, block_q=16, block_k=32, scale=0.3, backend="torch")
     assert torch.equal(parts, whole)
     assert (whole - want).abs().max() <= 16 * 2.0**-23
+
+
+@pytest.mark.parametrize("dim", [8, 64])
+def test_fewer_queries_than_keys_in_orders_of_their_own(dim):
+    torch.manual_seed(2)
+    q, k = torch.randn(1, 50, 2, dim), torch.randn(1, 300, 2, dim)
+    rows, k_rows = permutations(1, 2, 50), permutations(1, 2, 300)
+    logits = (q.transpose(1, 2).double() @ k.transpose(1, 2).double().mT) * dim**-0.5
+    prob = logits.softmax(-1)
+    prob = prob.gather(2, rows.long()[..., None].expand_as(prob)).gather(3, k_rows.long()[:, :, None].expand_as(prob))
+    prob = torch.nn.functional.pad(prob, (0, 4, 0, 14))
+    mass, lse = block_mass(q, k, block_q=32, block_k=16, rows=rows, k_rows=k_rows, backend="torch")
+    assert (mass - prob.unflatten(3, (19, 16)).sum(-1).unflatten(2, (2, 32)).sum(3)).abs().max() <= 32 * 2.0**-20
+    assert (lse - logits.logsumexp(-1)).abs().max() <= 2.0**-20
+
+
+def test_any_strides_and_inputs_of_a_graph():
+    torch.manual_seed(3)
+    q, k = (torch.randn(1, 16, 90, 2).permute(0, 2, 3, 1) for _ in range(2))
+    want, want_lse = block_mass(q.contiguous(), k.contiguous(), block_q=16, block_k=16, backend="torch")
+    mass, lse = block_mass(q.requires_grad_(), k, block_q=16, block_k=16, backend="torch")
+    assert torch.equal(mass, want)
+    assert torch.equal(lse, want_lse)
+    assert not mass.requires_grad
+
+
+def test_a_longer_sequence_takes_no_more_operations():
+    """Each is a parallel region, which costs a busy machine more than its work."""
+    counts = []
+    for seq in (128, 1024):
+        q = torch.randn(1, seq, 2, 32)
+        with CountedOperations() as counted:
+            block_mass(q, q, block_q=32, block_k=32, backend="torch")
+        counts.append(counted.number)
+    assert counts[0] == counts[1] < 100
 
 
 def test_errors(device):
