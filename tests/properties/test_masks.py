@@ -11,7 +11,7 @@ from dit_accel.kernels import BlockMask
 from dit_accel.kernels.packed_mask import PackedBlockMask, pack_bits, unpack_bits
 from dit_accel.kernels.transpose import transpose_mask
 from tests.kernels.oracle import visible_tokens
-from tests.properties.drawn import DrawnMask, masks
+from tests.properties.drawn import DrawnMask, masks, times
 
 
 def entries(mask: BlockMask) -> list[tuple[list[int], list[int], list[int] | None]]:
@@ -25,6 +25,7 @@ def entries(mask: BlockMask) -> list[tuple[list[int], list[int], list[int] | Non
     return found
 
 
+@times(3)
 @given(masks())
 def test_the_lists_are_the_map(drawn: DrawnMask):
     mask = drawn.mask
@@ -38,6 +39,7 @@ def test_the_lists_are_the_map(drawn: DrawnMask):
         assert found[2] is None or found[2] == bits[some].tolist()
 
 
+@times(3)
 @given(masks())
 def test_tokens_are_those_of_the_blocks(drawn: DrawnMask):
     expected = drawn.tokens()
@@ -46,6 +48,7 @@ def test_tokens_are_those_of_the_blocks(drawn: DrawnMask):
     assert torch.equal(visible_tokens(drawn.mask), expected)
 
 
+@times(3)
 @given(masks())
 def test_trimming_and_moving_change_nothing(drawn: DrawnMask):
     for mask in (drawn.mask.trimmed(), drawn.mask.to("cpu"), drawn.mask.trimmed().trimmed()):
@@ -54,6 +57,7 @@ def test_trimming_and_moving_change_nothing(drawn: DrawnMask):
     assert drawn.mask.trimmed().kv_indices.shape[-1] == max(1, int(drawn.keep.sum(-1).max()))
 
 
+@times(3)
 @given(masks(bits=False))
 def test_a_packed_mask_unpacks_to_the_same_lists(drawn: DrawnMask):
     found = PackedBlockMask.of(drawn.mask, key_mask=True).lists()
@@ -97,6 +101,7 @@ def turned(mask: BlockMask) -> BlockMask:
     )
 
 
+@times(3)
 @given(masks(), st.booleans())
 def test_a_transposed_mask_is_the_transposed_map(drawn: DrawnMask, trimmed: bool):
     mask = drawn.mask.trimmed() if trimmed else drawn.mask
