@@ -162,6 +162,10 @@ class PublishLatents(_Hook):
         if torch.compiler.is_compiling():
             TRACED.latents = latents
         else:
+            hidden = arguments.get("hidden_states")
+            if isinstance(hidden, torch.Tensor):
+                # Also where every call will stay dense: a named backend is refused before the first step.
+                self.session.engine.refuse_backend(hidden.device, hidden.dtype)
             self.processors()
             if self.watch_gradients is not None and torch.is_grad_enabled():
                 self.watch_gradients()
