@@ -120,13 +120,13 @@ def test_no_file(tmp_path, what) -> None:
 
 def test_a_full_disk_keeps_the_old_file(whole, tmp_path, monkeypatch) -> None:
     def full(tensors, path, metadata):
-        path.write_bytes(b"half")
+        Path(path).write_bytes(b"half")
         raise SafetensorError("No space left on device")
 
     artifact = CalibrationArtifact.load(whole)
     path = tmp_path / "c.safetensors"
     path.write_bytes(whole.read_bytes())
-    monkeypatch.setattr("dit_accel.calibration.artifact.save_file", full)
+    monkeypatch.setattr("dit_accel.tensor_files.save_file", full)
     with pytest.raises(ValueError, match=r"Cannot write .*c\.safetensors: No space left on device"):
         artifact.save(path)
     assert [file.name for file in tmp_path.iterdir()] == ["c.safetensors"]

@@ -410,13 +410,13 @@ def test_arguments_are_described_by_what_is_in_them():
 # Search.
 
 
-def test_a_density_that_cannot_be_is_told_before_heads_are_measured():
+def test_a_density_that_cannot_be_is_told_before_the_runs():
     told: list[Any] = []
     recipe = Recipe(select=Pooled(density=0.3, block=(32, 32)))
     with pytest.raises(ValueError, match=r"mean_density must lie in \[0\.\d+, 1\], got 0\.1"):
         search(pipeline(), prompts(count=1), recipe, mean_density=0.1, generate_kwargs=KWARGS, progress=told.append)
-    # The one dense run, and a forward for each of its three steps; not one for each head.
-    assert [state.stage for state in told] == ["dense runs"] + 3 * ["heads"]
+    # A single forward tells what the heads keep at least; no run, and no head, is measured.
+    assert [(state.stage, state.done) for state in told] == [("dense runs", 0)]
 
 
 @pytest.mark.parametrize(

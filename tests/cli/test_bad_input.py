@@ -174,10 +174,9 @@ def test_what_only_the_model_knows_is_refused_before_it_runs(folder, monkeypatch
     [
         ("triton", "pooled", "the triton kernels need a CUDA device, got cpu"),
         ("triton", "auto", "the triton kernels need a CUDA device, got cpu"),
-        ("triton", "dense", "the triton kernels need a CUDA device, got cpu"),
         ("triton", "sage", "the triton kernels need a CUDA device, got cpu"),
         ("fa4", "pooled", "flash-attn-4"),
-        ("fa4", "sage", "cannot run this call"),
+        ("fa4", "sage", "cannot run quantized attention here"),
     ],
 )
 def test_a_named_backend_that_cannot_run_is_refused_also_where_nothing_would(
@@ -208,19 +207,19 @@ def without(name: str) -> Callable[[], Any]:
 @pytest.mark.parametrize(
     ("make", "words"),
     [
-        (lambda: [], "adapter.json is damaged: it is a list, not an object"),
-        (lambda: None, "adapter.json is damaged: it is a NoneType, not an object"),
-        (lambda: {"format": 1}, "adapter.json is damaged: it lacks 'base'"),
-        (without("recipe"), "adapter.json is damaged: it lacks 'recipe'"),
-        (without("backbone"), "adapter.json is damaged: it lacks 'backbone'"),
-        (lambda: card() | {"base": []}, "adapter.json is damaged: "),
-        (lambda: card() | {"base": {"transformer": {"layers": 3}}}, "adapter.json is damaged: "),
-        (lambda: card() | {"base": {}}, "adapter.json is damaged: "),
-        (lambda: card() | {"lora": None}, "adapter.json is damaged: base, backbone or lora"),
-        (lambda: card() | {"backbone": ["full"]}, "adapter.json is damaged: base, backbone or lora"),
-        (lambda: card() | {"recipe": []}, "adapter.json is damaged: "),
-        (lambda: card() | {"recipe": {"select": {"kind": "fast"}}}, "adapter.json is damaged: Unknown select 'fast'"),
-        (lambda: card() | {"recipe": {"select": 3}}, "adapter.json is damaged: "),
+        (lambda: [], "is damaged: adapter.json holds a list, not an object"),
+        (lambda: None, "is damaged: adapter.json holds a NoneType, not an object"),
+        (lambda: {"format": 1}, "is damaged: adapter.json has no recipe"),
+        (without("recipe"), "is damaged: adapter.json has no recipe"),
+        (without("backbone"), "is damaged: adapter.json has no backbone"),
+        (lambda: card() | {"base": []}, "is damaged: "),
+        (lambda: card() | {"base": {"transformer": {"layers": 3}}}, "is damaged: "),
+        (lambda: card() | {"base": {}}, "is damaged: "),
+        (lambda: card() | {"backbone": "lora", "lora": 3}, "is damaged: "),
+        (lambda: card() | {"backbone": ["full"]}, "is damaged: adapter.json has a backbone of type list"),
+        (lambda: card() | {"recipe": []}, "is damaged: "),
+        (lambda: card() | {"recipe": {"select": {"kind": "fast"}}}, "is damaged: Unknown select 'fast'"),
+        (lambda: card() | {"recipe": {"select": 3}}, "is damaged: "),
     ],
 )
 def test_a_damaged_card_is_refused_before_the_model_is_loaded(folder, monkeypatch, make, words) -> None:

@@ -10,6 +10,7 @@ import torch
 
 import dit_accel
 from dit_accel.api import handle_of
+from dit_accel.patches.hooks import EnterModule, LeaveBlock
 from dit_accel.training import finetune as loop
 from dit_accel.training.config import FinetuneConfig
 from dit_accel.training.finetune import TrainingStopped, finetune
@@ -68,8 +69,14 @@ def state(pipe: Any) -> dict[str, Any]:
         "modes": {name: module.training for name, module in model.named_modules()},
         "kinds": {name: type(module) for name, module in model.named_modules()},
         "own": {name: {k for k in vars(module) if k[0] != "_"} for name, module in model.named_modules()},
+        # A patch adds its own for repeated blocks at the first forward with gradients, and takes them away itself.
         "hooks": {
-            name: (len(module._forward_pre_hooks), len(module._forward_hooks)) for name, module in model.named_modules()
+            name: [
+                type(hook)
+                for hook in (*module._forward_pre_hooks.values(), *module._forward_hooks.values())
+                if not isinstance(hook, (EnterModule, LeaveBlock))
+            ]
+            for name, module in model.named_modules()
         },
         "checkpointing": (model.gradient_checkpointing, vars(model).get("_gradient_checkpointing_func")),
         "adapters": list(getattr(model, "peft_config", {})),
