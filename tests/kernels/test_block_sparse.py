@@ -300,6 +300,10 @@ def test_automatic_choice_on_a_cpu_is_torch_with_a_reason():
         ({"key_mask": torch.ones(1, 256)}, "key_mask must be bool"),
         ({"key_mask": torch.ones(2, 256, dtype=torch.bool)}, "key_mask must be bool"),
         ({"backend": "cuda"}, "backend must be one of"),
+        ({"scale": -0.1}, "scale must be positive and finite, got -0.1"),
+        ({"scale": 0.0}, "scale must be positive and finite"),
+        ({"scale": float("nan")}, "scale must be positive and finite"),
+        ({"scale": float("inf")}, "scale must be positive and finite"),
         ({"k": torch.zeros(1, 256, 3, 32, device="meta"), "v": torch.zeros(1, 256, 3, 32)}, "device"),
     ],
 )
