@@ -36,7 +36,7 @@ def block_sparse_attention(
             log-sum-exp come back in the original order.
         key_mask: optional bool ``[B, Skv]`` in the original order; False hides a key. Every listed block that
             holds a hidden key must be listed as partial, since full blocks are not masked.
-        scale: factor on the logits; ``D ** -0.5`` if None.
+        scale: positive factor on the logits; ``D ** -0.5`` if None.
         return_lse: also return the natural log of each row's softmax denominator.
         backend: one of :data:`~dit_accel.kernels.BACKENDS`. A named backend that cannot run the call raises.
 
@@ -45,11 +45,15 @@ def block_sparse_attention(
         for float64 inputs). Both are in the original row order.
 
     Raises:
-        ValueError: shapes, dtypes, devices or the mask do not fit together, or the named backend cannot run the call.
+        ValueError: shapes, dtypes, devices or the mask do not fit together, a scale that is not positive, or the named
+            backend cannot run the call.
     """
     validate(q, k, v, mask, rows, key_mask)
     name = choose_attention(case_of(q, k, v, mask=mask, rows=rows, key_mask=key_mask), backend).name
     scale = 1.0 / math.sqrt(q.shape[-1]) if scale is None else float(scale)
+    if not 0.0 < scale < math.inf:
+        # The kernels take the largest product of a row for that of its largest logit.
+        raise ValueError(f"scale must be positive and finite, got {scale}.")
     if name == "triton":
         from .portable.attention import triton_attention
 

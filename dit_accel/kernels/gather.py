@@ -126,7 +126,14 @@ def _run_recorded(
         checkpoint(_attend_chunk, query, key, value, plan, chunk, scale, return_lse, use_reentrant=False)
         for chunk in plan.chunks
     ]
-    return torch.cat([part[0] for part in parts]), torch.cat([part[1] for part in parts]) if return_lse else None
+    out = torch.cat([part[0] for part in parts])
+    lse = torch.cat([part[1] for part in parts]) if return_lse else None
+    if not any(chunk.count for chunk in plan.chunks):
+        # Nothing is read, and nothing would lead back to the inputs, whose gradients are 0.
+        everything = torch.ones((), dtype=torch.bool, device=query.device)
+        zero = sum(x[:1].masked_fill(everything, 0).sum() for x in (query, key, value))
+        out, lse = out + zero, None if lse is None else lse + zero
+    return out, lse
 
 
 def _lse_dtype(x: torch.Tensor) -> torch.dtype:
@@ -283,7 +290,9 @@ def _attend_chunk(
     seen = plan.visible(chunk) if chunk.masked else None
     picked = plan.indices[ids, : chunk.count].long()
     if chunk.masked:
-        picked = torch.where(torch.arange(chunk.count, device=ids.device) < plan.counts[ids, None], picked, 0)
+        # Shorter lists are filled up with a block that is read anyway: a NaN would come through a weight of 0.
+        listed = torch.arange(chunk.count, device=ids.device) < plan.counts[ids, None]
+        picked = torch.where(listed, picked, picked[:, :1])
     picked = (picked + (ids // nq * nk)[:, None]).reshape(-1)
     if buffers is None:
         k, v = key.index_select(0, picked), value.index_select(0, picked)

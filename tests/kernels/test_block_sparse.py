@@ -268,6 +268,54 @@ def test_gather_reads_only_kept_blocks():
     assert torch.equal(block_sparse_attention(q, *poisoned, mask, backend="torch"), expected)
 
 
+def test_gather_reads_only_kept_blocks_where_lists_differ_in_length():
+    """Rows whose lists run together are filled up; what they are filled up with must be theirs."""
+    keep = torch.zeros(1, 1, 4, 6, dtype=torch.bool)
+    keep[0, 0, 0, 1], keep[0, 0, 1, 1:3], keep[0, 0, 2, 2:6], keep[0, 0, 3, [1, 4, 5]] = True, True, True, True
+    for kv_length in (96, 90):  # with a short last block too
+        torch.manual_seed(3)
+        q = torch.randn(1, 64, 1, 32)
+        k, v = torch.randn(2, 1, kv_length, 1, 32)
+        mask = BlockMask.from_dense(keep, 16, 16, 64, kv_length)
+        expected = block_sparse_attention(q, k, v, mask, return_lse=True, backend="torch")
+        k[:, :16], v[:, :16] = float("nan"), float("nan")
+        found = block_sparse_attention(q, k, v, mask, return_lse=True, backend="torch")
+        assert torch.equal(found[0], expected[0])
+        assert torch.equal(found[1], expected[1])
+        inputs = [x.requires_grad_() for x in (q, k, v)]
+        out = block_sparse_attention(*inputs, mask, backend="torch")
+        grads = torch.autograd.grad(out.sum(), inputs)
+        assert not any(x.isnan().any() for x in grads)
+        assert not any(x[:, :16].any() for x in grads[1:])
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("permuted", [False, True])
+@pytest.mark.parametrize("hidden", ["no block is listed", "every key is hidden", "one row reads"])
+def test_gradients_where_little_or_nothing_is_read(hidden, permuted, backend):
+    keep = torch.full((1, 1, 3, 3), hidden == "every key is hidden")
+    keep[..., 1, 2] = hidden != "no block is listed"
+    key_mask = torch.zeros(2, 48, dtype=torch.bool) if hidden == "every key is hidden" else None
+    partial = torch.ones_like(keep) if key_mask is not None else None
+    mask = BlockMask.from_dense(keep, 16, 16, 48, 48, partial=partial)
+    rows = random_rows((1, 2), 48) if permuted else None
+    inputs = [torch.randn(2, 48, 2, 16, requires_grad=True) for _ in range(3)]
+    out, lse = block_sparse_attention(*inputs, mask, rows=rows, key_mask=key_mask, return_lse=True, backend=backend)
+    seen = lse.isfinite()
+    assert bool(seen.any()) == (hidden == "one row reads")
+    grads = torch.autograd.grad((out, lse), inputs, (torch.ones_like(out), seen.float()))
+    only = torch.autograd.grad(
+        block_sparse_attention(*inputs, mask, rows=rows, key_mask=key_mask, backend=backend).sum(), inputs
+    )
+    for both, one in zip(grads, only):
+        assert both.isfinite().all()
+        assert one.isfinite().all()
+        if hidden != "one row reads":
+            assert not both.any()
+            assert not one.any()
+    assert (out == 0)[~seen.transpose(1, 2)].all()
+
+
 def test_automatic_choice_on_a_cpu_is_torch_with_a_reason():
     q, k, v, mask, *_ = build()
     name, reason = choose_backend(q, k, v, mask)
@@ -289,6 +337,10 @@ def test_automatic_choice_on_a_cpu_is_torch_with_a_reason():
         ({"key_mask": torch.ones(1, 256)}, "key_mask must be bool"),
         ({"key_mask": torch.ones(2, 256, dtype=torch.bool)}, "key_mask must be bool"),
         ({"backend": "cuda"}, "backend must be one of"),
+        ({"scale": -0.1}, "scale must be positive and finite, got -0.1"),
+        ({"scale": 0.0}, "scale must be positive and finite"),
+        ({"scale": float("nan")}, "scale must be positive and finite"),
+        ({"scale": float("inf")}, "scale must be positive and finite"),
         ({"k": torch.zeros(1, 256, 3, 32, device="meta"), "v": torch.zeros(1, 256, 3, 32)}, "device"),
     ],
 )
