@@ -93,7 +93,7 @@ class AgentTokens:
         """The two attentions through the agents; the kept blocks are not read."""
         agents: Agents = plan.compensation
         layout = agents.layout
-        call.backend("agents")
+        call.backend("agents")  # torch whatever its name: there is nothing to hand it to
         scale = call.scale
         visible = None if call.key_mask is None else call.key_mask[:, None, None]
         heads_first = [x.transpose(1, 2) for x in (call.q, call.k, call.v)]

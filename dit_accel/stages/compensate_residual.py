@@ -61,7 +61,7 @@ class PooledResidual:
             raise RuntimeError("PooledResidual has no gradient; train with another compensation or without one.")
         out, lse = sparse()
         mask = plan.mask
-        call.backend("residual")
+        call.backend("residual")  # torch whatever its name: there is nothing to hand it to
         batch, length, heads, _ = q.shape
         slots = None if plan.rows is None else plan.rows.long().expand(batch, heads, length)
         queries = gather_rows(q, plan.rows)

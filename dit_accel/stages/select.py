@@ -34,8 +34,11 @@ class Select(Protocol):
         ...
 
     def choices(self, case: Case, backend: str) -> dict[Operation, Choice]:
-        """The backend of each operation that :meth:`select` runs besides ``"selection"``, for one of the kernels'
-        :data:`~dit_accel.kernels.BACKENDS` asked for.
+        """The backend of each operation that :meth:`select` runs besides ``"selection"``, which every plan needs.
+
+        Args:
+            case: what is known of the call; its blocks are this selection's.
+            backend: what was asked for, one of :data:`~dit_accel.kernels.BACKENDS`.
 
         Raises:
             ValueError: the backend was named and cannot run one of them.
@@ -54,6 +57,7 @@ class Select(Protocol):
         Args:
             blocks: the permuted sequence.
             tables: what :meth:`prepare` returned for ``blocks``.
+            call: its queries and keys are in the model's order; it names the backend of each operation.
             memory: what the layer keeps from one search to the next; None keeps nothing.
         """
         ...
