@@ -241,7 +241,7 @@ def time_recipe(
         "speedup_run_of_30": dense_s / run,
         "plan_share_of_replaced_attention": spent / max(replaced, 1e-9),
         "sparse_attention_s": engine.sparse_time.seconds() / (sparse / len(names)) if sparse else None,
-        "backends": dict(engine.backends_used),
+        "backends": engine.backends_used.to_dict(),
     }
 
 

@@ -100,7 +100,7 @@ def check_selection() -> None:
         key_mask[0, : 3 * block_k] = False
         for order, mask in ((None, None), (rows, key_mask)):
             got = pool_blocks(k, block_k, rows=order, key_mask=mask)
-            want = pool_blocks(k.double(), block_k, rows=order, key_mask=mask, impl="torch")
+            want = pool_blocks(k.double(), block_k, rows=order, key_mask=mask, backend="torch")
             require(f"pool_blocks S={seq} rows={order is not None} rel. error", relative(got, want), 1e-6)
         scores = pooled_scores(q, k, block_q, block_k)
         scores[0, 1] = scores[0, 1].mul(8).round()
@@ -118,7 +118,7 @@ def check_selection() -> None:
             {"density": torch.rand(2, 3, device="cuda") * 0.3 + 0.01, "partial_k": partial},
         ):
             a = select_blocks(scores, **geometry, **args)
-            b = select_blocks(scores, **geometry, **args, impl="torch")
+            b = select_blocks(scores, **geometry, **args, backend="torch")
             # Masses are integers of rounded exponentials; a choice on the edge may differ by the last bit.
             if "top_p" in args:
                 wrong = (a.to_dense() != b.to_dense()).float().mean().item()
@@ -164,7 +164,7 @@ def check_mass() -> None:
         rows = torch.rand(1, 2, seq, device="cuda").argsort(-1).int() if masked else None
         args = {"rows": rows, "key_mask": key_mask, "block_q": 128, "block_k": 64}
         mass, lse = block_mass(q, k, **args)
-        want, want_lse = block_mass(q.double(), k.double(), **args, impl="torch")
+        want, want_lse = block_mass(q.double(), k.double(), **args, backend="torch")
         require(f"block mass S={seq} D={dim} rel. error", relative(mass, want), 1e-4)
         require("its lse, max. error", (lse - want_lse).abs().max().item(), 1e-4)
 

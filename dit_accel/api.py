@@ -4,8 +4,7 @@ from __future__ import annotations
 
 import inspect
 import sys
-import weakref
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -22,8 +21,9 @@ from .patches.families import FAMILIES, Family, family_of
 from .patches.families.family import patch_size
 from .patches.handle import PatchHandle
 from .patches.learned import SaveWithoutLearned, attach, head_shape
+from .patches.operator import new_counts
 from .patches.placement import execution_device
-from .patches.seam import divert, seam_symbol
+from .patches.processors import ProcessorWatch
 from .patches.session import Session
 from .recipe import Recipe
 from .stages.compensate_linear import LinearBranch
@@ -62,8 +62,7 @@ def patch(
 
     Returns:
         A handle: ``handle.remove()`` undoes everything, ``handle.summary()`` says what ran. It is also a
-            context
-        manager.
+        context manager.
 
     Raises:
         ValueError: unknown recipe, option or backend, a model of no known family, a pipeline that is patched
@@ -85,9 +84,8 @@ def patch(
     handle.record(_forget_compiled_code)
     try:
         for name, model, family in transformers:
-            min_tokens = 0 if recipe is not None else _min_tokens(model, family)
             own, masks = plans[name]
-            engine = _patch_transformer(handle, name, model, family, backend, min_tokens, own)
+            engine = _patch_transformer(handle, name, model, family, backend, recipe is None, own)
             engine.planner.frozen, engine.planner.rederive = masks, rederive
     except BaseException:
         handle.remove()
@@ -186,7 +184,7 @@ def _patch_transformer(
     model: nn.Module,
     family: Family,
     backend: str,
-    min_tokens: int,
+    automatic: bool,
     recipe: Recipe,
 ) -> Engine:
     layers = list(self_attentions(model, family))
@@ -195,22 +193,23 @@ def _patch_transformer(
             f"{type(model).__name__} has no self-attention at {', '.join(family.self_attention)}; "
             "this version of diffusers may have renamed its modules."
         )
-    for symbol in {seam_symbol(module.processor) for _, module in layers}:
-        # Also undone when a patched model is dropped without removing the patch.
-        handle.record(weakref.finalize(model, divert(*symbol)))
+    watch = ProcessorWatch(model, [module for _, module in layers], handle.record)
     pipe = None if handle.target is model else handle.target
-    engine = Engine(recipe, [path for path, _ in layers], backend, min_tokens)
-    session = Session(engine, family, patch_size(dict(getattr(model, "config", {}))), pipe)
+    engine = Engine(recipe, [path for path, _ in layers], backend, _min_tokens(model, family), automatic)
+    session = Session(engine, family, patch_size(dict(getattr(model, "config", {}))), model, pipe, handle.schedules)
     handle.sessions[name] = session
     names = tuple(inspect.signature(type(model).forward).parameters)[1:]
-    root = hooks.PublishLatents(session, handle, names)
+    gradients = partial(_watch_gradients, handle, session, model, layers)
+    root = hooks.PublishLatents(session, handle, names, watch, gradients)
     handle.record(model.register_forward_pre_hook(root, with_kwargs=True).remove)
-    handle.record(model.register_forward_hook(hooks.ClearAll(), always_call=True).remove)
+    handle.record(model.register_forward_hook(hooks.ClearAll(session), always_call=True).remove)
     for index, (_, module) in enumerate(layers):
         handle.record(partial(setattr, module, "__class__", type(module)))
         module.__class__ = hooks.patched_class(type(module))  # type: ignore[arg-type]
-        handle.record(module.register_forward_pre_hook(hooks.PublishLayer(session.id, index)).remove)
-        handle.record(module.register_forward_hook(hooks.ClearLayer()).remove)
+        counts = engine.records[index].compiled_dense = new_counts()
+        publish = hooks.PublishLayer(session, index, counts)
+        handle.record(module.register_forward_pre_hook(publish).remove)
+        handle.record(module.register_forward_hook(hooks.ClearLayer(session, index)).remove)
         always_dense = handle.recipe.schedule.dense_reason(StepContext(), index, len(layers)) is not None
         if isinstance(handle.recipe.compensate, LinearBranch) and not always_dense:
             learned = handle.recipe.compensate.build(*head_shape(module))
@@ -222,6 +221,22 @@ def _patch_transformer(
     if hasattr(model, "cache_context"):
         handle.record(_replace_method(model, "cache_context", hooks.BranchContext(model.cache_context)))  # type: ignore[arg-type]
     return engine
+
+
+def _watch_gradients(
+    handle: PatchHandle, session: Session, model: nn.Module, layers: Sequence[tuple[str, nn.Module]]
+) -> None:
+    """Hooks by which blocks and attention layers are recognised when checkpointing repeats them.
+
+    They are added at the first forward with gradients: inference would pay for them in every layer.
+    """
+    modules = {path.rpartition(".")[0]: True for path, _ in layers} | {path: False for path, _ in layers}
+    for path, is_block in modules.items():
+        module = model.get_submodule(path)
+        enter = hooks.EnterModule(session, is_block)
+        handle.record(module.register_forward_pre_hook(enter, with_kwargs=True).remove)
+        if is_block:
+            handle.record(module.register_forward_hook(hooks.LeaveBlock()).remove)
 
 
 def self_attentions(model: nn.Module, family: Family) -> Iterator[tuple[str, Any]]:

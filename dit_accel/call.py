@@ -2,14 +2,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+from typing import Any
 
 import torch
 
+from .kernels.choice import Choice, Operation
 from .layout import StepContext, TokenLayout
 from .plan import AttentionPlan
+from .records import BackendsUsed
+from .run import Run
 
 
 @dataclass(eq=False)
@@ -20,9 +24,15 @@ class AttentionCall:
         layer: index of the self-attention layer.
         step: where the call sits in the trajectory.
         key_mask: bool ``[B, S]``, False for hidden keys.
-        scale: of the logits; None for the default.
+        scale: of the logits.
         layout: of the sequence, or the reason why there is none.
+        run: the run that keeps its plans.
+        repeated: whether a forward is repeated for its gradients: the call then uses what ``used`` holds and keeps
+            nothing.
+        used: kept plan of each layer that its forward used.
         plan: what a sparse call ran; None for a dense one.
+        choices: the backend of each of the recipe's operations; None outside an engine, where each chooses by itself.
+        backends_used: where the backends that ran are recorded.
     """
 
     layer: int
@@ -31,9 +41,22 @@ class AttentionCall:
     k: torch.Tensor
     v: torch.Tensor
     key_mask: torch.Tensor | None
-    scale: float | None
+    scale: float
     layout: TokenLayout | str
+    run: Run = field(default_factory=Run)
+    repeated: bool = False
+    used: dict[int, Any] = field(default_factory=dict)
     plan: AttentionPlan | None = None
+    choices: Mapping[Operation, Choice] | None = None
+    backends_used: BackendsUsed = field(default_factory=BackendsUsed)
+
+    def backend(self, operation: Operation) -> str:
+        """The name of the backend that an operation of this call runs on, recorded as used."""
+        if self.choices is None:
+            return "auto"
+        choice = self.choices[operation]
+        self.backends_used.add(operation, choice)
+        return choice.name
 
 
 @contextmanager
@@ -47,6 +70,13 @@ def autocast_done(call: AttentionCall) -> Iterator[None]:
     call.q, call.k, call.v = call.q.to(dtype), call.k.to(dtype), call.v.to(dtype)
     with torch.autocast(device, enabled=False):
         yield
+
+
+def dtype_of_attention(device: torch.device, dtype: torch.dtype) -> torch.dtype:
+    """The dtype in which autocast has attention of such tensors computed."""
+    if not torch.is_autocast_enabled(device.type) or dtype == torch.float64:
+        return dtype
+    return torch.get_autocast_dtype(device.type)
 
 
 def key_mask_of(attn_mask: torch.Tensor | None, q: torch.Tensor) -> tuple[torch.Tensor | None, str | None]:

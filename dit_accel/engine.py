@@ -2,23 +2,35 @@
 
 from __future__ import annotations
 
+import logging
+import threading
 from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
 from torch.func import functional_call
 
-from .call import AttentionCall, autocast_done, key_mask_of
+from .call import AttentionCall, autocast_done, dtype_of_attention, key_mask_of
 from .kernels import block_sparse_attention
 from .kernels.block_sparse import choose_backend
+from .kernels.choice import Case, Choice, Operation, case_of
 from .layout import StepContext, TokenLayout
 from .plan import AttentionPlan
 from .planner import Planner
 from .recipe import Recipe
-from .records import LayerRecord
+from .records import BackendsUsed, LayerRecord
+from .run import Run
 from .stages.compensate_linear import LearnedCompensation
 from .stages.select_static import DenseSelect
 from .timing import Stopwatch
+
+logger = logging.getLogger("dit_accel")
+
+# Share of pairs that must be read above which the default stays dense.
+MOST_FORCED = 0.7
+_SEARCH: Operation = "search_attention"
+# A server sees any number of sizes; advice about this many is enough.
+MOST_ADVISED = 64
 
 # Sees layer, output and the model's own attention of a call (None where that is the output already); what it
 # returns takes the output's place.
@@ -31,31 +43,44 @@ class Engine:
     Args:
         recipe: what to do.
         layer_names: the self-attention modules, in order of execution.
-        backend: of :func:`~dit_accel.kernels.block_sparse_attention`.
-        min_tokens: stay dense below this sequence length.
+        backend: of every operation, one of :data:`~dit_accel.kernels.BACKENDS`.
+        min_tokens: sequence length from which sparse attention gains.
+        automatic: stay dense below ``min_tokens`` and where most pairs must be read in any case; else only say so.
 
     Attributes:
         switched_on: False lets every call through to the model's own attention, uncounted.
         planner: of the plans of sparse calls.
         output_tap: sees, and may replace, every output; for losses on attention outputs.
         learned: learned compensation of each layer by index; empty for recipes without parameters.
+        backends_used: which backends ran each operation so far, and why.
+        notes: what a user should know of the calls so far, a sentence each, in the order of events.
+        run: keeps the plans of calls that name no run, where an engine is used without a session.
     """
 
-    def __init__(self, recipe: Recipe, layer_names: list[str], backend: str, min_tokens: int) -> None:
+    def __init__(
+        self, recipe: Recipe, layer_names: list[str], backend: str, min_tokens: int, automatic: bool = False
+    ) -> None:
         self.recipe = recipe
         self.backend = backend
         self.min_tokens = min_tokens
+        self.automatic = automatic
         self.planner = Planner(recipe)
         self.records = [LayerRecord(name) for name in layer_names]
         self.plan_time = Stopwatch()
         self.sparse_time = Stopwatch()
         self.dense_time = Stopwatch()
-        self.backends_used: dict[str, str] = {}
+        self.backends_used = BackendsUsed()
         self.observer: Callable[[AttentionCall], None] | None = None
         self.switched_on = True
         self.output_tap: OutputTap | None = None
         self.learned: dict[int, LearnedCompensation] = {}
-        self._backend_choice: dict[tuple[Any, ...], str] = {}
+        self.notes: dict[str, None] = {}
+        self.run = Run()
+        self._choices: dict[tuple[Case, bool], dict[Operation, Choice]] = {}
+        self._attention_choices: dict[Case, Choice] = {}
+        self._seen_layouts: set[TokenLayout] = set()
+        # Threads that share a transformer count in the same records.
+        self._counting = threading.Lock()
 
     def attend(
         self,
@@ -70,6 +95,8 @@ class Engine:
         dense: Callable[[], torch.Tensor],
         record: bool = True,
         learned: Sequence[torch.Tensor] | None = None,
+        run: Run | None = None,
+        used: dict[int, Any] | None = None,
     ) -> torch.Tensor:
         """Attention of (B, S, H, D) queries, keys and values.
 
@@ -82,75 +109,117 @@ class Engine:
             record: whether to count the call; False when a call is repeated for its gradients.
             learned: parameters to use in place of the layer's own, in the order of ``parameters()``: a
                 compiled graph hands them in so that they get their gradients.
+            run: keeps the plans of the call.
+            used: kept plan of each layer that the forward used: written, or read when a call is repeated.
+
+        Raises:
+            ValueError: the backend was named and cannot run an operation of the recipe; nothing has run then.
         """
         if not self.switched_on:
             out = dense()
             return out if self.output_tap is None else self.output_tap(layer, out, None)
-        out, was_dense = self._attend(layer, q, k, v, attn_mask, scale, layout, step, dense, record, learned)
+        key_mask, reason = key_mask_of(attn_mask, q)
+        dtype = dtype_of_attention(q.device, q.dtype)
+        self._choices_of(Case(q.device, dtype, q.shape[-1], hidden=key_mask is not None))
+        scale = q.shape[-1] ** -0.5 if scale is None else scale
+        used = {} if used is None else used
+        call = AttentionCall(
+            layer, step, q, k, v, key_mask, scale, layout, run or self.run, repeated=not record, used=used,
+            backends_used=self.backends_used,
+        )  # fmt: skip
+        out, was_dense = self._attend(call, reason, dense, learned)
         return out if self.output_tap is None else self.output_tap(layer, out, None if was_dense else dense)
+
+    def refuse_backend(self, device: torch.device, dtype: torch.dtype | None = None) -> None:
+        """Raise where the named backend cannot run an operation of the recipe on a device; cheap to repeat.
+
+        Args:
+            dtype: that the model computes in, before autocast; None where it is not known.
+
+        Raises:
+            ValueError: names the operation, the backend and the reason.
+        """
+        if not self.switched_on:
+            return
+        if dtype is not None:
+            # Stored weights may be integers; what they are computed in is then not known.
+            dtype = dtype_of_attention(device, dtype) if dtype.is_floating_point else None
+        self._choices_of(Case(device, dtype))
+
+    def pass_by(self, layer: int, reason: str, dense: Callable[[], torch.Tensor]) -> torch.Tensor:
+        """A call that no plan can serve, by the model's own attention, counted with the reason."""
+        if not self.switched_on:
+            return dense()
+        self.count_dense(layer, reason)
+        return dense()
+
+    def count_dense(self, layer: int, reason: str) -> None:
+        """Count a call of this layer that was not sparse."""
+        with self._counting:
+            self.records[layer].dense_calls[reason] += 1
+
+    def note(self, sentence: str) -> None:
+        """Keep a sentence for the summary; it is logged once, as a warning."""
+        with self._counting:
+            is_new = sentence not in self.notes
+            self.notes[sentence] = None
+        if is_new:
+            logger.warning(sentence)
 
     def _attend(
         self,
-        layer: int,
-        q: torch.Tensor,
-        k: torch.Tensor,
-        v: torch.Tensor,
-        attn_mask: torch.Tensor | None,
-        scale: float | None,
-        layout: TokenLayout | str,
-        step: StepContext,
+        call: AttentionCall,
+        reason: str | None,
         dense: Callable[[], torch.Tensor],
-        record: bool,
         learned: Sequence[torch.Tensor] | None,
     ) -> tuple[torch.Tensor, bool]:
         """The output, and whether it is the model's own attention's."""
-        key_mask, reason = key_mask_of(attn_mask, q)
-        call = AttentionCall(layer, step, q, k, v, key_mask, scale, layout)
-        book = self.records[layer] if record else LayerRecord("")
+        book = LayerRecord("") if call.repeated else self.records[call.layer]
         reason = reason or self._dense_reason(call)
         if reason is not None:
             return self._run_dense(call, reason, dense, book), True
         with autocast_done(call):
+            call.choices = self._choices_of(case_of(call.q, call.k, call.v, key_mask=call.key_mask))
             exact = self._searched_attention(call)
-            begin = self.plan_time.start(q.device)
+            begin = self.plan_time.start(call.q.device)
             made, plan = self.planner.plan(call, book)
-            backend = self._choose_backend(call, plan)
-            self.plan_time.stop(begin, q.device)
+            self.plan_time.stop(begin, call.q.device)
             if not self.planner.is_search(call, made):
                 call.plan = plan
-                return self._run_sparse(call, plan, backend, learned, book), False
+                return self._run_sparse(call, plan, learned, book), False
         return self._run_dense(call, "search step", dense if exact is None else lambda: exact, book), True
 
     def _run_sparse(
         self,
         call: AttentionCall,
         plan: AttentionPlan,
-        backend: str,
         learned: Sequence[torch.Tensor] | None,
         book: LayerRecord,
     ) -> torch.Tensor:
         if self.observer is not None:
             self.observer(call)
         compensate, module = self.recipe.compensate, self.learned.get(call.layer)
-        q, k, v, key_mask, scale = call.q, call.k, call.v, call.key_mask, call.scale
 
         def sparse() -> tuple[torch.Tensor, torch.Tensor]:
-            return self.recipe.precision.attend(
-                q, k, v, plan.mask, plan.rows, key_mask, scale, backend, with_lse=compensate.needs_lse
-            )
+            backend = self._attention_backend(call, plan)
+            return self.recipe.precision.attend(call, plan, backend, with_lse=compensate.needs_lse)
 
-        begin = self.sparse_time.start(q.device)
-        out, witness = compensate.attend(q, k, v, plan, key_mask, scale, sparse)
+        begin = self.sparse_time.start(call.q.device)
+        out, witness = compensate.attend(call, plan, sparse)
         with torch.no_grad():
-            book.nan_calls = book.nan_calls + witness.detach().isnan().any()
-            book.density_sum = book.density_sum + compensate.density(plan)
-        if module is not None and learned is None:
-            out = module(out, q, k, v, plan, key_mask)
-        elif module is not None and learned is not None:
-            given = dict(zip((name for name, _ in module.named_parameters()), learned, strict=True))
-            out = functional_call(module, given, (out, q, k, v, plan, key_mask))
-        self.sparse_time.stop(begin, q.device)
-        book.sparse_calls += 1
+            nan, density = witness.detach().isnan().any(), compensate.density(plan)
+        if module is not None:
+            inputs = (out, call.q, call.k, call.v, plan, call.key_mask, call.backend("linear_branch"))
+            if learned is None:
+                out = module(*inputs)
+            else:
+                given = dict(zip((name for name, _ in module.named_parameters()), learned, strict=True))
+                out = functional_call(module, given, inputs)
+        self.sparse_time.stop(begin, call.q.device)
+        with self._counting:
+            book.nan_calls = book.nan_calls + nan
+            book.density_sum = book.density_sum + density
+            book.sparse_calls += 1
         return out
 
     def _searched_attention(self, call: AttentionCall) -> torch.Tensor | None:
@@ -159,14 +228,17 @@ class Engine:
         memory = self.planner.memory_of_search(call)
         if memory is None:
             return None
-        mask = self.planner.full_mask(call)
-        backend, _ = choose_backend(call.q, call.k, call.v, mask, key_mask=call.key_mask)
-        # On a CPU the model's own attention is several times faster over all blocks, and the search's own pass cheap.
-        if backend in ("reference", "torch"):
+        mask, operation = self.planner.full_mask(call), _SEARCH
+        choice = choose_backend(
+            call.q, call.k, call.v, mask, key_mask=call.key_mask, backend=self.backend, operation=operation
+        )
+        # In torch the model's own attention is several times faster over all blocks, and the search's own pass cheap.
+        if choice.name in ("reference", "torch"):
             return None
+        self.backends_used.add(operation, choice)
         begin = self.dense_time.start(call.q.device)
         out, memory.lse = block_sparse_attention(
-            call.q, call.k, call.v, mask, key_mask=call.key_mask, scale=call.scale, return_lse=True, backend=backend
+            call.q, call.k, call.v, mask, key_mask=call.key_mask, scale=call.scale, return_lse=True, backend=choice.name
         )
         self.dense_time.stop(begin, call.q.device)
         return out
@@ -176,7 +248,8 @@ class Engine:
     ) -> torch.Tensor:
         if self.observer is not None:
             self.observer(call)
-        book.dense_calls[reason] += 1
+        with self._counting:
+            book.dense_calls[reason] += 1
         begin = self.dense_time.start(call.q.device)
         out = dense()
         self.dense_time.stop(begin, call.q.device)
@@ -189,17 +262,49 @@ class Engine:
             return call.layout
         if call.q.shape[2] != call.k.shape[2]:
             return f"grouped-query attention ({call.q.shape[2]} query and {call.k.shape[2]} key heads)"
-        if call.layout.seq_len < self.min_tokens:
-            return f"{call.layout.seq_len} tokens, too few to gain (below {self.min_tokens})"
+        if self.automatic:
+            reason = self._why_not_worthwhile(call.layout)
+            if reason is not None:
+                return reason
+        elif call.layout not in self._seen_layouts:
+            self._advise(call.layout)
         return self.recipe.schedule.dense_reason(call.step, call.layer, len(self.records))
 
-    def _choose_backend(self, call: AttentionCall, plan: AttentionPlan) -> str:
-        q, permuted, hidden = call.q, plan.rows is not None, call.key_mask is not None
-        key = (q.device, q.dtype, q.shape[-1], q.requires_grad, permuted, hidden, plan.mask.token_bits is None)
-        if key not in self._backend_choice:
-            name, reason = self.recipe.precision.choose_backend(
-                q, call.k, call.v, plan.mask, plan.rows, call.key_mask, self.backend
-            )
-            self._backend_choice[key] = name
-            self.backends_used[name] = reason
-        return self._backend_choice[key]
+    def _why_not_worthwhile(self, layout: TokenLayout) -> str | None:
+        if layout.seq_len < self.min_tokens:
+            return f"{layout.seq_len} tokens, too few to gain (below {self.min_tokens})"
+        share = layout.forced_share
+        if share > MOST_FORCED:
+            return f"{share:.2f} of all pairs are of text or references and must be read: too little is left to gain"
+        return None
+
+    def _advise(self, layout: TokenLayout) -> None:
+        """Say once what a recipe chosen by name will not gain at this layout."""
+        if len(self._seen_layouts) >= MOST_ADVISED:
+            return
+        self._seen_layouts.add(layout)
+        reason = self._why_not_worthwhile(layout)
+        if reason is not None:
+            self.note(f"The recipe may be slower than dense here: {reason}.")
+
+    def _choices_of(self, case: Case) -> dict[Operation, Choice]:
+        """The recipe's choices for a case, made once.
+
+        Raises:
+            ValueError: the backend was named and cannot run one of the operations.
+        """
+        key = (case, self.planner.selects)
+        found = self._choices.get(key)
+        if found is None:
+            found = self._choices[key] = self.planner.choices(case, self.backend)
+        return found
+
+    def _attention_backend(self, call: AttentionCall, plan: AttentionPlan) -> str:
+        """The backend of attention to the kept blocks, recorded as used."""
+        precision = self.recipe.precision
+        case = case_of(call.q, call.k, call.v, mask=plan.mask, rows=plan.rows, key_mask=call.key_mask)
+        choice = self._attention_choices.get(case)
+        if choice is None:
+            choice = self._attention_choices[case] = precision.choose(call, plan, self.backend)
+        self.backends_used.add(precision.operation, choice)
+        return choice.name

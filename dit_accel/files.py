@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import os
+import secrets
 import tempfile
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 
@@ -15,11 +16,21 @@ def refuse_unwritable(path: Path) -> None:
     Missing folders are made; nothing else is left behind.
 
     Raises:
-        ValueError: the path is a folder, or its folder cannot be made or written.
+        ValueError: the path is a folder or a device, its name is too long, or its folder cannot be made or written.
     """
-    if path.is_dir():
-        raise ValueError(f"{path} is a folder; give the name of a file in it.")
+    _refuse_other_than_file(path)
     refuse_unwritable_folder(path.parent)
+
+
+def _refuse_other_than_file(path: Path) -> None:
+    try:
+        if path.is_dir():
+            raise ValueError(f"{path} is a folder; give the name of a file in it.")
+        # Moving a file onto /dev/null would replace the device.
+        if path.exists() and not path.is_file():
+            raise ValueError(f"{path} is not a regular file; give the name of one.")
+    except OSError as error:
+        raise ValueError(f"Cannot write {path}: {error.strerror or error}.") from error
 
 
 def refuse_unwritable_folder(folder: Path) -> None:
@@ -45,7 +56,9 @@ def written_whole(path: Path) -> Iterator[Path]:
     Raises:
         ValueError: the file cannot be written.
     """
-    draft = path.with_name(f".{path.stem}.{os.getpid()}{path.suffix}")
+    _refuse_other_than_file(path)
+    # Not of the file's own name, which may be as long as names can be.
+    draft = path.with_name(f".dit_accel-{secrets.token_hex(4)}{path.suffix}")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         yield draft
@@ -55,7 +68,9 @@ def written_whole(path: Path) -> Iterator[Path]:
     except OSError as error:
         raise ValueError(f"Cannot write {path}: {error.strerror or error}.") from error
     finally:
-        draft.unlink(missing_ok=True)
+        # Where it was moved, or could not even be made, there is nothing to delete.
+        with suppress(OSError):
+            draft.unlink()
 
 
 def write_text(path: Path, text: str) -> None:

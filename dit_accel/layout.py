@@ -41,16 +41,22 @@ class TokenLayout:
         """Tokens that are not on the latent grid."""
         return self.seq_len - self.num_latent
 
+    @property
+    def forced_share(self) -> float:
+        """Share of all query-key pairs with a token that is not latent: they are read in full."""
+        return 1.0 - (self.num_latent / self.seq_len) ** 2
+
 
 @dataclass(frozen=True)
 class StepContext:
     """Where one transformer forward sits in the denoising trajectory.
 
     Attributes:
-        index: denoising step, from 0; None outside a pipeline run.
-        num_steps: steps of the run; None outside a pipeline run.
+        index: denoising step, from 0; None outside a pipeline run, and where a pipeline does not show it.
+        num_steps: steps of the run; None where there is no index.
         sigma: noise level of the step where the scheduler has one.
-        branch: guidance branch as the pipeline names it ("cond", "uncond", ...), None if it has no name.
+        branch: guidance branch: the pipeline's name for it ("cond", "uncond", ...), or the ordinal of the forward
+            within its step ("#0", "#1") where it has no name; None outside a pipeline run.
         forward_id: counts the forwards of this transformer, so that a plan knows its age.
     """
 

@@ -5,20 +5,24 @@ from __future__ import annotations
 import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
 
 from .call import AttentionCall
 from .kernels import BlockMask
+from .kernels.capability import choose_selection
+from .kernels.choice import Case, Choice, Operation, refusal
 from .kernels.packed_mask import PackedBlockMask
 from .layout import StepContext, TokenLayout
 from .plan import AttentionPlan, LayerMemory, SequenceBlocks
 from .recipe import Recipe
 from .records import LayerRecord
+from .run import Bounded, Kept
 from .stages.drift import BlockMeans
 from .stages.frozen import FrozenMasks
+from .stages.order import Raster
 from .stages.order_sorted import Segments, SortedSegments
 from .stages.select import HeadDensities, Select, density_of_layer
 from .stages.select_mass import FrozenMass, Mass
@@ -28,16 +32,19 @@ from .timing import Stopwatch
 
 @dataclass(frozen=True, eq=False)
 class _Prepared:
-    """What a layout needs once: its blocks, and what a static selection worked out for them."""
+    """What a layout needs once: its blocks, and what a static selection worked out for them.
+
+    ``plans`` are those of static selections, which every run may use; one of a key mask belongs to its run.
+    """
 
     blocks: SequenceBlocks
     tables: Any
+    plans: dict[Select, _KeptPlan] = field(default_factory=dict)
 
 
 @dataclass(frozen=True, eq=False)
 class _KeptPlan:
-    """A plan, when it was made, of which queries and keys where the schedule guards against drift, and for which
-    key mask: holding it keeps its memory from becoming another mask's.
+    """A plan, when it was made, and of which queries and keys where the schedule guards against drift.
 
     The mask of a single layer is packed: the lists of all layers and branches of a large model are gigabytes.
     """
@@ -47,27 +54,19 @@ class _KeptPlan:
     mask: BlockMask | PackedBlockMask
     compensation: Any
     means: BlockMeans | None
-    key_mask: torch.Tensor | None
 
     @property
     def plan(self) -> AttentionPlan:
         mask = self.mask.lists() if isinstance(self.mask, PackedBlockMask) else self.mask
         return AttentionPlan(self.rows, mask, self.compensation)
 
-    def fits_static(self, call: AttentionCall) -> bool:
-        """Whether the plan of a static selection serves this call too: all layers of a forward share a mask."""
-        one, other = self.key_mask, call.key_mask
-        if one is None or other is None:
-            return one is other
-        return (
-            self.made.forward_id == call.step.forward_id
-            and one.data_ptr() == other.data_ptr()
-            and (one.shape, one.stride()) == (other.shape, other.stride())
-        )
+
+# A server sees any number of sizes; the tables of this many stay.
+KEPT_LAYOUTS = 8
 
 
 class Planner:
-    """Plans under one recipe.
+    """Plans under one recipe. What a layout needs stays here; what a run made stays with the run of the call.
 
     Attributes:
         density: in place of the selection's own and the schedule's, while a training anneals it.
@@ -82,13 +81,37 @@ class Planner:
         self.frozen: FrozenMasks | None = None
         self.rederive = False
         self.parts = {part: Stopwatch() for part in ("order", "select", "compensate")}
-        self._frozen_plans: dict[tuple[Any, ...], tuple[tuple[Any, ...], _KeptPlan]] = {}
-        self._prepared: dict[tuple[Any, ...], _Prepared] = {}
-        self._full_masks: dict[tuple[Any, ...], BlockMask] = {}
-        self._segments: dict[tuple[Any, ...], Segments] = {}
-        self._plans: dict[tuple[Any, ...], _KeptPlan] = {}
-        self._memories: dict[tuple[Any, ...], tuple[StepContext, LayerMemory]] = {}
+        self._prepared: Bounded[dict[Any, _Prepared]] = Bounded(KEPT_LAYOUTS)
+        self._full_masks: Bounded[BlockMask] = Bounded(KEPT_LAYOUTS)
+        self._segments: Bounded[Segments] = Bounded(KEPT_LAYOUTS)
         self._lock = threading.Lock()
+
+    def choices(self, case: Case, backend: str) -> dict[Operation, Choice]:
+        """The backend of each operation that calls of a case run, as far as the case tells.
+
+        Raises:
+            ValueError: the backend was named and cannot run one of them.
+        """
+        recipe = self.recipe
+        if isinstance(recipe.select, DenseSelect):
+            return {}
+        case = case._replace(blocks=recipe.select.block, permuted=not isinstance(recipe.order, Raster))
+        # Every plan is lists of blocks, also one from a calibration.
+        found: dict[Operation, Choice] = {"selection": choose_selection(case, backend)}
+        if self.selects:
+            found |= recipe.select.choices(case, backend)
+        found |= recipe.compensate.choices(case, backend)
+        if not recipe.compensate.attends_alone:
+            found |= recipe.precision.choices(case, backend)
+        elif backend == "fa4":
+            alone = type(recipe.compensate).__name__
+            raise refusal("attention", backend, f"{alone} attends by itself, and fa4 is for attention to kept blocks")
+        return found
+
+    @property
+    def selects(self) -> bool:
+        """Whether the recipe's own selection may run."""
+        return self.frozen is None or self.rederive
 
     def plan(self, call: AttentionCall, book: LayerRecord) -> tuple[StepContext, AttentionPlan]:
         """The plan of a call, and when it was made."""
@@ -99,50 +122,88 @@ class Planner:
                 return call.step, self._frozen_plan(call, self.frozen, book)
             if not self.rederive:
                 raise ValueError(f"{reason} Calibrate for this, or patch with rederive=True to select anew.")
-        device = call.q.device
-        q, k = call.q.detach(), call.k.detach()
-        select, schedule = self._selection(call), self.recipe.schedule
+        if call.repeated and call.layer in call.used:
+            kept = call.used[call.layer]
+            return kept.made, kept.plan
+        select = self._selection(call)
+        return self._static_plan(call, select, book) if select.is_static else self._dynamic_plan(call, select, book)
+
+    def _static_plan(self, call: AttentionCall, select: Select, book: LayerRecord) -> tuple[StepContext, AttentionPlan]:
+        """A plan that all layers of one order, steps and branches share."""
+        with torch.no_grad():
+            prepared = self._prepare(call)
+            if call.key_mask is None:
+                plans: dict[Any, Any] = prepared.plans
+                key: Any = select
+            else:
+                plans = self._kept(call).plans
+                key = (select, call.q.device, self.recipe.order.variant(call.layer))
+            if key not in plans:
+                mask, state = self._make(call, select, prepared, None)
+                # A mask of one prompt's hidden keys lives for a run: not worth waiting for the device to trim it.
+                kept_mask = mask if call.key_mask is not None else mask.trimmed()
+                plans[key] = _KeptPlan(call.step, prepared.blocks.kernel_rows, kept_mask, state, None)
+                book.plans_made += 1
+        return plans[key].made, plans[key].plan
+
+    def _dynamic_plan(
+        self, call: AttentionCall, select: Select, book: LayerRecord
+    ) -> tuple[StepContext, AttentionPlan]:
+        """A plan of this layer and branch, which a schedule may keep for later forwards of the run."""
+        schedule = self.recipe.schedule
+        keep = schedule.keeps_plans and not call.repeated
+        plans = self._kept(call).plans if keep else {}
         key = self._plan_key(call)
-        keep = select.is_static or schedule.keeps_plans
-        kept = self._plans.get(key) if keep else None
-        if kept is not None and select.is_static and not kept.fits_static(call):
-            kept = None
-        guarded = keep and schedule.drift_bound is not None and not select.is_static
+        kept = plans.get(key)
         means = None
         with torch.no_grad():
-            if kept is not None and (select.is_static or not schedule.needs_plan(call.step, kept.made)):
+            if kept is not None and not schedule.needs_plan(call.step, kept.made):
                 if kept.means is None or call.step.forward_id == kept.made.forward_id:
-                    return kept.made, kept.plan
-                means = BlockMeans.of(q, k, call.key_mask, select.block)
+                    return self._reused(call, kept)
+                means = BlockMeans.of(call, select.block)
                 assert schedule.drift_bound is not None
                 if bool(means.change_since(kept.means) <= schedule.drift_bound):
-                    return kept.made, kept.plan
-            memory = None if select.is_static else self._memory(key, call.step)
-            with self._timed("order", device):
+                    return self._reused(call, kept)
+            memory = self._memory(call)
+            with self._timed("order", call.q.device):
                 prepared = self._prepare(call)
-            with self._timed("select", device):
-                mask = select.select(prepared.blocks, prepared.tables, q, k, call.key_mask, call.scale, memory)
-            if guarded and means is None:
-                means = BlockMeans.of(q, k, call.key_mask, select.block)
-            with self._timed("compensate", device):
-                compensate = self.recipe.compensate
-                state = compensate.prepare(prepared.blocks, mask, q, k, call.key_mask, call.scale, memory)
-            if memory is not None:
-                memory.found = None
-                if not schedule.plans_after(call.step):
-                    memory.lse = None
-            rows = prepared.blocks.kernel_rows
-            if keep:
-                kept_mask = self._to_keep(mask, call)
-                self._plans[key] = _KeptPlan(call.step, rows, kept_mask, state, means, call.key_mask)
+            mask, state = self._make(call, select, prepared, memory)
+            memory.found = None
+            if not schedule.plans_after(call.step):
+                memory.lse = None
+            if keep and schedule.drift_bound is not None and means is None:
+                means = BlockMeans.of(call, select.block)
+        rows = prepared.blocks.kernel_rows
         book.plans_made += 1
+        if not keep:
+            return call.step, AttentionPlan(rows, mask, state)
+        packed: BlockMask | PackedBlockMask = mask
+        if mask.token_bits is None:
+            packed = PackedBlockMask.of(mask, call.key_mask is not None, call.backend("selection"))
+        plans[key] = _KeptPlan(call.step, rows, packed, state, means)
+        call.used[call.layer] = plans[key]
         return call.step, AttentionPlan(rows, mask, state)
+
+    @staticmethod
+    def _reused(call: AttentionCall, kept: _KeptPlan) -> tuple[StepContext, AttentionPlan]:
+        call.used[call.layer] = kept
+        return kept.made, kept.plan
+
+    def _make(
+        self, call: AttentionCall, select: Select, prepared: _Prepared, memory: LayerMemory | None
+    ) -> tuple[BlockMask, Any]:
+        """A block mask, and what the compensation works out for it."""
+        with self._timed("select", call.q.device):
+            mask = select.select(prepared.blocks, prepared.tables, call, memory)
+        with self._timed("compensate", call.q.device):
+            state = self.recipe.compensate.prepare(prepared.blocks, mask, call, memory)
+        return mask, state
 
     def is_search(self, call: AttentionCall, made: StepContext) -> bool:
         """Whether a plan made at ``made`` is of a search in this very forward, whose attention the recipe has dense."""
         # A bare transformer has no trajectory, and a forward of it would search each time.
-        searching = self.frozen is None and call.step.index is not None and made.forward_id == call.step.forward_id
-        return self.recipe.schedule.dense_refresh and searching
+        fresh = call.step.index is not None and made.forward_id == call.step.forward_id
+        return self.recipe.schedule.dense_refresh and fresh and self.frozen is None and not self.recipe.select.is_static
 
     def memory_of_search(self, call: AttentionCall) -> LayerMemory | None:
         """Where a coming search looks for the log-sum-exp of its step's attention; None where none is of use."""
@@ -152,11 +213,10 @@ class Planner:
         if not isinstance(select, Mass | FrozenMass) or any(x.requires_grad for x in (call.q, call.k, call.v)):
             return None
         assert isinstance(call.layout, TokenLayout)
-        key = self._plan_key(call)
-        kept = self._plans.get(key)
+        kept = self._kept(call).plans.get(self._plan_key(call))
         if kept is not None and not schedule.needs_plan(call.step, kept.made):
             return None
-        memory = self._memory(key, call.step)
+        memory = self._memory(call)
         if not select.uses_lse(call.layout, call.key_mask) or memory.lse is not None:
             return None
         return memory
@@ -164,41 +224,39 @@ class Planner:
     def full_mask(self, call: AttentionCall) -> BlockMask:
         """All blocks of a layout, in the model's order."""
         assert isinstance(call.layout, TokenLayout)
-        key = (call.layout, call.q.device)
-        if call.key_mask is None and key in self._full_masks:
-            return self._full_masks[key]
         full = FullSelect(block=(128, 128))  # the kernel is fastest at these
         blocks = SequenceBlocks(call.layout, None, *full.block, call.q.device)
-        mask = full.select(blocks, None, call.q, call.k, call.key_mask, call.scale)
-        if call.key_mask is None:
-            self._full_masks[key] = mask
-        return mask
+
+        def make() -> BlockMask:
+            return full.select(blocks, None, call)
+
+        if call.key_mask is not None:
+            return make()
+        with self._lock:
+            return self._full_masks.get((call.layout, call.q.device), make)
 
     def forget(self) -> None:
-        """Drop every plan, memory and cached table."""
-        self.forget_plans()
-        self._memories.clear()
-        self._prepared.clear()
-        self._segments.clear()
-        self._full_masks.clear()
+        """Drop every cached table; plans are dropped with their runs."""
+        with self._lock:
+            self._prepared.clear()
+            self._segments.clear()
+            self._full_masks.clear()
 
-    def forget_plans(self) -> None:
-        """Drop every plan; orders and tables of a layout stay."""
-        self._plans.clear()
-        self._frozen_plans.clear()
+    @staticmethod
+    def _plan_key(call: AttentionCall) -> tuple[Any, ...]:
+        """Which calls of one layout and key mask may share a plan within a run."""
+        return call.layer, call.step.branch, call.q.shape[0], call.q.device
 
-    def _to_keep(self, mask: BlockMask, call: AttentionCall) -> BlockMask | PackedBlockMask:
-        """The mask in the least memory that it allows: one of all layers is short enough as lists."""
-        if not self.recipe.select.is_static and mask.token_bits is None:
-            return PackedBlockMask.of(mask, call.key_mask is not None)
-        # A static mask of a key mask serves a single forward: not worth waiting for the device.
-        return mask if call.key_mask is not None else mask.trimmed()
+    @staticmethod
+    def _kept(call: AttentionCall) -> Kept:
+        assert isinstance(call.layout, TokenLayout)
+        return call.run.kept(call.layout, call.key_mask, call.step.forward_id)
 
-    def _plan_key(self, call: AttentionCall) -> tuple[Any, ...]:
-        """Which calls may share a plan: of a static selection all layers of one order, steps and branches."""
-        if self.recipe.select.is_static:
-            return call.layout, call.q.device, self.recipe.order.variant(call.layer)
-        return call.layer, call.step.branch, call.layout, call.q.shape[0], call.q.device
+    def _memory(self, call: AttentionCall) -> LayerMemory:
+        """The layer's memory of this run; an empty one where no step is known or a forward is repeated."""
+        if call.step.index is None or call.repeated:
+            return LayerMemory()
+        return self._kept(call).memories.setdefault(self._plan_key(call), LayerMemory())
 
     @contextmanager
     def _timed(self, part: str, device: torch.device) -> Iterator[None]:
@@ -219,20 +277,20 @@ class Planner:
         assert call.step.sigma is not None
         bucket = frozen.bucket(call.step.sigma)
         compensate = self.recipe.compensate
-        place = (call.layer, call.q.device, None if compensate.is_static else call.step.branch)
+        # What a compensation works out of queries and keys is of one branch, and of one batch.
+        place = ("frozen", call.layer, call.q.device, None if compensate.is_static else call.step.branch)
         version = (bucket, None if compensate.is_static else call.q.shape[0])
-        kept = self._frozen_plans.get(place) if call.key_mask is None else None
-        if kept is not None and kept[0] == version:
-            return kept[1].plan
+        plans = self._kept(call).plans
+        if place in plans and plans[place][0] == version:
+            return plans[place][1].plan
         with torch.no_grad():
             prepared = self._prepare(call)
-            mask = frozen.mask(call.layer, bucket, prepared.blocks, call.key_mask)
-            q, k = call.q.detach(), call.k.detach()
-            state = compensate.prepare(prepared.blocks, mask, q, k, call.key_mask, call.scale)
+            mask = frozen.mask(call.layer, bucket, prepared.blocks, call.key_mask, call.backend("selection"))
+            state = compensate.prepare(prepared.blocks, mask, call)
         rows = prepared.blocks.kernel_rows
-        if call.key_mask is None:
-            packed = PackedBlockMask.of(mask, key_mask=False)
-            self._frozen_plans[place] = (version, _KeptPlan(call.step, rows, packed, state, None, None))
+        packed = PackedBlockMask.of(mask, call.key_mask is not None, call.backend("selection"))
+        if not call.repeated:
+            plans[place] = (version, _KeptPlan(call.step, rows, packed, state, None))
         book.plans_made += 1
         return AttentionPlan(rows, mask, state)
 
@@ -249,33 +307,22 @@ class Planner:
             return replace(select, head_densities=density_of_layer(per_head, call.layer))  # type: ignore[type-var]
         return select
 
-    def _memory(self, key: tuple[Any, ...], step: StepContext) -> LayerMemory:
-        """The layer's memory of this run: empty in a new run, and always without a pipeline."""
-        if step.index is None:
-            return LayerMemory()
-        last, memory = self._memories.get(key, (step, LayerMemory()))
-        if last.index is None or (step.index <= last.index and step.forward_id != last.forward_id):
-            memory = LayerMemory()
-        self._memories[key] = (step, memory)
-        return memory
-
     def _prepare(self, call: AttentionCall) -> _Prepared:
         assert isinstance(call.layout, TokenLayout)
         layout, device, order, select = call.layout, call.q.device, self.recipe.order, self.recipe.select
         assert not isinstance(select, DenseSelect)
         if isinstance(order, SortedSegments):
             # An order of the call itself: nothing to keep but the plan, and which tokens a segment holds.
-            place = (layout, device)
-            if place not in self._segments:
-                self._segments[place] = order.segments(layout, device)
-            q, k, segments = call.q.detach(), call.k.detach(), self._segments[place]
-            rows = order.rows_of_call(layout, q, k, call.key_mask, call.scale, segments)
+            with self._lock:
+                segments = self._segments.get((layout, device), lambda: order.segments(layout, device))
+            rows = order.rows_of_call(layout, call, segments)
             blocks = SequenceBlocks(layout, rows, *select.block, device)
             return _Prepared(blocks, select.prepare(blocks))
-        key = (layout, device, order.variant(call.layer))
+        variant = order.variant(call.layer)
         # Two threads may run one transformer; the tables are built once.
         with self._lock:
-            if key not in self._prepared:
+            variants = self._prepared.get((layout, device), dict)
+            if variant not in variants:
                 fixed = order.rows(layout, device, call.layer)
                 heads = call.q.shape[2]
                 if fixed is not None and fixed.dim() == 2 and fixed.shape[0] not in (1, heads):
@@ -283,8 +330,8 @@ class Planner:
                         f"The order of layer {call.layer} is for {fixed.shape[0]} heads, the layer has {heads}."
                     )
                 blocks = SequenceBlocks(layout, fixed, *select.block, device)
-                self._prepared[key] = _Prepared(blocks, select.prepare(blocks))
-            return self._prepared[key]
+                variants[variant] = _Prepared(blocks, select.prepare(blocks))
+            return variants[variant]
 
 
 def _spell(layout: TokenLayout | str) -> str:

@@ -5,11 +5,12 @@ from __future__ import annotations
 import ast
 import json
 import typing
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field, fields, replace
 from pathlib import Path
 from typing import Any
 
+from .files import write_text
 from .stages.compensate import COMPENSATIONS, Compensation, KeyPyramid, NoCompensation
 from .stages.compensate_agent import AgentTokens
 from .stages.compensate_residual import PooledResidual
@@ -62,6 +63,10 @@ AXES: dict[str, Mapping[str, type[Any]]] = {
 }
 
 
+# More than any length of a grid or number of layers, and far from overflows where some are multiplied.
+LARGEST = 2**20
+
+
 @dataclass(frozen=True)
 class Recipe:
     """How attention is computed: comparable, hashable, printable and serialisable.
@@ -86,6 +91,7 @@ class Recipe:
             if type(value) not in kinds.values():
                 allowed = ", ".join(kind.__name__ for kind in kinds.values())
                 raise TypeError(f"Recipe.{axis} must be one of {allowed}, got {value!r}.")
+            _check_numbers(axis, value)
         if isinstance(self.order, SortedSegments) and self.select.is_static:
             raise ValueError(
                 "An order that follows the attention of a call needs a selection that does so too, got "
@@ -131,15 +137,18 @@ class Recipe:
         Raises:
             ValueError: unknown axis, kind or field, or a value that the field does not allow.
         """
-        # Kinds first, so that fields apply to the kind that stays.
         stages = {axis: getattr(self, axis) for axis in AXES}
-        for name, value in sorted(changes.items(), key=lambda item: "." in item[0]):
+        fields_of: dict[str, dict[str, Any]] = {}
+        for name, value in changes.items():
             axis, _, field_name = name.partition(".")
             _check_axis(axis)
             if field_name:
-                stages[axis] = _replace_fields(axis, stages[axis], {field_name: value})
+                fields_of.setdefault(axis, {})[field_name] = value
             else:
                 stages[axis] = _kind(axis, value)()
+        # After the kinds, and all fields of a stage at once: one by one they might not go together.
+        for axis, values in fields_of.items():
+            stages[axis] = _replace_fields(axis, stages[axis], values)
         return Recipe(**stages)
 
     def to_dict(self) -> dict[str, dict[str, Any]]:
@@ -167,28 +176,56 @@ class Recipe:
         return cls(**stages)
 
     def save(self, path: str | Path) -> None:
-        """Write :meth:`to_dict`'s data as JSON; folders are made."""
-        path = Path(path)
-        path.parent.mkdir(parents=True, exist_ok=True)
-        path.write_text(json.dumps(self.to_dict()) + "\n")
+        """Write :meth:`to_dict`'s data as JSON; folders are made.
+
+        Raises:
+            ValueError: the file cannot be written; one that was there is untouched.
+        """
+        write_text(Path(path), json.dumps(self.to_dict()) + "\n")
 
     @classmethod
     def load(cls, path: str | Path) -> Recipe:
-        """Read a file of :meth:`save`.
+        """Read a file of :meth:`save`. Axes but the selection may be left out, and are then the plainest.
 
         Raises:
-            ValueError: the file is not there, or holds no recipe.
+            ValueError: the file is not there, or holds no recipe; the message names the file.
         """
         path = Path(path)
         if not path.is_file():
             raise ValueError(f"There is no recipe file {path}.")
         try:
-            data = json.loads(path.read_text())
-        except ValueError as error:
-            raise ValueError(f"{path} holds no recipe: {error}.") from None
+            # Editors may begin a file with a byte order mark.
+            data = json.loads(path.read_text(encoding="utf-8-sig"))
+        except (OSError, ValueError, RecursionError) as error:
+            raise ValueError(f"{path} holds no recipe: {error}.") from error
         if not isinstance(data, dict) or not all(isinstance(values, dict) for values in data.values()):
             raise ValueError(f"{path} holds no recipe: one object of five axes is expected.")
-        return cls.from_dict(data)
+        try:
+            recipe = cls.from_dict(data)
+        except (TypeError, ValueError) as error:
+            raise ValueError(f"{path} holds no recipe: {error}") from error
+        # What names no selection would run dense without a word.
+        if "select" not in data:
+            raise ValueError(f"{path} holds no recipe: it has no select, which chooses the blocks to read.")
+        return recipe
+
+
+def _check_numbers(axis: str, stage: Any) -> None:
+    """Refuse what no grid has and what tensors of 64-bit integers cannot count."""
+    for one in fields(stage):
+        limit = 2**63 if one.name == "seed" else LARGEST
+        value = getattr(stage, one.name)
+        # Written so that NaN fails too.
+        if not all(abs(number) < limit for number in _numbers(value)):
+            raise ValueError(f"{axis}.{one.name} must be finite and below {limit}, got {value}.")
+
+
+def _numbers(value: Any) -> Iterator[float]:
+    if isinstance(value, (tuple, list)):
+        for item in value:
+            yield from _numbers(item)
+    elif isinstance(value, (int, float)):
+        yield value
 
 
 def _check_axis(axis: str) -> None:
@@ -198,7 +235,7 @@ def _check_axis(axis: str) -> None:
 
 def _kind(axis: str, name: Any) -> type[Any]:
     kinds = AXES[axis]
-    if name not in kinds:
+    if not isinstance(name, str) or name not in kinds:
         raise ValueError(f"Unknown {axis} {name!r}; known are {', '.join(kinds)}.")
     return kinds[name]
 
@@ -219,7 +256,7 @@ def _read(name: str, value: Any, hint: Any) -> Any:
     if isinstance(value, str) and hint is not str:
         try:
             value = ast.literal_eval(value)
-        except (ValueError, SyntaxError):
+        except (ValueError, SyntaxError, TypeError, MemoryError, RecursionError):
             raise ValueError(f"{name} must be a Python literal such as 0.2 or (4, 4, 4), got {value!r}.") from None
     value = _as_tuples(value)
     if not _matches(value, hint):

@@ -1,4 +1,5 @@
-"""Test set-up: no network, interpreted Triton without a GPU, and a printed reason for GPU skips."""
+"""Test set-up: no network, interpreted Triton without a GPU, a printed reason for GPU skips, and how many examples the
+property tests draw."""
 
 import os
 
@@ -8,10 +9,19 @@ os.environ.setdefault("DIFFUSERS_VERBOSITY", "error")
 
 import pytest
 import torch
+from hypothesis import HealthCheck, settings
 
 if not torch.cuda.is_available():
     # Triton reads this once, at its first import.
     os.environ["TRITON_INTERPRET"] = "1"
+
+# How many examples: 20 unless asked for, and in CI always the same ones. `--hypothesis-profile deep` looks for longer.
+EXAMPLES = int(os.environ.get("DIT_ACCEL_EXAMPLES", "20"))
+_SHARED = {"deadline": None, "suppress_health_check": [HealthCheck.too_slow, HealthCheck.data_too_large]}
+settings.register_profile("ci", max_examples=EXAMPLES, derandomize=True, database=None, **_SHARED)
+settings.register_profile("usual", max_examples=EXAMPLES, **_SHARED)
+settings.register_profile("deep", max_examples=50 * EXAMPLES, **_SHARED)
+settings.load_profile("ci" if os.environ.get("CI") else "usual")
 
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:

@@ -5,16 +5,18 @@ import torch
 
 from dit_accel import Recipe, presets
 from dit_accel.engine import Engine
-from dit_accel.kernels import block_sparse_attention
+from dit_accel.kernels import Choice, block_sparse_attention
 from dit_accel.kernels.packed_mask import PackedBlockMask
 from dit_accel.layout import StepContext, TokenLayout
 from dit_accel.plan import SequenceBlocks
 from dit_accel.records import LayerRecord
+from dit_accel.run import Run
 from dit_accel.stages.drift import BlockMeans
 from dit_accel.stages.schedule import Schedule
 from dit_accel.stages.select_dynamic import Pooled
 from dit_accel.stages.select_mass import Mass
 from dit_accel.stages.select_static import Window
+from tests.calls import call_of
 from tests.stages.oracle import masked_attention
 
 LAYOUT = TokenLayout((4, 8, 8), 0, 256)
@@ -28,6 +30,7 @@ def _inputs(seed: int = 0) -> list[torch.Tensor]:
 def _run(engine: Engine, tensors, steps: int, start: int = 0, sigmas=None, until: int | None = None) -> list[str]:
     """What each step did, to the end or to a step where the run is broken off: "dense" or "sparse"."""
     did = []
+    engine.run = Run()
     for index in range(steps if until is None else until):
         q, k, v = tensors(index) if callable(tensors) else tensors
         sigma = None if sigmas is None else sigmas[index]
@@ -38,14 +41,28 @@ def _run(engine: Engine, tensors, steps: int, start: int = 0, sigmas=None, until
     return did
 
 
+def _plan(engine: Engine):
+    """The only kept plan of the engine's run."""
+    (kept,) = engine.run._kept.entries.values()
+    (plan,) = kept.plans.values()
+    return plan
+
+
+def _memory(engine: Engine):
+    """The memory of the only layer and branch of the engine's run."""
+    (kept,) = engine.run._kept.entries.values()
+    (memory,) = kept.memories.values()
+    return memory
+
+
 def test_adaspa_searches_twice_densely_and_remembers_the_lse():
     recipe = presets.adaspa(density=0.3, search_at=(0.2, 0.6), block=(32, 32))
     engine = Engine(recipe, ["layer"], "auto", 0)
     _run(engine, _inputs(1), 10, until=4)
-    ((_, memory),) = engine.planner._memories.values()
+    memory = _memory(engine)
     broken_off = memory.lse
     _run(engine, _inputs(), 10, start=10, until=4)
-    ((_, memory),) = engine.planner._memories.values()
+    memory = _memory(engine)
     first = memory.lse
     torch.testing.assert_close(first, _log_sum_exp(*_inputs()[:2]), atol=1e-5, rtol=1e-5)
     assert first is not broken_off, "a new run must not normalise with the last one's log-sum-exp"
@@ -54,7 +71,7 @@ def test_adaspa_searches_twice_densely_and_remembers_the_lse():
     assert [index for index, kind in enumerate(did) if kind == "dense"] == [0, 1, 2, 6]
     assert dict(engine.records[0].dense_calls) == {"dense phase": 2, "search step": 2}
     assert engine.records[0].plans_made == 2
-    ((_, memory),) = engine.planner._memories.values()
+    memory = _memory(engine)
     assert memory.lse is None, "no search is left that would need it"
 
 
@@ -67,11 +84,11 @@ def test_mass_searches_in_the_last_dense_step_and_keeps_its_plan_in_bits():
             assert [index for index, kind in enumerate(did) if kind == "dense"] == list(dense), steps
         assert dict(engine.records[0].dense_calls)["search step"] == 2, "one search a run"
         assert engine.records[0].plans_made == 2
-    (kept,) = engine.planner._plans.values()
+    kept = _plan(engine)
     assert isinstance(kept.mask, PackedBlockMask)
     q, k, _ = _inputs(start)
     blocks = SequenceBlocks(LAYOUT, recipe.order.rows(LAYOUT, q.device, 0), 32, 32, q.device)
-    alone = recipe.select.select(blocks, None, q, k, None, None)
+    alone = recipe.select.select(blocks, None, call_of(q, k))
     assert torch.equal(kept.plan.mask.to_dense(), alone.to_dense())
 
 
@@ -98,10 +115,10 @@ def test_a_plan_in_bits_hides_what_the_key_mask_hides(layout):
         step = StepContext(index=index, num_steps=10, forward_id=index)
         outs.append(engine.attend(0, q, k, v, key_mask[:, None, None], None, layout, step, lambda: v))
     assert outs[0] is v, "the search step is the model's own attention here"
-    ((_, kept),) = engine.planner._plans.items()
+    kept = _plan(engine)
     rows = recipe.order.rows(layout, q.device, 0)
     blocks = SequenceBlocks(layout, rows, 32, 32, q.device)
-    alone = recipe.select.select(blocks, None, q, k, key_mask, None)
+    alone = recipe.select.select(blocks, None, call_of(q, k, key_mask=key_mask))
     assert torch.equal(kept.plan.mask.to_dense(), alone.to_dense())
     assert torch.equal(kept.plan.mask.kv_num_full, alone.kv_num_full)
     place = torch.empty(256, dtype=torch.long).scatter_(0, rows.long(), torch.arange(256))
@@ -133,7 +150,7 @@ def test_a_search_step_is_exact_and_plans_what_two_passes_would(own, name, hidde
         return block_sparse_attention(*args, backend="torch", **options)
 
     if own:  # as on a GPU, where the search takes the log-sum-exp of the step's attention
-        monkeypatch.setattr("dit_accel.engine.choose_backend", lambda *_, **__: ("triton", ""))
+        monkeypatch.setattr("dit_accel.engine.choose_backend", lambda *_, **__: Choice("triton", ""))
         monkeypatch.setattr("dit_accel.engine.block_sparse_attention", ours)
     recipe = getattr(presets, name)(density=0.3, block=(32, 32))
     engine = Engine(recipe, ["layer"], "auto", 0)
@@ -145,9 +162,9 @@ def test_a_search_step_is_exact_and_plans_what_two_passes_would(own, name, hidde
     searched = engine.attend(0, q, k, v, mask, None, layout, step, lambda: exact.float())
     torch.testing.assert_close(searched.double(), exact, atol=1e-5, rtol=1e-5)
     assert len(calls) == (own and recipe.select.uses_lse(layout, key_mask if hidden else None))
-    ((_, kept),) = engine.planner._plans.items()
+    kept = _plan(engine)
     blocks = SequenceBlocks(layout, None, 32, 32, torch.device("cpu"))
-    alone = recipe.select.select(blocks, None, q, k, key_mask if hidden else None, None)
+    alone = recipe.select.select(blocks, None, call_of(q, k, key_mask=key_mask if hidden else None))
     assert torch.equal(kept.plan.mask.to_dense(), alone.to_dense())
 
 
@@ -167,8 +184,8 @@ def test_layers_of_one_forward_share_a_static_plan_also_with_hidden_keys():
         for layer in range(2):
             step = StepContext(index=5 + forward, num_steps=10, forward_id=forward)
             engine.attend(layer, q, k, v, hidden, None, LAYOUT, step, lambda: v)
-    assert [record.plans_made for record in engine.records] == [3, 0], "one plan a forward, for both layers"
-    step = StepContext(index=8, num_steps=10, forward_id=2)
+    assert [record.plans_made for record in engine.records] == [1, 0], "one plan for both layers and all forwards"
+    step = StepContext(index=8, num_steps=10, forward_id=3)
     other = (torch.arange(256) < 100).expand(1, 1, 1, 256)
     engine.attend(1, q, k, v, other, None, LAYOUT, step, lambda: v)
     assert engine.records[1].plans_made == 1, "another mask, another plan"
@@ -214,10 +231,10 @@ def test_block_means_ignore_hidden_keys():
     q, k, _ = _inputs()
     key_mask = torch.ones(1, 256, dtype=torch.bool)
     key_mask[:, 250:] = False
-    before = BlockMeans.of(q, k, key_mask, (32, 32))
+    before = BlockMeans.of(call_of(q, k, key_mask=key_mask), (32, 32))
     k = k.clone()
     k[:, 250:] = torch.nan
-    assert float(BlockMeans.of(q, k, key_mask, (32, 32)).change_since(before)) == 0.0
+    assert float(BlockMeans.of(call_of(q, k, key_mask=key_mask), (32, 32)).change_since(before)) == 0.0
 
 
 def test_density_points_are_interpolated_and_reach_the_mask():

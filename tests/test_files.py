@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 
 import pytest
@@ -56,3 +57,31 @@ def test_an_operating_system_error_becomes_one_sentence(tmp_path: Path) -> None:
 def test_a_writer_that_wrote_nothing_is_found_out(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match="nothing was written"), written_whole(tmp_path / "a.mp4"):
         pass
+
+
+def test_a_device_is_not_replaced_by_a_file(tmp_path: Path) -> None:
+    os.mkfifo(tmp_path / "pipe")
+    with pytest.raises(ValueError, match="is not a regular file"):
+        refuse_unwritable(tmp_path / "pipe")
+    with pytest.raises(ValueError, match="is not a regular file"):
+        write_text(tmp_path / "pipe", "text")
+    assert (tmp_path / "pipe").is_fifo()
+
+
+def test_a_name_as_long_as_names_can_be(tmp_path: Path) -> None:
+    path = tmp_path / ("n" * 251 + ".txt")
+    refuse_unwritable(path)
+    write_text(path, "text")
+    assert path.read_text() == "text"
+
+
+def test_a_name_that_is_too_long_is_refused_before_the_work(tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match=r"Cannot write .*File name too long"):
+        refuse_unwritable(tmp_path / ("n" * 300 + ".txt"))
+
+
+@pytest.mark.parametrize("path", ["file/a.txt", "file/deeper/a.txt", "n" * 300])
+def test_what_cannot_even_be_begun_is_one_sentence(tmp_path: Path, path: str) -> None:
+    (tmp_path / "file").write_text("in the way")
+    with pytest.raises(ValueError, match="Cannot write "):
+        write_text(tmp_path / path, "text")

@@ -5,11 +5,11 @@ from __future__ import annotations
 import os
 import subprocess
 import sys
-import time
 
 import pytest
 
-HEAVY = ("torch", "triton", "diffusers", "transformers", "accelerate", "cv2", "imageio", "rich", "typer")
+# What a help page must not wait for.
+HEAVY = ("torch", "numpy", "triton", "diffusers", "transformers", "accelerate", "safetensors", "peft", "cv2", "imageio")
 
 
 def run(code: str) -> subprocess.CompletedProcess[str]:
@@ -18,17 +18,18 @@ def run(code: str) -> subprocess.CompletedProcess[str]:
     )
 
 
-def test_import_loads_nothing_heavy() -> None:
-    result = run(f"import dit_accel, sys; print([name for name in {HEAVY!r} if name in sys.modules])")
+def test_import_loads_nothing_but_the_package_itself() -> None:
+    """Nor does it load a part of itself: what an import costs is what it loads, on any machine."""
+    code = """
+import sys
+before = set(sys.modules)
+import dit_accel
+loaded = {name for name in set(sys.modules) - before if name.partition(".")[0] not in sys.stdlib_module_names}
+print(sorted(loaded))
+"""
+    result = run(code)
     assert result.returncode == 0, result.stderr
-    assert result.stdout.strip() == "[]"
-
-
-def test_import_is_quick() -> None:
-    code = "import time; s = time.perf_counter(); import dit_accel; print(time.perf_counter() - s)"
-    # The best of a few: a busy machine slows single runs.
-    seconds = min(float(run(code).stdout) for _ in range(5))
-    assert seconds < 0.2
+    assert result.stdout.strip() == "['dit_accel']"
 
 
 def test_public_names_resolve_on_first_use() -> None:
@@ -60,17 +61,24 @@ assert not torch.cuda.is_initialized()
     assert result.returncode == 0, result.stderr
 
 
-@pytest.mark.parametrize("command", [[], ["generate"], ["bench"], ["info"]], ids=lambda c: c[0] if c else "app")
-def test_help_needs_no_torch(command: list[str]) -> None:
+COMMANDS = ["generate", "compare", "inspect", "calibrate", "search", "finetune", "bench", "info"]
+
+
+def test_these_are_all_commands() -> None:
+    result = run("from dit_accel.cli.main import app; print([c.callback.__name__ for c in app.registered_commands])")
+    assert result.stdout.strip() == str(COMMANDS)
+
+
+@pytest.mark.parametrize("command", ["", *COMMANDS])
+def test_help_loads_nothing_heavy(command: str) -> None:
+    # A module that is None cannot be imported.
     code = f"""
 import sys
-sys.modules["torch"] = None
-sys.argv = ["dit-accel", *{command!r}, "--help"]
+sys.modules.update(dict.fromkeys({HEAVY!r}))
+sys.argv = ["dit-accel", *{command.split()!r}, "--help"]
 from dit_accel.cli.main import app
 app()
 """
-    start = time.perf_counter()
     result = run(code)
     assert result.returncode == 0, result.stderr
     assert "Usage" in result.stdout
-    assert time.perf_counter() - start < 10

@@ -3,22 +3,23 @@
 from __future__ import annotations
 
 import json
-import os
 from collections.abc import Mapping
 from dataclasses import dataclass, field, fields
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
 import torch
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
 from torch import nn
 
+from ..files import written_whole
 from ..layout import TokenLayout
 from ..patches.fingerprint import Fingerprint
 from ..recipe import Recipe
 from ..stages.frozen import FrozenMasks
 from ..stages.order_axes import AxisOrder, ChosenAxes
+from ..tensor_files import save_tensors
 
 FORMAT = "dit_accel.calibration"
 VERSION = 1
@@ -54,7 +55,11 @@ class CalibrationArtifact:
     facts: Mapping[str, Any] = field(default_factory=dict)
 
     def save(self, path: str | Path) -> Path:
-        """Write the file; a file that is there is replaced at the end, not half-way."""
+        """Write the file; a file that is there is replaced at the end, not half-way.
+
+        Raises:
+            ValueError: the file cannot be written.
+        """
         path = Path(path)
         header = {
             "format": FORMAT,
@@ -92,21 +97,13 @@ class CalibrationArtifact:
                 f"{header.get('version')!r}."
             )
         try:
-            transformers = {
-                name: CalibratedTransformer(
-                    Fingerprint.from_dict(data["fingerprint"]),
-                    Recipe.from_dict(data["recipe"]),
-                    FrozenMasks(
-                        TokenLayout(_three(data["grid"]), data["latent_start"], data["seq_len"]),
-                        (data["block"][0], data["block"][1]),
-                        tuple(data["edges"]),
-                        tensors[_key(name)],
-                    ),
-                )
-                for name, data in header["transformers"].items()
-            }
-            return cls(Recipe.from_dict(header["recipe"]), transformers, header["facts"])
-        except (KeyError, TypeError, IndexError, ValueError) as error:
+            parts = {name: _part(data, tensors[_key(name)]) for name, data in header["transformers"].items()}
+            if not parts:
+                raise ValueError("it is for no transformer")
+            return cls(Recipe.from_dict(header["recipe"]), parts, dict(header["facts"]))
+        except KeyError as error:
+            raise ValueError(f"{path} is a damaged calibration: it lacks {error}.") from error
+        except (TypeError, IndexError, ValueError, AttributeError, ArithmeticError) as error:
             raise ValueError(f"{path} is a damaged calibration: {error}") from error
 
     def part_for(self, name: str, model: nn.Module, attentions: Mapping[str, nn.Module]) -> CalibratedTransformer:
@@ -151,11 +148,13 @@ class CalibrationArtifact:
 
 
 def write_tensors(path: Path, tensors: Mapping[str, torch.Tensor], header: Mapping[str, Any]) -> None:
-    """Write safetensors with a JSON header, in one move."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    draft = path.with_name(path.name + ".writing")
-    save_file(dict(tensors), draft, metadata={"dit_accel": json.dumps(header)})
-    os.replace(draft, path)
+    """Write safetensors with a JSON header, whole or not at all.
+
+    Raises:
+        ValueError: the file cannot be written.
+    """
+    with written_whole(path) as draft:
+        save_tensors(draft, tensors, {"dit_accel": json.dumps(header)})
 
 
 def read_tensors(path: Path) -> tuple[dict[str, Any], dict[str, torch.Tensor]]:
@@ -168,10 +167,15 @@ def read_tensors(path: Path) -> tuple[dict[str, Any], dict[str, torch.Tensor]]:
         raise ValueError(f"There is no calibration at {path}.")
     try:
         with safe_open(path, framework="pt") as file:
-            header: dict[str, Any] = json.loads((file.metadata() or {})["dit_accel"])
-            return header, {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
-    except (SafetensorError, KeyError, ValueError, OSError) as error:
+            header = json.loads((file.metadata() or {})["dit_accel"])
+            tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+    except KeyError as error:
+        raise ValueError(f"{path} is no calibration file: it has no header of dit_accel.") from error
+    except (SafetensorError, ValueError, OSError, RecursionError) as error:
         raise ValueError(f"{path} is no calibration file: {error}") from error
+    if not isinstance(header, dict):
+        raise ValueError(f"{path} is no calibration file: its header is a {type(header).__name__}, not an object.")
+    return header, tensors
 
 
 def _first_difference(calibrated: Recipe, asked: Recipe) -> str | None:
@@ -186,10 +190,27 @@ def _first_difference(calibrated: Recipe, asked: Recipe) -> str | None:
     return None
 
 
+def _part(data: Mapping[str, Any], bits: torch.Tensor) -> CalibratedTransformer:
+    """One transformer's part from its header, which may be damaged."""
+    fingerprint = Fingerprint.from_dict(data["fingerprint"])
+    frames, height, width, start, length, block_q, block_k = numbers = [
+        *data["grid"],
+        data["latent_start"],
+        data["seq_len"],
+        *data["block"],
+    ]
+    if any(type(number) is not int or number < 0 for number in numbers) or min(block_q, block_k) < 1:
+        raise ValueError(f"grid, latent_start, seq_len and block must be counts, got {numbers}.")
+    edges = tuple(map(float, data["edges"]))
+    if not all(left > right for left, right in pairwise(edges)):
+        raise ValueError(f"edges must fall, got {edges}.")
+    masks = FrozenMasks(TokenLayout((frames, height, width), start, length), (block_q, block_k), edges, bits)
+    if tuple(bits.shape[1:3]) != (fingerprint.layers, fingerprint.heads):
+        raise ValueError(
+            f"masks of {fingerprint.layers} layers and {fingerprint.heads} heads are expected, got {tuple(bits.shape)}."
+        )
+    return CalibratedTransformer(fingerprint, Recipe.from_dict(data["recipe"]), masks)
+
+
 def _key(name: str) -> str:
     return f"{name}.masks" if name else "masks"
-
-
-def _three(values: Any) -> tuple[int, int, int]:
-    frames, height, width = values
-    return int(frames), int(height), int(width)

@@ -17,12 +17,14 @@ import torch
 from .. import presets
 from ..api import patch, self_attentions, transformers_of
 from ..call import AttentionCall
+from ..files import refuse_unwritable
 from ..kernels.block_mass import block_mass
 from ..kernels.packed_mask import pack_bits
 from ..kernels.selection import pooled_scores
 from ..layout import TokenLayout
 from ..patches.fingerprint import Fingerprint
-from ..patches.session import sigmas_of
+from ..patches.learned import head_shape
+from ..patches.progress import sigmas_of
 from ..plan import SequenceBlocks
 from ..recipe import Recipe
 from ..stages.axis_choice import AxisScores, measure_axes
@@ -34,6 +36,8 @@ from ..stages.select_dynamic import Pooled, keep_best
 from ..stages.select_mass import Mass, adapted_densities, recall
 from ..stages.select_static import DenseSelect
 from .artifact import CalibratedTransformer, CalibrationArtifact, read_tensors, write_tensors
+from .identity import describe, describe_pipeline, first_difference
+from .runs import begin, run_arguments
 
 AXIS_STEPS = 3
 
@@ -80,7 +84,7 @@ def calibrate(
         prompts: texts, or arguments of the pipeline's call in place of one.
         recipe: a :class:`~dit_accel.Recipe` or a preset's name.
         out: file to write. What is done so far is kept beside it after every run, and a calibration that was
-            interrupted goes on from there.
+            interrupted goes on from there: the very same, of the same weights, prompts and arguments.
         buckets: noise levels with masks of their own; see :func:`~dit_accel.stages.frozen.bucket_edges`.
         seeds: of the runs, one per prompt; 0, 1, 2... if None.
         axis_prompts: how many of the prompts the axis orders are measured on.
@@ -91,23 +95,31 @@ def calibrate(
         options: of the named preset.
 
     Raises:
-        ValueError: a recipe with nothing to calibrate, no prompts, a scheduler without sigmas, or what is beside
-            ``out`` belongs to another calibration.
+        ValueError: a recipe with nothing to calibrate or that does not fit the model, what
+            :func:`~dit_accel.calibration.runs.run_arguments` refuses, weights that cannot be read, a file that cannot
+            be written, or what is beside ``out`` belongs to another calibration: all before the first run. A
+            scheduler without sigmas, or a transformer that is never sparse: in or after the first.
     """
     chosen = presets.resolve(recipe, **options)
-    _check(chosen, prompts)
+    arguments = run_arguments(pipe, prompts, generate_kwargs, seeds)
+    for name, value in (("buckets", buckets), ("axis_prompts", axis_prompts)):
+        if value < 1:
+            raise ValueError(f"{name} must be at least 1, got {value}.")
+    refuse_calibration(chosen, None if out is None else Path(out))
+    _refuse_shares(chosen, pipe)
+    draft = None if out is None else _beginning(Path(out))
     seeds = tuple(range(len(prompts)) if seeds is None else seeds)
-    if len(seeds) != len(prompts):
-        raise ValueError(f"seeds must be as many as prompts, {len(prompts)}, got {len(seeds)}.")
-    draft = None if out is None else Path(out).with_name(Path(out).name + ".partial")
+    from .. import __version__
+
     asked = {
+        "dit_accel": __version__,
         "recipe": chosen.to_dict(),
-        "prompts": [prompt if isinstance(prompt, str) else sorted(prompt) for prompt in prompts],
+        "prompts": describe(prompts),
         "seeds": list(seeds),
         "buckets": buckets,
         "axis_prompts": axis_prompts,
-        "arguments": {name: repr(value) for name, value in sorted((generate_kwargs or {}).items())},
-        "model": {name: type(model).__name__ for name, model, _ in transformers_of(pipe)},
+        "arguments": describe(generate_kwargs or {}),
+        "pipeline": describe_pipeline(pipe),
     }
     run = _Run(pipe, chosen, buckets, asked)
     if draft is not None and resume and draft.exists():
@@ -120,9 +132,7 @@ def calibrate(
             continue
         if stage == "masks":
             run.choose_axes()
-        prompt = prompts[n]
-        arguments = {"prompt": prompt} if isinstance(prompt, str) else dict(prompt)
-        run.observe(stage, {**(generate_kwargs or {}), **arguments}, seeds[n], clock)
+        run.observe(stage, begin(arguments[n], seeds[n]), clock)
         run.finished = number + 1
         if draft is not None:
             run.save(draft)
@@ -134,15 +144,33 @@ def calibrate(
     return artifact
 
 
-def _check(recipe: Recipe, prompts: Sequence[Any]) -> None:
-    if isinstance(prompts, str) or not prompts:
-        raise ValueError(f"prompts must be a non-empty sequence, got {prompts!r}.")
+def refuse_calibration(recipe: Recipe, out: Path | None) -> None:
+    """Check what can be known before the model is loaded.
+
+    Raises:
+        ValueError: a recipe with nothing to calibrate, or a file that cannot be written.
+    """
     if isinstance(recipe.select, DenseSelect) or recipe.select.is_static:
         raise ValueError(
             f"{type(recipe.select).__name__} chooses nothing from queries and keys: there is nothing to calibrate."
         )
     if isinstance(recipe.order, SortedSegments):
         raise ValueError("SortedSegments orders each call anew: masks made for one call mean nothing in another.")
+    for path in () if out is None else (out, _beginning(out)):
+        refuse_unwritable(path)
+
+
+def _beginning(out: Path) -> Path:
+    """Where the beginning of a calibration is kept until the file is whole."""
+    return out.with_name(out.name + ".partial")
+
+
+def _refuse_shares(recipe: Recipe, pipe: Any) -> None:
+    """Refuse densities per head that do not fit the model."""
+    shares = getattr(recipe.select, "head_densities", ())
+    for _, model, family in transformers_of(pipe):
+        for layer, (_, module) in enumerate(self_attentions(model, family)):
+            shares_per_head(density_of_layer(shares, layer), None, head_shape(module)[0], torch.device("cpu"))
 
 
 @dataclass
@@ -176,7 +204,9 @@ class _Run:
         self.pipe, self.recipe, self.buckets, self.asked = pipe, recipe, buckets, dict(asked)
         self.needs_axes = isinstance(recipe.order, ChosenAxes)
         self.finished = 0
-        self.layers = {name: len(list(self_attentions(model, family))) for name, model, family in transformers_of(pipe)}
+        attentions = {name: dict(self_attentions(model, family)) for name, model, family in transformers_of(pipe)}
+        self.layers = {name: len(modules) for name, modules in attentions.items()}
+        self.fingerprints = {name: Fingerprint.of(model, attentions[name]) for name, model, _ in transformers_of(pipe)}
         # "name/layer/..." to sums over calls, and how many there were.
         self.sums: dict[str, torch.Tensor] = {}
         self.counts: dict[str, int] = {}
@@ -185,21 +215,22 @@ class _Run:
         self.orders: dict[str, AxisOrder] = {}
         self._blocks: dict[Any, tuple[SequenceBlocks, Any]] = {}
 
-    def observe(self, stage: str, arguments: dict[str, Any], seed: int, clock: _Clock) -> None:
+    def observe(self, stage: str, arguments: dict[str, Any], clock: _Clock) -> None:
         """One dense run of the pipeline."""
-        arguments.setdefault("output_type", "latent")
-        arguments.setdefault("generator", torch.Generator().manual_seed(seed))
         if "callback_on_step_end" in inspect.signature(type(self.pipe).__call__).parameters:
+            users = arguments.get("callback_on_step_end")
 
-            def after(pipe: Any, step: int, _timestep: Any, state: dict[str, Any]) -> dict[str, Any]:
+            def after(pipe: Any, step: int, timestep: Any, state: dict[str, Any]) -> dict[str, Any]:
                 clock.tick(step + 1, pipe.num_timesteps, stage)
-                return state
+                return state if users is None else users(pipe, step, timestep, state)
 
             arguments["callback_on_step_end"] = after
         with patch(self.pipe, "dense") as handle:
             look = self._see_axes if stage == "axis orders" else self._see_mask
             with handle.observe(look), torch.no_grad():
                 self.pipe(**arguments)
+        for name in self.layers.keys() - self.layouts.keys():
+            raise ValueError(f"{name or 'the transformer'} ran no sparse step: nothing can be calibrated for it.")
 
     def _sparse_sigmas(self, call: AttentionCall) -> list[float]:
         """Sigmas of the run's sparse steps."""
@@ -300,7 +331,7 @@ class _Run:
         if isinstance(select, Pooled):
             pooled: torch.Tensor = score(call.q, call.k)
             return pooled.softmax(-1)
-        return select.select(blocks, tables, call.q, call.k, call.key_mask, call.scale).to_dense().float()
+        return select.select(blocks, tables, call).to_dense().float()
 
     def _add(self, key: str, value: torch.Tensor) -> None:
         value = value.to("cpu", torch.float64 if key.endswith("axes") else torch.float32)
@@ -310,9 +341,7 @@ class _Run:
     def artifact(self) -> CalibrationArtifact:
         """Masks from the means."""
         parts = {}
-        for name, model, family in transformers_of(self.pipe):
-            if name not in self.layouts:
-                raise ValueError(f"{name or 'the transformer'} ran no sparse step: nothing was calibrated for it.")
+        for name, fingerprint in self.fingerprints.items():
             order, edges = self._order(name), bucket_edges(self.sigmas, self.buckets)
             recipe = replace(self.recipe, order=order)
             select = recipe.select
@@ -324,7 +353,6 @@ class _Run:
                     for bucket in range(len(edges) + 1)
                 ]
             )
-            fingerprint = Fingerprint.of(model, dict(self_attentions(model, family)))
             parts[name] = CalibratedTransformer(fingerprint, recipe, FrozenMasks(layout, select.block, edges, bits))
         facts = {
             "scheduler": type(self.pipe.scheduler).__name__,
@@ -385,20 +413,20 @@ class _Run:
         """Go on from what :meth:`save` kept.
 
         Raises:
-            ValueError: it belongs to another calibration.
+            ValueError: it belongs to another calibration, or is damaged.
         """
-        header, sums = read_tensors(path)
-        found = json.loads(json.dumps(self.asked))
-        for name, value in found.items():
-            if header["asked"].get(name) != value:
-                raise ValueError(
-                    f"{path} is the beginning of another calibration: its {name} is {header['asked'].get(name)}, asked "
-                    f"for is {value}. Delete it or pass resume=False."
-                )
-        self.sums, self.counts = sums, header["counts"]
-        self.finished, self.sigmas = header["finished"], header["sigmas"]
-        self.orders = {name: AxisOrder(tuple(map(tuple, axes))) for name, axes in header["orders"].items()}
-        self.layouts = {name: TokenLayout((f, h, w), *rest) for name, (f, h, w, *rest) in header["layouts"].items()}
+        anew = "Delete it, or begin anew with resume=False."
+        try:
+            header, sums = read_tensors(path)
+            difference = first_difference(dict(header["asked"]), json.loads(json.dumps(self.asked)))
+            self.sums, self.counts = sums, header["counts"]
+            self.finished, self.sigmas = header["finished"], header["sigmas"]
+            self.orders = {name: AxisOrder(tuple(map(tuple, axes))) for name, axes in header["orders"].items()}
+            self.layouts = {name: TokenLayout((f, h, w), *rest) for name, (f, h, w, *rest) in header["layouts"].items()}
+        except (AttributeError, KeyError, TypeError, ValueError) as error:
+            raise ValueError(f"{path} is a damaged beginning of a calibration: {error}. {anew}") from error
+        if difference is not None:
+            raise ValueError(f"{path} is the beginning of another calibration: {difference}. {anew}")
 
 
 def mask_megabytes(layout: TokenLayout, block: tuple[int, int], layers: int, heads: int, buckets: int) -> float:

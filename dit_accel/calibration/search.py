@@ -19,9 +19,12 @@ from ..api import patch, transformers_of
 from ..call import AttentionCall
 from ..engine import Engine, OutputTap
 from ..patches.handle import PatchHandle
-from ..patches.session import step_index
+from ..plan import AttentionPlan
 from ..recipe import Recipe
 from .calibrate import Progress
+from .hull import interpolate, lower_hull, slope
+from .recording import first_forwards, first_input, record_inputs
+from .runs import begin, run_arguments
 
 DENSITIES = (0.02, 0.03, 0.04, 0.05, 0.06, 0.08, 0.1, 0.15, 0.2, 0.3, 0.4, 0.55, 0.75, 1.0)
 # Low: where a head's error is small, what it does to the velocity drowns in the rounding of bfloat16, and heads of
@@ -67,7 +70,7 @@ class HeadErrors:
 
     def _at(self, curves: torch.Tensor, head_densities: Sequence[Sequence[float]]) -> list[float]:
         return [
-            _interpolate(self.densities, curve, density)
+            interpolate(self.densities, curve, density)
             for row, densities in zip(curves.tolist(), head_densities, strict=True)
             for curve, density in zip(row, densities, strict=True)
         ]
@@ -82,6 +85,7 @@ def measure_heads(
     densities: Sequence[float] = DENSITIES,
     orders: Sequence[str] = (),
     probe: float = PROBE,
+    mean_density: float | None = None,
     progress: Callable[[int, int], None] = lambda done, total: None,
 ) -> HeadErrors:
     """Measure every head of a transformer on recorded inputs.
@@ -98,17 +102,16 @@ def measure_heads(
         orders: to measure each head in, some of :data:`~dit_accel.stages.order_axes.HEAD_ORDERS`, in place of the
             recipe's order. What a head's error does to the velocity is measured in the first.
         probe: where a head's effect on the velocity is measured; no higher than the density that is wanted.
+        mean_density: that is wanted, refused before the second, long measurement if it cannot be kept; None for any.
         progress: told forwards done and their number.
 
     Raises:
-        ValueError: the recipe's selection has no density per head.
+        ValueError: the recipe's selection has no density per head, or a mean density below the lowest measured.
     """
     _check_select(recipe)
-    recipe = recipe.with_fields({"schedule": "schedule"})
     steps = tuple(sorted({*densities, probe, 1.0}))
-    bases = [recipe.with_fields({"order": "axes", "order.axes": ((name,),)}) for name in orders] or [recipe]
-    recipe = bases[0]
-    at_probe = _with_density(recipe, probe)
+    bases = _in_orders(recipe, orders)
+    at_probe = _with_density(bases[0], probe)
     with patch(model, at_probe) as handle:
         names = [record.name for record in next(iter(handle.sessions.values())).engine.records]
         heads = _count_heads(handle, model, inputs[0])
@@ -131,6 +134,7 @@ def measure_heads(
         for one, shares, arguments in zip(curves, kept, inputs, strict=True):
             tap = _curve_tap(next(iter(handle.sessions.values())).engine, engines, one, shares)
             exact.append(forward(tap, handle, arguments))
+    _check_reachable(mean_density, float(kept[..., 0].mean(0).amin(0).mean()))
     effect = torch.zeros(len(inputs), layers, heads, dtype=torch.float64)
     for layer in range(layers):
         others = tuple(number for number in range(layers) if number != layer)
@@ -165,15 +169,15 @@ def allocate(
     """
     _check_target(mean_density, max_error)
     layers, heads, _ = errors.error.shape
+    kept, error = errors.kept.tolist(), errors.error.tolist()
     hulls = {
-        (layer, head): _hull(errors.densities, errors.kept[layer, head].tolist(), errors.error[layer, head].tolist())
+        (layer, head): lower_hull(errors.densities, kept[layer][head], error[layer][head])
         for layer, head in product(range(layers), range(heads))
     }
     lowest = sum(hull[0].kept for hull in hulls.values()) / len(hulls)
-    if mean_density is not None and not lowest <= mean_density <= 1.0:
-        raise ValueError(f"mean_density must lie in [{lowest:.4f}, 1], got {mean_density}.")
+    _check_reachable(mean_density, lowest)
     chosen = [[hulls[layer, head][0].asked for head in range(heads)] for layer in range(layers)]
-    queue = [(_slope(hull, 0), layer, head, 0) for (layer, head), hull in hulls.items() if len(hull) > 1]
+    queue = [(slope(hull, 0), layer, head, 0) for (layer, head), hull in hulls.items() if len(hull) > 1]
     heapq.heapify(queue)
     budget = None if mean_density is None else (mean_density - lowest) * layers * heads
     left = sum(hull[0].error for hull in hulls.values())
@@ -192,7 +196,7 @@ def allocate(
         if share < 1.0:
             break
         if place + 2 < len(hulls[layer, head]):
-            heapq.heappush(queue, (_slope(hulls[layer, head], place + 1), layer, head, place + 1))
+            heapq.heappush(queue, (slope(hulls[layer, head], place + 1), layer, head, place + 1))
     return tuple(tuple(round(share, 6) for share in row) for row in chosen)
 
 
@@ -260,41 +264,56 @@ def search(
         progress: told after every run and every forward.
 
     Raises:
-        ValueError: a pipeline of two transformers, no prompts, or what :func:`allocate` and :func:`measure_heads`
-            refuse.
+        ValueError: a pipeline of two transformers, no prompts, or what :func:`refuse_search`, :func:`allocate` and
+            :func:`measure_heads` refuse. A mean density below what any head can keep is refused before the runs.
     """
     chosen = presets.resolve(recipe)
-    if isinstance(prompts, str) or not prompts:
-        raise ValueError(f"prompts must be a non-empty sequence, got {prompts!r}.")
-    _check_target(mean_density, max_error)
-    _check_select(chosen)
+    runs = run_arguments(pipe, prompts, generate_kwargs, None)
+    if samples < 1:
+        raise ValueError(f"samples must be at least 1, got {samples}.")
+    refuse_search(chosen, mean_density=mean_density, max_error=max_error, orders=orders)
+    for base in _in_orders(chosen, orders):
+        for density in densities:
+            _with_density(base, density)
     models = transformers_of(pipe)
     if len(models) != 1:
         raise ValueError(f"A search is for one transformer, {type(pipe).__name__} has {len(models)}.")
     ((_, model, _),) = models
+    probe = PROBE if mean_density is None else min(PROBE, mean_density)
     inputs: list[dict[str, Any]] = []
-    for number, prompt in enumerate(prompts):
-        progress(Progress(number, len(prompts), None, "dense runs"))
-        arguments = {"prompt": prompt} if isinstance(prompt, str) else dict(prompt)
-        generator = torch.Generator().manual_seed(seed + number)
-        call = {**(generate_kwargs or {}), "generator": generator, "output_type": "latent", **arguments}
-        keep = _first_forwards(pipe, samples, chosen.schedule.dense_fraction)
-        inputs += record_inputs(model, partial(pipe, **call), keep)
+    for number, arguments in enumerate(runs):
+        progress(Progress(number, len(runs), None, "dense runs"))
+        if mean_density is not None and number == 0:
+            first = first_input(model, partial(pipe, **begin(arguments, seed)))
+            least = _least_kept(model, _in_orders(chosen, orders), first, min(*densities, probe))
+            # What heads keep differs a little from forward to forward: only what none of them comes near is refused.
+            if mean_density < least.min():
+                _check_reachable(mean_density, float(least.mean()))
+        keep = first_forwards(pipe, samples, chosen.schedule.dense_fraction)
+        inputs += record_inputs(model, partial(pipe, **begin(arguments, seed + number)), keep)
     start = time.perf_counter()
 
     def measured(done: int, total: int) -> None:
         spent = time.perf_counter() - start
         progress(Progress(done, total, spent / done * (total - done), "heads"))
 
-    probe = PROBE if mean_density is None else min(PROBE, mean_density)
-    errors = measure_heads(model, chosen, inputs, densities=densities, orders=orders, probe=probe, progress=measured)
+    errors = measure_heads(
+        model,
+        chosen,
+        inputs,
+        densities=densities,
+        orders=orders,
+        probe=probe,
+        mean_density=mean_density,
+        progress=measured,
+    )
     shares = allocate(errors, mean_density=mean_density, max_error=max_error)
     found = with_densities(chosen, shares)
     if orders:
         found = with_orders(found, errors.best_orders(shares))
     kept = errors.kept_at(shares)
-    first = errors if errors.by_order is None else replace(errors, error=errors.by_order[0])
-    return Found(found, errors, kept, errors.predicted(shares), first.predicted(_uniform(errors, kept)))
+    own = errors if errors.by_order is None else replace(errors, error=errors.by_order[0])
+    return Found(found, errors, kept, errors.predicted(shares), own.predicted(_uniform(errors, kept)))
 
 
 def _uniform(errors: HeadErrors, kept: float) -> list[list[float]]:
@@ -307,43 +326,56 @@ def _uniform(errors: HeadErrors, kept: float) -> list[list[float]]:
     return [[high] * heads] * layers
 
 
-def _first_forwards(pipe: Any, samples: int, dense_fraction: float) -> Callable[[int], bool]:
-    """Says of each forward of a run whether it is the first one of a sampled step."""
-    seen: set[int] = set()
+@torch.no_grad()
+def _least_kept(model: nn.Module, bases: Sequence[Recipe], arguments: dict[str, Any], density: float) -> torch.Tensor:
+    """float64, one for each head of each layer: the share that it keeps in a forward, asked for this density."""
+    found = []
+    for base in bases:
+        shares: list[torch.Tensor] = []
 
-    def keep(_: int) -> bool:
-        timesteps = pipe.scheduler.timesteps
-        steps = len(timesteps)
-        places = [dense_fraction + (n + 0.5) / samples * (1.0 - dense_fraction) for n in range(samples)]
-        wanted = {min(int(place * steps), steps - 1) for place in places}
-        index = step_index(pipe, pipe.scheduler, timesteps)
-        if index in seen or index not in wanted:
-            return False
-        seen.add(index)
-        return True
+        def see(_: str, call: AttentionCall, shares: list[torch.Tensor] = shares) -> None:
+            if call.plan is not None:
+                shares.append(_kept_shares(call.plan).cpu())
 
-    return keep
+        with patch(model, _with_density(base, density)) as handle, handle.observe(see):
+            model(**arguments)
+        if not shares:
+            raise ValueError("every self-attention layer ran dense: a search needs all of them sparse.")
+        found.append(torch.cat(shares))
+    return torch.stack(found).amin(0)
 
 
-def record_inputs(model: nn.Module, run: Callable[[], Any], keep: Callable[[int], bool]) -> list[dict[str, Any]]:
-    """Arguments of the forwards of a run for which ``keep(number of the forward)``, tensors on their device."""
-    found: list[dict[str, Any]] = []
-    count = 0
+def _kept_shares(plan: AttentionPlan) -> torch.Tensor:
+    """float64 ``[H]``: what each head keeps of its blocks."""
+    return plan.mask.kv_num_blocks.double().mean((0, 2)) / plan.mask.num_blocks[1]
 
-    def watch(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        nonlocal count
-        if args:
-            raise ValueError(f"{type(module).__name__} was called with positional arguments, which are not recorded.")
-        if keep(count):
-            found.append({name: x.clone() if isinstance(x, torch.Tensor) else x for name, x in kwargs.items()})
-        count += 1
 
-    handle = model.register_forward_pre_hook(watch, with_kwargs=True)
-    try:
-        run()
-    finally:
-        handle.remove()
-    return found
+def refuse_search(
+    recipe: Recipe, *, mean_density: float | None, max_error: float | None, orders: Sequence[str] = ()
+) -> None:
+    """Check what can be known of a search before the model is loaded.
+
+    Raises:
+        ValueError: neither or both targets, one that cannot be, an unknown order, or a selection without a density
+            per head.
+    """
+    _check_target(mean_density, max_error)
+    _check_select(recipe)
+    _in_orders(recipe, orders)
+
+
+def _in_orders(recipe: Recipe, orders: Sequence[str]) -> list[Recipe]:
+    """The recipe without its dense phase, in each of the orders, or in its own where there are none."""
+    recipe = recipe.with_fields({"schedule": "schedule"})
+    return [recipe.with_fields({"order": "axes", "order.axes": ((name,),)}) for name in orders] or [recipe]
+
+
+def _check_reachable(mean_density: float | None, lowest: float) -> None:
+    if mean_density is not None and not lowest <= mean_density <= 1.0:
+        raise ValueError(
+            f"mean_density must lie in [{lowest:.4f}, 1], got {mean_density}: at this size and with these blocks no "
+            "less is kept, since every query block reads its own."
+        )
 
 
 def _check_select(recipe: Recipe) -> None:
@@ -356,8 +388,8 @@ def _check_target(mean_density: float | None, max_error: float | None) -> None:
         raise ValueError(f"give mean_density or max_error, got {mean_density} and {max_error}.")
     if mean_density is not None and not 0.0 < mean_density <= 1.0:
         raise ValueError(f"mean_density must lie in (0, 1], got {mean_density}.")
-    if max_error is not None and max_error <= 0.0:
-        raise ValueError(f"max_error must be above 0, got {max_error}.")
+    if max_error is not None and not 0.0 < max_error < float("inf"):
+        raise ValueError(f"max_error must be above 0 and finite, got {max_error}.")
 
 
 def _with_density(recipe: Recipe, density: float) -> Recipe:
@@ -398,9 +430,7 @@ def _curve_tap(
             )
             plan = calls.pop(layer).plan
             assert plan is not None
-            kept[order, layer, :, place] = (
-                plan.mask.kv_num_blocks.double().mean((0, 2)) / plan.mask.num_blocks[1]
-            ).cpu()
+            kept[order, layer, :, place] = _kept_shares(plan).cpu()
             curves[order, layer, :, place] = (found.double() - out.double()).square().sum((0, 1, 3)).cpu()
         return out
 
@@ -418,40 +448,3 @@ def _head_tap(head: int) -> OutputTap:
         return exact
 
     return tap
-
-
-@dataclass(frozen=True)
-class _Point:
-    """One density of a head: asked, kept, and its error."""
-
-    asked: float
-    kept: float
-    error: float
-
-
-def _hull(asked: Sequence[float], kept: Sequence[float], errors: Sequence[float]) -> list[_Point]:
-    """The lower convex hull of a falling curve, from its first point to its lowest."""
-    points: list[_Point] = []
-    for point in map(_Point, asked, kept, errors):
-        if points and (point.error >= points[-1].error or point.kept <= points[-1].kept):
-            continue  # more blocks that do not help are no choice
-        while len(points) > 1 and _rise(points[-2], points[-1]) >= _rise(points[-1], point):
-            points.pop()
-        points.append(point)
-    return points
-
-
-def _rise(left: _Point, right: _Point) -> float:
-    return (right.error - left.error) / (right.kept - left.kept)
-
-
-def _slope(hull: list[_Point], place: int) -> float:
-    return _rise(*hull[place : place + 2])
-
-
-def _interpolate(densities: Sequence[float], curve: Sequence[float], density: float) -> float:
-    for left in range(len(densities) - 1):
-        if density <= densities[left + 1]:
-            share = (density - densities[left]) / (densities[left + 1] - densities[left])
-            return curve[left] + max(share, 0.0) * (curve[left + 1] - curve[left])
-    return curve[-1]

@@ -11,6 +11,7 @@ from typing import Annotated, Any
 import typer
 
 from ..files import refuse_unwritable, write_text
+from .console import plain_console
 from .errors import one_sentence_errors
 from .options import (
     BackendOption,
@@ -136,18 +137,17 @@ def _tune(device: Any, out: Path | None, as_json: bool, seconds: float | None) -
     if as_json:
         print(json.dumps(table, indent=2))
         return
-    from rich.console import Console
     from rich.table import Table
 
-    console, shown = Console(), Table("kernel", "warps", "stages", "ms", show_edge=False)
+    console, shown = plain_console(), Table("kernel", "warps", "stages", "ms", show_edge=False)
     for key, (warps, stages) in table["entries"].items():
         ms = min(row["ms"] for row in table["measured"] if row["entry"] == key and "ms" in row and "warps" in row)
         shown.add_row(key, str(warps), str(stages), f"{ms:.3f}")
     console.print(shown)
     for key in table["fa4_fastest"]:
-        console.print(f"flash-attn-4 is faster: {key}", highlight=False)
+        console.print(f"flash-attn-4 is faster: {key}")
     if out is not None:
-        console.print(f"to use it: export {TABLE_VARIABLE}={out}", highlight=False)
+        print(f"to use it: export {TABLE_VARIABLE}={out}")
 
 
 def _status(quiet: bool) -> Any:
@@ -159,24 +159,23 @@ def _status(quiet: bool) -> Any:
 
     @contextmanager
     def status() -> Any:
-        from rich.console import Console
-
-        with Console(stderr=True).status("starting") as spinner:
+        with plain_console(stderr=True).status("starting") as spinner:
             yield spinner.update
 
     return status()
 
 
 def _show(data: dict[str, Any]) -> None:
-    from rich.console import Console
     from rich.table import Table
+    from rich.text import Text
 
-    console = Console()
+    console = plain_console()
     device = data["device"]["name"]
     console.print(
-        f"[bold]{data['arch']}[/] {data['width']}x{data['height']}, {data['frames']} frames, "
+        Text(data["arch"], style="bold"),
+        f"{data['width']}x{data['height']}, {data['frames']} frames, "
         f"{data['latent_tokens']} latent tokens, {data['layers']} of {data['of_layers']} layers, batch "
-        f"{data['batch']}, {data['dtype']}, {'compiled' if data['compiled'] else 'eager'}, on {device}"
+        f"{data['batch']}, {data['dtype']}, {'compiled' if data['compiled'] else 'eager'}, on {device}",
     )
     table = Table("forward", "median", "fastest", "slowest", "peak memory", show_edge=False)
     for name in ("dense", "patched"):
@@ -194,22 +193,22 @@ def _show(data: dict[str, Any]) -> None:
     low, high = data["speedup_range"]
     runs = len(data["dense"]["seconds"])
     spread = f" ({low:.2f}x to {high:.2f}x over {runs} of each, in turns)" if runs > 1 else " (one of each: no spread)"
-    console.print(f"speed-up {data['speedup']:.2f}x{spread} at density {density} (all calls {mean})", highlight=False)
+    console.print(f"speed-up {data['speedup']:.2f}x{spread} at density {density} (all calls {mean})")
     console.print(
         f"per patched forward: sparse attention {attention['sparse_s'] * 1000:.1f} ms, dense attention "
         f"{attention['dense_s'] * 1000:.1f} ms, planning {attention['plan_s'] * 1000:.1f} ms "
         f"({attention['plan_share_of_forward']:.1%} of the forward)",
-        highlight=False,
     )
     console.print(
         f"output: relative difference to dense {data['relative_difference']:.3g} (weights are random), "
         f"{'finite' if data['finite'] else 'NOT finite'}",
-        highlight=False,
     )
-    for name, reason in data["summary"]["backends"].items():
-        console.print(f"backend: {name} ({reason})", highlight=False)
+    from ..records import backend_lines
+
+    for line in backend_lines(data["summary"]["backends"]):
+        console.print(line)
     for name, seconds in data["dense_candidates"].items():
         spelled = seconds if isinstance(seconds, str) else f"{seconds * 1000:.1f} ms in a one-block model"
-        console.print(f"dense candidate {name}: {spelled}", highlight=False)
+        console.print(f"dense candidate {name}: {spelled}")
     for note in data["notes"]:
-        console.print(f"note: {note}", highlight=False)
+        console.print(f"note: {note}")

@@ -14,21 +14,29 @@ from .options import (
     DebugOption,
     DeviceOption,
     DtypeOption,
+    FramesOption,
+    GuidanceOption,
     JsonOption,
+    ModelArgument,
+    PromptsFileOption,
+    SizeOption,
+    StepsOption,
     quiet_libraries,
     read_device,
     read_dtype,
+    read_prompts,
     read_recipe,
-    read_size,
+    read_seed,
 )
+from .output import free_name
+from .settings import Asked
+
+DEFAULT = Path("outputs/compare")
 
 
 @one_sentence_errors
 def compare(
-    model: Annotated[
-        str | None,
-        typer.Argument(help="Hub id, local folder or built-in model. Default: the best built-in model."),
-    ] = None,
+    model: ModelArgument = None,
     recipe: Annotated[
         list[str] | None,
         typer.Option(
@@ -37,16 +45,18 @@ def compare(
         ),
     ] = None,
     prompt: Annotated[list[str] | None, typer.Option(help="May be repeated. Default: 16 prompts.")] = None,
-    prompts_file: Annotated[Path | None, typer.Option(help="A text file, one prompt a line.")] = None,
+    prompts_file: PromptsFileOption = None,
     count: Annotated[int | None, typer.Option(min=1, help="Use the first prompts only.")] = None,
     seed: Annotated[list[int] | None, typer.Option(help="May be repeated. Default: 0.")] = None,
-    size: Annotated[str | None, typer.Option(metavar="WxH", help="Pixels. Default: the model's.")] = None,
-    frames: Annotated[int | None, typer.Option(min=1, help="Default: the model's.")] = None,
-    steps: Annotated[int | None, typer.Option(min=1, help="Denoising steps. Default: the model's.")] = None,
-    guidance: Annotated[float | None, typer.Option(help="Guidance scale. Default: the model's.")] = None,
+    size: SizeOption = None,
+    frames: FramesOption = None,
+    steps: StepsOption = None,
+    guidance: GuidanceOption = None,
     repeat: Annotated[int, typer.Option(min=1, help="Timed runs of each clip, dense and under each recipe.")] = 1,
     metrics: Annotated[str | None, typer.Option(help="Names, by comma. Default: all that run.")] = None,
-    out: Annotated[Path, typer.Option(help="Folder for clips and report.")] = Path("outputs/compare"),
+    out: Annotated[
+        Path | None, typer.Option(help=f"Folder for clips and report. Default: {DEFAULT}, or a free name.")
+    ] = None,
     dtype: DtypeOption = None,
     device: DeviceOption = None,
     as_json: JsonOption = False,
@@ -61,7 +71,8 @@ def compare(
     dit-accel compare --recipe auto --recipe "pooled;select.density=0.1" --count 4
     """
     quiet_libraries()
-    pixels = read_size(size) if size else None
+    asked, seeds = Asked.read(size, frames, steps, guidance), [read_seed(number) for number in seed or (0,)]
+    prompts = read_prompts(prompt, prompts_file)
     asked_for = recipe or ["auto"]
     if len(set(asked_for)) != len(asked_for):
         raise ValueError(f"--recipe must not repeat a recipe, got {', '.join(asked_for)}.")
@@ -69,41 +80,38 @@ def compare(
     recipes = {"dense (patched)" if text == "dense" else text: read_recipe(text, None) for text in asked_for}
     target = read_device(device)
     number = read_dtype(dtype, target)
-    refuse_unwritable_folder(out)
+    folder = out or free_name(DEFAULT)
+    refuse_unwritable_folder(folder)
 
+    from ..pipelines.encode import refuse_missing_encoder
     from ..pipelines.generate import call_arguments, frames_per_second
     from ..quality.compare import compare as run
     from ..quality.metrics import find_metrics
     from ..quality.prompts import DEFAULT_PROMPTS
     from .compare_table import show
-    from .model import open_model
+    from .model import choose_model, open_model, will_make_video
 
     chosen = metrics.split(",") if metrics else None
     find_metrics(chosen)
-    prompts = list(prompt or ()) or list(DEFAULT_PROMPTS)
-    if prompts_file is not None:
-        prompts = [line.strip() for line in prompts_file.read_text(encoding="utf-8").splitlines() if line.strip()]
+    if will_make_video(*choose_model(model)):
+        refuse_missing_encoder()
     name, builtin, pipe = open_model(model, number, target, quiet=as_json)
-    settings = dict(vars(builtin.settings)) if builtin else {}
-    width, height = pixels or (None, None)
-    asked = {"width": width, "height": height, "frames": frames, "steps": steps, "guidance": guidance}
-    settings |= {key: value for key, value in asked.items() if value is not None}
     pipe.set_progress_bar_config(disable=True)
     report = run(
         pipe,
         recipes,
-        prompts[:count],
-        seed or (0,),
+        (prompts or DEFAULT_PROMPTS)[:count],
+        seeds,
         metrics=chosen,
-        generate_kwargs=call_arguments(pipe, **settings),
-        out=out,
+        generate_kwargs=call_arguments(pipe, **asked.settings(pipe, builtin)),
+        out=folder,
         fps=frames_per_second(pipe),
         repeat=repeat,
         facts={"model": name, "command": " ".join(["dit-accel", *sys.argv[1:]])},
         progress=lambda line: print(line, file=sys.stderr),
     )
     if as_json:
-        print((out / "report.json").read_text(encoding="utf-8"))
+        print((folder / "report.json").read_text(encoding="utf-8"))
         return
     show(report)
-    print(f"{out / 'index.html'} has the clips, the table and the plot.")
+    print(f"{folder / 'index.html'} has the clips, the table and the plot.")

@@ -6,6 +6,7 @@ from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING
 
 from ..quality.metrics import METRICS
+from .console import plain_console
 
 if TYPE_CHECKING:
     from ..quality.bootstrap import Interval
@@ -56,17 +57,15 @@ def _ends(found: Interval, digits: int) -> str:
 
 
 def _table(columns: dict[str, Cell], rows: Sequence[RecipeSummary]) -> None:
-    from rich.console import Console
     from rich.table import Table
-    from rich.text import Text
 
     table = Table(show_edge=False, pad_edge=False)
     table.add_column("recipe", overflow="fold")
     for title in columns:
         table.add_column(title, justify="right", no_wrap=True)
     for row in rows:
-        # A recipe may hold brackets, which are markup to the console.
-        table.add_row(Text(row.recipe), *(cell(row) for cell in columns.values()))
-    console = Console(highlight=False)
+        table.add_row(row.recipe, *(cell(row) for cell in columns.values()))
+    # A recipe may hold brackets, which are markup to other consoles.
+    console = plain_console()
     console.print(table)
     console.print()

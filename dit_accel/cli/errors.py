@@ -19,7 +19,7 @@ def one_sentence_errors(command: Callable[..., None]) -> Callable[..., None]:
             command(*args, **kwargs)
         except typer.Exit:
             raise
-        except (ValueError, TypeError, RuntimeError, OSError, ImportError) as error:
+        except (ValueError, TypeError, RuntimeError, OSError, ImportError, MemoryError, ArithmeticError) as error:
             if kwargs.get("debug"):
                 raise
             # Libraries wrap their messages over many lines; the first says what is wrong.

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import sys
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import Annotated, Any
 
 import typer
 
@@ -23,9 +23,7 @@ from .options import (
     read_recipe,
     read_size,
 )
-
-if TYPE_CHECKING:
-    from ..training.samples import Skipped
+from .samples import COUNT, SamplesAsked
 
 
 @one_sentence_errors
@@ -41,7 +39,9 @@ def finetune(
     prompts_file: Annotated[
         Path | None, typer.Option(help="One prompt a line, for samples that the model itself generates.")
     ] = None,
-    count: Annotated[int, typer.Option(min=1, help="Samples to generate, without --data and --clips.")] = 64,
+    count: Annotated[
+        int | None, typer.Option(min=1, help=f"Samples to generate, without --data and --clips. Default: {COUNT}.")
+    ] = None,
     size: Annotated[str | None, typer.Option(metavar="WxH", help="Pixels. Default: the model's.")] = None,
     frames: Annotated[int | None, typer.Option(min=1, help="Default: the model's.")] = None,
     generate_steps: Annotated[int | None, typer.Option(min=1, help="Denoising steps of generated samples.")] = None,
@@ -78,7 +78,15 @@ def finetune(
     seed: Annotated[int, typer.Option(help="Of data order and noise.")] = 0,
     checkpoint_every: Annotated[int, typer.Option(min=0, help="Steps; 0: never.")] = 100,
     evaluate_every: Annotated[int, typer.Option(min=0, help="Steps; 0: at both ends.")] = 100,
-    resume: Annotated[bool, typer.Option("--resume", help="Go on from the newest checkpoint in --out.")] = False,
+    resume: Annotated[
+        bool, typer.Option("--resume", help="Go on from the newest checkpoint in --out, with the same settings.")
+    ] = False,
+    start_over: Annotated[
+        bool,
+        typer.Option(
+            "--start-over", help="Make new samples where --out holds those of other settings, which are set aside."
+        ),
+    ] = False,
     backend: BackendOption = "auto",
     dtype: DtypeOption = None,
     device: DeviceOption = None,
@@ -88,9 +96,10 @@ def finetune(
     """Fine-tune a model under sparse attention and save an adapter. Start it with `accelerate launch` for several
     devices."""
     quiet_libraries()
-    if data is not None and clips is not None:
-        raise ValueError("Give --data or --clips, not both.")
+    if resume and start_over:
+        raise ValueError("Give --resume or --start-over, not both.")
     pixels = read_size(size) if size else None
+    asked = SamplesAsked(data, clips, prompts_file, count, pixels, frames, generate_steps, guidance, start_over)
     chosen = read_recipe(recipe, changes)
     if chosen is None:
         raise ValueError("--recipe auto cannot be trained; name a recipe, such as sla.")
@@ -99,10 +108,10 @@ def finetune(
 
     from accelerate import PartialState
 
-    from ..quality.prompts import DEFAULT_PROMPTS
+    from ..files import refuse_unwritable_folder
     from ..training.config import FinetuneConfig
-    from ..training.data import encode_clips, generate_samples
     from ..training.finetune import finetune as run
+    from ..training.fitness import refuse_unfit
     from ..training.objective import OBJECTIVES, objective_for
     from ..training.samples import LatentFolder
     from .model import open_model
@@ -133,40 +142,22 @@ def finetune(
         checkpoint_every=checkpoint_every,
         evaluate_every=evaluate_every,
     )
+    samples, prompts = asked.check()
+    refuse_unwritable_folder(out)
     state = PartialState(cpu=target.type == "cpu")
+    unused = asked.unused()
+    if unused is not None and state.is_main_process:
+        print(unused, file=sys.stderr)
     quiet = as_json or not state.is_main_process
     name, builtin, pipe = open_model(model, number, state.device if state.num_processes > 1 else target, quiet=quiet)
-    defaults = vars(builtin.settings) if builtin else {}
-    width, height = pixels or (defaults.get("width"), defaults.get("height"))
-    length = frames or defaults.get("frames")
-    skipped: list[Skipped] = []
-    folder = data or out / "samples"
-    # The first process makes the files, the others find them.
-    with state.main_process_first():
-        if clips is not None:
-            if width is None or height is None or length is None:
-                raise ValueError("--clips needs --size and --frames for this model.")
-            skipped = encode_clips(pipe, clips, folder, width=width, height=height, frames=length)
-        elif data is None:
-            prompts = list(DEFAULT_PROMPTS)
-            if prompts_file is not None:
-                prompts = [line.strip() for line in prompts_file.read_text().splitlines() if line.strip()]
-            settings = {
-                "width": width,
-                "height": height,
-                "num_frames": length,
-                "num_inference_steps": generate_steps or defaults.get("steps"),
-                "guidance_scale": guidance if guidance is not None else defaults.get("guidance"),
-            }
-            generate_samples(
-                pipe,
-                [prompts[i % len(prompts)] for i in range(count)],
-                folder,
-                settings={key: value for key, value in settings.items() if value is not None},
-                seed=seed,
-                progress=None if quiet else lambda done, total: _say(f"sample {done} of {total}", done, total),
-            )
-    samples = LatentFolder(folder)
+    refuse_unfit(pipe, chosen, out, config, resume=resume, backend=backend)
+    skipped = []
+    if samples is None:
+        say = None if quiet else lambda done, total: _say(f"sample {done} of {total}", done, total)
+        # The first process makes the files, the others find them.
+        with state.main_process_first():
+            skipped = asked.make(pipe, builtin, prompts, out / "samples", seed, say)
+        samples = LatentFolder(out / "samples")
     result = run(
         pipe,
         chosen,

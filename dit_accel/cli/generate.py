@@ -9,21 +9,32 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from .adapter import adapter_recipe, find_adapter
 from .against_dense import SideRun, compared, print_comparison
+from .backend import refuse_backend
+from .console import plain_console
 from .errors import one_sentence_errors
 from .options import (
     BackendOption,
     DebugOption,
     DeviceOption,
     DtypeOption,
+    FramesOption,
+    GuidanceOption,
     JsonOption,
+    ModelArgument,
     SetOption,
+    SizeOption,
+    StepsOption,
     quiet_libraries,
     read_device,
     read_dtype,
+    read_prompt,
     read_recipe,
-    read_size,
+    read_seed,
 )
+from .output import free_name
+from .settings import Asked
 
 if TYPE_CHECKING:
     from ..patches.handle import PatchHandle
@@ -33,15 +44,12 @@ if TYPE_CHECKING:
 @one_sentence_errors
 def generate(
     prompt: Annotated[str, typer.Option(help="What to generate.")],
-    model: Annotated[
-        str | None,
-        typer.Argument(help="Hub id, local folder or built-in model. Default: the best built-in model."),
-    ] = None,
+    model: ModelArgument = None,
     negative_prompt: Annotated[str | None, typer.Option(help="What to avoid.")] = None,
-    size: Annotated[str | None, typer.Option(metavar="WxH", help="Pixels. Default: the model's.")] = None,
-    frames: Annotated[int | None, typer.Option(min=1, help="Frames of a video. Default: the model's.")] = None,
-    steps: Annotated[int | None, typer.Option(min=1, help="Denoising steps. Default: the model's.")] = None,
-    guidance: Annotated[float | None, typer.Option(help="Guidance scale. Default: the model's.")] = None,
+    size: SizeOption = None,
+    frames: FramesOption = None,
+    steps: StepsOption = None,
+    guidance: GuidanceOption = None,
     seed: Annotated[int, typer.Option(help="Of the noise.")] = 0,
     recipe: Annotated[
         str,
@@ -60,7 +68,9 @@ def generate(
     repeat: Annotated[
         int, typer.Option(min=1, help="With --compare-dense: timed runs of each side. From 2 on there is a spread.")
     ] = 1,
-    out: Annotated[Path | None, typer.Option(help="File to write (.mp4 or .png). Default: outputs/MODEL-SEED.")] = None,
+    out: Annotated[
+        Path | None, typer.Option(help="File to write (.mp4 or .png). Default: outputs/MODEL-SEED, or a free name.")
+    ] = None,
     dtype: DtypeOption = None,
     device: DeviceOption = None,
     as_json: JsonOption = False,
@@ -68,7 +78,9 @@ def generate(
 ) -> None:
     """Generate a video or an image from a prompt, accelerated, and say what ran."""
     quiet_libraries()
-    pixels = read_size(size) if size else None
+    asked, seed, prompt = Asked.read(size, frames, steps, guidance), read_seed(seed), read_prompt(prompt)
+    if negative_prompt is not None:
+        negative_prompt = read_prompt(negative_prompt, "--negative-prompt")
     if adapter is not None and (recipe != "auto" or changes):
         raise ValueError(f"--adapter brings its own recipe, got --recipe {recipe} and {len(changes or ())} changes.")
     if adapter is not None and calibration is not None:
@@ -80,21 +92,24 @@ def generate(
     number = read_dtype(dtype, target)
 
     from ..api import patch
+    from ..calibration.artifact import CalibrationArtifact
     from ..pipelines.generate import generate as run
-    from ..pipelines.generate import makes_video, output_path, save
+    from ..pipelines.generate import makes_video, save
+    from ..presets import automatic
     from ..quality.turns import WARM_UP_STEPS, measured_in_turns
-    from .model import find_adapter, open_model
+    from ..training.adapter import load_adapter
+    from .model import choose_model, open_model, will_make_video
 
-    name, builtin, pipe = open_model(model, number, target, quiet=as_json)
+    name, builtin = choose_model(model)
     folder = None if adapter is None else find_adapter(adapter, builtin)
-    default = Path("outputs") / f"{name.strip('./').replace('/', '--')}-{seed}"
-    path = output_path(out or default, makes_video(pipe))
-    arguments: dict[str, Any] = {"negative_prompt": negative_prompt}
-    if builtin is not None:
-        arguments |= vars(builtin.settings)
-    width, height = pixels or (None, None)
-    asked = {"width": width, "height": height, "frames": frames, "steps": steps, "guidance": guidance}
-    arguments |= {key: value for key, value in asked.items() if value is not None}
+    plans = None if calibration is None else CalibrationArtifact.load(calibration)
+    refuse_backend(backend, number, target, adapter_recipe(folder) if folder else chosen or automatic())
+    video = will_make_video(name, builtin)
+    path = None if video is None else _checked_path(out, name, seed, video, compare_dense)
+    _, _, pipe = open_model(name, number, target, quiet=as_json)
+    if path is None:
+        path = _checked_path(out, name, seed, makes_video(pipe), compare_dense)
+    arguments = {"negative_prompt": negative_prompt, **asked.settings(pipe, builtin)}
 
     def generated(label: str, short: bool) -> Generated:
         if short:
@@ -111,9 +126,7 @@ def generate(
 
     def accelerated() -> PatchHandle:
         if folder is None:
-            return patch(pipe, chosen, backend=backend, calibration=calibration)
-        from ..training.adapter import load_adapter
-
+            return patch(pipe, chosen, backend=backend, calibration=plans)
         return load_adapter(pipe, folder, backend=backend)
 
     def dense_side(short: bool) -> SideRun:
@@ -135,13 +148,13 @@ def generate(
     assert used is not None
     files = {"out": str(save(fast, path))}
     if compare_dense:
-        files["dense"] = str(save(runs["dense"][0].made, path.with_name(f"{path.stem}.dense{path.suffix}")))
+        files["dense"] = str(save(runs["dense"][0].made, _dense_name(path)))
     report = {
         "model": name,
         "random_weights": bool(builtin and "RANDOM" in builtin.description),
         "prompt": prompt,
         "seed": seed,
-        "settings": arguments,
+        "settings": {**arguments, **_made(fast)},
         "dtype": str(number).removeprefix("torch."),
         "recipe": used.to_dict(),
         "adapter": adapter,
@@ -161,6 +174,35 @@ def generate(
         _show(report, str(summary))
 
 
+def _checked_path(out: Path | None, name: str, seed: int, is_video: bool, with_dense: bool) -> Path:
+    """The file to write, which nothing but the disk will be in the way of."""
+    from ..files import refuse_unwritable
+    from ..pipelines.encode import refuse_missing_encoder
+    from ..pipelines.generate import output_path
+
+    beside = (lambda path: [_dense_name(path)]) if with_dense else (lambda path: [])
+    if out is None:
+        default = Path("outputs") / f"{name.strip('./').replace('/', '--')}-{seed}"
+        path = free_name(output_path(default, is_video), beside)
+    else:
+        path = output_path(out, is_video)
+    for file in (path, *beside(path)):
+        refuse_unwritable(file)
+    if is_video:
+        refuse_missing_encoder()
+    return path
+
+
+def _dense_name(path: Path) -> Path:
+    return path.with_name(f"{path.stem}.dense{path.suffix}")
+
+
+def _made(result: Generated) -> dict[str, int]:
+    """Size and frames that really came out."""
+    frames, height, width, _ = result.frames.shape
+    return {"width": width, "height": height, **({"frames": frames} if result.is_video else {})}
+
+
 def _progress(label: str, quiet: bool) -> Any:
     """A bar on stderr, so that stdout holds the result alone; entering it gives the callback."""
     from contextlib import contextmanager, nullcontext
@@ -170,7 +212,6 @@ def _progress(label: str, quiet: bool) -> Any:
 
     @contextmanager
     def bar() -> Any:
-        from rich.console import Console
         from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 
         columns = (
@@ -179,7 +220,7 @@ def _progress(label: str, quiet: bool) -> Any:
             MofNCompleteColumn(),
             TimeElapsedColumn(),
         )
-        with Progress(*columns, console=Console(stderr=True)) as progress:
+        with Progress(*columns, console=plain_console(stderr=True)) as progress:
             task = progress.add_task(label, total=None)
             yield lambda done, total: progress.update(task, completed=done, total=total)
 

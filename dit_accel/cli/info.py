@@ -6,6 +6,7 @@ import inspect
 import json
 from typing import TYPE_CHECKING, Any
 
+from .console import plain_console
 from .errors import one_sentence_errors
 from .options import DebugOption, DeviceOption, JsonOption, quiet_libraries, read_device
 
@@ -35,6 +36,7 @@ def collect(device: torch.device) -> dict[str, Any]:
     return {
         **environment(device),
         "backends": _backends(device),
+        "operations": _operations(device),
         "families": [
             {
                 "name": family.name,
@@ -56,7 +58,7 @@ def collect(device: torch.device) -> dict[str, Any]:
 
 
 def _backends(device: torch.device) -> list[dict[str, Any]]:
-    """Which backends run a plain call here, asked of the very predicates that choose them."""
+    """Which backends run plain attention here, asked of the very predicates that choose them."""
     import torch
 
     from ..kernels import BACKENDS, BlockMask, choose_backend
@@ -74,7 +76,7 @@ def _backends(device: torch.device) -> list[dict[str, Any]]:
     for name in BACKENDS:
         try:
             chosen, reason = choose_backend(q, q, q, mask, backend=name)
-        except RuntimeError as error:
+        except ValueError as error:
             rows.append({"name": name, "available": False, "reason": str(error)})
             continue
         rows.append(
@@ -85,6 +87,34 @@ def _backends(device: torch.device) -> list[dict[str, Any]]:
             }
         )
     return rows
+
+
+def _operations(device: torch.device) -> list[dict[str, str]]:
+    """What runs the other operations of a plain call here, where no backend is named."""
+    import torch
+
+    from ..kernels.block_mass import choose_block_mass
+    from ..kernels.capability import choose_selection
+    from ..kernels.choice import Case, Choice, spelled
+    from ..kernels.gate import choose_gate
+    from ..kernels.linear_branch import choose_linear
+    from ..kernels.pyramid import choose_pyramid
+    from ..kernels.quantized import choose_quantized
+    from ..kernels.rectified import choose_rectified
+
+    case = Case(device, torch.bfloat16 if device.type == "cuda" else torch.float32, 128, (128, 64))
+    choices: dict[str, Choice] = {
+        "selection": choose_selection(case),
+        "gate": choose_gate(case),
+        "block_mass": choose_block_mass(case),
+        "pyramid": choose_pyramid(case),
+        "rectified": choose_rectified(case),
+        "linear_branch": choose_linear(case, "softmax"),
+        "quantized_attention": choose_quantized(case, "int8"),
+    }
+    return [
+        {"name": spelled(name), "backend": choice.name, "reason": choice.reason} for name, choice in choices.items()
+    ]
 
 
 def _recipe(name: str, preset: Any) -> dict[str, Any]:
@@ -106,21 +136,28 @@ def _axes() -> dict[str, dict[str, dict[str, Any]]]:
 
 
 def _show(data: dict[str, Any]) -> None:
-    from rich.console import Console
     from rich.table import Table
+    from rich.text import Text
 
-    console = Console()
+    console = plain_console()
     device = data["device"]
-    console.print(f"[bold]Device[/] {device['name']} ({', '.join(f'{k} {v}' for k, v in device.items())})")
-    console.print("[bold]Versions[/] " + ", ".join(f"{k} {v}" for k, v in data["versions"].items()))
+    facts = f"{device['name']} ({', '.join(f'{k} {v}' for k, v in device.items())})"
+    for title, text in (
+        ("Device", facts),
+        ("Versions", ", ".join(f"{k} {v}" for k, v in data["versions"].items())),
+    ):
+        console.print(Text(title, style="bold"), text)
 
     def table(title: str, *columns: str) -> Table:
         result = Table(*columns, title=title, title_justify="left", title_style="bold", show_edge=False)
         return result
 
-    backends = table("Backends", "name", "runs here", "reason")
+    backends = table("Backends of attention", "name", "runs here", "reason")
     for row in data["backends"]:
         backends.add_row(row["name"], "yes" if row["available"] else "no", row["reason"])
+    operations = table("Other operations", "name", "backend", "reason")
+    for row in data["operations"]:
+        operations.add_row(row["name"], row["backend"], row["reason"])
     families = table("Model families", "name", "transformer", "auto stays dense below")
     for row in data["families"]:
         families.add_row(row["name"], "\n".join(row["transformers"]), f"{row['auto_dense_below_tokens']} tokens (GPU)")
@@ -140,6 +177,6 @@ def _show(data: dict[str, Any]) -> None:
     for row in data["architectures"]:
         width, height, frames = row["size"]
         architectures.add_row(row["name"], str(row["blocks"]), f"{width}x{height}, {frames} frames")
-    for part in (backends, families, recipes, fields, models, architectures):
+    for part in (backends, operations, families, recipes, fields, models, architectures):
         console.print()
         console.print(part)

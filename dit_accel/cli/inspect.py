@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import json
 from dataclasses import asdict
+from inspect import signature
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 
@@ -14,32 +15,40 @@ from .options import (
     DebugOption,
     DeviceOption,
     DtypeOption,
+    FramesOption,
     JsonOption,
+    ModelArgument,
     SetOption,
+    SizeOption,
+    StepsOption,
     quiet_libraries,
     read_device,
     read_dtype,
+    read_prompt,
     read_recipe,
-    read_size,
+    read_seed,
 )
+from .output import free_name
+from .settings import Asked
+
+DEFAULT = Path("outputs/inspect")
 
 
 @one_sentence_errors
 def inspect(
     prompt: Annotated[str, typer.Option(help="What to generate.")],
-    model: Annotated[
-        str | None,
-        typer.Argument(help="Hub id, local folder or built-in model. Default: the best built-in model."),
-    ] = None,
+    model: ModelArgument = None,
     recipe: Annotated[str, typer.Option(help="Whose masks to judge.")] = "pooled",
     changes: SetOption = None,
     at_step: Annotated[list[int] | None, typer.Option(help="Step to look at; may be repeated. All.")] = None,
     layer: Annotated[list[int] | None, typer.Option(help="Layer to look at; may be repeated. All.")] = None,
-    size: Annotated[str | None, typer.Option(metavar="WxH", help="Pixels. Default: the model's.")] = None,
-    frames: Annotated[int | None, typer.Option(min=1, help="Default: the model's.")] = None,
-    steps: Annotated[int | None, typer.Option(min=1, help="Denoising steps. Default: the model's.")] = None,
+    size: SizeOption = None,
+    frames: FramesOption = None,
+    steps: StepsOption = None,
     seed: Annotated[int, typer.Option(help="Of the noise.")] = 0,
-    out: Annotated[Path, typer.Option(help="Folder for the pictures.")] = Path("outputs/inspect"),
+    out: Annotated[
+        Path | None, typer.Option(help=f"Folder for the pictures. Default: {DEFAULT}, or a free name.")
+    ] = None,
     dtype: DtypeOption = None,
     device: DeviceOption = None,
     as_json: JsonOption = False,
@@ -47,25 +56,27 @@ def inspect(
 ) -> None:
     """Picture block mass, masks, recall and change over steps, per layer and head."""
     quiet_libraries()
-    pixels = read_size(size) if size else None
+    asked, seed, prompt = Asked.read(size, frames, steps), read_seed(seed), read_prompt(prompt)
     chosen = read_recipe(recipe, changes)
     target = read_device(device)
     number = read_dtype(dtype, target)
 
+    from ..files import refuse_unwritable_folder
     from ..pipelines.generate import generate
     from ..presets import automatic
     from ..quality.inspect_pipeline import inspect_pipeline
     from .model import open_model
 
+    folder = out or free_name(DEFAULT)
+    refuse_unwritable_folder(folder)
     _, builtin, pipe = open_model(model, number, target, quiet=as_json)
-    settings = dict(vars(builtin.settings)) if builtin else {}
-    width, height = pixels or (None, None)
-    asked = {"width": width, "height": height, "frames": frames, "steps": steps}
-    settings |= {key: value for key, value in asked.items() if value is not None}
+    settings = asked.settings(pipe, builtin)
+    _refuse_beyond("--at-step", at_step, "steps", settings.get("steps") or _own_steps(pipe))
+    _refuse_beyond("--layer", layer, "layers", _layers(pipe))
     found = inspect_pipeline(
         pipe,
         lambda: generate(pipe, prompt, **settings, seed=seed),
-        out,
+        folder,
         recipe=chosen or automatic(),
         steps=at_step,
         layers=layer,
@@ -75,4 +86,24 @@ def inspect(
         return
     for order in sorted({finding.order for finding in found.findings}):
         print(f"{order}: {found.target:.0%} of the mass lies in {found.mean_density(order):.3f} of the blocks")
-    print(f"{out} holds the maps, masks and tables.")
+    print(f"{folder} holds the maps, masks and tables.")
+
+
+def _refuse_beyond(option: str, numbers: list[int] | None, of: str, count: int | None) -> None:
+    """Numbers count from 0; None where nobody knows how many there are."""
+    for number in numbers or ():
+        if number < 0 or (count is not None and number >= count):
+            last = "" if count is None else f" to {count - 1}, of {count} {of}"
+            raise ValueError(f"{option} must lie in 0{last}, got {number}.")
+
+
+def _own_steps(pipe: Any) -> int | None:
+    own = signature(type(pipe).__call__).parameters.get("num_inference_steps")
+    return own.default if own is not None and isinstance(own.default, int) else None
+
+
+def _layers(pipe: Any) -> int:
+    """Self-attention layers of the transformer that has the most."""
+    from ..api import self_attentions, transformers_of
+
+    return max(len(list(self_attentions(model, family))) for _, model, family in transformers_of(pipe))

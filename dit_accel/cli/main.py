@@ -2,16 +2,21 @@
 
 from __future__ import annotations
 
+from typing import Annotated
+
 import typer
 
+from .. import __version__
 from .bench import bench
 from .calibrate import calibrate
 from .compare import compare
+from .console import speak_utf8
 from .finetune import finetune
 from .generate import generate
 from .info import info
 from .inspect import inspect
 from .search import search
+from .waiting import wait_passively
 
 app = typer.Typer(
     name="dit-accel",
@@ -20,6 +25,24 @@ app = typer.Typer(
     add_completion=False,
     pretty_exceptions_enable=False,
 )
+
+
+def _say_version(asked: bool) -> None:
+    if asked:
+        print(f"dit-accel {__version__}")
+        raise typer.Exit
+
+
+@app.callback()
+def main(
+    version: Annotated[
+        bool, typer.Option("--version", is_eager=True, callback=_say_version, help="Say which version this is.")
+    ] = False,
+) -> None:
+    speak_utf8()
+    wait_passively()
+
+
 app.command()(generate)
 app.command()(compare)
 app.command()(inspect)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import sys
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
@@ -12,33 +11,53 @@ if TYPE_CHECKING:
     from ..pipelines.builtin import Builtin
 
 
+def choose_model(model: str | None) -> tuple[str, Builtin | None]:
+    """Name, and built-in description if it is one; without a name the best built-in model. Nothing is loaded."""
+    from ..pipelines.builtin import builtins
+
+    offered = builtins()
+    name = next(iter(offered)) if model is None else model
+    return name, offered.get(name)
+
+
+def will_make_video(name: str, builtin: Builtin | None) -> bool | None:
+    """Whether a model makes videos, else images, from its index alone; None where that does not tell."""
+    if builtin is not None:
+        return True  # all of them have frames
+    import diffusers
+
+    from ..pipelines.generate import makes_video
+
+    try:
+        index = diffusers.DiffusionPipeline.load_config(name)
+    except (OSError, ValueError):
+        return None  # loading it will say what is wrong
+    kind = getattr(diffusers, str(index.get("_class_name")), None) if isinstance(index, dict) else None
+    is_pipeline = isinstance(kind, type) and issubclass(kind, diffusers.DiffusionPipeline)
+    return makes_video(kind) if is_pipeline else None
+
+
 def open_model(
     model: str | None, dtype: torch.dtype, device: torch.device, *, quiet: bool
 ) -> tuple[str, Builtin | None, Any]:
-    """Name, built-in description if it is one, and pipeline; without a name the best built-in model."""
-    from diffusers.utils.logging import disable_progress_bar
+    """Name, built-in description if it is one, and pipeline; without a name the best built-in model.
 
-    from ..pipelines.builtin import builtins
+    Raises:
+        ValueError: there is no such model, or its files are damaged.
+    """
+    from diffusers.utils.logging import disable_progress_bar
+    from safetensors import SafetensorError
+
     from ..pipelines.loading import load
 
     # Its bar of loaded components is noise beside the commands' own; downloads keep theirs.
     disable_progress_bar()
 
-    offered = builtins()
-    name = model or next(iter(offered))
-    builtin = offered.get(name)
+    name, builtin = choose_model(model)
     if not quiet:
         print(f"{name}: {builtin.description}" if builtin else f"Loading {name}", file=sys.stderr)
-    return name, builtin, load(name, dtype=dtype, device=device)
-
-
-def find_adapter(name_or_path: str, builtin: Builtin | None) -> Path:
-    """The folder of an adapter: one that comes with a built-in model, or the user's own."""
-    offered = {} if builtin is None else builtin.adapters
-    if name_or_path in offered:
-        return offered[name_or_path]
-    folder = Path(name_or_path)
-    if not folder.is_dir():
-        known = f"the model's own are {', '.join(offered)}" if offered else "the model comes with none"
-        raise ValueError(f"There is no adapter {name_or_path!r}: it is no folder, and {known}.")
-    return folder
+    try:
+        return name, builtin, load(name, dtype=dtype, device=device)
+    except (SafetensorError, KeyError, IndexError, AttributeError, TypeError) as error:
+        reason = " ".join(f"{type(error).__name__} {error}".split())
+        raise ValueError(f"{name!r} could not be loaded, its files may be damaged: {reason}.") from error

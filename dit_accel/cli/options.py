@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import re
 from collections.abc import Sequence
+from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
 import typer
@@ -14,8 +15,20 @@ if TYPE_CHECKING:
 
     from ..recipe import Recipe
 
+# Of a side in pixels, and of a seed: another one follows for each further prompt.
+LONGEST_SIDE, LARGEST_SEED = 32768, 2**62
 DTYPES = {"fp32": "float32", "fp16": "float16", "bf16": "bfloat16"}
 
+ModelArgument = Annotated[
+    str | None,
+    typer.Argument(help="Hub id, local folder or built-in model. Default: the best built-in model."),
+]
+PromptsOption = Annotated[list[str] | None, typer.Option(help="May be repeated. Default: two prompts.")]
+PromptsFileOption = Annotated[Path | None, typer.Option(help="A UTF-8 text file, one prompt a line.")]
+SizeOption = Annotated[str | None, typer.Option(metavar="WxH", help="Pixels. Default: the model's.")]
+FramesOption = Annotated[int | None, typer.Option(min=1, max=100_000, help="Of a video. Default: the model's.")]
+StepsOption = Annotated[int | None, typer.Option(min=1, max=10_000, help="Denoising steps. Default: the model's.")]
+GuidanceOption = Annotated[float | None, typer.Option(help="Guidance scale. Default: the model's.")]
 SetOption = Annotated[
     list[str] | None,
     typer.Option("--set", metavar="AXIS.FIELD=VALUE", help="Change one field of the recipe; may be repeated."),
@@ -31,10 +44,52 @@ DebugOption = Annotated[bool, typer.Option("--debug", help="Show the traceback o
 
 def read_size(text: str) -> tuple[int, int]:
     """Pixel width and height from ``WxH``."""
-    match = re.fullmatch(r"(\d+)[xX](\d+)", text)
-    if match is None or "0" in match.groups():
+    match = re.fullmatch(r"(\d{1,99})[xX](\d{1,99})", text)
+    width, height = (int(match[1]), int(match[2])) if match else (0, 0)
+    if not width or not height:
         raise ValueError(f"--size must be WIDTHxHEIGHT in pixels, such as 832x480, got {text!r}.")
-    return int(match[1]), int(match[2])
+    if max(width, height) > LONGEST_SIDE:
+        raise ValueError(f"--size must be at most {LONGEST_SIDE} pixels a side, got {text!r}.")
+    return width, height
+
+
+def read_seed(seed: int) -> int:
+    """A seed that random generators take."""
+    if not 0 <= seed <= LARGEST_SEED:
+        raise ValueError(f"--seed must lie in 0 to {LARGEST_SEED}, got {seed}.")
+    return seed
+
+
+def read_prompt(text: str, option: str = "--prompt") -> str:
+    """The text of an option in any script, also where the locale is not UTF-8."""
+    try:
+        text.encode()
+    except UnicodeEncodeError:
+        try:
+            # Python keeps bytes that the locale does not know as lone surrogates.
+            return os.fsencode(text).decode()
+        except (UnicodeDecodeError, UnicodeEncodeError) as error:
+            raise ValueError(f"{option} must be UTF-8 text: {error.reason} at byte {error.start}.") from error
+    return text
+
+
+def read_prompts(prompts: Sequence[str] | None, file: Path | None) -> list[str]:
+    """Prompts of ``--prompt``, then those of ``--prompts-file``."""
+    found = [read_prompt(prompt) for prompt in prompts or ()]
+    if file is None:
+        return found
+    try:
+        # Editors may begin a file with a byte order mark.
+        text = file.read_text(encoding="utf-8-sig")
+    except UnicodeDecodeError as error:
+        raise ValueError(f"--prompts-file {file} must be UTF-8 text: {error.reason} at byte {error.start}.") from error
+    except OSError as error:
+        raise ValueError(f"--prompts-file {file} cannot be read: {error.strerror or error}.") from error
+    # By line feeds alone: other scripts have characters that Python takes for line ends.
+    lines = [line.strip() for line in text.split("\n") if line.strip()]
+    if not lines:
+        raise ValueError(f"--prompts-file {file} must hold a prompt, one a line, got none.")
+    return [*found, *lines]
 
 
 def read_recipe(name: str, changes: Sequence[str] | None) -> Recipe | None:
@@ -67,10 +122,11 @@ def read_device(name: str | None) -> torch.device:
 
     if name is None:
         return torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    if name.split(":")[0] not in ("cpu", "cuda"):
+    match = re.fullmatch(r"cpu|cuda(?::(\d{1,4}))?", name)
+    if match is None:
         raise ValueError(f"--device must be cpu, cuda or cuda:N, got {name!r}.")
     device = torch.device(name)
-    if device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
+    if device.type == "cuda" and int(match[1] or 0) >= torch.cuda.device_count():
         raise ValueError(f"--device {name} is not there: {torch.cuda.device_count()} CUDA devices found.")
     return device
 

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
+from .console import plain_console
+
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
 
@@ -19,7 +21,6 @@ def progress_bar(title: str, quiet: bool) -> Any:
 
     @contextmanager
     def bar() -> Iterator[Callable[[Progress], None]]:
-        from rich.console import Console
         from rich.progress import BarColumn, MofNCompleteColumn, TextColumn
         from rich.progress import Progress as Bar
 
@@ -29,7 +30,7 @@ def progress_bar(title: str, quiet: bool) -> Any:
             MofNCompleteColumn(),
             TextColumn("{task.fields[left]}"),
         )
-        with Bar(*columns, console=Console(stderr=True)) as shown:
+        with Bar(*columns, console=plain_console(stderr=True)) as shown:
             task = shown.add_task(title, total=None, left="")
 
             def tell(state: Progress) -> None:

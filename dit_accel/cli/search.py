@@ -13,23 +13,32 @@ from .options import (
     DebugOption,
     DeviceOption,
     DtypeOption,
+    FramesOption,
+    GuidanceOption,
     JsonOption,
+    ModelArgument,
+    PromptsFileOption,
+    PromptsOption,
     SetOption,
+    SizeOption,
+    StepsOption,
     quiet_libraries,
     read_device,
     read_dtype,
+    read_prompts,
     read_recipe,
-    read_size,
+    read_seed,
 )
+from .output import free_name
 from .progress import progress_bar
+from .settings import Asked
+
+DEFAULT = Path("outputs/found.json")
 
 
 @one_sentence_errors
 def search(
-    model: Annotated[
-        str | None,
-        typer.Argument(help="Hub id, local folder or built-in model. Default: the best built-in model."),
-    ] = None,
+    model: ModelArgument = None,
     recipe: Annotated[str, typer.Option(help="A recipe whose selection takes a density per head.")] = "pooled",
     changes: SetOption = None,
     density: Annotated[float | None, typer.Option(help="Target: mean share of the blocks to keep.")] = None,
@@ -41,14 +50,16 @@ def search(
         typer.Option(help="An order that heads may choose: fhw, fwh, hfw, hwf, wfh, whf or tiles. May be repeated."),
     ] = None,
     samples: Annotated[int, typer.Option(min=1, help="Denoising steps of each prompt to measure heads at.")] = 3,
-    prompt: Annotated[list[str] | None, typer.Option(help="May be repeated. Default: two prompts.")] = None,
-    prompts_file: Annotated[Path | None, typer.Option(help="A text file, one prompt a line.")] = None,
-    size: Annotated[str | None, typer.Option(metavar="WxH", help="Pixels. Default: the model's.")] = None,
-    frames: Annotated[int | None, typer.Option(min=1, help="Default: the model's.")] = None,
-    steps: Annotated[int | None, typer.Option(min=1, help="Denoising steps. Default: the model's.")] = None,
-    guidance: Annotated[float | None, typer.Option(help="Guidance scale. Default: the model's.")] = None,
+    prompt: PromptsOption = None,
+    prompts_file: PromptsFileOption = None,
+    size: SizeOption = None,
+    frames: FramesOption = None,
+    steps: StepsOption = None,
+    guidance: GuidanceOption = None,
     seed: Annotated[int, typer.Option(help="Of the first prompt; each further one adds 1.")] = 0,
-    out: Annotated[Path, typer.Option(help="The recipe file to write; it ends in .json.")] = Path("outputs/found.json"),
+    out: Annotated[
+        Path | None, typer.Option(help=f"The recipe file to write, *.json. Default: {DEFAULT}, or a free name.")
+    ] = None,
     dtype: DtypeOption = None,
     device: DeviceOption = None,
     as_json: JsonOption = False,
@@ -56,30 +67,30 @@ def search(
 ) -> None:
     """Measure what each head's sparsity does to the velocity, and share a budget of blocks out among heads."""
     quiet_libraries()
-    pixels = read_size(size) if size else None
+    asked, seed = Asked.read(size, frames, steps, guidance), read_seed(seed)
     chosen = read_recipe(recipe, changes)
     if chosen is None:
         raise ValueError("--recipe auto has no selection to share out; name a recipe, such as pooled.")
     if (density is None) == (max_error is None):
         raise ValueError(f"--density or --max-error is the target, got {density} and {max_error}.")
-    if out.suffix != ".json":
+    if out is not None and out.suffix != ".json":
         raise ValueError(f"--out must end in .json, got {str(out)!r}.")
-    prompts = list(prompt or ())
-    if prompts_file is not None:
-        prompts += [line.strip() for line in prompts_file.read_text().splitlines() if line.strip()]
+    prompts = read_prompts(prompt, prompts_file)
     target = read_device(device)
     number = read_dtype(dtype, target)
 
+    from ..calibration.search import refuse_search
     from ..calibration.search import search as run
+    from ..files import refuse_unwritable
     from ..pipelines.generate import call_arguments
     from ..quality.prompts import DEFAULT_PROMPTS
     from .model import open_model
 
+    refuse_search(chosen, mean_density=density, max_error=max_error, orders=tuple(order or ()))
+    path = out or free_name(DEFAULT)
+    refuse_unwritable(path)
     name, builtin, pipe = open_model(model, number, target, quiet=as_json)
-    settings = dict(vars(builtin.settings)) if builtin else {}
-    width, height = pixels or (None, None)
-    asked = {"width": width, "height": height, "frames": frames, "steps": steps, "guidance": guidance}
-    settings |= {key: value for key, value in asked.items() if value is not None}
+    arguments = call_arguments(pipe, **asked.settings(pipe, builtin))
     pipe.set_progress_bar_config(disable=True)
     with progress_bar("searching", quiet=as_json) as progress:
         found = run(
@@ -91,14 +102,13 @@ def search(
             orders=tuple(order or ()),
             samples=samples,
             seed=seed,
-            generate_kwargs=call_arguments(pipe, **settings),
+            generate_kwargs=arguments,
             progress=progress,
         )
-    found.recipe.save(out)
     report: dict[str, Any] = {
         "model": name,
         "recipe": found.recipe.to_dict(),
-        "file": str(out),
+        "file": str(path),
         "density": found.density,
         "predicted_error": found.predicted_error,
         "predicted_error_uniform": found.predicted_uniform,
@@ -109,6 +119,12 @@ def search(
             "error": found.errors.error.tolist(),
         },
     }
+    try:
+        found.recipe.save(path)
+    except ValueError:
+        # All of the measurements, in place of the file.
+        print(json.dumps({**report, "file": None}, indent=2))
+        raise
     if as_json:
         print(json.dumps(report, indent=2))
         return
@@ -116,7 +132,7 @@ def search(
     print(f"with one density for all heads {found.predicted_uniform:.4f}")
     if order:
         print("heads by order: " + ", ".join(f"{key} {count}" for key, count in report["orders"].items()))
-    print(f"{out}; use it with patch(pipe, {str(out)!r}) or --recipe {out}")
+    print(f"{path}; use it with patch(pipe, {str(path)!r}) or --recipe {path}")
 
 
 def _count(axes: tuple[tuple[str, ...], ...], name: str) -> int:

@@ -4,11 +4,12 @@
 """
 
 from .block_mask import BlockMask
-from .block_sparse import BACKENDS, block_sparse_attention, choose_backend
+from .block_sparse import block_sparse_attention, choose_backend
+from .choice import BACKENDS, Choice
 from .linear_branch import FEATURE_MAPS, add_linear_branch, plus_linear_branch
 from .pyramid import pyramid_attention
 from .quantize import PRECISIONS, QuantizedInputs
-from .quantized import QUANTIZED_BACKENDS, quantize_inputs, quantized_block_sparse_attention
+from .quantized import quantize_inputs, quantized_block_sparse_attention
 from .rectified import add_pooled_compensation
 from .selection import pool_blocks, pooled_scores, select_blocks, select_pooled
 
@@ -16,8 +17,8 @@ __all__ = [
     "BACKENDS",
     "FEATURE_MAPS",
     "PRECISIONS",
-    "QUANTIZED_BACKENDS",
     "BlockMask",
+    "Choice",
     "QuantizedInputs",
     "add_linear_branch",
     "add_pooled_compensation",

@@ -6,6 +6,9 @@ from dataclasses import dataclass, replace
 
 import torch
 
+from .capability import choose_selection
+from .choice import Case
+
 
 @dataclass(frozen=True, eq=False)
 class BlockMask:
@@ -79,6 +82,7 @@ class BlockMask:
         partial: torch.Tensor | None = None,
         bit_rows: torch.Tensor | None = None,
         token_bits: torch.Tensor | None = None,
+        backend: str = "auto",
     ) -> BlockMask:
         """Build the lists from a boolean block map, on its device and without a host sync.
 
@@ -88,6 +92,7 @@ class BlockMask:
                 blocks, or pairs with a token mask). The short last key block is always partial.
             bit_rows: optional int32, broadcastable to ``keep``: row of ``token_bits`` for a pair, or -1.
             token_bits: see the class.
+            backend: one of :data:`~dit_accel.kernels.BACKENDS`.
         """
         nk = keep.shape[-1]
         rank = torch.where(keep, 0, 2).to(torch.int8)
@@ -95,7 +100,7 @@ class BlockMask:
             rank = rank + (partial & keep).to(torch.int8)
         if kv_len % block_k:
             rank[..., -1] = torch.where(keep[..., -1], 1, 2).to(torch.int8)
-        if keep.device.type == "cuda":
+        if choose_selection(Case(keep.device), backend).name == "triton":
             # A sort of every row costs more than all else that a selection does.
             from .portable.block_lists import block_lists_triton
 

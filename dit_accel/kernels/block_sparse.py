@@ -3,19 +3,12 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
 
 import torch
 
 from . import capability, tuning
 from .block_mask import BlockMask
-
-_PREDICATES: dict[str, Callable[[torch.Tensor, BlockMask], str | None]] = {
-    "triton": capability.why_not_triton,
-    "torch": capability.why_not_torch,
-    "reference": capability.why_not_reference,
-}
-BACKENDS = ("auto", *_PREDICATES, "fa4")
+from .choice import BY_NAME, FASTEST, INTERPRETER, Case, Choice, Operation, case_of, check_backend, refusal
 
 
 def block_sparse_attention(
@@ -45,18 +38,17 @@ def block_sparse_attention(
             holds a hidden key must be listed as partial, since full blocks are not masked.
         scale: factor on the logits; ``D ** -0.5`` if None.
         return_lse: also return the natural log of each row's softmax denominator.
-        backend: one of :data:`BACKENDS`. A named backend that cannot run the call raises.
+        backend: one of :data:`~dit_accel.kernels.BACKENDS`. A named backend that cannot run the call raises.
 
     Returns:
         ``out [B, Sq, H, D]`` in ``q.dtype``; with ``return_lse`` also ``lse [B, H, Sq]`` in float32 (float64
         for float64 inputs). Both are in the original row order.
 
     Raises:
-        ValueError: shapes, dtypes, devices or the mask do not fit together.
-        RuntimeError: the named backend cannot run the call; the message says why.
+        ValueError: shapes, dtypes, devices or the mask do not fit together, or the named backend cannot run the call.
     """
     validate(q, k, v, mask, rows, key_mask)
-    name, _ = _backend(q, mask, rows, key_mask, backend)
+    name = choose_attention(case_of(q, k, v, mask=mask, rows=rows, key_mask=key_mask), backend).name
     scale = 1.0 / math.sqrt(q.shape[-1]) if scale is None else float(scale)
     if name == "triton":
         from .portable.attention import triton_attention
@@ -89,62 +81,48 @@ def choose_backend(
     rows: torch.Tensor | None = None,
     key_mask: torch.Tensor | None = None,
     backend: str = "auto",
-) -> tuple[str, str]:
+    operation: Operation = "attention",
+) -> Choice:
     """Name the backend that :func:`block_sparse_attention` uses for a call, and say why.
 
-    ``"fa4"`` is chosen by itself only for cases that the GPU's tuning table lists as measured faster there.
+    ``"fa4"`` is chosen by itself only for cases that the GPU's tuning table lists as measured faster there. Of the
+    Triton backend the reason names the kernel, the Hopper or the portable one.
 
-    Returns:
-        ``(name, reason)``; the reason lists why faster backends and kernels were passed over.
+    Args:
+        operation: what an error calls it.
 
     Raises:
-        ValueError: unknown backend name.
-        RuntimeError: the named backend cannot run the call.
+        ValueError: an unknown backend, or a named one that cannot run the call.
     """
-    name, reasons = _backend(q, mask, rows, key_mask, backend)
-    return name, "; ".join([*reasons, *_kernel(name, q, k, v, mask, rows)]) or "the fastest that runs here"
+    choice = choose_attention(case_of(q, k, v, mask=mask, rows=rows, key_mask=key_mask), backend, operation)
+    if choice.name != "triton":
+        return choice
+    from .variants import kernel_of, why_not_hopper_half
+
+    return kernel_of(choice, why_not_hopper_half(q, k, v, mask, rows))
 
 
-def _backend(
-    q: torch.Tensor, mask: BlockMask, rows: torch.Tensor | None, key_mask: torch.Tensor | None, backend: str
-) -> tuple[str, list[str]]:
+def choose_attention(case: Case, backend: str, operation: Operation = "attention") -> Choice:
     """:func:`choose_backend` without a word about kernels, which every call would pay for."""
+    check_backend(backend)
     if backend != "auto":
-        if backend not in BACKENDS:
-            raise ValueError(f"backend must be one of {', '.join(BACKENDS)}, got {backend!r}.")
-        if backend == "fa4":
-            reason = capability.why_not_fa4(q, mask, rows, key_mask)
-        else:
-            reason = _PREDICATES[backend](q, mask)
+        reason = None
+        if backend in ("fa4", "triton"):
+            reason = capability.why_not_fa4(case) if backend == "fa4" else capability.why_not_triton(case)
         if reason is not None:
-            raise RuntimeError(f"Backend {backend!r} cannot run this call: {reason}.")
-        return backend, ["asked for by name"]
+            raise refusal(operation, backend, reason)
+        return Choice(backend, BY_NAME)
     passed_over = []
-    if tuning.fa4_is_fastest(q, mask):
-        reason = capability.why_not_fa4(q, mask, rows, key_mask)
+    if tuning.fa4_is_fastest(case):
+        reason = capability.why_not_fa4(case)
         if reason is None:
-            return "fa4", ["measured the fastest for this block size and head dim"]
+            return Choice("fa4", "measured the fastest for this block size and head dim")
         passed_over.append(f"fa4: {reason}")
-    for name, predicate in _PREDICATES.items():
-        reason = predicate(q, mask)
-        if reason is None and name == "triton" and q.device.type != "cuda":
-            reason = "the interpreter is for tests, ask for it by name"
-        if reason is None:
-            return name, passed_over
-        passed_over.append(f"{name}: {reason}")
-    raise RuntimeError(f"No backend can run this call: {'; '.join(passed_over)}.")
-
-
-def _kernel(
-    name: str, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, mask: BlockMask, rows: torch.Tensor | None
-) -> list[str]:
-    """What the Triton backend has to say about its choice of kernel; nothing when it is the fastest."""
-    if name != "triton":
-        return []
-    from .variants import why_not_hopper_half
-
-    reason = why_not_hopper_half(q, k, v, mask, rows)
-    return [] if reason is None else [f"portable kernel, not the Hopper one: {reason}"]
+    reason = capability.why_not_triton(case)
+    if reason is None and case.device.type != "cuda":
+        reason = INTERPRETER
+    choice = Choice("triton", FASTEST) if reason is None else Choice("torch", f"triton: {reason}")
+    return Choice(choice.name, "; ".join([*passed_over, choice.reason]))
 
 
 def validate(

@@ -1,4 +1,4 @@
-"""Which attention backend can run a call: one predicate per backend that returns a reason or None.
+"""What kernels and flash-attn-4 need of a device and a call: predicates that return a reason or None.
 
 Nothing here imports Triton; the predicates are the same for the automatic choice and for a named backend.
 """
@@ -12,7 +12,7 @@ from functools import cache
 
 import torch
 
-from .block_mask import BlockMask
+from .choice import Case, Choice, choose
 
 TRITON_BLOCKS_Q = (16, 32, 64, 128)
 TRITON_BLOCKS_K = (16, 32, 64, 128)
@@ -53,60 +53,76 @@ def interpreted() -> bool:
     return os.environ.get("TRITON_INTERPRET", "0") == "1"
 
 
-def why_not_reference(q: torch.Tensor, mask: BlockMask) -> str | None:
-    """None: the reference backend runs everything that passes validation."""
-    return None
-
-
-def why_not_torch(q: torch.Tensor, mask: BlockMask) -> str | None:
-    """None: the gather backend runs everything that passes validation."""
-    return None
-
-
-def why_not_triton(q: torch.Tensor, mask: BlockMask) -> str | None:
-    """Why the Triton backend cannot run a call with this query tensor and mask, or None if it can."""
+def why_not_kernels(case: Case) -> str | None:
+    """Why no Triton kernel runs on a device, or None; what every operation's kernels ask first."""
     if not _TRITON_INSTALLED:
         return "triton is not installed"
-    if q.device.type == "cuda":
-        major, minor = compute_capability(q.device.index or 0)
+    if case.device.type == "cuda":
+        major, minor = compute_capability(case.device.index or 0)
         if major < 8:
             return f"the triton kernels need compute capability 8.0 or newer, got {major}.{minor}"
     elif not interpreted():
-        return f"the triton kernels need a CUDA device, got {q.device.type}"
-    if q.dtype not in (torch.float16, torch.bfloat16, torch.float32):
-        return f"the triton kernels take float16, bfloat16 or float32, got {q.dtype}"
-    if q.shape[-1] > TRITON_MAX_HEAD_DIM:
-        return f"the triton kernels take head dims up to {TRITON_MAX_HEAD_DIM}, got {q.shape[-1]}"
-    if mask.block_q not in TRITON_BLOCKS_Q or mask.block_k not in TRITON_BLOCKS_K:
+        return f"the triton kernels need a CUDA device, got {case.device.type}"
+    return None
+
+
+def choose_selection(case: Case, backend: str = "auto") -> Choice:
+    """The backend of all that works on blocks alone: pooling and statistics, top-k and top-p, and the lists of masks.
+
+    Raises:
+        ValueError: an unknown backend, or ``"triton"`` where no Triton kernel runs.
+    """
+    return choose("selection", backend, case, why_not_kernels(case))
+
+
+def why_not_tiles(case: Case) -> str | None:
+    """Why kernels that multiply whole tiles of 16 or more rows cannot run a case, or None if they can."""
+    reason = why_not_kernels(case)
+    if reason is None and case.dtype not in (None, torch.float16, torch.bfloat16, torch.float32):
+        return f"the triton kernels take float16, bfloat16 or float32, got {case.dtype}"
+    if reason is None and case.blocks is not None and any(n < 16 or n & (n - 1) for n in case.blocks):
+        return f"the triton kernels take blocks of a power of two from 16, got {_spell(case.blocks)}"
+    return reason
+
+
+def why_not_triton(case: Case) -> str | None:
+    """Why the Triton kernels cannot run block-sparse attention, or None if they can."""
+    reason = why_not_tiles(case._replace(blocks=None))
+    if reason is not None:
+        return reason
+    if case.head_dim is not None and case.head_dim > TRITON_MAX_HEAD_DIM:
+        return f"the triton kernels take head dims up to {TRITON_MAX_HEAD_DIM}, got {case.head_dim}"
+    if case.blocks is not None and not (case.blocks[0] in TRITON_BLOCKS_Q and case.blocks[1] in TRITON_BLOCKS_K):
         return (
-            f"the triton kernels take block_q and block_k in {TRITON_BLOCKS_Q}, got {mask.block_q} and {mask.block_k}"
+            f"the triton kernels take block_q and block_k in {TRITON_BLOCKS_Q}, got "
+            f"{case.blocks[0]} and {case.blocks[1]}"
         )
     return None
 
 
-def why_not_fa4(
-    q: torch.Tensor, mask: BlockMask, rows: torch.Tensor | None = None, key_mask: torch.Tensor | None = None
-) -> str | None:
+def why_not_fa4(case: Case) -> str | None:
     """Why flash-attn-4 cannot run a call, or None if it can; its gradients come from the Triton backward."""
     if not _FA4_INSTALLED:
         return "flash-attn-4 is not installed (pip install dit-accel[fa4])"
-    if q.device.type != "cuda":
-        return f"flash-attn-4 needs a CUDA device, got {q.device.type}"
-    major, minor = compute_capability(q.device.index or 0)
+    if case.device.type != "cuda":
+        return f"flash-attn-4 needs a CUDA device, got {case.device.type}"
+    major, minor = compute_capability(case.device.index or 0)
     if (major, minor) != (9, 0):
         return f"flash-attn-4's block lists are translated for compute capability 9.0, got {major}.{minor}"
-    if q.dtype not in (torch.float16, torch.bfloat16):
-        return f"flash-attn-4 takes float16 or bfloat16, got {q.dtype}"
-    if q.shape[-1] % 8 or q.shape[-1] > 128:
-        return f"flash-attn-4 takes head dims that are multiples of 8, up to 128 with block lists, got {q.shape[-1]}"
-    if mask.block_q not in FA4_BLOCKS or mask.block_k not in FA4_BLOCKS:
-        return f"flash-attn-4 takes blocks of 64 and 128 tokens here, got {mask.block_q}x{mask.block_k}"
-    if rows is not None:
+    if case.dtype not in (None, torch.float16, torch.bfloat16):
+        return f"flash-attn-4 takes float16 or bfloat16, got {case.dtype}"
+    if case.head_dim is not None and (case.head_dim % 8 or case.head_dim > 128):
+        return f"flash-attn-4 takes head dims that are multiples of 8, up to 128 with block lists, got {case.head_dim}"
+    if case.blocks is not None and any(n not in FA4_BLOCKS for n in case.blocks):
+        return f"flash-attn-4 takes blocks of 64 and 128 tokens here, got {_spell(case.blocks)}"
+    if case.permuted:
         return "flash-attn-4 reads rows in order; a permutation would need reordered copies of q, k, v and the output"
-    if key_mask is not None:
+    if case.hidden:
         return "flash-attn-4 has no key mask with block lists"
-    if mask.token_bits is not None and mask.token_bits.shape[0] > 0:
+    if case.token_bits:
         return "flash-attn-4 has no token bits"
-    if q.requires_grad:
-        return why_not_triton(q, mask)
-    return None
+    return why_not_triton(case) if case.recorded else None
+
+
+def _spell(blocks: tuple[int, int]) -> str:
+    return f"{blocks[0]}x{blocks[1]}"

@@ -4,7 +4,14 @@ from __future__ import annotations
 
 import torch
 
-from .selection import Impl, own_blocks, use_triton
+from .capability import why_not_kernels
+from .choice import Case, Choice, choose
+from .selection import own_blocks
+
+
+def choose_gate(case: Case, backend: str = "auto") -> Choice:
+    """The backend of :func:`select_by_threshold`; raises a ValueError if it is refused."""
+    return choose("gate", backend, case, why_not_kernels(case))
 
 
 def select_by_threshold(
@@ -16,7 +23,7 @@ def select_by_threshold(
     seq_len: int,
     open_k: torch.Tensor | None = None,
     open_q: torch.Tensor | None = None,
-    impl: Impl = "auto",
+    backend: str = "auto",
 ) -> torch.Tensor:
     """The pairs of a head with the largest gates, until they hold ``threshold`` of the head's gates.
 
@@ -28,12 +35,12 @@ def select_by_threshold(
         threshold: in (0, 1].
         block_q, block_k, seq_len: geometry in tokens.
         open_k, open_q: bool ``[B|1, H|1, nk]`` and ``[..., nq]``: blocks that take part; all when left out.
-        impl: ``"torch"``, ``"triton"``, or ``"auto"`` (Triton on CUDA), which sums without sorting.
+        backend: one of :data:`~dit_accel.kernels.BACKENDS`; ``"auto"`` is Triton on CUDA, which sums without sorting.
 
     Returns:
         bool ``[B, H, nq, nk]``, false for pairs that take no part.
     """
-    if use_triton(impl, gates.device):
+    if choose_gate(Case(gates.device), backend).name == "triton":
         from .portable.gate import select_by_threshold_triton
 
         return select_by_threshold_triton(gates, threshold, block_q, block_k, seq_len, open_k, open_q)

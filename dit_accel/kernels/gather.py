@@ -2,6 +2,9 @@
 
 Query blocks with the same number of kept blocks run as one batch of ``scaled_dot_product_attention``. Only
 query blocks that list partial key blocks build a mask tensor. Work and memory follow the mask's density.
+
+On a CPU beside other work, set ``OMP_WAIT_POLICY=passive`` before torch is imported, as the command line does: GNU
+OpenMP's threads otherwise wait busily for one that does not run.
 """
 
 from __future__ import annotations
@@ -16,10 +19,13 @@ from torch.utils.checkpoint import checkpoint
 from .block_mask import BlockMask
 from .selection import gather_rows
 
-# Gathered keys and values of one chunk: on a CPU they should stay in the last-level cache, on a GPU one
-# launch should fill the chip.
-_CHUNK_BYTES_CPU = 2 << 20
+# What one chunk gathers and, where they are tensors, its scores. On a CPU every operation of a chunk is a parallel
+# region, at whose end threads wait for each other: on a busy machine many small ones take several times as long as
+# few large ones. On a GPU one launch should fill the chip.
+_CHUNK_BYTES_CPU = 32 << 20
 _CHUNK_BYTES_GPU = 256 << 20
+# Scores and weights in float32, or the token bits and what becomes of them.
+_SCORE_BYTES = 8
 # Runs of equal counts shorter than this share a chunk, padded to its longest row and masked.
 _MIN_ROWS = 4
 
@@ -64,7 +70,10 @@ def gather_attention(
     query = _to_blocks(q, rows, nq, mask.block_q).view(-1, mask.block_q, dim)
     key = _to_blocks(k, rows, nk, mask.block_k).view(-1, mask.block_k * dim)
     value = _to_blocks(v, rows, nk, mask.block_k).view(-1, mask.block_k * dim)
-    plan = _Plan.build(mask, batch, heads, rows, key_mask, 2 * mask.block_k * dim * q.element_size())
+    block_bytes = 2 * mask.block_k * dim * q.element_size()
+    if return_lse or mask.token_bits is not None:
+        block_bytes += mask.block_q * mask.block_k * _SCORE_BYTES
+    plan = _Plan.build(mask, batch, heads, rows, key_mask, block_bytes)
 
     train = torch.is_grad_enabled() and (q.requires_grad or k.requires_grad or v.requires_grad)
     if train:

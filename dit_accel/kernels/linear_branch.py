@@ -23,8 +23,10 @@ import torch
 import torch.nn.functional as F
 
 from .block_mask import BlockMask
+from .capability import why_not_tiles
+from .choice import Case, Choice, case_of, choose
 from .projection import project_heads
-from .selection import Impl, gather_mask, gather_rows, tile_obstacle, use_triton
+from .selection import gather_mask, gather_rows
 
 FeatureMap = Literal["softmax", "elu", "relu", "hedgehog"]
 FEATURE_MAPS = ("softmax", "elu", "relu", "hedgehog")
@@ -102,7 +104,7 @@ def linear_branch(
     k_rows: torch.Tensor | None = None,
     key_mask: torch.Tensor | None = None,
     eps: float = 0.0,
-    impl: Impl = "auto",
+    backend: str = "auto",
 ) -> torch.Tensor:
     """The linear branch's output, differentiable in q, k and v.
 
@@ -116,14 +118,14 @@ def linear_branch(
         rows, k_rows, key_mask: see :func:`dit_accel.kernels.selection.pooled_scores`. Output rows are in
             original order.
         eps: added to the denominator.
-        impl: ``"torch"``, ``"triton"``, or ``"auto"`` (Triton on CUDA).
+        backend: one of :data:`~dit_accel.kernels.BACKENDS`; ``"auto"`` is Triton on CUDA.
 
     Returns:
         ``[B, Sq, H, D]`` in q's dtype; 0 for a query whose denominator is 0 (no marginal block).
     """
     check_linear(q, k, v, critical, negligible, feature_map)
     k_rows = rows if k_rows is None else k_rows
-    if has_linear_kernels(q, critical, feature_map, impl):
+    if _in_triton(q, critical, feature_map, backend):
         from .portable.linear_backward import LinearBranchFunction
 
         options = (critical, negligible, feature_map, rows, k_rows, key_mask, eps)
@@ -163,7 +165,7 @@ def add_linear_branch(
     k_rows: torch.Tensor | None = None,
     key_mask: torch.Tensor | None = None,
     eps: float = 0.0,
-    impl: Impl = "auto",
+    backend: str = "auto",
 ) -> torch.Tensor:
     """``out += linear_branch(...) @ weight.T + bias`` in place, without gradients: SLA's inference epilogue.
 
@@ -176,13 +178,13 @@ def add_linear_branch(
     projects and adds, so that the linear output itself never reaches memory.
 
     Raises:
-        ValueError: shapes do not fit together, or the named implementation cannot take the call.
+        ValueError: shapes do not fit together, or the named backend cannot run the call.
     """
     check_linear(q, k, v, critical, negligible, feature_map)
     check_projection(out, q, weight, bias)
     k_rows = rows if k_rows is None else k_rows
     with torch.no_grad():
-        if has_linear_kernels(q, critical, feature_map, impl):
+        if _in_triton(q, critical, feature_map, backend):
             from .portable.linear import linear_forward
 
             return linear_forward(
@@ -191,7 +193,7 @@ def add_linear_branch(
             )  # fmt: skip
         branch = linear_branch(
             q, k, v, critical, negligible=negligible, feature_map=feature_map, rows=rows, k_rows=k_rows,
-            key_mask=key_mask, eps=eps, impl="torch",
+            key_mask=key_mask, eps=eps, backend="torch",
         )  # fmt: skip
         return out.add_(project_heads(branch, weight, bias))
 
@@ -211,7 +213,7 @@ def plus_linear_branch(
     k_rows: torch.Tensor | None = None,
     key_mask: torch.Tensor | None = None,
     eps: float = 0.0,
-    impl: Impl = "auto",
+    backend: str = "auto",
 ) -> torch.Tensor:
     """``out + linear_branch(...) @ weight.T + bias`` as a new tensor, differentiable: SLA in training.
 
@@ -223,43 +225,46 @@ def plus_linear_branch(
         differentiated again. On torch it keeps what autograd keeps, the linear output among it.
 
     Raises:
-        ValueError: shapes do not fit together, or the named implementation cannot take the call.
+        ValueError: shapes do not fit together, or the named backend cannot run the call.
     """
     check_linear(q, k, v, critical, negligible, feature_map)
     check_projection(out, q, weight, bias)
     k_rows = rows if k_rows is None else k_rows
-    if has_linear_kernels(q, critical, feature_map, impl):
+    if _in_triton(q, critical, feature_map, backend):
         from .portable.linear_backward import LinearBranchFunction
 
         options = (critical, negligible, feature_map, rows, k_rows, key_mask, eps)
         return LinearBranchFunction.apply(q, k, v, out, weight, bias, *options)
     branch = linear_branch(
         q, k, v, critical, negligible=negligible, feature_map=feature_map, rows=rows, k_rows=k_rows,
-        key_mask=key_mask, eps=eps, impl="torch",
+        key_mask=key_mask, eps=eps, backend="torch",
     )  # fmt: skip
     return out + project_heads(branch, weight, bias).to(out.dtype)
 
 
-def has_linear_kernels(q: torch.Tensor, critical: BlockMask | None, feature_map: str, impl: Impl = "auto") -> bool:
-    """Whether a call runs in Triton.
+def choose_linear(case: Case, feature_map: str, backend: str = "auto") -> Choice:
+    """The backend of the linear branch; raises a ValueError if it is refused.
 
-    Raises:
-        ValueError: the named implementation is unknown or cannot take the call.
+    Args:
+        case: its blocks are those of the critical ones; None for the form over all tokens.
     """
-    return use_triton(impl, q.device, linear_obstacle(impl, q, critical, feature_map))
+    why_rather_torch = None
+    if case.dtype == torch.float32 and case.head_dim is not None and case.head_dim > 64:
+        why_rather_torch = "exact float32 tiles of this head dim spill registers and take minutes to compile"
+    return choose("linear_branch", backend, case, why_not_linear(case, feature_map), why_rather_torch)
 
 
-def linear_obstacle(impl: Impl, q: torch.Tensor, critical: BlockMask | None, feature_map: str) -> str | None:
-    """Why the kernels cannot, or with "auto" should not, take this call; None if they can."""
+def why_not_linear(case: Case, feature_map: str) -> str | None:
+    """Why the kernels cannot take a case; None if they can."""
     if feature_map == "hedgehog":
-        return "The hedgehog feature map has no Triton kernel; use impl 'torch' or 'auto'."
-    dim = q.shape[-1]
-    if dim > 128:
-        return f"Head dim must be at most 128 for the linear branch's Triton kernels, got {dim}."
-    if impl == "auto" and q.dtype == torch.float32 and dim > 64:
-        return "Exact float32 tiles of this head dim spill registers and take minutes to compile."
-    blocks = (128, 64) if critical is None else (critical.block_q, critical.block_k)
-    return tile_obstacle(q, *blocks)
+        return "the hedgehog feature map has no Triton kernel"
+    if case.head_dim is not None and case.head_dim > 128:
+        return f"head dim must be at most 128 for the linear branch's Triton kernels, got {case.head_dim}"
+    return why_not_tiles(case)
+
+
+def _in_triton(q: torch.Tensor, critical: BlockMask | None, feature_map: str, backend: str) -> bool:
+    return choose_linear(case_of(q, mask=critical), feature_map, backend).name == "triton"
 
 
 def check_linear(

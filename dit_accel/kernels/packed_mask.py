@@ -8,6 +8,8 @@ import torch
 import torch.nn.functional as F
 
 from .block_mask import BlockMask
+from .capability import choose_selection
+from .choice import Case
 
 
 @dataclass(frozen=True, eq=False)
@@ -19,8 +21,9 @@ class PackedBlockMask:
             read.
         partial: likewise, which of them need masking; None where only a short last block does.
         longest: entries in the longest row, 0-d on the CPU; there once ``arrived`` has happened.
-        arrived: None where the mask was packed on the CPU.
+        arrived: None where the mask was packed on the CPU or in torch.
         block_q, block_k, q_len, kv_len: as in the mask.
+        backend: "triton" or "torch", which packed the mask and unpacks it.
     """
 
     kept: torch.Tensor
@@ -31,42 +34,46 @@ class PackedBlockMask:
     block_k: int
     q_len: int
     kv_len: int
+    backend: str = "torch"
 
     @classmethod
-    def of(cls, mask: BlockMask, key_mask: bool) -> PackedBlockMask:
+    def of(cls, mask: BlockMask, key_mask: bool, backend: str = "auto") -> PackedBlockMask:
         """Pack a mask; on a GPU without waiting for it.
 
         Args:
             key_mask: whether a key mask made blocks partial; without one only a short last block is.
+            backend: one of :data:`~dit_accel.kernels.BACKENDS`.
 
         Raises:
             ValueError: the mask has token bits.
         """
         if mask.token_bits is not None:
             raise ValueError("A mask with token bits cannot be packed: a bit a block does not hold them.")
+        backend = choose_selection(Case(mask.kv_indices.device), backend).name
         longest = mask.kv_num_blocks.max().to("cpu", non_blocking=True)
         arrived = None
-        if mask.kv_indices.device.type == "cuda":
+        if backend == "triton":
             from .portable.block_lists import bits_of_block_lists
 
             kept, partial = bits_of_block_lists(mask, key_mask)
-            arrived = torch.cuda.Event()
-            arrived.record(torch.cuda.current_stream(mask.kv_indices.device))
+            if mask.kv_indices.is_cuda:
+                arrived = torch.cuda.Event()
+                arrived.record(torch.cuda.current_stream(mask.kv_indices.device))
         else:
             keep = mask.to_dense()
             kept, partial = pack_bits(keep), None
             if key_mask:
                 partial = pack_bits(keep & ~replace(mask, kv_num_blocks=mask.kv_num_full).to_dense())
-        return cls(kept, partial, longest, arrived, mask.block_q, mask.block_k, mask.q_len, mask.kv_len)
+        return cls(kept, partial, longest, arrived, mask.block_q, mask.block_k, mask.q_len, mask.kv_len, backend)
 
     def lists(self) -> BlockMask:
-        """The mask, its lists no longer than its longest row; on a GPU in one launch.
+        """The mask, its lists no longer than its longest row; in Triton in one launch.
 
         Waits for the device to have packed it, not for what came later.
         """
         nk = -(-self.kv_len // self.block_k)
         short = nk - 1 if self.kv_len % self.block_k else -1
-        if self.kept.device.type == "cuda":
+        if self.backend == "triton":
             from .portable.block_lists import block_lists_of_bits
 
             if self.arrived is not None:
@@ -77,7 +84,7 @@ class PackedBlockMask:
         keep = unpack_bits(self.kept, nk)
         partial = None if self.partial is None else unpack_bits(self.partial, nk)
         sizes = (self.block_q, self.block_k, self.q_len, self.kv_len)
-        return BlockMask.from_dense(keep, *sizes, partial=partial).trimmed()
+        return BlockMask.from_dense(keep, *sizes, partial=partial, backend="torch").trimmed()
 
 
 def pack_bits(keep: torch.Tensor) -> torch.Tensor:

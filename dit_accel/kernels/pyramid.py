@@ -11,11 +11,19 @@ from __future__ import annotations
 import torch
 from torch.utils.checkpoint import checkpoint
 
+from .capability import why_not_tiles
+from .choice import Case, Choice, case_of, choose
 from .pyramid_levels import LEVELS, pool_level
-from .selection import Impl, gather_mask, gather_rows, tile_obstacle, use_triton
+from .selection import gather_mask, gather_rows
 
 CHUNK_LOGITS = 1 << 24
 """The torch version holds about this many logits at a time."""
+
+
+def choose_pyramid(case: Case, backend: str = "auto") -> Choice:
+    """The backend of :func:`pyramid_attention`; raises a ValueError if it is refused."""
+    gradients = "the kernels of its gradients have passed interpreted, not yet compiled on a GPU"
+    return choose("pyramid", backend, case, why_not_tiles(case), gradients if case.recorded else None)
 
 
 def pyramid_attention(
@@ -30,7 +38,7 @@ def pyramid_attention(
     key_mask: torch.Tensor | None = None,
     scale: float | None = None,
     return_lse: bool = False,
-    impl: Impl = "auto",
+    backend: str = "auto",
 ) -> torch.Tensor | tuple[torch.Tensor, torch.Tensor]:
     """Attention whose query blocks read each key block at a level of their own.
 
@@ -43,6 +51,7 @@ def pyramid_attention(
         rows, key_mask: see :func:`dit_accel.kernels.selection.pool_blocks`; output in original order.
         scale: softmax scale, ``D ** -0.5`` when left out.
         return_lse: also return the natural log of the denominators, float32 ``[B, H, Sq]``.
+        backend: one of :data:`~dit_accel.kernels.BACKENDS`; ``"auto"`` is Triton on CUDA without gradients.
 
     Returns:
         ``[B, Sq, H, D]`` in q's dtype; a query that reads nothing gives 0 (and -inf).
@@ -53,12 +62,9 @@ def pyramid_attention(
     if levels.dim() != 4 or tuple(levels.shape[2:]) != (nq, nk):
         raise ValueError(f"levels must be [B, H, {nq}, {nk}] for this geometry, got {tuple(levels.shape)}.")
     scale = q.shape[-1] ** -0.5 if scale is None else scale
-    obstacle = tile_obstacle(q, block_q, block_k)
-    recorded = torch.is_grad_enabled() and any(x.requires_grad for x in (q, k, v))
-    if recorded and impl == "auto":
-        obstacle = "The kernels of its gradients have passed interpreted, not yet compiled on a GPU."
-    if use_triton(impl, q.device, obstacle):
-        if recorded:
+    case = case_of(q, k, v, blocks=(block_q, block_k))
+    if choose_pyramid(case, backend).name == "triton":
+        if case.recorded:
             from .portable.pyramid_backward import PyramidAttention
 
             out, lse = PyramidAttention.apply(q, k, v, levels, block_q, block_k, rows, key_mask, scale)

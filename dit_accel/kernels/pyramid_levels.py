@@ -7,7 +7,9 @@ from itertools import pairwise
 import torch
 import torch.nn.functional as F
 
-from .selection import Impl, gather_rows, use_triton
+from .capability import why_not_kernels
+from .choice import Case, choose
+from .selection import gather_rows
 
 LEVELS = (1, 2, 4, 8)
 
@@ -75,14 +77,18 @@ def similarity_cap(
     *,
     rows: torch.Tensor | None = None,
     thresholds: tuple[float, float, float] = (0.7, 0.65, 0.6),
-    impl: Impl = "auto",
+    backend: str = "auto",
 ) -> torch.Tensor:
     """The coarsest level that the keys of a block are similar enough for: int8 ``[B, H, nk]``.
 
     Level L of 2, 4, 8 needs a mean cosine over the block's runs of L, between a run's first and last token,
     above its threshold, and the levels before it too. Apply it as ``levels.minimum(cap[:, :, None])``.
     """
-    if use_triton(impl, k.device, None if block >= LEVELS[-1] and not block & (block - 1) else "no power of two"):
+    case = Case(k.device)
+    why_not = why_not_kernels(case)
+    if why_not is None and (block < LEVELS[-1] or block & (block - 1)):
+        why_not = f"the triton kernel takes blocks of a power of two from {LEVELS[-1]}, got {block}"
+    if choose("selection", backend, case, why_not).name == "triton":
         from .portable.spread import similarity_cap_triton
 
         return similarity_cap_triton(k, block, rows=rows, thresholds=thresholds)

@@ -10,10 +10,9 @@ import torch
 from . import capability
 from .block_mask import BlockMask
 from .block_sparse import block_sparse_attention, validate
+from .choice import Case, Choice, case_of, choose, refusal
 from .integer_weights import integer_weight_attention
 from .quantize import INTEGER_VALUES, PRECISIONS, QuantizedInputs, dequantize, reference_quantize
-
-QUANTIZED_BACKENDS = ("auto", "triton", "torch", "reference")
 
 
 def quantized_block_sparse_attention(
@@ -60,16 +59,10 @@ def quantized_block_sparse_attention(
     scale = 1.0 / math.sqrt(q.shape[-1]) if scale is None else float(scale)
     if not scale > 0:
         raise ValueError(f"scale must be positive for quantised attention, got {scale}.")
-    if backend not in QUANTIZED_BACKENDS:
-        raise ValueError(f"backend must be one of {', '.join(QUANTIZED_BACKENDS)}, got {backend!r}.")
-    reason = why_not_quantized(q, mask, precision)
-    if backend == "triton" and reason is not None:
-        raise RuntimeError(f"Backend 'triton' cannot run this call: {reason}.")
-    if backend == "auto":
-        backend = "triton" if reason is None and q.is_cuda else "torch"
+    backend = choose_quantized(case_of(q, k, v, mask=mask), precision, backend).name
     with torch.no_grad():
         if quantized is None:
-            make = _prologue(backend == "triton" and precision not in INTEGER_VALUES)
+            make = _prologue(backend)
             quantized = make(
                 q,
                 k,
@@ -105,13 +98,15 @@ def quantize_inputs(
     smooth_k: bool = True,
     smooth_q: bool = False,
     key_scales: str = "block",
+    backend: str = "auto",
 ) -> QuantizedInputs:
     """Quantise ``[B, S, H, D]`` inputs once, for selection (block means) and attention alike.
 
-    On a GPU one fused pass (after one over k for its mean, and v for FP8 scales), elsewhere plain torch.
+    In Triton one fused pass (after one over k for its mean, and v for FP8 scales), else plain torch.
     Arguments are those of :func:`quantized_block_sparse_attention`; block sizes are the mask's.
     """
-    return _prologue(q.is_cuda and precision not in INTEGER_VALUES)(
+    case = case_of(q, k, v, blocks=(block_q, block_k))
+    return _prologue(choose_quantized(case, precision, backend).name)(
         q,
         k,
         v,
@@ -125,18 +120,28 @@ def quantize_inputs(
     )
 
 
-def why_not_quantized(q: torch.Tensor, mask: BlockMask, precision: str) -> str | None:
+def why_not_quantized(case: Case, precision: str) -> str | None:
     """Why the Triton kernels cannot run a quantised call, or None if they can."""
     if precision in INTEGER_VALUES:
         return "integer weights have no kernel, they are computed in float32 on the torch backend"
-    reason = capability.why_not_triton(q, mask)
-    if reason is None and (mask.block_q < 32 or mask.block_k < 32):
-        reason = f"8-bit products need blocks of at least 32, got {mask.block_q}x{mask.block_k}"
-    if reason is None and precision == "int8_fp8" and q.is_cuda:
-        major, minor = torch.cuda.get_device_capability(q.device)
+    reason = capability.why_not_triton(case)
+    if reason is None and case.blocks is not None and min(case.blocks) < 32:
+        reason = f"8-bit products need blocks of at least 32, got {case.blocks[0]}x{case.blocks[1]}"
+    if reason is None and precision == "int8_fp8" and case.device.type == "cuda":
+        major, minor = capability.compute_capability(case.device.index or 0)
         if (major, minor) < (8, 9):
             reason = f"FP8 needs compute capability 8.9 or newer, got {major}.{minor}"
     return reason
+
+
+def choose_quantized(case: Case, precision: str, backend: str = "auto") -> Choice:
+    """The backend of :func:`quantized_block_sparse_attention`; raises a ValueError if it is refused."""
+    if backend == "fa4":
+        raise refusal("quantized_attention", backend, "flash-attn-4 has no 8-bit kernels with block lists")
+    choice = choose("quantized_attention", backend, case, why_not_quantized(case, precision))
+    if choice.name == "triton":
+        return choice
+    return Choice(choice.name, f"{precision} emulated in float32, no faster; {choice.reason}")
 
 
 def _run_triton(
@@ -160,8 +165,8 @@ def _run_triton(
     return quantized_forward(quantized, mask, rows, key_mask, scale, q.shape[2], q.dtype)
 
 
-def _prologue(fused: bool) -> Callable[..., QuantizedInputs]:
-    if not fused:
+def _prologue(backend: str) -> Callable[..., QuantizedInputs]:
+    if backend != "triton":
         return reference_quantize
     from .portable.quantize import quantize_inputs as quantize_by_kernel
 

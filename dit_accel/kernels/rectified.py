@@ -13,7 +13,14 @@ import torch
 import torch.nn.functional as F
 
 from .block_mask import BlockMask
-from .selection import Impl, gather_mask, gather_rows, pool_blocks, pooled_scores, use_triton
+from .capability import why_not_kernels
+from .choice import Case, Choice, choose
+from .selection import gather_mask, gather_rows, pool_blocks, pooled_scores
+
+
+def choose_rectified(case: Case, backend: str = "auto") -> Choice:
+    """The backend of this module's operations; raises a ValueError if it is refused."""
+    return choose("rectified", backend, case, why_not_kernels(case))
 
 
 def pooled_attention(
@@ -26,7 +33,7 @@ def pooled_attention(
     rows: torch.Tensor | None = None,
     key_mask: torch.Tensor | None = None,
     scale: float | None = None,
-    impl: Impl = "auto",
+    backend: str = "auto",
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Attention of block means over key blocks, with text keys un-pooled.
 
@@ -34,7 +41,7 @@ def pooled_attention(
         q, k: ``[B, S, H, D]``, any strides.
         block_q, block_k: tokens in a query and in a key block.
         text: optional span ``(start, stop)`` of text slots; it must cover whole key blocks.
-        rows, key_mask, scale, impl: see :func:`dit_accel.kernels.selection.pooled_scores`.
+        rows, key_mask, scale, backend: see :func:`dit_accel.kernels.selection.pooled_scores`.
 
     Returns:
         ``(blocks, text)``: float32 ``[B, H, nq, nk]`` (0 for text and for hidden blocks) and the text's mass
@@ -42,7 +49,7 @@ def pooled_attention(
     """
     seq = k.shape[1]
     scale = q.shape[-1] ** -0.5 if scale is None else scale
-    logits = pooled_scores(q, k, block_q, block_k, rows=rows, key_mask=key_mask, scale=scale, impl=impl)
+    logits = pooled_scores(q, k, block_q, block_k, rows=rows, key_mask=key_mask, scale=scale, backend=backend)
     nk = logits.shape[-1]
     visible = torch.ones(1, 1, seq, dtype=torch.bool, device=k.device)
     if key_mask is not None:
@@ -61,7 +68,7 @@ def pooled_attention(
         k_text = k[:, start:stop].transpose(1, 2)
     else:
         k_text = torch.take_along_dim(k.transpose(1, 2), rows[..., start:stop].long()[..., None], dim=2)
-    q_mean = pool_blocks(q, block_q, rows=rows, impl=impl)
+    q_mean = pool_blocks(q, block_q, rows=rows, backend=backend)
     text_logits = (q_mean * scale) @ k_text.float().transpose(-1, -2)
     text_logits = torch.where(visible[:, :, None, start:stop], text_logits, -torch.inf)
     prob = torch.cat([logits + bias[:, :, None], text_logits], -1).softmax(-1)
@@ -75,14 +82,14 @@ def pool_deviation(
     *,
     rows: torch.Tensor | None = None,
     key_mask: torch.Tensor | None = None,
-    impl: Impl = "auto",
+    backend: str = "auto",
 ) -> torch.Tensor:
     """Mean absolute deviation of the valid tokens of each block from its mean, float32 ``[B, H, n, D]``.
 
     ``mean`` is what :func:`dit_accel.kernels.selection.pool_blocks` gives for the same arguments. The torch
     version takes heads one at a time to keep the memory small.
     """
-    if use_triton(impl, x.device):
+    if choose_rectified(Case(x.device), backend).name == "triton":
         from .portable.spread import pool_deviation_triton
 
         return pool_deviation_triton(x, mean, block, rows=rows, key_mask=key_mask)
@@ -112,7 +119,7 @@ def gain_exceeds_error(
     rows: torch.Tensor | None = None,
     key_mask: torch.Tensor | None = None,
     means: tuple[torch.Tensor, torch.Tensor] | None = None,
-    impl: Impl = "auto",
+    backend: str = "auto",
 ) -> torch.Tensor:
     """Where a pooled block may stand in: ``|Q.K| > |dQ.K| + |Q.dK|`` on block means and mean deviations.
 
@@ -124,12 +131,12 @@ def gain_exceeds_error(
     """
     if means is None:
         means = (
-            pool_blocks(q, block_q, rows=rows, impl=impl),
-            pool_blocks(k, block_k, rows=rows, key_mask=key_mask, impl=impl),
+            pool_blocks(q, block_q, rows=rows, backend=backend),
+            pool_blocks(k, block_k, rows=rows, key_mask=key_mask, backend=backend),
         )
     q_mean, k_mean = means
-    q_away = pool_deviation(q, q_mean, block_q, rows=rows, impl=impl)
-    k_away = pool_deviation(k, k_mean, block_k, rows=rows, key_mask=key_mask, impl=impl)
+    q_away = pool_deviation(q, q_mean, block_q, rows=rows, backend=backend)
+    k_away = pool_deviation(k, k_mean, block_k, rows=rows, key_mask=key_mask, backend=backend)
     k_mean_t = k_mean.transpose(-1, -2)
     error = (q_away @ k_mean_t).abs() + (q_mean @ k_away.transpose(-1, -2)).abs()
     return (q_mean @ k_mean_t).abs() > error
@@ -144,7 +151,7 @@ def add_pooled_compensation(
     *,
     rows: torch.Tensor | None = None,
     key_mask: torch.Tensor | None = None,
-    impl: Impl = "auto",
+    backend: str = "auto",
 ) -> torch.Tensor:
     """``out = R * out + sum of prob_J mean(V_J)`` in place, over blocks neither kept nor ruled out.
 
@@ -155,7 +162,7 @@ def add_pooled_compensation(
         kept: the blocks that the sparse attention read.
         compensated: optional bool ``[B, H, nq, nk]``, from :func:`gain_exceeds_error`; the mass of blocks
             that are neither kept nor compensated goes to the sparse output, as the paper has it.
-        rows, key_mask, impl: see :func:`dit_accel.kernels.selection.pool_blocks`.
+        rows, key_mask, backend: see :func:`dit_accel.kernels.selection.pool_blocks`.
     """
     seq, block_q = out.shape[1], kept.block_q
     if (kept.q_len, kept.kv_len) != (seq, v.shape[1]) or tuple(prob.shape[2:]) != kept.num_blocks:
@@ -168,8 +175,8 @@ def add_pooled_compensation(
         left_out = left_out & compensated
     weight = torch.where(left_out, prob, 0.0)
     share = 1.0 - weight.sum(-1)
-    extra = weight @ pool_blocks(v, kept.block_k, rows=rows, key_mask=key_mask, impl=impl)
-    if use_triton(impl, out.device):
+    extra = weight @ pool_blocks(v, kept.block_k, rows=rows, key_mask=key_mask, backend=backend)
+    if choose_rectified(Case(out.device), backend).name == "triton":
         from .portable.rectified import blend_blocks_triton
 
         return blend_blocks_triton(out, share, extra, block_q, rows)

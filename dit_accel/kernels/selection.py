@@ -10,39 +10,15 @@ References: SpargeAttn (arXiv 2502.18137) and SLA (2509.24006) for pooled scores
 
 from __future__ import annotations
 
-from typing import Literal
-
 import torch
 import torch.nn.functional as F
 
 from .block_mask import BlockMask
+from .capability import choose_selection
+from .choice import Case
 from .shares import PPM, WEIGHT_ONE, share_in_ppm
 
-Impl = Literal["auto", "torch", "triton"]
-
 MAX_BLOCKS = 16_384
-
-
-def use_triton(impl: Impl, device: torch.device, obstacle: str | None = None) -> bool:
-    """Whether ``impl`` means the Triton kernel for tensors on ``device``.
-
-    ``obstacle`` says what the kernel cannot do about this call: "auto" then takes torch, "triton" raises it.
-    """
-    if impl not in ("auto", "torch", "triton"):
-        raise ValueError(f"impl must be 'auto', 'torch' or 'triton', got {impl!r}.")
-    if impl == "triton" and obstacle is not None:
-        raise ValueError(obstacle)
-    return impl == "triton" or (impl == "auto" and device.type == "cuda" and obstacle is None)
-
-
-def tile_obstacle(x: torch.Tensor, block_q: int, block_k: int) -> str | None:
-    """Why kernels that multiply whole tiles cannot take ``x`` in these blocks; None if they can."""
-    if x.dtype not in (torch.float16, torch.bfloat16, torch.float32):
-        return f"The Triton kernel takes float16, bfloat16 or float32, got {x.dtype}."
-    for name, block in (("block_q", block_q), ("block_k", block_k)):
-        if block < 16 or block & (block - 1):
-            return f"{name} must be a power of two from 16 for the Triton kernel, got {block}."
-    return None
 
 
 def gather_rows(x: torch.Tensor, rows: torch.Tensor | None) -> torch.Tensor:
@@ -90,7 +66,7 @@ def pool_blocks(
     *,
     rows: torch.Tensor | None = None,
     key_mask: torch.Tensor | None = None,
-    impl: Impl = "auto",
+    backend: str = "auto",
 ) -> torch.Tensor:
     """Mean over the valid tokens of each block.
 
@@ -100,14 +76,14 @@ def pool_blocks(
         rows: optional int ``[B|1, H|1, S]`` permutation, slot ``n`` reads original row ``rows[b, h, n]``.
         key_mask: optional bool ``[B, S]`` in original order; hidden tokens (False) do not count, whatever
             they hold, and a block of hidden tokens gives 0.
-        impl: ``"torch"``, ``"triton"``, or ``"auto"`` (Triton on CUDA).
+        backend: one of :data:`~dit_accel.kernels.BACKENDS`; ``"auto"`` is Triton on CUDA.
 
     Returns:
         float32 ``[B, H, n, D]`` with ``n = ceil(S / block)``.
     """
     if block < 1:
         raise ValueError(f"block must be at least 1 token, got {block}.")
-    if use_triton(impl, x.device):
+    if choose_selection(Case(x.device), backend).name == "triton":
         from .portable.pooling import pool_blocks_triton
 
         return pool_blocks_triton(x, block, rows=rows, key_mask=key_mask)
@@ -135,7 +111,7 @@ def self_similarity(
     rows: torch.Tensor | None = None,
     key_mask: torch.Tensor | None = None,
     centre: torch.Tensor | None = None,
-    impl: Impl = "auto",
+    backend: str = "auto",
 ) -> torch.Tensor:
     """Mean cosine over all pairs of valid tokens of a block, each with itself included (SpargeAttn).
 
@@ -143,19 +119,19 @@ def self_similarity(
     the padding of a short block.
 
     Args:
-        x, block, rows, key_mask, impl: see :func:`pool_blocks`.
+        x, block, rows, key_mask, backend: see :func:`pool_blocks`.
         centre: float32 ``[B, H, D]``, subtracted from every token first.
 
     Returns:
         float32 ``[B, H, n]``; 0 for a block of hidden tokens.
     """
-    if use_triton(impl, x.device):
+    if choose_selection(Case(x.device), backend).name == "triton":
         from .portable.spread import self_similarity_triton
 
         return self_similarity_triton(x, block, rows=rows, key_mask=key_mask, centre=centre)
     wide = x.float() if centre is None else x.float() - centre[:, None]
     length = wide.norm(dim=-1, keepdim=True).clamp_min(torch.finfo(torch.float32).tiny)
-    return pool_blocks(wide / length, block, rows=rows, key_mask=key_mask, impl=impl).square().sum(-1)
+    return pool_blocks(wide / length, block, rows=rows, key_mask=key_mask, backend=backend).square().sum(-1)
 
 
 def pooled_scores(
@@ -168,7 +144,7 @@ def pooled_scores(
     k_rows: torch.Tensor | None = None,
     key_mask: torch.Tensor | None = None,
     scale: float | None = None,
-    impl: Impl = "auto",
+    backend: str = "auto",
 ) -> torch.Tensor:
     """Logits of block means: ``scale * mean(q block) . mean(k block)``.
 
@@ -185,15 +161,15 @@ def pooled_scores(
     """
     scale = q.shape[-1] ** -0.5 if scale is None else scale
     k_rows = rows if k_rows is None else k_rows
-    if use_triton(impl, q.device):
+    if choose_selection(Case(q.device), backend).name == "triton":
         from .portable.pooling import pool_pair_triton
 
         q_mean, k_mean = pool_pair_triton(
             q, k, block_q, block_k, rows=rows, k_rows=k_rows, key_mask=key_mask, scale=scale
         )
         return (q_mean @ k_mean.transpose(-1, -2))[..., : -(-k.shape[1] // block_k)]
-    q_mean = pool_blocks(q, block_q, rows=rows, impl=impl) * scale
-    k_mean = pool_blocks(k, block_k, rows=k_rows, key_mask=key_mask, impl=impl)
+    q_mean = pool_blocks(q, block_q, rows=rows, backend=backend) * scale
+    k_mean = pool_blocks(k, block_k, rows=k_rows, key_mask=key_mask, backend=backend)
     return q_mean @ k_mean.transpose(-1, -2)
 
 
@@ -222,7 +198,7 @@ def select_blocks(
     partial_k: torch.Tensor | None = None,
     empty_k: torch.Tensor | None = None,
     keep_own: bool = True,
-    impl: Impl = "auto",
+    backend: str = "auto",
 ) -> BlockMask:
     """Key blocks to read, from the scores of block pairs.
 
@@ -242,7 +218,7 @@ def select_blocks(
         partial_k: bool, likewise over ``nk``: key blocks with hidden keys; the mask lists them last.
         empty_k: bool, likewise over ``nk``: key blocks without any visible key; never selected.
         keep_own: also keep the key blocks that overlap the query block's own token range.
-        impl: ``"torch"``, ``"triton"``, or ``"auto"`` (Triton on CUDA).
+        backend: one of :data:`~dit_accel.kernels.BACKENDS`; ``"auto"`` is Triton on CUDA.
 
     Returns:
         The mask, with full blocks in ascending order first and then the partial ones in ascending order.
@@ -263,7 +239,7 @@ def select_blocks(
     forced_k = expand_blocks(forced_k, nk, "forced_k")
     partial_k = expand_blocks(partial_k, nk, "partial_k")
     empty_k = expand_blocks(empty_k, nk, "empty_k")
-    if use_triton(impl, scores.device):
+    if choose_selection(Case(scores.device), backend).name == "triton":
         from .portable.selection import select_blocks_triton
 
         return select_blocks_triton(
@@ -293,7 +269,7 @@ def select_blocks(
         keep = keep | own_blocks(block_q, block_k, q_len, kv_len, scores.device)
     keep = keep & open_k[..., None, :]
     partial = None if partial_k is None else partial_k[..., None, :]
-    return BlockMask.from_dense(keep, block_q, block_k, q_len, kv_len, partial=partial)
+    return BlockMask.from_dense(keep, block_q, block_k, q_len, kv_len, partial=partial, backend="torch")
 
 
 def own_blocks(block_q: int, block_k: int, q_len: int, kv_len: int, device: torch.device) -> torch.Tensor:
@@ -349,14 +325,16 @@ def select_pooled(
     forced_k: torch.Tensor | None = None,
     keep_own: bool = True,
     scale: float | None = None,
-    impl: Impl = "auto",
+    backend: str = "auto",
 ) -> BlockMask:
     """Pooled scores of q ``[B, Sq, H, D]`` and k ``[B, Sk, H, D]``, then selection, in one call.
 
     The arguments are those of :func:`pooled_scores` and :func:`select_blocks`; blocks that ``key_mask``
     hides in full are never selected, and those that it hides in part are listed as partial.
     """
-    scores = pooled_scores(q, k, block_q, block_k, rows=rows, k_rows=k_rows, key_mask=key_mask, scale=scale, impl=impl)
+    scores = pooled_scores(
+        q, k, block_q, block_k, rows=rows, k_rows=k_rows, key_mask=key_mask, scale=scale, backend=backend
+    )
     empty = partial = None
     if key_mask is not None:
         empty, partial = hidden_blocks(key_mask, block_k, rows=rows if k_rows is None else k_rows)
@@ -373,5 +351,5 @@ def select_pooled(
         partial_k=partial,
         empty_k=empty,
         keep_own=keep_own,
-        impl=impl,
+        backend=backend,
     )

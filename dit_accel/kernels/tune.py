@@ -18,6 +18,7 @@ import torch
 from . import capability
 from .block_mask import BlockMask
 from .block_sparse import block_sparse_attention
+from .choice import case_of
 from .tuning import LaunchConfig, entry_key
 
 BLOCKS = ((128, 128), (128, 64), (64, 64))
@@ -201,7 +202,7 @@ def _fa4_cases(
             calls = []
             for density in _FA4_DENSITIES:
                 mask = sizes.mask(block_q, block_k, density)
-                reason = capability.why_not_fa4(q, mask)
+                reason = capability.why_not_fa4(case_of(q, k, v, mask=mask))
                 call = partial(block_sparse_attention, q, k, v, mask)
                 if reason is None and time.monotonic() > until:
                     reason = "out of time"

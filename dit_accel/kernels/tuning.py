@@ -12,6 +12,7 @@ from typing import Any
 import torch
 
 from .block_mask import BlockMask
+from .choice import Case
 
 # Path of a table that ``dit-accel bench --kernels --out`` wrote; for GPUs of its name it replaces ours.
 TABLE_VARIABLE = "DIT_ACCEL_TUNING_TABLE"
@@ -75,9 +76,9 @@ def launch_config(op: str, q: torch.Tensor, mask: BlockMask, permuted: bool) -> 
     return LaunchConfig(warps, stages)
 
 
-def fa4_is_fastest(q: torch.Tensor, mask: BlockMask) -> bool:
+def fa4_is_fastest(case: Case) -> bool:
     """Whether the table lists a forward of this head dim and block size as faster on flash-attn-4."""
-    if not q.is_cuda:
+    if case.device.type != "cuda" or case.head_dim is None or case.blocks is None:
         return False
-    key = entry_key("forward", mask.block_q, mask.block_k, q.shape[-1], False)
-    return key in _table(_device_name(q.device.index or 0))["fa4_fastest"]
+    key = entry_key("forward", *case.blocks, case.head_dim, False)
+    return key in _table(_device_name(case.device.index or 0))["fa4_fastest"]

@@ -8,9 +8,16 @@ from functools import cache
 import torch
 
 from .block_mask import BlockMask
+from .choice import Choice
 
 # The kernel compiles with these and not before; CI compiles it with the oldest and the newest.
 OLDEST_TRITON = (3, 6)
+
+
+def kernel_of(choice: Choice, why_not_hopper: str | None) -> Choice:
+    """A choice of Triton whose reason also names the kernel."""
+    kernel = f"portable kernel, not the Hopper one: {why_not_hopper}" if why_not_hopper else "Hopper kernel"
+    return Choice(choice.name, f"{choice.reason}; {kernel}")
 
 
 def why_not_hopper_half(

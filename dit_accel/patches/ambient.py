@@ -1,16 +1,18 @@
 """What the hooks of a running transformer tell the attention call inside it.
 
-diffusers' processors call attention through a module-level symbol that carries no identity, so the hooks
-publish
-it beside the call: which layer this is, and where the latent tokens are.
+diffusers' processors call attention through a module-level symbol that carries no identity, so the hooks publish it
+beside the call: which layer this is, and where the latent tokens are.
 """
 
 from __future__ import annotations
 
 import threading
-from typing import NamedTuple
+from typing import TYPE_CHECKING, NamedTuple
 
 import torch
+
+if TYPE_CHECKING:
+    from .session import Session
 
 
 class LatentTokens(NamedTuple):
@@ -19,31 +21,48 @@ class LatentTokens(NamedTuple):
     Attributes:
         grid: latent frames, height and width in tokens; empty when only ``ids`` can tell.
         tokens: tokens of the latent stream, references behind the grid included.
-        ids: position ids ``[tokens, 3]`` (reference, row, column) of image models that pass no size. They are
-            read when attention runs, not while a graph is traced.
+        ids: positions of the tokens, of models that pass no size; the family reads them, when attention runs and
+            not while a graph is traced.
+        start: tokens of the latent stream before the grid.
     """
 
     grid: tuple[int, ...]
     tokens: int
     ids: torch.Tensor | None = None
+    start: int = 0
 
 
 class Eager(threading.local):
-    """Ambience of eager code: one per thread, since pipelines may run side by side."""
+    """Ambience of eager code: one per thread, since pipelines may run side by side.
+
+    Attributes:
+        layer: session and index of the attention layer that is running.
+        attended: whether its attention call has come to the seam.
+        branch: guidance branch as the pipeline names it.
+    """
 
     def __init__(self) -> None:
-        self.layer: torch.Tensor | None = None
-        self.latents: LatentTokens | None = None
+        self.layer: tuple[Session, int] | None = None
+        self.attended = False
         self.branch: str | None = None
 
 
 class Traced:
     """Ambience inside a graph that torch.compile traces. Writes and reads meet within one trace, so it holds
-    nothing at run time; a thread-local would not be traceable."""
+    nothing at run time; a thread-local would not be traceable.
+
+    Attributes:
+        block_input: first tensor of the block that is traced, by which a checkpointed block is recognised when it is
+            repeated.
+        counts: dense calls of the layer by reason, see :func:`~dit_accel.patches.operator.count_op`.
+    """
 
     def __init__(self) -> None:
         self.layer: torch.Tensor | None = None
+        self.attended = False
+        self.counts: torch.Tensor | None = None
         self.latents: LatentTokens | None = None
+        self.block_input: torch.Tensor | None = None
         self.learned: tuple[torch.Tensor, ...] = ()
 
 

@@ -11,6 +11,7 @@ from typing import Any
 from ..call import AttentionCall
 from ..engine import OutputTap
 from ..recipe import Recipe
+from .progress import PipelineSchedules
 from .session import Session
 from .summary import PatchSummary, summarise
 
@@ -28,6 +29,7 @@ class PatchHandle:
         self.recipe = recipe
         self.note = note
         self.sessions: dict[str, Session] = {}
+        self.schedules = PipelineSchedules()
         self._undo: list[Callable[[], None]] = []
 
     @property
@@ -44,7 +46,7 @@ class PatchHandle:
         while self._undo:
             self._undo.pop()()
         for session in self.sessions.values():
-            session.engine.planner.forget()
+            session.close()
 
     def summary(self) -> PatchSummary:
         """What ran so far: calls, true density, time, fallbacks. Waits for the device."""

@@ -4,6 +4,7 @@ their order."""
 
 from __future__ import annotations
 
+import copyreg
 from collections.abc import Callable, Mapping
 from contextlib import AbstractContextManager, contextmanager
 from functools import cache
@@ -15,6 +16,7 @@ from torch import nn
 
 from .ambient import EAGER, TRACED
 from .learned import CHILD
+from .operator import NO_CALL, PASSED, count_op
 
 if TYPE_CHECKING:
     from .handle import PatchHandle
@@ -22,7 +24,25 @@ if TYPE_CHECKING:
 
 
 def inert(*args: Any, **kwargs: Any) -> None:
-    """What a hook becomes in a deep copy of a patched model: the copy is not patched."""
+    """What a hook becomes in a copy or a pickle of a patched model: the copy is not patched."""
+
+
+def _make_inert() -> Callable[..., None]:
+    return inert
+
+
+def _new(kind: type[nn.Module], *arguments: Any) -> nn.Module:
+    return kind.__new__(kind, *arguments)
+
+
+class _Hook:
+    """A hook that a copy of the model does not keep."""
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> Callable[..., None]:
+        return inert
+
+    def __reduce__(self) -> tuple[Callable[..., Any], tuple[Any, ...]]:
+        return _make_inert, ()
 
 
 @cache
@@ -35,6 +55,8 @@ def patched_class(original: type[nn.Module]) -> type[nn.Module]:
 
     def reduce_to_original(self: nn.Module, protocol: Any) -> Any:
         make, arguments, *state = cast(tuple[Any, ...], original.__reduce_ex__(self, protocol))
+        # A pickler refuses copyreg.__newobj__ for another class than the object's.
+        make = _new if make is getattr(copyreg, "__newobj__") else make  # noqa: B009
         return make, tuple(original if a is patched else a for a in arguments), *state
 
     names = {
@@ -47,47 +69,91 @@ def patched_class(original: type[nn.Module]) -> type[nn.Module]:
     return patched
 
 
-class PublishLayer:
-    """Forward pre-hook of a self-attention module."""
+class PublishLayer(_Hook):
+    """Forward pre-hook of a self-attention module.
 
-    def __init__(self, session_id: int, layer: int) -> None:
-        # A tensor, because torch.compile would specialise a graph for each value of an int.
-        self.layer = torch.tensor([session_id, layer])
+    Attributes:
+        announced: session and layer.
+        layer: their ids for compiled code, in a tensor: torch.compile would specialise a graph for each value of an
+            int.
+        counts: of calls in compiled code that go past the session, by reason.
+    """
+
+    def __init__(self, session: Session, layer: int, counts: torch.Tensor) -> None:
+        self.announced = (session, layer)
+        self.layer = torch.tensor([session.id, layer])
+        self.counts = counts
 
     def __call__(self, module: nn.Module, args: tuple[Any, ...]) -> None:
         if torch.compiler.is_compiling():
-            TRACED.layer = self.layer
+            TRACED.layer, TRACED.counts, TRACED.attended = self.layer, self.counts, False
             # Inputs of the graph, so that they get their gradients; eager calls find them by layer.
             learned = module._modules.get(CHILD)
             TRACED.learned = () if learned is None else tuple(learned.parameters())
         else:
-            EAGER.layer = self.layer
-
-    def __deepcopy__(self, memo: dict[int, Any]) -> Callable[..., None]:
-        return inert
+            EAGER.layer, EAGER.attended = self.announced, False
 
 
-class ClearLayer:
+class ClearLayer(_Hook):
     """Forward hook of a self-attention module."""
+
+    def __init__(self, session: Session, layer: int) -> None:
+        self.session = session
+        self.index = layer
 
     def __call__(self, module: nn.Module, args: tuple[Any, ...], output: Any) -> None:
         if torch.compiler.is_compiling():
-            TRACED.layer = None
+            if TRACED.layer is not None and not TRACED.attended:
+                assert TRACED.counts is not None
+                count_op(TRACED.counts, PASSED.index(NO_CALL))
+            TRACED.layer = TRACED.counts = None
             TRACED.learned = ()
         else:
+            if EAGER.layer is not None and not EAGER.attended:
+                self.session.engine.count_dense(self.index, NO_CALL)
             EAGER.layer = None
 
-    def __deepcopy__(self, memo: dict[int, Any]) -> Callable[..., None]:
-        return inert
+
+class EnterModule(_Hook):
+    """Forward pre-hook of a block with a self-attention, and of that: what gradient checkpointing repeats."""
+
+    def __init__(self, session: Session, is_block: bool) -> None:
+        self.session = session
+        self.is_block = is_block
+
+    def __call__(self, module: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> None:
+        tensor = next((value for value in (*args, *kwargs.values()) if isinstance(value, torch.Tensor)), None)
+        if not torch.compiler.is_compiling():
+            self.session.enter_module(tensor, self.is_block)
+        elif self.is_block:
+            TRACED.block_input = tensor
 
 
-class PublishLatents:
+class LeaveBlock(_Hook):
+    """Forward hook of a block with a self-attention."""
+
+    def __call__(self, module: nn.Module, args: tuple[Any, ...], output: Any) -> None:
+        if torch.compiler.is_compiling():
+            # A trace must not end with it: the graph would return it and keep it alive.
+            TRACED.block_input = None
+
+
+class PublishLatents(_Hook):
     """Forward pre-hook of a transformer."""
 
-    def __init__(self, session: Session, handle: PatchHandle, argument_names: tuple[str, ...]) -> None:
+    def __init__(
+        self,
+        session: Session,
+        handle: PatchHandle,
+        argument_names: tuple[str, ...],
+        processors: Callable[[], None],
+        watch_gradients: Callable[[], None],
+    ) -> None:
         self.session = session
         self.handle = handle
         self.argument_names = argument_names
+        self.processors = processors
+        self.watch_gradients: Callable[[], None] | None = watch_gradients
 
     def __call__(self, module: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> None:
         arguments = dict(zip(self.argument_names, args, strict=False))
@@ -96,25 +162,30 @@ class PublishLatents:
         if torch.compiler.is_compiling():
             TRACED.latents = latents
         else:
-            EAGER.latents = latents
-            self.session.begin_forward()
+            hidden = arguments.get("hidden_states")
+            if isinstance(hidden, torch.Tensor):
+                # Also where every call will stay dense: a named backend is refused before the first step.
+                self.session.engine.refuse_backend(hidden.device, hidden.dtype)
+            self.processors()
+            if self.watch_gradients is not None and torch.is_grad_enabled():
+                self.watch_gradients()
+                self.watch_gradients = None
+            self.session.begin_forward(latents, arguments.get("timestep"))
 
-    def __deepcopy__(self, memo: dict[int, Any]) -> Callable[..., None]:
-        return inert
 
-
-class ClearAll:
+class ClearAll(_Hook):
     """Forward hook of a transformer, called also after an exception: nothing published outlives a forward."""
+
+    def __init__(self, session: Session) -> None:
+        self.session = session
 
     def __call__(self, module: nn.Module, args: tuple[Any, ...], output: Any) -> None:
         if torch.compiler.is_compiling():
-            TRACED.layer = TRACED.latents = None
+            TRACED.layer = TRACED.latents = TRACED.counts = TRACED.block_input = None
             TRACED.learned = ()
         else:
-            EAGER.layer = EAGER.latents = None
-
-    def __deepcopy__(self, memo: dict[int, Any]) -> Callable[..., None]:
-        return inert
+            EAGER.layer = None
+            self.session.end_forward()
 
 
 class BranchContext:
@@ -138,3 +209,7 @@ class BranchContext:
         copy = memo.get(id(owner))
         # The copy's own method, as if never replaced.
         return self.original if copy is None else MethodType(type(copy).cache_context, copy)
+
+    def __reduce__(self) -> tuple[Callable[..., Any], tuple[Any, ...]]:
+        # When a pickle is read, the model has no such attribute yet, and its class's method is found.
+        return getattr, (self.original.__self__, "cache_context")  # type: ignore[attr-defined]

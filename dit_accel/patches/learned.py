@@ -7,9 +7,11 @@ from collections.abc import Callable
 from types import MethodType
 from typing import Any
 
+import torch
 from torch import nn
 
 from ..stages.compensate_linear import LearnedCompensation
+from .offloading import join_offloading
 
 CHILD = "dit_accel"
 """Name of the module under an attention layer."""
@@ -29,15 +31,26 @@ def head_shape(module: Any) -> tuple[int, int]:
     return int(heads), int(inner) // int(heads)
 
 
-def attach(module: nn.Module, learned: LearnedCompensation) -> Callable[[], None]:
-    """Put parameters under an attention layer, on its device. Returns the undo."""
+def attach(module: nn.Module, learned: LearnedCompensation, model: nn.Module | None = None) -> Callable[[], None]:
+    """Put parameters under an attention layer of a model, on its device. Returns the undo."""
     device = next((p.device for p in module.parameters() if p.device.type != "meta"), None)
     module.add_module(CHILD, learned if device is None else learned.to(device))
+    learned.register_forward_pre_hook(_follow_data)
+    leave = None if model is None else join_offloading(model, learned)
 
     def undo() -> None:
         module._modules.pop(CHILD, None)
+        if leave is not None:
+            leave()
 
     return undo
+
+
+def _follow_data(module: nn.Module, args: tuple[Any, ...]) -> None:
+    """Offloading that began before the patch does not move what the patch adds."""
+    data: torch.Tensor = args[0]
+    if any(parameter.device not in (data.device, torch.device("meta")) for parameter in module.parameters()):
+        module.to(data.device)
 
 
 def is_learned(name: str) -> bool:
@@ -62,6 +75,10 @@ class SaveWithoutLearned:
     def __deepcopy__(self, memo: dict[int, Any]) -> Any:
         copy = memo.get(id(self.original.__self__))  # type: ignore[attr-defined]
         return self.original if copy is None else MethodType(type(copy).save_pretrained, copy)
+
+    def __reduce__(self) -> tuple[Callable[..., Any], tuple[Any, ...]]:
+        # When a pickle is read, the model has no such attribute yet, and its class's method is found.
+        return getattr, (self.original.__self__, "save_pretrained")  # type: ignore[attr-defined]
 
 
 def _drop_learned(module: nn.Module, state: dict[str, Any], prefix: str, metadata: Any) -> None:

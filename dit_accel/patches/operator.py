@@ -50,7 +50,7 @@ def _run(
     enable_gqa: bool,
     backend: str | None,
     through_dispatch: bool,
-    record: bool,
+    forward: int | None = None,
 ) -> torch.Tensor:
     def dense() -> torch.Tensor:
         return _dense(q, k, v, attn_mask, scale, enable_gqa, backend, through_dispatch)
@@ -59,8 +59,10 @@ def _run(
     session = session_of(session_id)
     if session is None:
         return dense()
+    if forward is not None:
+        return session.repeat(forward, index, q, k, v, attn_mask, scale, dense, learned or None)
     latents = LatentTokens(tuple(grid), count, ids) if count else None
-    return session.attend(index, q, k, v, attn_mask, scale, latents, dense, record, learned or None)
+    return session.attend(index, q, k, v, attn_mask, scale, latents, dense, learned or None)
 
 
 # A captured CUDA graph would replay one step's decision for ever.
@@ -74,6 +76,7 @@ def attention_op(
     v: torch.Tensor,
     attn_mask: torch.Tensor | None,
     layer: torch.Tensor,
+    block_input: torch.Tensor | None,
     grid: list[int],
     count: int,
     ids: torch.Tensor | None,
@@ -82,8 +85,12 @@ def attention_op(
     enable_gqa: bool,
     backend: str | None,
     through_dispatch: bool,
-) -> torch.Tensor:
-    """Attention of the announced layer, (B, S, H, D), contiguous."""
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Attention of the announced layer, (B, S, H, D), contiguous, and the number of its forward, int64 [1], by which
+    the gradient finds what this call used."""
+    session = session_of(int(layer[0]))
+    if session is not None:
+        session.enter_module(block_input, is_block=True)
     out = _run(
         q,
         k,
@@ -98,14 +105,16 @@ def attention_op(
         enable_gqa,
         backend,
         through_dispatch,
-        record=True,
     )
-    return out.contiguous()
+    number = -1 if session is None else session.forward_number()
+    return out.contiguous(), torch.tensor([number])
 
 
 @attention_op.register_fake
-def _(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, *rest: Any) -> torch.Tensor:
-    return q.new_empty(q.shape[:-1] + v.shape[-1:])
+def _(
+    q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, attn_mask: torch.Tensor | None, layer: torch.Tensor, *rest: Any
+) -> tuple[torch.Tensor, torch.Tensor]:
+    return q.new_empty(q.shape[:-1] + v.shape[-1:]), layer.new_empty(1)
 
 
 @contextmanager
@@ -119,6 +128,7 @@ def _recording() -> Iterator[None]:
 @torch.library.custom_op("dit_accel::attention_backward", mutates_args=(), tags=_TAGS)
 def attention_backward_op(
     grad: torch.Tensor,
+    forward: torch.Tensor,
     q: torch.Tensor,
     k: torch.Tensor,
     v: torch.Tensor,
@@ -150,7 +160,7 @@ def attention_backward_op(
             enable_gqa,
             backend,
             through_dispatch,
-            record=False,
+            int(forward),
         )
         inputs = (q, k, v, *learned)
         # A layer that stays dense leaves its learned parameters alone.
@@ -164,6 +174,7 @@ def attention_backward_op(
 @attention_backward_op.register_fake
 def _(
     grad: torch.Tensor,
+    forward: torch.Tensor,
     q: torch.Tensor,
     k: torch.Tensor,
     v: torch.Tensor,
@@ -178,18 +189,49 @@ def _(
     return [torch.empty_like(x, memory_format=torch.contiguous_format) for x in (q, k, v, *learned)]
 
 
-def _save(ctx: Any, inputs: tuple[Any, ...], output: torch.Tensor) -> None:
-    q, k, v, attn_mask, layer, grid, count, ids, learned, *options = inputs
-    ctx.save_for_backward(q, k, v, attn_mask, layer, ids, *learned)
+def _save(ctx: Any, inputs: tuple[Any, ...], output: tuple[torch.Tensor, torch.Tensor]) -> None:
+    q, k, v, attn_mask, layer, _, grid, count, ids, learned, *options = inputs
+    ctx.save_for_backward(output[1], q, k, v, attn_mask, layer, ids, *learned)
     ctx.grid, ctx.count, ctx.options = grid, count, options
 
 
-def _backward(ctx: Any, grad: torch.Tensor) -> tuple[Any, ...]:
-    q, k, v, attn_mask, layer, ids, *learned = ctx.saved_tensors
-    grads = attention_backward_op(grad, q, k, v, attn_mask, layer, ctx.grid, ctx.count, ids, learned, *ctx.options)
+def _backward(ctx: Any, grad: torch.Tensor, _: Any) -> tuple[Any, ...]:
+    forward, q, k, v, attn_mask, layer, ids, *learned = ctx.saved_tensors
+    grads = attention_backward_op(
+        grad, forward, q, k, v, attn_mask, layer, ctx.grid, ctx.count, ids, learned, *ctx.options
+    )
     # An empty list has no tensors to give None for: it wants an empty list back.
     grid: list[None] | None = None if ctx.grid else []
-    return (*grads[:3], None, None, grid, None, None, list(grads[3:]), *[None] * len(ctx.options))
+    return (*grads[:3], None, None, None, grid, None, None, list(grads[3:]), *[None] * len(ctx.options))
 
 
 attention_op.register_autograd(_backward, setup_context=_save)
+
+NO_CALL = "the attention module made no call that can be taken: a cache answered, or a processor attends in its own way"
+# Why compiled code may go past the session; a graph counts by index.
+PASSED = (
+    "context parallelism",
+    "keys and queries differ in number",
+    "causal attention",
+    "dropout",
+    "attention_kwargs",
+    "an attention mask that is no tensor",
+    "a torch function mode watches attention",
+    NO_CALL,
+)
+
+
+def new_counts() -> torch.Tensor:
+    """Counters of one layer's dense calls in compiled code, by index into :data:`PASSED`."""
+    return torch.zeros(len(PASSED), dtype=torch.int64)
+
+
+@torch.library.custom_op("dit_accel::count", mutates_args=("counts",), tags=_TAGS)
+def count_op(counts: torch.Tensor, reason: int) -> None:
+    """Count a dense call of compiled code: ``counts`` is int64 ``[len(PASSED)]``."""
+    counts[reason] += 1
+
+
+@count_op.register_fake
+def _(counts: torch.Tensor, reason: int) -> None:
+    pass

@@ -17,10 +17,11 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
+from torch.overrides import _get_current_function_mode_stack
+from torch.utils._device import DeviceContext
 
-from .ambient import EAGER, TRACED, LatentTokens
-from .operator import attention_op
-from .session import session_of
+from .ambient import EAGER, TRACED
+from .operator import PASSED, attention_op, count_op
 
 
 @dataclass
@@ -72,15 +73,58 @@ def divert(module_name: str, symbol: str) -> Callable[[], None]:
     return undo
 
 
-def _published() -> tuple[torch.Tensor | None, LatentTokens | None]:
+def _is_announced() -> bool:
+    """Whether the module of a patched layer is running; it is marked as having called attention."""
+    here = TRACED if torch.compiler.is_compiling() else EAGER
+    if here.layer is None:
+        return False
+    here.attended = True
+    return True
+
+
+def _why_not(
+    attn_mask: Any,
+    dropout_p: float,
+    is_causal: bool,
+    lengths: tuple[int, int],
+    attention_kwargs: Any = None,
+    parallel_config: Any = None,
+) -> str | None:
+    """Why a call cannot be taken: one of :data:`PASSED`, or None."""
+    refused = (
+        parallel_config is not None,
+        lengths[0] != lengths[1],
+        is_causal,
+        dropout_p,
+        attention_kwargs,
+        attn_mask is not None and not isinstance(attn_mask, torch.Tensor),
+        _function_mode_is_on(),
+    )
+    if not any(refused):
+        return None
+    return next(reason for reason, holds in zip(PASSED, refused, strict=False) if holds)
+
+
+def _function_mode_is_on() -> bool:
+    """Whether somebody replaces torch functions, as perturbed-attention guidance does with attention itself."""
+    if torch.compiler.is_compiling() or not torch._C._len_torch_function_stack():
+        return False
+    # A default device is a function mode too, and changes nothing here.
+    return not all(isinstance(mode, DeviceContext) for mode in _get_current_function_mode_stack())
+
+
+def _pass_by(reason: str, dense: Callable[[], torch.Tensor]) -> torch.Tensor:
+    """The model's own attention, counted with the reason."""
     if torch.compiler.is_compiling():
-        return TRACED.layer, TRACED.latents
-    return EAGER.layer, EAGER.latents
+        assert TRACED.counts is not None
+        count_op(TRACED.counts, PASSED.index(reason))
+        return dense()
+    assert EAGER.layer is not None
+    session, index = EAGER.layer
+    return session.engine.pass_by(index, reason, dense)
 
 
 def _attend(
-    layer: torch.Tensor,
-    latents: LatentTokens | None,
     query: torch.Tensor,
     key: torch.Tensor,
     value: torch.Tensor,
@@ -92,13 +136,14 @@ def _attend(
     dense: Callable[[], torch.Tensor],
 ) -> torch.Tensor:
     if torch.compiler.is_compiling():
-        grid, count, ids = latents if latents is not None else ((), 0, None)
-        return attention_op(
+        grid, count, ids, _ = TRACED.latents if TRACED.latents is not None else ((), 0, None, 0)
+        out, _ = attention_op(
             query,
             key,
             value,
             attn_mask,
-            layer,
+            TRACED.layer,
+            TRACED.block_input if TRACED.latents is None else None,
             list(grid),
             count,
             ids,
@@ -108,11 +153,10 @@ def _attend(
             backend,
             through_dispatch,
         )
-    session_id, index = layer.tolist()
-    session = session_of(session_id)
-    if session is None:
-        return dense()
-    return session.attend(index, query, key, value, attn_mask, scale, latents, dense)
+        return out
+    assert EAGER.layer is not None
+    session, index = EAGER.layer
+    return session.attend(index, query, key, value, attn_mask, scale, None, dense)
 
 
 def _dispatch_in_place_of(original: Callable[..., torch.Tensor]) -> Callable[..., torch.Tensor]:
@@ -145,13 +189,14 @@ def _dispatch_in_place_of(original: Callable[..., torch.Tensor]) -> Callable[...
                 parallel_config=parallel_config,
             )
 
-        layer, latents = _published()
-        plain = not (dropout_p or is_causal or attention_kwargs) and parallel_config is None
-        maskable = attn_mask is None or isinstance(attn_mask, torch.Tensor)
-        if layer is None or not plain or not maskable or query.shape[1] != key.shape[1]:
+        if not _is_announced():
             return dense()
+        lengths = query.shape[1], key.shape[1]
+        reason = _why_not(attn_mask, dropout_p, is_causal, lengths, attention_kwargs, parallel_config)
+        if reason is not None:
+            return _pass_by(reason, dense)
         name = None if backend is None else getattr(backend, "value", backend)
-        return _attend(layer, latents, query, key, value, attn_mask, scale, enable_gqa, name, True, dense)
+        return _attend(query, key, value, attn_mask, scale, enable_gqa, name, True, dense)
 
     return dispatch_attention_fn
 
@@ -173,12 +218,12 @@ def _scaled_dot_product_attention(
             query, key, value, attn_mask, dropout_p, is_causal, scale=scale, enable_gqa=enable_gqa
         )
 
-    layer, latents = _published()
-    if layer is None or dropout_p or is_causal or query.shape[-2] != key.shape[-2]:
+    if not _is_announced():
         return original()
+    reason = _why_not(attn_mask, dropout_p, is_causal, (query.shape[-2], key.shape[-2]))
+    if reason is not None:
+        return _pass_by(reason, original)
     out = _attend(
-        layer,
-        latents,
         query.transpose(1, 2),
         key.transpose(1, 2),
         value.transpose(1, 2),

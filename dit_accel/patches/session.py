@@ -1,27 +1,74 @@
-"""One patched transformer: its engine, its family, and where in the denoising run it is."""
+"""One patched transformer: its engine, its family, and which forward of which run is under way in each thread."""
 
 from __future__ import annotations
 
 import itertools
+import threading
 import weakref
+from collections import OrderedDict
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
+from torch import nn
 
 from ..engine import Engine
 from ..layout import StepContext, TokenLayout
+from ..run import Run
 from .ambient import EAGER, LatentTokens
 from .families import Family
+from .progress import PipelineSchedules, RunTracker
 
 # The opaque operator finds its session by id: a graph can hold a tensor, not a Python object.
 _sessions: weakref.WeakValueDictionary[int, Session] = weakref.WeakValueDictionary()
 _ids = itertools.count()
+# Forwards whose gradients may still be asked for. Each holds references to plans, not plans of its own.
+KEPT_FORWARDS = 64
 
 
 def session_of(session_id: int) -> Session | None:
     """The live session with this id, or None after its patch was removed."""
     return _sessions.get(session_id)
+
+
+@dataclass(eq=False)
+class Forward:
+    """One forward of the transformer.
+
+    Attributes:
+        number: counts the forwards of the transformer.
+        run, step: where it belongs.
+        latents: where the latent tokens are; None if unknown.
+        traced: whether it runs inside one graph, whose end nobody announces.
+        last_layer: the layer that attended last.
+        inputs: addresses of the tensors that blocks and attention layers were given: a checkpointed module is repeated
+            with the very same tensor, and while that lives no other has its address.
+        used: kept plans that its layers used.
+        layouts: of its sequences, by length.
+    """
+
+    number: int
+    run: Run
+    step: StepContext
+    latents: LatentTokens | None
+    traced: bool = False
+    last_layer: int = -1
+    inputs: set[int] = field(default_factory=set)
+    used: dict[int, Any] = field(default_factory=dict)
+    layouts: dict[int, TokenLayout | str] = field(default_factory=dict)
+
+
+class _Thread(threading.local):
+    """What a session knows in one thread."""
+
+    def __init__(
+        self, model: weakref.ref[nn.Module], pipe: weakref.ref[Any] | None, schedules: PipelineSchedules
+    ) -> None:
+        self.runs = RunTracker(model, pipe, schedules)
+        self.forward: Forward | None = None
+        # The forward that a checkpointed block repeats, between the block's hooks.
+        self.repeated: Forward | None = None
 
 
 class Session:
@@ -31,28 +78,72 @@ class Session:
         engine: runs the attention calls.
         family: knows the model.
         patch_size: latent size of a token (frames, height, width).
-        pipe: where the scheduler lives; None for a bare transformer.
+        model: the transformer.
+        pipe: the patched pipeline; None for a bare transformer.
+        schedules: shared by the sessions of a patch.
     """
 
-    def __init__(self, engine: Engine, family: Family, patch_size: tuple[int, int, int], pipe: Any) -> None:
+    def __init__(
+        self,
+        engine: Engine,
+        family: Family,
+        patch_size: tuple[int, int, int],
+        model: nn.Module,
+        pipe: Any,
+        schedules: PipelineSchedules,
+    ) -> None:
         self.id = next(_ids)
         self.engine = engine
         self.family = family
         self.patch_size = patch_size
-        self._pipe = None if pipe is None else weakref.ref(pipe)
-        self._forward_id = 0
-        self._last_layer = -1
-        self._step: StepContext | None = None
-        self._latents: dict[int, LatentTokens] = {}
-        self._layouts: dict[tuple[LatentTokens, int], TokenLayout | str] = {}
-        self._ids_grid: tuple[int, LatentTokens] | None = None
-        self._sigmas: tuple[torch.Tensor, list[float]] | None = None
+        self._origin = (weakref.ref(model), None if pipe is None else weakref.ref(pipe), schedules)
+        self._thread = _Thread(*self._origin)
+        self._numbers = itertools.count()
+        self._forwards: OrderedDict[int, Forward] = OrderedDict()
+        self._lock = threading.Lock()
         _sessions[self.id] = self
 
-    def begin_forward(self) -> None:
-        """Called when an eager forward of the transformer starts."""
-        self._forward_id += 1
-        self._last_layer = -1
+    def begin_forward(self, latents: LatentTokens | None, timestep: torch.Tensor | None, traced: bool = False) -> None:
+        """Called when a forward of the transformer starts in this thread."""
+        if latents is not None and latents.ids is not None:
+            # One small copy to the host per forward.
+            latents = self.family.place(latents)
+        number = next(self._numbers)
+        run, step, unknown = self._thread.runs.next_forward(number, EAGER.branch, timestep)
+        if unknown is not None and self.engine.recipe.schedule.follows_steps:
+            self.engine.note(f"The denoising step is unknown: {unknown}. Plans are made as for a bare transformer.")
+        forward = self._thread.forward = Forward(number, run, step, latents, traced)
+        self._thread.repeated = None
+        # A graph's operators run below autograd and cannot know whether gradients will be asked for.
+        if traced or torch.is_grad_enabled():
+            with self._lock:
+                # What its repetition needs, without the run and all that it keeps.
+                self._forwards[number] = replace(forward, run=Run())
+                while len(self._forwards) > KEPT_FORWARDS:
+                    self._forwards.popitem(last=False)
+
+    def end_forward(self) -> None:
+        """Called when an eager forward of the transformer ends, also by an exception."""
+        self._thread.forward = None
+
+    def enter_module(self, tensor: torch.Tensor | None, is_block: bool) -> None:
+        """Called when a block or an attention layer starts, with the first tensor that it is given.
+
+        Outside a forward this is a checkpointed module that is repeated for its gradients: its input tells of which
+        forward it was a part.
+        """
+        if tensor is None:
+            return
+        address, forward = tensor.data_ptr(), self._thread.forward
+        if forward is not None:
+            if forward.number in self._forwards:
+                forward.inputs.add(address)
+            return
+        with self._lock:
+            known = next((one for one in reversed(self._forwards.values()) if address in one.inputs), None)
+        # The input of an attention layer inside a repeated block is new, and tells nothing.
+        if known is not None or is_block:
+            self._thread.repeated = known
 
     def attend(
         self,
@@ -64,105 +155,115 @@ class Session:
         scale: float | None,
         latents: LatentTokens | None,
         dense: Callable[[], torch.Tensor],
-        record: bool = True,
         learned: Sequence[torch.Tensor] | None = None,
     ) -> torch.Tensor:
         """One intercepted call, (B, S, H, D); see :meth:`dit_accel.engine.Engine.attend`.
 
-        ``latents`` is None in a compiled block whose transformer runs eagerly: its hook has published
-        them. It is also None when a checkpointed forward is repeated for its gradients, hooks ended.
+        ``latents`` are what a graph of the whole transformer holds; None in eager code and in compiled blocks, whose
+        transformer's hook has said where the latents are.
         """
-        traced = latents is not None and latents is not EAGER.latents
-        latents = latents or EAGER.latents or self._latents.get(q.shape[1])
-        if latents is not None:
-            self._latents[q.shape[1]] = latents
-        if traced and record and layer <= self._last_layer:
-            # The whole transformer is compiled: no hook announced this forward.
-            self._forward_id += 1
-        self._last_layer = layer
-        layout = self._layout(latents, q.shape[1])
-        if self._step is None or self._step.forward_id != self._forward_id:
-            self._step = self._read_step()  # it does not change within a forward
-        return self.engine.attend(layer, q, k, v, attn_mask, scale, layout, self._step, dense, record, learned)
+        forward, record = self._forward(layer, latents)
+        if forward is None:
+            forward = self._only_forward_with(q.shape[1])
+        if forward is None:
+            return self.engine.pass_by(layer, "called outside a forward of its transformer", dense)
+        return self._attend(forward, layer, q, k, v, attn_mask, scale, dense, record, learned)
 
-    def _read_step(self) -> StepContext:
-        """Where the pipeline is, read from its scheduler without a device sync."""
-        pipe = None if self._pipe is None else self._pipe()
-        scheduler = getattr(pipe, "scheduler", None)
-        timesteps = getattr(scheduler, "timesteps", None)
-        if timesteps is None or not getattr(scheduler, "num_inference_steps", None):
-            return StepContext(branch=EAGER.branch, forward_id=self._forward_id)
-        index = step_index(pipe, scheduler, timesteps)
-        return StepContext(
-            index=index,
-            num_steps=len(timesteps),
-            sigma=self._sigma(scheduler, index),
-            branch=EAGER.branch,
-            forward_id=self._forward_id,
+    def repeat(
+        self,
+        number: int,
+        layer: int,
+        q: torch.Tensor,
+        k: torch.Tensor,
+        v: torch.Tensor,
+        attn_mask: torch.Tensor | None,
+        scale: float | None,
+        dense: Callable[[], torch.Tensor],
+        learned: Sequence[torch.Tensor] | None = None,
+    ) -> torch.Tensor:
+        """A call of the forward ``number`` again, for its gradients.
+
+        Raises:
+            RuntimeError: so many forwards came since that it is no longer known.
+        """
+        forward = self._only_forward_with(q.shape[1]) if number < 0 else self._forwards.get(number)
+        if forward is None:
+            raise RuntimeError(
+                f"The gradients of a forward can be asked for until {KEPT_FORWARDS} others have begun, and this one "
+                "is older; call backward earlier."
+            )
+        return self._attend(forward, layer, q, k, v, attn_mask, scale, dense, False, learned)
+
+    def forward_number(self) -> int:
+        """Number of the forward that this thread runs or repeats; -1 for none."""
+        forward = self._thread.forward or self._thread.repeated
+        return -1 if forward is None else forward.number
+
+    def close(self) -> None:
+        """Drop all that is kept of runs, in every thread."""
+        self.engine.planner.forget()
+        self.engine.run.forget()
+        self._forwards.clear()
+        self._thread = _Thread(*self._origin)
+
+    def _forward(self, layer: int, latents: LatentTokens | None) -> tuple[Forward | None, bool]:
+        """The forward of a call, and whether the call is its first, not a repetition."""
+        forward = self._thread.forward
+        if latents is not None and (forward is None or not forward.traced or layer <= forward.last_layer):
+            # The whole transformer is compiled: no hook announced this forward.
+            self.begin_forward(latents, None, traced=True)
+            forward = self._thread.forward
+        if forward is not None:
+            forward.last_layer = layer
+            return forward, True
+        return self._thread.repeated, False
+
+    def _only_forward_with(self, seq_len: int) -> Forward | None:
+        """The latest forward of so many tokens, if all such forwards have one latent grid.
+
+        A last resort for blocks whose saved inputs were moved, and so cannot be recognised.
+
+        Raises:
+            RuntimeError: they have several.
+        """
+        with self._lock:
+            fits = [
+                one for one in self._forwards.values() if isinstance(self._layout(one.latents, seq_len), TokenLayout)
+            ]
+        layouts = {self._layout(one.latents, seq_len) for one in fits}
+        if len(layouts) > 1:
+            raise RuntimeError(
+                f"Cannot tell of which forward this repeated block of {seq_len} tokens was a part: "
+                f"{len(layouts)} latent grids have as many. Call backward before a forward of another size."
+            )
+        return fits[-1] if fits else None
+
+    def _attend(
+        self,
+        forward: Forward,
+        layer: int,
+        q: torch.Tensor,
+        k: torch.Tensor,
+        v: torch.Tensor,
+        attn_mask: torch.Tensor | None,
+        scale: float | None,
+        dense: Callable[[], torch.Tensor],
+        record: bool,
+        learned: Sequence[torch.Tensor] | None,
+    ) -> torch.Tensor:
+        layout = forward.layouts.get(q.shape[1])
+        if layout is None:
+            layout = forward.layouts[q.shape[1]] = self._layout(forward.latents, q.shape[1])
+        return self.engine.attend(
+            layer, q, k, v, attn_mask, scale, layout, forward.step, dense, record, learned, forward.run, forward.used
         )
 
-    def _sigma(self, scheduler: Any, index: int) -> float | None:
-        schedule = scheduler.timesteps
-        if self._sigmas is None or self._sigmas[0] is not schedule:
-            self._sigmas = (schedule, sigmas_of(scheduler))  # once a run
-        values = self._sigmas[1]
-        return values[index] if index < len(values) else None
-
     def _layout(self, latents: LatentTokens | None, seq_len: int) -> TokenLayout | str:
-        if latents is None:
-            return "the latent grid is unknown"
-        if latents.ids is not None:
-            latents = self._resolve(latents)
-        key = (latents, seq_len)
-        if key not in self._layouts:
-            self._layouts[key] = self._place(latents, seq_len)
-        return self._layouts[key]
+        return "the latent grid is unknown" if latents is None else self._place(latents, seq_len)
 
     def _place(self, latents: LatentTokens, seq_len: int) -> TokenLayout | str:
         extra = seq_len - latents.tokens
         if len(latents.grid) != 3 or extra < 0:
             return f"{seq_len} tokens do not hold the latent grid {latents.grid}"
-        start = extra if self.family.text_first else 0
+        start = latents.start + (extra if self.family.text_first else 0)
         return TokenLayout((latents.grid[0], latents.grid[1], latents.grid[2]), start, seq_len)
-
-    def _resolve(self, latents: LatentTokens) -> LatentTokens:
-        """Read the grid off position ids: one small copy to the host per forward."""
-        if self._ids_grid is None or self._ids_grid[0] != self._forward_id:
-            assert latents.ids is not None
-            ids = latents.ids.detach().reshape(-1, latents.ids.shape[-1]).round().long().cpu()
-            target = ids[ids[:, 0] == ids[0, 0]]  # references carry another first id
-            height, width = (int(target[:, axis].max() - target[:, axis].min()) + 1 for axis in (1, 2))
-            grid = (1, height, width) if height * width == len(target) else ()
-            self._ids_grid = (self._forward_id, LatentTokens(grid, latents.tokens))
-        return self._ids_grid[1]
-
-
-def sigmas_of(scheduler: Any) -> list[float]:
-    """Noise level of every step of a run, falling; empty for a scheduler that has none.
-
-    Schedulers without sigmas but with the cumulative product of their alphas (DDIM and its kin) have
-    ``sqrt((1 - alpha) / alpha)``, which is what diffusers' other schedulers make of the same betas; with a
-    terminal signal of zero it is cut at 10,000.
-    """
-    sigmas = getattr(scheduler, "sigmas", None)
-    if isinstance(sigmas, torch.Tensor):
-        return [float(sigma) for sigma in sigmas.tolist()]
-    alphas, timesteps = getattr(scheduler, "alphas_cumprod", None), scheduler.timesteps
-    if not isinstance(alphas, torch.Tensor) or timesteps.is_floating_point():
-        return []
-    signal = alphas.cpu().double()[timesteps.cpu()].clamp_min(1e-8)
-    return [float(sigma) for sigma in ((1 - signal) / signal).sqrt().tolist()]
-
-
-def step_index(pipe: Any, scheduler: Any, timesteps: torch.Tensor) -> int:
-    """The denoising step that a pipeline is in."""
-    if hasattr(scheduler, "step_index"):
-        return scheduler.step_index or 0
-    # DDIM-like schedulers keep no index, but the pipeline holds the timestep, a view into the schedule.
-    current = getattr(pipe, "_current_timestep", None)
-    if not isinstance(current, torch.Tensor):
-        return 0
-    if current.untyped_storage().data_ptr() == timesteps.untyped_storage().data_ptr():
-        return int(current.storage_offset() - timesteps.storage_offset())
-    matches = (timesteps == current).nonzero()
-    return int(matches[0]) if len(matches) else 0

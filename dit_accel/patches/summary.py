@@ -4,12 +4,13 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from typing import Any
 
 from ..engine import Engine
 from ..recipe import Recipe
-from ..records import LayerRecord
+from ..records import BackendsUsed, LayerRecord, backend_lines
+from .operator import PASSED
 
 
 @dataclass(frozen=True)
@@ -39,15 +40,18 @@ class PatchSummary:
     Attributes:
         recipe: the recipe's text.
         note: why a recipe was chosen or left dense, where that was automatic.
+        notes: what else a user should know, a sentence each.
         layers: per layer.
-        backends: backend used and why.
+        backends: by operation ("attention", "selection", "block_mass", ...) the backends that ran it, each with the
+            reason for it. An operation that did not run is not there.
         plan_seconds, sparse_seconds, dense_seconds: time spent planning, in sparse and in dense attention.
     """
 
     recipe: str
     note: str | None
+    notes: tuple[str, ...]
     layers: tuple[LayerSummary, ...]
-    backends: dict[str, str]
+    backends: dict[str, dict[str, str]]
     plan_seconds: float
     sparse_seconds: float
     dense_seconds: float
@@ -97,10 +101,11 @@ class PatchSummary:
         lines = [f"recipe: {self.recipe}"]
         if self.note:
             lines.append(f"note: {self.note}")
+        lines += [f"note: {note}" for note in self.notes]
         density = "-" if self.density is None else f"{self.density:.3f}"
         lines.append(f"attention: {self.sparse_calls} sparse calls at density {density}")
         lines += [f"  dense calls: {count} ({reason})" for reason, count in self.dense_calls.items()]
-        lines += [f"  backend: {name} ({reason})" for name, reason in self.backends.items()]
+        lines += [f"  {line}" for line in backend_lines(self.backends)]
         lines.append(
             f"  time: {self.sparse_seconds:.3f} s sparse, {self.dense_seconds:.3f} s dense, "
             f"{self.plan_seconds:.3f} s planning ({sum(layer.plans_made for layer in self.layers)} plans)"
@@ -113,23 +118,41 @@ class PatchSummary:
 def summarise(recipe: Recipe, note: str | None, engines: Mapping[str, Engine]) -> PatchSummary:
     """Read the records of a patch's engines, by transformer name."""
     layers: list[LayerSummary] = []
-    backends: dict[str, str] = {}
+    backends = BackendsUsed()
     plan = sparse = dense = 0.0
     for name, engine in engines.items():
         prefix = f"{name}." if len(engines) > 1 else ""
         layers += [_layer(prefix, record) for record in engine.records]
-        backends |= engine.backends_used
+        backends.update(engine.backends_used)
         plan += engine.plan_time.seconds()
         sparse += engine.sparse_time.seconds()
         dense += engine.dense_time.seconds()
-    return PatchSummary(repr(recipe), note, tuple(layers), backends, plan, sparse, dense)
+    notes = dict.fromkeys(note for engine in engines.values() for note in engine.notes)
+    summary = PatchSummary(repr(recipe), note, tuple(notes), tuple(layers), backends.to_dict(), plan, sparse, dense)
+    raised = _why_denser(recipe, summary.density)
+    return summary if raised is None else replace(summary, notes=(*notes, raised))
+
+
+def _why_denser(recipe: Recipe, ran: float | None) -> str | None:
+    """What to say where more ran than was asked for; None where about as much did."""
+    asked = getattr(recipe.select, "density", None)
+    if ran is None or asked is None or recipe.schedule.density_points or ran <= 1.1 * asked + 0.01:
+        return None
+    return (
+        f"Density {asked:g} was asked for and {ran:.3f} ran: a query block reads at least its own block, whole blocks "
+        "only, and every block that holds text or references."
+    )
 
 
 def _layer(prefix: str, record: LayerRecord) -> LayerSummary:
+    dense_calls = Counter(record.dense_calls)
+    if record.compiled_dense is not None:
+        counted = zip(PASSED, record.compiled_dense.tolist(), strict=True)
+        dense_calls.update({reason: count for reason, count in counted if count})
     return LayerSummary(
         name=prefix + record.name,
         sparse_calls=record.sparse_calls,
-        dense_calls=dict(record.dense_calls),
+        dense_calls=dict(dense_calls),
         plans_made=record.plans_made,
         density=float(record.density_sum) / record.sparse_calls if record.sparse_calls else None,
         nan_calls=int(record.nan_calls),

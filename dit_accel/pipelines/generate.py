@@ -13,6 +13,8 @@ from typing import Any
 import numpy as np
 import torch
 
+from .encode import write_mp4, write_png
+
 FRAMES_PER_SECOND = {"Wan": 16.0, "HunyuanVideo": 24.0, "CogVideoX": 8.0, "LTX": 25.0}
 # x264's constant rate factor: low enough that a file hides nothing of what a recipe changed.
 CRF = 12
@@ -135,16 +137,19 @@ def call_arguments(
 
 
 def makes_video(pipe: Any) -> bool:
-    """Whether a pipeline makes videos, else images: known before it has run."""
-    return "num_frames" in inspect.signature(type(pipe).__call__).parameters
+    """Whether a pipeline, or its class, makes videos, else images: known before it has run."""
+    kind = pipe if isinstance(pipe, type) else type(pipe)
+    return "num_frames" in inspect.signature(kind.__call__).parameters
 
 
 def output_path(path: Path, is_video: bool) -> Path:
     """The path with the suffix of what is saved there; a name without one gets it.
 
     Raises:
-        ValueError: the suffix of another kind of file.
+        ValueError: a folder, or the suffix of another kind of file.
     """
+    if path.is_dir():
+        raise ValueError(f"{path} is a folder; give the name of a file in it.")
     suffix = ".mp4" if is_video else ".png"
     if path.suffix.lower() == suffix:
         return path
@@ -165,29 +170,13 @@ def save(generated: Generated, path: Path) -> Path:
         The path written.
 
     Raises:
-        ValueError: a suffix that does not fit.
+        ValueError: a suffix that does not fit, or the file cannot be written whole; one that was there is untouched.
     """
-    import imageio.v3 as iio
-
     path = output_path(path, generated.is_video)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    if not generated.is_video:
-        iio.imwrite(path, generated.frames[0])
-        return path
-    _, height, width, _ = generated.frames.shape
-    # Players need 4:2:0 colour, which needs even sides.
-    even = np.pad(generated.frames, ((0, 0), (0, height % 2), (0, width % 2), (0, 0)), mode="edge")
-    iio.imwrite(
-        path,
-        even,
-        plugin="FFMPEG",
-        fps=generated.fps,
-        codec="libx264",
-        pixelformat="yuv420p",
-        quality=None,
-        macro_block_size=1,
-        output_params=["-crf", str(CRF), "-movflags", "+faststart"],
-    )
+    if generated.is_video:
+        write_mp4(generated.frames, path, generated.fps, crf=CRF)
+    else:
+        write_png(generated.frames[0], path)
     return path
 
 

@@ -10,6 +10,7 @@ from typing import Any
 import numpy as np
 import torch
 
+from ..pipelines.encode import write_mp4, write_png
 from .video import as_video, to_uint8
 
 _CRF = 14
@@ -21,47 +22,27 @@ def save_clip(frames: Any, stem: Path, fps: float) -> Path:
 
     Returns:
         The path with its suffix. Folders are made as needed.
+
+    Raises:
+        ValueError: the file cannot be written whole; one that was there is untouched.
     """
     levels = to_uint8(as_video(frames)).numpy()
-    stem.parent.mkdir(parents=True, exist_ok=True)
     if len(levels) == 1:
-        import imageio.v3 as iio
-
         path = stem.with_name(stem.name + ".png")
-        iio.imwrite(path, levels[0])
+        write_png(levels[0], path)
         return path
     path = stem.with_name(stem.name + ".mp4")
-    write_mp4(levels, path, fps)
+    save_film(levels, path, fps)
     return path
 
 
-def write_mp4(frames: Iterable[np.ndarray[Any, Any]], path: Path, fps: float) -> None:
-    """Encode uint8 frames ``[H, W, 3]`` as H.264 for any browser; odd sides repeat their last line."""
-    import imageio_ffmpeg
+def save_film(frames: Iterable[np.ndarray[Any, Any]], path: Path, fps: float) -> None:
+    """Write uint8 frames ``[H, W, 3]`` that need not be in memory at once as an mp4.
 
-    writer = None
-    try:
-        for frame in frames:
-            height, width, _ = frame.shape
-            padded = np.pad(frame, ((0, height % 2), (0, width % 2), (0, 0)), mode="edge")
-            if writer is None:
-                writer = imageio_ffmpeg.write_frames(
-                    str(path),
-                    (padded.shape[1], padded.shape[0]),
-                    fps=fps,
-                    codec="libx264",
-                    quality=None,
-                    macro_block_size=1,
-                    output_params=["-crf", str(_CRF), "-preset", "slow", "-movflags", "+faststart"],
-                    ffmpeg_log_level="error",
-                )
-                writer.send(None)
-            writer.send(np.ascontiguousarray(padded).tobytes())
-    finally:
-        if writer is not None:
-            writer.close()
-    if writer is None:
-        raise ValueError(f"no frames to write to {path}.")
+    Raises:
+        ValueError: see :func:`~dit_accel.pipelines.encode.write_mp4`.
+    """
+    write_mp4(frames, path, fps, crf=_CRF, preset="slow")
 
 
 def read_clip(path: Path) -> torch.Tensor:

@@ -10,6 +10,8 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
+from ..records import backend_lines
+
 if TYPE_CHECKING:
     from .compare import RunSummary
 
@@ -27,7 +29,7 @@ class Tally:
         self.dense: Counter[str] = Counter()
         self.sparse = 0
         self.nan = 0
-        self.backends: dict[str, str] = {}
+        self.backends: dict[str, None] = {}
         self.differing = 0
         self._warm_sparse: int | None = None
 
@@ -40,7 +42,7 @@ class Tally:
         self.dense.update(dict(summary.dense_calls))
         self.sparse += summary.sparse_calls
         self.nan += summary.nan_calls
-        self.backends |= summary.backends
+        self.backends |= dict.fromkeys(backend_lines(summary.backends))
 
     def notes(self, name: str) -> list[str]:
         """Fallbacks and failures as sentences."""
@@ -57,7 +59,7 @@ class Tally:
             notes.append(f"{name}: the warm-up ran no sparse call; its first run's time holds what is compiled on use.")
         if self.differing:
             notes.append(f"{name}: {self.differing} timed runs gave other pixels than the same run before them.")
-        return notes + [f"{name}: attention backend {backend} ({why})." for backend, why in self.backends.items()]
+        return notes + [f"{name}: {line}." for line in self.backends]
 
 
 def describe(pipe: Any, arguments: Mapping[str, Any], steps: int, repeat: int, compiled: bool) -> dict[str, str]:

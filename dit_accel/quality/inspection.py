@@ -11,6 +11,7 @@ from typing import Any
 
 import torch
 
+from ..files import write_text, written_whole
 from .pattern_images import MapPanel, map_sheet, value_table
 from .patterns import BlockPattern, density_for_mass, keep_for_mass, pattern_change, recall_of
 
@@ -145,14 +146,16 @@ def write_inspection(
 
     Returns:
         The findings that were written.
+
+    Raises:
+        ValueError: nothing was observed, or a file cannot be written; the message names it.
     """
     inspection = inspect_patterns(observations, target)
-    folder.mkdir(parents=True, exist_ok=True)
     tree = {**inspection.to_json(), "facts": dict(facts or {})}
-    (folder / "patterns.json").write_text(json.dumps(tree, indent=1, allow_nan=False) + "\n")
+    write_text(folder / "patterns.json", json.dumps(tree, indent=1, allow_nan=False) + "\n")
     for (layer, order), group in _groups(observations).items():
         sheet = map_sheet(f"Layer {layer}, {order} order: share of attention mass by block", _panels(group, target))
-        sheet.save(folder / f"maps_{_file_name(order)}_layer{layer:02d}.png")
+        _save(sheet, folder / f"maps_{_file_name(order)}_layer{layer:02d}.png")
     for order in dict.fromkeys(f.order for f in inspection.findings):
         for quantity, title in (
             ("density", f"Density that keeps {target:.0%} of the mass, {order} order"),
@@ -162,8 +165,14 @@ def write_inspection(
             rows = _table(inspection, order, quantity)
             if rows:
                 names = [f"layer {layer}" for layer in rows]
-                value_table(title, names, list(rows.values())).save(folder / f"{quantity}_{_file_name(order)}.png")
+                table = value_table(title, names, list(rows.values()))
+                _save(table, folder / f"{quantity}_{_file_name(order)}.png")
     return inspection
+
+
+def _save(picture: Any, path: Path) -> None:
+    with written_whole(path) as draft:
+        picture.save(draft)
 
 
 def _groups(observations: Sequence[Observation]) -> dict[tuple[int, str], list[Observation]]:

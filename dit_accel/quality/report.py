@@ -10,8 +10,8 @@ from typing import Any
 
 import numpy as np
 
-from ..files import write_text, written_whole
-from .clips import read_clip, save_clip, side_by_side, write_mp4
+from ..files import write_text
+from .clips import read_clip, save_clip, save_film, side_by_side
 from .page import report_page
 from .results import DENSE, ComparisonReport
 
@@ -30,6 +30,9 @@ def write_report(report: ComparisonReport, folder: Path) -> ReportFiles:
 
     The clips named in the report must lie under ``folder``. The film shows one prompt after the other: dense
     first, then every recipe, under labels.
+
+    Raises:
+        ValueError: a file cannot be written; the message names it.
     """
     json_path = write_json(report, folder)
     page_path = folder / "index.html"
@@ -52,7 +55,7 @@ def read_report(path: Path) -> ComparisonReport:
     """
     try:
         return ComparisonReport.from_json(json.loads(path.read_text(encoding="utf-8")))
-    except (ValueError, KeyError, TypeError, AttributeError) as error:
+    except (OSError, ValueError, KeyError, TypeError, AttributeError, IndexError) as error:
         raise ValueError(f"{path} is not a comparison report: {error}") from error
 
 
@@ -78,8 +81,7 @@ def _write_film(report: ComparisonReport, folder: Path) -> Path | None:
         path = save_clip(np.concatenate(list(pictures()), axis=0)[None], folder / "side_by_side", report.fps)
         return path
     path = folder / "side_by_side.mp4"
-    with written_whole(path) as draft:
-        write_mp4(pictures(), draft, report.fps)
+    save_film(pictures(), path, report.fps)
     return path
 
 

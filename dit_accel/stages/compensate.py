@@ -8,17 +8,19 @@ from typing import Any, ClassVar, Protocol
 
 import torch
 
+from ..call import AttentionCall
 from ..kernels import BlockMask
-from ..kernels.pyramid import pyramid_attention
+from ..kernels.choice import Case, Choice, Operation
+from ..kernels.pyramid import choose_pyramid, pyramid_attention
 from ..kernels.pyramid_levels import check_cumulative, energy_levels, similarity_cap
-from ..kernels.rectified import add_pooled_compensation, gain_exceeds_error
+from ..kernels.rectified import add_pooled_compensation, choose_rectified, gain_exceeds_error
 from ..plan import AttentionPlan, LayerMemory, SequenceBlocks
 from .compensate_agent import AgentTokens
 from .compensate_linear import LinearBranch
 from .compensate_residual import PooledResidual
 from .select_dynamic import candidates
 from .select_rectified import PooledShares, pooled_shares
-from .select_sampled import SampledMass, sampled_importance
+from .select_sampled import SampledMass, choose_sampled, sampled_importance
 
 Attended = tuple[torch.Tensor, torch.Tensor]
 """Output (B, S, H, D), and a tensor with a NaN wherever the output has one."""
@@ -29,42 +31,37 @@ class Compensation(Protocol):
 
     Attributes:
         needs_lse: the second tensor of ``sparse()`` must be the log-sum-exp, float32 ``[B, H, S]``.
+        attends_alone: ``sparse()`` is never called.
     """
 
     needs_lse: ClassVar[bool]
+    attends_alone: ClassVar[bool]
 
     @property
     def is_static(self) -> bool:
         """Whether nothing has to be worked out from queries and keys."""
         ...
 
+    def choices(self, case: Case, backend: str) -> dict[Operation, Choice]:
+        """The backend of each operation that this compensation runs, see
+        :meth:`dit_accel.stages.select.Select.choices`."""
+        ...
+
     def prepare(
         self,
         blocks: SequenceBlocks,
         mask: BlockMask,
-        q: torch.Tensor,
-        k: torch.Tensor,
-        key_mask: torch.Tensor | None,
-        scale: float | None,
+        call: AttentionCall,
         memory: LayerMemory | None = None,
     ) -> Any:
-        """What a plan keeps for :meth:`attend`, from queries and keys (B, S, H, D).
+        """What a plan keeps for :meth:`attend`.
 
         ``memory`` may hold what the selection of this plan found on its way.
         """
         ...
 
-    def attend(
-        self,
-        q: torch.Tensor,
-        k: torch.Tensor,
-        v: torch.Tensor,
-        plan: AttentionPlan,
-        key_mask: torch.Tensor | None,
-        scale: float | None,
-        sparse: Callable[[], Attended],
-    ) -> Attended:
-        """Attention of (B, S, H, D) tensors; ``sparse`` computes that over the kept blocks alone."""
+    def attend(self, call: AttentionCall, plan: AttentionPlan, sparse: Callable[[], Attended]) -> Attended:
+        """Attention of a call; ``sparse`` computes that over the kept blocks alone."""
         ...
 
     def density(self, plan: AttentionPlan) -> torch.Tensor:
@@ -77,33 +74,26 @@ class NoCompensation:
     """Left-out blocks are left out: the softmax runs over the kept keys alone."""
 
     needs_lse: ClassVar[bool] = False
+    attends_alone: ClassVar[bool] = False
 
     @property
     def is_static(self) -> bool:
         return True
 
+    def choices(self, case: Case, backend: str) -> dict[Operation, Choice]:
+        """None: nothing is added."""
+        return {}
+
     def prepare(
         self,
         blocks: SequenceBlocks,
         mask: BlockMask,
-        q: torch.Tensor,
-        k: torch.Tensor,
-        key_mask: torch.Tensor | None,
-        scale: float | None,
+        call: AttentionCall,
         memory: LayerMemory | None = None,
     ) -> None:
         """Nothing to keep."""
 
-    def attend(
-        self,
-        q: torch.Tensor,
-        k: torch.Tensor,
-        v: torch.Tensor,
-        plan: AttentionPlan,
-        key_mask: torch.Tensor | None,
-        scale: float | None,
-        sparse: Callable[[], Attended],
-    ) -> Attended:
+    def attend(self, call: AttentionCall, plan: AttentionPlan, sparse: Callable[[], Attended]) -> Attended:
         """The sparse attention as it is."""
         return sparse()
 
@@ -128,52 +118,55 @@ class PooledMass:
     gain_aware: bool = True
 
     needs_lse: ClassVar[bool] = False
+    attends_alone: ClassVar[bool] = False
 
     @property
     def is_static(self) -> bool:
         return False
 
+    def choices(self, case: Case, backend: str) -> dict[Operation, Choice]:
+        """The gains and the sum."""
+        return {"rectified": choose_rectified(case, backend)}
+
     def prepare(
         self,
         blocks: SequenceBlocks,
         mask: BlockMask,
-        q: torch.Tensor,
-        k: torch.Tensor,
-        key_mask: torch.Tensor | None,
-        scale: float | None,
+        call: AttentionCall,
         memory: LayerMemory | None = None,
     ) -> tuple[torch.Tensor, torch.Tensor | None]:
         """Shares, float32 ``[B, H, nq, nk]``, and which blocks may be compensated."""
         found = memory.found if memory is not None else None
-        pooled = found if isinstance(found, PooledShares) else pooled_shares(blocks, q, k, key_mask, scale)
+        pooled = found if isinstance(found, PooledShares) else pooled_shares(blocks, call)
         if not self.gain_aware:
             return pooled.blocks, None
         gains = gain_exceeds_error(
-            q,
-            k,
+            call.q,
+            call.k,
             blocks.block_q,
             blocks.block_k,
             rows=blocks.kernel_rows,
-            key_mask=key_mask,
+            key_mask=call.key_mask,
+            backend=call.backend("rectified"),
             means=(pooled.q_mean, pooled.k_mean),
         )
         return pooled.blocks, gains
 
-    def attend(
-        self,
-        q: torch.Tensor,
-        k: torch.Tensor,
-        v: torch.Tensor,
-        plan: AttentionPlan,
-        key_mask: torch.Tensor | None,
-        scale: float | None,
-        sparse: Callable[[], Attended],
-    ) -> Attended:
+    def attend(self, call: AttentionCall, plan: AttentionPlan, sparse: Callable[[], Attended]) -> Attended:
         """The sparse attention, scaled, plus the pooled one."""
-        _refuse_gradients(q, k, v)
+        _refuse_gradients(call.q, call.k, call.v)
         out, witness = sparse()
         shares, gains = plan.compensation
-        add_pooled_compensation(out, v, shares, plan.mask, gains, rows=plan.rows, key_mask=key_mask)
+        add_pooled_compensation(
+            out,
+            call.v,
+            shares,
+            plan.mask,
+            gains,
+            rows=plan.rows,
+            key_mask=call.key_mask,
+            backend=call.backend("rectified"),
+        )
         return out, witness
 
     def density(self, plan: AttentionPlan) -> torch.Tensor:
@@ -210,19 +203,24 @@ class KeyPyramid:
             raise ValueError(f"compensate.share must lie in (0, 1], got {self.share}.")
 
     needs_lse: ClassVar[bool] = False
+    attends_alone: ClassVar[bool] = True
 
     @property
     def is_static(self) -> bool:
         return False
 
+    def choices(self, case: Case, backend: str) -> dict[Operation, Choice]:
+        """The attention over all levels; the sample that chooses them."""
+        return {
+            "block_mass": choose_sampled(case, self.share, backend),
+            "pyramid": choose_pyramid(case, backend),
+        }
+
     def prepare(
         self,
         blocks: SequenceBlocks,
         mask: BlockMask,
-        q: torch.Tensor,
-        k: torch.Tensor,
-        key_mask: torch.Tensor | None,
-        scale: float | None,
+        call: AttentionCall,
         memory: LayerMemory | None = None,
     ) -> torch.Tensor:
         """Levels, int8 ``[B, H, nq, nk]``."""
@@ -231,47 +229,46 @@ class KeyPyramid:
             importance = found.mass
         else:
             importance = sampled_importance(
-                q,
-                k,
+                call.q,
+                call.k,
                 blocks.block_q,
                 blocks.block_k,
                 rows=blocks.kernel_rows,
-                key_mask=key_mask,
-                scale=scale,
+                key_mask=call.key_mask,
+                scale=call.scale,
+                backend=call.backend("block_mass"),
                 share=self.share,
                 seed=self.seed,
             )
-        open_k = candidates(blocks, key_mask)[..., None, :]
+        open_k = candidates(blocks, call.key_mask)[..., None, :]
         levels = energy_levels(importance.masked_fill(~open_k, 0.0), self.cumulative, min_full=0.0)
         if self.similarity:
             low, middle, high = self.similarity
-            cap = similarity_cap(k, blocks.block_k, rows=blocks.kernel_rows, thresholds=(low, middle, high))
+            cap = similarity_cap(
+                call.k,
+                blocks.block_k,
+                rows=blocks.kernel_rows,
+                thresholds=(low, middle, high),
+                backend=call.backend("selection"),
+            )
             levels = levels.minimum(cap[:, :, None])
         levels = levels.masked_fill(~open_k, 0)
         return levels.masked_fill(mask.to_dense(), 1)
 
-    def attend(
-        self,
-        q: torch.Tensor,
-        k: torch.Tensor,
-        v: torch.Tensor,
-        plan: AttentionPlan,
-        key_mask: torch.Tensor | None,
-        scale: float | None,
-        sparse: Callable[[], Attended],
-    ) -> Attended:
+    def attend(self, call: AttentionCall, plan: AttentionPlan, sparse: Callable[[], Attended]) -> Attended:
         """One softmax over all levels."""
         result = pyramid_attention(
-            q,
-            k,
-            v,
+            call.q,
+            call.k,
+            call.v,
             plan.compensation,
             block_q=plan.mask.block_q,
             block_k=plan.mask.block_k,
             rows=plan.rows,
-            key_mask=key_mask,
-            scale=scale,
+            key_mask=call.key_mask,
+            scale=call.scale,
             return_lse=True,
+            backend=call.backend("pyramid"),
         )
         assert isinstance(result, tuple)
         return result

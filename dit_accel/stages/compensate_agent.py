@@ -9,7 +9,9 @@ from typing import ClassVar
 import torch
 import torch.nn.functional as F
 
+from ..call import AttentionCall
 from ..kernels import BlockMask
+from ..kernels.choice import Case, Choice, Operation, choose
 from ..layout import TokenLayout
 from ..plan import AttentionPlan, LayerMemory, SequenceBlocks
 from .order import fold_tile, tile_order
@@ -54,19 +56,21 @@ class AgentTokens:
             raise ValueError(f"compensate.tile must hold three sizes and more than two tokens, got {self.tile}.")
 
     needs_lse: ClassVar[bool] = False
+    attends_alone: ClassVar[bool] = True
 
     @property
     def is_static(self) -> bool:
         return True
 
+    def choices(self, case: Case, backend: str) -> dict[Operation, Choice]:
+        """The two attentions, which torch's own kernels run."""
+        return {"agents": choose("agents", backend, case, "there is no Triton kernel for it")}
+
     def prepare(
         self,
         blocks: SequenceBlocks,
         mask: BlockMask,
-        q: torch.Tensor,
-        k: torch.Tensor,
-        key_mask: torch.Tensor | None,
-        scale: float | None,
+        call: AttentionCall,
         memory: LayerMemory | None = None,
     ) -> Agents:
         """Which agent stands for which token."""
@@ -82,20 +86,17 @@ class AgentTokens:
 
     def attend(
         self,
-        q: torch.Tensor,
-        k: torch.Tensor,
-        v: torch.Tensor,
+        call: AttentionCall,
         plan: AttentionPlan,
-        key_mask: torch.Tensor | None,
-        scale: float | None,
         sparse: Callable[[], tuple[torch.Tensor, torch.Tensor]],
     ) -> tuple[torch.Tensor, torch.Tensor]:
         """The two attentions through the agents; the kept blocks are not read."""
         agents: Agents = plan.compensation
         layout = agents.layout
-        scale = q.shape[-1] ** -0.5 if scale is None else scale
-        visible = None if key_mask is None else key_mask[:, None, None]
-        heads_first = [x.transpose(1, 2) for x in (q, k, v)]
+        call.backend("agents")
+        scale = call.scale
+        visible = None if call.key_mask is None else call.key_mask[:, None, None]
+        heads_first = [x.transpose(1, 2) for x in (call.q, call.k, call.v)]
         keys, values = heads_first[1:]
         first, last = layout.latent_start, layout.latent_start + layout.num_latent
         latent_q = heads_first[0][:, :, first:last]

@@ -11,11 +11,14 @@ import torch
 from torch import nn
 from torch.utils.checkpoint import checkpoint
 
+from ..call import AttentionCall
 from ..kernels import BlockMask
-from ..kernels.linear_branch import add_linear_branch, has_linear_kernels, linear_branch, plus_linear_branch
+from ..kernels.choice import Case, Choice, Operation, case_of
+from ..kernels.linear_branch import add_linear_branch, choose_linear, linear_branch, plus_linear_branch
 from ..kernels.projection import project_heads
-from ..kernels.selection import pooled_scores, select_blocks
+from ..kernels.selection import select_blocks
 from ..plan import AttentionPlan, LayerMemory, SequenceBlocks
+from .select_dynamic import pooled_scores_of
 
 FEATURE_MAPS = ("softmax", "elu", "relu", "hedgehog")
 FORMS = ("paper", "non_critical", "all_tokens")
@@ -34,8 +37,12 @@ class LearnedCompensation(nn.Module):
         v: torch.Tensor,
         plan: AttentionPlan,
         key_mask: torch.Tensor | None,
+        backend: str = "auto",
     ) -> torch.Tensor:
-        """The sparse output with what the layer adds to it; all tensors (B, S, H, D) in the model's order."""
+        """The sparse output with what the layer adds to it; all tensors (B, S, H, D) in the model's order.
+
+        ``backend`` is that of the branch.
+        """
         raise NotImplementedError
 
     def _apply(self, fn: Callable[[torch.Tensor], torch.Tensor], recurse: bool = True) -> LearnedCompensation:
@@ -86,19 +93,22 @@ class LinearBranch:
             raise ValueError(f"compensate.negligible_share must lie in [0, 1), got {self.negligible_share}.")
 
     needs_lse: ClassVar[bool] = False
+    attends_alone: ClassVar[bool] = False
 
     @property
     def is_static(self) -> bool:
         return False
 
+    def choices(self, case: Case, backend: str) -> dict[Operation, Choice]:
+        """The branch."""
+        blocks = None if self.form == "all_tokens" else case.blocks
+        return {"linear_branch": choose_linear(case._replace(blocks=blocks), self.feature_map, backend)}
+
     def prepare(
         self,
         blocks: SequenceBlocks,
         mask: BlockMask,
-        q: torch.Tensor,
-        k: torch.Tensor,
-        key_mask: torch.Tensor | None,
-        scale: float | None,
+        call: AttentionCall,
         memory: LayerMemory | None = None,
     ) -> BlockMask | None:
         """The negligible blocks, those latent ones of lowest score; None in the released forms."""
@@ -106,10 +116,8 @@ class LinearBranch:
             return None
         # Pooled anew rather than taken from the selection, so that any selection will do; smoothing the keys
         # would shift a row's scores alike and leave the ranking as it is.
-        scores = pooled_scores(
-            q, k, blocks.block_q, blocks.block_k, rows=blocks.kernel_rows, key_mask=key_mask, scale=scale
-        )
-        _, outside = (None, None) if key_mask is None else blocks.hidden_k(key_mask)
+        scores = pooled_scores_of(blocks, call, call.scale)
+        _, outside = (None, None) if call.key_mask is None else blocks.hidden_k(call.key_mask)
         if blocks.forced_k is not None:
             outside = blocks.forced_k if outside is None else outside | blocks.forced_k
         lowest = select_blocks(
@@ -121,6 +129,7 @@ class LinearBranch:
             block_k=blocks.block_k,
             q_len=blocks.layout.seq_len,
             kv_len=blocks.layout.seq_len,
+            backend=call.backend("selection"),
         )
         # A backward keeps the lists; past a row's share (one more, for its rounding) there is nothing in them.
         width = min(scores.shape[-1], math.ceil(self.negligible_share * scores.shape[-1]) + 1)
@@ -128,12 +137,8 @@ class LinearBranch:
 
     def attend(
         self,
-        q: torch.Tensor,
-        k: torch.Tensor,
-        v: torch.Tensor,
+        call: AttentionCall,
         plan: AttentionPlan,
-        key_mask: torch.Tensor | None,
-        scale: float | None,
         sparse: Callable[[], tuple[torch.Tensor, torch.Tensor]],
     ) -> tuple[torch.Tensor, torch.Tensor]:
         """The sparse attention; the engine lets the layer's module add the branch."""
@@ -174,6 +179,7 @@ class LinearBranchLayer(LearnedCompensation):
         v: torch.Tensor,
         plan: AttentionPlan,
         key_mask: torch.Tensor | None,
+        backend: str = "auto",
     ) -> torch.Tensor:
         """See :meth:`LearnedCompensation.forward`; ``out`` may be changed in place without gradients."""
         everything = self.choice.form == "all_tokens"
@@ -188,6 +194,7 @@ class LinearBranchLayer(LearnedCompensation):
             "rows": rows,
             "key_mask": key_mask,
             "eps": eps,
+            "backend": backend,
         }
         maps = (self.feature_q, self.feature_k) if self.choice.feature_map == "hedgehog" else ()
         recorded = torch.is_grad_enabled() and any(
@@ -196,7 +203,7 @@ class LinearBranchLayer(LearnedCompensation):
         if not recorded:
             q, k = _mapped(q, k, key_mask, *maps)
             return add_linear_branch(out, q, k, v, critical, self.weight, self.bias, **options)
-        if has_linear_kernels(q, critical, self.choice.feature_map):
+        if choose_linear(case_of(q, mask=critical), self.choice.feature_map, backend).name == "triton":
             return plus_linear_branch(out, q, k, v, critical, self.weight, self.bias, **options)
 
         def projected(

@@ -10,7 +10,9 @@ from typing import ClassVar
 import torch
 import torch.nn.functional as F
 
+from ..call import AttentionCall
 from ..kernels import BlockMask
+from ..kernels.choice import Case, Choice, Operation, choose
 from ..kernels.selection import gather_mask, gather_rows, pool_blocks
 from ..plan import AttentionPlan, LayerMemory, SequenceBlocks
 
@@ -28,43 +30,45 @@ class PooledResidual:
     """
 
     needs_lse: ClassVar[bool] = True
+    attends_alone: ClassVar[bool] = False
 
     @property
     def is_static(self) -> bool:
         return True
 
+    def choices(self, case: Case, backend: str) -> dict[Operation, Choice]:
+        """The attention over block means."""
+        return {"residual": choose("residual", backend, case, "there is no Triton kernel for it")}
+
     def prepare(
         self,
         blocks: SequenceBlocks,
         mask: BlockMask,
-        q: torch.Tensor,
-        k: torch.Tensor,
-        key_mask: torch.Tensor | None,
-        scale: float | None,
+        call: AttentionCall,
         memory: LayerMemory | None = None,
     ) -> None:
         """Nothing to keep: the means follow the keys and values of each call."""
 
     def attend(
         self,
-        q: torch.Tensor,
-        k: torch.Tensor,
-        v: torch.Tensor,
+        call: AttentionCall,
         plan: AttentionPlan,
-        key_mask: torch.Tensor | None,
-        scale: float | None,
         sparse: Callable[[], tuple[torch.Tensor, torch.Tensor]],
     ) -> tuple[torch.Tensor, torch.Tensor]:
-        """Sparse attention and the block means, (B, S, H, D), merged."""
+        """Sparse attention and the block means, merged."""
+        q, k, v, key_mask = call.q, call.k, call.v, call.key_mask
         if torch.is_grad_enabled() and any(x.requires_grad for x in (q, k, v)):
             raise RuntimeError("PooledResidual has no gradient; train with another compensation or without one.")
         out, lse = sparse()
         mask = plan.mask
-        scale = q.shape[-1] ** -0.5 if scale is None else scale
+        call.backend("residual")
         batch, length, heads, _ = q.shape
         slots = None if plan.rows is None else plan.rows.long().expand(batch, heads, length)
         queries = gather_rows(q, plan.rows)
-        mean_k, mean_v = (pool_blocks(x, mask.block_k, rows=plan.rows, key_mask=key_mask) for x in (k, v))
+        backend = call.backend("selection")
+        mean_k, mean_v = (
+            pool_blocks(x, mask.block_k, rows=plan.rows, key_mask=key_mask, backend=backend) for x in (k, v)
+        )
         if key_mask is None:
             key_mask = torch.ones(1, length, dtype=torch.bool, device=q.device)
         visible = F.pad(gather_mask(key_mask, plan.rows), (0, -length % mask.block_k))
@@ -77,7 +81,7 @@ class PooledResidual:
             part = slice(first * mask.block_q, min((first + group) * mask.block_q, length))
             rows = queries[:, :, part].float()
             hidden = ~left_out[:, :, first : first + group].repeat_interleave(mask.block_q, 2)[:, :, : rows.shape[2]]
-            logits = rows @ mean_k.transpose(-1, -2) * scale + bias[:, :, None]
+            logits = rows @ mean_k.transpose(-1, -2) * call.scale + bias[:, :, None]
             logits = logits.masked_fill(hidden, -math.inf)
             total = logits.logsumexp(-1)
             weights = torch.exp(logits - total.masked_fill(total == -math.inf, 0.0)[..., None])

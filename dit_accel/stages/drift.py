@@ -6,6 +6,7 @@ from dataclasses import dataclass
 
 import torch
 
+from ..call import AttentionCall
 from ..kernels.selection import pool_blocks
 
 
@@ -25,9 +26,13 @@ class BlockMeans:
     k: torch.Tensor
 
     @classmethod
-    def of(cls, q: torch.Tensor, k: torch.Tensor, key_mask: torch.Tensor | None, block: tuple[int, int]) -> BlockMeans:
-        """Means of (B, S, H, D) queries and keys; keys that ``key_mask`` (B, S) hides do not count."""
-        return cls(pool_blocks(q, block[0]), pool_blocks(k, block[1], key_mask=key_mask))
+    def of(cls, call: AttentionCall, block: tuple[int, int]) -> BlockMeans:
+        """Means of a call's queries and keys; hidden keys do not count."""
+        backend = call.backend("selection")
+        return cls(
+            pool_blocks(call.q, block[0], backend=backend),
+            pool_blocks(call.k, block[1], key_mask=call.key_mask, backend=backend),
+        )
 
     def change_since(self, earlier: BlockMeans) -> torch.Tensor:
         """The larger of the relative changes of q and of k, a 0-d tensor on the device."""

@@ -48,7 +48,14 @@ class FrozenMasks:
         """The bucket of a noise level; levels beyond those calibrated belong to the nearest."""
         return sum(sigma < edge for edge in self.edges)
 
-    def mask(self, layer: int, bucket: int, blocks: SequenceBlocks, key_mask: torch.Tensor | None) -> BlockMask:
+    def mask(
+        self,
+        layer: int,
+        bucket: int,
+        blocks: SequenceBlocks,
+        key_mask: torch.Tensor | None,
+        backend: str = "auto",
+    ) -> BlockMask:
         """The mask of a layer, with text and own blocks.
 
         Raises:
@@ -57,7 +64,7 @@ class FrozenMasks:
         if layer >= self.bits.shape[1]:
             raise ValueError(f"The calibration is for {self.bits.shape[1]} layers, the model has a layer {layer}.")
         chosen = unpack_bits(self.bits[bucket, layer].to(blocks.device), blocks.num_blocks[1])[None]
-        return keep_chosen(blocks, chosen, key_mask)
+        return keep_chosen(blocks, chosen, key_mask, backend)
 
 
 def bucket_edges(sigmas: Sequence[float], buckets: int) -> tuple[float, ...]:

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 
 import torch
 
+from ..call import AttentionCall
 from ..layout import TokenLayout
 from .order import fold_tile, tile_order
 
@@ -56,21 +57,13 @@ class SortedSegments:
     def rows(self, layout: TokenLayout, device: torch.device, layer: int = 0) -> torch.Tensor | None:
         raise TypeError("SortedSegments orders the tokens of a call; use rows_of_call.")
 
-    def rows_of_call(
-        self,
-        layout: TokenLayout,
-        q: torch.Tensor,
-        k: torch.Tensor,
-        key_mask: torch.Tensor | None,
-        scale: float | None,
-        segments: Segments | None = None,
-    ) -> torch.Tensor:
-        """int32 ``[B, H, S]``: the token at each slot, from queries and keys (B, S, H, D).
+    def rows_of_call(self, layout: TokenLayout, call: AttentionCall, segments: Segments | None = None) -> torch.Tensor:
+        """int32 ``[B, H, S]``: the token at each slot, from a call's queries and keys.
 
         ``segments`` are those of the layout, where they are at hand.
         """
-        segments = segments or self.segments(layout, q.device)
-        score = sampled_attention(layout, q, k, key_mask, scale, self.samples)
+        segments = segments or self.segments(layout, call.q.device)
+        score = sampled_attention(layout, call, self.samples)
         # What fills a segment up comes last in it: a probability is never below 0.
         filled = torch.nn.functional.pad(score, (0, 1), value=-1.0)[:, :, segments.tokens]
         order = filled.argsort(dim=-1, descending=True, stable=True)
@@ -95,16 +88,9 @@ class SortedSegments:
         return Segments(tokens, slots, torch.cat([before, after]))
 
 
-def sampled_attention(
-    layout: TokenLayout,
-    q: torch.Tensor,
-    k: torch.Tensor,
-    key_mask: torch.Tensor | None,
-    scale: float | None,
-    samples: int,
-) -> torch.Tensor:
+def sampled_attention(layout: TokenLayout, call: AttentionCall, samples: int) -> torch.Tensor:
     """Mean probability of every key under a sample of latent queries, float32 ``[B, H, S]``."""
-    scale = q.shape[-1] ** -0.5 if scale is None else scale
+    q, k, key_mask = call.q, call.k, call.key_mask
     count = min(samples, layout.num_latent)
     # Evenly spread: the middles of ``count`` equal stretches.
     picked = layout.latent_start + ((2 * torch.arange(count, device=q.device) + 1) * layout.num_latent // (2 * count))
@@ -113,7 +99,7 @@ def sampled_attention(
     total = torch.zeros(q.shape[0], q.shape[2], q.shape[1], device=q.device)
     at_once = max(1, LOGITS_AT_ONCE // (q.shape[0] * q.shape[2] * q.shape[1]))
     for part in picked.split(at_once):
-        logits = (q[:, part].transpose(1, 2) * scale) @ keys
+        logits = (q[:, part].transpose(1, 2) * call.scale) @ keys
         if hidden is not None:
             logits = logits.masked_fill(hidden, -torch.inf)
         total += logits.softmax(-1, dtype=torch.float32).sum(2)

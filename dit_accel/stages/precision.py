@@ -7,50 +7,43 @@ from typing import ClassVar, Protocol
 
 import torch
 
-from ..kernels import BlockMask, block_sparse_attention, choose_backend, quantized_block_sparse_attention
-from ..kernels.quantize import KEY_SCALES
-from ..kernels.quantized import why_not_quantized
+from ..call import AttentionCall
+from ..kernels import block_sparse_attention, choose_backend, quantized_block_sparse_attention
+from ..kernels.block_sparse import choose_attention
+from ..kernels.choice import Case, Choice, Operation, case_of
+from ..kernels.quantize import INTEGER_VALUES, KEY_SCALES
+from ..kernels.quantized import choose_quantized, why_not_quantized
+from ..kernels.variants import kernel_of, why_not_hopper_quantized
+from ..plan import AttentionPlan
 
 Attended = tuple[torch.Tensor, torch.Tensor]
 """Output (B, S, H, D), and a tensor with a NaN wherever the output has one."""
 
 
 class Precision(Protocol):
-    """The numbers of a sparse call. Calls that a schedule leaves dense run in the model's own."""
+    """The numbers of a sparse call. Calls that a schedule leaves dense run in the model's own.
+
+    Attributes:
+        operation: what attention in these numbers is called where backends are recorded.
+    """
 
     is_quantized: ClassVar[bool]
+    operation: ClassVar[Operation]
 
-    def choose_backend(
-        self,
-        q: torch.Tensor,
-        k: torch.Tensor,
-        v: torch.Tensor,
-        mask: BlockMask,
-        rows: torch.Tensor | None,
-        key_mask: torch.Tensor | None,
-        backend: str,
-    ) -> tuple[str, str]:
-        """The backend of a call and why.
+    def choices(self, case: Case, backend: str) -> dict[Operation, Choice]:
+        """The backend of attention as far as a case tells, see :meth:`dit_accel.stages.select.Select.choices`."""
+        ...
+
+    def choose(self, call: AttentionCall, plan: AttentionPlan, backend: str) -> Choice:
+        """The backend of a call under a plan; the reason also names the kernel.
 
         Raises:
-            RuntimeError: no backend, or not the named one, can run the call in these numbers.
+            ValueError: no backend, or not the named one, can run the call in these numbers.
         """
         ...
 
-    def attend(
-        self,
-        q: torch.Tensor,
-        k: torch.Tensor,
-        v: torch.Tensor,
-        mask: BlockMask,
-        rows: torch.Tensor | None,
-        key_mask: torch.Tensor | None,
-        scale: float | None,
-        backend: str,
-        with_lse: bool = False,
-    ) -> Attended:
-        """Attention over the kept blocks of (B, S, H, D) tensors; ``with_lse`` makes the second one the
-        log-sum-exp ``[B, H, S]``."""
+    def attend(self, call: AttentionCall, plan: AttentionPlan, backend: str, with_lse: bool = False) -> Attended:
+        """Attention over the kept blocks; ``with_lse`` makes the second tensor the log-sum-exp ``[B, H, S]``."""
         ...
 
 
@@ -59,41 +52,28 @@ class ModelDtype:
     """The model's own dtype, with float32 accumulation."""
 
     is_quantized: ClassVar[bool] = False
+    operation: ClassVar[Operation] = "attention"
 
-    def choose_backend(
-        self,
-        q: torch.Tensor,
-        k: torch.Tensor,
-        v: torch.Tensor,
-        mask: BlockMask,
-        rows: torch.Tensor | None,
-        key_mask: torch.Tensor | None,
-        backend: str,
-    ) -> tuple[str, str]:
+    def choices(self, case: Case, backend: str) -> dict[Operation, Choice]:
+        """Block-sparse attention."""
+        return {"attention": choose_attention(case, backend)}
+
+    def choose(self, call: AttentionCall, plan: AttentionPlan, backend: str) -> Choice:
         """See :func:`~dit_accel.kernels.choose_backend`."""
-        return choose_backend(q, k, v, mask, rows=rows, key_mask=key_mask, backend=backend)
+        return choose_backend(
+            call.q, call.k, call.v, plan.mask, rows=plan.rows, key_mask=call.key_mask, backend=backend
+        )
 
-    def attend(
-        self,
-        q: torch.Tensor,
-        k: torch.Tensor,
-        v: torch.Tensor,
-        mask: BlockMask,
-        rows: torch.Tensor | None,
-        key_mask: torch.Tensor | None,
-        scale: float | None,
-        backend: str,
-        with_lse: bool = False,
-    ) -> Attended:
+    def attend(self, call: AttentionCall, plan: AttentionPlan, backend: str, with_lse: bool = False) -> Attended:
         """Block-sparse attention with gradients."""
         result = block_sparse_attention(
-            q,
-            k,
-            v,
-            mask,
-            rows=rows,
-            key_mask=key_mask,
-            scale=scale,
+            call.q,
+            call.k,
+            call.v,
+            plan.mask,
+            rows=plan.rows,
+            key_mask=call.key_mask,
+            scale=call.scale,
             # Where the kernel has the log-sum-exp at hand it shows a NaN at a hundredth of the bytes.
             return_lse=with_lse or backend in ("triton", "fa4"),
             backend=backend,
@@ -121,61 +101,52 @@ class Int8:
     smooth_q: bool = False
     key_scales: str = "block"
     is_quantized: ClassVar[bool] = True
+    operation: ClassVar[Operation] = "quantized_attention"
     _kernel: ClassVar[str] = "int8"
 
     def __post_init__(self) -> None:
         if self.key_scales not in KEY_SCALES:
             raise ValueError(f"key_scales must be one of {', '.join(KEY_SCALES)}, got {self.key_scales!r}.")
 
-    def choose_backend(
-        self,
-        q: torch.Tensor,
-        k: torch.Tensor,
-        v: torch.Tensor,
-        mask: BlockMask,
-        rows: torch.Tensor | None,
-        key_mask: torch.Tensor | None,
-        backend: str,
-    ) -> tuple[str, str]:
-        """Triton on a GPU, or the named backend."""
-        reason = why_not_quantized(q, mask, self._kernel)
-        if any(x.requires_grad for x in (q, k, v)) and torch.is_grad_enabled():
-            reason = "8-bit attention has no gradient"
-        elif backend in ("torch", "reference"):
-            return backend, f"asked for by name; {self._kernel} emulated in float32"
-        elif reason is None and (backend == "triton" or q.is_cuda):
-            return "triton", "asked for by name" if backend == "triton" else "the fastest that runs here"
-        elif backend == "auto" and not q.is_cuda:
-            return "torch", f"{self._kernel} emulated in float32, no faster: there are no 8-bit kernels for a CPU"
-        elif reason is None:
-            reason = f"backend {backend!r} has no 8-bit kernels"
-        raise RuntimeError(
-            f"precision {self._kernel!r} cannot run this call: {reason}. Use precision 'model', or a backend of "
-            "'torch' to emulate it."
-        )
+    def choices(self, case: Case, backend: str) -> dict[Operation, Choice]:
+        """Quantised attention; an automatic choice does not leave a GPU's kernels for the emulation.
 
-    def attend(
-        self,
-        q: torch.Tensor,
-        k: torch.Tensor,
-        v: torch.Tensor,
-        mask: BlockMask,
-        rows: torch.Tensor | None,
-        key_mask: torch.Tensor | None,
-        scale: float | None,
-        backend: str,
-        with_lse: bool = False,
-    ) -> Attended:
+        Raises:
+            ValueError: gradients are asked for, or the kernels, meant by name or by a GPU, cannot run the case.
+        """
+        if case.recorded:
+            raise ValueError(
+                f"precision {self._kernel!r} cannot run this call: 8-bit attention has no gradient; use precision "
+                "'model'."
+            )
+        if backend == "auto" and case.device.type == "cuda" and self._kernel not in INTEGER_VALUES:
+            reason = why_not_quantized(case, self._kernel)
+            if reason is not None:
+                raise ValueError(
+                    f"precision {self._kernel!r} cannot run this call: {reason}; use precision 'model', or backend "
+                    "'torch' to emulate it."
+                )
+        return {"quantized_attention": choose_quantized(case, self._kernel, backend)}
+
+    def choose(self, call: AttentionCall, plan: AttentionPlan, backend: str) -> Choice:
+        """See :meth:`choices`."""
+        case = case_of(call.q, call.k, call.v, mask=plan.mask, rows=plan.rows, key_mask=call.key_mask)
+        choice = self.choices(case, backend)["quantized_attention"]
+        if choice.name != "triton":
+            return choice
+        return kernel_of(choice, why_not_hopper_quantized(call.q, plan.mask, self.smooth_q))
+
+    def attend(self, call: AttentionCall, plan: AttentionPlan, backend: str, with_lse: bool = False) -> Attended:
         """Quantised block-sparse attention; no gradients."""
         result = quantized_block_sparse_attention(
-            q,
-            k,
-            v,
-            mask,
+            call.q,
+            call.k,
+            call.v,
+            plan.mask,
             precision=self._kernel,
-            rows=rows,
-            key_mask=key_mask,
-            scale=scale,
+            rows=plan.rows,
+            key_mask=call.key_mask,
+            scale=call.scale,
             smooth_k=self.smooth_k,
             smooth_q=self.smooth_q,
             key_scales=self.key_scales,
@@ -202,21 +173,6 @@ class Int8Int8(Int8):
     """
 
     _kernel: ClassVar[str] = "int8_int8"
-
-    def choose_backend(
-        self,
-        q: torch.Tensor,
-        k: torch.Tensor,
-        v: torch.Tensor,
-        mask: BlockMask,
-        rows: torch.Tensor | None,
-        key_mask: torch.Tensor | None,
-        backend: str,
-    ) -> tuple[str, str]:
-        """The emulation, unless a kernel was asked for by name."""
-        if backend == "auto" and not any(x.requires_grad for x in (q, k, v)):
-            return "torch", f"{self._kernel} emulated in float32, no faster: it has no kernel"
-        return super().choose_backend(q, k, v, mask, rows, key_mask, backend)
 
 
 @dataclass(frozen=True)

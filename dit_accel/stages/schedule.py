@@ -71,6 +71,11 @@ class Schedule:
         """Whether a plan outlives the forward that made it."""
         return self.refresh_every > 1 or bool(self.refresh_at) or self.drift_bound is not None
 
+    @property
+    def follows_steps(self) -> bool:
+        """Whether anything here depends on the denoising step."""
+        return self.dense_fraction > 0 or self.dense_refresh or self.keeps_plans or bool(self.density_points)
+
     def dense_reason(self, step: StepContext, layer: int, num_layers: int) -> str | None:
         """Why this call stays dense, or None if it may run sparse."""
         if layer in self.dense_layers or layer - num_layers in self.dense_layers:
@@ -95,7 +100,7 @@ class Schedule:
         return points[-1][1]
 
     def needs_plan(self, step: StepContext, made: StepContext) -> bool:
-        """Whether a plan made at ``made`` is too old for ``step``, or belongs to an earlier run."""
+        """Whether a plan made at ``made``, a forward of the same run, is too old for ``step``."""
         if step.index is None or made.index is None:
             return self._too_old(step.forward_id - made.forward_id)
         if step.forward_id == made.forward_id:

@@ -6,7 +6,9 @@ from typing import Any, Protocol
 
 import torch
 
+from ..call import AttentionCall
 from ..kernels import BlockMask
+from ..kernels.choice import Case, Choice, Operation
 from ..plan import LayerMemory, SequenceBlocks
 
 BLOCK_SIZES = (32, 64, 128)
@@ -31,23 +33,27 @@ class Select(Protocol):
         """What can be worked out once for a layout; given back to :meth:`select` as ``tables``."""
         ...
 
+    def choices(self, case: Case, backend: str) -> dict[Operation, Choice]:
+        """The backend of each operation that :meth:`select` runs besides ``"selection"``, for one of the kernels'
+        :data:`~dit_accel.kernels.BACKENDS` asked for.
+
+        Raises:
+            ValueError: the backend was named and cannot run one of them.
+        """
+        ...
+
     def select(
         self,
         blocks: SequenceBlocks,
         tables: Any,
-        q: torch.Tensor,
-        k: torch.Tensor,
-        key_mask: torch.Tensor | None,
-        scale: float | None,
+        call: AttentionCall,
         memory: LayerMemory | None = None,
     ) -> BlockMask:
-        """Mask of one call, for queries and keys (B, S, H, D) in the model's order.
+        """Mask of one call.
 
         Args:
             blocks: the permuted sequence.
             tables: what :meth:`prepare` returned for ``blocks``.
-            key_mask: bool (B, S), visible keys, or None.
-            scale: softmax scale, ``D ** -0.5`` if None.
             memory: what the layer keeps from one search to the next; None keeps nothing.
         """
         ...

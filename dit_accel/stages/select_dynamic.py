@@ -6,7 +6,9 @@ from dataclasses import dataclass
 
 import torch
 
+from ..call import AttentionCall
 from ..kernels import BlockMask
+from ..kernels.choice import Case, Choice, Operation
 from ..kernels.selection import own_blocks, pooled_scores, select_blocks
 from ..plan import LayerMemory, SequenceBlocks
 from .select import (
@@ -28,6 +30,7 @@ def keep_best(
     top_p: float | torch.Tensor | None = None,
     forced_q: torch.Tensor | None = None,
     forced_k: torch.Tensor | None = None,
+    backend: str = "auto",
 ) -> BlockMask:
     """Mask of the best key blocks by ``scores [B, H, nq, nk]``; text, own and forced blocks are always kept.
 
@@ -36,6 +39,7 @@ def keep_best(
             :func:`~dit_accel.kernels.selection.select_blocks`.
         forced_q, forced_k: bool ``[B|1, H|1, nq]`` and ``[..., nk]``: further blocks that read everything,
             and that everything reads.
+        backend: of the choice, one of :data:`~dit_accel.kernels.BACKENDS`.
     """
     partial_k, empty_k = (None, None) if key_mask is None else blocks.hidden_k(key_mask)
     return select_blocks(
@@ -50,10 +54,27 @@ def keep_best(
         block_k=blocks.block_k,
         q_len=blocks.layout.seq_len,
         kv_len=blocks.layout.seq_len,
+        backend=backend,
     )
 
 
-def keep_chosen(blocks: SequenceBlocks, chosen: torch.Tensor, key_mask: torch.Tensor | None) -> BlockMask:
+def pooled_scores_of(blocks: SequenceBlocks, call: AttentionCall, scale: float) -> torch.Tensor:
+    """Logits of the block means of a call, float32 ``[B, H, nq, nk]``."""
+    return pooled_scores(
+        call.q,
+        call.k,
+        blocks.block_q,
+        blocks.block_k,
+        rows=blocks.kernel_rows,
+        key_mask=call.key_mask,
+        scale=scale,
+        backend=call.backend("selection"),
+    )
+
+
+def keep_chosen(
+    blocks: SequenceBlocks, chosen: torch.Tensor, key_mask: torch.Tensor | None, backend: str = "auto"
+) -> BlockMask:
     """Mask of the ``chosen`` pairs, bool ``[B, H, nq, nk]``, with text and own blocks, without empty ones."""
     seq_len = blocks.layout.seq_len
     keep = chosen | own_blocks(blocks.block_q, blocks.block_k, seq_len, seq_len, blocks.device)
@@ -64,7 +85,9 @@ def keep_chosen(blocks: SequenceBlocks, chosen: torch.Tensor, key_mask: torch.Te
         some_hidden, all_hidden = blocks.hidden_k(key_mask)
         partial = some_hidden[..., None, :]
         keep = keep & ~all_hidden[..., None, :]
-    return BlockMask.from_dense(keep, blocks.block_q, blocks.block_k, seq_len, seq_len, partial=partial)
+    return BlockMask.from_dense(
+        keep, blocks.block_q, blocks.block_k, seq_len, seq_len, partial=partial, backend=backend
+    )
 
 
 def candidates(blocks: SequenceBlocks, key_mask: torch.Tensor | None) -> torch.Tensor:
@@ -118,20 +141,27 @@ class Pooled:
     def prepare(self, blocks: SequenceBlocks) -> None:
         """Nothing is worked out ahead of the call."""
 
+    def choices(self, case: Case, backend: str) -> dict[Operation, Choice]:
+        """No more than pooling and top-k."""
+        return {}
+
     def select(
         self,
         blocks: SequenceBlocks,
         tables: None,
-        q: torch.Tensor,
-        k: torch.Tensor,
-        key_mask: torch.Tensor | None,
-        scale: float | None,
+        call: AttentionCall,
         memory: LayerMemory | None = None,
     ) -> BlockMask:
-        """Mask of one call from its queries and keys, both (B, S, H, D)."""
-        scores = pooled_scores(
-            q, k, blocks.block_q, blocks.block_k, rows=blocks.kernel_rows, key_mask=key_mask, scale=scale
-        )
+        """Mask of one call from its queries and keys."""
+        scores = pooled_scores_of(blocks, call, call.scale)
         forced_k = blocks.first_frame_k if self.sink_first_frame else None
-        density = shares_per_head(self.head_densities, self.density, q.shape[2], q.device)
-        return keep_best(blocks, scores, key_mask, density=density, top_p=self.top_p, forced_k=forced_k)
+        density = shares_per_head(self.head_densities, self.density, call.q.shape[2], call.q.device)
+        return keep_best(
+            blocks,
+            scores,
+            call.key_mask,
+            density=density,
+            top_p=self.top_p,
+            forced_k=forced_k,
+            backend=call.backend("selection"),
+        )

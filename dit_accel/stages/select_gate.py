@@ -6,12 +6,13 @@ from dataclasses import dataclass
 
 import torch
 
+from ..call import AttentionCall
 from ..kernels import BlockMask
-from ..kernels.gate import global_choice, select_by_threshold
-from ..kernels.selection import pooled_scores
+from ..kernels.choice import Case, Choice, Operation
+from ..kernels.gate import choose_gate, global_choice, select_by_threshold
 from ..plan import LayerMemory, SequenceBlocks
 from .select import check_block, check_share
-from .select_dynamic import candidates, keep_chosen
+from .select_dynamic import candidates, keep_chosen, pooled_scores_of
 
 
 @dataclass(frozen=True)
@@ -45,30 +46,30 @@ class GlobalGate:
     def prepare(self, blocks: SequenceBlocks) -> None:
         """Nothing is worked out ahead of the call."""
 
+    def choices(self, case: Case, backend: str) -> dict[Operation, Choice]:
+        """The threshold."""
+        return {"gate": choose_gate(case, backend)}
+
     def select(
         self,
         blocks: SequenceBlocks,
         tables: None,
-        q: torch.Tensor,
-        k: torch.Tensor,
-        key_mask: torch.Tensor | None,
-        scale: float | None,
+        call: AttentionCall,
         memory: LayerMemory | None = None,
     ) -> BlockMask:
-        """Mask of one call from its queries and keys, both (B, S, H, D)."""
-        gates = pooled_scores(
-            q, k, blocks.block_q, blocks.block_k, rows=blocks.kernel_rows, key_mask=key_mask, scale=1.0
-        )
+        """Mask of one call from its queries and keys."""
+        gates = pooled_scores_of(blocks, call, scale=1.0)
         chosen = select_by_threshold(
             gates,
             self.threshold,
             block_q=blocks.block_q,
             block_k=blocks.block_k,
             seq_len=blocks.layout.seq_len,
-            open_k=candidates(blocks, key_mask),
+            open_k=candidates(blocks, call.key_mask),
             open_q=None if blocks.forced_q is None else ~blocks.forced_q,
+            backend=call.backend("gate"),
         )
-        return keep_chosen(blocks, chosen, key_mask)
+        return keep_chosen(blocks, chosen, call.key_mask, call.backend("selection"))
 
 
 def per_query_chunks(q: torch.Tensor, k: torch.Tensor, chunk_of_token: torch.Tensor, threshold: float) -> torch.Tensor:

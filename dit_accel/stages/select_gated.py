@@ -6,7 +6,9 @@ from dataclasses import dataclass
 
 import torch
 
+from ..call import AttentionCall
 from ..kernels import BlockMask
+from ..kernels.choice import Case, Choice, Operation
 from ..kernels.selection import pool_blocks, self_similarity
 from ..plan import LayerMemory, SequenceBlocks
 from .select import check_block, check_share
@@ -54,40 +56,42 @@ class GatedPooled:
     def prepare(self, blocks: SequenceBlocks) -> None:
         """Nothing is worked out ahead of the call."""
 
+    def choices(self, case: Case, backend: str) -> dict[Operation, Choice]:
+        """No more than pooling, self-similarity and top-k."""
+        return {}
+
     def select(
         self,
         blocks: SequenceBlocks,
         tables: None,
-        q: torch.Tensor,
-        k: torch.Tensor,
-        key_mask: torch.Tensor | None,
-        scale: float | None,
+        call: AttentionCall,
         memory: LayerMemory | None = None,
     ) -> BlockMask:
-        """Mask of one call from its queries and keys, both (B, S, H, D)."""
-        scale = q.shape[-1] ** -0.5 if scale is None else scale
-        rows = blocks.kernel_rows
-        q_mean = pool_blocks(q, blocks.block_q, rows=rows)
-        k_mean = pool_blocks(k, blocks.block_k, rows=rows, key_mask=key_mask)
+        """Mask of one call from its queries and keys."""
+        q, k, key_mask, rows = call.q, call.k, call.key_mask, blocks.kernel_rows
+        backend = call.backend("selection")
+        q_mean = pool_blocks(q, blocks.block_q, rows=rows, backend=backend)
+        k_mean = pool_blocks(k, blocks.block_k, rows=rows, key_mask=key_mask, backend=backend)
         centre = _mean_token(k, key_mask) if self.smooth_k else None
         if centre is not None:
             k_mean = k_mean - centre[:, :, None]
         forced_q = forced_k = None
         if self.similarity > -1.0:
-            forced_q = self_similarity(q, blocks.block_q, rows=rows) <= self.similarity
-            similar = self_similarity(k, blocks.block_k, rows=rows, key_mask=key_mask, centre=centre)
+            forced_q = self_similarity(q, blocks.block_q, rows=rows, backend=backend) <= self.similarity
+            similar = self_similarity(k, blocks.block_k, rows=rows, key_mask=key_mask, centre=centre, backend=backend)
             forced_k = similar <= self.similarity
         if self.sink_first_frame:
             first = blocks.first_frame_k
             forced_k = first if forced_k is None else forced_k | first
         return keep_best(
             blocks,
-            (q_mean * scale) @ k_mean.transpose(-1, -2),
-            key_mask,
+            (q_mean * call.scale) @ k_mean.transpose(-1, -2),
+            call.key_mask,
             density=self.density,
             top_p=self.top_p,
             forced_q=forced_q,
             forced_k=forced_k,
+            backend=backend,
         )
 
 

@@ -7,7 +7,9 @@ from dataclasses import dataclass
 
 import torch
 
+from ..call import AttentionCall
 from ..kernels import BlockMask
+from ..kernels.choice import Case, Choice, Operation
 from ..plan import LayerMemory, SequenceBlocks
 from .order import fold_tile
 from .select import check_block
@@ -22,18 +24,19 @@ class _GridRule:
     def is_static(self) -> bool:
         return True
 
+    def choices(self, case: Case, backend: str) -> dict[Operation, Choice]:
+        """None: the tables say it all."""
+        return {}
+
     def select(
         self,
         blocks: SequenceBlocks,
         tables: TokenTables,
-        q: torch.Tensor,
-        k: torch.Tensor,
-        key_mask: torch.Tensor | None,
-        scale: float | None,
+        call: AttentionCall,
         memory: LayerMemory | None = None,
     ) -> BlockMask:
-        """Mask of a layout, ``[1, H|1, nq, nk]``, or ``[B, H|1, nq, nk]`` where ``key_mask`` hides keys."""
-        return tables.mask(blocks, key_mask)
+        """Mask of a layout, ``[1, H|1, nq, nk]``, or ``[B, H|1, nq, nk]`` where a key mask hides keys."""
+        return tables.mask(blocks, call.key_mask, call.backend("selection"))
 
 
 @dataclass(frozen=True)

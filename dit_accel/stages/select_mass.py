@@ -6,8 +6,10 @@ from dataclasses import dataclass
 
 import torch
 
+from ..call import AttentionCall
 from ..kernels import BlockMask
-from ..kernels.block_mass import block_mass
+from ..kernels.block_mass import block_mass, choose_block_mass
+from ..kernels.choice import Case, Choice, Operation
 from ..kernels.selection import gather_mask
 from ..layout import TokenLayout
 from ..plan import LayerMemory, SequenceBlocks
@@ -59,36 +61,39 @@ class Mass:
         """Whether the log-sum-exp of the call's dense attention would spare :meth:`select` a pass."""
         return self.cache_lse
 
+    def choices(self, case: Case, backend: str) -> dict[Operation, Choice]:
+        """Block masses."""
+        return {"block_mass": choose_block_mass(case, backend)}
+
     def select(
         self,
         blocks: SequenceBlocks,
         tables: None,
-        q: torch.Tensor,
-        k: torch.Tensor,
-        key_mask: torch.Tensor | None,
-        scale: float | None,
+        call: AttentionCall,
         memory: LayerMemory | None = None,
     ) -> BlockMask:
-        """Mask of one call from its queries and keys, both (B, S, H, D)."""
+        """Mask of one call from its queries and keys."""
         known = memory.lse if memory is not None and self.cache_lse else None
         mass, lse = block_mass(
-            q,
-            k,
+            call.q,
+            call.k,
             block_q=blocks.block_q,
             block_k=blocks.block_k,
             lse=known,
             rows=blocks.kernel_rows,
-            key_mask=key_mask,
-            scale=scale,
+            key_mask=call.key_mask,
+            scale=call.scale,
+            backend=call.backend("block_mass"),
         )
         if memory is not None and self.cache_lse:
             memory.lse = lse
-        shares = shares_per_head(self.head_densities, self.density, q.shape[2], q.device)
-        mask = keep_best(blocks, mass, key_mask, density=shares)
-        if not self.head_adaptive or self.head_densities or q.shape[2] < 2:
+        shares = shares_per_head(self.head_densities, self.density, call.q.shape[2], call.q.device)
+        backend = call.backend("selection")
+        mask = keep_best(blocks, mass, call.key_mask, density=shares, backend=backend)
+        if not self.head_adaptive or self.head_densities or call.q.shape[2] < 2:
             return mask
         density = adapted_densities(recall(mass, mask), self.density, self.recall_target)
-        return keep_best(blocks, mass, key_mask, density=density)
+        return keep_best(blocks, mass, call.key_mask, density=density, backend=backend)
 
 
 def recall(mass: torch.Tensor, mask: BlockMask) -> torch.Tensor:
@@ -143,33 +148,35 @@ class FrozenMass:
         """Whether the log-sum-exp of the call's dense attention is that of the latents alone."""
         return key_mask is None and not layout.num_extra
 
+    def choices(self, case: Case, backend: str) -> dict[Operation, Choice]:
+        """Block masses."""
+        return {"block_mass": choose_block_mass(case, backend)}
+
     def select(
         self,
         blocks: SequenceBlocks,
         tables: None,
-        q: torch.Tensor,
-        k: torch.Tensor,
-        key_mask: torch.Tensor | None,
-        scale: float | None,
+        call: AttentionCall,
         memory: LayerMemory | None = None,
     ) -> BlockMask:
-        """Mask of one call from its queries and keys, both (B, S, H, D)."""
+        """Mask of one call from its queries and keys."""
         lse = visible = None
-        if self.uses_lse(blocks.layout, key_mask):
+        if self.uses_lse(blocks.layout, call.key_mask):
             if memory is not None:
                 lse, memory.lse = memory.lse, None  # it was that of this call
         else:
-            latents = blocks.latent_tokens.expand(q.shape[0], -1)
-            visible = (latents if key_mask is None else latents & key_mask).contiguous()
+            latents = blocks.latent_tokens.expand(call.q.shape[0], -1)
+            visible = (latents if call.key_mask is None else latents & call.key_mask).contiguous()
         mass, _ = block_mass(
-            q,
-            k,
+            call.q,
+            call.k,
             block_q=blocks.block_q,
             block_k=blocks.block_k,
             lse=lse,
             rows=blocks.kernel_rows,
             key_mask=visible,
-            scale=scale,
+            scale=call.scale,
+            backend=call.backend("block_mass"),
         )
         # A mean over the visible keys of a block: the last one may be short.
         count = blocks.tokens_k
@@ -177,4 +184,4 @@ class FrozenMass:
             slots = gather_mask(visible, blocks.kernel_rows)
             padded = torch.nn.functional.pad(slots, (0, -slots.shape[-1] % blocks.block_k))
             count = padded.unflatten(-1, (-1, blocks.block_k)).sum(-1).clamp_min(1)[..., None, :]
-        return keep_best(blocks, mass / count, key_mask, density=self.density)
+        return keep_best(blocks, mass / count, call.key_mask, density=self.density, backend=call.backend("selection"))

@@ -6,7 +6,9 @@ from dataclasses import dataclass
 
 import torch
 
+from ..call import AttentionCall
 from ..kernels import BlockMask
+from ..kernels.choice import Case, Choice, Operation
 from ..kernels.selection import gather_mask, gather_rows, pool_blocks
 from ..plan import LayerMemory, SequenceBlocks
 from .select import check_block, check_share
@@ -57,21 +59,22 @@ class Reallocated:
             return near | blocks.first_frame_k[..., None, :]
         return near[None, None]
 
+    def choices(self, case: Case, backend: str) -> dict[Operation, Choice]:
+        """No more than pooling."""
+        return {}
+
     def select(
         self,
         blocks: SequenceBlocks,
         tables: torch.Tensor,
-        q: torch.Tensor,
-        k: torch.Tensor,
-        key_mask: torch.Tensor | None,
-        scale: float | None,
+        call: AttentionCall,
         memory: LayerMemory | None = None,
     ) -> BlockMask:
-        """Mask of one call from its queries and keys, both (B, S, H, D)."""
-        found = pooled_shares(blocks, q, k, key_mask, scale)
+        """Mask of one call from its queries and keys."""
+        found = pooled_shares(blocks, call)
         if memory is not None:
             memory.found = found
-        open_k = candidates(blocks, key_mask)[..., None, :]
+        open_k = candidates(blocks, call.key_mask)[..., None, :]
         ranked, order = found.blocks.masked_fill(~open_k, -1.0).sort(dim=-1, descending=True, stable=True)
         kept = ranked.clamp_min(0.0).cumsum(-1, dtype=torch.float64) <= self.top_p
         # ... and one more: the block that crosses the bound.
@@ -79,7 +82,7 @@ class Reallocated:
         least = torch.ceil(open_k.sum(-1, keepdim=True) * self.density - 1e-6)
         kept = (kept | (torch.arange(kept.shape[-1], device=kept.device) < least)) & (ranked >= 0)
         chosen = torch.zeros_like(kept).scatter_(-1, order, kept)
-        return keep_chosen(blocks, chosen | tables, key_mask)
+        return keep_chosen(blocks, chosen | tables, call.key_mask, call.backend("selection"))
 
 
 @dataclass(frozen=True, eq=False)
@@ -98,22 +101,16 @@ class PooledShares:
     k_mean: torch.Tensor
 
 
-def pooled_shares(
-    blocks: SequenceBlocks,
-    q: torch.Tensor,
-    k: torch.Tensor,
-    key_mask: torch.Tensor | None,
-    scale: float | None,
-) -> PooledShares:
-    """Shares from queries and keys ``[B, S, H, D]``; the mean query of a block stands for its queries.
+def pooled_shares(blocks: SequenceBlocks, call: AttentionCall) -> PooledShares:
+    """Shares from a call's queries and keys; the mean query of a block stands for its queries.
 
     The tokens of a block that holds latents and text count as text, each for itself.
     """
-    scale = q.shape[-1] ** -0.5 if scale is None else scale
-    rows, slots = blocks.kernel_rows, blocks.extra_slots
-    q_mean = pool_blocks(q, blocks.block_q, rows=rows)
-    k_mean = pool_blocks(k, blocks.block_k, rows=rows, key_mask=key_mask)
-    queries = q_mean * scale
+    q, k, key_mask = call.q, call.k, call.key_mask
+    rows, slots, backend = blocks.kernel_rows, blocks.extra_slots, call.backend("selection")
+    q_mean = pool_blocks(q, blocks.block_q, rows=rows, backend=backend)
+    k_mean = pool_blocks(k, blocks.block_k, rows=rows, key_mask=key_mask, backend=backend)
+    queries = q_mean * call.scale
     logits = queries @ k_mean.transpose(-1, -2)
     if slots is None and key_mask is None:
         share = (logits + blocks.tokens_k.log()).softmax(-1)

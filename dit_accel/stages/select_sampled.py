@@ -6,8 +6,10 @@ from dataclasses import dataclass
 
 import torch
 
+from ..call import AttentionCall
 from ..kernels import BlockMask
-from ..kernels.block_mass import block_mass
+from ..kernels.block_mass import block_mass, choose_block_mass
+from ..kernels.choice import Case, Choice, Operation
 from ..kernels.selection import gather_rows
 from ..plan import LayerMemory, SequenceBlocks
 from .select import check_block, check_share
@@ -68,32 +70,41 @@ class Sampled:
         """The places of the sample, on the device."""
         return sampled_slots(blocks, self.share, self.seed)
 
+    def choices(self, case: Case, backend: str) -> dict[Operation, Choice]:
+        """Block masses of the sample."""
+        return {"block_mass": choose_sampled(case, self.share, backend)}
+
     def select(
         self,
         blocks: SequenceBlocks,
         tables: Slots,
-        q: torch.Tensor,
-        k: torch.Tensor,
-        key_mask: torch.Tensor | None,
-        scale: float | None,
+        call: AttentionCall,
         memory: LayerMemory | None = None,
     ) -> BlockMask:
-        """Mask of one call from its queries and keys, both (B, S, H, D)."""
+        """Mask of one call from its queries and keys."""
         mass = sampled_importance(
-            q,
-            k,
+            call.q,
+            call.k,
             blocks.block_q,
             blocks.block_k,
             rows=blocks.kernel_rows,
-            key_mask=key_mask,
-            scale=scale,
+            key_mask=call.key_mask,
+            scale=call.scale,
             share=self.share,
             slots=tables,
+            backend=call.backend("block_mass"),
         )
         if memory is not None:
             memory.found = SampledMass(mass, self.share, self.seed)
         # The softmax over logarithms of masses is the masses' share of their sum.
-        return keep_best(blocks, mass.log(), key_mask, density=self.density, top_p=self.top_p)
+        return keep_best(
+            blocks,
+            mass.log(),
+            call.key_mask,
+            density=self.density,
+            top_p=self.top_p,
+            backend=call.backend("selection"),
+        )
 
 
 def sampled_importance(
@@ -108,6 +119,7 @@ def sampled_importance(
     share: float = 0.25,
     seed: int = 0,
     slots: Slots | None = None,
+    backend: str = "auto",
 ) -> torch.Tensor:
     """Mass between a random sample of queries and keys, by block: float32 ``[B, H, nq, nk]``.
 
@@ -117,6 +129,7 @@ def sampled_importance(
         share: sampled share of a block's tokens; the same places in every block.
         seed: of the sample.
         slots: of the sample, in place of ``seed``, where they are at hand: making them waits for the device.
+        backend: of the sample's block masses.
     """
     scale = q.shape[-1] ** -0.5 if scale is None else scale
     if slots is None:
@@ -140,6 +153,7 @@ def sampled_importance(
                 block_k=count_k,
                 key_mask=visible[:, h].contiguous(),
                 scale=scale,
+                backend=backend,
             )[0]
             for h in range(queries.shape[1])
         ]
@@ -151,8 +165,17 @@ def sampled_importance(
         block_k=count_k,
         key_mask=None if visible is None else visible[:, 0].contiguous(),
         scale=scale,
+        backend=backend,
     )
     return mass
+
+
+def choose_sampled(case: Case, share: float, backend: str) -> Choice:
+    """The backend of :func:`sampled_importance`; raises a ValueError if it is refused."""
+    if case.blocks is not None:
+        block_q, block_k = case.blocks
+        case = case._replace(blocks=(_share_of(block_q, share), _share_of(block_k, share)))
+    return choose_block_mass(case, backend)
 
 
 def sampled_slots(blocks: SequenceBlocks, share: float, seed: int) -> Slots:

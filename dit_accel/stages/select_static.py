@@ -7,7 +7,9 @@ from dataclasses import dataclass
 
 import torch
 
+from ..call import AttentionCall
 from ..kernels import BlockMask
+from ..kernels.choice import Case, Choice, Operation
 from ..plan import LayerMemory, SequenceBlocks
 from .select import check_block
 from .token_tables import TokenTables, separable, token_tables
@@ -43,24 +45,27 @@ class FullSelect:
     def prepare(self, blocks: SequenceBlocks) -> None:
         """Nothing has to be worked out."""
 
+    def choices(self, case: Case, backend: str) -> dict[Operation, Choice]:
+        """None: every block is listed."""
+        return {}
+
     def select(
         self,
         blocks: SequenceBlocks,
         tables: None,
-        q: torch.Tensor,
-        k: torch.Tensor,
-        key_mask: torch.Tensor | None,
-        scale: float | None,
+        call: AttentionCall,
         memory: LayerMemory | None = None,
     ) -> BlockMask:
         """Mask of all blocks but those without a visible key, ``[B|1, 1, nq, nk]``."""
         keep = torch.ones(1, 1, *blocks.num_blocks, dtype=torch.bool, device=blocks.device)
         partial = None
-        if key_mask is not None:
-            some_hidden, all_hidden = blocks.hidden_k(key_mask)
+        if call.key_mask is not None:
+            some_hidden, all_hidden = blocks.hidden_k(call.key_mask)
             keep, partial = keep & ~all_hidden[..., None, :], some_hidden[..., None, :]
         length = blocks.layout.seq_len
-        return BlockMask.from_dense(keep, blocks.block_q, blocks.block_k, length, length, partial=partial)
+        return BlockMask.from_dense(
+            keep, blocks.block_q, blocks.block_k, length, length, partial=partial, backend=call.backend("selection")
+        )
 
 
 @dataclass(frozen=True)
@@ -134,18 +139,19 @@ class Window:
         visible = [table.to(blocks.device) for table in self.visibility(blocks.layout.grid)]
         return token_tables(blocks, separable(visible), self.sink_first_frame)
 
+    def choices(self, case: Case, backend: str) -> dict[Operation, Choice]:
+        """None: the tables say it all."""
+        return {}
+
     def select(
         self,
         blocks: SequenceBlocks,
         tables: TokenTables,
-        q: torch.Tensor,
-        k: torch.Tensor,
-        key_mask: torch.Tensor | None,
-        scale: float | None,
+        call: AttentionCall,
         memory: LayerMemory | None = None,
     ) -> BlockMask:
-        """Mask of a layout, ``[1, H|1, nq, nk]``, or ``[B, H|1, nq, nk]`` where ``key_mask`` hides keys."""
-        return tables.mask(blocks, key_mask)
+        """Mask of a layout, ``[1, H|1, nq, nk]``, or ``[B, H|1, nq, nk]`` where a key mask hides keys."""
+        return tables.mask(blocks, call.key_mask, call.backend("selection"))
 
     @staticmethod
     def _size(size: int | float, length: int, dilation: int) -> int:

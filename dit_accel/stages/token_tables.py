@@ -36,7 +36,7 @@ class TokenTables:
     bit_rows: torch.Tensor
     token_bits: torch.Tensor
 
-    def mask(self, blocks: SequenceBlocks, key_mask: torch.Tensor | None) -> BlockMask:
+    def mask(self, blocks: SequenceBlocks, key_mask: torch.Tensor | None, backend: str = "auto") -> BlockMask:
         """Mask of a layout, ``[1, H|1, nq, nk]``, or ``[B, H|1, nq, nk]`` where ``key_mask`` hides keys."""
         keep, partial = self.keep[None], ~self.full[None]
         if key_mask is not None:
@@ -52,6 +52,7 @@ class TokenTables:
             partial=partial,
             bit_rows=self.bit_rows[None],
             token_bits=self.token_bits,
+            backend=backend,
         )
 
 

@@ -2,28 +2,26 @@
 
 from __future__ import annotations
 
-import json
-from collections.abc import Callable, Collection, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
 from torch import nn
 
 from ..api import handle_of, patch, self_attentions, transformers_of
-from ..patches.fingerprint import Fingerprint, base_parameters
+from ..files import refuse_unwritable_folder
+from ..patches.fingerprint import Fingerprint
 from ..patches.handle import PatchHandle
 from ..patches.learned import is_learned
+from ..patches.weights import stored_parameters, unfused
 from ..recipe import Recipe
-
-CARD, TENSORS = "adapter.json", "adapter.safetensors"
-FORMAT = 1
-BACKBONES = ("none", "full", "delta", "lora")
-# Not the name of the learned modules: parameter names hold both.
-LORA_NAME = "dit_accel_lora"
+from .adapter_files import BACKBONES, AdapterFiles, read_adapter, to_integers, write_adapter
+from .adapter_load import LoadPlan
+from .lora import LORA_NAME as LORA_NAME
+from .lora import add_lora as add_lora
+from .lora import lora_state
 
 
 @dataclass(frozen=True, eq=False)
@@ -86,27 +84,34 @@ def save_adapter(
     missing = [name for name in trained if backbone == "delta" and name not in (base or {})]
     if missing:
         raise ValueError(f"backbone 'delta' needs the base values of all trained parameters; {missing[0]} is missing.")
+    folder = Path(folder)
+    refuse_unwritable_folder(folder)
     tensors: dict[str, torch.Tensor] = {}
     fingerprints: dict[str, Any] = {}
     lora: dict[str, Any] = {}
     for part in parts:
-        present = dict(part.model.named_parameters()) | dict(values or {})
-        unknown = [name for name in trained if name not in present]
+        stored, given = stored_parameters(part.model), dict(values or {})
+
+        def value_of(name: str, stored: Any = stored, given: Mapping[str, torch.Tensor] = given) -> torch.Tensor:
+            value = given.get(name)
+            return stored[name].read() if value is None else value.detach()
+
+        unknown = [name for name in trained if name not in stored and name not in given]
         if unknown:
             raise ValueError(f"{type(part.model).__name__} has no parameter {unknown[0]}.")
-        saved = {f"learned/{n}": v for n, v in present.items() if is_learned(n)}
+        saved = {f"learned/{n}": value_of(n) for n in (*stored, *given) if is_learned(n)}
         if backbone in ("full", "delta"):
-            for name in trained:
-                value = present[name].detach()
+            first = unfused(part.model, {name: (base or {})[name] for name in trained if backbone == "delta"})
+            for name, value in unfused(part.model, {name: value_of(name) for name in trained}).items():
                 if backbone == "delta":
-                    value = value.float() - (base or {})[name].detach().to(value.device).float()
+                    value = value.float() - first[name].detach().to(value.device).float()
                 if dtype == torch.int8 and value.dim() > 1:
-                    value, saved[f"scale/{name}"] = _to_integers(value)
+                    value, saved[f"scale/{name}"] = to_integers(value)
                 elif dtype is not None and dtype != torch.int8:
                     value = value.to(dtype)
                 saved[f"{backbone}/{name}"] = value
         elif backbone == "lora":
-            state, lora[part.name] = _lora_state(part.model, present)
+            state, lora[part.name] = lora_state(part.model, value_of)
             saved |= {f"lora/{n}": v if dtype is None else v.to(dtype) for n, v in state.items()}
         tensors |= {f"{part.name}/{n}": v.detach().cpu().contiguous().clone() for n, v in saved.items()}
         fingerprint = Fingerprint.of(part.model, part.attentions, trained, base, values)
@@ -114,7 +119,6 @@ def save_adapter(
     from .. import __version__
 
     card = {
-        "format": FORMAT,
         "dit_accel": __version__,
         "recipe": handle.recipe.to_dict(),
         "base": fingerprints,
@@ -122,10 +126,7 @@ def save_adapter(
         "lora": lora,
         "training": dict(summary or {}),
     }
-    folder = Path(folder)
-    folder.mkdir(parents=True, exist_ok=True)
-    save_file(tensors, folder / TENSORS)
-    (folder / CARD).write_text(json.dumps(card, indent=2) + "\n")
+    write_adapter(folder, tensors, card)
     return folder
 
 
@@ -144,39 +145,31 @@ def load_adapter(pipe: Any, folder: str | Path, *, backend: str = "auto") -> Pat
         ValueError: not an adapter, or one for another model, recipe or head count; the message names what
             differs. Nothing has been touched then.
     """
-    card, tensors = _read(Path(folder))
-    parts = _parts(pipe)
-    names = list(card["base"])
-    if len(parts) == len(names) == 1:
-        parts = [_Part(names[0], parts[0].model, parts[0].attentions)]
-    if missing := set(names) - {part.name for part in parts}:
-        raise ValueError(
-            f"The adapter in {folder} is for the transformers {', '.join(names)}, the pipeline has "
-            f"{', '.join(part.name for part in parts)}, not {', '.join(sorted(missing))}."
-        )
-    # Of two experts each may have an adapter of its own; they are loaded one after the other.
-    parts = [part for part in parts if part.name in names]
-    for part in parts:
-        difference = Fingerprint.from_dict(card["base"][part.name]).difference(part.model, part.attentions)
-        if difference is not None:
-            raise ValueError(f"The adapter in {folder} does not fit {type(part.model).__name__}: {difference}.")
-    recipe = Recipe.from_dict(card["recipe"])
+    files = read_adapter(Path(folder))
+    parts = _fitting_parts(pipe, files)
     try:
         handle, patched_here = handle_of(pipe), False
     except ValueError:
-        handle, patched_here = patch(pipe, recipe, backend=backend), True
+        handle, patched_here = patch(pipe, files.recipe, backend=backend), True
     try:
-        if handle.recipe != recipe:
-            raise ValueError(
-                f"The adapter in {folder} is for another recipe: {_first_difference(recipe, handle.recipe)}."
-            )
-        loads = [_plan_load(part, tensors, card, folder) for part in parts]
-        for load in loads:
-            load(handle)
+        if handle.recipe != files.recipe:
+            difference = _first_difference(files.recipe, handle.recipe)
+            raise ValueError(f"The adapter in {folder} is for another recipe: {difference}.")
+        plans = [LoadPlan(part.name, part.model, files) for part in parts]
+        undo: list[Callable[[], None]] = []
+        try:
+            for plan in plans:
+                plan.apply(undo)
+        except BaseException:
+            while undo:
+                undo.pop()()
+            raise
     except BaseException:
         if patched_here:
             handle.remove()
         raise
+    for step in undo:
+        handle.record(step)
     return handle
 
 
@@ -187,16 +180,27 @@ def _parts(pipe: Any) -> list[_Part]:
     ]
 
 
-def _read(folder: Path) -> tuple[dict[str, Any], dict[str, torch.Tensor]]:
-    try:
-        card = json.loads((folder / CARD).read_text())
-        with safe_open(folder / TENSORS, framework="pt") as file:
-            tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
-    except (OSError, json.JSONDecodeError, SafetensorError) as error:
-        raise ValueError(f"{folder} holds no readable adapter ({CARD} and {TENSORS}): {error}") from error
-    if card.get("format") != FORMAT:
-        raise ValueError(f"The adapter in {folder} has format {card.get('format')}, this version reads {FORMAT}.")
-    return card, tensors
+def _fitting_parts(pipe: Any, files: AdapterFiles) -> list[_Part]:
+    """The transformers that an adapter is for.
+
+    Raises:
+        ValueError: there are others, or with other weights.
+    """
+    parts, names = _parts(pipe), list(files.base)
+    if len(parts) == len(names) == 1:
+        parts = [_Part(names[0], parts[0].model, parts[0].attentions)]
+    if missing := set(names) - {part.name for part in parts}:
+        raise ValueError(
+            f"The adapter in {files.folder} is for the transformers {', '.join(names)}, the pipeline has "
+            f"{', '.join(part.name for part in parts)}, not {', '.join(sorted(missing))}."
+        )
+    # Of two experts each may have an adapter of its own; they are loaded one after the other.
+    parts = [part for part in parts if part.name in names]
+    for part in parts:
+        difference = files.base[part.name].difference(part.model, part.attentions)
+        if difference is not None:
+            raise ValueError(f"The adapter in {files.folder} does not fit {type(part.model).__name__}: {difference}.")
+    return parts
 
 
 def _first_difference(wanted: Recipe, got: Recipe) -> str:
@@ -206,113 +210,3 @@ def _first_difference(wanted: Recipe, got: Recipe) -> str:
             if its[axis].get(name, "absent") != value:
                 return f"{axis}.{name} is {value!r} there and {its[axis].get(name, 'absent')!r} in the pipeline"
     return "the recipes differ"
-
-
-def _plan_load(
-    part: _Part, tensors: Mapping[str, torch.Tensor], card: Mapping[str, Any], folder: str | Path
-) -> Callable[[PatchHandle], None]:
-    """Check one transformer's tensors; the result puts them in."""
-    mine = {n.removeprefix(f"{part.name}/"): v for n, v in tensors.items() if n.startswith(f"{part.name}/")}
-    present = dict(part.model.named_parameters())
-    own = base_parameters(part.model)
-    learned = {n.removeprefix("learned/"): v for n, v in mine.items() if n.startswith("learned/")}
-    changed = {n.split("/", 1)[1]: v for n, v in mine.items() if n.startswith(("full/", "delta/"))}
-    for name, scale in ((n.removeprefix("scale/"), v) for n, v in mine.items() if n.startswith("scale/")):
-        changed[name] = changed[name].float() * scale.view(-1, *[1] * (changed[name].dim() - 1))
-    wanted = {name for name in present if is_learned(name)}
-    if wanted != set(learned):
-        odd = sorted(wanted ^ set(learned))[0]
-        raise ValueError(f"The adapter in {folder} and the recipe's parameters differ: {odd}.")
-    for name, value in (learned | changed).items():
-        target = present.get(name, own.get(name))
-        if target is None or target.shape != value.shape:
-            spelled = "is missing" if target is None else f"has shape {tuple(target.shape)}"
-            raise ValueError(f"In the adapter {name} has shape {tuple(value.shape)}; in the model it {spelled}.")
-
-    def load(handle: PatchHandle) -> None:
-        with torch.no_grad():
-            for name, value in learned.items():
-                present[name].copy_(value)
-            for name, value in changed.items():
-                target = own[name]
-                value = value.to(target.device, torch.float32)
-                new = target.float() + value if card["backbone"] == "delta" else value
-                handle.record(_swap(target, new.to(target.dtype)))
-        if card["backbone"] == "lora":
-            state = {n.removeprefix("lora/"): v for n, v in mine.items() if n.startswith("lora/")}
-            handle.record(_load_lora(part.model, state, card["lora"][part.name]))
-
-    return load
-
-
-def _to_integers(value: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """int8 of the same shape, and float32 scales of its first dimension: their product is near the value."""
-    scale = value.flatten(1).abs().amax(1).clamp_min(torch.finfo(torch.float32).tiny) / 127
-    return (value / scale.view(-1, *[1] * (value.dim() - 1))).round().to(torch.int8), scale
-
-
-def _swap(target: torch.Tensor, value: torch.Tensor) -> Callable[[], None]:
-    """Give a parameter other data. Returns the undo, which brings back the very tensor."""
-    before = target.data
-    target.data = value
-
-    def undo() -> None:
-        target.data = before
-
-    return undo
-
-
-def add_lora(model: Any, target_modules: Collection[str], rank: int, alpha: int) -> Callable[[], None]:
-    """LoRA layers (peft) around linear layers of a diffusers transformer. Returns the undo.
-
-    Args:
-        target_modules: full paths of the layers.
-    """
-    from peft import LoraConfig
-
-    others = list(getattr(model, "peft_config", {}))
-    active = model.active_adapters() if others else []
-    flags = {name: parameter.requires_grad for name, parameter in model.named_parameters()}
-    model.add_adapter(
-        LoraConfig(r=rank, lora_alpha=alpha, target_modules=sorted(target_modules)), adapter_name=LORA_NAME
-    )
-    if active:
-        model.set_adapter([*active, LORA_NAME])
-
-    def undo() -> None:
-        if others:
-            model.delete_adapters(LORA_NAME)
-        else:
-            model.unload_lora()
-        for name, parameter in model.named_parameters():
-            parameter.requires_grad_(flags.get(name, parameter.requires_grad))
-
-    return undo
-
-
-def _lora_state(model: Any, present: Mapping[str, torch.Tensor]) -> tuple[dict[str, torch.Tensor], dict[str, Any]]:
-    from peft import get_peft_model_state_dict
-
-    configs = getattr(model, "peft_config", {})
-    if not configs:
-        raise ValueError(f"backbone 'lora' needs LoRA layers (peft) in {type(model).__name__}; it has none.")
-    name = LORA_NAME if LORA_NAME in configs else next(iter(configs))
-    config = configs[name]
-    state = get_peft_model_state_dict(model, state_dict=dict(present), adapter_name=name)
-    return state, {
-        "rank": config.r,
-        "alpha": config.lora_alpha,
-        "target_modules": sorted(config.target_modules),
-    }
-
-
-def _load_lora(model: Any, state: dict[str, torch.Tensor], settings: Mapping[str, Any]) -> Callable[[], None]:
-    from peft import set_peft_model_state_dict
-
-    flags = {name: parameter.requires_grad for name, parameter in model.named_parameters()}
-    undo = add_lora(model, settings["target_modules"], settings["rank"], settings["alpha"])
-    set_peft_model_state_dict(model, state, adapter_name=LORA_NAME)
-    for name, parameter in model.named_parameters():
-        plain = name.replace(".base_layer.", ".")
-        parameter.requires_grad_(flags.get(plain, False))
-    return undo

@@ -16,7 +16,10 @@ EVALUATION_SIGMAS = (0.25, 0.5, 0.75)
 
 
 class Samples(Protocol):
-    """Samples by index, e.g. a :class:`~dit_accel.training.samples.LatentFolder` or a list."""
+    """Samples by index, e.g. a :class:`~dit_accel.training.samples.LatentFolder` or a list.
+
+    An index means the same sample every time: a training that goes on checks that it has the same data.
+    """
 
     def __len__(self) -> int: ...
 

@@ -93,6 +93,10 @@ class FinetuneConfig:
             raise ValueError(f"learning_rate must be above 0, got {self.learning_rate}.")
         if self.max_seconds is not None and not self.max_seconds > 0.0:
             raise ValueError(f"max_seconds must be above 0, got {self.max_seconds}.")
+        if self.density_start is not None and not 0.0 < self.density_start <= 1.0:
+            raise ValueError(f"density_start must lie in (0, 1], got {self.density_start}.")
+        if self.density_steps and self.density_start is None:
+            raise ValueError(f"density_steps = {self.density_steps} needs a density_start to descend from.")
         if self.ema_decay is not None and not 0.0 < self.ema_decay < 1.0:
             raise ValueError(f"ema_decay must lie in (0, 1), got {self.ema_decay}.")
         for name, allowed in (

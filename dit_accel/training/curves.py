@@ -8,6 +8,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from ..files import write_text, written_whole
+
 JSON_NAME, PNG_NAME = "curves.json", "curves.png"
 
 
@@ -40,8 +42,12 @@ class Curves:
         return {"steps": self.steps, "evaluations": self.evaluations}
 
     def write(self, folder: Path) -> None:
-        """Write both files. The picture is left out without matplotlib."""
-        (folder / JSON_NAME).write_text(json.dumps(self.to_dict(), indent=1) + "\n")
+        """Write both files. The picture is left out without matplotlib.
+
+        Raises:
+            ValueError: they cannot be written.
+        """
+        write_text(folder / JSON_NAME, json.dumps(self.to_dict(), indent=1) + "\n")
         try:
             import matplotlib
         except ImportError:
@@ -53,7 +59,8 @@ class Curves:
         left, right = figure.subplots(1, 2)
         self._lines(left, self.steps, ("loss",), "loss")
         self._lines(right, self.evaluations, ("velocity_error",), "velocity error against dense")
-        figure.savefig(folder / PNG_NAME, dpi=120)
+        with written_whole(folder / PNG_NAME) as draft:
+            figure.savefig(draft, dpi=120)
 
     @staticmethod
     def _lines(axes: Any, entries: Sequence[Mapping[str, float]], names: Sequence[str], label: str) -> None:
@@ -61,7 +68,9 @@ class Curves:
             points = [(entry["step"], entry[name]) for entry in entries if name in entry]
             if points:
                 axes.plot(*zip(*points, strict=True), marker="." if len(points) < 50 else None)
-                if all(value > 0 for _, value in points):
+                values = [value for _, value in points]
+                # Within a decade a logarithmic axis has no plain number to label.
+                if min(values) > 0 and max(values) > 10 * min(values):
                     axes.set_yscale("log")
         axes.set_xlabel("step")
         axes.set_ylabel(label)

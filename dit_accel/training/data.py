@@ -8,14 +8,13 @@ from contextlib import contextmanager, nullcontext
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
-import torch.nn.functional as F
 
+from ..files import refuse_unwritable_folder
+from .clips import CaptionedClip, find_clips, read_video, with_captions
 from .config import TRANSFORMERS
-from .samples import Sample, Skipped, report_skipped, save_sample
-
-CLIP_SUFFIXES = (".mp4", ".mkv", ".webm", ".mov", ".avi", ".gif", ".png", ".jpg", ".jpeg", ".webp")
+from .origin import Origin
+from .samples import Sample, Skipped, is_sample, report_skipped, save_sample
 
 
 class _Reached(Exception):
@@ -53,6 +52,11 @@ def sigma_range(pipe: Any, name: str = "transformer") -> tuple[float, float]:
     if boundary is None or getattr(pipe, "transformer_2", None) is None:
         return 0.0, 1.0
     return (float(boundary), 1.0) if name == "transformer" else (0.0, float(boundary))
+
+
+def sigma_shift(pipe: Any, shift: float | None) -> float:
+    """The shift of sigmas that are drawn: the one given, or else the scheduler's."""
+    return shift or float(getattr(pipe.scheduler.config, "shift", None) or 1.0)
 
 
 def capture_call(pipe: Any, arguments: Mapping[str, Any]) -> tuple[torch.Size, float, dict[str, Any]]:
@@ -103,28 +107,42 @@ def generate_samples(
     seed: int = 0,
     dense: Callable[[], Any] = nullcontext,
     progress: Callable[[int, int], None] | None = None,
+    start_over: bool = False,
 ) -> Path:
     """Let the model itself make the training data: no clips are needed.
+
+    The folder keeps what made its samples (``samples.json``). Samples that the same model, settings, seed and prompts
+    have made there before are kept, whether all were finished or not; more prompts add samples.
 
     Args:
         prompts: one a sample; or a call's arguments (``prompt_embeds`` ...) for pipelines without text
             encoder.
-        folder: gets one file a sample; samples that are there already are kept.
+        folder: gets one file a sample.
         settings: of the pipeline's call, e.g. height, width, num_frames, num_inference_steps,
             guidance_scale.
         seed: of the noise; sample ``i`` uses ``seed + i``.
         dense: context in which the pipeline is dense, ``handle.disabled`` of a patched one.
         progress: called with the samples done and their number.
+        start_over: move samples that other settings made to a folder ``earlier-1`` in ``folder``, and make new ones.
 
     Returns:
         The folder, for :class:`~dit_accel.training.samples.LatentFolder`.
+
+    Raises:
+        ValueError: no prompts, a folder that cannot be written or holds samples of other settings, or a model whose
+            latents are not what its transformer takes.
     """
+    if not prompts:
+        raise ValueError("There is no prompt to generate samples from; give one a sample.")
     folder, settings = Path(folder), dict(settings or {})
+    refuse_unwritable_folder(folder)
+    paths = [folder / f"generated-{index:06d}.safetensors" for index in range(len(prompts))]
+    made_from = {path.stem: {"prompt": prompt} for path, prompt in zip(paths, prompts, strict=True)}
+    Origin.of(pipe, {"source": "the model", "seed": seed, **settings}, made_from).claim(folder, start_over)
     pipe.set_progress_bar_config(disable=True)
     size = {k: v for k, v in settings.items() if k in ("height", "width", "num_frames")}
-    for index, prompt in enumerate(prompts):
-        path = folder / f"generated-{index:06d}.safetensors"
-        if not path.exists():
+    for index, (path, prompt) in enumerate(zip(paths, prompts, strict=True)):
+        if not is_sample(path):
             call = {"prompt": prompt} if isinstance(prompt, str) else dict(prompt)
             own = ("guidance_scale", "true_cfg_scale", "num_inference_steps")
             plain = {k: v for k, v in call.items() if k not in own}
@@ -152,86 +170,68 @@ def encode_clips(
     height: int,
     frames: int,
     progress: Callable[[int, int], None] | None = None,
+    start_over: bool = False,
 ) -> list[Skipped]:
     """Encode a folder of clips with captions into samples.
 
-    A clip's caption is the text file of its name (``cat.mp4``, ``cat.txt``). Clips are cut to their first
+    A clip's caption is the text file of its name (``cat.mp4``, ``cat.txt``), in UTF-8. Clips are cut to their first
     ``frames`` frames, and scaled and cropped to the size. What cannot be used (broken, too short, without
-    caption; a caption without clip) is named on stderr with a count at the end.
+    caption; a caption without clip; the second of two clips with one name) is named on stderr with a count at the end.
+
+    The folder keeps what made its samples (``samples.json``). Samples that the same model made of the same clips are
+    kept, and new clips are added.
 
     Args:
         clips: folder of videos or images.
-        folder: gets one file a clip; files that are there already are kept.
+        folder: gets one file a clip.
         width, height: pixels.
         frames: of a sample.
+        start_over: move samples that other clips, captions or settings made to a folder ``earlier-1`` in ``folder``,
+            and encode all clips anew.
 
     Returns:
         What was left out.
 
     Raises:
-        ValueError: no folder, no clip, or a model whose latents this cannot make.
+        ValueError: no folder, no clip that can be used, a folder that cannot be written or holds samples of other
+            clips or settings, or a model whose latents this cannot make.
     """
     clips, folder = Path(clips), Path(folder)
-    if not clips.is_dir():
-        raise ValueError(f"There is no folder {clips}.")
-    files = sorted(path for path in clips.iterdir() if path.suffix.lower() in CLIP_SUFFIXES)
-    if not files:
-        raise ValueError(f"{clips} holds no clip ({', '.join(CLIP_SUFFIXES)}).")
-    stems = {path.stem for path in files}
-    skipped = [
-        Skipped(path.name, "its clip is missing") for path in sorted(clips.glob("*.txt")) if path.stem not in stems
-    ]
-    total = len(files) + len(skipped)
-    for index, path in enumerate(files):
-        target = folder / f"{path.stem}.safetensors"
-        if not target.exists():
-            try:
-                caption = path.with_suffix(".txt").read_text().strip()
-                video = read_video(path, width, height, frames)
-            except FileNotFoundError:
-                skipped.append(Skipped(path.name, "its caption is missing"))
-                continue
-            except Exception as error:  # decoders raise whatever they like for a broken file
-                skipped.append(Skipped(path.name, " ".join(str(error).split())[:200]))
-                continue
-            size = {"width": width, "height": height, "num_frames": frames}
-            shape, scale, condition = capture_call(pipe, {"prompt": caption, **size})
-            latents = encode_video(pipe, video)
-            if latents.shape != shape:
-                raise ValueError(
-                    f"{type(pipe).__name__} denoises latents {list(shape)}, its autoencoder makes "
-                    f"{list(latents.shape)}; train it on precomputed or self-generated samples."
-                )
-            save_sample(Sample(path.stem, latents, scale, condition), target)
+    found = find_clips(clips)
+    refuse_unwritable_folder(folder)
+    usable, skipped = with_captions(found, clips)
+    size = {"width": width, "height": height, "num_frames": frames}
+    made_from = {clip.path.stem: clip.contents() for clip in usable}
+    Origin.of(pipe, {"source": "clips", **size}, made_from).claim(folder, start_over)
+    encoded = 0
+    for index, clip in enumerate(usable):
+        target = folder / f"{clip.path.stem}.safetensors"
+        try:
+            video = None if is_sample(target) else read_video(clip.path, width, height, frames)
+        except ValueError as error:
+            skipped.append(Skipped(clip.path.name, str(error)))
+            continue
+        if video is not None:
+            save_sample(_encoded(pipe, clip, video, size), target)
+        encoded += 1
         if progress is not None:
-            progress(index + 1, len(files))
-    report_skipped(skipped, total)
+            progress(index + 1, len(usable))
+    report_skipped(skipped, sum(map(len, found.values())) + sum(item.name.endswith(".txt") for item in skipped))
+    if not encoded:
+        first = skipped[0]
+        raise ValueError(f"{clips} holds no clip that can be used; {first.name}: {first.reason}.")
     return skipped
 
 
-def read_video(path: Path, width: int, height: int, frames: int) -> torch.Tensor:
-    """The first frames of a clip, scaled to cover the size and cropped: float ``[1, 3, F, H, W]`` in [-1, 1].
-
-    Raises:
-        ValueError: the clip is shorter.
-    """
-    import imageio.v3 as iio
-
-    picture = path.suffix.lower() in (".png", ".jpg", ".jpeg", ".webp")
-    if picture:
-        read = [np.asarray(iio.imread(path))]
-    else:
-        read = [frame for _, frame in zip(range(frames), iio.imiter(path), strict=False)]
-    if len(read) < frames:
-        raise ValueError(f"it has {len(read)} frames, {frames} are needed")
-    pixels = torch.from_numpy(np.stack([frame[..., :3] for frame in read]))
-    pixels = pixels.permute(0, 3, 1, 2).float() / 127.5 - 1
-    scale = max(height / pixels.shape[2], width / pixels.shape[3])
-    size = [max(height, round(pixels.shape[2] * scale)), max(width, round(pixels.shape[3] * scale))]
-    pixels = F.interpolate(pixels, size, mode="bilinear", antialias=True)
-    top, left = (size[0] - height) // 2, (size[1] - width) // 2
-    pixels = pixels[:, :, top : top + height, left : left + width]
-    return pixels.clamp(-1, 1).transpose(0, 1)[None]
+def _encoded(pipe: Any, clip: CaptionedClip, video: torch.Tensor, size: Mapping[str, int]) -> Sample:
+    shape, scale, condition = capture_call(pipe, {"prompt": clip.caption, **size})
+    latents = encode_video(pipe, video)
+    if latents.shape != shape:
+        raise ValueError(
+            f"{type(pipe).__name__} denoises latents {list(shape)}, its autoencoder makes "
+            f"{list(latents.shape)}; train it on precomputed or self-generated samples."
+        )
+    return Sample(clip.path.stem, latents, scale, condition)
 
 
 def encode_video(pipe: Any, video: torch.Tensor) -> torch.Tensor:

@@ -3,28 +3,37 @@
 from __future__ import annotations
 
 import math
+import sys
 import time
 from collections.abc import Callable, Mapping, Sequence
-from contextlib import AbstractContextManager
+from contextlib import AbstractContextManager, ExitStack
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from ..api import handle_of, patch, self_attentions, transformers_of
+from .. import presets
 from ..patches.handle import PatchHandle
 from ..recipe import Recipe
+from ..tensor_files import writing
+from . import checkpoints, tracking
 from .adapter import save_adapter
 from .batches import Batches, Samples, mix
-from .checkpoints import Checkpoints
+from .checkpoints import Checkpoints, newest_checkpoint
 from .config import FinetuneConfig
-from .curves import Curves
-from .data import sigma_range, trained_transformer
+from .curves import JSON_NAME, PNG_NAME, Curves
+from .data import sigma_range, sigma_shift, trained_transformer
+from .earlier import set_aside
+from .fitness import refuse_other_latents, refuse_unfit
+from .identity import RunIdentity, survey
+from .lent import lent
 from .objective import NoisyBatch, annealed_density, losses, velocity
+from .tracking import Tracking, has_tensorboard
 from .trainables import Trainables
 
 ADAPTER = "adapter"
+RUN_FILES = (checkpoints.FOLDER, tracking.FOLDER, ADAPTER, JSON_NAME, PNG_NAME)
 
 
 class TrainingStopped(RuntimeError):
@@ -65,69 +74,64 @@ def finetune(
     and noise depend on the seed and the position of a sample alone, so that neither the number of processes
     nor a resumption changes them.
 
+    After an error, and after Ctrl-C, the pipeline is as it was: weights, layers, modes, and no patch unless it had one.
+
     Args:
-        pipe: a flow-matching pipeline; patched with ``recipe`` unless it is already.
+        pipe: a flow-matching pipeline, which stays patched; one that is patched already must have this recipe.
         recipe: see :func:`~dit_accel.patch`; ``options`` are those of a preset.
         data: training samples.
-        output: folder for curves (JSON, PNG, TensorBoard), checkpoints and the adapter.
+        output: folder for curves (JSON, PNG, TensorBoard), checkpoints and the adapter. What an earlier training
+            left there is moved to a folder ``earlier-1``, ``earlier-2`` ... in it.
         config: settings.
-        resume: go on from the newest checkpoint in ``output``, if there is one.
+        resume: go on from the newest checkpoint in ``output``, if there is one. Recipe, settings that matter to what
+            is learned, weights before the training and samples must be those it began with.
         on_step: called with each step's numbers, on the first process.
         measure: called at each evaluation with the steps done, the patch on and averaged weights in place;
             its numbers join the curves. It may generate with ``pipe``.
 
     Raises:
-        ValueError: settings that do not fit the model, or FSDP 1.
+        ValueError: no samples, samples or settings that do not fit the model, a checkpoint of another training, a
+            folder or disk that cannot be written, or FSDP 1.
         TrainingStopped: a loss or gradient is not finite.
     """
-    return _Loop(pipe, recipe, data, Path(output), config or FinetuneConfig(), backend, options).run(
-        resume, on_step, measure
-    )
+    config, output = config or FinetuneConfig(), Path(output)
+    chosen = presets.resolve(recipe, **options)
+    found = survey(data, config.batch_size)
+    refuse_other_latents(trained_transformer(pipe, config.transformer), data[0])
+    run = refuse_unfit(pipe, chosen, output, config, resume=resume, backend=backend)
+    with lent(pipe, chosen, config, backend) as (handle, trainables):
+        return _Loop(pipe, handle, trainables, data, output, config, run, found).run(resume, on_step, measure)
 
 
 class _Loop:
     def __init__(
         self,
         pipe: Any,
-        recipe: Recipe | str,
+        handle: PatchHandle,
+        trainables: Trainables,
         data: Samples,
         output: Path,
         config: FinetuneConfig,
-        backend: str,
-        options: dict[str, Any],
+        run: RunIdentity,
+        found: Mapping[str, Any],
     ) -> None:
         from accelerate import Accelerator, DistributedDataParallelKwargs
         from accelerate.utils import DistributedType, ProjectConfiguration
 
-        self.pipe, self.data, self.output, self.config = pipe, data, output, config
-        self.model = trained_transformer(pipe, config.transformer)
-        self.dtype: torch.dtype = self.model.dtype
-        if config.precision == "no" and self.model.dtype != torch.float32:
-            raise ValueError(
-                f"precision 'no' trains float32 models, the transformer is {self.model.dtype}; use 'bf16'."
-            )
-        try:
-            self.handle = handle_of(pipe)
-        except ValueError:
-            self.handle = patch(pipe, recipe, backend=backend, **options)
-        # A pipeline that has generated leaves its last step here; training is at no step of a trajectory.
-        pipe.scheduler.num_inference_steps = None
-        attentions = {
-            path: module
-            for name, model, family in transformers_of(pipe)
-            if name == config.transformer
-            for path, module in self_attentions(model, family)
-        }
-        self.trainables = Trainables(self.model, self.handle, attentions, config)
+        self.pipe, self.handle, self.trainables = pipe, handle, trainables
+        self.data, self.output, self.config = data, output, config
+        self.model = trainables.model
+        self.dtype: torch.dtype = trainables.dtype
         self.accelerator = Accelerator(
             mixed_precision=config.precision,
             gradient_accumulation_steps=config.accumulation,
-            log_with="tensorboard" if _has_tensorboard() else None,
+            log_with="tensorboard" if has_tensorboard() else None,
             project_config=ProjectConfiguration(str(output), logging_dir=str(output)),
             cpu=not torch.cuda.is_available() or torch.device(pipe.device).type == "cpu",
             step_scheduler_with_optimizer=False,
             kwargs_handlers=[DistributedDataParallelKwargs(find_unused_parameters=config.train == "all")],
         )
+        self.tracking = Tracking(self.accelerator, output)
         self.sharded = self.accelerator.distributed_type == DistributedType.FSDP
         if self.sharded and not getattr(self.accelerator, "is_fsdp2", False):
             raise ValueError(
@@ -136,11 +140,6 @@ class _Loop:
             )
         if self.sharded and config.objective.needs_teacher and config.teacher == "frozen" and not config.lora_rank:
             raise ValueError("With FSDP a frozen teacher needs LoRA; set lora_rank, or teacher = 'current'.")
-        self.was_checkpointing = bool(getattr(self.model, "is_gradient_checkpointing", False))
-        if config.gradient_checkpointing:
-            self.model.enable_gradient_checkpointing()
-        self.was_training = self.model.training
-        self.model.train()
         optimizer = torch.optim.AdamW(
             self.trainables.named().values(),
             lr=config.learning_rate,
@@ -155,17 +154,16 @@ class _Loop:
             data,
             config,
             sigmas=sigma_range(pipe, config.transformer),
-            shift=config.shift or float(getattr(pipe.scheduler.config, "shift", None) or 1.0),
+            shift=sigma_shift(pipe, config.shift),
             dtype=torch.float32 if config.precision == "no" else self.model.dtype,
             device=self.accelerator.device,
             process=self.accelerator.process_index,
             processes=self.accelerator.num_processes,
         )
-        self.checkpoints = Checkpoints(output, self.accelerator, self.trainables, config, self.sharded)
-        self.density = getattr(self.handle.recipe.select, "density", None)
+        run = run.on(found, self.accelerator.num_processes)
+        self.checkpoints = Checkpoints(output, self.accelerator, trainables, run, config.keep_checkpoints, self.sharded)
+        self.density = getattr(handle.recipe.select, "density", None)
         self.spent = 0.0
-        if config.density_start is not None and self.density is None:
-            raise ValueError(f"density_start needs a recipe with a density, got {self.handle.recipe.select!r}.")
 
     def run(
         self,
@@ -174,21 +172,23 @@ class _Loop:
         measure: Callable[[int], Mapping[str, float]] | None,
     ) -> FinetuneResult:
         first, begin = 0, time.monotonic()
-        found = self.checkpoints.load() if resume else None
-        if found is not None:
-            first, self.curves = found
-        if self.accelerator.is_main_process:
-            self.output.mkdir(parents=True, exist_ok=True)
-        self.accelerator.wait_for_everyone()
-        if self.accelerator.log_with:
-            self.accelerator.init_trackers("tensorboard")
-        try:
+        with ExitStack() as ends:
+            ends.callback(self._unwrap)
+            ends.callback(self.tracking.close)
+            found = self.checkpoints.load() if resume else None
+            if found is not None:
+                first, self.curves = found
             if first == 0:
                 self._evaluate(0, measure)
+            # Only now: data that do not fit the model have failed, and nothing of an earlier training was touched.
+            self._open_folder(fresh=found is None)
+            ends.callback(self._write_curves)
+            if first == 0:
+                self._log_evaluation()
             for step in range(first, self.config.steps):
                 numbers = self._step(step)
                 self.curves.steps.append(numbers)
-                self.accelerator.log({k: v for k, v in numbers.items() if k != "step"}, step=step + 1)
+                self.tracking.log({k: v for k, v in numbers.items() if k != "step"}, step + 1)
                 if on_step is not None and self.accelerator.is_main_process:
                     on_step(numbers)
                 # Once a step: with several processes it is an all-reduce that all wait for.
@@ -196,16 +196,27 @@ class _Loop:
                 last = step + 1 == self.config.steps or self.spent > 1.0
                 if _due(step + 1, self.config.evaluate_every, last):
                     self._evaluate(step + 1, measure)
+                    self._log_evaluation()
                 if _due(step + 1, self.config.checkpoint_every, last and self.config.checkpoint_every > 0):
                     self._write_curves()
                     self.checkpoints.save(step + 1, self.curves)
                 if last:
                     break
             return self._finish()
-        finally:
-            self._write_curves()
-            self.accelerator.end_training()
-            self._release()
+
+    def _open_folder(self, fresh: bool) -> None:
+        if self.accelerator.is_main_process:
+            self.output.mkdir(parents=True, exist_ok=True)
+            earlier = set_aside(self.output, RUN_FILES) if fresh else None
+            if earlier is not None:
+                print(f"An earlier training in {self.output} was moved to {earlier}.", file=sys.stderr)
+        self.accelerator.wait_for_everyone()
+        self.tracking.open()
+
+    def _log_evaluation(self) -> None:
+        numbers = dict(self.curves.evaluations[-1])
+        step = int(numbers.pop("step"))
+        self.tracking.log({f"evaluation/{name}": value for name, value in numbers.items()}, step)
 
     def _time_spent(self, begin: float) -> float:
         """Share of ``max_seconds`` since the start, the same on all processes; 0 without a limit."""
@@ -267,7 +278,7 @@ class _Loop:
         bad = self.accelerator.reduce((~value.isfinite()).float(), "sum")
         if not bad:
             return
-        good = self.checkpoints.newest()
+        good = newest_checkpoint(self.output)
         spelled = f"the last good checkpoint is {good}" if good else "there is no checkpoint yet"
         raise TrainingStopped(
             f"The {what} is {float(value)} at step {step + 1} (batch: {', '.join(names)}); {spelled}."
@@ -291,7 +302,6 @@ class _Loop:
         if self.ema is not None:
             self.ema.restore(self.trainables.named().values())
         self.curves.evaluations.append({"step": step, **numbers})
-        self.accelerator.log({f"evaluation/{k}": v for k, v in numbers.items()}, step=step)
 
     def _against_dense(self) -> dict[str, float]:
         error = norm = flow = dense_flow = 0.0
@@ -339,6 +349,12 @@ class _Loop:
         folder = self.output / ADAPTER
         values = self.accelerator.get_state_dict(self.wrapped) if self.sharded else None
         if self.accelerator.is_main_process:
+            self._save_adapter(folder, values)
+        self.accelerator.wait_for_everyone()
+        return FinetuneResult(self.handle, self.curves, folder)
+
+    def _save_adapter(self, folder: Path, values: Mapping[str, torch.Tensor] | None) -> None:
+        with writing(folder):
             save_adapter(
                 self.pipe,
                 folder,
@@ -358,19 +374,12 @@ class _Loop:
                     "last": self.curves.evaluations[-1] if self.curves.evaluations else None,
                 },
             )
-        self.accelerator.wait_for_everyone()
-        return FinetuneResult(self.handle, self.curves, folder)
 
     def _write_curves(self) -> None:
-        if self.accelerator.is_main_process and self.output.is_dir():
+        if self.accelerator.is_main_process:
             self.curves.write(self.output)
 
-    def _release(self) -> None:
-        self.handle.set_density(None)
-        self.trainables.release()
-        if self.config.gradient_checkpointing and not self.was_checkpointing:
-            self.model.disable_gradient_checkpointing()
-        self.model.train(self.was_training)
+    def _unwrap(self) -> None:
         # Accelerate's autocast wrapper around forward is the training's, not the model's.
         self.accelerator.unwrap_model(self.wrapped, keep_fp32_wrapper=False)
         self.accelerator.free_memory()
@@ -388,9 +397,3 @@ def rate_factor(config: FinetuneConfig, step: int, spent: float = 0.0) -> float:
 
 def _due(step: int, every: int, last: bool) -> bool:
     return last or (every > 0 and step % every == 0)
-
-
-def _has_tensorboard() -> bool:
-    from importlib.util import find_spec
-
-    return find_spec("tensorboard") is not None

@@ -11,7 +11,8 @@ from typing import Any
 
 import torch
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
+
+from ..tensor_files import write_tensors
 
 
 @dataclass(frozen=True, eq=False)
@@ -40,7 +41,11 @@ class Skipped:
 
 
 def save_sample(sample: Sample, path: Path) -> None:
-    """Write a sample as safetensors; :func:`read_sample` is the inverse."""
+    """Write a sample as safetensors, whole or not at all; :func:`read_sample` is the inverse.
+
+    Raises:
+        ValueError: the file cannot be written, or a condition cannot be saved.
+    """
     tensors = {"latents": sample.latents}
     plain, sizes = {}, {}
     for name, value in sample.condition.items():
@@ -60,8 +65,7 @@ def save_sample(sample: Sample, path: Path) -> None:
         }
     except TypeError as error:
         raise ValueError(f"The forward's arguments cannot be saved: {error}.") from error
-    path.parent.mkdir(parents=True, exist_ok=True)
-    save_file({n: v.detach().cpu().contiguous().clone() for n, v in tensors.items()}, path, metadata)
+    write_tensors(path, tensors, metadata)
 
 
 def read_sample(path: Path) -> Sample:
@@ -84,6 +88,20 @@ def read_sample(path: Path) -> Sample:
         raise ValueError(f"{path.name} is no readable sample: {error}") from error
 
 
+def sample_files(folder: Path) -> list[Path]:
+    """Files of samples in a folder, in order; not the hidden ones, which a killed process left half written."""
+    return sorted(path for path in folder.glob("*.safetensors") if not path.name.startswith("."))
+
+
+def is_sample(path: Path) -> bool:
+    """Whether a whole sample stands at ``path``; its tensors are not read."""
+    try:
+        with safe_open(path, framework="pt") as file:
+            return {"timestep_scale", "plain", "tuples"} <= (file.metadata() or {}).keys()
+    except (OSError, SafetensorError):
+        return False
+
+
 class LatentFolder:
     """The samples of a folder, read when asked for.
 
@@ -99,7 +117,7 @@ class LatentFolder:
             raise ValueError(f"There is no folder {folder}.")
         self.paths: list[Path] = []
         self.skipped: list[Skipped] = []
-        for path in sorted(self.folder.glob("*.safetensors")):
+        for path in sample_files(self.folder):
             try:
                 read_sample(path)
                 self.paths.append(path)
@@ -130,11 +148,9 @@ def collate(samples: Sequence[Sample], device: torch.device) -> tuple[torch.Tens
     Tensors with a leading batch dimension of 1 are joined; others (position ids) belong to all samples alike.
 
     Raises:
-        ValueError: samples of different sizes.
+        ValueError: samples of different sizes or conditions, see :func:`refuse_mixed`.
     """
-    shapes = {tuple(sample.latents.shape) for sample in samples}
-    if len(shapes) > 1:
-        raise ValueError(f"Samples of one batch must have one size, got {sorted(shapes)}; use batch_size 1.")
+    refuse_mixed(samples)
 
     def join(values: Sequence[Any]) -> Any:
         first = values[0]
@@ -147,3 +163,28 @@ def collate(samples: Sequence[Sample], device: torch.device) -> tuple[torch.Tens
 
     condition = {name: join([s.condition[name] for s in samples]) for name in samples[0].condition}
     return torch.cat([sample.latents for sample in samples]).to(device), condition
+
+
+def refuse_mixed(samples: Sequence[Sample]) -> None:
+    """Check that samples can make one batch.
+
+    Raises:
+        ValueError: their latents or conditions have different shapes, or plain conditions differ.
+    """
+    for sample in samples[1:]:
+        mine, others = _shapes(samples[0]), _shapes(sample)
+        for name in [*mine, *others]:
+            if mine.get(name) != others.get(name):
+                raise ValueError(
+                    f"Samples of one batch must have one size, got {name} {mine.get(name)} in {samples[0].name} and "
+                    f"{others.get(name)} in {sample.name}; use batch_size 1."
+                )
+
+
+def _shapes(sample: Sample) -> dict[str, Any]:
+    def shape(value: Any) -> Any:
+        if isinstance(value, torch.Tensor):
+            return list(value.shape)
+        return [shape(item) for item in value] if isinstance(value, (tuple, list)) else value
+
+    return {"latents": shape(sample.latents), **{name: shape(value) for name, value in sample.condition.items()}}

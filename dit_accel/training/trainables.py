@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Collection, Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any
 
@@ -26,6 +26,7 @@ PROJECTIONS = (
     "add_v_proj",
     "to_add_out",
 )
+NOTHING_TO_TRAIN = "train = {train!r} leaves nothing to train: the recipe has no parameters of its own."
 
 
 class Trainables:
@@ -41,6 +42,7 @@ class Trainables:
         lora: whether LoRA layers are trained in place of weights.
         backbone: names of the model's own trained parameters.
         base: their values before the training; LoRA needs none.
+        dtype: of the model before the training.
     """
 
     def __init__(
@@ -49,33 +51,50 @@ class Trainables:
         self.model = model
         self.handle = handle
         self.lora = config.lora_rank > 0
+        self.dtype: torch.dtype = model.dtype
         self._flags = {id(p): p.requires_grad for p in model.parameters()}
-        if self.lora:
-            layers = [
-                f"{path}.{name}"
-                for path, module in attentions.items()
-                for name, child in module.named_modules()
-                if isinstance(child, nn.Linear) and name.split(".")[0] in PROJECTIONS
-            ]
-            handle.record(add_lora(model, layers, config.lora_rank, config.lora_rank))
-        self.backbone: list[str] = []
-        for name, parameter in model.named_parameters():
-            train = is_learned(name) or (f".{LORA_NAME}." in name and ".lora_" in name)
-            if not train and not self.lora and self._is_trained(name, attentions, config.train):
-                train = parameter.is_floating_point()
-                if train:
-                    self.backbone.append(name)
-            parameter.requires_grad_(train)
-        if not any(p.requires_grad for p in model.parameters()):
-            raise ValueError(
-                f"train = {config.train!r} leaves nothing to train: the recipe has no parameters of its own."
-            )
+        self._first: dict[str, torch.Tensor] = {}
+        self._remove_lora: Callable[[], None] | None = None
         own = dict(model.named_parameters())
-        self.base = {name: own[name].detach().clone() for name in self.backbone}
-        self._dtypes = {name: own[name].dtype for name in self.named()}
-        for parameter in self.named().values():
+        self.backbone = [
+            name
+            for name, parameter in own.items()
+            if not self.lora
+            and not is_learned(name)
+            and parameter.is_floating_point()
+            and self._is_trained(name, attentions, config.train)
+        ]
+        layers = self._lora_layers(attentions) if self.lora else []
+        if not self.backbone and not layers and not any(map(is_learned, own)):
+            raise ValueError(NOTHING_TO_TRAIN.format(train=config.train))
+        try:
+            self._begin(layers, config.lora_rank)
+        except BaseException:
+            self.take_back()
+            raise
+
+    def _begin(self, layers: Collection[str], rank: int) -> None:
+        if layers:
+            self._remove_lora = add_lora(self.model, layers, rank, rank)
+        for name, parameter in self.model.named_parameters():
+            lora = f".{LORA_NAME}." in name and ".lora_" in name
+            parameter.requires_grad_(is_learned(name) or lora or name in self.backbone)
+        named = self.named()
+        self._first = {name: parameter.detach().clone() for name, parameter in named.items()}
+        self.base = {name: self._first[name] for name in self.backbone}
+        self._dtypes = {name: parameter.dtype for name, parameter in named.items()}
+        for parameter in named.values():
             # Adam's steps are far below the resolution of half precision.
             parameter.data = parameter.data.float()
+
+    @staticmethod
+    def _lora_layers(attentions: Mapping[str, nn.Module]) -> list[str]:
+        return [
+            f"{path}.{name}"
+            for path, module in attentions.items()
+            for name, child in module.named_modules()
+            if isinstance(child, nn.Linear) and name.split(".")[0] in PROJECTIONS
+        ]
 
     @staticmethod
     def _is_trained(name: str, attentions: Mapping[str, nn.Module], train: str) -> bool:
@@ -116,9 +135,31 @@ class Trainables:
                 own[name].data = data
 
     def release(self) -> None:
-        """Dtypes and flags as they were; the training's result stays."""
+        """Dtypes and flags as they were; the training's result stays, and LoRA layers until the patch is removed."""
         for name, parameter in self.named().items():
             parameter.data = parameter.data.to(self._dtypes[name])
+        if self._remove_lora is not None:
+            self.handle.record(self._remove_lora)
+            self._remove_lora = None
+        self._restore_flags()
+
+    def take_back(self) -> None:
+        """Everything as before the training, also the values; only shards keep what they learned."""
+        own = dict(self.model.named_parameters())
+        for name, value in self._first.items():
+            data = own[name].data
+            if hasattr(data, "full_tensor"):
+                continue
+            if data.dtype == value.dtype:
+                data.copy_(value)  # into the memory that the model had
+            else:
+                own[name].data = value
+        if self._remove_lora is not None:
+            self._remove_lora()
+            self._remove_lora = None
+        self._restore_flags()
+
+    def _restore_flags(self) -> None:
         for parameter in self.model.parameters():
             parameter.grad = None
             parameter.requires_grad_(self._flags.get(id(parameter), True))

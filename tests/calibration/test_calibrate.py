@@ -135,7 +135,9 @@ def test_a_patched_run_uses_the_masks_of_its_noise_level(paro):
     with patch(pipe, PARO, calibration=path) as handle, handle.observe(watch), handle.tap_outputs(tap):
         pipe(**{**STEPS, **prompts[0]}, generator=torch.Generator().manual_seed(3), output_type="latent")
         (session,) = handle.sessions.values()
-        kept = session.engine.planner._frozen_plans.values()
+        (trajectory,) = session._thread.runs._trajectories
+        (of_layout,) = trajectory.run._kept.entries.values()
+        kept = of_layout.plans.values()
         assert kept
         assert all(isinstance(plan.mask, PackedBlockMask) for _, plan in kept)
     assert len(seen) == len(outputs) == 4 * 2 * 2
@@ -229,7 +231,7 @@ def test_precision_and_schedule_may_differ(paro):
     with patch(pipe, recipe, calibration=path) as handle:
         pipe(**{**STEPS, **prompts[0]}, output_type="latent")
     assert handle.summary().dense_calls == {"dense phase": 12}
-    assert "emulated" in handle.summary().backends["torch"]
+    assert "emulated" in handle.summary().backends["quantized_attention"]["torch"]
 
 
 def test_an_interrupted_calibration_resumes(tmp_path):

@@ -6,12 +6,11 @@ import pytest
 import torch
 
 from dit_accel import Recipe, patch
+from dit_accel.calibration.recording import first_forwards, record_inputs
 from dit_accel.calibration.search import (
     HeadErrors,
-    _first_forwards,
     allocate,
     measure_heads,
-    record_inputs,
     search,
     with_densities,
 )
@@ -153,7 +152,7 @@ def test_a_search_measures_the_first_forward_of_steps_after_the_dense_phase():
     pipe = tiny.build(1)
     told, seen = [], []
     recipe = Recipe(select=Pooled(density=0.3, block=(32, 32)), schedule=Schedule(dense_fraction=0.5))
-    keep = _first_forwards(pipe, 2, 0.5)
+    keep = first_forwards(pipe, 2, 0.5)
 
     def watch(number):
         seen.append((len(pipe.scheduler.timesteps), keep(number)))
@@ -190,6 +189,7 @@ def test_heads_are_probed_where_their_errors_are_large(target, probe, monkeypatc
         raise RuntimeError(f"probed at {options['probe']}")
 
     monkeypatch.setattr(module, "measure_heads", refuse)
+    monkeypatch.setattr(module, "_least_kept", lambda *arguments: torch.zeros(1))
     tiny = TINY["wan"]
     recipe = Recipe(select=Pooled(density=0.3, block=(32, 32)))
     call = tiny.call(torch.Generator().manual_seed(0))
@@ -247,3 +247,52 @@ def test_bad_densities_and_selections():
             else:
                 with pytest.raises(ValueError, match=words):
                     TINY["wan"].run(pipe, steps=1)
+
+
+@pytest.mark.parametrize("orders", [(), ("fhw", "tiles")])
+@pytest.mark.parametrize("wanted", [0.2, 0.01])
+def test_a_density_that_no_head_can_keep_is_refused_before_the_runs(wanted, orders):
+    """Blocks of 32 of 126 tokens: every query block reads its own and the best one, mostly two of four."""
+    tiny, told = TINY["wan"], []
+    pipe = tiny.build(2)
+    pipe.set_progress_bar_config(disable=True)
+    forwards = []
+    pipe.transformer.register_forward_hook(lambda *arguments: forwards.append(1))
+    recipe = Recipe(select=Pooled(density=0.3, block=(32, 32)))
+    call = tiny.call(torch.Generator().manual_seed(0))
+    with pytest.raises(ValueError, match=rf"mean_density must lie in \[0\.[345]\d+, 1\], got {wanted}: .* its own"):
+        search(pipe, [call, call], recipe, mean_density=wanted, orders=orders, progress=told.append)
+    # A forward for each order, and not one denoising step.
+    assert len(forwards) == max(1, len(orders))
+    assert [state.stage for state in told] == ["dense runs"]
+
+
+def test_a_density_below_the_mean_of_what_heads_keep_is_refused_before_heads_are_measured():
+    tiny = TINY["wan"]
+    pipe = tiny.build(1)
+    inputs = record_inputs(pipe.transformer, lambda: tiny.run(pipe), lambda number: number == 2)
+    done = []
+    recipe = Recipe(select=Pooled(density=0.3, block=(32, 32)))
+    with pytest.raises(ValueError, match=r"mean_density must lie in \[0\.\d+, 1\], got 0.1"):
+        measure_heads(
+            pipe.transformer, recipe, inputs, mean_density=0.1, progress=lambda number, total: done.append(number)
+        )
+    assert done == [1]
+
+
+@pytest.mark.parametrize(
+    ("options", "words"),
+    [
+        ({"mean_density": float("nan")}, "mean_density must lie in"),
+        ({"max_error": float("nan")}, "max_error must be above 0 and finite"),
+        ({"max_error": float("inf")}, "max_error must be above 0 and finite"),
+        ({"max_error": 0.1, "orders": ("xyz",)}, "order.axes must hold fhw"),
+        ({}, "give mean_density or max_error"),
+    ],
+)
+def test_what_needs_no_run_is_refused_before_it(options, words):
+    pipe = TINY["wan"].build(1)
+    pipe.transformer.register_forward_pre_hook(lambda *arguments: pytest.fail("the model ran"))
+    call = TINY["wan"].call(torch.Generator().manual_seed(0))
+    with pytest.raises(ValueError, match=words):
+        search(pipe, [call], Recipe(select=Pooled(density=0.3)), **options)

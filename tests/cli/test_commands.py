@@ -38,6 +38,9 @@ def test_info_lists_everything() -> None:
     assert {"torch", "diffusers", "dit-accel"} <= set(data["versions"])
     assert [row["name"] for row in data["backends"]] == list(BACKENDS)
     assert all(row["available"] or row["reason"] for row in data["backends"])
+    operations = {row["name"]: row for row in data["operations"]}
+    assert {"selection", "block mass", "linear branch", "quantized attention"} <= set(operations)
+    assert all(row["backend"] in BACKENDS and row["reason"] for row in operations.values())
     assert [row["name"] for row in data["families"]] == [family.name for family in FAMILIES]
     recipes = {row["name"]: row["options"] for row in data["recipes"]}
     assert set(recipes) == set(PRESETS)

@@ -7,7 +7,8 @@ import torch
 
 from dit_accel.kernels.block_mass import block_mass
 
-from .test_selection import IMPLS, permutations
+from .operations import CountedOperations
+from .test_selection import NAMED, permutations
 
 
 def oracle(q, k, block_q, block_k, rows=None, key_mask=None, scale=None):
@@ -27,7 +28,7 @@ def oracle(q, k, block_q, block_k, rows=None, key_mask=None, scale=None):
     return mass, lse
 
 
-@pytest.mark.parametrize("impl", IMPLS)
+@pytest.mark.parametrize("backend", NAMED)
 @pytest.mark.parametrize(
     ("batch", "seq", "heads", "dim", "block_q", "block_k", "permuted", "masked", "dtype"),
     [
@@ -36,9 +37,13 @@ def oracle(q, k, block_q, block_k, rows=None, key_mask=None, scale=None):
         (2, 70, 2, 64, 16, 32, True, True, torch.float16),
         (1, 300, 1, 16, 256, 64, False, True, torch.float16),
         (1, 200, 2, 16, 32, 32, False, "end", torch.float32),
+        # More key blocks than the head has dims; of some runs of a head dim of them no key is visible.
+        (1, 600, 2, 16, 64, 16, True, False, torch.float32),
+        (2, 600, 2, 16, 64, 16, True, True, torch.float16),
+        (2, 600, 1, 16, 32, 16, False, "end", torch.float32),
     ],
 )
-def test_block_mass(impl, batch, seq, heads, dim, block_q, block_k, permuted, masked, dtype, device):
+def test_block_mass(backend, batch, seq, heads, dim, block_q, block_k, permuted, masked, dtype, device):
     torch.manual_seed(0)
     q, k = (torch.randn(batch, seq, heads, dim, dtype=dtype, device=device) * 2 for _ in range(2))
     rows = permutations(1, heads, seq).to(device) if permuted else None
@@ -48,18 +53,20 @@ def test_block_mass(impl, batch, seq, heads, dim, block_q, block_k, permuted, ma
     if masked and batch > 1:
         key_mask[1] = False  # nothing visible: no mass, lse -inf
     want, want_lse = oracle(q, k, block_q, block_k, rows, key_mask)
-    mass, lse = block_mass(q, k, block_q=block_q, block_k=block_k, rows=rows, key_mask=key_mask, impl=impl)
+    mass, lse = block_mass(q, k, block_q=block_q, block_k=block_k, rows=rows, key_mask=key_mask, backend=backend)
     # float32 logits of `dim` terms up to |s| < 64 carry 64 * 2**-24 * sqrt(dim) or so each.
     tol = 64 * 2.0**-24 * dim**0.5 * 4
     assert (lse.cpu() - want_lse).nan_to_num(0.0).abs().max() <= tol
     assert torch.equal(lse.cpu() == -torch.inf, want_lse == -torch.inf)
     assert (mass.cpu() - want).abs().max() <= tol * block_q
     # One pass with the cached normaliser gives the same masses.
-    again, same = block_mass(q, k, block_q=block_q, block_k=block_k, lse=lse, rows=rows, key_mask=key_mask, impl=impl)
+    again, same = block_mass(
+        q, k, block_q=block_q, block_k=block_k, lse=lse, rows=rows, key_mask=key_mask, backend=backend
+    )
     assert torch.equal(same, lse)
     assert (again - mass).abs().max() <= tol * block_q
     stale, _ = block_mass(
-        q, k, block_q=block_q, block_k=block_k, lse=lse + 0.5, rows=rows, key_mask=key_mask, impl=impl
+        q, k, block_q=block_q, block_k=block_k, lse=lse + 0.5, rows=rows, key_mask=key_mask, backend=backend
     )
     torch.testing.assert_close(stale, mass * torch.e**-0.5, atol=tol * block_q, rtol=1e-5)
 
@@ -69,11 +76,46 @@ def test_block_mass_float64_and_chunks(monkeypatch):
     torch.manual_seed(1)
     q, k = (torch.randn(1, 90, 2, 24, dtype=torch.float64) for _ in range(2))
     want, _ = oracle(q, k, 16, 32, scale=0.3)
-    whole, _ = block_mass(q, k, block_q=16, block_k=32, scale=0.3, impl="torch")
-    monkeypatch.setattr("dit_accel.kernels.block_mass.CHUNK_LOGITS", 90 * 2 * 16)
-    parts, _ = block_mass(q, k, block_q=16, block_k=32, scale=0.3, impl="torch")
+    whole, _ = block_mass(q, k, block_q=16, block_k=32, scale=0.3, backend="torch")
+    monkeypatch.setattr("dit_accel.kernels.block_mass.CHUNK_VALUES", 90 * 2 * 16)
+    parts, _ = block_mass(q, k, block_q=16, block_k=32, scale=0.3, backend="torch")
     assert torch.equal(parts, whole)
     assert (whole - want).abs().max() <= 16 * 2.0**-23
+
+
+@pytest.mark.parametrize("dim", [8, 64])
+def test_fewer_queries_than_keys_in_orders_of_their_own(dim):
+    torch.manual_seed(2)
+    q, k = torch.randn(1, 50, 2, dim), torch.randn(1, 300, 2, dim)
+    rows, k_rows = permutations(1, 2, 50), permutations(1, 2, 300)
+    logits = (q.transpose(1, 2).double() @ k.transpose(1, 2).double().mT) * dim**-0.5
+    prob = logits.softmax(-1)
+    prob = prob.gather(2, rows.long()[..., None].expand_as(prob)).gather(3, k_rows.long()[:, :, None].expand_as(prob))
+    prob = torch.nn.functional.pad(prob, (0, 4, 0, 14))
+    mass, lse = block_mass(q, k, block_q=32, block_k=16, rows=rows, k_rows=k_rows, backend="torch")
+    assert (mass - prob.unflatten(3, (19, 16)).sum(-1).unflatten(2, (2, 32)).sum(3)).abs().max() <= 32 * 2.0**-20
+    assert (lse - logits.logsumexp(-1)).abs().max() <= 2.0**-20
+
+
+def test_any_strides_and_inputs_of_a_graph():
+    torch.manual_seed(3)
+    q, k = (torch.randn(1, 16, 90, 2).permute(0, 2, 3, 1) for _ in range(2))
+    want, want_lse = block_mass(q.contiguous(), k.contiguous(), block_q=16, block_k=16, backend="torch")
+    mass, lse = block_mass(q.requires_grad_(), k, block_q=16, block_k=16, backend="torch")
+    assert torch.equal(mass, want)
+    assert torch.equal(lse, want_lse)
+    assert not mass.requires_grad
+
+
+def test_a_longer_sequence_takes_no_more_operations():
+    """Each is a parallel region, which costs a busy machine more than its work."""
+    counts = []
+    for seq in (128, 1024):
+        q = torch.randn(1, seq, 2, 32)
+        with CountedOperations() as counted:
+            block_mass(q, q, block_q=32, block_k=32, backend="torch")
+        counts.append(counted.number)
+    assert counts[0] == counts[1] < 100
 
 
 def test_errors(device):
@@ -81,4 +123,4 @@ def test_errors(device):
     with pytest.raises(ValueError, match="must agree"):
         block_mass(q, q[..., :8], block_q=16, block_k=16)
     with pytest.raises(ValueError, match="power of two"):
-        block_mass(q, q, block_q=24, block_k=16, impl="triton")
+        block_mass(q, q, block_q=24, block_k=16, backend="triton")

@@ -8,6 +8,7 @@ import torch
 
 from dit_accel.kernels import BlockMask, block_sparse_attention, choose_backend
 
+from .operations import CountedOperations
 from .oracle import (
     UNIT_ROUNDOFF,
     assert_close,
@@ -214,6 +215,42 @@ def test_gather_result_does_not_depend_on_the_chunk_size(monkeypatch):
         assert_close(out, exact, eager, torch.float32, f"chunk {size}, rows {rows}")
 
 
+@pytest.mark.parametrize("lists", ["of_one_length", "of_two_lengths", "permuted", "ragged"])
+def test_gather_attends_once_for_all_lists_of_a_length(lists):
+    """Operations are parallel regions, which cost a busy machine more than their work."""
+    torch.manual_seed(0)
+    length = 2000 if lists == "ragged" else 2048
+    keep = torch.zeros(1, 2, 32, 32, dtype=torch.bool)
+    keep[..., :8] = True
+    keep[..., 16:, 8] = lists == "of_two_lengths"
+    mask = BlockMask.from_dense(keep, 64, 64, length, length)
+    q, k, v = (torch.randn(1, length, 2, 64) for _ in range(3))
+    rows = random_rows((1, 2), length) if lists == "permuted" else None
+    with CountedOperations() as counted:
+        block_sparse_attention(q, k, v, mask, rows=rows, backend="torch")
+    attended = counted.names["_scaled_dot_product_flash_attention_for_cpu"]
+    assert attended == (2 if lists == "of_two_lengths" else 1)
+
+
+def test_gather_chunks_count_what_they_hold(monkeypatch):
+    """Scores and token bits take several times the memory of the gathered blocks."""
+    from dit_accel.kernels import gather
+
+    held = []
+    attend = gather._attend_chunk
+    monkeypatch.setattr(gather, "_attend_chunk", lambda *args: held.append(args[4]) or attend(*args))
+    monkeypatch.setattr(gather, "_CHUNK_BYTES_CPU", 1 << 20)
+    pairs = {}
+    for name, case, return_lse in (("plain", {}, False), ("lse", {}, True), ("bits", {"bits": True}, False)):
+        q, k, v, mask, *_ = build(length=2048, dim=16, **case)
+        held.clear()
+        block_sparse_attention(q, k, v, mask, return_lse=return_lse, backend="torch")
+        pairs[name] = max(len(chunk.row_ids) * chunk.count for chunk in held)
+    assert pairs["plain"] * 2 * 64 * 16 * 4 <= 1 << 20
+    assert pairs["lse"] * (2 * 64 * 16 * 4 + 64 * 64 * 8) <= 1 << 20
+    assert pairs["bits"] * (2 * 64 * 16 * 4 + 64 * 64 * 8) <= 1 << 20
+
+
 def test_gather_reads_only_kept_blocks():
     q, k, v, mask, _, _, _ = build(length=256)
     expected = block_sparse_attention(q, k, v, mask, backend="torch")
@@ -276,5 +313,5 @@ def test_mask_with_wrong_heads_is_named():
 
 def test_named_backend_that_cannot_run_says_why(device):
     q, k, v, mask = (x.to(device) for x in build(dtype=torch.float64)[:4])
-    with pytest.raises(RuntimeError, match="float16, bfloat16 or float32"):
+    with pytest.raises(ValueError, match="float16, bfloat16 or float32"):
         block_sparse_attention(q, k, v, mask, backend="triton")

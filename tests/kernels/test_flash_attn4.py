@@ -8,6 +8,7 @@ import pytest
 import torch
 
 from dit_accel.kernels import BlockMask, block_sparse_attention, capability, choose_backend
+from dit_accel.kernels.choice import Case, case_of
 
 from .oracle import UNIT_ROUNDOFF, assert_close, dense_attention
 from .test_block_sparse import build
@@ -127,11 +128,11 @@ def test_gradients_are_those_of_our_backward(stub):
 def test_the_predicate_names_what_is_missing(monkeypatch):
     q, _, _, mask, *_ = build(dtype=torch.float16)
     monkeypatch.setattr(capability, "_FA4_INSTALLED", False)
-    assert "not installed" in capability.why_not_fa4(q, mask)
-    with pytest.raises(RuntimeError, match="not installed"):
+    assert "not installed" in capability.why_not_fa4(case_of(q, mask=mask))
+    with pytest.raises(ValueError, match="not installed"):
         block_sparse_attention(q, q, q, mask, backend="fa4")
     monkeypatch.setattr(capability, "_FA4_INSTALLED", True)
-    assert "CUDA device" in capability.why_not_fa4(q, mask)
+    assert "CUDA device" in capability.why_not_fa4(case_of(q, mask=mask))
 
 
 @pytest.mark.parametrize(
@@ -154,15 +155,16 @@ def test_the_predicate_on_hopper(change, message, monkeypatch):
     monkeypatch.setattr(capability, "_FA4_INSTALLED", True)
     monkeypatch.setattr(capability, "compute_capability", lambda index: arch)
 
-    class Query:
-        device = torch.device("cuda", 0)
-        dtype = change.get("dtype", torch.bfloat16)
-        shape = (1, 256, 3, change.get("dim", 128))
-        requires_grad = False
-
-    mask = build(block=change.get("block", (128, 64)), bits=change.get("bits", False))[3]
-    rows = torch.zeros(1, 1, 256) if "rows" in change else None
-    reason = capability.why_not_fa4(Query(), mask, rows, torch.ones(1, 256) if "key_mask" in change else None)
+    case = Case(
+        torch.device("cuda", 0),
+        change.get("dtype", torch.bfloat16),
+        change.get("dim", 128),
+        change.get("block", (128, 64)),
+        permuted="rows" in change,
+        hidden="key_mask" in change,
+        token_bits="bits" in change,
+    )
+    reason = capability.why_not_fa4(case)
     assert reason is None if message is None else message in reason
 
 
@@ -171,7 +173,7 @@ def test_auto_takes_it_only_where_the_table_says_so(monkeypatch):
 
     q, k, v, mask, *_ = build()
     assert choose_backend(q, k, v, mask)[0] == "torch"
-    monkeypatch.setattr(block_sparse.tuning, "fa4_is_fastest", lambda q, mask: True)
+    monkeypatch.setattr(block_sparse.tuning, "fa4_is_fastest", lambda case: True)
     monkeypatch.setattr(capability, "why_not_fa4", lambda *args: None)
     assert choose_backend(q, k, v, mask)[0] == "fa4"
     monkeypatch.setattr(capability, "why_not_fa4", lambda *args: "it is raining")
@@ -184,7 +186,7 @@ def on_the_gpu(case, dim, block, dtype, device):
     pytest.importorskip("flash_attn.cute", exc_type=ImportError)
     q, k, v, mask, _, _, visible = build(**CASES[case], dim=dim, dtype=dtype, **({"block": block} if block else {}))
     q, k, v, mask, visible = (x.to(device) for x in (q, k, v, mask, visible))
-    reason = capability.why_not_fa4(q, mask)
+    reason = capability.why_not_fa4(case_of(q, mask=mask))
     if reason is not None:
         pytest.skip(reason)
     return q, k, v, mask, visible

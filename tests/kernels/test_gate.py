@@ -9,7 +9,7 @@ import torch
 
 from dit_accel.kernels.gate import select_by_threshold
 
-from .test_selection import IMPLS
+from .test_selection import NAMED
 
 
 def oracle(gates, threshold, block_q, block_k, seq_len, open_k, open_q):
@@ -37,13 +37,13 @@ def oracle(gates, threshold, block_q, block_k, seq_len, open_k, open_q):
     return keep
 
 
-@pytest.mark.parametrize("impl", IMPLS)
+@pytest.mark.parametrize("backend", NAMED)
 @pytest.mark.parametrize("threshold", [0.05, 0.25, 0.8])
 @pytest.mark.parametrize(
     ("seq_len", "block_q", "block_k", "masked", "tied"),
     [(330, 32, 16, False, False), (700, 64, 32, True, False), (330, 32, 16, True, True)],
 )
-def test_threshold(impl, threshold, seq_len, block_q, block_k, masked, tied, device):
+def test_threshold(backend, threshold, seq_len, block_q, block_k, masked, tied, device):
     generator = torch.Generator().manual_seed(1)
     nq, nk = -(-seq_len // block_q), -(-seq_len // block_k)
     gates = torch.randn(2, 2, nq, nk, generator=generator) * 3
@@ -53,7 +53,7 @@ def test_threshold(impl, threshold, seq_len, block_q, block_k, masked, tied, dev
     open_q = torch.rand(1, 1, nq, generator=generator) > (0.3 if masked else -1.0)
     options = {"open_k": open_k.to(device), "open_q": open_q.to(device)} if masked else {}
     found = select_by_threshold(
-        gates.to(device), threshold, block_q=block_q, block_k=block_k, seq_len=seq_len, impl=impl, **options
+        gates.to(device), threshold, block_q=block_q, block_k=block_k, seq_len=seq_len, backend=backend, **options
     )
     for b in range(2):
         for h in range(2):
@@ -94,11 +94,11 @@ def test_threshold_of_parts(programs, one_launch, kind, threshold, device, monke
         assert torch.equal(found[b, 0].cpu(), want)
 
 
-@pytest.mark.parametrize("impl", IMPLS)
-def test_threshold_without_choice(impl, device):
+@pytest.mark.parametrize("backend", NAMED)
+def test_threshold_without_choice(backend, device):
     """A head of one value keeps all of its pairs, one whose keys are all closed none."""
     gates = torch.full((2, 1, 5, 9), -0.25, device=device)
     open_k = torch.tensor([True, False], device=device).view(2, 1, 1).expand(2, 1, 9)
-    found = select_by_threshold(gates, 0.5, block_q=32, block_k=16, seq_len=140, open_k=open_k, impl=impl)
+    found = select_by_threshold(gates, 0.5, block_q=32, block_k=16, seq_len=140, open_k=open_k, backend=backend)
     assert found[0].all()
     assert not found[1].any()

@@ -93,5 +93,5 @@ def test_fewer_bits_lose_more():
 
 def test_there_is_no_kernel():
     q, k, v, mask, *_ = build()
-    with pytest.raises(RuntimeError, match="integer weights have no kernel"):
+    with pytest.raises(ValueError, match="integer weights have no kernel"):
         quantized_block_sparse_attention(q, k, v, mask, precision="int8_int4", backend="triton")

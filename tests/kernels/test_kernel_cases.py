@@ -282,7 +282,7 @@ def test_the_check_of_sla(cases, everything):
     critical = oracle.random_mask((1, 3), 200, 200, 64, 32)
     weight, bias = torch.randn(16, 16, dtype=torch.float64), torch.randn(16, dtype=torch.float64)
     sparse, _ = oracle.dense_attention(q, k, v, oracle.visible_tokens(critical))
-    branch = linear_branch(q, k, v, None if everything else critical, impl="torch")
+    branch = linear_branch(q, k, v, None if everything else critical, backend="torch")
     out = sparse + branch @ weight.T + bias
     assert cases.sla_error(out, q, k, v, critical, everything, weight, bias) < 1e-12
     assert cases.sla_error(out, q, k, v, critical, not everything, weight, bias) > 1e-3

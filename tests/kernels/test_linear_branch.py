@@ -9,7 +9,7 @@ from dit_accel.kernels.block_mask import BlockMask
 from dit_accel.kernels.linear_branch import add_linear_branch, linear_branch, linear_states, marginal_map
 from dit_accel.kernels.selection import select_blocks
 
-from .test_selection import IMPLS, permutations
+from .test_selection import NAMED, permutations
 
 PHI = {
     "softmax": lambda x: x.softmax(-1),
@@ -46,8 +46,8 @@ def draw(batch, seq, heads, dim, block_q, block_k, dtype, device, negligible, se
     nq, nk = -(-seq // block_q), -(-seq // block_k)
     scores = torch.randn(batch, heads, nq, nk, generator=gen).to(device)
     geometry = {"block_q": block_q, "block_k": block_k, "q_len": seq, "kv_len": seq}
-    critical = select_blocks(scores, density=0.25, impl="torch", **geometry)
-    low = select_blocks(-scores, density=0.2, keep_own=False, impl="torch", **geometry)
+    critical = select_blocks(scores, density=0.25, backend="torch", **geometry)
+    low = select_blocks(-scores, density=0.2, keep_own=False, backend="torch", **geometry)
     return q, k, v, grad, critical, low if negligible else None
 
 
@@ -76,10 +76,10 @@ CASES = [
 ]
 
 
-@pytest.mark.parametrize("impl", IMPLS)
+@pytest.mark.parametrize("backend", NAMED)
 @pytest.mark.parametrize("case", CASES, ids=lambda c: f"S{c[1]}-D{c[3]}-{c[6]}-{str(c[-1])[6:]}")
 @pytest.mark.parametrize("everything", [False, True], ids=["marginal", "all-tokens"])
-def test_linear_branch(impl, case, everything, device):
+def test_linear_branch(backend, case, everything, device):
     batch, seq, heads, dim, block_q, block_k, kind, low, permuted, masked, eps, dtype = case
     q, k, v, grad, critical, negligible = draw(
         batch, seq, heads, dim, block_q, block_k, dtype, device, low and not everything
@@ -93,7 +93,7 @@ def test_linear_branch(impl, case, everything, device):
     leaves = [x.detach().requires_grad_() for x in (q, k, v)]
     out = linear_branch(
         *leaves, critical, negligible=negligible, feature_map=kind, rows=rows, key_mask=key_mask, eps=eps,
-        impl=impl,
+        backend=backend,
     )  # fmt: skip
     out.backward(grad)
     clean = [q, k, v]
@@ -116,9 +116,9 @@ def test_linear_branch(impl, case, everything, device):
         assert error <= 16 * unit, f"d{name}: {error:.2e}"
 
 
-@pytest.mark.parametrize("impl", IMPLS)
+@pytest.mark.parametrize("backend", NAMED)
 @pytest.mark.parametrize("per_head", [False, True])
-def test_add_linear_branch(impl, per_head, device):
+def test_add_linear_branch(backend, per_head, device):
     """The fused epilogue adds the projected branch to what is there."""
     q, k, v, start, critical, negligible = draw(2, 90, 2, 64, 32, 32, torch.float32, device, True)
     shape = (2,) if per_head else ()
@@ -126,7 +126,7 @@ def test_add_linear_branch(impl, per_head, device):
     for mask, eps in ((critical, 0.0), (None, 1e-5)):
         low = negligible if mask is not None else None
         out = start.clone()
-        got = add_linear_branch(out, q, k, v, mask, weight, bias, negligible=low, eps=eps, impl=impl)
+        got = add_linear_branch(out, q, k, v, mask, weight, bias, negligible=low, eps=eps, backend=backend)
         assert got is out
         marginal = None if mask is None else marginal_map(mask, low)
         branch = oracle(q, k, v, "softmax", marginal, (32, 32), eps=eps)
@@ -135,14 +135,14 @@ def test_add_linear_branch(impl, per_head, device):
         assert (got - want).abs().max() <= 32 * rounding(torch.float32) * want.abs().max()
 
 
-@pytest.mark.parametrize("impl", IMPLS)
-def test_no_marginal_blocks(impl, device):
+@pytest.mark.parametrize("backend", NAMED)
+def test_no_marginal_blocks(backend, device):
     """A row whose blocks are all critical has an empty sum: exactly 0, and gradients without NaN."""
     q, k, v, grad, _, _ = draw(1, 64, 1, 32, 16, 16, torch.float32, device, False)
     scores = torch.zeros(1, 1, 4, 4, device=device)
-    every = select_blocks(scores, density=1.0, block_q=16, block_k=16, q_len=64, kv_len=64, impl="torch")
+    every = select_blocks(scores, density=1.0, block_q=16, block_k=16, q_len=64, kv_len=64, backend="torch")
     leaves = [x.detach().requires_grad_() for x in (q, k, v)]
-    out = linear_branch(*leaves, every, impl=impl)
+    out = linear_branch(*leaves, every, backend=backend)
     out.backward(grad)
     assert (out == 0).all()
     assert all((x.grad == 0).all() for x in leaves)
@@ -153,7 +153,7 @@ def test_double_gradcheck():
     torch.manual_seed(0)
     q, k, v = (torch.randn(1, 24, 1, 4, dtype=torch.float64, requires_grad=True) for _ in range(3))
     critical = BlockMask.from_dense(torch.rand(1, 1, 3, 3) > 0.6, 8, 8, 24, 24)
-    assert torch.autograd.gradcheck(lambda *x: linear_branch(*x, critical, impl="torch"), (q, k, v))
+    assert torch.autograd.gradcheck(lambda *x: linear_branch(*x, critical, backend="torch"), (q, k, v))
 
 
 def test_linear_states_and_errors(device):
@@ -171,7 +171,7 @@ def test_linear_states_and_errors(device):
         linear_branch(q, k, v, None, negligible=negligible)
     wide = torch.randn(1, 32, 1, 160, device=device)
     with pytest.raises(ValueError, match="at most 128"):
-        linear_branch(wide, wide, wide, None, impl="triton")
+        linear_branch(wide, wide, wide, None, backend="triton")
     assert linear_branch(wide, wide, wide, None).shape == wide.shape
     with pytest.raises(ValueError, match="is a mask of 50 x 50"):
         linear_branch(q[:, :-1], k, v, critical)
@@ -197,9 +197,9 @@ def test_launches_cover_every_head_once_and_change_nothing(small, device, monkey
     monkeypatch.setattr(triton_linear, "STATE_SHARE", 0.0)
     monkeypatch.setattr(triton_linear_backward, "STATE_SHARE", 0.0)
     results = []
-    for impl in ("triton", "torch"):
+    for backend in ("triton", "torch"):
         leaves = [x.detach().requires_grad_() for x in (q, k, v)]
-        out = linear_branch(*leaves, critical, negligible=low, impl=impl)
+        out = linear_branch(*leaves, critical, negligible=low, backend=backend)
         out.backward(grad)
         results.append([out.detach(), *(leaf.grad for leaf in leaves)])
     for ours, theirs in zip(*results, strict=True):

@@ -10,7 +10,7 @@ from torch.utils.checkpoint import checkpoint
 from dit_accel.kernels.linear_branch import linear_branch, marginal_map, plus_linear_branch
 
 from .test_linear_branch import draw, hide_keys, oracle, rounding
-from .test_selection import IMPLS, permutations
+from .test_selection import NAMED, permutations
 
 NAMES = ("out", "q", "k", "v", "weight", "bias")
 
@@ -51,10 +51,10 @@ CASES = [
 ]
 
 
-@pytest.mark.parametrize("impl", IMPLS)
+@pytest.mark.parametrize("backend", NAMED)
 @pytest.mark.parametrize("case", CASES, ids=lambda c: f"S{c[1]}-D{c[3]}-{c[6]}-{str(c[-1])[6:]}")
 @pytest.mark.parametrize("everything", [False, True], ids=["marginal", "all-tokens"])
-def test_values_and_gradients(impl, case, everything, device):
+def test_values_and_gradients(backend, case, everything, device):
     batch, seq, heads, dim, block_q, block_k, kind, low, permuted, masked, bias, per_head, dtype = case
     q, k, v, grad, critical, negligible = draw(
         batch, seq, heads, dim, block_q, block_k, dtype, device, low and not everything
@@ -67,7 +67,7 @@ def test_values_and_gradients(impl, case, everything, device):
     eps = 1e-5 if everything else 0.0
     result = plus_linear_branch(
         *tensors[:4], None if everything else critical, *tensors[4:], negligible=negligible, feature_map=kind,
-        rows=rows, key_mask=key_mask, eps=eps, impl=impl,
+        rows=rows, key_mask=key_mask, eps=eps, backend=backend,
     )  # fmt: skip
     given = [x for x in tensors if x is not None]
     found = torch.autograd.grad(result, given, grad)
@@ -83,7 +83,7 @@ def test_values_and_gradients(impl, case, everything, device):
         assert got.dtype == leaf.dtype
         assert got.shape == leaf.shape
         assert (got - want).abs().max() <= 16 * unit * want.abs().max(), name
-    if bias and impl == "triton":
+    if bias and backend == "triton":
         # A sum of given numbers in float32, whatever their own dtype: as many roundings as terms, at most.
         total = grad.double().abs().sum((0, 1)).sum(0).max()
         assert (found[-1] - gradients[-1]).abs().max() <= batch * seq * 2.0**-24 * total
@@ -100,9 +100,9 @@ def test_no_worse_than_its_parts(everything, dtype, device):
     marginal = None if everything else marginal_map(critical, negligible)
     tensors = leaves(q, k, v, True)
     whole = plus_linear_branch(
-        *tensors[:4], mask, *tensors[4:], negligible=negligible, eps=eps, impl="triton",
+        *tensors[:4], mask, *tensors[4:], negligible=negligible, eps=eps, backend="triton",
     )  # fmt: skip
-    apart = linear_branch(*tensors[1:4], mask, negligible=negligible, eps=eps, impl="triton")
+    apart = linear_branch(*tensors[1:4], mask, negligible=negligible, eps=eps, backend="triton")
     apart = tensors[0] + F.linear(apart, *(x.to(dtype) for x in tensors[4:]))
     wanted, gradients = exact(tensors, grad, marginal, (64, 32), eps=eps)
     ours, theirs = (torch.autograd.grad(x, tensors, grad) for x in (whole, apart))
@@ -137,9 +137,11 @@ def test_only_the_gradients_that_are_asked_for(device, monkeypatch):
     for (name, everything), expected in kernels.items():
         mask = None if everything else critical
         tensors = leaves(q, k, v, True)
-        every = torch.autograd.grad(plus_linear_branch(*tensors[:4], mask, *tensors[4:], impl="triton"), tensors, grad)
+        every = torch.autograd.grad(
+            plus_linear_branch(*tensors[:4], mask, *tensors[4:], backend="triton"), tensors, grad
+        )
         chosen = [x.detach().requires_grad_(label == name) for label, x in zip(NAMES, tensors)]
-        result = plus_linear_branch(*chosen[:4], mask, *chosen[4:], impl="triton")
+        result = plus_linear_branch(*chosen[:4], mask, *chosen[4:], backend="triton")
         launched.clear()
         (only,) = torch.autograd.grad(result, chosen[NAMES.index(name)], grad)
         assert torch.equal(only, every[NAMES.index(name)])
@@ -152,7 +154,7 @@ def test_keeps_its_inputs_and_one_state(everything, device):
     mask = None if everything else critical
     tensors, kept = leaves(q, k, v, True), []
     with torch.autograd.graph.saved_tensors_hooks(lambda t: kept.append(t) or t, lambda t: t):
-        result = plus_linear_branch(*tensors[:4], mask, *tensors[4:], impl="triton")
+        result = plus_linear_branch(*tensors[:4], mask, *tensors[4:], backend="triton")
     known = {t.untyped_storage().data_ptr() for t in tensors[1:]}
     new = [tuple(t.shape) for t in kept if t.untyped_storage().data_ptr() not in known]
     assert new == ([(6, 1, 32 * 32 + 32)] if everything else [])
@@ -168,7 +170,7 @@ def test_under_checkpointing_and_autocast(device):
         tensors = leaves(q, k, v, True)
 
         def call(*x, mask=mask):
-            return plus_linear_branch(*x[:4], mask, *x[4:], impl="triton")
+            return plus_linear_branch(*x[:4], mask, *x[4:], backend="triton")
 
         wanted = torch.autograd.grad(call(*tensors), tensors, grad)
         again = torch.autograd.grad(checkpoint(call, *tensors, use_reentrant=False), tensors, grad)
@@ -181,19 +183,19 @@ def test_under_checkpointing_and_autocast(device):
 def test_a_second_derivative_raises(device):
     q, k, v, _, critical, _ = draw(1, 60, 1, 32, 32, 32, torch.float32, device, False)
     tensors = leaves(q, k, v, True)
-    result = plus_linear_branch(*tensors[:4], critical, *tensors[4:], impl="triton")
+    result = plus_linear_branch(*tensors[:4], critical, *tensors[4:], backend="triton")
     (first,) = torch.autograd.grad(result.square().sum(), tensors[1], create_graph=True)
     with pytest.raises(RuntimeError, match="once_differentiable"):
         first.sum().backward()
 
 
-@pytest.mark.parametrize("impl", IMPLS)
-def test_errors(impl, device):
+@pytest.mark.parametrize("backend", NAMED)
+def test_errors(backend, device):
     q, k, v, _, critical, _ = draw(1, 60, 2, 32, 32, 32, torch.float32, device, False)
     out, *_, weight, bias = leaves(q, k, v, True)
     with pytest.raises(ValueError, match="out must have q's shape"):
-        plus_linear_branch(out[:, :-1], q, k, v, critical, weight, bias, impl=impl)
+        plus_linear_branch(out[:, :-1], q, k, v, critical, weight, bias, backend=backend)
     with pytest.raises(ValueError, match="weight must be"):
-        plus_linear_branch(out, q, k, v, critical, weight[:-1], bias, impl=impl)
+        plus_linear_branch(out, q, k, v, critical, weight[:-1], bias, backend=backend)
     with pytest.raises(ValueError, match="bias must be"):
-        plus_linear_branch(out, q, k, v, critical, weight, bias[:-1], impl=impl)
+        plus_linear_branch(out, q, k, v, critical, weight, bias[:-1], backend=backend)

@@ -10,7 +10,8 @@ import torch
 from dit_accel.kernels.pyramid import pyramid_attention
 from dit_accel.kernels.pyramid_levels import LEVELS, energy_levels, quota_levels, similarity_cap
 
-from .test_selection import IMPLS, at, permutations
+from .selection_oracle import at
+from .test_selection import NAMED, permutations
 
 
 def oracle(q, k, v, levels, block_q, block_k, rows=None, key_mask=None):
@@ -46,7 +47,7 @@ def oracle(q, k, v, levels, block_q, block_k, rows=None, key_mask=None):
     return out, lse
 
 
-@pytest.mark.parametrize("impl", IMPLS)
+@pytest.mark.parametrize("backend", NAMED)
 @pytest.mark.parametrize(
     ("batch", "seq", "heads", "dim", "block_q", "block_k", "lead", "permuted", "masked", "dtype"),
     [
@@ -57,7 +58,7 @@ def oracle(q, k, v, levels, block_q, block_k, rows=None, key_mask=None):
         (1, 150, 2, 64, 64, 32, (1, 1), False, True, torch.float16),
     ],
 )
-def test_pyramid_attention(impl, batch, seq, heads, dim, block_q, block_k, lead, permuted, masked, dtype, device):
+def test_pyramid_attention(backend, batch, seq, heads, dim, block_q, block_k, lead, permuted, masked, dtype, device):
     gen = torch.Generator().manual_seed(0)
     q, k, v = (torch.randn(batch, heads, seq, dim, generator=gen).to(dtype).transpose(1, 2) for _ in range(3))
     nq, nk = -(-seq // block_q), -(-seq // block_k)
@@ -72,7 +73,7 @@ def test_pyramid_attention(impl, batch, seq, heads, dim, block_q, block_k, lead,
     moved = [x.to(device) if x is not None else None for x in (q, k, v, levels, rows, key_mask)]
     out, lse = pyramid_attention(
         *moved[:4], block_q=block_q, block_k=block_k, rows=moved[4], key_mask=moved[5], return_lse=True,
-        impl=impl,
+        backend=backend,
     )  # fmt: skip
     assert out.dtype == dtype
     # Pooled rows, probabilities and the output are rounded once each to the input's precision.
@@ -89,12 +90,12 @@ def test_level_one_is_exact_and_gradients_flow():
     torch.manual_seed(0)
     q, k, v = (torch.randn(1, 20, 1, 4, dtype=torch.float64, requires_grad=True) for _ in range(3))
     ones = torch.ones(1, 1, 3, 3, dtype=torch.int8)
-    out = pyramid_attention(q, k, v, ones, block_q=8, block_k=8, impl="torch")
+    out = pyramid_attention(q, k, v, ones, block_q=8, block_k=8, backend="torch")
     want = torch.nn.functional.scaled_dot_product_attention(*(x.transpose(1, 2) for x in (q, k, v)))
     torch.testing.assert_close(out, want.transpose(1, 2))
     levels = torch.tensor([[1, 2, 4], [8, 1, 0], [2, 8, 1]])[None, None]
     assert torch.autograd.gradcheck(
-        lambda *x: pyramid_attention(*x, levels, block_q=8, block_k=8, impl="torch"), (q, k, v)
+        lambda *x: pyramid_attention(*x, levels, block_q=8, block_k=8, backend="torch"), (q, k, v)
     )
 
 
@@ -121,12 +122,12 @@ def test_triton_gradients(batch, seq, heads, dim, block_q, block_k, lead, permut
         k[~key_mask], v[~key_mask] = torch.nan, torch.inf
     grad_lse = torch.randn(batch, heads, seq, generator=gen)
 
-    def gradients(impl, place, kind):
+    def gradients(backend, place, kind):
         leaves = [x.to(place, kind).requires_grad_() for x in (q, k, v)]
         rest = [x.to(place) if x is not None else None for x in (levels, rows, key_mask, grad, grad_lse)]
         out, lse = pyramid_attention(
             *leaves, rest[0], block_q=block_q, block_k=block_k, rows=rest[1], key_mask=rest[2], return_lse=True,
-            impl=impl,
+            backend=backend,
         )  # fmt: skip
         seen = lse.isfinite()
         loss = (out.to(torch.float64) * rest[3]).sum() + (lse.to(torch.float64) * rest[4])[seen].sum()
@@ -167,18 +168,18 @@ def test_level_assignment():
         quota_levels(importance, (0.5, 0.1, 0.15, 0.25))
 
 
-@pytest.mark.parametrize("impl", IMPLS)
-def test_similarity_cap(impl, device):
+@pytest.mark.parametrize("backend", NAMED)
+def test_similarity_cap(backend, device):
     k = torch.randn(1, 44, 1, 16, generator=torch.Generator().manual_seed(0))
     k[0, 16:32, 0] = torch.randn(16, generator=torch.Generator().manual_seed(1))
     k[0, 32:, 0] = torch.randn(6, 16, generator=torch.Generator().manual_seed(2)).repeat_interleave(2, 0)
-    cap = similarity_cap(k.to(device), 16, impl=impl)
+    cap = similarity_cap(k.to(device), 16, backend=backend)
     assert cap[0, 0].tolist() == [1, 8, 2]
     assert at(cap[0, 0] > 1, 0, 0, 1)
 
 
-@pytest.mark.parametrize("impl", IMPLS)
-def test_similarity_cap_of_permuted_heads_by_its_words(impl, device):
+@pytest.mark.parametrize("backend", NAMED)
+def test_similarity_cap_of_permuted_heads_by_its_words(backend, device):
     generator = torch.Generator().manual_seed(3)
     seq, block, thresholds = 150, 32, (0.66, 0.62, 0.6)
     k = torch.randn(2, seq, 3, 24, generator=generator)
@@ -186,7 +187,7 @@ def test_similarity_cap_of_permuted_heads_by_its_words(impl, device):
         3
     ).repeat_interleave(10, 1)
     rows = permutations(1, 3, seq)
-    found = similarity_cap(k.to(device), block, rows=rows.to(device), thresholds=thresholds, impl=impl)
+    found = similarity_cap(k.to(device), block, rows=rows.to(device), thresholds=thresholds, backend=backend)
     seen = set()
     for b in range(2):
         for h in range(3):

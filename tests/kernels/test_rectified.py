@@ -13,7 +13,7 @@ from dit_accel.kernels.rectified import (
 )
 from dit_accel.kernels.selection import pool_blocks, select_blocks
 
-from .test_selection import IMPLS
+from .test_selection import NAMED
 
 
 def blocks_of(x, block, b, h, rows, key_mask=None):
@@ -36,9 +36,9 @@ CASES = [
 ]
 
 
-@pytest.mark.parametrize("impl", IMPLS)
+@pytest.mark.parametrize("backend", NAMED)
 @pytest.mark.parametrize("case", CASES, ids=str)
-def test_rectified(impl, case, device):
+def test_rectified(backend, case, device):
     batch, seq, heads, dim, block_q, block_k, text, permuted, masked = case
     gen = torch.Generator().manual_seed(0)
     q, k, v, start = (torch.randn(batch, seq, heads, dim, generator=gen) for _ in range(4))
@@ -50,11 +50,11 @@ def test_rectified(impl, case, device):
         rows = spread.argsort().expand(1, heads, seq).to(torch.int32)
     key_mask = torch.rand(batch, seq, generator=gen) > 0.2 if masked else None
     on = [x.to(device) if x is not None else None for x in (q, k, v, start, rows, key_mask)]
-    options = {"rows": on[4], "impl": impl}
+    options = {"rows": on[4], "backend": backend}
     prob, text_mass = pooled_attention(on[0], on[1], block_q, block_k, text=text, key_mask=on[5], **options)
     gain = gain_exceeds_error(on[0], on[1], block_q, block_k, key_mask=on[5], **options)
     nk = prob.shape[-1]
-    kept = select_blocks(prob, density=0.3, block_q=block_q, block_k=block_k, q_len=seq, kv_len=seq, impl="torch")
+    kept = select_blocks(prob, density=0.3, block_q=block_q, block_k=block_k, q_len=seq, kv_len=seq, backend="torch")
     out = add_pooled_compensation(on[3].clone(), on[2], prob, kept, gain, **{**options, "key_mask": on[5]})
     keep = kept.to_dense().cpu()
     want = torch.zeros(batch, seq, heads, dim, dtype=torch.float64)
@@ -94,15 +94,15 @@ def test_rectified(impl, case, device):
     assert (out.cpu() - want).abs().max() <= 1e-4
 
 
-@pytest.mark.parametrize("impl", IMPLS)
-def test_deviation_is_zero_for_equal_tokens(impl, device):
+@pytest.mark.parametrize("backend", NAMED)
+def test_deviation_is_zero_for_equal_tokens(backend, device):
     x = torch.ones(1, 40, 2, 8, device=device) * 3
     mean = pool_blocks(x, 16)
-    assert (pool_deviation(x, mean, 16, impl=impl) == 0).all()
+    assert (pool_deviation(x, mean, 16, backend=backend) == 0).all()
 
 
-@pytest.mark.parametrize("impl", IMPLS)
-def test_deviation(impl, device):
+@pytest.mark.parametrize("backend", NAMED)
+def test_deviation(backend, device):
     generator = torch.Generator().manual_seed(0)
     x = torch.randn(2, 75, 2, 24, generator=generator) + 2.0
     rows = torch.stack([torch.randperm(75, generator=generator) for _ in range(2)])[None].to(torch.int32)
@@ -110,7 +110,7 @@ def test_deviation(impl, device):
     x[1, ~key_mask[1]] = torch.nan  # a padded prompt may hold it
     on = [t.to(device) for t in (x, rows, key_mask)]
     mean = pool_blocks(on[0], 32, rows=on[1], key_mask=on[2])
-    found = pool_deviation(on[0], mean, 32, rows=on[1], key_mask=on[2], impl=impl)
+    found = pool_deviation(on[0], mean, 32, rows=on[1], key_mask=on[2], backend=backend)
     for b in range(2):
         for h in range(2):
             parts, _ = blocks_of(x, 32, b, h, rows, key_mask)

@@ -5,9 +5,32 @@ as in ``hopper/mover.py`` and ``hopper/producer.py`` with a ``yield`` wherever o
 them, some programs only after others have ended, as on a GPU that something else keeps busy. Some tiles read nothing.
 """
 
+import ast
+import hashlib
+import io
 import random
+import tokenize
+from pathlib import Path
 
 import pytest
+
+HOPPER = Path(__file__).parents[2] / "dit_accel" / "kernels" / "hopper"
+# What the model was written from. A function that has changed needs a look at the model, and then its new digest here.
+MODELLED = {
+    "mover.py": {
+        "move_heads": "8fc1a236b886",
+        "blocks_of_head": "d42fe3db8f8f",
+    },
+    "producer.py": {
+        "produce": "3de8c5dbfa1e",
+        "claim_tile": "0d53b183d22e",
+        "count_loaded": "5a016e0486d9",
+        "report_loaded": "21ec324dd03e",
+        "tile_block": "5286e1f0ed78",
+        "tile_header": "b630764f6bad",
+    },
+    "counters.py": {"add_to": "420c57a77602", "await_count": "252249f7b20f", "has_reached": "b5f6f5106ae2"},
+}
 
 
 class Call:
@@ -118,3 +141,55 @@ def test_without_a_rule_it_goes_wrong(mutation):
         except (RuntimeError, AssertionError):
             wrong += 1
     assert wrong > 0
+
+
+def digest(source: str, name: str) -> str:
+    """Of a function's tokens: comments, the docstring and line breaks do not count."""
+    function = next(node for node in ast.parse(source).body if isinstance(node, ast.FunctionDef) and node.name == name)
+    first = function.body[0] if ast.get_docstring(function) else None
+    silent = (tokenize.COMMENT, tokenize.NL, tokenize.NEWLINE)
+    tokens = [
+        token.string or tokenize.tok_name[token.type]
+        for token in tokenize.generate_tokens(io.StringIO(source).readline)
+        if function.lineno <= token.start[0] <= function.end_lineno
+        and not (first and first.lineno <= token.start[0] <= first.end_lineno)
+        and token.type not in silent
+    ]
+    return hashlib.sha256(" ".join(tokens).encode()).hexdigest()[:12]
+
+
+@pytest.mark.parametrize(("file", "name"), [(file, name) for file, names in MODELLED.items() for name in names])
+def test_the_kernel_is_the_one_that_was_modelled(file, name):
+    found = digest((HOPPER / file).read_text(encoding="utf-8"), name)
+    assert found == MODELLED[file][name], (
+        f"hopper/{file}: {name} has changed. See that this file still models it, then write {found!r} in MODELLED."
+    )
+
+
+CODE = """
+def f(x):
+    '''Doc.'''
+    if x:
+        g()
+    return x
+"""
+SAME = """
+def f(
+    x
+):
+    '''Another.
+
+    Longer.
+    '''
+    # Why.
+    if x:
+        g()
+
+    return x  # so
+"""
+
+
+def test_a_digest_sees_code_and_not_comments():
+    assert digest(CODE, "f") == digest(SAME, "f")
+    for line, other in (("    return", "        return"), ("return x", "return -x"), ("g()", "h()")):
+        assert digest(CODE.replace(line, other), "f") != digest(CODE, "f")

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import math
 from dataclasses import replace
-from fractions import Fraction
 
 import numpy as np
 import pytest
@@ -21,63 +20,9 @@ from dit_accel.kernels.selection import (
     self_similarity,
 )
 
-IMPLS = ("torch", "triton")
+from .selection_oracle import assert_lists, loop_select
 
-
-def at(mask: torch.Tensor | None, b: int, h: int, i: int) -> bool:
-    """Entry of a [n], [B|1, n] or [B|1, H|1, n] mask."""
-    if mask is None:
-        return False
-    if mask.dim() == 1:
-        return bool(mask[i])
-    if mask.dim() == 2:
-        return bool(mask[min(b, mask.shape[0] - 1), i])
-    return bool(mask[min(b, mask.shape[0] - 1), min(h, mask.shape[1] - 1), i])
-
-
-def loop_select(scores, *, block_q, block_k, q_len, kv_len, density=None, top_p=None, forced_q=None,
-                forced_k=None, partial_k=None, empty_k=None, keep_own=True):  # fmt: skip
-    """(full, partial) ascending lists per row, from the definition, one row at a time."""
-    batch, heads, nq, nk = scores.shape
-    result = {}
-    for b in range(batch):
-        for h in range(heads):
-            for i in range(nq):
-                row = [float(x) for x in scores[b, h, i]]
-                row = [-math.inf if math.isnan(x) else x for x in row]
-                alive = [j for j in range(nk) if not at(empty_k, b, h, j)]
-                cand = [j for j in alive if not at(forced_k, b, h, j)]
-                ranked = sorted(cand, key=lambda j: (-row[j], j))
-                kept = {j for j in alive if at(forced_k, b, h, j)}
-                if at(forced_q, b, h, i):
-                    kept |= set(alive)
-                if density is not None and cand:
-                    share = density if isinstance(density, float) else float(density[b, h])
-                    share = Fraction(round(share * 10**6), 10**6)
-                    kept |= set(ranked[: max(1, math.ceil(share * len(cand)))])
-                if top_p is not None and cand:
-                    best = max(row[j] for j in cand)
-                    weight = {j: math.exp(row[j] - best) if row[j] > -math.inf else 0.0 for j in cand}
-                    total, mass = sum(weight.values()), 0.0
-                    for j in ranked:
-                        if mass >= top_p * total and mass > 0:
-                            break
-                        kept.add(j)
-                        mass += weight[j]
-                if keep_own:
-                    mine = set(range(i * block_q, min((i + 1) * block_q, q_len)))
-                    kept |= {j for j in alive if mine & set(range(j * block_k, (j + 1) * block_k))}
-                short = [j for j in kept if (j + 1) * block_k > kv_len or at(partial_k, b, h, j)]
-                result[b, h, i] = (sorted(kept - set(short)), sorted(short))
-    return result
-
-
-def assert_lists(mask: BlockMask, expected) -> None:
-    for (b, h, i), (full, partial) in expected.items():
-        n, n_full = int(mask.kv_num_blocks[b, h, i]), int(mask.kv_num_full[b, h, i])
-        got = mask.kv_indices[b, h, i, :n].tolist()
-        assert got == full + partial, f"row {b, h, i}"
-        assert n_full == len(full), f"row {b, h, i}"
+NAMED = ("torch", "triton")
 
 
 def loop_pool(x, block, rows=None, key_mask=None):
@@ -102,7 +47,7 @@ def permutations(batch, heads, seq, seed=0):
     return torch.rand(batch, heads, seq, generator=gen).argsort(-1).to(torch.int32)
 
 
-@pytest.mark.parametrize("impl", IMPLS)
+@pytest.mark.parametrize("backend", NAMED)
 @pytest.mark.parametrize(
     ("batch", "seq", "heads", "dim", "block", "row_shape", "masked", "dtype"),
     [
@@ -114,7 +59,7 @@ def permutations(batch, heads, seq, seed=0):
         (2, 90, 2, 64, 16, None, True, torch.float32),
     ],
 )
-def test_pool_blocks(impl, batch, seq, heads, dim, block, row_shape, masked, dtype, device):
+def test_pool_blocks(backend, batch, seq, heads, dim, block, row_shape, masked, dtype, device):
     torch.manual_seed(1)
     # Strided on purpose: heads first in memory, and a slice of a wider tensor.
     x = torch.randn(batch, heads, seq, dim + 3, dtype=dtype, device=device).transpose(1, 2)[..., :dim]
@@ -124,7 +69,7 @@ def test_pool_blocks(impl, batch, seq, heads, dim, block, row_shape, masked, dty
         key_mask = torch.rand(batch, seq, device=device) > 0.4
         key_mask[0, :block] = False
         x[~key_mask] = torch.nan
-    got = pool_blocks(x, block, rows=rows, key_mask=key_mask, impl=impl)
+    got = pool_blocks(x, block, rows=rows, key_mask=key_mask, backend=backend)
     assert got.dtype == torch.float32
     want = loop_pool(x, block, rows, key_mask)
     # A float32 sum of `block` terms and one division: (block + 1) roundings of the largest partial sum.
@@ -134,14 +79,14 @@ def test_pool_blocks(impl, batch, seq, heads, dim, block, row_shape, masked, dty
         assert (got[0, :, 0] == 0).all()
 
 
-@pytest.mark.parametrize("impl", IMPLS)
-def test_pooled_scores(impl, device):
+@pytest.mark.parametrize("backend", NAMED)
+def test_pooled_scores(backend, device):
     torch.manual_seed(2)
     q = torch.randn(2, 70, 2, 32, device=device)
     k = torch.randn(2, 70, 2, 32, device=device)
     rows, key_mask = permutations(2, 2, 70).to(device), torch.rand(2, 70, device=device) > 0.3
     for scale in (None, 0.7):
-        got = pooled_scores(q, k, 32, 16, rows=rows, key_mask=key_mask, scale=scale, impl=impl)
+        got = pooled_scores(q, k, 32, 16, rows=rows, key_mask=key_mask, scale=scale, backend=backend)
         want = loop_pool(q, 32, rows) @ loop_pool(k, 16, rows, key_mask).swapaxes(-1, -2)
         np.testing.assert_allclose(got.cpu(), want * (scale or 32**-0.5), atol=1e-5)
 
@@ -200,9 +145,9 @@ def cases():
 CASES = dict(cases())
 
 
-@pytest.mark.parametrize("impl", IMPLS)
+@pytest.mark.parametrize("backend", NAMED)
 @pytest.mark.parametrize("name", CASES)
-def test_select_blocks(name, impl, device):
+def test_select_blocks(name, backend, device):
     args = CASES[name]
     torch.manual_seed(4)
     nq, nk = -(-args["q_len"] // args["block_q"]), -(-args["kv_len"] // args["block_k"])
@@ -210,12 +155,12 @@ def test_select_blocks(name, impl, device):
     scores[0, 1] = (scores[0, 1] * 2).round()  # many ties
     scores[1, 1] = 0.0  # nothing but ties
     moved = {n: v.to(device) if isinstance(v, torch.Tensor) else v for n, v in args.items()}
-    mask = select_blocks(scores.to(device), **moved, impl=impl)
+    mask = select_blocks(scores.to(device), **moved, backend=backend)
     assert_lists(mask, loop_select(scores, **args))
 
 
-@pytest.mark.parametrize("impl", IMPLS)
-def test_select_blocks_odd_scores(impl, device):
+@pytest.mark.parametrize("backend", NAMED)
+def test_select_blocks_odd_scores(backend, device):
     """NaN ranks last, infinities and signed zeros keep their order, and nothing crashes."""
     nan, inf = torch.nan, torch.inf
     scores = torch.tensor(
@@ -230,14 +175,14 @@ def test_select_blocks_odd_scores(impl, device):
     )[None, None]
     args = {"block_q": 8, "block_k": 8, "q_len": 48, "kv_len": 48, "keep_own": False}
     for density in (0.34, 0.5, 0.9):
-        mask = select_blocks(scores.to(device), density=density, **args, impl=impl)
+        mask = select_blocks(scores.to(device), density=density, **args, backend=backend)
         assert_lists(mask, loop_select(scores, density=density, **args))
-    mask = select_blocks(scores.to(device), top_p=0.5, **args, impl=impl)
+    mask = select_blocks(scores.to(device), top_p=0.5, **args, backend=backend)
     assert mask.to_dense().any(-1).all()
 
 
-@pytest.mark.parametrize("impl", IMPLS)
-def test_select_pooled(impl, device):
+@pytest.mark.parametrize("backend", NAMED)
+def test_select_pooled(backend, device):
     """The convenience call equals its two halves, never lists hidden blocks, and lists padding as partial."""
     torch.manual_seed(5)
     q, k = torch.randn(2, 150, 2, 32, device=device), torch.randn(2, 150, 2, 32, device=device)
@@ -245,9 +190,9 @@ def test_select_pooled(impl, device):
     key_mask[0, 70:] = False
     rows = permutations(1, 1, 150).to(device)
     for order in (None, rows):
-        mask = select_pooled(q, k, block_q=32, block_k=16, density=0.3, rows=order, key_mask=key_mask, impl=impl)
+        mask = select_pooled(q, k, block_q=32, block_k=16, density=0.3, rows=order, key_mask=key_mask, backend=backend)
         empty, partial = hidden_blocks(key_mask, 16, rows=order)
-        scores = pooled_scores(q, k, 32, 16, rows=order, key_mask=key_mask, impl=impl)
+        scores = pooled_scores(q, k, 32, 16, rows=order, key_mask=key_mask, backend=backend)
         want = loop_select(
             scores.cpu(), block_q=32, block_k=16, q_len=150, kv_len=150, density=0.3,
             partial_k=partial.cpu(), empty_k=empty.cpu(),
@@ -270,8 +215,8 @@ def test_errors():
         select_blocks(scores[..., :3], density=0.5, **geometry)
     with pytest.raises(ValueError, match="forced_k must be"):
         select_blocks(scores, density=0.5, forced_k=torch.ones(3, dtype=torch.bool), **geometry)
-    with pytest.raises(ValueError, match="impl must be"):
-        select_blocks(scores, density=0.5, impl="cuda", **geometry)
+    with pytest.raises(ValueError, match="backend must be one of auto, triton"):
+        select_blocks(scores, density=0.5, backend="cuda", **geometry)
 
 
 @pytest.mark.parametrize("nk", [7, 33, 130])
@@ -354,9 +299,9 @@ def test_a_mask_with_token_bits_is_not_packed():
         PackedBlockMask.of(mask, key_mask=False)
 
 
-@pytest.mark.parametrize("impl", IMPLS)
+@pytest.mark.parametrize("backend", NAMED)
 @pytest.mark.parametrize("centred", [False, True])
-def test_self_similarity(impl, centred, device):
+def test_self_similarity(backend, centred, device):
     generator = torch.Generator().manual_seed(4)
     x = torch.randn(2, 75, 2, 24, generator=generator) + 1.0
     rows = torch.stack([torch.randperm(75, generator=generator) for _ in range(2)])[None].to(torch.int32)
@@ -365,7 +310,7 @@ def test_self_similarity(impl, centred, device):
     centre = torch.randn(2, 2, 24, generator=generator) if centred else None
     found = self_similarity(
         x.to(device), 32, rows=rows.to(device), key_mask=key_mask.to(device),
-        centre=None if centre is None else centre.to(device), impl=impl,
+        centre=None if centre is None else centre.to(device), backend=backend,
     )  # fmt: skip
     for b, h in np.ndindex(2, 2):
         for i in range(3):

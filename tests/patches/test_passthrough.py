@@ -2,6 +2,8 @@
 
 import copy
 import gc
+import itertools
+import pkgutil
 import sys
 import threading
 import weakref
@@ -88,20 +90,37 @@ def test_removing_a_sparse_patch_restores_the_output():
     assert torch.equal(tiny.run(pipe), plain)
 
 
-def test_a_failed_patch_leaves_nothing(monkeypatch):
+def _failing(function, number):
+    """``function``, but its ``number``-th call raises."""
+    calls = itertools.count(1)
+
+    def call(*args, **kwargs):
+        if next(calls) == number:
+            raise RuntimeError("half-way")
+        return function(*args, **kwargs)
+
+    return call
+
+
+@pytest.mark.parametrize(
+    ("where", "recipe", "number"),
+    [
+        (f"torch.nn.Module.{hook}", POOLED, number)
+        for hook in ("register_forward_pre_hook", "register_forward_hook")
+        for number in (1, 3, 5)  # of two experts with a root and two layers each
+    ]
+    + [("dit_accel.api.attach", "sla", 3), ("dit_accel.patches.processors.divert", POOLED, 2)],
+)
+def test_a_failed_patch_leaves_nothing(where, recipe, number, monkeypatch):
     pipe = TINY["wan2.2"].build()
     before = _footprint(pipe)
-    calls = []
-
-    def fail_late(*args, **kwargs):
-        calls.append(args)
-        if len(calls) == 3:
-            raise RuntimeError("half-way")
-        return lambda: None
-
-    monkeypatch.setattr("dit_accel.patches.hooks.PublishLayer.__init__", lambda self, *args: fail_late())
-    with pytest.raises((RuntimeError, TypeError)):
-        dit_accel.patch(pipe, POOLED)
+    with monkeypatch.context() as patched:
+        patched.setattr(where, _failing(pkgutil.resolve_name(where), number))
+        with pytest.raises(RuntimeError, match=r"^half-way$"):
+            dit_accel.patch(pipe, recipe)
+    assert _footprint(pipe) == before
+    # Nothing is in the way of another patch.
+    dit_accel.patch(pipe, recipe).remove()
     assert _footprint(pipe) == before
 
 

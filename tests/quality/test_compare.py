@@ -69,7 +69,7 @@ class FakeHandle:
             dense_calls={"first steps": dense} if dense else {},
             nan_calls=0,
             mean_density=density,
-            backends={"fake": "test"},
+            backends={"attention": {"fake": "test"}},
             plan_seconds=0.01 * sparse,
             sparse_seconds=0.1 * sparse,
             dense_seconds=0.5 * dense,

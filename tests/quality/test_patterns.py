@@ -219,6 +219,19 @@ def test_written_files(tmp_path: Path) -> None:
     }
 
 
+@pytest.mark.parametrize("name", ["patterns.json", "maps_tiles_layer02.png", "change_tiles.png"])
+def test_a_picture_that_cannot_be_written_is_named(tmp_path: Path, name: str) -> None:
+    (tmp_path / name).mkdir()
+    with pytest.raises(ValueError, match=rf"{name} is a folder"):
+        write_inspection(_run(), tmp_path)
+
+
+def test_a_folder_that_is_a_file_is_named(tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("in the way")
+    with pytest.raises(ValueError, match=r"Cannot write .*patterns\.json: "):
+        write_inspection(_run(), tmp_path / "file")
+
+
 def test_map_shows_mass_and_greys_what_is_dropped() -> None:
     eye = torch.eye(4)
     sheet = np.asarray(map_sheet("t", [[MapPanel(eye, torch.ones(4, 4).tril().bool(), "c", "d")]]))

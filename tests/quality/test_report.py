@@ -174,6 +174,38 @@ def test_bad_report_file_is_named(tmp_path: Path) -> None:
         read_report(path)
 
 
+@pytest.mark.parametrize("text", [None, "[]", "1", '{"recipes": [[]]}', "\udcff"])
+def test_what_is_no_report_is_one_sentence(tmp_path: Path, text: str | None) -> None:
+    path = tmp_path / "report.json"
+    if text is not None:
+        path.write_bytes(text.encode("utf-8", "surrogateescape"))
+    with pytest.raises(ValueError, match=r"report\.json is not a comparison report"):
+        read_report(path)
+
+
+@pytest.mark.parametrize("name", ["report.json", "index.html", "side_by_side.mp4"])
+def test_a_report_that_cannot_be_written_is_named(tmp_path: Path, name: str) -> None:
+    report = _report(tmp_path)
+    (tmp_path / name).mkdir()
+    with pytest.raises(ValueError, match=rf"{name} is a folder"):
+        write_report(report, tmp_path)
+
+
+def test_a_film_that_cannot_be_encoded_keeps_the_old_one(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    report = _report(tmp_path)
+    old = write_report(report, tmp_path).film
+    assert old is not None
+    before = old.read_bytes()
+
+    def full(*args: object) -> None:
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr("dit_accel.pipelines.encode._encode", full)
+    with pytest.raises(ValueError, match=r"Cannot write .*side_by_side\.mp4: No space left on device"):
+        write_report(report, tmp_path)
+    assert old.read_bytes() == before
+
+
 def test_images_become_png(tmp_path: Path) -> None:
     files = write_report(_report(tmp_path, frames=1), tmp_path)
     assert files.film is not None

@@ -12,6 +12,7 @@ import torch
 
 from dit_accel.layout import TokenLayout
 from dit_accel.plan import LayerMemory, SequenceBlocks
+from tests.calls import call_of
 
 LAYOUTS = {
     "alone": TokenLayout((3, 7, 9), 0, 189),
@@ -177,7 +178,7 @@ def selected(
     """bool ``[B, H, nq, nk]`` of the package."""
     blocks = SequenceBlocks(layout, rows, *select.block, CPU)
     tables = select.prepare(blocks)
-    mask = select.select(blocks, tables, q, k, key_mask, None, memory).to_dense()
+    mask = select.select(blocks, tables, call_of(q, k, key_mask=key_mask), memory).to_dense()
     return mask.expand(q.shape[0], q.shape[2], -1, -1)
 
 

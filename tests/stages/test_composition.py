@@ -1,8 +1,5 @@
 """Axes chosen freely: AdaSpa's selection, on PARO's orders, in INT8, with a pooled residual."""
 
-import itertools
-import math
-
 import pytest
 import torch
 
@@ -14,6 +11,7 @@ from dit_accel.stages.order_axes import AxisOrder
 from dit_accel.stages.precision import Int8
 from dit_accel.stages.select_mass import Mass
 from tests.stages.block_oracle import LAYOUTS, half_hidden, inputs
+from tests.stages.plan_oracle import assert_attends, attended
 
 BLOCK = (32, 32)
 ORDER = AxisOrder((("whf", "fhw", "hfw"), ("fwh", "wfh", "hwf")))
@@ -28,29 +26,6 @@ def _attend(recipe, layout, q, k, v, key_mask, layer=1):
     return out, calls[0].plan
 
 
-def _by_hand(layout, plan, q, k, v, key_mask):
-    """One softmax over kept keys and means of the others, in float64."""
-    out = torch.zeros(q.shape, dtype=torch.float64)
-    kept = plan.mask.to_dense().expand(2, 3, -1, -1)
-    rows = plan.rows.long().expand(2, 3, -1)
-    for b, h in itertools.product(range(2), range(3)):
-        queries, keys, values = (x[b, :, h].double() for x in (q, k, v))
-        visible = torch.ones(layout.seq_len, dtype=torch.bool) if key_mask is None else key_mask[b]
-        for i, tokens in enumerate(rows[b, h].split(BLOCK[0])):
-            logits, told = [], []
-            for j, members in enumerate(rows[b, h].split(BLOCK[1])):
-                members = members[visible[members]]
-                if len(members) and kept[b, h, i, j]:
-                    logits.append(queries[tokens] @ keys[members].T / 4)
-                    told.append(values[members])
-                elif len(members):
-                    mean = queries[tokens] @ keys[members].mean(0) / 4
-                    logits.append((mean + math.log(len(members)))[:, None])
-                    told.append(values[members].mean(0, keepdim=True))
-            out[b, tokens, h] = torch.cat(logits, 1).softmax(-1) @ torch.cat(told)
-    return out
-
-
 @pytest.mark.parametrize("hidden", [False, True])
 @pytest.mark.parametrize("name", LAYOUTS)
 def test_adaspa_on_paro_orders_in_int8_with_a_residual(name, hidden):
@@ -62,7 +37,7 @@ def test_adaspa_on_paro_orders_in_int8_with_a_residual(name, hidden):
     exact, same = _attend(RECIPE.with_fields({"precision": "model"}), layout, q, k, v, key_mask)
     assert torch.equal(plan.mask.to_dense(), same.mask.to_dense())
     assert torch.equal(plan.rows[0], ORDER.rows(layout, q.device, 1))
-    expected = _by_hand(layout, plan, q, k, v, key_mask)
+    expected = attended(PooledResidual(), plan, q, k, v, key_mask)
     assert (exact.double() - expected).abs().max() <= 4e-6 * expected.abs().max()
     # Half a step of 1/127 in q and in k, over logits of up to some tens.
     difference = (out.double() - expected).norm() / expected.norm()
@@ -88,21 +63,39 @@ OTHERS = {
     "sampled selection in INT8": {"select": "sampled", "precision": "int8"},
     "global gate on a curve": {"order": "curve", "select": "global_gate", "precision": "int8_fp8"},
     "sorted segments with a residual": {"order": "sorted", "select": "pooled", "compensate": "residual"},
-    "gated on axes with a pooled mass": {"order": "axes", "select": "gated_pooled", "compensate": "pooled_mass"},
+    "gated on axes with a pooled mass": {
+        "order": "axes",
+        "select": "gated_pooled",
+        "select.top_p": 0.4,
+        "select.similarity": 0.0,
+        "compensate": "pooled_mass",
+        "compensate.gain_aware": False,
+    },
+    "mass in tiles with a pyramid of all levels": {
+        "select": "mass",
+        "compensate": "key_pyramid",
+        "compensate.cumulative": (0.3, 0.5, 0.7, 0.9),
+        "compensate.similarity": (),
+    },
 }
 
 
 @pytest.mark.parametrize("changes", OTHERS.values(), ids=list(OTHERS))
 @pytest.mark.parametrize("name", ["text first", "image"])
-def test_other_compositions_run_a_trajectory(name, changes):
+def test_other_compositions_compute_what_their_plans_say(name, changes):
     layout = LAYOUTS[name]
-    recipe = presets.pooled(dense_fraction=0.2).with_fields(changes)
+    recipe = presets.pooled(dense_fraction=0.2).with_fields({**changes, "select.block": BLOCK})
     assert Recipe.from_dict(recipe.to_dict()) == recipe
     q, k = inputs(layout)
     engine = Engine(recipe, ["first", "second"], "auto", 0)
+    calls = []
+    engine.observer = calls.append
     for index in range(5):
         step = StepContext(index=index, num_steps=5, sigma=1 - index / 5, forward_id=index)
         for layer in range(2):
             out = engine.attend(layer, q, k, k, half_hidden(layout), None, layout, step, lambda: k)
-            assert out.isfinite().all()
+            plan = calls.pop().plan
+            assert (plan is None) == (index == 0)
+            if plan is not None:
+                assert_attends(recipe, plan, out, q, k, k, half_hidden(layout))
     assert engine.records[0].sparse_calls == 4

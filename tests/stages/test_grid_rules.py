@@ -9,6 +9,7 @@ import torch
 from dit_accel.plan import SequenceBlocks
 from dit_accel.stages.order import Raster, Tiles
 from dit_accel.stages.select_grid import Circle, Radial, TileWindow
+from tests.calls import call_of
 from tests.stages.block_oracle import CPU, LAYOUTS, half_hidden
 
 
@@ -28,11 +29,11 @@ def _check(select, layout, order, expected):
     blocks = SequenceBlocks(layout, rows, *select.block, CPU)
     tables = select.prepare(blocks)
     q = torch.empty(2, layout.seq_len, 2, 8)
-    mask = select.select(blocks, tables, q, q, None, None)
+    mask = select.select(blocks, tables, call_of(q, q))
     assert torch.equal(mask.to_tokens()[0, 0], expected[slots][:, slots])
     if layout.num_extra:
         key_mask = half_hidden(layout)
-        hidden = select.select(blocks, tables, q, q, key_mask, None)
+        hidden = select.select(blocks, tables, call_of(q, q, key_mask=key_mask))
         seen = hidden.to_tokens()[:, 0] & key_mask[:, None, slots]
         assert torch.equal(seen, expected[slots][:, slots] & key_mask[:, None, slots])
 

@@ -11,8 +11,11 @@ from dit_accel.layout import StepContext
 from dit_accel.plan import SequenceBlocks
 from dit_accel.recipe import SELECTS
 from dit_accel.stages.order import Raster, Tiles
+from dit_accel.stages.select_static import FullSelect
+from tests.calls import call_of
 from tests.stages.block_oracle import CPU, LAYOUTS, half_hidden, inputs
 from tests.stages.oracle import masked_attention
+from tests.stages.plan_oracle import assert_attends
 
 # Fields that suit grids of a few hundred tokens.
 SMALL = {
@@ -22,6 +25,8 @@ SMALL = {
     "radius": 3.0,
     "min_width": 8,
 }
+# Fields at which something is left out there.
+SPARSE = {**SMALL, "top_p": 0.4, "similarity": 0.0, "neighbours": 0, "stride": (1, 2, 2), "sink_first_frame": False}
 KINDS = [name for name in SELECTS if name != "dense"]
 
 
@@ -33,7 +38,7 @@ def _small(name: str):
 def _mask(select, layout, rows, key_mask=None):
     q, k = inputs(layout)
     blocks = SequenceBlocks(layout, rows, *select.block, CPU)
-    mask = select.select(blocks, select.prepare(blocks), q, k, key_mask, None)
+    mask = select.select(blocks, select.prepare(blocks), call_of(q, k, key_mask=key_mask))
     tokens = mask.to_tokens().expand(2, 3, -1, -1)
     if rows is None:
         return mask, tokens
@@ -96,16 +101,30 @@ def test_the_engine_computes_softmax_over_what_the_mask_shows(kind, order):
     assert (out.double() - expected).abs().max() <= 4e-6 * expected.abs().max()
 
 
+@pytest.mark.parametrize("hidden", [False, True], ids=["all seen", "some hidden"])
 @pytest.mark.parametrize("preset", [name for name in presets.PRESETS if name not in ("dense", "paro")])
 @pytest.mark.parametrize("name", ["text last", "image"])
-def test_every_preset_runs_a_trajectory(preset, name):
-    layout = LAYOUTS[name]
+def test_every_preset_computes_what_its_plan_says_along_a_trajectory(preset, name, hidden):
+    layout, recipe = LAYOUTS[name], presets.resolve(preset)
+    known = [f.name for f in dataclasses.fields(recipe.select)]
+    recipe = recipe.with_fields({f"select.{field}": SPARSE[field] for field in known if field in SPARSE})
     q, k = inputs(layout)
     v = torch.randn(q.shape, generator=torch.Generator().manual_seed(9))
-    engine = Engine(presets.resolve(preset), ["first", "second", "third"], "auto", 0)
-    for index in range(10):
+    key_mask = half_hidden(layout) if hidden else None
+    engine = Engine(recipe, ["first", "second", "third"], "auto", 0)
+    calls, left_out = [], []
+    engine.observer = calls.append
+    for index in range(0, 10, 3):
         for layer in range(3):
             step = StepContext(index=index, num_steps=10, sigma=1 - index / 10, forward_id=index)
-            out = engine.attend(layer, q, k, v, None, None, layout, step, lambda: v)
-            assert out.isfinite().all()
-    assert engine.records[2].sparse_calls >= 5
+            out = engine.attend(layer, q, k, v, key_mask, None, layout, step, lambda: v)
+            plan = calls.pop().plan
+            if plan is None:
+                assert out is v, "a dense call is the model's own"
+            else:
+                assert_attends(recipe, plan, out, q, k, v, key_mask)
+                left_out.append(bool((~plan.mask.to_tokens()).any()))
+    # Radial bands begin two frames away.
+    reads_all = type(recipe.select) is FullSelect or (preset == "radial" and name == "image")
+    assert reads_all or all(left_out), "nothing to stand in for"
+    assert engine.records[2].sparse_calls >= 2

@@ -13,6 +13,7 @@ from dit_accel.stages.order_sorted import SortedSegments
 from dit_accel.stages.select_dynamic import Pooled
 from dit_accel.stages.select_mass import Mass
 from dit_accel.stages.select_static import Window
+from tests.calls import call_of
 from tests.stages.block_oracle import LAYOUTS, best, fewest, half_hidden, inputs, per_head, selected, views
 from tests.stages.oracle import masked_attention
 
@@ -54,7 +55,7 @@ def test_segments_are_sorted_by_sampled_attention(samples, name, hidden):
     q, k = inputs(layout)
     # text keys alone are hidden, if there are any: latents always count
     key_mask = half_hidden(layout) if hidden and layout.latent_start == 0 and layout.num_extra else None
-    rows = SortedSegments(SEGMENT, samples).rows_of_call(layout, q, k, key_mask, None)
+    rows = SortedSegments(SEGMENT, samples).rows_of_call(layout, call_of(q, k, key_mask=key_mask))
     assert torch.equal(rows, _expected_rows(layout, q, k, key_mask, samples))
 
 
@@ -63,7 +64,7 @@ def test_selections_on_the_sorted_order(name):
     layout, block = LAYOUTS[name], (64, 32)
     q, k = inputs(layout)
     key_mask = half_hidden(layout)
-    rows = SortedSegments(SEGMENT, 16).rows_of_call(layout, q, k, key_mask, None)
+    rows = SortedSegments(SEGMENT, 16).rows_of_call(layout, call_of(q, k, key_mask=key_mask))
     grid = views(layout, rows, q, k, block, key_mask)
 
     def pooled(view):
@@ -93,7 +94,7 @@ def test_the_engine_runs_on_the_order_of_the_call(name):
     recipe = Recipe(order=order, select=Pooled(density=0.3, block=block))
     engine = Engine(recipe, ["layer"], "auto", 0)
     out = engine.attend(0, q, k, v, None, None, layout, StepContext(), lambda: q)
-    rows = order.rows_of_call(layout, q, k, None, None)
+    rows = order.rows_of_call(layout, call_of(q, k))
     keep = selected(recipe.select, layout, rows, q, k)
     mask = torch.zeros(2, 3, layout.seq_len, layout.seq_len, dtype=torch.bool)
     for b, h in np.ndindex(2, 3):

@@ -11,6 +11,7 @@ from dit_accel.stages.order import Raster, Tiles
 from dit_accel.stages.order_axes import AxisOrder
 from dit_accel.stages.order_curve import Curve
 from dit_accel.stages.select_rectified import Reallocated, pooled_shares
+from tests.calls import call_of
 from tests.stages.block_oracle import CPU, LAYOUTS, cases, half_hidden, inputs, per_head, selected, views
 
 CASES = cases(Raster(), Tiles((2, 4, 4)), Curve(), AxisOrder((("wfh", "fhw", "hwf"),)))
@@ -39,7 +40,7 @@ def test_shares(name, order, hidden):
     key_mask = half_hidden(layout) if hidden else None
     rows = order.rows(layout, CPU)
     blocks = SequenceBlocks(layout, rows, *block, CPU)
-    found = pooled_shares(blocks, q, k, key_mask, None)
+    found = pooled_shares(blocks, call_of(q, k, key_mask=key_mask))
     shares, text = found.blocks, found.text
     for heads in views(layout, rows, q, k, block, key_mask):
         for view in heads:

@@ -5,6 +5,7 @@ from dit_accel.layout import TokenLayout
 from dit_accel.plan import SequenceBlocks
 from dit_accel.stages.order import Raster, Tiles
 from dit_accel.stages.select_static import Window
+from tests.calls import call_of
 from tests.stages.oracle import window_tokens
 
 CPU = torch.device("cpu")
@@ -35,7 +36,7 @@ def test_the_mask_is_exact_to_the_token(window, stride, dilation, layout, order)
     rows = order.rows(layout, CPU)
     blocks = SequenceBlocks(layout, rows, *select.block, CPU)
     q = torch.empty(1, layout.seq_len, 1, 8)
-    mask = select.select(blocks, select.prepare(blocks), q, q, None, None)
+    mask = select.select(blocks, select.prepare(blocks), call_of(q, q))
     permuted = torch.arange(layout.seq_len) if rows is None else rows.long()
     expected = window_tokens(layout, window, stride, dilation)[permuted][:, permuted]
     assert torch.equal(mask.to_tokens()[0, 0], expected)
@@ -46,7 +47,7 @@ def test_first_frame_sink():
     select = Window(window=(1, 3, 3), sink_first_frame=True, block=(32, 32))
     blocks = SequenceBlocks(layout, None, 32, 32, CPU)
     q = torch.empty(1, 150, 1, 8)
-    mask = select.select(blocks, select.prepare(blocks), q, q, None, None)
+    mask = select.select(blocks, select.prepare(blocks), call_of(q, q))
     assert torch.equal(mask.to_tokens()[0, 0], window_tokens(layout, (1, 3, 3), sink_first_frame=True))
 
 
@@ -57,7 +58,7 @@ def test_a_key_mask_drops_hidden_blocks_and_marks_partial_ones():
     key_mask = torch.ones(2, 192, dtype=torch.bool)
     key_mask[0, 140:] = False
     q = torch.empty(2, 192, 1, 8)
-    mask = select.select(blocks, select.prepare(blocks), q, q, key_mask, None)
+    mask = select.select(blocks, select.prepare(blocks), call_of(q, q, key_mask=key_mask))
     assert mask.to_dense()[0, 0].any(0).tolist() == [True] * 5 + [False]
     assert mask.to_dense()[1].all()
     assert mask.kv_num_full[0, 0].tolist() == [4, 4, 4]

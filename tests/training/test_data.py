@@ -9,6 +9,7 @@ import torch
 
 from dit_accel.pipelines.random_wan import build_random_wan
 from dit_accel.training.data import capture_call, encode_clips, generate_samples, read_video, trained_transformer
+from dit_accel.training.fitness import refuse_other_latents
 from dit_accel.training.samples import LatentFolder, Sample, collate, read_sample, save_sample
 from tests.tiny import TINY
 
@@ -30,6 +31,9 @@ def test_self_generated_samples_run_through_the_model(family, tmp_path):
     again = tiny.run(pipe, steps=2, generator=torch.Generator().manual_seed(3))
     assert torch.equal(one.latents.flatten().sort().values, again.flatten().sort().values)
     latents, condition = collate([one], torch.device("cpu"))
+    refuse_other_latents(pipe.transformer, one)
+    with pytest.raises(ValueError, match="The sample x is of another model"):
+        refuse_other_latents(pipe.transformer, Sample("x", torch.zeros(1, 3, 5, 7), 1.0, {}))
     out = pipe.transformer(
         hidden_states=latents, timestep=torch.tensor([0.5 * one.timestep_scale]), return_dict=False, **condition
     )[0]

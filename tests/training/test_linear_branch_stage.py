@@ -12,8 +12,9 @@ import torch
 import dit_accel
 from dit_accel import Recipe
 from dit_accel.engine import Engine
-from dit_accel.kernels import linear_branch
+from dit_accel.kernels import Choice
 from dit_accel.layout import StepContext, TokenLayout
+from dit_accel.stages import compensate_linear
 from dit_accel.stages.compensate import NoCompensation
 from dit_accel.stages.compensate_linear import LinearBranch
 from dit_accel.stages.order import Raster, Tiles
@@ -312,9 +313,9 @@ def test_the_branch_keeps_nothing_for_its_backward(feature_map):
     forward = layer.forward
     layer.forward = lambda out, *rest: calls.append((out, rest)) or out
     engine.attend(0, q, k, v, None, None, layout, StepContext(), lambda: None)
-    (out, (q, k, v, plan, key_mask)) = calls[0]
+    (out, (q, k, v, plan, key_mask, backend)) = calls[0]
     with torch.autograd.graph.saved_tensors_hooks(lambda t: kept.append(t) or t, lambda t: t):
-        result = forward(out, q, k, v, plan, key_mask)
+        result = forward(out, q, k, v, plan, key_mask, backend)
     known = {t.untyped_storage().data_ptr() for t in (out, q, k, v, *layer.parameters())}
     assert [t.shape for t in kept if t.untyped_storage().data_ptr() not in known] == []
     assert plan.compensation.kv_indices.shape[-1] == 3  # ceil(0.1 * 16) and one more
@@ -338,7 +339,7 @@ def test_kernels_and_torch_give_the_same_gradients(form, monkeypatch):
         engine.learned[0] = recipe.compensate.build(2, 32)
         leaves = [tensor.clone().requires_grad_() for tensor in (q, k, v, *parameters)]
         if kernels:
-            monkeypatch.setattr(linear_branch, "use_triton", lambda impl, device, obstacle: obstacle is None)
+            monkeypatch.setattr(compensate_linear, "choose_linear", lambda *args: Choice("triton", "by the test"))
         step = StepContext()
         out = engine.attend(0, *leaves[:3], mask, None, layout, step, lambda: None, learned=leaves[3:])
         assert (out.grad_fn.name() == "LinearBranchFunctionBackward") == kernels

@@ -1,0 +1,37 @@
+"""The adapter that a command loads: found, and found whole, before the model is loaded."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from ..pipelines.builtin import Builtin
+    from ..recipe import Recipe
+
+
+def find_adapter(name_or_path: str, builtin: Builtin | None) -> Path:
+    """The folder of an adapter: one that comes with a built-in model, or the user's own.
+
+    Raises:
+        ValueError: there is none.
+    """
+    offered = {} if builtin is None else builtin.adapters
+    if name_or_path in offered:
+        return offered[name_or_path]
+    folder = Path(name_or_path)
+    if not folder.is_dir():
+        known = f"the model's own are {', '.join(offered)}" if offered else "the model comes with none"
+        raise ValueError(f"There is no adapter {name_or_path!r}: it is no folder, and {known}.")
+    return folder
+
+
+def adapter_recipe(folder: Path) -> Recipe:
+    """The recipe of an adapter, whose card and tensors are looked at without the model.
+
+    Raises:
+        ValueError: they are missing or damaged.
+    """
+    from ..training.adapter_files import read_adapter
+
+    return read_adapter(folder).recipe

@@ -1,0 +1,101 @@
+"""A denoising run, and what is kept from one of its forwards to the next."""
+
+from __future__ import annotations
+
+import itertools
+from collections import OrderedDict
+from collections.abc import Callable, Hashable
+from dataclasses import dataclass, field
+from typing import Any, Generic, TypeVar
+
+import torch
+
+from .layout import TokenLayout
+from .plan import LayerMemory
+
+KeptT = TypeVar("KeptT")
+
+# Two guidance branches with a key mask each, at two sizes; a training of varied sizes keeps no more.
+KEPT_PLACES = 8
+
+
+class Bounded(Generic[KeptT]):
+    """A dictionary that forgets the entry not asked for longest."""
+
+    def __init__(self, places: int) -> None:
+        self.places = places
+        self.entries: OrderedDict[Hashable, KeptT] = OrderedDict()
+
+    def get(self, key: Hashable, make: Callable[[], KeptT]) -> KeptT:
+        """The entry of a key, made if there is none."""
+        if key in self.entries:
+            self.entries.move_to_end(key)
+        else:
+            self.entries[key] = make()
+            while len(self.entries) > self.places:
+                self.entries.popitem(last=False)
+        return self.entries[key]
+
+    def clear(self) -> None:
+        self.entries.clear()
+
+
+@dataclass(eq=False)
+class Kept:
+    """What calls of one layout under one key mask keep within a run, by layer and guidance branch."""
+
+    plans: dict[Hashable, Any] = field(default_factory=dict)
+    memories: dict[Hashable, LayerMemory] = field(default_factory=dict)
+
+
+@dataclass(eq=False)
+class _SeenMask:
+    """The content of a key mask, its number, and the tensor that held it last with the forward that showed it."""
+
+    number: int
+    content: torch.Tensor
+    held: torch.Tensor
+    place: Hashable
+
+
+class Run:
+    """One denoising run in one thread, or successive forwards of a bare transformer.
+
+    Plans, log-sum-exps and means belong to the run that made them: another run has a ``Run`` of its own and finds
+    none of them. Dropping the object frees them.
+    """
+
+    def __init__(self) -> None:
+        self._kept: Bounded[Kept] = Bounded(KEPT_PLACES)
+        self._masks: list[_SeenMask] = []
+        self._numbers = itertools.count(1)
+
+    def kept(self, layout: TokenLayout, key_mask: torch.Tensor | None, forward_id: int) -> Kept:
+        """What is kept for calls of this layout whose key mask has the same content.
+
+        Waits for the device once a forward where keys are masked: two prompts may hide different keys, and a plan
+        must not serve both.
+        """
+        number = 0 if key_mask is None else self._number(key_mask, forward_id)
+        return self._kept.get((layout, number), Kept)
+
+    def forget(self) -> None:
+        """Drop all that is kept."""
+        self._kept.clear()
+        self._masks.clear()
+
+    def _number(self, mask: torch.Tensor, forward_id: int) -> int:
+        # A held mask's memory does not become another's, and nobody changes it within a forward.
+        place = (forward_id, mask.data_ptr(), mask.shape, mask.stride())
+        for seen in self._masks:
+            if seen.place == place:
+                return seen.number
+        for seen in self._masks:
+            same_kind = seen.content.shape == mask.shape and seen.content.device == mask.device
+            if same_kind and torch.equal(seen.content, mask):
+                seen.held, seen.place = mask, place
+                return seen.number
+        # A copy: the caller may change its tensor before the next forward.
+        seen = _SeenMask(next(self._numbers), mask.clone(), mask, place)
+        self._masks = [*self._masks[1 - KEPT_PLACES :], seen]
+        return seen.number

@@ -1,0 +1,95 @@
+"""Every order is a bijection that keeps other tokens than latents last and in their own order."""
+
+from __future__ import annotations
+
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+
+from dit_accel.layout import TokenLayout
+from dit_accel.plan import SequenceBlocks
+from dit_accel.recipe import ORDERS
+from dit_accel.stages.order import Order, Raster, Tiles, fold_tile
+from dit_accel.stages.order_axes import HEAD_ORDERS, AxisOrder, Chunks
+from dit_accel.stages.order_curve import Curve
+from dit_accel.stages.order_sorted import SortedSegments
+from tests.calls import call_of
+from tests.properties.drawn import layouts, normal, seeds
+
+CPU = torch.device("cpu")
+sizes = st.tuples(*[st.integers(1, 5)] * 3)
+heads = st.lists(st.sampled_from(HEAD_ORDERS), min_size=1, max_size=3).map(tuple)
+FIXED: dict[str, st.SearchStrategy[Order]] = {
+    "raster": st.just(Raster()),
+    "tiles": st.builds(Tiles, sizes),
+    "axes": st.builds(AxisOrder, st.lists(heads, min_size=1, max_size=3).map(tuple)),
+    "chunks": st.builds(Chunks, st.integers(1, 4), st.tuples(*[st.integers(1, 5)] * 2), sizes),
+    "curve": st.just(Curve()),
+}
+sorted_segments = st.builds(SortedSegments, sizes, st.integers(1, 200))
+
+
+def test_these_are_all_orders():
+    assert set(FIXED) | {"sorted", "chosen_axes"} == set(ORDERS)  # the last one is never asked for rows
+
+
+def assert_order(rows: torch.Tensor, layout: TokenLayout) -> None:
+    assert rows.dtype == torch.int32
+    assert rows.shape[-1] == layout.seq_len
+    latents = range(layout.latent_start, layout.latent_start + layout.num_latent)
+    others = [token for token in range(layout.seq_len) if token not in latents]
+    for one in rows.reshape(-1, layout.seq_len).tolist():
+        assert sorted(one) == list(range(layout.seq_len))
+        assert one[layout.num_latent :] == others
+
+
+@given(st.one_of(*FIXED.values()), layouts(), st.integers(0, 2))
+def test_an_order_of_the_grid(order: Order, layout: TokenLayout, layer: int):
+    layer = min(layer, len(order.axes) - 1) if isinstance(order, AxisOrder) else layer
+    rows = order.rows(layout, CPU, layer)
+    if rows is not None:
+        assert_order(rows, layout)
+    # Blocks and their places follow from it.
+    blocks = SequenceBlocks(layout, rows, 16, 16, CPU)
+    latent = blocks.latent_of_slot.reshape(-1, layout.seq_len)
+    assert torch.equal(
+        latent.sort(-1).values[:, layout.num_extra :], torch.arange(layout.num_latent).expand(len(latent), -1)
+    )
+    # Layers of equal variants may share what was made for one of them.
+    for other in range(3):
+        if not isinstance(order, AxisOrder) and order.variant(other) == order.variant(layer):
+            again = order.rows(layout, CPU, other)
+            assert (again is None and rows is None) or torch.equal(again, rows)
+
+
+@given(
+    sorted_segments,
+    layouts(),
+    seeds,
+    st.sampled_from(("all", "some", "none")),
+    st.sampled_from((0.0, torch.nan, torch.inf)),
+)
+def test_an_order_of_a_call(order: SortedSegments, layout: TokenLayout, seed: int, seen: str, odd: float):
+    q, k = normal(seed, 2, 2, layout.seq_len, 2, 8)
+    k[1, seed % layout.seq_len, 0] += odd
+    key_mask = None if seen == "all" else normal(seed, 2, layout.seq_len) > (0 if seen == "some" else 99)
+    rows = order.rows_of_call(layout, call_of(q, k, key_mask=key_mask))
+    assert rows.shape == (2, 2, layout.seq_len)
+    assert_order(rows, layout)
+    # Tokens stay in their segment of the grid.
+    tile = fold_tile(order.segment, layout.grid[0])
+    places = SequenceBlocks(layout, rows, 16, 16, CPU).coordinates
+    segment = sum(
+        (place[..., : layout.num_latent] // size) * 10**n
+        for n, (place, size) in enumerate(zip(places, tile, strict=True))
+    )
+    for one in segment.flatten(0, 1).tolist():
+        entered = [here for n, here in enumerate(one) if n == 0 or one[n - 1] != here]
+        assert len(entered) == len(set(entered)), "a segment is entered twice"
+
+
+@given(sizes, st.integers(1, 5))
+def test_a_folded_tile_holds_as_many_tokens(tile: tuple[int, int, int], frames: int):
+    folded = fold_tile(tile, frames)
+    assert folded[0] * folded[1] * folded[2] == tile[0] * tile[1] * tile[2]
+    assert folded[0] <= frames or folded[0] % 2 == 1, "halved until it fits, or odd"
