@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import os
 import re
-import warnings
 from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
@@ -150,5 +149,3 @@ def quiet_libraries() -> None:
     """The commands have their own progress and messages. Call it before diffusers is imported."""
     os.environ.setdefault("DIFFUSERS_VERBOSITY", "error")
     os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
-    # The new name of the argument is unknown to the oldest diffusers that we support.
-    warnings.filterwarnings("ignore", message="`torch_dtype` is deprecated", category=FutureWarning)
