@@ -419,12 +419,15 @@ class _Run:
         try:
             header, sums = read_tensors(path)
             difference = first_difference(dict(header["asked"]), json.loads(json.dumps(self.asked)))
+            if sums.keys() != header["counts"].keys():
+                raise ValueError("its sums are not those counted")
             self.sums, self.counts = sums, header["counts"]
-            self.finished, self.sigmas = header["finished"], header["sigmas"]
+            self.finished, self.sigmas = int(header["finished"]), header["sigmas"]
             self.orders = {name: AxisOrder(tuple(map(tuple, axes))) for name, axes in header["orders"].items()}
             self.layouts = {name: TokenLayout((f, h, w), *rest) for name, (f, h, w, *rest) in header["layouts"].items()}
         except (AttributeError, KeyError, TypeError, ValueError) as error:
-            raise ValueError(f"{path} is a damaged beginning of a calibration: {error}. {anew}") from error
+            reason = str(error).rstrip(".")
+            raise ValueError(f"{path} is a damaged beginning of a calibration: {reason}. {anew}") from error
         if difference is not None:
             raise ValueError(f"{path} is the beginning of another calibration: {difference}. {anew}")
 

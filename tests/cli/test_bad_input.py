@@ -177,7 +177,7 @@ def test_what_only_the_model_knows_is_refused_before_it_runs(folder, monkeypatch
         ("triton", "dense", "the triton kernels need a CUDA device, got cpu"),
         ("triton", "sage", "the triton kernels need a CUDA device, got cpu"),
         ("fa4", "pooled", "flash-attn-4"),
-        ("fa4", "sage", "cannot run this call"),
+        ("fa4", "sage", "Backend 'fa4' cannot run"),
     ],
 )
 def test_a_named_backend_that_cannot_run_is_refused_also_where_nothing_would(
@@ -208,19 +208,19 @@ def without(name: str) -> Callable[[], Any]:
 @pytest.mark.parametrize(
     ("make", "words"),
     [
-        (lambda: [], "adapter.json is damaged: it is a list, not an object"),
-        (lambda: None, "adapter.json is damaged: it is a NoneType, not an object"),
-        (lambda: {"format": 1}, "adapter.json is damaged: it lacks 'base'"),
-        (without("recipe"), "adapter.json is damaged: it lacks 'recipe'"),
-        (without("backbone"), "adapter.json is damaged: it lacks 'backbone'"),
-        (lambda: card() | {"base": []}, "adapter.json is damaged: "),
-        (lambda: card() | {"base": {"transformer": {"layers": 3}}}, "adapter.json is damaged: "),
-        (lambda: card() | {"base": {}}, "adapter.json is damaged: "),
-        (lambda: card() | {"lora": None}, "adapter.json is damaged: base, backbone or lora"),
-        (lambda: card() | {"backbone": ["full"]}, "adapter.json is damaged: base, backbone or lora"),
-        (lambda: card() | {"recipe": []}, "adapter.json is damaged: "),
-        (lambda: card() | {"recipe": {"select": {"kind": "fast"}}}, "adapter.json is damaged: Unknown select 'fast'"),
-        (lambda: card() | {"recipe": {"select": 3}}, "adapter.json is damaged: "),
+        (lambda: [], "adapter.json holds a list, not an object"),
+        (lambda: None, "adapter.json holds a NoneType, not an object"),
+        (lambda: {"format": 1}, "adapter.json has no recipe"),
+        (without("recipe"), "adapter.json has no recipe"),
+        (without("backbone"), "adapter.json has no backbone"),
+        (lambda: card() | {"base": []}, "The adapter in dir is damaged: "),
+        (lambda: card() | {"base": {"transformer": {"layers": 3}}}, "The adapter in dir is damaged: "),
+        (lambda: card() | {"base": {}}, "The adapter in dir is damaged: "),
+        (lambda: card() | {"lora": None}, "The adapter in dir is damaged: "),
+        (lambda: card() | {"backbone": ["full"]}, "The adapter in dir is damaged: "),
+        (lambda: card() | {"recipe": []}, "The adapter in dir is damaged: "),
+        (lambda: card() | {"recipe": {"select": {"kind": "fast"}}}, "in dir is damaged: Unknown select 'fast'"),
+        (lambda: card() | {"recipe": {"select": 3}}, "The adapter in dir is damaged: "),
     ],
 )
 def test_a_damaged_card_is_refused_before_the_model_is_loaded(folder, monkeypatch, make, words) -> None:
