@@ -20,7 +20,11 @@ def refuse_backend(name: str, dtype: torch.dtype, device: torch.device, recipe: 
         return
     from ..engine import Engine
     from ..kernels import BACKENDS
+    from ..presets import automatic
+    from ..stages.select_static import DenseSelect
 
     if name not in BACKENDS:
         raise ValueError(f"Unknown backend {name!r}; known are {', '.join(BACKENDS)}.")
-    Engine(recipe, [], name, 0).refuse_backend(device, dtype)
+    # A dense recipe has no operation to ask for.
+    asked = automatic() if isinstance(recipe.select, DenseSelect) else recipe
+    Engine(asked, [], name, 0).refuse_backend(device, dtype)
