@@ -155,7 +155,9 @@ def compile_all(args: argparse.Namespace, used: dict[int, Shape], asked: list[st
         order = sorted(used, key=lambda n: (used[n].gradients, used[n].dtype == torch.float32), reverse=True)
         work = {pool.submit(warm_up, args.seed, n, used[n], asked): n for n in order}
         for done in as_completed(work):
-            if (problem := done.result()) is not None:
+            # A worker that died takes the pool with it; what is left is compiled in turn.
+            problem = done.result() if done.exception() is None else repr(done.exception())
+            if problem is not None:
                 print(f"while compiling {used[work[done]]}: {problem}", file=sys.stderr)
     print(f"compiled {len(used)} shapes in {time.perf_counter() - start:.0f} s", file=sys.stderr)
 

@@ -43,7 +43,8 @@ def runs(draw: st.DrawFn, begin: int = 0) -> list[StepContext]:
         for branch in range(branches):
             if index not in skipped:
                 sigma = 1 - index / count
-                found.append(StepContext(index, count, sigma, ("cond", "uncond")[branch], forwards))
+                name = ("cond", "uncond")[branch]
+                found.append(StepContext(index, count, sigma=sigma, branch=name, forward_id=forwards))
                 forwards += 1
     return found
 
