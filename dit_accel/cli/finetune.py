@@ -9,41 +9,43 @@ from typing import Annotated, Any
 
 import typer
 
+from .backend import refuse_backend
 from .errors import one_sentence_errors
 from .options import (
     BackendOption,
     DebugOption,
     DeviceOption,
     DtypeOption,
+    FramesOption,
     JsonOption,
+    ModelArgument,
     SetOption,
+    SizeOption,
     quiet_libraries,
     read_device,
     read_dtype,
     read_recipe,
-    read_size,
+    read_seed,
 )
 from .samples import COUNT, SamplesAsked
+from .settings import Asked
 
 
 @one_sentence_errors
 def finetune(
-    model: Annotated[
-        str | None,
-        typer.Argument(help="Hub id, local folder or built-in model. Default: the best built-in model."),
-    ] = None,
+    model: ModelArgument = None,
     recipe: Annotated[str, typer.Option(help="A name from `dit-accel info`, or a recipe file.")] = "sla",
     changes: SetOption = None,
     data: Annotated[Path | None, typer.Option(help="Folder of precomputed samples (*.safetensors).")] = None,
     clips: Annotated[Path | None, typer.Option(help="Folder of clips with captions (cat.mp4, cat.txt).")] = None,
     prompts_file: Annotated[
-        Path | None, typer.Option(help="One prompt a line, for samples that the model itself generates.")
+        Path | None, typer.Option(help="UTF-8, one prompt a line, for samples that the model itself generates.")
     ] = None,
     count: Annotated[
         int | None, typer.Option(min=1, help=f"Samples to generate, without --data and --clips. Default: {COUNT}.")
     ] = None,
-    size: Annotated[str | None, typer.Option(metavar="WxH", help="Pixels. Default: the model's.")] = None,
-    frames: Annotated[int | None, typer.Option(min=1, help="Default: the model's.")] = None,
+    size: SizeOption = None,
+    frames: FramesOption = None,
     generate_steps: Annotated[int | None, typer.Option(min=1, help="Denoising steps of generated samples.")] = None,
     guidance: Annotated[float | None, typer.Option(help="Guidance scale of generated samples.")] = None,
     out: Annotated[Path, typer.Option(help="Folder for samples, curves, checkpoints and the adapter.")] = Path(
@@ -98,8 +100,9 @@ def finetune(
     quiet_libraries()
     if resume and start_over:
         raise ValueError("Give --resume or --start-over, not both.")
-    pixels = read_size(size) if size else None
-    asked = SamplesAsked(data, clips, prompts_file, count, pixels, frames, generate_steps, guidance, start_over)
+    read_seed(seed)
+    settings = Asked.read(size, frames, generate_steps, guidance)
+    asked = SamplesAsked(data, clips, prompts_file, count, settings, start_over)
     chosen = read_recipe(recipe, changes)
     if chosen is None:
         raise ValueError("--recipe auto cannot be trained; name a recipe, such as sla.")
@@ -143,6 +146,7 @@ def finetune(
         evaluate_every=evaluate_every,
     )
     samples, prompts = asked.check()
+    refuse_backend(backend, number, target, chosen)
     refuse_unwritable_folder(out)
     state = PartialState(cpu=target.type == "cpu")
     unused = asked.unused()

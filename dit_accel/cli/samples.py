@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
-import sys
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
+
+from .options import read_prompts
+from .settings import Asked
 
 if TYPE_CHECKING:
     from ..pipelines.builtin import Builtin
@@ -23,10 +25,7 @@ class SamplesAsked:
     clips: Path | None
     prompts_file: Path | None
     count: int | None
-    size: tuple[int, int] | None
-    frames: int | None
-    steps: int | None
-    guidance: float | None
+    settings: Asked
     start_over: bool
 
     def __post_init__(self) -> None:
@@ -40,11 +39,15 @@ class SamplesAsked:
         options: dict[str, Any] = {
             "--prompts-file": self.prompts_file,
             "--count": self.count,
-            "--generate-steps": self.steps,
-            "--guidance": self.guidance,
+            "--generate-steps": self.settings.steps,
+            "--guidance": self.settings.guidance,
         }
         if self.data is not None:
-            options |= {"--size": self.size, "--frames": self.frames, "--start-over": self.start_over or None}
+            options |= {
+                "--size": self.settings.width,
+                "--frames": self.settings.frames,
+                "--start-over": self.start_over or None,
+            }
         names = [name for name, value in options.items() if value is not None]
         source = "--clips" if self.data is None else "--data"
         return f"{source} brings its own samples: {', '.join(names)} will not be used." if names else None
@@ -55,6 +58,7 @@ class SamplesAsked:
         Raises:
             ValueError: a folder or file that is not there or holds nothing of use.
         """
+        from ..quality.prompts import DEFAULT_PROMPTS
         from ..training.clips import find_clips
         from ..training.samples import LatentFolder
 
@@ -63,7 +67,7 @@ class SamplesAsked:
         if self.clips is not None:
             find_clips(self.clips)
             return None, []
-        prompts = self._prompts()
+        prompts = read_prompts(None, self.prompts_file) or DEFAULT_PROMPTS
         return None, [prompts[i % len(prompts)] for i in range(self.count or COUNT)]
 
     def make(
@@ -81,56 +85,21 @@ class SamplesAsked:
             Clips that were left out.
         """
         from ..pipelines.generate import call_arguments
-        from ..pipelines.sizes import fitted_frames, refuse_size
         from ..training.data import encode_clips, generate_samples
 
-        defaults = vars(builtin.settings) if builtin else {}
-        width, height = self.size or (defaults.get("width"), defaults.get("height"))
-        frames = defaults.get("frames")
-        refuse_size(pipe, *(self.size or (None, None)))
-        if self.frames is not None:
-            frames = fitted_frames(pipe, self.frames)
-            if frames != self.frames:
-                print(f"{type(pipe).__name__} makes {frames} frames, not {self.frames}.", file=sys.stderr)
-        if self.clips is not None:
-            if width is None or height is None or frames is None:
-                raise ValueError("--clips needs --size and --frames for this model.")
-            return encode_clips(
+        settings = self.settings.settings(pipe, builtin)
+        if self.clips is None:
+            generate_samples(
                 pipe,
-                self.clips,
+                prompts,
                 folder,
-                width=width,
-                height=height,
-                frames=frames,
+                settings=call_arguments(pipe, **settings),
+                seed=seed,
                 progress=progress,
                 start_over=self.start_over,
             )
-        settings = call_arguments(
-            pipe,
-            width=width,
-            height=height,
-            frames=frames,
-            steps=self.steps or defaults.get("steps"),
-            guidance=self.guidance if self.guidance is not None else defaults.get("guidance"),
-        )
-        generate_samples(
-            pipe, prompts, folder, settings=settings, seed=seed, progress=progress, start_over=self.start_over
-        )
-        return []
-
-    def _prompts(self) -> list[str]:
-        from ..quality.prompts import DEFAULT_PROMPTS
-
-        if self.prompts_file is None:
-            return list(DEFAULT_PROMPTS)
-        try:
-            # Editors may begin a file with a byte order mark.
-            text = self.prompts_file.read_text(encoding="utf-8-sig")
-        except UnicodeDecodeError as error:
-            raise ValueError(f"--prompts-file {self.prompts_file} must be UTF-8 text: {error.reason}.") from error
-        except OSError as error:
-            raise ValueError(f"--prompts-file {self.prompts_file} cannot be read: {error.strerror}.") from error
-        prompts = [line.strip() for line in text.split("\n") if line.strip()]
-        if not prompts:
-            raise ValueError(f"--prompts-file {self.prompts_file} must hold a prompt, one a line, got none.")
-        return prompts
+            return []
+        size = {name: settings[name] for name in ("width", "height", "frames") if settings.get(name) is not None}
+        if len(size) < 3:
+            raise ValueError("--clips needs --size and --frames for this model.")
+        return encode_clips(pipe, self.clips, folder, **size, progress=progress, start_over=self.start_over)

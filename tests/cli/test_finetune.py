@@ -64,6 +64,8 @@ def test_self_generated_data_to_adapter_and_on_from_a_checkpoint(tmp_path: Path)
         (["--train", "heads"], "train must be one of learned"),
         (["--resume", "--start-over"], "not both"),
         (["--clips", "nowhere"], "There is no folder nowhere"),
+        (["--seed", "-1"], "--seed must lie in 0 to"),
+        (["--backend", "magic"], "Unknown backend 'magic'"),
         (["--prompts-file", "nowhere"], "--prompts-file nowhere cannot be read: No such file"),
         (["--out", "/proc/nowhere/out"], "Cannot write in /proc/nowhere/out"),
     ],
@@ -103,7 +105,7 @@ def test_prompts_with_a_byte_order_mark_and_frames_that_the_model_does_not_make(
     arguments = [*SMALL, *BLOCKS, "--prompts-file", str(tmp_path / "prompts.txt"), "--count", "3", "--frames", "6"]
     result = run(*arguments, "--steps", "1", "--checkpoint-every", "0", "--out", str(tmp_path))
     assert result.exit_code == 0, result.stderr
-    assert "makes 5 frames, not 6" in result.stderr
+    assert "makes 5 frames, not the 6 that --frames asks for" in result.stderr
     record = json.loads((tmp_path / "samples" / "samples.json").read_text(encoding="utf-8"))
     assert [sample["prompt"] for sample in record["samples"].values()] == [
         "ein Äffchen",
@@ -143,7 +145,6 @@ def test_a_recipe_that_cannot_be_trained_is_refused_before_samples_are_made(tmp_
     for arguments, message in (
         (["--recipe", "pooled", "--train", "learned"], "no parameters of its own"),
         (["--recipe", "window", "--density-start", "0.5", "--density-steps", "1"], "needs a recipe with a density"),
-        (["--backend", "magic"], "Unknown backend 'magic'"),
     ):
         result = run(*SMALL, *arguments, "--out", str(tmp_path))
         assert result.exit_code == 2
