@@ -127,7 +127,7 @@ def backend_of(call: Call, asked: list[str]) -> tuple[str, str]:
         chosen, reason = choose_backend(
             call.q, call.k, call.v, call.mask, rows=call.rows, key_mask=call.key_mask, backend=name
         )
-    except RuntimeError:
+    except ValueError:
         name = "auto"
         chosen, reason = choose_backend(call.q, call.k, call.v, call.mask, rows=call.rows, key_mask=call.key_mask)
     if chosen == "triton":
