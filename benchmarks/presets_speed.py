@@ -53,6 +53,7 @@ from dit_accel.cli.forward_bench import (
 from dit_accel.engine import Engine
 from dit_accel.layout import StepContext
 from dit_accel.pipelines.architectures import architecture
+from dit_accel.run import Run
 from dit_accel.stages.order_axes import AXIS_ORDERS, ChosenAxes
 
 SIZES = ("wan2.1-1.3b:832x480x81:30", "wan2.1-1.3b:1280x720x81:3", "hunyuanvideo:1280x720x129:2")
@@ -252,18 +253,20 @@ def timed_plans(
     # A bare transformer has no steps: plans are kept until they are forgotten here.
     # A drift guard measures at every forward, and never finds these inputs moved: its cost shows in the reuse.
     kept = {"schedule.refresh_every": 10**6, "schedule.refresh_at": (), "schedule.dense_refresh": False}
-    engine = session.engine = Engine(recipe.with_fields(kept), list(names), "auto", 0)
+    engine, trajectory = Engine(recipe.with_fields(kept), list(names), "auto", 0), Trajectory.of(session)
+    session.engine, trajectory.run = engine, Run()
     patched.run()
     patched.run()
-    # Orders and tables of the grid are made once a layout, plans as often as the schedule says.
+    # Orders, tables and the plans of grid rules are made once a layout, other plans as often as the schedule says.
     before = engine.plan_time.seconds()
     engine.planner.forget()
+    trajectory.run = Run()
     patched.run()
     once = engine.plan_time.seconds() - before
     plan, fresh = [], []
     parts = parts_of(engine)
     for _ in range(repeats):
-        engine.planner.forget_plans()
+        trajectory.run = Run()
         before = engine.plan_time.seconds()
         fresh.append(timed(patched, 1, warm=0))
         plan.append(engine.plan_time.seconds() - before)
@@ -283,7 +286,8 @@ def timed_searches(
     recipe: Recipe, session: Any, names: Sequence[str], patched: Variant, size: dict[str, Any], repeats: int
 ) -> dict[str, Any]:
     """Costs of a recipe that plans in dense steps, each search at its step of the run."""
-    engine = session.engine = Engine(recipe, list(names), "auto", 0)
+    engine, trajectory = Engine(recipe, list(names), "auto", 0), Trajectory.of(session)
+    session.engine = engine
     kinds = _run(recipe)
     searches = [index for index, kind in enumerate(kinds) if kind == "search"]
     plan: dict[int, list[float]] = {index: [] for index in searches}
@@ -291,16 +295,17 @@ def timed_searches(
     reuse = []
     parts: dict[str, float] = {}
     for repeat in range(repeats + 1):
+        trajectory.run = Run()
         if repeat == 1:
             parts = parts_of(engine)
         for index in searches:
-            with at_step(session, index):
+            with trajectory.at_step(index):
                 before, dense_before = engine.plan_time.seconds(), engine.dense_time.seconds()
                 forward[index].append(timed(patched, 1, warm=0))
                 extra = engine.dense_time.seconds() - dense_before - size["dense_attention_s"]
                 plan[index].append(engine.plan_time.seconds() - before + max(extra, 0.0))
             if index + 1 < STEPS and kinds[index + 1] == "reuse":
-                with at_step(session, index + 1):
+                with trajectory.at_step(index + 1):
                     reuse.append(timed(patched, 1, warm=0))
     parts = {name: (value - parts[name]) / repeats / len(searches) for name, value in parts_of(engine).items()}
     # The first round compiles.
@@ -318,14 +323,41 @@ def timed_searches(
     }
 
 
-@contextmanager
-def at_step(session: Any, index: int) -> Iterator[None]:
-    """A bare transformer has no steps: this one's forwards are at a step of a run of 30."""
-    session._read_step = lambda: StepContext(index=index, num_steps=STEPS, forward_id=session._forward_id)
-    try:
-        yield
-    finally:
-        del session._read_step
+class Trajectory:
+    """In place of what a session reads off a pipeline: the benchmark says at which step of which run a forward is.
+
+    Attributes:
+        run: keeps the plans; another one knows none of them.
+        index: of the step, of 30; None for a bare transformer, which has no steps.
+    """
+
+    def __init__(self) -> None:
+        self.run = Run()
+        self.index: int | None = None
+
+    def next_forward(
+        self, forward_id: int, name: str | None, timestep: torch.Tensor | None
+    ) -> tuple[Run, StepContext, str | None]:
+        """What a session asks when a forward begins."""
+        steps = None if self.index is None else STEPS
+        return self.run, StepContext(self.index, steps, None, name, forward_id), None
+
+    @contextmanager
+    def at_step(self, index: int) -> Iterator[None]:
+        """Forwards are at this step meanwhile."""
+        self.index = index
+        try:
+            yield
+        finally:
+            self.index = None
+
+    @classmethod
+    def of(cls, session: Any) -> Trajectory:
+        """The session's, put in place of its own reading if that is still there."""
+        if not isinstance(session._thread.runs, cls):
+            session._thread.runs = cls()
+        found: Trajectory = session._thread.runs
+        return found
 
 
 def parts_of(engine: Engine) -> dict[str, float]:
