@@ -377,3 +377,21 @@ def test_whole_weights_replace_what_a_fused_lora_was_added_to(order, tmp_path):
         torch.testing.assert_close(layer.base_layer.weight.detach(), base + change, atol=1e-6, rtol=1e-5)
         model.unfuse_lora()
     torch.testing.assert_close(layer.base_layer.weight.detach(), base, atol=1e-6, rtol=1e-5)
+
+
+@pytest.mark.parametrize("part", ["model", "block"])
+def test_compiled_pipelines_take_adapters_and_give_them_back(part, adapter, tmp_path):
+    pipe = tiny_pipe()
+    if part == "model":
+        pipe.transformer = torch.compile(pipe.transformer, backend="eager")
+    else:
+        pipe.transformer.blocks[0] = torch.compile(pipe.transformer.blocks[0], backend="eager")
+    handle = dit_accel.load_adapter(pipe, adapter.folder)
+    torch.testing.assert_close(generate(pipe), adapter.tuned, atol=1e-5, rtol=1e-4)
+    if adapter.kind != "delta":
+        dit_accel.save_adapter(pipe, tmp_path, backbone="lora" if adapter.kind == "lora" else "none")
+        saved, first = (load_file(folder / "adapter.safetensors") for folder in (tmp_path, adapter.folder))
+        assert saved.keys() == first.keys()
+        assert all(torch.equal(value, first[name]) for name, value in saved.items())
+    handle.remove()
+    torch.testing.assert_close(generate(pipe), adapter.base, atol=1e-6, rtol=1e-5)
