@@ -15,7 +15,7 @@ from ..files import refuse_unwritable_folder
 from ..patches.fingerprint import Fingerprint
 from ..patches.handle import PatchHandle
 from ..patches.learned import is_learned
-from ..patches.weights import stored_parameters, unfused
+from ..patches.weights import plain_name, stored_parameters, unfused
 from ..recipe import Recipe
 from .adapter_files import BACKBONES, AdapterFiles, read_adapter, to_integers, write_adapter
 from .adapter_load import LoadPlan
@@ -99,7 +99,7 @@ def save_adapter(
         unknown = [name for name in trained if name not in stored and name not in given]
         if unknown:
             raise ValueError(f"{type(part.model).__name__} has no parameter {unknown[0]}.")
-        saved = {f"learned/{n}": value_of(n) for n in (*stored, *given) if is_learned(n)}
+        saved = {f"learned/{plain_name(n)}": value_of(n) for n in (*stored, *given) if is_learned(n)}
         if backbone in ("full", "delta"):
             first = unfused(part.model, {name: (base or {})[name] for name in trained if backbone == "delta"})
             for name, value in unfused(part.model, {name: value_of(name) for name in trained}).items():

@@ -12,7 +12,7 @@ from torch import nn
 
 from ..patches.learned import is_learned
 from ..patches.samples import pick
-from ..patches.weights import Weight, stored_parameters, unfused, weights_of
+from ..patches.weights import Weight, plain_name, stored_parameters, unfused, weights_of
 from .adapter_files import AdapterFiles, from_integers
 from .lora import load_lora, why_not_lora
 
@@ -36,17 +36,16 @@ class LoadPlan:
         self.model = model
         self.lora = files.of_kind(name, "lora")
         self.lora_settings = files.lora.get(name)
-        stored = stored_parameters(model)
+        own = _by_plain_name(model)
         learned = files.of_kind(name, "learned")
-        wanted = {n for n in stored if is_learned(n)}
+        wanted = {n for n in own if is_learned(n)}
         if wanted != set(learned):
             odd = sorted(wanted ^ set(learned))[0]
             raise ValueError(f"The adapter in {files.folder} and the recipe's parameters differ: {odd}.")
-        self.learned = {n: (stored[n], value) for n, value in learned.items()}
+        self.learned = {n: (own[n], value) for n, value in learned.items()}
         changed = unfused(model, {} if self.lora_settings else files.of_kind(name, files.backbone))
         scales = unfused(model, files.of_kind(name, "scale"))
         self.changes: dict[str, _Change] = {}
-        own = {**stored, **weights_of(model)}
         for n, value in {**learned, **changed}.items():
             weight = own.get(n)
             if weight is None or weight.shape != value.shape:
@@ -136,9 +135,14 @@ def rounded(value: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
     return ((steps.floor() + (chance < steps - steps.floor())) * step).copysign(value).to(dtype)
 
 
+def _by_plain_name(model: nn.Module) -> dict[str, Weight]:
+    """A model's parameters, learned ones and LoRA layers included."""
+    return {**{plain_name(name): weight for name, weight in stored_parameters(model).items()}, **weights_of(model)}
+
+
 def _take_out(model: nn.Module, changes: dict[str, _Change]) -> None:
     """The names are looked up anew: offloading, LoRA and fused projections replace parameters."""
-    own = {**stored_parameters(model), **weights_of(model)} if changes else {}
+    own = _by_plain_name(model) if changes else {}
     for name, change in changes.items():
         if name in own and own[name].why_fixed is None:
             change.take_out(own[name])

@@ -53,7 +53,7 @@ def add_lora(model: Any, target_modules: Collection[str], rank: int, alpha: floa
     LoRAs that are active stay so. Fused ones are taken out, since a layer with a fused LoRA computes with no other.
 
     Args:
-        target_modules: full paths of the layers.
+        target_modules: full paths of the layers, also of those that are inside a LoRA's.
     """
     from peft import LoraConfig
 
@@ -65,7 +65,8 @@ def add_lora(model: Any, target_modules: Collection[str], rank: int, alpha: floa
     _take_out(model)
     for layer in disabled:
         layer._disable_adapters = False
-    config = LoraConfig(r=rank, lora_alpha=alpha, target_modules=sorted(target_modules))  # type: ignore[arg-type]
+    targets = _beside_others(model, target_modules)
+    config = LoraConfig(r=rank, lora_alpha=alpha, target_modules=targets)  # type: ignore[arg-type]
     model.add_adapter(config, adapter_name=LORA_NAME)
     if active:
         model.set_adapter([*active, LORA_NAME])
@@ -116,8 +117,6 @@ def lora_state(model: Any, read: Callable[[str], torch.Tensor]) -> tuple[dict[st
     Raises:
         ValueError: there are none, or of a kind that is more than rank and alpha.
     """
-    from peft import get_peft_model_state_dict
-
     configs = getattr(model, "peft_config", {})
     if not configs:
         raise ValueError(f"backbone 'lora' needs LoRA layers (peft) in {type(model).__name__}; it has none.")
@@ -126,15 +125,18 @@ def lora_state(model: Any, read: Callable[[str], torch.Tensor]) -> tuple[dict[st
     for option in ("use_dora", "use_rslora", "rank_pattern", "alpha_pattern", "lora_bias"):
         if getattr(config, option, None):
             raise ValueError(f"backbone 'lora' saves LoRA layers of one rank and scale, got {option} in {name!r}.")
-    present = {n: read(n) for n, _ in model.named_parameters() if f".{name}." in n}
-    state = get_peft_model_state_dict(model, state_dict=present, adapter_name=name)
-    targets = [path for path, layer in model.named_modules() if name in getattr(layer, "lora_A", {})]
+    targets = [path for path, layer in _peft_layers(model) if name in layer.lora_A]
+    state = {
+        f"{plain_name(path)}.{half}.weight": read(f"{path}.{half}.{name}.weight")
+        for path in targets
+        for half in ("lora_A", "lora_B")
+    }
     settings = {
         "rank": config.r,
         "alpha": config.lora_alpha,
         "target_modules": sorted(plain_name(path) for path in targets),
     }
-    return {plain_name(n): value for n, value in state.items()}, settings
+    return state, settings
 
 
 def why_not_lora(model: nn.Module, state: Mapping[str, torch.Tensor], settings: LoraSettings) -> str | None:
@@ -162,6 +164,12 @@ def why_not_lora(model: nn.Module, state: Mapping[str, torch.Tensor], settings: 
             if found != shape:
                 return f"{path}.lora_{half}.weight has shape {found}, the model's layer takes {shape}"
     return None
+
+
+def _beside_others(model: nn.Module, paths: Collection[str]) -> list[str]:
+    """Paths of layers, in place of what other LoRAs have wrapped and of their own layers."""
+    around = sorted((path for path, _ in _peft_layers(model)), key=len)
+    return sorted({next((outer for outer in around if path.startswith(f"{outer}.")), path) for path in paths})
 
 
 def _fill(model: nn.Module, layer: Any, new: Any, value: torch.Tensor) -> None:

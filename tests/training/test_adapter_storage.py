@@ -13,6 +13,7 @@ from safetensors.torch import load_file
 
 import dit_accel
 from dit_accel.patches.weights import weights_of
+from dit_accel.training.adapter import add_lora
 from dit_accel.training.adapter_load import LoadPlan, rounded
 from dit_accel.training.config import FinetuneConfig
 from dit_accel.training.finetune import finetune
@@ -181,12 +182,14 @@ def test_a_users_lora_may_be_fused_at_any_time(order, adapter):
     pipe = with_users_lora(tiny_pipe())
     first = {name: weight.read().clone() for name, weight in weights_of(pipe.transformer).items()}
     close = {"atol": 1e-4, "rtol": 1e-3}
-    handle = None
+    handle, is_fused = None, False
     for step in STEPS[order]:
         if step == "fuse":
             pipe.transformer.fuse_lora()
+            is_fused = True
         elif step == "unfuse":
             pipe.transformer.unfuse_lora()
+            is_fused = False
         elif step == "load":
             handle = dit_accel.load_adapter(pipe, adapter.folder)
         elif step == "remove":
@@ -198,6 +201,8 @@ def test_a_users_lora_may_be_fused_at_any_time(order, adapter):
             close = {"atol": 2e-2, "rtol": 2e-2}
         else:
             torch.testing.assert_close(generate(pipe), both if step == "check" else base, atol=1e-4, rtol=1e-3)
+        layers = [layer for layer in pipe.transformer.modules() if hasattr(layer, "merged_adapters")]
+        assert all(("mine" in layer.merged_adapters) == ("mine" in layer.lora_A and is_fused) for layer in layers)
     assert list(pipe.transformer.peft_config) == ["mine"]
     if "half" not in STEPS[order]:
         torch.testing.assert_close(generate(pipe), base, atol=1e-4, rtol=1e-3)
@@ -210,10 +215,18 @@ def test_a_users_lora_may_be_fused_at_any_time(order, adapter):
 def test_layers_without_an_adapter_are_what_they_were():
     pipe = with_users_lora(tiny_pipe())
     names = [name for name, _ in pipe.transformer.named_parameters()]
-    from dit_accel.training.adapter import add_lora
-
     add_lora(pipe.transformer, ["blocks.1.attn1.to_k"], 2, 2)()
     assert [name for name, _ in pipe.transformer.named_parameters()] == names
+
+
+def test_lora_layers_are_put_around_layers_not_into_other_loras():
+    """What a search for linear layers finds: the wrapped one, and those of the LoRA."""
+    pipe = with_users_lora(tiny_pipe())
+    path = "blocks.0.attn1.to_q"
+    found = [f"{path}.base_layer", f"{path}.lora_A.mine", f"{path}.lora_B.mine", "blocks.0.attn1.to_k"]
+    add_lora(pipe.transformer, found, 2, 2)
+    layers = {n.split(".lora_A.")[0] for n, _ in pipe.transformer.named_parameters() if ".lora_A.dit_accel" in n}
+    assert layers == {path, "blocks.0.attn1.to_k"}
 
 
 def test_disabled_loras_stay_disabled(adapter):
@@ -338,3 +351,47 @@ def test_swapped_experts_are_told_apart(tmp_path):
     pipe.transformer, pipe.transformer_2 = pipe.transformer_2, pipe.transformer
     with pytest.raises(ValueError, match="does not fit WanTransformer3DModel: it is for other weights"):
         dit_accel.load_adapter(pipe, tmp_path)
+
+
+@pytest.mark.parametrize("order", ["taken out first", "removed first"])
+def test_whole_weights_replace_what_a_fused_lora_was_added_to(order, tmp_path):
+    """The LoRA stays fused into the new ones, and the old ones come back with or without it."""
+    name, pipe = "blocks.0.attn1.to_q.weight", tiny_pipe()
+    base = pipe.transformer.blocks[0].attn1.to_q.weight.detach().clone()
+    pipe.transformer.blocks[0].attn1.to_q.weight.data = base.flip(0)
+    with dit_accel.patch(pipe, SLA):
+        options = {"backbone": "full", "trained": [name], "base": {name: base}}
+        dit_accel.save_adapter(pipe, tmp_path, **options)
+    pipe = with_users_lora(tiny_pipe())
+    model, layer = pipe.transformer, pipe.transformer.blocks[0].attn1.to_q
+    model.fuse_lora()
+    change = weights_of(model)[name].merged_change()
+    handle = dit_accel.load_adapter(pipe, tmp_path)
+    torch.testing.assert_close(layer.base_layer.weight.detach(), base.flip(0) + change)
+    if order == "taken out first":
+        model.unfuse_lora()
+        torch.testing.assert_close(layer.base_layer.weight.detach(), base.flip(0), atol=1e-6, rtol=1e-5)
+        handle.remove()
+    else:
+        handle.remove()
+        torch.testing.assert_close(layer.base_layer.weight.detach(), base + change, atol=1e-6, rtol=1e-5)
+        model.unfuse_lora()
+    torch.testing.assert_close(layer.base_layer.weight.detach(), base, atol=1e-6, rtol=1e-5)
+
+
+@pytest.mark.parametrize("part", ["model", "block"])
+def test_compiled_pipelines_take_adapters_and_give_them_back(part, adapter, tmp_path):
+    pipe = tiny_pipe()
+    if part == "model":
+        pipe.transformer = torch.compile(pipe.transformer, backend="eager")
+    else:
+        pipe.transformer.blocks[0] = torch.compile(pipe.transformer.blocks[0], backend="eager")
+    handle = dit_accel.load_adapter(pipe, adapter.folder)
+    torch.testing.assert_close(generate(pipe), adapter.tuned, atol=1e-5, rtol=1e-4)
+    if adapter.kind != "delta":
+        dit_accel.save_adapter(pipe, tmp_path, backbone="lora" if adapter.kind == "lora" else "none")
+        saved, first = (load_file(folder / "adapter.safetensors") for folder in (tmp_path, adapter.folder))
+        assert saved.keys() == first.keys()
+        assert all(torch.equal(value, first[name]) for name, value in saved.items())
+    handle.remove()
+    torch.testing.assert_close(generate(pipe), adapter.base, atol=1e-6, rtol=1e-5)
