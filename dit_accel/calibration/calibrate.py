@@ -416,8 +416,8 @@ class _Run:
             ValueError: it belongs to another calibration, or is damaged.
         """
         anew = "Delete it or pass resume=False."
-        header, sums = read_tensors(path)
         try:
+            header, sums = read_tensors(path)
             if not isinstance(header["asked"], dict):
                 raise TypeError("what was asked is no object")
             difference = first_difference(header["asked"], json.loads(json.dumps(self.asked)))
@@ -428,7 +428,8 @@ class _Run:
             self.orders = {name: AxisOrder(tuple(map(tuple, axes))) for name, axes in header["orders"].items()}
             self.layouts = {name: TokenLayout((f, h, w), *rest) for name, (f, h, w, *rest) in header["layouts"].items()}
         except (AttributeError, KeyError, TypeError, ValueError) as error:
-            raise ValueError(f"{path} is the damaged beginning of a calibration ({error}). {anew}") from error
+            reason = str(error).rstrip(".")
+            raise ValueError(f"{path} is the damaged beginning of a calibration ({reason}). {anew}") from error
         if difference is not None:
             raise ValueError(f"{path} is the beginning of another calibration: {difference}. {anew}")
 

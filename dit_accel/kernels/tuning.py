@@ -57,20 +57,25 @@ def _shared_memory(index: int) -> int:
     return int(torch.cuda.get_device_properties(index).shared_memory_per_block_optin)
 
 
+def _padded(head_dim: int) -> int:
+    return max(16, 1 << (head_dim - 1).bit_length())
+
+
+def _stage_bytes(q: torch.Tensor, mask: BlockMask) -> int:
+    """Shared memory of a stage: a block of keys and one of values, and a word a pair of tokens where bits mask them."""
+    bits = 0 if mask.token_bits is None else 4 * mask.block_q * mask.block_k
+    return 2 * mask.block_k * _padded(q.shape[-1]) * q.element_size() + bits
+
+
 def entry_key(op: str, block_q: int, block_k: int, head_dim: int, permuted: bool) -> str:
     """Key of the table; head dims are padded to a power of two as the kernels do."""
-    padded = max(16, 1 << (head_dim - 1).bit_length())
+    padded = _padded(head_dim)
     return f"{op}/{block_q}x{block_k}/d{padded}/{'permuted' if permuted else 'in_order'}"
 
 
 def launch_config(op: str, q: torch.Tensor, mask: BlockMask, permuted: bool) -> LaunchConfig:
     """The table's entry for a call, or a default that fits any GPU's shared memory."""
     dim = q.shape[-1]
-    padded = max(16, 1 << (dim - 1).bit_length())
-    stage_bytes = 2 * mask.block_k * padded * q.element_size()
-    if mask.token_bits is not None:
-        # A word for each pair of a query and a key travels with every stage.
-        stage_bytes += 4 * mask.block_q * mask.block_k
     if q.is_cuda and q.dtype != torch.float32:
         found = _table(_device_name(q.device.index or 0))["entries"].get(
             entry_key(op, mask.block_q, mask.block_k, dim, permuted)
@@ -78,14 +83,15 @@ def launch_config(op: str, q: torch.Tensor, mask: BlockMask, permuted: bool) -> 
         if found is not None:
             warps, stages = found
             if mask.token_bits is not None:  # the table was measured without
-                room = _shared_memory(q.device.index or 0) - mask.block_q * padded * q.element_size()
-                stages = max(1, min(stages, room // stage_bytes))
+                room = _shared_memory(q.device.index or 0) - mask.block_q * _padded(dim) * q.element_size()
+                stages = max(1, min(stages, room // _stage_bytes(q, mask)))
             return LaunchConfig(warps, stages)
+    padded = _padded(dim)
     warps = 8 if mask.block_q * padded >= 128 * 128 else 4
     if max(mask.block_q, mask.block_k) <= 32:
         # Each warp multiplies 16 rows at a time: more of them would share out columns, and wait for each other.
         warps = max(1, min(warps, mask.block_q * padded // 1024))
-    stages = max(1, min(3, (96 << 10) // stage_bytes))
+    stages = max(1, min(3, (96 << 10) // _stage_bytes(q, mask)))
     return LaunchConfig(warps, stages)
 
 

@@ -194,7 +194,7 @@ def test_a_damaged_beginning_is_named(damage, interrupted, tmp_path):
         text = texts[damage]
         save_file(tensors, partial, metadata=None if text is None else {"dit_accel": text})
     before = partial.read_bytes()
-    with pytest.raises(ValueError, match=r"is a damaged beginning of a calibration: .*resume=False\.") as caught:
+    with pytest.raises(ValueError, match=r"is the damaged beginning of a calibration \(.*resume=False\.") as caught:
         run(pipeline(), path)
     assert "\n" not in str(caught.value)
     assert partial.read_bytes() == before
