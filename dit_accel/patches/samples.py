@@ -46,7 +46,7 @@ class WeightSample:
         known = data if isinstance(data, dict) else {"stored": UNKNOWN, "values": data}
         stored, values = str(known.get("stored")), known.get("values")
         is_format = stored in (UNKNOWN, QUANTISED) or isinstance(getattr(torch, stored, None), torch.dtype)
-        if not is_format or not isinstance(values, list) or not all(map(_is_number, values)):
+        if not is_format or not isinstance(values, (list, tuple)) or not all(map(_is_number, values)):
             raise ValueError(f"values of a weight in a fingerprint must be a list of numbers, got {data!r}")
         return cls(stored, tuple(None if value is None else float(value) for value in values))
 
