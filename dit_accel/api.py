@@ -52,7 +52,7 @@ def patch(
         target: a diffusers pipeline, every known transformer of which is patched, or one transformer.
         recipe: a :class:`~dit_accel.Recipe`, the name of a preset, or None for a safe default, which stays
             dense where a sequence is too short to gain and says so in the summary.
-        backend: of :func:`~dit_accel.kernels.block_sparse_attention`; a named one that cannot run raises.
+        backend: of every operation; a named one that cannot run raises when the first forward starts.
         calibration: a file of :func:`~dit_accel.calibrate`, or what it returned: plans made offline, in place of the
             recipe's selection. Model, order and selection must be those calibrated, and so must the latent grid
             when a call comes.
@@ -213,7 +213,7 @@ def _patch_transformer(
         always_dense = handle.recipe.schedule.dense_reason(StepContext(), index, len(layers)) is not None
         if isinstance(handle.recipe.compensate, LinearBranch) and not always_dense:
             learned = handle.recipe.compensate.build(*head_shape(module))
-            handle.record(attach(module, learned))
+            handle.record(attach(module, learned, model))
             engine.learned[index] = learned
     if engine.learned and hasattr(model, "save_pretrained"):
         saver = SaveWithoutLearned(model.save_pretrained)  # type: ignore[arg-type]
