@@ -86,6 +86,9 @@ def _block_mass_torch(
     nq, nk = -(-q_len // block_q), -(-kv_len // block_k)
     q_slots, keys = gather_rows(q, rows), gather_rows(k, k_rows).to(wide).contiguous()
     visible = None if key_mask is None else gather_mask(key_mask, k_rows)
+    if visible is not None:
+        # A logit that overflows would outlive the mask: inf - inf is NaN.
+        keys = keys.masked_fill(~visible[..., None], 0.0)
     given = None
     if lse is not None:
         given = lse.to(wide) if rows is None else torch.take_along_dim(lse.to(wide), rows.long(), dim=2)

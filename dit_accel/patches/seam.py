@@ -17,6 +17,7 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
+from torch._guards import CompileContext
 from torch.overrides import _get_current_function_mode_stack
 from torch.utils._device import DeviceContext
 
@@ -27,11 +28,13 @@ from .operator import PASSED, attention_op, count_op
 @dataclass
 class _Replacement:
     original: Any
+    function: Any
     users: int
 
 
 _replacements: dict[tuple[str, str], _Replacement] = {}
-_lock = threading.Lock()
+# Reentrant: a dropped model's finalizer may run wherever memory is allocated, also in here.
+_lock = threading.RLock()
 
 
 def seam_symbol(processor: object) -> tuple[str, str]:
@@ -56,21 +59,38 @@ def divert(module_name: str, symbol: str) -> Callable[[], None]:
     key = (module_name, symbol)
     module = sys.modules[module_name]
     with _lock:
-        if key not in _replacements:
+        replacement = _replacements.get(key)
+        if replacement is None:
             original = getattr(module, symbol)
-            _replacements[key] = _Replacement(original, 0)
-            setattr(module, symbol, _FunctionalProxy() if symbol == "F" else _dispatch_in_place_of(original))
-        _replacements[key].users += 1
+            function = _FunctionalProxy() if symbol == "F" else _dispatch_in_place_of(original)
+            replacement = _Replacement(original, function, 0)
+        replacement.users += 1  # first: whoever ends in the meantime sees that it is used
+        _replacements[key] = replacement
+        if getattr(module, symbol) is replacement.original:
+            setattr(module, symbol, replacement.function)
 
     def undo() -> None:
         with _lock:
-            replacement = _replacements[key]
             replacement.users -= 1
-            if replacement.users == 0:
-                setattr(module, symbol, replacement.original)
-                del _replacements[key]
+        if not _is_tracing():
+            restore_unused()
 
     return undo
+
+
+def restore_unused() -> None:
+    """Give back the symbols that no patched model uses any longer."""
+    with _lock:
+        for module_name, symbol in [key for key, replacement in _replacements.items() if not replacement.users]:
+            replacement = _replacements.pop((module_name, symbol))
+            # What somebody has put in its place since is theirs.
+            if getattr(sys.modules[module_name], symbol) is replacement.function:
+                setattr(sys.modules[module_name], symbol, replacement.original)
+
+
+def _is_tracing() -> bool:
+    """Whether this thread compiles a model: its guards were made of the symbols as they are."""
+    return CompileContext.try_get() is not None
 
 
 def _is_announced() -> bool:

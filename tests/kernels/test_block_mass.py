@@ -97,6 +97,21 @@ def test_fewer_queries_than_keys_in_orders_of_their_own(dim):
     assert (lse - logits.logsumexp(-1)).abs().max() <= 2.0**-20
 
 
+@pytest.mark.parametrize("odd", [torch.nan, torch.inf, -3e38])
+def test_what_hidden_keys_hold_does_not_matter(odd, device):
+    """-3e38 is finite, and its logits are not."""
+    torch.manual_seed(4)
+    q, k = (torch.randn(2, 60, 2, 16, device=device) for _ in range(2))
+    key_mask = torch.rand(2, 60, device=device) > 0.3
+    odd_k = torch.where(key_mask[..., None, None], k, odd)
+    for backend in ("torch", "triton"):
+        want, other = (
+            block_mass(q, one, block_q=32, block_k=32, key_mask=key_mask, backend=backend) for one in (k, odd_k)
+        )
+        assert torch.equal(other[0], want[0])
+        assert torch.equal(other[1], want[1])
+
+
 def test_any_strides_and_inputs_of_a_graph():
     torch.manual_seed(3)
     q, k = (torch.randn(1, 16, 90, 2).permute(0, 2, 3, 1) for _ in range(2))

@@ -131,6 +131,50 @@ def test_a_dropped_model_gives_the_seam_back():
     assert _seam_users() == before
 
 
+def test_a_model_dropped_while_another_is_compiled_changes_no_symbol_under_the_compiler():
+    """Found in the full suite: the collector ran in a trace, whose guards then named a closure that was gone."""
+    dropped = TINY["wan"].build()
+    dit_accel.patch(dropped, POOLED)
+    kept = [dropped]
+    del dropped
+
+    def backend(graph, inputs):
+        kept.clear()
+        gc.collect()
+        return graph
+
+    pipe = TINY["wan"].build(12)
+    expected = TINY["wan"].run(pipe)
+    pipe.transformer.compile(fullgraph=True, backend=backend)
+    assert torch.equal(TINY["wan"].run(pipe), expected)
+    assert not kept
+    # The next patch to end gives the symbol back.
+    with dit_accel.patch(pipe, "dense"):
+        pass
+    torch._dynamo.reset()
+
+
+def test_a_wrapper_that_somebody_else_put_around_the_symbol_is_left(monkeypatch):
+    module, symbol = "diffusers.models.transformers.transformer_wan", "dispatch_attention_fn"
+    host = sys.modules[module]
+    original = getattr(host, symbol)
+    pipe = TINY["wan"].build()
+    with dit_accel.patch(pipe, POOLED) as handle:
+        ours = getattr(host, symbol)
+
+        def theirs(*args, **kwargs):
+            return ours(*args, **kwargs)
+
+        monkeypatch.setattr(host, symbol, theirs)
+        with dit_accel.patch(TINY["wan"].build(), POOLED):
+            TINY["wan"].run(pipe)
+        assert handle.summary().sparse_calls
+        assert getattr(host, symbol) is theirs
+    assert getattr(host, symbol) is theirs
+    monkeypatch.undo()
+    setattr(host, symbol, original)
+
+
 def test_unpatch_finds_the_patch():
     pipe = TINY["wan2.2"].build()
     before = _footprint(pipe)
