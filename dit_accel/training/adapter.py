@@ -19,8 +19,6 @@ from ..patches.weights import plain_name, stored_parameters, unfused
 from ..recipe import Recipe
 from .adapter_files import BACKBONES, AdapterFiles, read_adapter, to_integers, write_adapter
 from .adapter_load import LoadPlan
-from .lora import LORA_NAME as LORA_NAME
-from .lora import add_lora as add_lora
 from .lora import lora_state
 
 

@@ -11,7 +11,7 @@ from torch import nn
 
 from ..patches.handle import PatchHandle
 from ..patches.learned import is_learned
-from .adapter import LORA_NAME, add_lora
+from .lora import LORA_NAME, add_lora
 from .config import FinetuneConfig
 
 # Linear layers of diffusers' attention modules: image and text streams, in and out.

@@ -10,7 +10,7 @@ import torch
 from safetensors.torch import load_file
 
 import dit_accel
-from dit_accel.training.adapter import add_lora
+from dit_accel.training.lora import add_lora
 from dit_accel.training.config import FinetuneConfig
 from dit_accel.training.finetune import finetune
 from tests.tiny import TINY

@@ -13,7 +13,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 import dit_accel
-from dit_accel.training.adapter import add_lora
+from dit_accel.training.lora import add_lora
 from tests.training.samples import SLA, tiny_pipe
 
 WEIGHT = "blocks.0.attn1.to_q.weight"

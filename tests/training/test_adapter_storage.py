@@ -13,7 +13,7 @@ from safetensors.torch import load_file
 
 import dit_accel
 from dit_accel.patches.weights import weights_of
-from dit_accel.training.adapter import add_lora
+from dit_accel.training.lora import add_lora
 from dit_accel.training.adapter_load import LoadPlan, rounded
 from dit_accel.training.config import FinetuneConfig
 from dit_accel.training.finetune import finetune

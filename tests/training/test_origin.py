@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 import torch
 
-from dit_accel.training.adapter import add_lora
+from dit_accel.training.lora import add_lora
 from dit_accel.training.data import generate_samples
 from dit_accel.training.origin import RECORD
 from dit_accel.training.samples import LatentFolder, Sample, read_sample, save_sample
