@@ -17,7 +17,7 @@ from dit_accel.call import AttentionCall
 from dit_accel.engine import Engine
 from dit_accel.layout import TokenLayout
 from dit_accel.stages.schedule import Schedule
-from dit_accel.stages.select_mass import Mass
+from dit_accel.stages.select.mass import Mass
 
 DENSE = 0.2
 # AdaSpa and SparseD compute the step of a search densely: after a tenth of ten steps, that is a fifth in all.

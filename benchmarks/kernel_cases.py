@@ -17,7 +17,8 @@ import torch.nn.functional as F
 import triton
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
-from dit_accel.kernels import BlockMask, tune
+from dit_accel.kernels import BlockMask
+from dit_accel.kernels.attention import tune
 
 BLOCKS = ((128, 128), (128, 64), (64, 64))
 DENSITIES = (0.05, 0.1, 0.2)
@@ -397,7 +398,7 @@ def sparse_fa4(q, k, v, mask: BlockMask) -> Callable[[], torch.Tensor]:
     from flash_attn.cute import flash_attn_func
     from flash_attn.cute.block_sparsity import BlockSparseTensorsTorch
 
-    from dit_accel.kernels.flash_attn4 import block_lists
+    from dit_accel.kernels.attention.flash_attn4 import block_lists
 
     lists = block_lists(mask.kv_num_blocks, mask.kv_indices, mask.kv_num_full, mask.block_k, mask.kv_len)
     blocks = BlockSparseTensorsTorch(*lists, block_size=(mask.block_q, mask.block_k))

@@ -19,7 +19,7 @@ from kernel_cases import (
 )
 
 from dit_accel.kernels import BlockMask, block_sparse_attention
-from dit_accel.stages.order import Tiles, tile_order
+from dit_accel.stages.order.simple import Tiles, tile_order
 
 GRID = (16, 32, 64)  # of 32,768 latents; other lengths have no tile order here
 
@@ -47,7 +47,7 @@ def tiled_rows(length: int, device: torch.device) -> torch.Tensor | None:
 
 def permuted_rows(report: Report, q, k, v, mask: BlockMask, rows: torch.Tensor, labels: dict[str, object]) -> None:
     """Rows read in place, by a random and a tile order, and copied by torch; and in the portable kernel."""
-    from dit_accel.kernels.portable.forward import forward
+    from dit_accel.kernels.attention.triton.forward import forward
 
     index = rows.long().transpose(1, 2)[..., None].expand_as(q)
     tiles = tiled_rows(q.shape[1], q.device)

@@ -84,8 +84,8 @@ def section_forward(report: Report, args: argparse.Namespace) -> None:
 
 def section_sla(report: Report, args: argparse.Namespace) -> None:
     """SLA with its routing at 5%: forward, and forward with backward, over cuDNN dense in the same run."""
-    from dit_accel.kernels.linear_branch import add_linear_branch, plus_linear_branch
-    from dit_accel.kernels.selection import select_pooled
+    from dit_accel.kernels.linear.api import add_linear_branch, plus_linear_branch
+    from dit_accel.kernels.selection.api import select_pooled
 
     for length in args.lengths:
         leaves = [x.requires_grad_() for x in inputs(length, args.heads, args.head_dim)]
@@ -156,8 +156,8 @@ def section_hopper(report: Report, args: argparse.Namespace) -> None:
     Timed in turns, so that the GPU's clock, which falls under load, is the same for all. With ``--shard i/n``
     every n-th configuration is compiled and run once, untimed.
     """
-    from dit_accel.kernels.hopper.forward import HopperConfig, hopper_forward
-    from dit_accel.kernels.portable.quantize import quantize_inputs
+    from dit_accel.kernels.attention.hopper.forward import HopperConfig, hopper_forward
+    from dit_accel.kernels.quantized.triton.prologue import quantize_inputs
 
     shard, shards = (int(x) for x in args.shard.split("/")) if args.shard else (0, 0)
     length = args.lengths[0]
@@ -199,8 +199,8 @@ def section_hopper(report: Report, args: argparse.Namespace) -> None:
 def section_quantized(report: Report, args: argparse.Namespace) -> None:
     """INT8 and FP8 with the prologue and without, and the kernel's variants, over our own half precision."""
     from dit_accel.kernels import quantized_block_sparse_attention
-    from dit_accel.kernels.hopper.forward import default_config, hopper_forward
-    from dit_accel.kernels.portable.quantize import quantize_inputs
+    from dit_accel.kernels.attention.hopper.forward import default_config, hopper_forward
+    from dit_accel.kernels.quantized.triton.prologue import quantize_inputs
 
     for length in args.lengths:
         q, k, v = inputs(length, args.heads, args.head_dim)

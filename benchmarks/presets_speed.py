@@ -39,10 +39,7 @@ import torch
 from fidelity_presets import METHODS, at_density, method
 
 from dit_accel import Recipe, patch
-from dit_accel.calibration.search import with_orders
-from dit_accel.call import AttentionCall
-from dit_accel.cli.environment import environment
-from dit_accel.cli.forward_bench import (
+from dit_accel.benchmarking.forward import (
     Variant,
     compiled_blocks,
     dense_attention,
@@ -50,11 +47,14 @@ from dit_accel.cli.forward_bench import (
     restored_dense_backend,
     share_weights,
 )
+from dit_accel.calibration.search import with_orders
+from dit_accel.call import AttentionCall
+from dit_accel.cli.environment import environment
 from dit_accel.engine import Engine
 from dit_accel.layout import StepContext
 from dit_accel.pipelines.architectures import architecture
 from dit_accel.run import Run
-from dit_accel.stages.order_axes import AXIS_ORDERS, ChosenAxes
+from dit_accel.stages.order.axes import AXIS_ORDERS, ChosenAxes
 
 SIZES = ("wan2.1-1.3b:832x480x81:30", "wan2.1-1.3b:1280x720x81:3", "hunyuanvideo:1280x720x129:2")
 STEPS = 30

@@ -22,12 +22,12 @@ import triton
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from triton.testing import do_bench, do_bench_cudagraph
 
-from dit_accel.kernels.block_mask import BlockMask
-from dit_accel.kernels.block_mass import block_mass
-from dit_accel.kernels.linear_branch import add_linear_branch, linear_branch, marginal_map
-from dit_accel.kernels.portable import linear as triton_linear
-from dit_accel.kernels.portable.pooling import pool_pair_triton
-from dit_accel.kernels.selection import pool_blocks, pooled_scores, select_blocks, select_pooled
+from dit_accel.kernels.linear.api import add_linear_branch, linear_branch, marginal_map
+from dit_accel.kernels.linear.triton import forward as triton_linear
+from dit_accel.kernels.mask.block_mask import BlockMask
+from dit_accel.kernels.selection.api import pool_blocks, pooled_scores, select_blocks, select_pooled
+from dit_accel.kernels.selection.block_mass import block_mass
+from dit_accel.kernels.selection.triton.pooling import pool_pair_triton
 
 HEADS, DIM = 12, 128
 RESULTS: list[dict[str, object]] = []
@@ -185,7 +185,7 @@ def time_mass() -> None:
 
 def time_mass_tiles() -> None:
     """Tiles, warps and stages of the pass over all logits."""
-    from dit_accel.kernels.portable.block_mass import block_mass_triton
+    from dit_accel.kernels.selection.triton.block_mass import block_mass_triton
 
     seq = 32768
     q, k = (torch.randn(1, seq, 12, 128, device="cuda", dtype=torch.bfloat16) for _ in range(2))
@@ -300,7 +300,7 @@ def time_linear_parts() -> None:
 
 def time_sla(seq: int) -> None:
     """The whole operation: routing, sparse branch, linear branch, projection, sum."""
-    from dit_accel.kernels.block_sparse import block_sparse_attention
+    from dit_accel.kernels.attention.api import block_sparse_attention
 
     q, k, v, _ = draw(seq)
     weight, bias = torch.randn(DIM, DIM, device="cuda"), torch.randn(DIM, device="cuda")

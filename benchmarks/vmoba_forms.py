@@ -18,13 +18,13 @@ import torch
 
 from dit_accel import patch
 from dit_accel.call import AttentionCall
-from dit_accel.kernels.gate import global_choice
-from dit_accel.kernels.selection import own_blocks
+from dit_accel.kernels.selection.api import own_blocks
+from dit_accel.kernels.selection.gate import global_choice
 from dit_accel.layout import TokenLayout
 from dit_accel.pipelines.builtin import builtins
 from dit_accel.pipelines.generate import generate
-from dit_accel.stages.order import Tiles
-from dit_accel.stages.select_gate import per_query_chunks
+from dit_accel.stages.order.simple import Tiles
+from dit_accel.stages.select.gate import per_query_chunks
 
 CHUNK = 64
 

@@ -13,8 +13,8 @@ __version__ = "0.1.0"
 
 if TYPE_CHECKING:
     from .api import patch, unpatch
-    from .calibration.artifact import CalibrationArtifact
     from .calibration.calibrate import calibrate
+    from .patches.artifact import CalibrationArtifact
     from .patches.handle import PatchHandle
     from .recipe import Recipe
     from .training.adapter import load_adapter, save_adapter
@@ -23,7 +23,7 @@ _HOME = {
     "patch": "api",
     "unpatch": "api",
     "calibrate": "calibration.calibrate",
-    "CalibrationArtifact": "calibration.artifact",
+    "CalibrationArtifact": "patches.artifact",
     "PatchHandle": "patches.handle",
     "Recipe": "recipe",
     "load_adapter": "training.adapter",

@@ -12,11 +12,11 @@ from typing import Any
 from torch import nn
 
 from . import presets
-from .calibration.artifact import CalibrationArtifact
 from .engine import Engine
 from .kernels import BACKENDS
 from .layout import StepContext
 from .patches import hooks
+from .patches.artifact import CalibrationArtifact
 from .patches.families import FAMILIES, Family, family_of
 from .patches.families.family import patch_size
 from .patches.handle import PatchHandle
@@ -26,9 +26,9 @@ from .patches.placement import execution_device
 from .patches.processors import ProcessorWatch
 from .patches.session import Session
 from .recipe import Recipe
-from .stages.compensate_linear import LinearBranch
-from .stages.frozen import FrozenMasks
-from .stages.order_axes import MISSING, ChosenAxes
+from .stages.compensate.linear import LinearBranch
+from .stages.order.axes import MISSING, ChosenAxes
+from .stages.select.frozen import FrozenMasks
 
 
 def patch(

@@ -9,7 +9,7 @@ from typing import Any
 
 import torch
 
-from .kernels.choice import Choice, Operation
+from .kernels.common.choice import Choice, Operation
 from .layout import StepContext, TokenLayout
 from .plan import AttentionPlan
 from .records import BackendsUsed

@@ -12,16 +12,16 @@ from torch.func import functional_call
 
 from .call import AttentionCall, autocast_done, dtype_of_attention, key_mask_of
 from .kernels import block_sparse_attention
-from .kernels.block_sparse import choose_backend
-from .kernels.choice import Case, Choice, Operation, case_of
+from .kernels.attention.api import choose_backend
+from .kernels.common.choice import Case, Choice, Operation, case_of
 from .layout import StepContext, TokenLayout
 from .plan import AttentionPlan
 from .planner import Planner
 from .recipe import Recipe
 from .records import BackendsUsed, LayerRecord
 from .run import Run
-from .stages.compensate_linear import LearnedCompensation
-from .stages.select_static import DenseSelect
+from .stages.compensate.linear import LearnedCompensation
+from .stages.select.static import DenseSelect
 from .timing import Stopwatch
 
 logger = logging.getLogger("dit_accel")

@@ -12,21 +12,21 @@ import torch
 
 from .call import AttentionCall
 from .kernels import BlockMask
-from .kernels.capability import choose_selection
-from .kernels.choice import Case, Choice, Operation, refusal
-from .kernels.packed_mask import PackedBlockMask
+from .kernels.common.capability import choose_selection
+from .kernels.common.choice import Case, Choice, Operation, refusal
+from .kernels.mask.packed import PackedBlockMask
 from .layout import StepContext, TokenLayout
 from .plan import AttentionPlan, LayerMemory, SequenceBlocks
 from .recipe import Recipe
 from .records import LayerRecord
 from .run import Bounded, Kept
 from .stages.drift import BlockMeans
-from .stages.frozen import FrozenMasks
-from .stages.order import Raster
-from .stages.order_sorted import Segments, SortedSegments
-from .stages.select import HeadDensities, Select, density_of_layer
-from .stages.select_mass import FrozenMass, Mass
-from .stages.select_static import DenseSelect, FullSelect
+from .stages.order.simple import Raster
+from .stages.order.sorted import Segments, SortedSegments
+from .stages.select.frozen import FrozenMasks
+from .stages.select.mass import FrozenMass, Mass
+from .stages.select.protocol import HeadDensities, Select, density_of_layer
+from .stages.select.static import DenseSelect, FullSelect
 from .timing import Stopwatch
 
 

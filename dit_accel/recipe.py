@@ -11,24 +11,24 @@ from pathlib import Path
 from typing import Any
 
 from .files import write_text
-from .stages.compensate import COMPENSATIONS, Compensation, KeyPyramid, NoCompensation
-from .stages.compensate_agent import AgentTokens
-from .stages.compensate_residual import PooledResidual
-from .stages.order import Order, Raster, Tiles
-from .stages.order_axes import AxisOrder, ChosenAxes, Chunks
-from .stages.order_curve import Curve
-from .stages.order_sorted import SortedSegments
+from .stages.compensate.agent import AgentTokens
+from .stages.compensate.protocol import COMPENSATIONS, Compensation, KeyPyramid, NoCompensation
+from .stages.compensate.residual import PooledResidual
+from .stages.order.axes import AxisOrder, ChosenAxes, Chunks
+from .stages.order.curve import Curve
+from .stages.order.simple import Order, Raster, Tiles
+from .stages.order.sorted import SortedSegments
 from .stages.precision import PRECISIONS, ModelDtype, Precision
 from .stages.schedule import SCHEDULES, Schedule
-from .stages.select import Select
-from .stages.select_dynamic import Pooled
-from .stages.select_gate import GlobalGate
-from .stages.select_gated import GatedPooled
-from .stages.select_grid import Circle, Radial, TileWindow
-from .stages.select_mass import FrozenMass, Mass
-from .stages.select_rectified import Reallocated
-from .stages.select_sampled import Sampled
-from .stages.select_static import DenseSelect, FullSelect, Window
+from .stages.select.gate import GlobalGate
+from .stages.select.grid import Circle, Radial, TileWindow
+from .stages.select.mass import FrozenMass, Mass
+from .stages.select.pooled import Pooled
+from .stages.select.protocol import Select
+from .stages.select.rectified import Reallocated
+from .stages.select.sampled import Sampled
+from .stages.select.similarity_gate import GatedPooled
+from .stages.select.static import DenseSelect, FullSelect, Window
 
 ORDERS: dict[str, type[Order]] = {
     "raster": Raster,

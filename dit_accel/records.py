@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 
 import torch
 
-from .kernels.choice import Choice, Operation, spelled
+from .kernels.common.choice import Choice, Operation, spelled
 
 
 @dataclass

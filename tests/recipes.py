@@ -1,9 +1,9 @@
 """Recipes whose blocks suit sequences of a hundred tokens."""
 
 from dit_accel import Recipe
-from dit_accel.stages.order import Tiles
-from dit_accel.stages.select_dynamic import Pooled
-from dit_accel.stages.select_static import Window
+from dit_accel.stages.order.simple import Tiles
+from dit_accel.stages.select.pooled import Pooled
+from dit_accel.stages.select.static import Window
 
 SMALL_TILES = Tiles((2, 2, 4))
 POOLED = Recipe(order=SMALL_TILES, select=Pooled(density=0.4, block=(32, 32)))

@@ -11,13 +11,15 @@ import torch
 import dit_accel
 from dit_accel import Recipe, presets
 from dit_accel.engine import Engine
-from dit_accel.kernels import BACKENDS, capability, tuning
-from dit_accel.kernels.choice import Case
+from dit_accel.kernels import BACKENDS
+from dit_accel.kernels.attention import tuning
+from dit_accel.kernels.common import capability
+from dit_accel.kernels.common.choice import Case
 from dit_accel.layout import StepContext, TokenLayout
-from dit_accel.stages.compensate import KeyPyramid
-from dit_accel.stages.compensate_residual import PooledResidual
+from dit_accel.stages.compensate.protocol import KeyPyramid
+from dit_accel.stages.compensate.residual import PooledResidual
 from dit_accel.stages.precision import Int8, Int8Fp8
-from dit_accel.stages.select_dynamic import Pooled
+from dit_accel.stages.select.pooled import Pooled
 from tests.tiny import TINY
 
 LAYOUT = TokenLayout((2, 4, 16), 0, 128)
@@ -108,7 +110,10 @@ def launched(monkeypatch) -> set[str]:
 @pytest.fixture
 def plain(monkeypatch) -> set[str]:
     """Which torch implementations of attention run."""
-    from dit_accel.kernels import gather, integer_weights, pyramid, quantized, reference
+    from dit_accel.kernels.attention import gather, reference
+    from dit_accel.kernels.pyramid import api as pyramid
+    from dit_accel.kernels.quantized import api as quantized
+    from dit_accel.kernels.quantized import integer_weights
 
     found: set[str] = set()
     for module, name, kind in (

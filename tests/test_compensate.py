@@ -9,13 +9,13 @@ import torch
 from dit_accel import Recipe
 from dit_accel.engine import Engine
 from dit_accel.layout import StepContext
-from dit_accel.stages.compensate import KeyPyramid, PooledMass
-from dit_accel.stages.order import Raster
-from dit_accel.stages.order_curve import Curve
-from dit_accel.stages.select_dynamic import Pooled
-from dit_accel.stages.select_rectified import Reallocated
-from dit_accel.stages.select_sampled import Sampled, sampled_importance
-from dit_accel.stages.select_static import Window
+from dit_accel.stages.compensate.protocol import KeyPyramid, PooledMass
+from dit_accel.stages.order.curve import Curve
+from dit_accel.stages.order.simple import Raster
+from dit_accel.stages.select.pooled import Pooled
+from dit_accel.stages.select.rectified import Reallocated
+from dit_accel.stages.select.sampled import Sampled, sampled_importance
+from dit_accel.stages.select.static import Window
 from tests.stages.block_oracle import CPU, LAYOUTS, half_hidden, inputs, selected, views
 
 

@@ -6,9 +6,9 @@ import torch
 from dit_accel import Recipe
 from dit_accel.engine import Engine
 from dit_accel.layout import StepContext, TokenLayout
-from dit_accel.stages.order import Raster, Tiles
-from dit_accel.stages.select_dynamic import Pooled
-from dit_accel.stages.select_static import Window
+from dit_accel.stages.order.simple import Raster, Tiles
+from dit_accel.stages.select.pooled import Pooled
+from dit_accel.stages.select.static import Window
 from tests.stages.oracle import masked_attention, pooled_tokens, window_tokens
 
 LAYOUTS = {

@@ -6,16 +6,16 @@ import torch
 from dit_accel import Recipe, presets
 from dit_accel.engine import Engine
 from dit_accel.kernels import Choice, block_sparse_attention
-from dit_accel.kernels.packed_mask import PackedBlockMask
+from dit_accel.kernels.mask.packed import PackedBlockMask
 from dit_accel.layout import StepContext, TokenLayout
 from dit_accel.plan import SequenceBlocks
 from dit_accel.records import LayerRecord
 from dit_accel.run import Run
 from dit_accel.stages.drift import BlockMeans
 from dit_accel.stages.schedule import Schedule
-from dit_accel.stages.select_dynamic import Pooled
-from dit_accel.stages.select_mass import Mass
-from dit_accel.stages.select_static import Window
+from dit_accel.stages.select.mass import Mass
+from dit_accel.stages.select.pooled import Pooled
+from dit_accel.stages.select.static import Window
 from tests.calls import call_of
 from tests.stages.oracle import masked_attention
 

@@ -7,8 +7,8 @@ import pytest
 
 from dit_accel import Recipe, presets
 from dit_accel.recipe import AXES
-from dit_accel.stages.order import Raster, Tiles
-from dit_accel.stages.select_dynamic import Pooled
+from dit_accel.stages.order.simple import Raster, Tiles
+from dit_accel.stages.select.pooled import Pooled
 
 ALL = [presets.resolve(name) for name in presets.PRESETS]
 

@@ -18,24 +18,24 @@ from .. import presets
 from ..api import patch, self_attentions, transformers_of
 from ..call import AttentionCall
 from ..files import refuse_unwritable
-from ..kernels.block_mass import block_mass
-from ..kernels.packed_mask import pack_bits
-from ..kernels.selection import pooled_scores
+from ..kernels.mask.packed import pack_bits
+from ..kernels.selection.api import pooled_scores
+from ..kernels.selection.block_mass import block_mass
 from ..layout import TokenLayout
+from ..patches.artifact import CalibratedTransformer, CalibrationArtifact, read_tensors, write_tensors
 from ..patches.fingerprint import Fingerprint
 from ..patches.learned import head_shape
 from ..patches.progress import sigmas_of
 from ..plan import SequenceBlocks
 from ..recipe import Recipe
-from ..stages.axis_choice import AxisScores, measure_axes
-from ..stages.frozen import FrozenMasks, bucket_edges
-from ..stages.order_axes import AxisOrder, ChosenAxes
-from ..stages.order_sorted import SortedSegments
-from ..stages.select import density_of_layer, shares_per_head
-from ..stages.select_dynamic import Pooled, keep_best
-from ..stages.select_mass import Mass, adapted_densities, recall
-from ..stages.select_static import DenseSelect
-from .artifact import CalibratedTransformer, CalibrationArtifact, read_tensors, write_tensors
+from ..stages.order.axes import AxisOrder, ChosenAxes
+from ..stages.order.axis_choice import AxisScores, measure_axes
+from ..stages.order.sorted import SortedSegments
+from ..stages.select.frozen import FrozenMasks, bucket_edges
+from ..stages.select.mass import Mass, adapted_densities, recall
+from ..stages.select.pooled import Pooled, keep_best
+from ..stages.select.protocol import density_of_layer, shares_per_head
+from ..stages.select.static import DenseSelect
 from .identity import describe, describe_pipeline, first_difference
 from .runs import begin, run_arguments
 
@@ -85,7 +85,7 @@ def calibrate(
         recipe: a :class:`~dit_accel.Recipe` or a preset's name.
         out: file to write. What is done so far is kept beside it after every run, and a calibration that was
             interrupted goes on from there: the very same, of the same weights, prompts and arguments.
-        buckets: noise levels with masks of their own; see :func:`~dit_accel.stages.frozen.bucket_edges`.
+        buckets: noise levels with masks of their own; see :func:`~dit_accel.stages.select.frozen.bucket_edges`.
         seeds: of the runs, one per prompt; 0, 1, 2... if None.
         axis_prompts: how many of the prompts the axis orders are measured on.
         generate_kwargs: further arguments of the pipeline's call, such as size and steps: plans hold for one size,

@@ -99,7 +99,7 @@ def measure_heads(
         recipe: with a selection that takes ``head_densities``; its schedule's dense phase is left out.
         inputs: keyword arguments of forwards along the trajectory.
         densities: to measure; 1 is added.
-        orders: to measure each head in, some of :data:`~dit_accel.stages.order_axes.HEAD_ORDERS`, in place of the
+        orders: to measure each head in, some of :data:`~dit_accel.stages.order.axes.HEAD_ORDERS`, in place of the
             recipe's order. What a head's error does to the velocity is measured in the first.
         probe: where a head's effect on the velocity is measured; no higher than the density that is wanted.
         mean_density: that is wanted, refused before the second, long measurement if it cannot be kept; None for any.
@@ -208,7 +208,7 @@ def with_densities(recipe: Recipe, head_densities: tuple[tuple[float, ...], ...]
 
 
 def with_orders(recipe: Recipe, orders: tuple[tuple[str, ...], ...]) -> Recipe:
-    """The recipe with an order per layer and head, some of :data:`~dit_accel.stages.order_axes.HEAD_ORDERS`."""
+    """The recipe with an order per layer and head, some of :data:`~dit_accel.stages.order.axes.HEAD_ORDERS`."""
     return recipe.with_fields({"order": "axes", "order.axes": orders})
 
 

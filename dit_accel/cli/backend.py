@@ -21,7 +21,7 @@ def refuse_backend(name: str, dtype: torch.dtype, device: torch.device, recipe: 
     from ..engine import Engine
     from ..kernels import BACKENDS
     from ..presets import automatic
-    from ..stages.select_static import DenseSelect
+    from ..stages.select.static import DenseSelect
 
     if name not in BACKENDS:
         raise ValueError(f"Unknown backend {name!r}; known are {', '.join(BACKENDS)}.")

@@ -75,8 +75,8 @@ def bench(
     target = read_device(device)
     number = read_dtype(dtype, target)
 
+    from ..benchmarking.forward import bench_forward
     from .environment import environment
-    from .forward_bench import bench_forward
 
     with _status(quiet=as_json) as progress:
         report = bench_forward(
@@ -123,8 +123,8 @@ def bench(
 
 def _tune(device: Any, out: Path | None, as_json: bool, seconds: float | None) -> None:
     """Measure launch configurations, print them, and write the table to ``out``."""
-    from ..kernels.tune import default_workers, tune
-    from ..kernels.tuning import TABLE_VARIABLE
+    from ..kernels.attention.tune import default_workers, tune
+    from ..kernels.attention.tuning import TABLE_VARIABLE
     from .environment import environment
 
     if device.type != "cuda":

@@ -92,7 +92,7 @@ def generate(
     number = read_dtype(dtype, target)
 
     from ..api import patch
-    from ..calibration.artifact import CalibrationArtifact
+    from ..patches.artifact import CalibrationArtifact
     from ..pipelines.generate import generate as run
     from ..pipelines.generate import makes_video, save
     from ..presets import automatic

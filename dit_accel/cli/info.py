@@ -93,14 +93,14 @@ def _operations(device: torch.device) -> list[dict[str, str]]:
     """What runs the other operations of a plain call here, where no backend is named."""
     import torch
 
-    from ..kernels.block_mass import choose_block_mass
-    from ..kernels.capability import choose_selection
-    from ..kernels.choice import Case, Choice, spelled
-    from ..kernels.gate import choose_gate
-    from ..kernels.linear_branch import choose_linear
-    from ..kernels.pyramid import choose_pyramid
-    from ..kernels.quantized import choose_quantized
-    from ..kernels.rectified import choose_rectified
+    from ..kernels.common.capability import choose_selection
+    from ..kernels.common.choice import Case, Choice, spelled
+    from ..kernels.linear.api import choose_linear
+    from ..kernels.pyramid.api import choose_pyramid
+    from ..kernels.quantized.api import choose_quantized
+    from ..kernels.selection.block_mass import choose_block_mass
+    from ..kernels.selection.gate import choose_gate
+    from ..kernels.selection.rectified import choose_rectified
 
     case = Case(device, torch.bfloat16 if device.type == "cuda" else torch.float32, 128, (128, 64))
     choices: dict[str, Choice] = {

@@ -3,15 +3,15 @@
 ``block_mass.block_mass`` and ``linear_branch.linear_branch`` stay in the modules whose names they share.
 """
 
-from .block_mask import BlockMask
-from .block_sparse import block_sparse_attention, choose_backend
-from .choice import BACKENDS, Choice
-from .linear_branch import FEATURE_MAPS, add_linear_branch, plus_linear_branch
-from .pyramid import pyramid_attention
-from .quantize import PRECISIONS, QuantizedInputs
-from .quantized import quantize_inputs, quantized_block_sparse_attention
-from .rectified import add_pooled_compensation
-from .selection import pool_blocks, pooled_scores, select_blocks, select_pooled
+from .attention.api import block_sparse_attention, choose_backend
+from .common.choice import BACKENDS, Choice
+from .common.quantized_inputs import PRECISIONS, QuantizedInputs
+from .linear.api import FEATURE_MAPS, add_linear_branch, plus_linear_branch
+from .mask.block_mask import BlockMask
+from .pyramid.api import pyramid_attention
+from .quantized.api import quantize_inputs, quantized_block_sparse_attention
+from .selection.api import pool_blocks, pooled_scores, select_blocks, select_pooled
+from .selection.rectified import add_pooled_compensation
 
 __all__ = [
     "BACKENDS",

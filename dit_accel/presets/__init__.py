@@ -6,10 +6,10 @@ from collections.abc import Callable
 from typing import Any
 
 from ..recipe import Recipe
-from ..stages.order import Tiles
+from ..stages.order.simple import Tiles
 from ..stages.schedule import Schedule
-from ..stages.select_dynamic import Pooled
-from ..stages.select_static import Window
+from ..stages.select.pooled import Pooled
+from ..stages.select.static import Window
 from .grid import clear, dina, gna, na, radial, sta
 from .searched import adaspa, mass, paro, pbs, psa, rectified, sparge, sparsed, vmoba
 from .trained import sla, sparge2, ssa
@@ -30,7 +30,7 @@ def window(
     """Neighbourhood window on the latent grid, tokens in 3-D tiles (GNA, arXiv 2504.16922).
 
     Args:
-        window, stride, dilation: per dimension, see :class:`~dit_accel.stages.select_static.Window`.
+        window, stride, dilation: per dimension, see :class:`~dit_accel.stages.select.static.Window`.
         dense_fraction: share of the denoising steps that stay dense at the start.
     """
     return Recipe(
@@ -50,7 +50,7 @@ def pooled(
     2502.18137).
 
     Args:
-        density, top_p: see :class:`~dit_accel.stages.select_dynamic.Pooled`.
+        density, top_p: see :class:`~dit_accel.stages.select.pooled.Pooled`.
         dense_fraction: share of the denoising steps that stay dense at the start.
         refresh_every: denoising steps that share one plan.
     """

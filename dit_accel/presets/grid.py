@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 from ..recipe import Recipe
-from ..stages.order import Tiles
+from ..stages.order.simple import Tiles
 from ..stages.schedule import Schedule
-from ..stages.select_grid import Circle, Radial, TileWindow
-from ..stages.select_static import Window
+from ..stages.select.grid import Circle, Radial, TileWindow
+from ..stages.select.static import Window
 
 Sizes = tuple[int | float, int | float, int | float]
 
@@ -59,7 +59,7 @@ def gna(
     """Generalised neighbourhood attention (arXiv 2504.16922): window, stride and dilation.
 
     Defaults are this package's, as those of :func:`na`, with a stride of one tile in height and width.
-    :func:`~dit_accel.stages.tile_simulator.choose` finds the stride and tile that cost least on a grid.
+    :func:`~dit_accel.stages.select.tile_simulator.choose` finds the stride and tile that cost least on a grid.
 
     Deviations: those of :func:`na`.
 
@@ -138,7 +138,7 @@ def radial(
     its own grid.
 
     Args:
-        decay, min_width: see :class:`~dit_accel.stages.select_grid.Radial`.
+        decay, min_width: see :class:`~dit_accel.stages.select.grid.Radial`.
         dense_fraction: share of the denoising steps that stay dense at the start.
         dense_layers: self-attention layers that stay dense.
     """

@@ -3,18 +3,18 @@
 from __future__ import annotations
 
 from ..recipe import Recipe
-from ..stages.compensate import KeyPyramid, PooledMass
-from ..stages.order import Tiles
-from ..stages.order_axes import ChosenAxes, Chunks
-from ..stages.order_curve import Curve
-from ..stages.order_sorted import SortedSegments
+from ..stages.compensate.protocol import KeyPyramid, PooledMass
+from ..stages.order.axes import ChosenAxes, Chunks
+from ..stages.order.curve import Curve
+from ..stages.order.simple import Tiles
+from ..stages.order.sorted import SortedSegments
 from ..stages.schedule import Schedule
-from ..stages.select_dynamic import Pooled
-from ..stages.select_gate import GlobalGate
-from ..stages.select_gated import GatedPooled
-from ..stages.select_mass import FrozenMass, Mass
-from ..stages.select_rectified import Reallocated
-from ..stages.select_sampled import Sampled
+from ..stages.select.gate import GlobalGate
+from ..stages.select.mass import FrozenMass, Mass
+from ..stages.select.pooled import Pooled
+from ..stages.select.rectified import Reallocated
+from ..stages.select.sampled import Sampled
+from ..stages.select.similarity_gate import GatedPooled
 
 
 def mass(
@@ -73,7 +73,7 @@ def adaspa(
     Args:
         density: mean kept share of the latent blocks.
         search_at: progress of the searches; dense until the first.
-        head_adaptive: see :class:`~dit_accel.stages.select_mass.Mass`.
+        head_adaptive: see :class:`~dit_accel.stages.select.mass.Mass`.
         block: tokens in a query and in a key block.
     """
     return Recipe(
@@ -104,7 +104,7 @@ def paro(
 
     Args:
         density: kept share of the latent blocks.
-        sparse_weight: see :class:`~dit_accel.stages.order_axes.ChosenAxes`.
+        sparse_weight: see :class:`~dit_accel.stages.order.axes.ChosenAxes`.
         precision: "int8", "int8_fp8" or "model".
         dense_fraction: share of the denoising steps that stay dense at the start.
         block: tokens in a query and in a key block.
@@ -155,7 +155,7 @@ def sparge(
     per-head tuning of thresholds is left to calibration.
 
     Args:
-        top_p, density, similarity, block: see :class:`~dit_accel.stages.select_gated.GatedPooled`.
+        top_p, density, similarity, block: see :class:`~dit_accel.stages.select.similarity_gate.GatedPooled`.
         dense_fraction: share of the denoising steps that stay dense at the start.
     """
     return Recipe(
@@ -191,9 +191,9 @@ def vmoba(
     blocks of 128 queries 0.682 and 0.271.
 
     Args:
-        threshold, block: see :class:`~dit_accel.stages.select_gate.GlobalGate`.
+        threshold, block: see :class:`~dit_accel.stages.select.gate.GlobalGate`.
         dense_fraction: share of the denoising steps that stay dense at the start.
-        temporal, spatial, volume: see :class:`~dit_accel.stages.order_axes.Chunks`.
+        temporal, spatial, volume: see :class:`~dit_accel.stages.order.axes.Chunks`.
         refresh_every: denoising steps that share one plan.
     """
     return Recipe(
@@ -223,7 +223,7 @@ def pbs(
 
     Args:
         top_p: softmax mass to keep.
-        segment, samples: see :class:`~dit_accel.stages.order_sorted.SortedSegments`.
+        segment, samples: see :class:`~dit_accel.stages.order.sorted.SortedSegments`.
         dense_fraction: share of the denoising steps that stay dense at the start.
         refresh_every: denoising steps that share one plan.
     """
@@ -253,10 +253,10 @@ def rectified(
     to read; inputs are not changed in place, and any batch size runs. A plan serves two steps, and keeps its shares.
 
     Args:
-        density, top_p: see :class:`~dit_accel.stages.select_rectified.Reallocated`.
+        density, top_p: see :class:`~dit_accel.stages.select.rectified.Reallocated`.
         dense_fraction: share of the denoising steps that stay dense at the start.
         dense_layers: self-attention layers that stay dense.
-        gain_aware: see :class:`~dit_accel.stages.compensate.PooledMass`.
+        gain_aware: see :class:`~dit_accel.stages.compensate.protocol.PooledMass`.
         refresh_every: denoising steps that share one plan.
     """
     return Recipe(
@@ -289,7 +289,7 @@ def psa(
     quotas in place of energy are not offered as a preset.
 
     Args:
-        cumulative, similarity: see :class:`~dit_accel.stages.compensate.KeyPyramid`.
+        cumulative, similarity: see :class:`~dit_accel.stages.compensate.protocol.KeyPyramid`.
         min_full: least share of the latent key blocks that is read in full.
         dense_fraction: share of the denoising steps that stay dense at the start.
         refresh_every: denoising steps that share one plan.

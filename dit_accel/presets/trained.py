@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 from ..recipe import Recipe
-from ..stages.compensate_linear import LinearBranch
-from ..stages.order import Raster, Tiles
-from ..stages.select_dynamic import Pooled
+from ..stages.compensate.linear import LinearBranch
+from ..stages.order.simple import Raster, Tiles
+from ..stages.select.pooled import Pooled
 
 
 def sla(
@@ -29,7 +29,7 @@ def sla(
 
     Args:
         density: share of the latent blocks that are critical.
-        negligible_share, feature_map, form: see :class:`~dit_accel.stages.compensate_linear.LinearBranch`.
+        negligible_share, feature_map, form: see :class:`~dit_accel.stages.compensate.linear.LinearBranch`.
         block: tokens in a query and in a key block, 16 to 128.
         tile: 3-D tile of latent tokens (frames, height, width) that makes a block, such as (4, 2, 2) for 16; None
             is raster order.
@@ -56,7 +56,7 @@ def sparge2(
     Deviations: a query block always reads its own tokens; text is always read.
 
     Args:
-        density, top_p, block: see :class:`~dit_accel.stages.select_dynamic.Pooled`.
+        density, top_p, block: see :class:`~dit_accel.stages.select.pooled.Pooled`.
         tile: see :func:`sla`.
     """
     return Recipe(order=_order(tile), select=Pooled(density=density, top_p=top_p, block=block))
@@ -69,7 +69,7 @@ def ssa(density: float = 0.1, block: tuple[int, int] = (64, 64), tile: tuple[int
     this plain top-k selection with the "ssa" objective. The defaults are this package's.
 
     Args:
-        density, block: see :class:`~dit_accel.stages.select_dynamic.Pooled`.
+        density, block: see :class:`~dit_accel.stages.select.pooled.Pooled`.
         tile: see :func:`sla`.
     """
     return Recipe(order=_order(tile), select=Pooled(density=density, block=block))

@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 from ..recipe import Recipe
-from ..stages.compensate_agent import AgentTokens
+from ..stages.compensate.agent import AgentTokens
 from ..stages.precision import Int8, Int8Fp8
 from ..stages.schedule import Schedule
-from ..stages.select_static import FullSelect
+from ..stages.select.static import FullSelect
 
 
 def sage(
@@ -55,7 +55,7 @@ def agent(
     projects them; keys are not merged; text queries attend as before.
 
     Args:
-        tile, sharpen, shortcut: see :class:`~dit_accel.stages.compensate_agent.AgentTokens`.
+        tile, sharpen, shortcut: see :class:`~dit_accel.stages.compensate.agent.AgentTokens`.
         key_scales: likewise.
         dense_fraction: share of the denoising steps that stay dense at the start.
     """

@@ -12,7 +12,7 @@ from ..api import patch
 from ..call import AttentionCall
 from ..layout import TokenLayout
 from ..recipe import Recipe
-from ..stages.order import Raster, Tiles
+from ..stages.order.simple import Raster, Tiles
 from .inspection import Inspection, Observation, write_inspection
 from .patterns import block_pattern
 

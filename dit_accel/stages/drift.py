@@ -7,7 +7,7 @@ from dataclasses import dataclass
 import torch
 
 from ..call import AttentionCall
-from ..kernels.selection import pool_blocks
+from ..kernels.selection.api import pool_blocks
 
 
 @dataclass(frozen=True, eq=False)

@@ -9,11 +9,11 @@ import torch
 
 from ..call import AttentionCall
 from ..kernels import block_sparse_attention, choose_backend, quantized_block_sparse_attention
-from ..kernels.block_sparse import choose_attention
-from ..kernels.choice import Case, Choice, Operation, case_of
-from ..kernels.quantize import INTEGER_VALUES, KEY_SCALES
-from ..kernels.quantized import choose_quantized, why_not_quantized
-from ..kernels.variants import kernel_of, why_not_hopper_quantized
+from ..kernels.attention.api import choose_attention
+from ..kernels.attention.variants import kernel_of, why_not_hopper_quantized
+from ..kernels.common.choice import Case, Choice, Operation, case_of
+from ..kernels.common.quantized_inputs import INTEGER_VALUES, KEY_SCALES
+from ..kernels.quantized.api import choose_quantized, why_not_quantized
 from ..plan import AttentionPlan
 
 Attended = tuple[torch.Tensor, torch.Tensor]
@@ -31,7 +31,7 @@ class Precision(Protocol):
     operation: ClassVar[Operation]
 
     def choices(self, case: Case, backend: str) -> dict[Operation, Choice]:
-        """The backend of attention as far as a case tells, see :meth:`dit_accel.stages.select.Select.choices`."""
+        """The backend of attention for a case, see :meth:`dit_accel.stages.select.protocol.Select.choices`."""
         ...
 
     def choose(self, call: AttentionCall, plan: AttentionPlan, backend: str) -> Choice:

@@ -11,8 +11,8 @@ from torch import nn
 
 from ..patches.handle import PatchHandle
 from ..patches.learned import is_learned
-from .lora import LORA_NAME, add_lora
 from .config import FinetuneConfig
+from .lora import LORA_NAME, add_lora
 
 # Linear layers of diffusers' attention modules: image and text streams, in and out.
 PROJECTIONS = (

@@ -17,7 +17,7 @@ from typing import Any
 import torch
 from diffusers import WanPipeline
 
-from dit_accel.stages.order import tile_order
+from dit_accel.stages.order.simple import tile_order
 
 BLOCK = 64
 TILE = 4

@@ -18,7 +18,7 @@ import torch
 from diffusers import WanTransformer3DModel
 from diffusers.models.transformers import transformer_wan
 
-from dit_accel.stages.order import tile_order
+from dit_accel.stages.order.simple import tile_order
 
 TILE = 4
 KEPT = 0.95

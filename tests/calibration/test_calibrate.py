@@ -8,17 +8,17 @@ import torch
 from diffusers import UniPCMultistepScheduler
 
 from dit_accel import CalibrationArtifact, Recipe, calibrate, patch, presets
-from dit_accel.calibration.artifact import CalibratedTransformer
 from dit_accel.calibration.calibrate import mask_megabytes
-from dit_accel.kernels.packed_mask import PackedBlockMask, pack_bits, unpack_bits
+from dit_accel.kernels.mask.packed import PackedBlockMask, pack_bits, unpack_bits
 from dit_accel.layout import TokenLayout
+from dit_accel.patches.artifact import CalibratedTransformer
 from dit_accel.patches.fingerprint import Fingerprint
-from dit_accel.stages.frozen import FrozenMasks, bucket_edges
-from dit_accel.stages.order import Tiles
-from dit_accel.stages.order_axes import AXIS_ORDERS, AxisOrder
-from dit_accel.stages.select_dynamic import Pooled
-from dit_accel.stages.select_gate import GlobalGate
-from dit_accel.stages.select_mass import Mass
+from dit_accel.stages.order.axes import AXIS_ORDERS, AxisOrder
+from dit_accel.stages.order.simple import Tiles
+from dit_accel.stages.select.frozen import FrozenMasks, bucket_edges
+from dit_accel.stages.select.gate import GlobalGate
+from dit_accel.stages.select.mass import Mass
+from dit_accel.stages.select.pooled import Pooled
 from tests.stages.oracle import masked_attention
 from tests.tiny import TINY
 

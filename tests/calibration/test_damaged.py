@@ -11,7 +11,7 @@ import torch
 from safetensors import SafetensorError
 
 from dit_accel import CalibrationArtifact, calibrate, presets
-from dit_accel.calibration.artifact import read_tensors, write_tensors
+from dit_accel.patches.artifact import read_tensors, write_tensors
 from tests.tiny import TINY
 
 RECIPE = presets.pooled(density=0.5).with_fields({"select.block": (32, 32)})

@@ -11,8 +11,8 @@ import torch
 from dit_accel import Recipe, calibrate, patch
 from dit_accel.calibration.search import search
 from dit_accel.stages.schedule import Schedule
-from dit_accel.stages.select_dynamic import Pooled
-from dit_accel.stages.select_mass import Mass
+from dit_accel.stages.select.mass import Mass
+from dit_accel.stages.select.pooled import Pooled
 from tests.tiny import TINY
 from tests.training.test_adapter_storage import stored
 

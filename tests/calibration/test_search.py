@@ -7,19 +7,13 @@ import torch
 
 from dit_accel import Recipe, patch
 from dit_accel.calibration.recording import first_forwards, record_inputs
-from dit_accel.calibration.search import (
-    HeadErrors,
-    allocate,
-    measure_heads,
-    search,
-    with_densities,
-)
+from dit_accel.calibration.search import HeadErrors, allocate, measure_heads, search, with_densities
 from dit_accel.presets import resolve
-from dit_accel.stages.order import Tiles
+from dit_accel.stages.order.simple import Tiles
 from dit_accel.stages.schedule import Schedule
-from dit_accel.stages.select_dynamic import Pooled
-from dit_accel.stages.select_grid import Circle
-from dit_accel.stages.select_mass import Mass
+from dit_accel.stages.select.grid import Circle
+from dit_accel.stages.select.mass import Mass
+from dit_accel.stages.select.pooled import Pooled
 from tests.tiny import TINY
 
 DENSITIES = (0.1, 0.2, 0.3, 0.4, 0.5, 0.6, 0.7, 0.8, 0.9, 1.0)

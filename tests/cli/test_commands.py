@@ -96,7 +96,7 @@ def test_bench_times_what_a_fresh_patch_computes(recipe: str) -> None:
 
 
 def test_bench_says_when_a_kept_plan_is_another(monkeypatch: pytest.MonkeyPatch) -> None:
-    from dit_accel.cli import forward_bench
+    from dit_accel.benchmarking import forward as forward_bench
 
     runs = iter(range(1, 100))
 
@@ -126,7 +126,7 @@ def test_compiled_bench_runs_its_own_code() -> None:
     import torch
 
     from dit_accel import presets
-    from dit_accel.cli.forward_bench import bench_forward
+    from dit_accel.benchmarking.forward import bench_forward
     from dit_accel.pipelines.architectures import architecture
 
     known = architecture("wan2.1-1.3b")

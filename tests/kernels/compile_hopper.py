@@ -16,8 +16,8 @@ from triton.backends.compiler import GPUTarget
 from triton.runtime import driver
 
 from dit_accel.kernels import BlockMask
-from dit_accel.kernels.hopper import forward as hopper_forward
-from dit_accel.kernels.quantize import reference_quantize
+from dit_accel.kernels.attention.hopper import forward as hopper_forward
+from dit_accel.kernels.common.quantized_inputs import reference_quantize
 
 LENGTH, HEADS = 256, 2
 VARIANTS: dict[str, tuple[int, int, dict[str, Any]]] = {

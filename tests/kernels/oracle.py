@@ -7,7 +7,7 @@ from dataclasses import fields
 import torch
 
 from dit_accel.kernels import BlockMask
-from dit_accel.kernels.quantize import QuantizedInputs
+from dit_accel.kernels.common.quantized_inputs import QuantizedInputs
 
 UNIT_ROUNDOFF = {
     torch.float64: 2.0**-53,

@@ -7,7 +7,7 @@ from fractions import Fraction
 
 import torch
 
-from dit_accel.kernels.block_mask import BlockMask
+from dit_accel.kernels.mask.block_mask import BlockMask
 
 
 def at(mask: torch.Tensor | None, b: int, h: int, i: int) -> bool:

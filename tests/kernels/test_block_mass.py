@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from dit_accel.kernels.block_mass import block_mass
+from dit_accel.kernels.selection.block_mass import block_mass
 
 from .operations import CountedOperations
 from .test_selection import NAMED, permutations
@@ -77,7 +77,7 @@ def test_block_mass_float64_and_chunks(monkeypatch):
     q, k = (torch.randn(1, 90, 2, 24, dtype=torch.float64) for _ in range(2))
     want, _ = oracle(q, k, 16, 32, scale=0.3)
     whole, _ = block_mass(q, k, block_q=16, block_k=32, scale=0.3, backend="torch")
-    monkeypatch.setattr("dit_accel.kernels.block_mass.CHUNK_VALUES", 90 * 2 * 16)
+    monkeypatch.setattr("dit_accel.kernels.selection.block_mass.CHUNK_VALUES", 90 * 2 * 16)
     parts, _ = block_mass(q, k, block_q=16, block_k=32, scale=0.3, backend="torch")
     assert torch.equal(parts, whole)
     assert (whole - want).abs().max() <= 16 * 2.0**-23

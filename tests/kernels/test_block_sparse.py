@@ -203,7 +203,7 @@ def test_gather_gradients(case):
 
 
 def test_gather_result_does_not_depend_on_the_chunk_size(monkeypatch):
-    from dit_accel.kernels import gather
+    from dit_accel.kernels.attention import gather
 
     q, k, v, mask, _, _, visible = build(length=203, batch=2, lead=(2, 3), empty_rows=True)
     exact, _ = dense_attention(q, k, v, visible)
@@ -234,7 +234,7 @@ def test_gather_attends_once_for_all_lists_of_a_length(lists):
 
 def test_gather_chunks_count_what_they_hold(monkeypatch):
     """Scores and token bits take several times the memory of the gathered blocks."""
-    from dit_accel.kernels import gather
+    from dit_accel.kernels.attention import gather
 
     held = []
     attend = gather._attend_chunk

@@ -7,8 +7,9 @@ from typing import NamedTuple
 import pytest
 import torch
 
-from dit_accel.kernels import BlockMask, block_sparse_attention, capability, choose_backend
-from dit_accel.kernels.choice import Case, case_of
+from dit_accel.kernels import BlockMask, block_sparse_attention, choose_backend
+from dit_accel.kernels.common import capability
+from dit_accel.kernels.common.choice import Case, case_of
 
 from .oracle import UNIT_ROUNDOFF, assert_close, dense_attention
 from .test_block_sparse import build
@@ -79,7 +80,7 @@ CASES = {
 @pytest.mark.parametrize("case", CASES)
 def test_lists_say_what_the_mask_says(case, stub):
     pytest.importorskip("triton")
-    from dit_accel.kernels.flash_attn4 import fa4_attention
+    from dit_accel.kernels.attention.flash_attn4 import fa4_attention
 
     q, k, v, mask, _, _, visible = build(**CASES[case], dtype=torch.float64)
     exact, exact_lse = dense_attention(q, k, v, visible)
@@ -90,7 +91,7 @@ def test_lists_say_what_the_mask_says(case, stub):
 
 def test_a_short_block_goes_last_wherever_the_mask_lists_it(stub):
     pytest.importorskip("triton")
-    from dit_accel.kernels.flash_attn4 import fa4_attention
+    from dit_accel.kernels.attention.flash_attn4 import fa4_attention
 
     q, k, v, *_ = build(length=203, dtype=torch.float64)
     one = torch.ones(1, 1, 4, dtype=torch.int32)
@@ -107,7 +108,7 @@ def test_gradients_are_those_of_our_backward(stub):
     pytest.importorskip("triton")
     if torch.cuda.is_available():
         pytest.skip("the stand-in runs on a CPU; test_gradients_on_the_gpu takes its place")
-    from dit_accel.kernels.flash_attn4 import fa4_attention
+    from dit_accel.kernels.attention.flash_attn4 import fa4_attention
 
     q, k, v, mask, _, _, visible = build(length=203, dim=64)
     inputs = [x.requires_grad_() for x in (q, k, v)]
@@ -169,7 +170,7 @@ def test_the_predicate_on_hopper(change, message, monkeypatch):
 
 
 def test_auto_takes_it_only_where_the_table_says_so(monkeypatch):
-    from dit_accel.kernels import block_sparse
+    from dit_accel.kernels.attention import api as block_sparse
 
     q, k, v, mask, *_ = build()
     assert choose_backend(q, k, v, mask)[0] == "torch"

@@ -7,7 +7,7 @@ from fractions import Fraction
 import pytest
 import torch
 
-from dit_accel.kernels.gate import select_by_threshold
+from dit_accel.kernels.selection.gate import select_by_threshold
 
 from .test_selection import NAMED
 
@@ -65,7 +65,7 @@ def test_threshold(backend, threshold, seq_len, block_q, block_k, masked, tied, 
 @pytest.mark.parametrize(("programs", "one_launch"), [(1, False), (5, False), (20, False), (1, True)])
 def test_threshold_of_parts(programs, one_launch, kind, threshold, device, monkeypatch):
     """Heads split among programs, more heads than programs, several tiles a row, ties across parts."""
-    from dit_accel.kernels.portable import gate as triton_gate
+    from dit_accel.kernels.selection.triton import gate as triton_gate
 
     if one_launch:  # programs do not meet where each has whole heads, so that the interpreter can run it
         monkeypatch.setattr(triton_gate, "interpreted", lambda: False)

@@ -31,7 +31,7 @@ CASES = {
 @pytest.mark.parametrize("case", CASES)
 @pytest.mark.parametrize("turns", [False, True], ids=["free", "turns"])
 def test_matches_oracle(turns, case, shape, dtype, device):
-    from dit_accel.kernels.hopper.forward import default_config, hopper_forward, why_not_hopper
+    from dit_accel.kernels.attention.hopper.forward import default_config, hopper_forward, why_not_hopper
 
     block_k, dim = shape
     settings = {"block": (128, block_k), "dim": dim, "dtype": dtype, **CASES[case]}
@@ -68,7 +68,7 @@ def test_rows_whose_logits_rise_or_fall_from_block_to_block(case, level, slope, 
     ``slope``: by how many octaves the logits of the first and last query change from the first key to the last. Over a
     block that is less than what a reference may lag, more, and more than a float holds.
     """
-    from dit_accel.kernels.hopper.forward import hopper_forward
+    from dit_accel.kernels.attention.hopper.forward import hopper_forward
 
     if torch.cuda.get_device_capability() != (9, 0):
         pytest.skip("it needs a GPU of compute capability 9.0")
@@ -96,7 +96,7 @@ def test_rows_whose_logits_rise_or_fall_from_block_to_block(case, level, slope, 
 @pytest.mark.parametrize("lead", [(1, 1), (1, 5), (2, 5)], ids=str)
 @pytest.mark.parametrize("shape", [(128, 128), (128, 64), (64, 128), (64, 64)], ids=str)
 def test_a_ring_of_any_size_and_rows_that_lie_anywhere_have_the_same_bits(shape, lead, device):
-    from dit_accel.kernels.hopper.forward import default_config, hopper_forward
+    from dit_accel.kernels.attention.hopper.forward import default_config, hopper_forward
 
     if torch.cuda.get_device_capability() != (9, 0):
         pytest.skip("it needs a GPU of compute capability 9.0")
@@ -122,7 +122,7 @@ def test_a_ring_of_any_size_and_rows_that_lie_anywhere_have_the_same_bits(shape,
 
 def test_permuted_calls_on_several_streams_do_not_wait_for_each_other(device):
     """Programs wait for what others have moved; those that wait must not keep the others from running."""
-    from dit_accel.kernels.hopper.forward import default_config, hopper_forward
+    from dit_accel.kernels.attention.hopper.forward import default_config, hopper_forward
 
     if torch.cuda.get_device_capability() != (9, 0):
         pytest.skip("it needs a GPU of compute capability 9.0")
@@ -158,7 +158,7 @@ MANY_CALLS = {
 @pytest.mark.parametrize("case", MANY_CALLS)
 def test_many_calls_have_the_same_bits(case, device):
     """More tiles than multiprocessors, over and over: a race of the queue or of a buffer is rare."""
-    from dit_accel.kernels.hopper.forward import default_config, hopper_forward
+    from dit_accel.kernels.attention.hopper.forward import default_config, hopper_forward
 
     if torch.cuda.get_device_capability() != (9, 0):
         pytest.skip("it needs a GPU of compute capability 9.0")
@@ -197,9 +197,9 @@ def wrong_tiles(wrong, lse, rows):
 @pytest.mark.parametrize("key_scales", ["block", "thread"])
 @pytest.mark.parametrize("turns", [False, True], ids=["free", "turns"])
 def test_agrees_with_the_portable_one_on_quantised_inputs(turns, key_scales, case, shape, precision, device):
-    from dit_accel.kernels.hopper.forward import default_config, hopper_forward
-    from dit_accel.kernels.portable.quantize import quantize_inputs
-    from dit_accel.kernels.portable.quantized import quantized_forward
+    from dit_accel.kernels.attention.hopper.forward import default_config, hopper_forward
+    from dit_accel.kernels.quantized.triton.forward import quantized_forward
+    from dit_accel.kernels.quantized.triton.prologue import quantize_inputs
 
     if torch.cuda.get_device_capability() != (9, 0):
         pytest.skip("it needs a GPU of compute capability 9.0")
@@ -222,7 +222,7 @@ def test_agrees_with_the_portable_one_on_quantised_inputs(turns, key_scales, cas
 
 @pytest.mark.parametrize("which", ["q", "k", "v"])
 def test_nan_reaches_the_rows_that_see_it_and_no_others(which, device):
-    from dit_accel.kernels.hopper.forward import hopper_forward
+    from dit_accel.kernels.attention.hopper.forward import hopper_forward
 
     if torch.cuda.get_device_capability() != (9, 0):
         pytest.skip("it needs a GPU of compute capability 9.0")

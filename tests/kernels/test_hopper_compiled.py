@@ -10,7 +10,7 @@ from types import SimpleNamespace
 
 import pytest
 
-from dit_accel.kernels import variants
+from dit_accel.kernels.attention import variants
 
 from .compile_hopper import VARIANTS
 
@@ -99,7 +99,7 @@ def test_triton_leaves_the_named_barriers_alone(variant, compiled):
 @pytest.mark.parametrize("block_k", [64, 128])
 @pytest.mark.parametrize("permuted", [False, True])
 def test_buffers_fit_and_have_a_named_barrier_each(permuted, block_k, dim, precision):
-    from dit_accel.kernels.hopper.forward import default_config
+    from dit_accel.kernels.attention.hopper.forward import default_config
 
     config = default_config(block_k, dim, precision, permuted)
     assert 2 <= config.stages <= 8
@@ -115,7 +115,7 @@ def test_buffers_fit_and_have_a_named_barrier_each(permuted, block_k, dim, preci
     [(1, 12, 3), (2, 12, 7), (1, 40, 12), (1, 24, 7), (1, 7, 2), (1, 4, 2), (1, 1, 1), (9, 2, 2)],
 )
 def test_keys_in_order_take_their_share_where_two_heads_fit_it(batch, heads, ring):
-    from dit_accel.kernels.hopper.forward import RING_SHARE, ring_heads
+    from dit_accel.kernels.attention.hopper.forward import RING_SHARE, ring_heads
 
     assert ring_heads(batch, heads) == ring
     assert 2 * ring <= RING_SHARE * 4 * batch * heads or ring == min(heads, 2)

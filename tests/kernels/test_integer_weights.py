@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from dit_accel.kernels import quantize_inputs, quantized_block_sparse_attention
-from dit_accel.kernels.quantize import INTEGER_VALUES, dequantize
+from dit_accel.kernels.common.quantized_inputs import INTEGER_VALUES, dequantize
 
 from .oracle import dense_attention, on_cpu, permute, unpermute
 from .test_block_sparse import build

@@ -275,7 +275,7 @@ def test_the_check_of_gradients(cases, rows_lead):
 
 @pytest.mark.parametrize("everything", [True, False])
 def test_the_check_of_sla(cases, everything):
-    from dit_accel.kernels.linear_branch import linear_branch
+    from dit_accel.kernels.linear.api import linear_branch
 
     torch.manual_seed(6)
     q, k, v, _, _ = attention_case(cases, None, False)

@@ -5,9 +5,9 @@ from __future__ import annotations
 import pytest
 import torch
 
-from dit_accel.kernels.block_mask import BlockMask
-from dit_accel.kernels.linear_branch import add_linear_branch, linear_branch, linear_states, marginal_map
-from dit_accel.kernels.selection import select_blocks
+from dit_accel.kernels.linear.api import add_linear_branch, linear_branch, linear_states, marginal_map
+from dit_accel.kernels.mask.block_mask import BlockMask
+from dit_accel.kernels.selection.api import select_blocks
 
 from .test_selection import NAMED, permutations
 
@@ -180,8 +180,8 @@ def test_linear_states_and_errors(device):
 @pytest.mark.parametrize("small", [0, 1 << 13, 3 << 15, 1 << 30], ids=["a head", "a few", "a batch", "all"])
 def test_launches_cover_every_head_once_and_change_nothing(small, device, monkeypatch):
     """However few heads share a launch, in whatever batches: the numbers of the torch path, forward and backward."""
-    from dit_accel.kernels.portable import linear as triton_linear
-    from dit_accel.kernels.portable import linear_backward as triton_linear_backward
+    from dit_accel.kernels.linear.triton import backward as triton_linear_backward
+    from dit_accel.kernels.linear.triton import forward as triton_linear
 
     q, k, v, grad, critical, low = draw(3, 96, 5, 16, 32, 32, torch.float32, device, True)
     launched = []

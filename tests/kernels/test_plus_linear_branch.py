@@ -7,7 +7,7 @@ import torch
 import torch.nn.functional as F
 from torch.utils.checkpoint import checkpoint
 
-from dit_accel.kernels.linear_branch import linear_branch, marginal_map, plus_linear_branch
+from dit_accel.kernels.linear.api import linear_branch, marginal_map, plus_linear_branch
 
 from .test_linear_branch import draw, hide_keys, oracle, rounding
 from .test_selection import NAMED, permutations
@@ -115,7 +115,7 @@ def test_no_worse_than_its_parts(everything, dtype, device):
 
 
 def test_only_the_gradients_that_are_asked_for(device, monkeypatch):
-    from dit_accel.kernels.portable import linear_backward
+    from dit_accel.kernels.linear.triton import backward as linear_backward
 
     q, k, v, grad, critical, _ = draw(1, 60, 2, 32, 32, 32, torch.float32, device, False)
     launched = []

@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from dit_accel.kernels.projection import project_heads, sum_rows
+from dit_accel.kernels.linear.projection import project_heads, sum_rows
 
 ROUNDOFF = {torch.float32: 2.0**-24, torch.bfloat16: 2.0**-8, torch.float16: 2.0**-11}
 

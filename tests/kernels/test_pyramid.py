@@ -7,8 +7,8 @@ import math
 import pytest
 import torch
 
-from dit_accel.kernels.pyramid import pyramid_attention
-from dit_accel.kernels.pyramid_levels import LEVELS, energy_levels, quota_levels, similarity_cap
+from dit_accel.kernels.pyramid.api import pyramid_attention
+from dit_accel.kernels.pyramid.levels import LEVELS, energy_levels, quota_levels, similarity_cap
 
 from .selection_oracle import at
 from .test_selection import NAMED, permutations

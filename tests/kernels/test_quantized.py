@@ -8,8 +8,8 @@ import torch
 pytest.importorskip("triton")
 
 from dit_accel.kernels import quantize_inputs, quantized_block_sparse_attention
-from dit_accel.kernels.portable.quantize import quantize_inputs as prologue
-from dit_accel.kernels.quantize import KEY_PLACE, dequantize, reference_quantize
+from dit_accel.kernels.common.quantized_inputs import KEY_PLACE, dequantize, reference_quantize
+from dit_accel.kernels.quantized.triton.prologue import quantize_inputs as prologue
 
 from .oracle import UNIT_ROUNDOFF, assert_close, dense_attention, on_cpu
 from .test_block_sparse import build
@@ -54,7 +54,7 @@ def moved(device, *values):
 )
 @pytest.mark.parametrize("block", [(64, 64), (128, 64), (64, 128)], ids=str)
 def test_prologue_matches_torch(block, options, precision, device):
-    from dit_accel.kernels.portable.quantize import quantize_inputs
+    from dit_accel.kernels.quantized.triton.prologue import quantize_inputs
 
     torch.manual_seed(3)
     options = dict(options)
@@ -86,7 +86,7 @@ def test_prologue_matches_torch(block, options, precision, device):
 @pytest.mark.parametrize("permuted", [False, True])
 @pytest.mark.parametrize("key_scales", ["block", "thread"])
 def test_prologue_is_the_same_however_many_programs_share_it(key_scales, permuted, device, monkeypatch):
-    from dit_accel.kernels.portable import quantize as triton_quantize
+    from dit_accel.kernels.quantized.triton import prologue as triton_quantize
 
     torch.manual_seed(5)
     kv_length = 300 if permuted else 520
@@ -106,7 +106,7 @@ def test_prologue_is_the_same_however_many_programs_share_it(key_scales, permute
 
 @pytest.mark.parametrize("lengths", [(500, 70), (70, 500)], ids=str)
 def test_programs_without_a_block_touch_nothing(lengths, device, monkeypatch):
-    from dit_accel.kernels.portable import quantize as triton_quantize
+    from dit_accel.kernels.quantized.triton import prologue as triton_quantize
 
     monkeypatch.setattr(triton_quantize, "_slots", lambda device: 1000)
     torch.manual_seed(6)
@@ -127,9 +127,9 @@ def test_key_place_is_a_permutation():
     ("tiles", "length", "sampled"), [(2, 700, [0, 3]), (3, 830, [0, 2, 4, 6]), (64, 300, [0, 1, 2])], ids=str
 )
 def test_the_mean_key_is_that_of_sampled_tiles(tiles, length, sampled, device, monkeypatch):
-    from dit_accel.kernels.portable.quantize import quantize_inputs as fused_quantize
+    from dit_accel.kernels.quantized.triton.prologue import quantize_inputs as fused_quantize
 
-    monkeypatch.setattr("dit_accel.kernels.quantize.KEY_TILES", tiles)
+    monkeypatch.setattr("dit_accel.kernels.common.quantized_inputs.KEY_TILES", tiles)
     q, k, v, mask, rows, _, visible = build(length=length, dim=16, block=(64, 64), dtype=torch.float16, rows=(1, 3))
     k = (k + 3 * torch.randn(1, 1, 3, 16)).half()
     seen = torch.cat([torch.arange(tile * 128, min(tile * 128 + 128, length)) for tile in sampled])
@@ -149,7 +149,7 @@ def test_the_mean_key_is_that_of_sampled_tiles(tiles, length, sampled, device, m
 @pytest.mark.parametrize("key_scales", ["block", "thread"])
 @pytest.mark.parametrize("bad", [float("nan"), float("inf")])
 def test_a_broken_key_outside_the_sample_is_seen(bad, key_scales, device, monkeypatch):
-    monkeypatch.setattr("dit_accel.kernels.quantize.KEY_TILES", 1)
+    monkeypatch.setattr("dit_accel.kernels.common.quantized_inputs.KEY_TILES", 1)
     q, k, v, mask, _, _, visible = build(length=400, dim=32, block=(64, 64), dtype=torch.float16)
     k[0, 170, 1, 7] = bad
     q, k, v, mask = moved(device, q, k, v, mask)

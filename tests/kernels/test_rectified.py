@@ -5,13 +5,13 @@ from __future__ import annotations
 import pytest
 import torch
 
-from dit_accel.kernels.rectified import (
+from dit_accel.kernels.selection.api import pool_blocks, select_blocks
+from dit_accel.kernels.selection.rectified import (
     add_pooled_compensation,
     gain_exceeds_error,
     pool_deviation,
     pooled_attention,
 )
-from dit_accel.kernels.selection import pool_blocks, select_blocks
 
 from .test_selection import NAMED
 

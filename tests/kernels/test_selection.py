@@ -9,16 +9,10 @@ import numpy as np
 import pytest
 import torch
 
-from dit_accel.kernels.block_mask import BlockMask
-from dit_accel.kernels.packed_mask import PackedBlockMask, pack_bits
-from dit_accel.kernels.selection import (
-    hidden_blocks,
-    pool_blocks,
-    pooled_scores,
-    select_blocks,
-    select_pooled,
-    self_similarity,
-)
+from dit_accel.kernels.common.tokens import hidden_blocks
+from dit_accel.kernels.mask.block_mask import BlockMask
+from dit_accel.kernels.mask.packed import PackedBlockMask, pack_bits
+from dit_accel.kernels.selection.api import pool_blocks, pooled_scores, select_blocks, select_pooled, self_similarity
 
 from .selection_oracle import assert_lists, loop_select
 
@@ -222,7 +216,7 @@ def test_errors():
 @pytest.mark.parametrize("nk", [7, 33, 130])
 def test_lists_of_a_dense_map(nk, device):
     """The kernel that lists a boolean map, row by row in plain Python."""
-    from dit_accel.kernels.portable.block_lists import block_lists_triton
+    from dit_accel.kernels.mask.triton_lists import block_lists_triton
 
     rank = torch.randint(0, 3, (2, 3, 5, nk), generator=torch.Generator().manual_seed(0)).to(torch.int8)
     rank[0, 0, 0], rank[0, 0, 1] = 2, 0  # nothing, and everything
@@ -255,7 +249,7 @@ def test_a_packed_mask_has_the_lists_of_the_mask(masked, block_k, kv_len, device
 @pytest.mark.parametrize("nk", [7, 33, 130])
 def test_lists_of_bits(nk, device):
     """The kernel that lists bits, row by row in plain Python."""
-    from dit_accel.kernels.portable.block_lists import block_lists_of_bits
+    from dit_accel.kernels.mask.triton_lists import block_lists_of_bits
 
     generator = torch.Generator().manual_seed(0)
     keep, partial = (torch.rand(2, 3, 5, nk, generator=generator) < share for share in (0.4, 0.3))
@@ -276,7 +270,7 @@ def test_lists_of_bits(nk, device):
 @pytest.mark.parametrize("nk", [7, 33, 130])
 def test_bits_of_lists(nk, trimmed, device):
     """The kernel that packs lists, whose entries past a row's number hold anything."""
-    from dit_accel.kernels.portable.block_lists import bits_of_block_lists
+    from dit_accel.kernels.mask.triton_lists import bits_of_block_lists
 
     generator = torch.Generator().manual_seed(0)
     keep, partial = (torch.rand(2, 3, 5, nk, generator=generator) < share for share in (0.4, 0.3))

@@ -6,7 +6,7 @@ import torch
 pytest.importorskip("triton")
 
 from dit_accel.kernels import BlockMask, block_sparse_attention, choose_backend
-from dit_accel.kernels.transpose import transpose_mask
+from dit_accel.kernels.mask.transpose import transpose_mask
 
 from .oracle import (
     UNIT_ROUNDOFF,
@@ -218,8 +218,8 @@ def test_outputs_are_written_everywhere(device, monkeypatch):
 
     q, k, v, mask, rows, _, _ = build(length=203, rows=(1, 3), empty_rows=True)
     q, k, v, mask, rows = on(device, q, k, v, mask, rows)
-    from dit_accel.kernels.portable import backward as triton_backward
-    from dit_accel.kernels.portable import forward as triton_forward
+    from dit_accel.kernels.attention.triton import backward as triton_backward
+    from dit_accel.kernels.attention.triton import forward as triton_forward
 
     monkeypatch.setattr(triton_forward.torch, "empty", poisoned)
     out, lse = triton_forward.forward(q, k, v, mask, rows, None, 0.2)
@@ -250,7 +250,7 @@ def test_transposed_lists(bits):
 
 
 def test_operator_is_well_formed(device):
-    from dit_accel.kernels.portable import attention as triton_attention
+    from dit_accel.kernels.attention import op as triton_attention
 
     q, k, v, mask, rows, _, _ = build(length=100, heads=2, rows=(1, 2), bits=True)
     q, k, v, mask, rows = on(device, q, k, v, mask, rows)

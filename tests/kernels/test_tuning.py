@@ -5,8 +5,9 @@ import json
 import pytest
 import torch
 
-from dit_accel.kernels import BlockMask, tuning
-from dit_accel.kernels.choice import Case
+from dit_accel.kernels import BlockMask
+from dit_accel.kernels.attention import tuning
+from dit_accel.kernels.common.choice import Case
 
 pytest.importorskip("triton")
 
@@ -15,7 +16,7 @@ KEY = "forward/32x32/d16/in_order"
 
 @pytest.fixture
 def table(device):
-    from dit_accel.kernels.tune import tune
+    from dit_accel.kernels.attention.tune import tune
 
     count = 0
 
@@ -48,7 +49,7 @@ def test_the_fastest_configuration_that_runs_wins(table):
 
 
 def test_what_is_not_reached_in_time_is_left_out(device):
-    from dit_accel.kernels.tune import tune
+    from dit_accel.kernels.attention.tune import tune
 
     table = tune(
         device,
@@ -66,7 +67,7 @@ def test_what_is_not_reached_in_time_is_left_out(device):
 
 
 def test_candidates_are_compiled_in_other_processes_first(device):
-    from dit_accel.kernels.tune import tune
+    from dit_accel.kernels.attention.tune import tune
 
     shape = {"length": 64, "heads": 1, "dims": (16,), "blocks": ((32, 32),), "dtype": torch.float16}
     table = tune(device, **shape, measure=lambda call: 1.0, workers=1)
@@ -77,7 +78,7 @@ def test_candidates_are_compiled_in_other_processes_first(device):
     ("theirs", "clearly"), [([0.9, 0.9, 0.9], True), ([0.9, 0.99, 0.9], False), ([0.9, 0.9, 1.5], False)], ids=str
 )
 def test_flash_attn_4_is_listed_where_it_is_clearly_faster_at_every_density(theirs, clearly):
-    from dit_accel.kernels.tune import _fa4_fastest
+    from dit_accel.kernels.attention.tune import _fa4_fastest
 
     def call(density, backend):
         return {"triton": 1.0, "fa4": theirs[density]}[backend]
@@ -92,7 +93,7 @@ def test_flash_attn_4_is_listed_where_it_is_clearly_faster_at_every_density(thei
 
 
 def test_another_result_is_a_disagreement():
-    from dit_accel.kernels.tune import _disagreement
+    from dit_accel.kernels.attention.tune import _disagreement
 
     ours = torch.randn(1, 64, 2, 16)
     assert _disagreement(ours * 1.001, ours) is None

@@ -6,7 +6,7 @@ import torch
 import dit_accel
 from dit_accel import Recipe
 from dit_accel.patches import seam
-from dit_accel.stages.select_static import Window
+from dit_accel.stages.select.static import Window
 from tests.recipes import POOLED
 from tests.tiny import TINY
 

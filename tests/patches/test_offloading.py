@@ -10,7 +10,7 @@ from torch import nn
 
 from dit_accel.patches.learned import _follow_data, attach
 from dit_accel.patches.offloading import execution_device
-from dit_accel.stages.compensate_linear import LinearBranch
+from dit_accel.stages.compensate.linear import LinearBranch
 from tests.patches.test_fingerprint import groups, model_of
 
 GPU = torch.device("cuda", 0)

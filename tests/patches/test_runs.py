@@ -17,8 +17,8 @@ from dit_accel.layout import TokenLayout
 from dit_accel.patches.families.ltx import LTX
 from dit_accel.run import Run
 from dit_accel.stages.schedule import Schedule
-from dit_accel.stages.select_dynamic import Pooled
-from dit_accel.stages.select_mass import Mass
+from dit_accel.stages.select.mass import Mass
+from dit_accel.stages.select.pooled import Pooled
 from tests.recipes import POOLED, SMALL_TILES, WINDOW
 from tests.tiny import TINY
 

@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 
 from dit_accel import Recipe
 from dit_accel.recipe import AXES
-from dit_accel.stages.order_axes import HEAD_ORDERS
+from dit_accel.stages.order.axes import HEAD_ORDERS
 
 shares = st.sampled_from((0.05, 0.25, 0.5, 0.8, 1.0))
 triples = st.tuples(*[st.integers(1, 4)] * 3)

@@ -8,8 +8,8 @@ from hypothesis import strategies as st
 from hypothesis.extra import numpy as arrays
 
 from dit_accel.kernels import BlockMask
-from dit_accel.kernels.packed_mask import PackedBlockMask, pack_bits, unpack_bits
-from dit_accel.kernels.transpose import transpose_mask
+from dit_accel.kernels.mask.packed import PackedBlockMask, pack_bits, unpack_bits
+from dit_accel.kernels.mask.transpose import transpose_mask
 from tests.kernels.oracle import visible_tokens
 from tests.properties.drawn import DrawnMask, masks, times
 

@@ -9,10 +9,10 @@ from hypothesis import strategies as st
 from dit_accel.layout import TokenLayout
 from dit_accel.plan import SequenceBlocks
 from dit_accel.recipe import ORDERS
-from dit_accel.stages.order import Order, Raster, Tiles, fold_tile
-from dit_accel.stages.order_axes import HEAD_ORDERS, AxisOrder, Chunks
-from dit_accel.stages.order_curve import Curve
-from dit_accel.stages.order_sorted import SortedSegments
+from dit_accel.stages.order.axes import HEAD_ORDERS, AxisOrder, Chunks
+from dit_accel.stages.order.curve import Curve
+from dit_accel.stages.order.simple import Order, Raster, Tiles, fold_tile
+from dit_accel.stages.order.sorted import SortedSegments
 from tests.calls import call_of
 from tests.properties.drawn import layouts, normal, seeds
 

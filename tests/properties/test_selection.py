@@ -13,12 +13,12 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from dit_accel.kernels import BlockMask
-from dit_accel.kernels.gate import select_by_threshold
-from dit_accel.kernels.selection import own_blocks, select_blocks
+from dit_accel.kernels.selection.api import own_blocks, select_blocks
+from dit_accel.kernels.selection.gate import select_by_threshold
 from dit_accel.layout import TokenLayout
 from dit_accel.plan import LayerMemory, SequenceBlocks
 from dit_accel.recipe import SELECTS
-from dit_accel.stages.select_grid import TileWindow
+from dit_accel.stages.select.grid import TileWindow
 from tests.calls import call_of
 from tests.kernels.selection_oracle import assert_lists, at, loop_select
 from tests.properties.drawn import booleans, layouts, normal, odd_numbers, scores, seeds, times

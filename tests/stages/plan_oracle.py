@@ -11,10 +11,10 @@ import torch
 
 from dit_accel.plan import AttentionPlan
 from dit_accel.recipe import Recipe
-from dit_accel.stages.compensate import KeyPyramid, NoCompensation, PooledMass
-from dit_accel.stages.compensate_agent import AgentTokens
-from dit_accel.stages.compensate_linear import LinearBranch
-from dit_accel.stages.compensate_residual import PooledResidual
+from dit_accel.stages.compensate.agent import AgentTokens
+from dit_accel.stages.compensate.linear import LinearBranch
+from dit_accel.stages.compensate.protocol import KeyPyramid, NoCompensation, PooledMass
+from dit_accel.stages.compensate.residual import PooledResidual
 
 # What rounding costs: in float32 a few units of the last place. Otherwise half a step of 1/127 in q and in k, over
 # logits of up to some tens: 3%; of 1/16 in e4m3 values: 2% more; of 1/127 in the weights of a block pair, of which the

@@ -8,7 +8,7 @@ import torch
 from dit_accel import presets
 from dit_accel.engine import Engine
 from dit_accel.layout import StepContext
-from dit_accel.stages.compensate_agent import AgentTokens
+from dit_accel.stages.compensate.agent import AgentTokens
 from tests.stages.block_oracle import LAYOUTS, half_hidden, inputs
 
 

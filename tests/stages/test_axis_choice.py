@@ -6,8 +6,8 @@ import torch
 
 from dit_accel import Recipe
 from dit_accel.layout import TokenLayout
-from dit_accel.stages.axis_choice import AxisScores, measure_axes
-from dit_accel.stages.order_axes import AXIS_ORDERS, AxisOrder
+from dit_accel.stages.order.axes import AXIS_ORDERS, AxisOrder
+from dit_accel.stages.order.axis_choice import AxisScores, measure_axes
 from tests.stages.block_oracle import LAYOUTS, half_hidden, inputs
 
 

@@ -6,10 +6,10 @@ import torch
 from dit_accel import Recipe, presets
 from dit_accel.engine import Engine
 from dit_accel.layout import StepContext
-from dit_accel.stages.compensate_residual import PooledResidual
-from dit_accel.stages.order_axes import AxisOrder
+from dit_accel.stages.compensate.residual import PooledResidual
+from dit_accel.stages.order.axes import AxisOrder
 from dit_accel.stages.precision import Int8
-from dit_accel.stages.select_mass import Mass
+from dit_accel.stages.select.mass import Mass
 from tests.stages.block_oracle import LAYOUTS, half_hidden, inputs
 from tests.stages.plan_oracle import assert_attends, attended
 

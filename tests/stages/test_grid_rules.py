@@ -7,8 +7,8 @@ import pytest
 import torch
 
 from dit_accel.plan import SequenceBlocks
-from dit_accel.stages.order import Raster, Tiles
-from dit_accel.stages.select_grid import Circle, Radial, TileWindow
+from dit_accel.stages.order.simple import Raster, Tiles
+from dit_accel.stages.select.grid import Circle, Radial, TileWindow
 from tests.calls import call_of
 from tests.stages.block_oracle import CPU, LAYOUTS, half_hidden
 

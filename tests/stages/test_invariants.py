@@ -10,8 +10,8 @@ from dit_accel.engine import Engine
 from dit_accel.layout import StepContext
 from dit_accel.plan import SequenceBlocks
 from dit_accel.recipe import SELECTS
-from dit_accel.stages.order import Raster, Tiles
-from dit_accel.stages.select_static import FullSelect
+from dit_accel.stages.order.simple import Raster, Tiles
+from dit_accel.stages.select.static import FullSelect
 from tests.calls import call_of
 from tests.stages.block_oracle import CPU, LAYOUTS, half_hidden, inputs
 from tests.stages.oracle import masked_attention

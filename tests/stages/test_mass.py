@@ -6,8 +6,8 @@ import torch
 
 from dit_accel import presets
 from dit_accel.plan import LayerMemory
-from dit_accel.stages.order import Raster, Tiles
-from dit_accel.stages.select_mass import FrozenMass, Mass, adapted_densities
+from dit_accel.stages.order.simple import Raster, Tiles
+from dit_accel.stages.select.mass import FrozenMass, Mass, adapted_densities
 from tests.stages.block_oracle import (
     CPU,
     LAYOUTS,

@@ -2,7 +2,7 @@ import pytest
 import torch
 
 from dit_accel.layout import TokenLayout
-from dit_accel.stages.order import Raster, Tiles
+from dit_accel.stages.order.simple import Raster, Tiles
 
 LAYOUTS = [
     TokenLayout((4, 8, 8), 0, 256),

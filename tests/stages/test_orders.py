@@ -8,13 +8,13 @@ import torch
 from dit_accel import Recipe
 from dit_accel.engine import Engine
 from dit_accel.layout import StepContext, TokenLayout
-from dit_accel.stages.order import Raster, Tiles
-from dit_accel.stages.order_axes import AXIS_ORDERS, AxisOrder, Chunks
-from dit_accel.stages.order_curve import Curve
-from dit_accel.stages.select_dynamic import Pooled
-from dit_accel.stages.select_gated import GatedPooled
-from dit_accel.stages.select_mass import FrozenMass, Mass
-from dit_accel.stages.select_static import Window
+from dit_accel.stages.order.axes import AXIS_ORDERS, AxisOrder, Chunks
+from dit_accel.stages.order.curve import Curve
+from dit_accel.stages.order.simple import Raster, Tiles
+from dit_accel.stages.select.mass import FrozenMass, Mass
+from dit_accel.stages.select.pooled import Pooled
+from dit_accel.stages.select.similarity_gate import GatedPooled
+from dit_accel.stages.select.static import Window
 from tests.stages.block_oracle import (
     CPU,
     LAYOUTS,

@@ -9,10 +9,10 @@ import torch
 from dit_accel import Recipe, presets
 from dit_accel.engine import Engine
 from dit_accel.layout import StepContext
-from dit_accel.stages.order_sorted import SortedSegments
-from dit_accel.stages.select_dynamic import Pooled
-from dit_accel.stages.select_mass import Mass
-from dit_accel.stages.select_static import Window
+from dit_accel.stages.order.sorted import SortedSegments
+from dit_accel.stages.select.mass import Mass
+from dit_accel.stages.select.pooled import Pooled
+from dit_accel.stages.select.static import Window
 from tests.calls import call_of
 from tests.stages.block_oracle import LAYOUTS, best, fewest, half_hidden, inputs, per_head, selected, views
 from tests.stages.oracle import masked_attention

@@ -6,10 +6,10 @@ import torch
 from dit_accel import Recipe, presets
 from dit_accel.engine import Engine
 from dit_accel.layout import StepContext
-from dit_accel.stages.compensate import KeyPyramid
-from dit_accel.stages.order import Raster, Tiles
+from dit_accel.stages.compensate.protocol import KeyPyramid
+from dit_accel.stages.order.simple import Raster, Tiles
 from dit_accel.stages.precision import Int8, Int8Fp8
-from dit_accel.stages.select_dynamic import Pooled
+from dit_accel.stages.select.pooled import Pooled
 from tests.stages.block_oracle import LAYOUTS, half_hidden, inputs
 from tests.stages.oracle import masked_attention
 
@@ -133,7 +133,7 @@ def test_what_cannot_be_quantised_says_so():
     with pytest.raises(ValueError, match=r"int8.*no gradient"):
         _run(presets.sage(), layout, q.requires_grad_(), k, v)
     engine = Engine(presets.sage(), ["layer"], "triton", 0)
-    from dit_accel.kernels.capability import interpreted
+    from dit_accel.kernels.common.capability import interpreted
 
     if not interpreted():
         with pytest.raises(ValueError, match=r"'triton' cannot run .* here: .*CUDA"):

@@ -7,10 +7,10 @@ import pytest
 import torch
 
 from dit_accel.plan import SequenceBlocks
-from dit_accel.stages.order import Raster, Tiles
-from dit_accel.stages.order_axes import AxisOrder
-from dit_accel.stages.order_curve import Curve
-from dit_accel.stages.select_rectified import Reallocated, pooled_shares
+from dit_accel.stages.order.axes import AxisOrder
+from dit_accel.stages.order.curve import Curve
+from dit_accel.stages.order.simple import Raster, Tiles
+from dit_accel.stages.select.rectified import Reallocated, pooled_shares
 from tests.calls import call_of
 from tests.stages.block_oracle import CPU, LAYOUTS, cases, half_hidden, inputs, per_head, selected, views
 

@@ -9,12 +9,12 @@ import torch
 from dit_accel import Recipe
 from dit_accel.engine import Engine
 from dit_accel.layout import StepContext
-from dit_accel.stages import compensate_residual
-from dit_accel.stages.compensate_residual import PooledResidual
-from dit_accel.stages.order import Raster, Tiles
-from dit_accel.stages.order_axes import AxisOrder
-from dit_accel.stages.select_dynamic import Pooled
-from dit_accel.stages.select_static import FullSelect, Window
+from dit_accel.stages.compensate import residual as compensate_residual
+from dit_accel.stages.compensate.residual import PooledResidual
+from dit_accel.stages.order.axes import AxisOrder
+from dit_accel.stages.order.simple import Raster, Tiles
+from dit_accel.stages.select.pooled import Pooled
+from dit_accel.stages.select.static import FullSelect, Window
 from tests.stages.block_oracle import LAYOUTS, half_hidden, inputs
 from tests.stages.oracle import masked_attention
 

@@ -6,8 +6,8 @@ import numpy as np
 import pytest
 import torch
 
-from dit_accel.stages.order import Raster, Tiles
-from dit_accel.stages.select_sampled import Sampled, sampled_importance
+from dit_accel.stages.order.simple import Raster, Tiles
+from dit_accel.stages.select.sampled import Sampled, sampled_importance
 from tests.stages.block_oracle import CPU, LAYOUTS, best, cases, fewest, half_hidden, inputs, per_head, selected, views
 
 

@@ -4,9 +4,9 @@ import numpy as np
 import pytest
 import torch
 
-from dit_accel.kernels.selection import self_similarity
-from dit_accel.stages.order import Raster, Tiles
-from dit_accel.stages.select_gated import GatedPooled
+from dit_accel.kernels.selection.api import self_similarity
+from dit_accel.stages.order.simple import Raster, Tiles
+from dit_accel.stages.select.similarity_gate import GatedPooled
 from tests.stages.block_oracle import (
     CPU,
     LAYOUTS,

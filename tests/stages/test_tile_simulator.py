@@ -6,9 +6,9 @@ from math import prod
 import pytest
 
 from dit_accel.layout import TokenLayout
-from dit_accel.stages.order import Raster, Tiles
-from dit_accel.stages.select_static import Window
-from dit_accel.stages.tile_simulator import choose, planned_cost, simulate
+from dit_accel.stages.order.simple import Raster, Tiles
+from dit_accel.stages.select.static import Window
+from dit_accel.stages.select.tile_simulator import choose, planned_cost, simulate
 from tests.stages.oracle import gna_visible, window_tokens
 
 CASES = [

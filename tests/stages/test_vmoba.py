@@ -5,9 +5,9 @@ import pytest
 import torch
 
 from dit_accel import presets
-from dit_accel.stages.order import Raster, Tiles
-from dit_accel.stages.order_axes import Chunks
-from dit_accel.stages.select_gate import GlobalGate, per_query_chunks
+from dit_accel.stages.order.axes import Chunks
+from dit_accel.stages.order.simple import Raster, Tiles
+from dit_accel.stages.select.gate import GlobalGate, per_query_chunks
 from tests.stages.block_oracle import CPU, LAYOUTS, cases, half_hidden, inputs, per_head, selected, views
 
 

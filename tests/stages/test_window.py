@@ -3,8 +3,8 @@ import torch
 
 from dit_accel.layout import TokenLayout
 from dit_accel.plan import SequenceBlocks
-from dit_accel.stages.order import Raster, Tiles
-from dit_accel.stages.select_static import Window
+from dit_accel.stages.order.simple import Raster, Tiles
+from dit_accel.stages.select.static import Window
 from tests.calls import call_of
 from tests.stages.oracle import window_tokens
 

@@ -10,8 +10,8 @@ from typing import Any
 import torch
 
 from dit_accel import Recipe
-from dit_accel.stages.compensate_linear import LinearBranch
-from dit_accel.stages.select_dynamic import Pooled
+from dit_accel.stages.compensate.linear import LinearBranch
+from dit_accel.stages.select.pooled import Pooled
 from dit_accel.training.samples import Sample
 from tests.recipes import SMALL_TILES
 from tests.tiny import TINY

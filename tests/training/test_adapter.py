@@ -10,9 +10,9 @@ import torch
 from safetensors.torch import load_file
 
 import dit_accel
-from dit_accel.training.lora import add_lora
 from dit_accel.training.config import FinetuneConfig
 from dit_accel.training.finetune import finetune
+from dit_accel.training.lora import add_lora
 from tests.tiny import TINY
 from tests.training.samples import SLA, samples, tiny_pipe
 

@@ -13,10 +13,10 @@ from safetensors.torch import load_file
 
 import dit_accel
 from dit_accel.patches.weights import weights_of
-from dit_accel.training.lora import add_lora
 from dit_accel.training.adapter_load import LoadPlan, rounded
 from dit_accel.training.config import FinetuneConfig
 from dit_accel.training.finetune import finetune
+from dit_accel.training.lora import add_lora
 from tests.patches.test_fingerprint import FORMS, groups
 from tests.tiny import TINY
 from tests.training.samples import SLA, samples, tiny_pipe

@@ -11,7 +11,7 @@ import torch
 from dit_accel import presets
 from dit_accel.call import AttentionCall
 from dit_accel.engine import Engine
-from dit_accel.kernels import capability
+from dit_accel.kernels.common import capability
 from dit_accel.layout import StepContext, TokenLayout
 from tests.stages.oracle import masked_attention, pooled_tokens
 

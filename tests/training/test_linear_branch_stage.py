@@ -14,11 +14,11 @@ from dit_accel import Recipe
 from dit_accel.engine import Engine
 from dit_accel.kernels import Choice
 from dit_accel.layout import StepContext, TokenLayout
-from dit_accel.stages import compensate_linear
-from dit_accel.stages.compensate import NoCompensation
-from dit_accel.stages.compensate_linear import LinearBranch
-from dit_accel.stages.order import Raster, Tiles
-from dit_accel.stages.select_dynamic import Pooled
+from dit_accel.stages.compensate import linear as compensate_linear
+from dit_accel.stages.compensate.linear import LinearBranch
+from dit_accel.stages.compensate.protocol import NoCompensation
+from dit_accel.stages.order.simple import Raster, Tiles
+from dit_accel.stages.select.pooled import Pooled
 from tests.recipes import SMALL_TILES
 from tests.tiny import TINY
 

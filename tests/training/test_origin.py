@@ -9,8 +9,8 @@ from typing import Any
 import pytest
 import torch
 
-from dit_accel.training.lora import add_lora
 from dit_accel.training.data import generate_samples
+from dit_accel.training.lora import add_lora
 from dit_accel.training.origin import RECORD
 from dit_accel.training.samples import LatentFolder, Sample, read_sample, save_sample
 from tests.tiny import TINY

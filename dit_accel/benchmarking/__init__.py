@@ -1,0 +1,1 @@
+"""Timing a transformer, dense and patched."""

@@ -1,0 +1,236 @@
+"""Launch of the Hopper kernel: which calls it can run, and the call, half precision in place or quantised."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from functools import cache
+
+import torch
+from triton.experimental.gluon import language as gl
+from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
+
+from ...common.capability import compute_capability, multiprocessors
+from ...common.quantized_inputs import QuantizedInputs
+from ...mask.block_mask import BlockMask
+from ..triton.forward import LOG2_E, mask_strides
+from .kernel import hopper_fwd_kernel
+
+_ROWS = 64  # query rows of a consumer warpgroup
+_SHARED_BYTES = 224 << 10  # of 227 KiB: barriers and alignment take a little
+# What keys and values in order may take in a permuted call, of the bytes of q, k, v and the output. Two heads do where
+# all query blocks read alike; one that reads everything holds its head for long.
+RING_SHARE = 0.15
+
+
+@dataclass(frozen=True)
+class HopperConfig:
+    """Buffers of key and value blocks, and whether the consumers take turns at products.
+
+    ``ring``: heads of a permuted call whose keys and values are in order at a time, in place of :func:`ring_heads`.
+    """
+
+    stages: int
+    take_turns: bool
+    ring: int | None = None
+
+
+def why_not_hopper(
+    q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, mask: BlockMask, rows: torch.Tensor | None
+) -> str | None:
+    """Why this kernel cannot run a half-precision call that the Triton backend can, or None if it can."""
+    reason = why_not_shape(q, mask)
+    if reason is not None:
+        return reason
+    for name, x in (("q", q), ("k", k), ("v", v)):
+        reason = _why_not_tiles(x, by_head=rows is None)
+        if reason is not None:
+            return f"{name} {reason}"
+    return None
+
+
+def _why_not_tiles(x: torch.Tensor, by_head: bool = True) -> str | None:
+    """Why tiles of ``[B, S, H, D]`` cannot be copied by the hardware, or None if they can."""
+    if x.stride(-1) != 1 or (by_head and x.stride(2) != x.shape[3]):
+        return "does not have its heads side by side"
+    if x.data_ptr() % 16 or any((x.stride(n) * 2) % 16 for n in range(3)):
+        return "is not aligned to 16 bytes"
+    return None
+
+
+def why_not_shape(q: torch.Tensor, mask: BlockMask) -> str | None:
+    """Why this kernel can take neither these inputs nor a quantised copy of them, or None if it can."""
+    if not q.is_cuda or compute_capability(q.device.index or 0) != (9, 0):
+        return "it needs a GPU of compute capability 9.0"
+    if q.dtype not in (torch.float16, torch.bfloat16):
+        return f"it takes float16 or bfloat16, got {q.dtype}"
+    if q.shape[-1] not in (64, 128):
+        return f"it takes head dims 64 and 128, got {q.shape[-1]}"
+    if mask.block_q != 128 or mask.block_k not in (64, 128):
+        return f"it takes blocks of 128x64 and 128x128, got {mask.block_q}x{mask.block_k}"
+    return None
+
+
+def default_config(
+    block_k: int, dim: int, precision: str | None, permuted: bool = False, has_bits: bool = False
+) -> HopperConfig:
+    """The fastest that was measured at head dim 128, and buffers that fit shared memory elsewhere.
+
+    ``precision`` is None for half-precision inputs. ``has_bits``: many blocks have token bits, and applying them takes
+    a consumer longer than its turn should.
+    """
+    half = 2 * dim
+    in_row = half if precision is None else dim
+    value_row = dim if precision == "int8_fp8" else half
+    # Outputs of quantised calls have a buffer of their own, and so has a block on its way into order.
+    other = 128 * half if precision is not None else block_k * half if permuted else 0
+    stages = (_SHARED_BYTES - 2 * 128 * in_row - other) // (block_k * (in_row + value_row))
+    most = (3 if precision == "int8" else 4) * 128 // block_k
+    return HopperConfig(
+        min(most, stages),
+        take_turns=not has_bits and (block_k == 128 if precision else 64 in (block_k, dim)),
+    )
+
+
+def ring_heads(batch: int, heads: int) -> int:
+    """Heads whose keys and values are in order at a time, two at least: what :data:`RING_SHARE` allows."""
+    return min(heads, max(2, int(2 * RING_SHARE * batch * heads)))
+
+
+def _tiles(x: torch.Tensor, rows: int, columns: int) -> TensorDescriptor:
+    """Tiles ``[rows, columns]`` of a matrix; what lies past its last row reads as zero and is not written."""
+    layout = _shared_layout(x.element_size(), columns)
+    return TensorDescriptor(x, list(x.shape), list(x.stride()), [rows, columns], layout)
+
+
+@cache
+def _shared_layout(element_bytes: int, columns: int) -> gl.NVMMASharedLayout:
+    swizzle = min(128, columns * element_bytes)
+    return gl.NVMMASharedLayout(swizzle_byte_width=swizzle, element_bitwidth=8 * element_bytes, rank=2)
+
+
+def _side_by_side(x: torch.Tensor) -> torch.Tensor:
+    """``[S, H, D]`` with adjacent heads as the matrix ``[S, H * D]``."""
+    length, heads, dim = x.shape
+    return x.as_strided((length, heads * dim), (x.stride(0), 1))
+
+
+def _in_slot_order(key_mask: torch.Tensor, rows: torch.Tensor | None) -> torch.Tensor:
+    """A key mask ``[B, S]`` as ``[B, H|1, S]`` by slots: for every key its row would be read first, one load more."""
+    key_mask = key_mask[:, None]
+    if rows is None:
+        return key_mask.contiguous()
+    shape = (max(key_mask.shape[0], rows.shape[0]), *rows.shape[1:])
+    return key_mask.expand(shape).gather(2, rows.long().expand(shape))
+
+
+def hopper_forward(
+    q: torch.Tensor,
+    k: torch.Tensor,
+    v: torch.Tensor,
+    mask: BlockMask,
+    rows: torch.Tensor | None,
+    key_mask: torch.Tensor | None,
+    scale: float,
+    *,
+    quantized: QuantizedInputs | None = None,
+    config: HopperConfig | None = None,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """``out [B, Sq, H, D]`` and ``lse [B, H, Sq]`` of a call for which ``why_not_hopper`` found nothing.
+
+    With ``quantized``, made from the same q, k, v and rows, the numbers come from there; q, k and v then only
+    give shapes and the output dtype.
+    """
+    batch, q_len, heads, dim = q.shape
+    kv_len = k.shape[1]
+    out = torch.empty((batch, q_len, heads, dim), dtype=q.dtype, device=q.device)
+    lse = torch.empty((batch, heads, q_len), dtype=torch.float32, device=q.device)
+    nq, nk = mask.num_blocks
+    if rows is not None:
+        rows = rows.to(torch.int32).contiguous()
+    fp8 = quantized is not None and quantized.v_scale is not None
+    precision = None if quantized is None else "int8_fp8" if fp8 else "int8"
+    values = quantized.v if precision == "int8" and _why_not_tiles(quantized.v) is None else None
+    if precision == "int8" and values is None:
+        values = quantized.v.contiguous()
+    has_bits = mask.kv_bits is not None and mask.token_bits.shape[0] > 0
+    config = config or default_config(mask.block_k, dim, precision, rows is not None, has_bits)
+    programs = multiprocessors(q.device.index or 0)
+    moved = rows is not None and quantized is None
+    ring = min(config.ring or ring_heads(batch, heads), heads) if moved else heads
+    if moved:
+        in_order = torch.empty((2, kv_len, ring, dim), dtype=k.dtype, device=k.device)
+    counts, fulls, index = (x.contiguous() for x in (mask.kv_num_blocks, mask.kv_num_full, mask.kv_indices))
+    bit_rows = index if mask.kv_bits is None else mask.kv_bits.contiguous()
+    bits = index if mask.token_bits is None else mask.token_bits.contiguous()
+    hidden = None if key_mask is None else _in_slot_order(key_mask, rows).view(torch.uint8)
+    rows_head_stride = 0 if rows is None else mask_strides(rows, q_len)[1]
+    # Of each batch entry: tiles that were taken (beyond the first of each program), and of a permuted call the pieces
+    # of keys and values, and for every head what is ready and what is spent.
+    counters = torch.zeros((batch, 2 + 2 * heads if moved else 1), dtype=torch.int32, device=q.device)
+    for b in range(batch):
+        mb = b if counts.shape[0] > 1 else 0
+        rb = b if rows is not None and rows.shape[0] > 1 else 0
+        if quantized is None:
+            q_in = q[b]
+            keys = (k[b], v[b])
+            k_in, v_in = (_side_by_side(x) for x in (in_order if moved else keys))
+            q_tiles = _tiles(k_in if moved else _side_by_side(q_in), _ROWS, dim)
+            scales = (lse, lse, lse, lse)
+            planes = (0, 0, dim)
+        else:
+            q_in = quantized.q[b]
+            k_in = quantized.k[b].flatten(0, 1)
+            v_in = quantized.v[b].flatten(0, 1) if fp8 else _side_by_side(values[b])
+            q_tiles = _tiles(q_in.flatten(0, 1), _ROWS, dim)
+            keys = (q_in, q_in)
+            v_scale = lse if quantized.v_scale is None else quantized.v_scale[b]
+            scales = (quantized.q_scale[b], quantized.k_scale[b], v_scale, quantized.q_shift[b])
+            planes = (nq * mask.block_q, nk * mask.block_k, 0)
+        v_tile = (dim, mask.block_k) if fp8 else (mask.block_k, dim)
+        hopper_fwd_kernel[(min(nq * heads, programs),)](
+            q_tiles,
+            _tiles(k_in, mask.block_k, dim),
+            _tiles(v_in, *v_tile),
+            _tiles(_side_by_side(out[b]), _ROWS, dim),
+            q_in,
+            *keys,
+            out[b],
+            lse[b],
+            *scales,
+            counts[mb],
+            fulls[mb],
+            index[mb],
+            bit_rows[mb],
+            bits,
+            index if rows is None else rows[rb],
+            index if hidden is None else hidden[b if hidden.shape[0] > 1 else 0],
+            counters[b],
+            *q.stride()[1:3],
+            k.stride(1),
+            v.stride(1),
+            k.stride(2),
+            v.stride(2),
+            *out.stride()[1:3],
+            rows_head_stride,
+            nq,
+            nq * heads,
+            mask_strides(index, nq)[1],
+            index.shape[-1],
+            *planes,
+            ring,
+            q_len,
+            kv_len,
+            scale * LOG2_E,
+            BLOCK_K=mask.block_k,
+            HEAD_DIM=dim,
+            STAGES=config.stages,
+            PERMUTED=rows is not None,
+            HAS_BITS=has_bits,
+            HAS_KEY_MASK=key_mask is not None,
+            TAKE_TURNS=config.take_turns,
+            QUANTIZED=quantized is not None,
+            FP8=fp8,
+            THREAD_SCALES=quantized is not None and quantized.scales_by_thread,
+            num_warps=4,
+        )
+    return out, lse

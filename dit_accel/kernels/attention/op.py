@@ -1,0 +1,139 @@
+"""The Triton backend as custom operators: opaque to torch.compile, differentiable, safe to trace."""
+
+from __future__ import annotations
+
+import torch
+
+from ..mask.block_mask import BlockMask
+from .triton.backward import backward
+from .triton.forward import forward
+from .variants import why_not_hopper_half
+
+
+def _mask_of(
+    counts: torch.Tensor,
+    indices: torch.Tensor,
+    fulls: torch.Tensor,
+    bit_rows: torch.Tensor | None,
+    token_bits: torch.Tensor | None,
+    block_q: int,
+    block_k: int,
+    q_len: int,
+    kv_len: int,
+) -> BlockMask:
+    return BlockMask(counts, indices, fulls, block_q, block_k, q_len, kv_len, bit_rows, token_bits)
+
+
+@torch.library.custom_op("dit_accel::block_sparse_fwd", mutates_args=())
+def block_sparse_fwd(
+    q: torch.Tensor,
+    k: torch.Tensor,
+    v: torch.Tensor,
+    counts: torch.Tensor,
+    indices: torch.Tensor,
+    fulls: torch.Tensor,
+    bit_rows: torch.Tensor | None,
+    token_bits: torch.Tensor | None,
+    rows: torch.Tensor | None,
+    key_mask: torch.Tensor | None,
+    block_q: int,
+    block_k: int,
+    scale: float,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """``out [B, Sq, H, D]`` and ``lse [B, H, Sq]``; the lists are those of a BlockMask."""
+    mask = _mask_of(counts, indices, fulls, bit_rows, token_bits, block_q, block_k, q.shape[1], k.shape[1])
+    if why_not_hopper_half(q, k, v, mask, rows) is None:
+        from .hopper.forward import hopper_forward
+
+        return hopper_forward(q, k, v, mask, rows, key_mask, scale)
+    return forward(q, k, v, mask, rows, key_mask, scale)
+
+
+@block_sparse_fwd.register_fake
+def _(q, k, v, counts, indices, fulls, bit_rows, token_bits, rows, key_mask, block_q, block_k, scale):
+    batch, q_len, heads, dim = q.shape
+    return q.new_empty((batch, q_len, heads, dim)), q.new_empty((batch, heads, q_len), dtype=torch.float32)
+
+
+@torch.library.custom_op("dit_accel::block_sparse_bwd", mutates_args=())
+def block_sparse_bwd(
+    q: torch.Tensor,
+    k: torch.Tensor,
+    v: torch.Tensor,
+    counts: torch.Tensor,
+    indices: torch.Tensor,
+    fulls: torch.Tensor,
+    bit_rows: torch.Tensor | None,
+    token_bits: torch.Tensor | None,
+    rows: torch.Tensor | None,
+    key_mask: torch.Tensor | None,
+    block_q: int,
+    block_k: int,
+    scale: float,
+    out: torch.Tensor,
+    lse: torch.Tensor,
+    grad: torch.Tensor,
+    grad_lse: torch.Tensor | None,
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """Gradients of q, k and v."""
+    mask = _mask_of(counts, indices, fulls, bit_rows, token_bits, block_q, block_k, q.shape[1], k.shape[1])
+    return backward(q, k, v, mask, rows, key_mask, scale, out, lse, grad, grad_lse)
+
+
+@block_sparse_bwd.register_fake
+def _(q, k, v, *rest):
+    return (
+        torch.empty_like(q, memory_format=torch.contiguous_format),
+        torch.empty_like(k, memory_format=torch.contiguous_format),
+        torch.empty_like(v, memory_format=torch.contiguous_format),
+    )
+
+
+def _setup_context(ctx, inputs, output) -> None:
+    *tensors, block_q, block_k, scale = inputs
+    ctx.save_for_backward(*tensors, *output)
+    ctx.constants = (block_q, block_k, scale)
+    ctx.set_materialize_grads(False)
+
+
+def _backward(ctx, grad, grad_lse):
+    *inputs, out, lse = ctx.saved_tensors
+    if grad is None and grad_lse is None:
+        return (None,) * 13
+    grad = torch.zeros_like(out) if grad is None else grad
+    dq, dk, dv = block_sparse_bwd(*inputs, *ctx.constants, out, lse, grad, grad_lse)
+    return dq, dk, dv, *(None,) * 10
+
+
+block_sparse_fwd.register_autograd(_backward, setup_context=_setup_context)
+
+
+def triton_attention(
+    q: torch.Tensor,
+    k: torch.Tensor,
+    v: torch.Tensor,
+    mask: BlockMask,
+    *,
+    rows: torch.Tensor | None = None,
+    key_mask: torch.Tensor | None = None,
+    scale: float,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Attention over the kept blocks in Triton; differentiable in q, k, v through out and lse.
+
+    Arguments and results are those of :func:`dit_accel.kernels.block_sparse_attention` after validation.
+    """
+    return block_sparse_fwd(
+        q,
+        k,
+        v,
+        mask.kv_num_blocks,
+        mask.kv_indices,
+        mask.kv_num_full,
+        mask.kv_bits,
+        mask.token_bits,
+        rows,
+        key_mask,
+        mask.block_q,
+        mask.block_k,
+        scale,
+    )

@@ -1,0 +1,336 @@
+"""Triton block-sparse attention forward (FlashAttention-2's online softmax over a list of key blocks)."""
+
+from __future__ import annotations
+
+import torch
+import triton
+import triton.language as tl
+
+from ...mask.block_mask import BlockMask
+from ..tuning import LaunchConfig, launch_config
+
+LOG2_E = 1.4426950408889634
+# Arguments that change with the sequence or the mask: no new compilation for another length.
+SIZES = (
+    "heads",
+    "list_length",
+    "q_len",
+    "kv_len",
+    "mask_batch_stride",
+    "mask_head_stride",
+    "rows_batch_stride",
+    "rows_head_stride",
+)
+LN_2_ = tl.constexpr(0.6931471805599453)
+
+
+@triton.jit
+def key_visibility(
+    bits_ptr,
+    bit_row,
+    key_mask_ptr,
+    key_slot,
+    key_row,
+    kv_len,
+    offs_m,
+    offs_n,
+    BLOCK_Q: tl.constexpr,
+    BLOCK_K: tl.constexpr,
+    HAS_BITS: tl.constexpr,
+    HAS_KEY_MASK: tl.constexpr,
+):
+    """bool ``[len(offs_m), len(offs_n)]``: which keys of a partial block the queries see.
+
+    ``offs_m`` and ``offs_n`` count inside the block, ``key_slot`` inside the (permuted) sequence, and
+    ``key_row`` is the original row of each key.
+    """
+    inside = key_slot < kv_len
+    if HAS_KEY_MASK:
+        inside = inside & (tl.load(key_mask_ptr + key_row, mask=inside, other=0) != 0)
+    visible = inside[None, :] & (offs_m >= 0)[:, None]
+    if HAS_BITS:
+        words_per_row: tl.constexpr = BLOCK_K // 32
+        word_offsets = offs_m[:, None] * words_per_row + (offs_n // 32)[None, :]
+        # Row 0 stands in for "no bits": it exists, and what it says is overruled.
+        base = bits_ptr + tl.maximum(bit_row, 0).to(tl.int64) * (BLOCK_Q * words_per_row)
+        words = tl.load(base + word_offsets)
+        words = tl.where(bit_row < 0, -1, words)
+        visible = visible & (((words >> (offs_n % 32)[None, :]) & 1) != 0)
+    return visible
+
+
+@triton.jit
+def _attend(
+    acc,
+    peak,
+    total,
+    q,
+    k_ptr,
+    v_ptr,
+    rows_ptr,
+    index_ptr,
+    bit_rows_ptr,
+    bits_ptr,
+    key_mask_ptr,
+    begin,
+    end,
+    kv_len,
+    stride_ks,
+    stride_vs,
+    scale_log2,
+    BLOCK_Q: tl.constexpr,
+    BLOCK_K: tl.constexpr,
+    BLOCK_D: tl.constexpr,
+    HEAD_DIM: tl.constexpr,
+    PARTIAL: tl.constexpr,
+    PERMUTED: tl.constexpr,
+    HAS_BITS: tl.constexpr,
+    HAS_KEY_MASK: tl.constexpr,
+    PRECISION: tl.constexpr,
+):
+    """One pass of the online softmax over list entries ``begin`` to ``end``."""
+    offs_m = tl.arange(0, BLOCK_Q)
+    offs_n = tl.arange(0, BLOCK_K)
+    offs_d = tl.arange(0, BLOCK_D)
+    for entry in range(begin, end):
+        block = tl.load(index_ptr + entry)
+        slot = block * BLOCK_K + offs_n
+        row = slot
+        if PERMUTED:
+            if PARTIAL:
+                row = tl.load(rows_ptr + slot, mask=slot < kv_len, other=0)
+            else:
+                row = tl.load(rows_ptr + slot)
+        k_rows = k_ptr + row.to(tl.int64) * stride_ks
+        v_rows = v_ptr + row.to(tl.int64) * stride_vs
+        if PARTIAL or HEAD_DIM != BLOCK_D:
+            live = (offs_d < HEAD_DIM)[None, :] & (slot < kv_len)[:, None]
+            k = tl.load(k_rows[None, :] + offs_d[:, None], mask=tl.trans(live), other=0.0)
+            v = tl.load(v_rows[:, None] + offs_d[None, :], mask=live, other=0.0)
+        else:
+            k = tl.load(k_rows[None, :] + offs_d[:, None])
+            v = tl.load(v_rows[:, None] + offs_d[None, :])
+        scores = tl.dot(q, k, input_precision=PRECISION)
+        if PARTIAL:
+            bit_row = tl.full([], -1, tl.int32)
+            if HAS_BITS:
+                bit_row = tl.load(bit_rows_ptr + entry)
+            visible = key_visibility(
+                bits_ptr,
+                bit_row,
+                key_mask_ptr,
+                slot,
+                row,
+                kv_len,
+                offs_m,
+                offs_n,
+                BLOCK_Q,
+                BLOCK_K,
+                HAS_BITS,
+                HAS_KEY_MASK,
+            )
+            scores = tl.where(visible, scores * scale_log2, float("-inf"))
+            new_peak = tl.maximum(peak, tl.max(scores, 1))
+            # A row that has seen nothing keeps peak -inf; 0 in its place avoids inf - inf.
+            base = tl.where(new_peak == float("-inf"), 0.0, new_peak)
+            weights = tl.math.exp2(scores - base[:, None])
+            shrink = tl.math.exp2(peak - base)
+        else:
+            new_peak = tl.maximum(peak, tl.max(scores, 1) * scale_log2)
+            weights = tl.math.exp2(scores * scale_log2 - new_peak[:, None])
+            shrink = tl.math.exp2(peak - new_peak)
+        total = total * shrink + tl.sum(weights, 1)
+        acc = acc * shrink[:, None]
+        acc = tl.dot(weights.to(v.dtype), v, acc, input_precision=PRECISION)
+        peak = new_peak
+    return acc, peak, total
+
+
+@triton.jit(do_not_specialize=SIZES)
+def block_sparse_fwd_kernel(
+    q_ptr,
+    k_ptr,
+    v_ptr,
+    out_ptr,
+    lse_ptr,
+    counts_ptr,
+    fulls_ptr,
+    index_ptr,
+    bit_rows_ptr,
+    bits_ptr,
+    rows_ptr,
+    key_mask_ptr,
+    stride_qb,
+    stride_qs,
+    stride_qh,
+    stride_kb,
+    stride_ks,
+    stride_kh,
+    stride_vb,
+    stride_vs,
+    stride_vh,
+    stride_ob,
+    stride_os,
+    stride_oh,
+    mask_batch_stride,
+    mask_head_stride,
+    rows_batch_stride,
+    rows_head_stride,
+    heads,
+    list_length,
+    q_len,
+    kv_len,
+    scale_log2,
+    BLOCK_Q: tl.constexpr,
+    BLOCK_K: tl.constexpr,
+    BLOCK_D: tl.constexpr,
+    HEAD_DIM: tl.constexpr,
+    PERMUTED: tl.constexpr,
+    HAS_BITS: tl.constexpr,
+    HAS_KEY_MASK: tl.constexpr,
+    PRECISION: tl.constexpr,
+):
+    """One query block of one head. Mask strides count query-block rows, rows strides count tokens."""
+    query_block = tl.program_id(0)
+    batch = (tl.program_id(1) // heads).to(tl.int64)
+    head = (tl.program_id(1) % heads).to(tl.int64)
+    q_ptr += batch * stride_qb + head * stride_qh
+    k_ptr += batch * stride_kb + head * stride_kh
+    v_ptr += batch * stride_vb + head * stride_vh
+    out_ptr += batch * stride_ob + head * stride_oh
+    lse_ptr += (batch * heads + head) * q_len
+    rows_ptr += batch * rows_batch_stride + head * rows_head_stride
+    key_mask_ptr += batch * kv_len
+    mask_row = batch * mask_batch_stride + head * mask_head_stride + query_block
+    index_ptr += mask_row * list_length
+    bit_rows_ptr += mask_row * list_length
+
+    offs_d = tl.arange(0, BLOCK_D)
+    slot = query_block * BLOCK_Q + tl.arange(0, BLOCK_Q)
+    row = slot
+    if PERMUTED:
+        row = tl.load(rows_ptr + slot, mask=slot < q_len, other=0)
+    live = (slot < q_len)[:, None] & (offs_d < HEAD_DIM)[None, :]
+    q = tl.load(q_ptr + row.to(tl.int64)[:, None] * stride_qs + offs_d[None, :], mask=live, other=0.0)
+
+    acc = tl.zeros([BLOCK_Q, BLOCK_D], tl.float32)
+    peak = tl.full([BLOCK_Q], float("-inf"), tl.float32)
+    total = tl.zeros([BLOCK_Q], tl.float32)
+    count = tl.load(counts_ptr + mask_row)
+    full = tl.load(fulls_ptr + mask_row)
+    for phase in tl.static_range(2):
+        acc, peak, total = _attend(
+            acc,
+            peak,
+            total,
+            q,
+            k_ptr,
+            v_ptr,
+            rows_ptr,
+            index_ptr,
+            bit_rows_ptr,
+            bits_ptr,
+            key_mask_ptr,
+            0 if phase == 0 else full,
+            full if phase == 0 else count,
+            kv_len,
+            stride_ks,
+            stride_vs,
+            scale_log2,
+            BLOCK_Q,
+            BLOCK_K,
+            BLOCK_D,
+            HEAD_DIM,
+            phase == 1,
+            PERMUTED,
+            HAS_BITS,
+            HAS_KEY_MASK,
+            PRECISION,
+        )
+
+    nothing = total == 0.0
+    out = acc / tl.where(nothing, 1.0, total)[:, None]
+    lse = tl.where(nothing, float("-inf"), (peak + tl.math.log2(tl.where(nothing, 1.0, total))) * LN_2_)
+    out_rows = out_ptr + row.to(tl.int64)[:, None] * stride_os
+    tl.store(out_rows + offs_d[None, :], out.to(out_ptr.dtype.element_ty), mask=live)
+    tl.store(lse_ptr + row, lse, mask=slot < q_len)
+
+
+def padded_head_dim(dim: int) -> int:
+    """Columns of the tile that holds a head: a power of two, at least 16."""
+    return max(16, triton.next_power_of_2(dim))
+
+
+def dot_precision(dtype: torch.dtype) -> str:
+    """``ieee`` for float32, which TF32 would round to 11 bits; without meaning for the half formats."""
+    return "ieee" if dtype == torch.float32 else "tf32"
+
+
+def mask_strides(tensor: torch.Tensor, rows_per_head: int) -> tuple[int, int]:
+    """Steps along batch and head of a contiguous ``[B|1, H|1, ...]`` list, in query-block rows."""
+    batch, heads = tensor.shape[:2]
+    return (heads * rows_per_head if batch > 1 else 0), (rows_per_head if heads > 1 else 0)
+
+
+def unit_stride(x: torch.Tensor) -> torch.Tensor:
+    """``x`` with a last dimension of stride 1, copied only if needed."""
+    return x if x.stride(-1) == 1 else x.contiguous()
+
+
+def forward(
+    q: torch.Tensor,
+    k: torch.Tensor,
+    v: torch.Tensor,
+    mask: BlockMask,
+    rows: torch.Tensor | None,
+    key_mask: torch.Tensor | None,
+    scale: float,
+    config: LaunchConfig | None = None,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """``out [B, Sq, H, D]`` and ``lse [B, H, Sq]`` (float32) of validated inputs."""
+    batch, q_len, heads, dim = q.shape
+    q, k, v = unit_stride(q), unit_stride(k), unit_stride(v)
+    out = torch.empty((batch, q_len, heads, dim), dtype=q.dtype, device=q.device)
+    lse = torch.empty((batch, heads, q_len), dtype=torch.float32, device=q.device)
+    nq, _ = mask.num_blocks
+    if rows is not None:
+        rows = rows.to(torch.int32).contiguous()
+    index = mask.kv_indices.contiguous()
+    config = config or launch_config("forward", q, mask, rows is not None)
+    block_d = padded_head_dim(dim)
+    block_sparse_fwd_kernel[(nq, batch * heads)](
+        q,
+        k,
+        v,
+        out,
+        lse,
+        mask.kv_num_blocks.contiguous(),
+        mask.kv_num_full.contiguous(),
+        index,
+        index if mask.kv_bits is None else mask.kv_bits.contiguous(),
+        index if mask.token_bits is None else mask.token_bits.contiguous(),
+        index if rows is None else rows,
+        index if key_mask is None else key_mask.contiguous().view(torch.uint8),
+        *q.stride()[:3],
+        *k.stride()[:3],
+        *v.stride()[:3],
+        *out.stride()[:3],
+        *mask_strides(index, nq),
+        *((0, 0) if rows is None else mask_strides(rows, q_len)),
+        heads,
+        index.shape[-1],
+        q_len,
+        k.shape[1],
+        scale * LOG2_E,
+        BLOCK_Q=mask.block_q,
+        BLOCK_K=mask.block_k,
+        BLOCK_D=block_d,
+        HEAD_DIM=dim,
+        PERMUTED=rows is not None,
+        HAS_BITS=mask.kv_bits is not None and mask.token_bits.shape[0] > 0,
+        HAS_KEY_MASK=key_mask is not None,
+        PRECISION=dot_precision(q.dtype),
+        num_warps=config.num_warps,
+        num_stages=config.num_stages,
+    )
+    return out, lse

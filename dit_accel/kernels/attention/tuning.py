@@ -1,0 +1,103 @@
+"""Launch parameters of the Triton kernels: a checked-in table per GPU, a safe default elsewhere."""
+
+from __future__ import annotations
+
+import json
+import os
+from dataclasses import dataclass
+from functools import cache
+from importlib import resources
+from typing import Any
+
+import torch
+
+from ..common.choice import Case
+from ..mask.block_mask import BlockMask
+
+# Path of a table that ``dit-accel bench --kernels --out`` wrote; for GPUs of its name it replaces ours.
+TABLE_VARIABLE = "DIT_ACCEL_TUNING_TABLE"
+
+
+@dataclass(frozen=True)
+class LaunchConfig:
+    """Warps per program and software-pipelining depth of a launch."""
+
+    num_warps: int
+    num_stages: int
+
+
+@cache
+def _table(device_name: str) -> dict[str, Any]:
+    """What was measured on a GPU.
+
+    ``entries``: ``"op/block_q x block_k/padded head dim/order" -> [num_warps, num_stages]``;
+    ``fa4_fastest``: such keys of forwards that flash-attn-4 runs faster than any kernel of ours.
+    """
+    own = os.environ.get(TABLE_VARIABLE)
+    if own:
+        with open(own, encoding="utf-8") as file:
+            table: dict[str, Any] = json.load(file)
+        if device_name.startswith(table.get("device", "")):
+            return {"entries": table["entries"], "fa4_fastest": table["fa4_fastest"]}
+    known = {"NVIDIA H200": "h200.json", "NVIDIA H100": "h200.json"}
+    for prefix, name in known.items():
+        if device_name.startswith(prefix):
+            return dict(json.loads(resources.files(__package__).joinpath("tuning_tables", name).read_text()))
+    return {"entries": {}, "fa4_fastest": []}
+
+
+@cache
+def _device_name(index: int) -> str:
+    return torch.cuda.get_device_name(index)
+
+
+@cache
+def _shared_memory(index: int) -> int:
+    """Bytes of shared memory that a program may have on a GPU."""
+    return int(torch.cuda.get_device_properties(index).shared_memory_per_block_optin)
+
+
+def _padded(head_dim: int) -> int:
+    return max(16, 1 << (head_dim - 1).bit_length())
+
+
+def _stage_bytes(q: torch.Tensor, mask: BlockMask) -> int:
+    """Shared memory of a stage: a block of keys and one of values, and a word a pair of tokens where bits mask them."""
+    bits = 0 if mask.token_bits is None else 4 * mask.block_q * mask.block_k
+    return 2 * mask.block_k * _padded(q.shape[-1]) * q.element_size() + bits
+
+
+def entry_key(op: str, block_q: int, block_k: int, head_dim: int, permuted: bool) -> str:
+    """Key of the table; head dims are padded to a power of two as the kernels do."""
+    padded = _padded(head_dim)
+    return f"{op}/{block_q}x{block_k}/d{padded}/{'permuted' if permuted else 'in_order'}"
+
+
+def launch_config(op: str, q: torch.Tensor, mask: BlockMask, permuted: bool) -> LaunchConfig:
+    """The table's entry for a call, or a default that fits any GPU's shared memory."""
+    dim = q.shape[-1]
+    if q.is_cuda and q.dtype != torch.float32:
+        found = _table(_device_name(q.device.index or 0))["entries"].get(
+            entry_key(op, mask.block_q, mask.block_k, dim, permuted)
+        )
+        if found is not None:
+            warps, stages = found
+            if mask.token_bits is not None:  # the table was measured without
+                room = _shared_memory(q.device.index or 0) - mask.block_q * _padded(dim) * q.element_size()
+                stages = max(1, min(stages, room // _stage_bytes(q, mask)))
+            return LaunchConfig(warps, stages)
+    padded = _padded(dim)
+    warps = 8 if mask.block_q * padded >= 128 * 128 else 4
+    if max(mask.block_q, mask.block_k) <= 32:
+        # Each warp multiplies 16 rows at a time: more of them would share out columns, and wait for each other.
+        warps = max(1, min(warps, mask.block_q * padded // 1024))
+    stages = max(1, min(3, (96 << 10) // _stage_bytes(q, mask)))
+    return LaunchConfig(warps, stages)
+
+
+def fa4_is_fastest(case: Case) -> bool:
+    """Whether the table lists a forward of this head dim and block size as faster on flash-attn-4."""
+    if case.device.type != "cuda" or case.head_dim is None or case.blocks is None:
+        return False
+    key = entry_key("forward", *case.blocks, case.head_dim, False)
+    return key in _table(_device_name(case.device.index or 0))["fa4_fastest"]

@@ -1,0 +1,64 @@
+"""Which kernel of the Triton backend runs a call: the Hopper one where it applies, else the portable one."""
+
+from __future__ import annotations
+
+import os
+from functools import cache
+
+import torch
+
+from ..common.choice import Choice
+from ..mask.block_mask import BlockMask
+
+# The kernel compiles with these and not before; CI compiles it with the oldest and the newest.
+OLDEST_TRITON = (3, 6)
+
+
+def kernel_of(choice: Choice, why_not_hopper: str | None) -> Choice:
+    """A choice of Triton whose reason also names the kernel."""
+    kernel = f"portable kernel, not the Hopper one: {why_not_hopper}" if why_not_hopper else "Hopper kernel"
+    return Choice(choice.name, f"{choice.reason}; {kernel}")
+
+
+def why_not_hopper_half(
+    q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, mask: BlockMask, rows: torch.Tensor | None
+) -> str | None:
+    """Why the Hopper kernel cannot run a half-precision call, or None if it can."""
+    reason = _why_not_gluon(q)
+    if reason is not None:
+        return reason
+    from .hopper.forward import why_not_hopper
+
+    return why_not_hopper(q, k, v, mask, rows)
+
+
+def why_not_hopper_quantized(q: torch.Tensor, mask: BlockMask, smooth_q: bool) -> str | None:
+    """Why the Hopper kernel cannot run a quantised call, or None if it can; ``q`` as before quantisation."""
+    reason = _why_not_gluon(q)
+    if reason is not None:
+        return reason
+    if smooth_q:
+        return "it does not add the mean query's logits back"
+    from .hopper.forward import why_not_shape
+
+    return why_not_shape(q, mask)
+
+
+def _why_not_gluon(q: torch.Tensor) -> str | None:
+    if not q.is_cuda or os.environ.get("TRITON_INTERPRET", "0") == "1":
+        return "it needs a GPU"
+    return _why_not_this_triton()
+
+
+@cache
+def _why_not_this_triton() -> str | None:
+    """Asked by every call, and the same for all of a process."""
+    import triton
+
+    if tuple(int(n) for n in triton.__version__.split(".")[:2]) < OLDEST_TRITON:
+        return f"it needs Triton {'.'.join(map(str, OLDEST_TRITON))} or newer, this is {triton.__version__}"
+    try:
+        from .hopper import forward  # noqa: F401
+    except ImportError as error:  # Gluon is experimental: other Triton versions may lack a name
+        return f"this Triton lacks a part of Gluon ({error})"
+    return None

@@ -1,0 +1,1 @@
+"""What several operators share: what a device can do, and launch settings."""

@@ -1,0 +1,1 @@
+"""The linear branch of sparse-linear attention."""

@@ -1,0 +1,1 @@
+"""Triton kernels of the linear branch, and their launchers."""

@@ -1,0 +1,127 @@
+"""Block lists in one launch, from the rank of every block or from bits; and bits from lists."""
+
+from __future__ import annotations
+
+import torch
+import triton
+import triton.language as tl
+
+from .block_mask import BlockMask
+
+
+@triton.jit
+def list_fwd_kernel(rank_ptr, indices_ptr, num_ptr, num_full_ptr, nk, WIDTH: tl.constexpr):
+    """One row's lists from the rank of each block: 0 full, 1 partial, 2 not kept."""
+    pid = tl.program_id(0).to(tl.int64)
+    j = tl.arange(0, WIDTH)
+    rank = tl.load(rank_ptr + pid * nk + j, mask=j < nk, other=2).to(tl.int32)
+    write_lists(rank, j, pid, indices_ptr + pid * nk, num_ptr, num_full_ptr)
+
+
+@triton.jit
+def unpack_fwd_kernel(
+    kept_ptr, partial_ptr, indices_ptr, num_ptr, num_full_ptr, nk, num_bytes, longest, short, WIDTH: tl.constexpr
+):
+    """One row's lists from its bits; the key block ``short`` is partial where it is kept."""
+    pid = tl.program_id(0).to(tl.int64)
+    j = tl.arange(0, WIDTH)
+    place = pid * num_bytes + j // 8
+    kept = (tl.load(kept_ptr + place, mask=j < nk, other=0) >> (j % 8)) & 1
+    partial = (j == short).to(tl.int32)
+    if partial_ptr is not None:
+        partial |= (tl.load(partial_ptr + place, mask=j < nk, other=0) >> (j % 8)) & 1
+    rank = tl.where(kept != 0, partial, 2)
+    write_lists(rank, j, pid, indices_ptr + pid * longest, num_ptr, num_full_ptr)
+
+
+@triton.jit
+def write_lists(rank, j, pid, row_ptr, num_ptr, num_full_ptr):
+    """Full blocks first, then partial ones, both rising."""
+    before = tl.cumsum(tl.where(rank == 0, 1, tl.where(rank == 1, 65536, 0)), 0)
+    num_full = tl.sum((rank == 0).to(tl.int32), 0)
+    place = tl.where(rank == 0, (before & 65535) - 1, num_full + (before >> 16) - 1)
+    tl.store(row_ptr + place, j, mask=rank < 2)
+    tl.store(num_ptr + pid, tl.sum((rank < 2).to(tl.int32), 0))
+    tl.store(num_full_ptr + pid, num_full)
+
+
+@triton.jit
+def pack_fwd_kernel(
+    indices_ptr, num_ptr, num_full_ptr, kept_ptr, partial_ptr, length, num_bytes,
+    ENTRIES: tl.constexpr, WIDTH: tl.constexpr,
+):  # fmt: skip
+    """One row's bits from its lists."""
+    pid = tl.program_id(0).to(tl.int64)
+    slot = tl.arange(0, ENTRIES)
+    listed = slot < tl.load(num_ptr + pid)
+    index = tl.load(indices_ptr + pid * length + slot, mask=listed, other=0)
+    place = tl.arange(0, WIDTH // 8)
+    at = pid * num_bytes + place
+    tl.store(kept_ptr + at, bits_of(index, listed, WIDTH), mask=place < num_bytes)
+    if partial_ptr is not None:
+        hidden = listed & (slot >= tl.load(num_full_ptr + pid))
+        tl.store(partial_ptr + at, bits_of(index, hidden, WIDTH), mask=place < num_bytes)
+
+
+@triton.jit
+def bits_of(index, listed, WIDTH: tl.constexpr):
+    """uint8 ``[WIDTH / 8]`` of the entries that are ``listed``, each at most once."""
+    bit = tl.histogram(index, WIDTH, mask=listed).reshape([WIDTH // 8, 8])
+    return tl.sum(bit << tl.arange(0, 8)[None, :], 1).to(tl.uint8)
+
+
+def bits_of_block_lists(mask: BlockMask, partial: bool) -> tuple[torch.Tensor, torch.Tensor | None]:
+    """uint8 bits ``[B, H, nq, ceil(nk / 8)]`` of the kept blocks, and if asked for of those that need masking."""
+    number, number_full, indices = (x.contiguous() for x in (mask.kv_num_blocks, mask.kv_num_full, mask.kv_indices))
+    nk, length = mask.num_blocks[1], indices.shape[-1]
+    kept = torch.empty(*number.shape, -(-nk // 8), dtype=torch.uint8, device=number.device)
+    some = torch.empty_like(kept) if partial else None
+    width = max(32, triton.next_power_of_2(nk))
+    with torch.cuda.device_of(number):
+        pack_fwd_kernel[(number.numel(),)](
+            indices, number, number_full, kept, some, length, kept.shape[-1],
+            ENTRIES=max(32, triton.next_power_of_2(length)), WIDTH=width, num_warps=row_warps(width, False),
+        )  # fmt: skip
+    return kept, some
+
+
+def block_lists_triton(rank: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """Indices, numbers and numbers of full blocks from int8 ranks ``[B, H, nq, nk]``; see :class:`BlockMask`.
+
+    Entries past a row's number are 0.
+    """
+    rank = rank.contiguous()
+    nk = rank.shape[-1]
+    indices = torch.zeros(rank.shape, dtype=torch.int32, device=rank.device)
+    counts = torch.empty(2, *rank.shape[:-1], dtype=torch.int32, device=rank.device)
+    width = max(32, triton.next_power_of_2(nk))
+    with torch.cuda.device_of(rank):
+        list_fwd_kernel[(counts[0].numel(),)](
+            rank, indices, counts[0], counts[1], nk, WIDTH=width, num_warps=row_warps(width, False)
+        )
+    return indices, counts[0], counts[1]
+
+
+def block_lists_of_bits(
+    kept: torch.Tensor, partial: torch.Tensor | None, nk: int, short: int, longest: int
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """Lists of ``longest`` entries from uint8 bits ``[B, H, nq, ceil(nk / 8)]``; see :class:`PackedBlockMask`.
+
+    Args:
+        short: the last key block where it is short, -1 where it is not.
+    """
+    lead = kept.shape[:-1]
+    indices = torch.zeros(*lead, longest, dtype=torch.int32, device=kept.device)
+    counts = torch.empty(2, *lead, dtype=torch.int32, device=kept.device)
+    width = max(32, triton.next_power_of_2(nk))
+    with torch.cuda.device_of(kept):
+        unpack_fwd_kernel[(counts[0].numel(),)](
+            kept, partial, indices, counts[0], counts[1], nk, kept.shape[-1], longest, short,
+            WIDTH=width, num_warps=row_warps(width, False),
+        )  # fmt: skip
+    return indices, counts[0], counts[1]
+
+
+def row_warps(width: int, by_mass: bool) -> int:
+    """Warps of a row's program: 16 entries a thread, and half as many with the 64-bit masses."""
+    return max(1, min(16, width // (256 if by_mass else 512)))

@@ -1,0 +1,1 @@
+"""Attention over a pyramid of averaged keys."""

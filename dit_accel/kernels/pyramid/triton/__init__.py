@@ -1,0 +1,1 @@
+"""Triton kernels of pyramid attention, and their launchers."""

@@ -1,0 +1,1 @@
+"""Block-sparse attention in 8-bit integers and floats."""

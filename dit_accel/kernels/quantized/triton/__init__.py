@@ -1,0 +1,1 @@
+"""Triton kernels of quantised attention, and their launchers."""

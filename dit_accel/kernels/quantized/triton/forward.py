@@ -1,0 +1,232 @@
+"""Quantised block-sparse attention forward in plain Triton: any GPU, head dim and block shape."""
+
+from __future__ import annotations
+
+import torch
+import triton
+import triton.language as tl
+
+from ...attention.triton.forward import LOG2_E, SIZES, key_visibility, mask_strides, padded_head_dim
+from ...common.quantized_inputs import QuantizedInputs
+from ...mask.block_mask import BlockMask
+
+LN_2_ = tl.constexpr(0.6931471805599453)
+
+
+@triton.jit(do_not_specialize=(*SIZES, "q_padded", "kv_padded"))
+def quantized_fwd_kernel(
+    q_ptr,
+    k_ptr,
+    v_ptr,
+    q_scale_ptr,
+    k_scale_ptr,
+    v_scale_ptr,
+    q_mean_ptr,
+    q_shift_ptr,
+    out_ptr,
+    lse_ptr,
+    counts_ptr,
+    fulls_ptr,
+    index_ptr,
+    bit_rows_ptr,
+    bits_ptr,
+    rows_ptr,
+    key_mask_ptr,
+    stride_vb,
+    stride_vs,
+    stride_vh,
+    stride_ob,
+    stride_os,
+    stride_oh,
+    mask_batch_stride,
+    mask_head_stride,
+    rows_batch_stride,
+    rows_head_stride,
+    heads,
+    list_length,
+    q_len,
+    kv_len,
+    q_padded,
+    kv_padded,
+    scale_log2,
+    BLOCK_Q: tl.constexpr,
+    BLOCK_K: tl.constexpr,
+    BLOCK_D: tl.constexpr,
+    HEAD_DIM: tl.constexpr,
+    PERMUTED: tl.constexpr,
+    HAS_BITS: tl.constexpr,
+    HAS_KEY_MASK: tl.constexpr,
+    SMOOTH_Q: tl.constexpr,
+    FP8: tl.constexpr,
+    THREAD_SCALES: tl.constexpr,
+    HALF_TYPE: tl.constexpr,
+):
+    """One query block of one head of a QuantizedInputs; output and LSE go to the original rows."""
+    query_block = tl.program_id(0)
+    plane = tl.program_id(1).to(tl.int64)
+    batch, head = plane // heads, plane % heads
+    rows_ptr += batch * rows_batch_stride + head * rows_head_stride
+    key_mask_ptr += batch * kv_len
+    mask_row = batch * mask_batch_stride + head * mask_head_stride + query_block
+    index_ptr += mask_row * list_length
+    bit_rows_ptr += mask_row * list_length
+
+    offs_m = tl.arange(0, BLOCK_Q)
+    offs_n = tl.arange(0, BLOCK_K)
+    offs_d = tl.arange(0, BLOCK_D)
+    column = offs_d < HEAD_DIM
+    slot = query_block * BLOCK_Q + offs_m
+    at = plane * q_padded + slot
+    q = tl.load(q_ptr + at[:, None] * HEAD_DIM + offs_d[None, :], mask=column[None, :], other=0)
+    row_scale = tl.load(q_scale_ptr + at) * scale_log2
+    if SMOOTH_Q:
+        q_mean_ptr += (plane * (q_padded // BLOCK_Q) + query_block) * HEAD_DIM
+        q_mean = tl.load(q_mean_ptr + offs_d, mask=column, other=0.0) * scale_log2
+
+    acc = tl.zeros([BLOCK_Q, BLOCK_D], tl.float32)
+    peak = tl.full([BLOCK_Q], float("-inf"), tl.float32)
+    total = tl.zeros([BLOCK_Q], tl.float32)
+    count = tl.load(counts_ptr + mask_row)
+    full = tl.load(fulls_ptr + mask_row)
+    for entry in range(0, count):
+        block = tl.load(index_ptr + entry)
+        key_slot = block * BLOCK_K + offs_n
+        key_at = plane * kv_padded + key_slot
+        k = tl.load(k_ptr + key_at[None, :] * HEAD_DIM + offs_d[:, None], mask=column[:, None], other=0)
+        scale_at = plane * (kv_padded // BLOCK_K) + block
+        if THREAD_SCALES:
+            key_scale = tl.load(k_scale_ptr + scale_at * 4 + offs_n % 8 // 2)
+            scores = tl.dot(q, k).to(tl.float32) * row_scale[:, None] * key_scale[None, :]
+        else:
+            key_scale = tl.load(k_scale_ptr + scale_at)
+            scores = tl.dot(q, k).to(tl.float32) * (row_scale * key_scale)[:, None]
+        if SMOOTH_Q:
+            # What smoothing took from the logits of this block, common to all its rows.
+            scores += (tl.sum(q_mean[:, None] * k.to(tl.float32), 0) * key_scale)[None, :]
+        if entry >= full:
+            key_row = key_slot
+            if PERMUTED:
+                key_row = tl.load(rows_ptr + key_slot, mask=key_slot < kv_len, other=0)
+            bit_row = tl.full([], -1, tl.int32)
+            if HAS_BITS:
+                bit_row = tl.load(bit_rows_ptr + entry)
+            visible = key_visibility(
+                bits_ptr,
+                bit_row,
+                key_mask_ptr,
+                key_slot,
+                key_row,
+                kv_len,
+                offs_m,
+                offs_n,
+                BLOCK_Q,
+                BLOCK_K,
+                HAS_BITS,
+                HAS_KEY_MASK,
+            )
+            scores = tl.where(visible, scores, float("-inf"))
+        new_peak = tl.maximum(peak, tl.max(scores, 1))
+        base = tl.where(new_peak == float("-inf"), 0.0, new_peak)
+        weights = tl.math.exp2(scores - base[:, None])
+        shrink = tl.math.exp2(peak - base)
+        total = total * shrink + tl.sum(weights, 1)
+        acc = acc * shrink[:, None]
+        if FP8:
+            # The stored order of keys is KEY_PLACE.
+            place = (key_slot // 16) * 16 + (key_slot & 4) * 2 + (key_slot & 2) * 2
+            place += (key_slot & 8) // 4 + (key_slot & 1)
+            v_at = v_ptr + (plane * HEAD_DIM + offs_d)[None, :] * kv_padded + place[:, None]
+            v = tl.load(v_at, mask=column[None, :], other=0.0)
+            acc += tl.dot((weights * 448.0).to(tl.float8e4nv), v)
+        else:
+            v_at = v_ptr + batch * stride_vb + head * stride_vh + key_slot.to(tl.int64)[:, None] * stride_vs
+            live = (key_slot < kv_len)[:, None] & column[None, :]
+            v = tl.load(v_at + offs_d[None, :], mask=live, other=0.0)
+            acc = tl.dot(weights.to(HALF_TYPE), v, acc)
+        peak = new_peak
+
+    nothing = total == 0.0
+    safe = tl.where(nothing, 1.0, total)
+    acc = acc / safe[:, None]
+    if FP8:
+        v_scale = tl.load(v_scale_ptr + plane * HEAD_DIM + offs_d, mask=column, other=0.0)
+        acc = acc * (v_scale / 448.0)[None, :]
+    # Smoothing k took scale * q . mean(k) from every logit of the row.
+    lse = (peak + tl.math.log2(safe) + tl.load(q_shift_ptr + at) * scale_log2) * LN_2_
+    lse = tl.where(nothing, float("-inf"), lse)
+    live = slot < q_len
+    row = slot
+    if PERMUTED:
+        row = tl.load(rows_ptr + slot, mask=live, other=0)
+    out_at = out_ptr + batch * stride_ob + head * stride_oh + row.to(tl.int64)[:, None] * stride_os
+    tl.store(out_at + offs_d[None, :], acc.to(out_ptr.dtype.element_ty), mask=live[:, None] & column[None, :])
+    tl.store(lse_ptr + plane * q_len + row, lse, mask=live)
+
+
+_TRITON_TYPES = {torch.float16: tl.float16, torch.bfloat16: tl.bfloat16, torch.float32: tl.float32}
+
+
+def quantized_forward(
+    quantized: QuantizedInputs,
+    mask: BlockMask,
+    rows: torch.Tensor | None,
+    key_mask: torch.Tensor | None,
+    scale: float,
+    heads: int,
+    dtype: torch.dtype,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """``out [B, Sq, H, D]`` in ``dtype`` and ``lse [B, H, Sq]``."""
+    batch, _, q_padded, dim = quantized.q.shape
+    kv_padded = quantized.k.shape[2]
+    device = quantized.q.device
+    out = torch.empty((batch, mask.q_len, heads, dim), dtype=dtype, device=device)
+    lse = torch.empty((batch, heads, mask.q_len), dtype=torch.float32, device=device)
+    nq, _ = mask.num_blocks
+    index = mask.kv_indices.contiguous()
+    if rows is not None:
+        rows = rows.to(torch.int32).contiguous()
+    block_d = max(32, padded_head_dim(dim))  # 8-bit products take at least 32 columns at once
+    quantized_fwd_kernel[(nq, batch * heads)](
+        quantized.q,
+        quantized.k,
+        quantized.v,
+        quantized.q_scale,
+        quantized.k_scale,
+        lse if quantized.v_scale is None else quantized.v_scale,
+        quantized.q_mean,
+        quantized.q_shift,
+        out,
+        lse,
+        mask.kv_num_blocks.contiguous(),
+        mask.kv_num_full.contiguous(),
+        index,
+        index if mask.kv_bits is None else mask.kv_bits.contiguous(),
+        index if mask.token_bits is None else mask.token_bits.contiguous(),
+        index if rows is None else rows,
+        index if key_mask is None else key_mask.contiguous().view(torch.uint8),
+        *quantized.v.stride()[:3],
+        *out.stride()[:3],
+        *mask_strides(index, nq),
+        *((0, 0) if rows is None else mask_strides(rows, mask.q_len)),
+        heads,
+        index.shape[-1],
+        mask.q_len,
+        mask.kv_len,
+        q_padded,
+        kv_padded,
+        scale * LOG2_E,
+        BLOCK_Q=mask.block_q,
+        BLOCK_K=mask.block_k,
+        BLOCK_D=block_d,
+        HEAD_DIM=dim,
+        PERMUTED=rows is not None,
+        HAS_BITS=mask.kv_bits is not None and mask.token_bits.shape[0] > 0,
+        HAS_KEY_MASK=key_mask is not None,
+        SMOOTH_Q=quantized.smooth_q,
+        FP8=quantized.v_scale is not None,
+        THREAD_SCALES=quantized.scales_by_thread,
+        HALF_TYPE=_TRITON_TYPES[dtype],
+        num_warps=8 if mask.block_q * block_d >= 128 * 128 else 4,
+        num_stages=3 if block_d <= 128 else 2,
+    )
+    return out, lse

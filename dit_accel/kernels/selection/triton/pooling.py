@@ -1,0 +1,261 @@
+"""Triton kernels of block means: q and k are each read once, in place, through their permutation."""
+
+from __future__ import annotations
+
+import torch
+import triton
+import triton.language as tl
+
+POOL_ELEMENTS, POOL_WARPS = 2048, 1
+"""Elements and warps of one pooling step."""
+
+
+@triton.jit
+def pool_one(
+    x_ptr,
+    rows_ptr,
+    mask_ptr,
+    out_ptr,
+    pid,
+    seq,
+    heads,
+    blocks,
+    scale,
+    stride_xb,
+    stride_xs,
+    stride_xh,
+    stride_xd,
+    stride_rb,
+    stride_rh,
+    stride_mb,
+    HAS_ROWS: tl.constexpr,
+    HAS_MASK: tl.constexpr,
+    DIM: tl.constexpr,
+    DIM_PAD: tl.constexpr,
+    BLOCK: tl.constexpr,
+    CHUNK: tl.constexpr,
+):
+    """``scale`` times the mean of one block."""
+    # Heads run fastest, so that programs in flight together read neighbouring memory of (B, S, H, D).
+    h = pid % heads
+    i = (pid // heads) % blocks
+    b = pid // (heads * blocks)
+    o_d = tl.arange(0, DIM_PAD)
+    x_ptr += b.to(tl.int64) * stride_xb + h.to(tl.int64) * stride_xh
+    total = tl.zeros([DIM_PAD], tl.float32)
+    count = 0.0
+    for start in tl.static_range(0, BLOCK, CHUNK):
+        o_in = start + tl.arange(0, CHUNK)
+        slot = i * BLOCK + o_in
+        valid = (slot < seq) & (o_in < BLOCK)
+        row = slot
+        if HAS_ROWS:
+            row = tl.load(rows_ptr + b * stride_rb + h * stride_rh + slot, mask=valid, other=0)
+        if HAS_MASK:
+            valid = valid & (tl.load(mask_ptr + b * stride_mb + row, mask=valid, other=0) != 0)
+        p_x = x_ptr + row.to(tl.int64)[:, None] * stride_xs + o_d[None, :] * stride_xd
+        b_x = tl.load(p_x, mask=valid[:, None] & (o_d < DIM)[None, :], other=0.0)
+        total += tl.sum(b_x.to(tl.float32), 0)
+        count += tl.sum(valid.to(tl.float32), 0)
+    p_out = out_ptr + ((b.to(tl.int64) * heads + h) * blocks + i) * DIM + o_d
+    tl.store(p_out, total * (scale / tl.maximum(count, 1.0)), mask=o_d < DIM)
+
+
+@triton.jit
+def pool_fwd_kernel(
+    x_ptr,
+    rows_ptr,
+    mask_ptr,
+    out_ptr,
+    seq,
+    heads,
+    blocks,
+    stride_xb,
+    stride_xs,
+    stride_xh,
+    stride_xd,
+    stride_rb,
+    stride_rh,
+    stride_mb,
+    HAS_ROWS: tl.constexpr,
+    HAS_MASK: tl.constexpr,
+    DIM: tl.constexpr,
+    DIM_PAD: tl.constexpr,
+    BLOCK: tl.constexpr,
+    CHUNK: tl.constexpr,
+):
+    pool_one(
+        x_ptr, rows_ptr, mask_ptr, out_ptr, tl.program_id(0), seq, heads, blocks, 1.0,
+        stride_xb, stride_xs, stride_xh, stride_xd, stride_rb, stride_rh, stride_mb,
+        HAS_ROWS, HAS_MASK, DIM, DIM_PAD, BLOCK, CHUNK,
+    )  # fmt: skip
+
+
+@triton.jit
+def pool_pair_fwd_kernel(
+    q_ptr,
+    k_ptr,
+    rows_ptr,
+    k_rows_ptr,
+    mask_ptr,
+    q_out_ptr,
+    k_out_ptr,
+    q_len,
+    kv_len,
+    heads,
+    nq,
+    nk,
+    q_programs,
+    scale,
+    stride_qb,
+    stride_qs,
+    stride_qh,
+    stride_qd,
+    stride_kb,
+    stride_ks,
+    stride_kh,
+    stride_kd,
+    stride_rb,
+    stride_rh,
+    stride_krb,
+    stride_krh,
+    stride_mb,
+    HAS_ROWS: tl.constexpr,
+    HAS_K_ROWS: tl.constexpr,
+    HAS_MASK: tl.constexpr,
+    DIM: tl.constexpr,
+    DIM_PAD: tl.constexpr,
+    BLOCK_Q: tl.constexpr,
+    BLOCK_K: tl.constexpr,
+    CHUNK_Q: tl.constexpr,
+    CHUNK_K: tl.constexpr,
+):
+    """Query means, scaled, and key means in one launch."""
+    pid = tl.program_id(0)
+    if pid < q_programs:
+        pool_one(
+            q_ptr, rows_ptr, mask_ptr, q_out_ptr, pid, q_len, heads, nq, scale,
+            stride_qb, stride_qs, stride_qh, stride_qd, stride_rb, stride_rh, stride_mb,
+            HAS_ROWS, False, DIM, DIM_PAD, BLOCK_Q, CHUNK_Q,
+        )  # fmt: skip
+    else:
+        pool_one(
+            k_ptr, k_rows_ptr, mask_ptr, k_out_ptr, pid - q_programs, kv_len, heads, nk, 1.0,
+            stride_kb, stride_ks, stride_kh, stride_kd, stride_krb, stride_krh, stride_mb,
+            HAS_K_ROWS, HAS_MASK, DIM, DIM_PAD, BLOCK_K, CHUNK_K,
+        )  # fmt: skip
+
+
+def lead_strides(x: torch.Tensor | None) -> tuple[int, int]:
+    """Strides of the two leading dimensions, 0 where the size is 1 (broadcast)."""
+    if x is None:
+        return 0, 0
+    return tuple(0 if size == 1 else stride for size, stride in zip(x.shape[:2], x.stride()[:2]))
+
+
+def pool_blocks_triton(
+    x: torch.Tensor,
+    block: int,
+    *,
+    rows: torch.Tensor | None = None,
+    key_mask: torch.Tensor | None = None,
+) -> torch.Tensor:
+    """See :func:`dit_accel.kernels.selection.api.pool_blocks`."""
+    batch, seq, heads, dim = x.shape
+    n = triton.cdiv(seq, block)
+    dim_pad = triton.next_power_of_2(dim)
+    out = torch.empty(batch, heads, n, dim, dtype=torch.float32, device=x.device)
+    rows = contiguous_rows(rows)
+    if key_mask is not None:
+        key_mask = key_mask.expand(batch, seq).contiguous()
+    with torch.cuda.device_of(x):
+        pool_fwd_kernel[(batch * heads * n,)](
+            x,
+            rows,
+            key_mask,
+            out,
+            seq,
+            heads,
+            n,
+            *x.stride(),
+            *lead_strides(rows),
+            seq,
+            HAS_ROWS=rows is not None,
+            HAS_MASK=key_mask is not None,
+            DIM=dim,
+            DIM_PAD=dim_pad,
+            BLOCK=block,
+            CHUNK=pool_chunk(block, dim_pad),
+            num_warps=POOL_WARPS,
+        )
+    return out
+
+
+def pool_pair_triton(
+    q: torch.Tensor,
+    k: torch.Tensor,
+    block_q: int,
+    block_k: int,
+    *,
+    rows: torch.Tensor | None,
+    k_rows: torch.Tensor | None,
+    key_mask: torch.Tensor | None,
+    scale: float,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """``scale`` times the block means of q, and those of k with zero blocks up to a multiple of 16.
+
+    Rows of scores that start at multiples of 16 can be read in wide loads.
+    """
+    batch, q_len, heads, dim = q.shape
+    kv_len = k.shape[1]
+    nq, nk = triton.cdiv(q_len, block_q), triton.cdiv(triton.cdiv(kv_len, block_k), 16) * 16
+    dim_pad = triton.next_power_of_2(dim)
+    means = torch.empty(batch * heads * (nq + nk) * dim, dtype=torch.float32, device=q.device)
+    q_mean = means[: batch * heads * nq * dim].view(batch, heads, nq, dim)
+    k_mean = means[batch * heads * nq * dim :].view(batch, heads, nk, dim)
+    rows, k_rows = contiguous_rows(rows), contiguous_rows(k_rows)
+    if key_mask is not None:
+        key_mask = key_mask.expand(batch, kv_len).contiguous()
+    with torch.cuda.device_of(q):
+        pool_pair_fwd_kernel[(batch * heads * (nq + nk),)](
+            q,
+            k,
+            rows,
+            k_rows,
+            key_mask,
+            q_mean,
+            k_mean,
+            q_len,
+            kv_len,
+            heads,
+            nq,
+            nk,
+            batch * heads * nq,
+            scale,
+            *q.stride(),
+            *k.stride(),
+            *lead_strides(rows),
+            *lead_strides(k_rows),
+            kv_len,
+            HAS_ROWS=rows is not None,
+            HAS_K_ROWS=k_rows is not None,
+            HAS_MASK=key_mask is not None,
+            DIM=dim,
+            DIM_PAD=dim_pad,
+            BLOCK_Q=block_q,
+            BLOCK_K=block_k,
+            CHUNK_Q=pool_chunk(block_q, dim_pad),
+            CHUNK_K=pool_chunk(block_k, dim_pad),
+            num_warps=POOL_WARPS,
+        )
+    return q_mean, k_mean
+
+
+def contiguous_rows(rows: torch.Tensor | None) -> torch.Tensor | None:
+    """A permutation whose slots are adjacent in memory; expanded leading dimensions may stay."""
+    return rows if rows is None or rows.stride(-1) == 1 else rows.contiguous()
+
+
+def pool_chunk(block: int, dim_pad: int) -> int:
+    """Rows that a pooling program reads at a time."""
+    return min(triton.next_power_of_2(block), max(16, POOL_ELEMENTS // dim_pad))

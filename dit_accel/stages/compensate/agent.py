@@ -1,0 +1,129 @@
+"""Agent tokens between queries and keys: Agent Attention (arXiv 2312.08874)."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import ClassVar
+
+import torch
+import torch.nn.functional as F
+
+from ...call import AttentionCall
+from ...kernels import BlockMask
+from ...kernels.common.choice import Case, Choice, Operation, choose
+from ...layout import TokenLayout
+from ...plan import AttentionPlan, LayerMemory, SequenceBlocks
+from ..order.simple import fold_tile, tile_order
+
+
+@dataclass(frozen=True)
+class Agents:
+    """What one layout's agents are.
+
+    Attributes:
+        layout: of the sequence.
+        number: int64 ``[num_latent]``, the agent of each latent token in the model's order.
+        count: agents in all.
+    """
+
+    layout: TokenLayout
+    number: torch.Tensor
+    count: int
+
+
+@dataclass(frozen=True)
+class AgentTokens:
+    """In place of the attention among latents, two small ones through agents: the mean queries of 3-D tiles.
+
+    ``out = softmax(s**sharpen * Q A^T) [softmax(s * A K^T) V] + shortcut * V`` for the latents, with
+    ``s = scale`` and A the agents; the agents read every visible key, text included. Other tokens than
+    latents attend to all keys as before. Work grows with tokens times agents.
+
+    Attributes:
+        tile: latent tokens per agent and dimension (frames, height, width); an image folds it. More than two
+            tokens in all, or the agents cost more than they save.
+        sharpen: exponent of the scale in the second attention; below 1 it is sharper than usual.
+        shortcut: weight of the values added to the output of their own tokens.
+    """
+
+    tile: tuple[int, int, int] = (2, 2, 2)
+    sharpen: float = 0.3
+    shortcut: float = 0.075
+
+    def __post_init__(self) -> None:
+        if len(self.tile) != 3 or min(self.tile) < 1 or self.tile[0] * self.tile[1] * self.tile[2] <= 2:
+            raise ValueError(f"compensate.tile must hold three sizes and more than two tokens, got {self.tile}.")
+
+    needs_lse: ClassVar[bool] = False
+    attends_alone: ClassVar[bool] = True
+
+    @property
+    def is_static(self) -> bool:
+        return True
+
+    def choices(self, case: Case, backend: str) -> dict[Operation, Choice]:
+        """The two attentions, which torch's own kernels run."""
+        return {"agents": choose("agents", backend, case, "there is no Triton kernel for it")}
+
+    def prepare(
+        self,
+        blocks: SequenceBlocks,
+        mask: BlockMask,
+        call: AttentionCall,
+        memory: LayerMemory | None = None,
+    ) -> Agents:
+        """Which agent stands for which token."""
+        layout = blocks.layout
+        tile = fold_tile(self.tile, layout.grid[0])
+        order = tile_order(layout.grid, tile, blocks.device)
+        tiles_h, tiles_w = (-(-size // step) for size, step in zip(layout.grid[1:], tile[1:], strict=True))
+        _, height, width = layout.grid
+        f, h, w = order // (height * width), order // width % height, order % width
+        number = torch.empty_like(order)
+        number[order] = (f // tile[0] * tiles_h + h // tile[1]) * tiles_w + w // tile[2]
+        return Agents(layout, number, -(-layout.grid[0] // tile[0]) * tiles_h * tiles_w)
+
+    def attend(
+        self,
+        call: AttentionCall,
+        plan: AttentionPlan,
+        sparse: Callable[[], tuple[torch.Tensor, torch.Tensor]],
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """The two attentions through the agents; the kept blocks are not read."""
+        agents: Agents = plan.compensation
+        layout = agents.layout
+        call.backend("agents")  # torch whatever its name: there is nothing to hand it to
+        scale = call.scale
+        visible = None if call.key_mask is None else call.key_mask[:, None, None]
+        heads_first = [x.transpose(1, 2) for x in (call.q, call.k, call.v)]
+        keys, values = heads_first[1:]
+        first, last = layout.latent_start, layout.latent_start + layout.num_latent
+        latent_q = heads_first[0][:, :, first:last]
+        asked = _means(latent_q, agents)
+        told = F.scaled_dot_product_attention(asked, keys, values, visible, scale=scale)
+        latents = F.scaled_dot_product_attention(latent_q, asked, told, scale=scale**self.sharpen)
+        out = latents + self.shortcut * values[:, :, first:last]
+        if layout.num_extra:
+            # Text and references keep their own attention: they are few.
+            extra = torch.cat([heads_first[0][:, :, :first], heads_first[0][:, :, last:]], 2)
+            others = F.scaled_dot_product_attention(extra, keys, values, visible, scale=scale)
+            out = torch.cat([others[:, :, :first], out, others[:, :, first:]], 2)
+        out = out.transpose(1, 2)
+        return out, out
+
+    def density(self, plan: AttentionPlan) -> torch.Tensor:
+        """Query-key products as a share of dense attention's."""
+        agents: Agents = plan.compensation
+        tokens, latents = agents.layout.seq_len, agents.layout.num_latent
+        products = agents.count * (tokens + latents) + agents.layout.num_extra * tokens
+        return torch.tensor(products / tokens**2, device=agents.number.device)
+
+
+def _means(latent_q: torch.Tensor, agents: Agents) -> torch.Tensor:
+    """Mean query of every agent, ``[B, H, agents, D]`` from ``[B, H, num_latent, D]``."""
+    lead, dim = latent_q.shape[:2], latent_q.shape[-1]
+    total = torch.zeros(*lead, agents.count, dim, dtype=torch.float32, device=latent_q.device)
+    total = total.index_add(2, agents.number, latent_q.float())
+    size = agents.number.bincount(minlength=agents.count)
+    return (total / size[:, None]).to(latent_q.dtype)

@@ -1,0 +1,107 @@
+"""Blocks left out still count by their mean: one softmax over the kept keys and the others' block means."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import ClassVar
+
+import torch
+import torch.nn.functional as F
+
+from ...call import AttentionCall
+from ...kernels import BlockMask
+from ...kernels.common.choice import Case, Choice, Operation, choose
+from ...kernels.common.tokens import gather_mask, gather_rows
+from ...kernels.selection.api import pool_blocks
+from ...plan import AttentionPlan, LayerMemory, SequenceBlocks
+
+LOGITS_AT_ONCE = 1 << 27
+
+
+@dataclass(frozen=True)
+class PooledResidual:
+    """Every query attends the mean key and mean value of each block left out, in one softmax with the kept keys.
+
+    A block of n tokens has the logit ``scale * q . mean(k) + log n``, as the coarsest level of a pyramid of keys
+    (PSA) and the centroids of SVG-EAR have. By Jensen's inequality that is at most what its tokens have together,
+    so that a block left out never weighs too much. Two partial softmaxes are merged by their log-sum-exps.
+    Costs the products of tokens times blocks. Inference only.
+    """
+
+    needs_lse: ClassVar[bool] = True
+    attends_alone: ClassVar[bool] = False
+
+    @property
+    def is_static(self) -> bool:
+        return True
+
+    def choices(self, case: Case, backend: str) -> dict[Operation, Choice]:
+        """The attention over block means."""
+        return {"residual": choose("residual", backend, case, "there is no Triton kernel for it")}
+
+    def prepare(
+        self,
+        blocks: SequenceBlocks,
+        mask: BlockMask,
+        call: AttentionCall,
+        memory: LayerMemory | None = None,
+    ) -> None:
+        """Nothing to keep: the means follow the keys and values of each call."""
+
+    def attend(
+        self,
+        call: AttentionCall,
+        plan: AttentionPlan,
+        sparse: Callable[[], tuple[torch.Tensor, torch.Tensor]],
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """Sparse attention and the block means, merged."""
+        q, k, v, key_mask = call.q, call.k, call.v, call.key_mask
+        if torch.is_grad_enabled() and any(x.requires_grad for x in (q, k, v)):
+            raise RuntimeError("PooledResidual has no gradient; train with another compensation or without one.")
+        out, lse = sparse()
+        mask = plan.mask
+        call.backend("residual")  # torch whatever its name: there is nothing to hand it to
+        batch, length, heads, _ = q.shape
+        slots = None if plan.rows is None else plan.rows.long().expand(batch, heads, length)
+        queries = gather_rows(q, plan.rows)
+        backend = call.backend("selection")
+        mean_k, mean_v = (
+            pool_blocks(x, mask.block_k, rows=plan.rows, key_mask=key_mask, backend=backend) for x in (k, v)
+        )
+        if key_mask is None:
+            key_mask = torch.ones(1, length, dtype=torch.bool, device=q.device)
+        visible = F.pad(gather_mask(key_mask, plan.rows), (0, -length % mask.block_k))
+        # A block without visible keys has no weight: log 0.
+        bias = visible.unflatten(2, (-1, mask.block_k)).sum(3, dtype=torch.float32).log()
+        left_out = ~mask.to_dense()
+        rest, rest_lse = torch.empty_like(out), torch.empty_like(lse)
+        group = max(1, LOGITS_AT_ONCE // (batch * heads * mask.block_q * mask.num_blocks[1]))
+        for first in range(0, mask.num_blocks[0], group):
+            part = slice(first * mask.block_q, min((first + group) * mask.block_q, length))
+            rows = queries[:, :, part].float()
+            hidden = ~left_out[:, :, first : first + group].repeat_interleave(mask.block_q, 2)[:, :, : rows.shape[2]]
+            logits = rows @ mean_k.transpose(-1, -2) * call.scale + bias[:, :, None]
+            logits = logits.masked_fill(hidden, -math.inf)
+            total = logits.logsumexp(-1)
+            weights = torch.exp(logits - total.masked_fill(total == -math.inf, 0.0)[..., None])
+            found = (weights @ mean_v).to(out.dtype)
+            if slots is None:
+                rest[:, part] = found.transpose(1, 2)
+                rest_lse[:, :, part] = total
+            else:
+                places = slots[:, :, part]
+                rest_lse.scatter_(2, places, total.to(lse.dtype))
+                wide = places.transpose(1, 2)[..., None].expand(-1, -1, -1, out.shape[-1])
+                rest.scatter_(1, wide, found.transpose(1, 2))
+        both = torch.logaddexp(lse, rest_lse)
+        # Nothing left out: also where a row sees no key at all.
+        share = torch.where(rest_lse == -math.inf, 0.0, torch.exp(rest_lse - both))
+        share = share.transpose(1, 2)[..., None].float()
+        return torch.lerp(out.float(), rest.float(), share).to(out.dtype), both
+
+    def density(self, plan: AttentionPlan) -> torch.Tensor:
+        """Kept share of all block pairs, and the means of the others counted as one key each."""
+        kept = plan.mask.density()
+        return kept + (1.0 - kept) / plan.mask.block_k

@@ -1,0 +1,88 @@
+"""In which order tokens form blocks."""
+
+from __future__ import annotations
+
+from collections.abc import Hashable
+from dataclasses import dataclass
+from typing import Protocol
+
+import torch
+
+from ...layout import TokenLayout
+
+
+class Order(Protocol):
+    """An order of the sequence. Latent tokens are permuted; all others follow them in their own order."""
+
+    def variant(self, layer: int) -> Hashable:
+        """Layers with equal variants share their order."""
+        ...
+
+    def rows(self, layout: TokenLayout, device: torch.device, layer: int = 0) -> torch.Tensor | None:
+        """int32 ``[S]``, or ``[H, S]`` with an order per head: the token at each slot; None for the order of
+        the model."""
+        ...
+
+
+def whole_sequence(latent: torch.Tensor, layout: TokenLayout) -> torch.Tensor:
+    """int32 ``[S]`` from the latents' raster indices ``[F * H * W]`` in their new order; the rest follows."""
+    before = torch.arange(layout.latent_start, device=latent.device)
+    after = torch.arange(layout.latent_start + layout.num_latent, layout.seq_len, device=latent.device)
+    return torch.cat([latent + layout.latent_start, before, after]).to(torch.int32)
+
+
+@dataclass(frozen=True)
+class Raster:
+    """The order of the model: frame by frame, row by row."""
+
+    def variant(self, layer: int) -> Hashable:
+        return None
+
+    def rows(self, layout: TokenLayout, device: torch.device, layer: int = 0) -> torch.Tensor | None:
+        return None
+
+
+@dataclass(frozen=True)
+class Tiles:
+    """3-D tiles of the latent grid, each contiguous, so that a block is a compact volume.
+
+    Tiles at the far borders of a grid that the tile shape does not divide are smaller; the tokens stay packed
+    without padding. Tile orders are used by STA (arXiv 2502.04507) and VSA (arXiv 2505.13389).
+
+    Attributes:
+        shape: tile size in latent tokens (frames, height, width). An image, one frame deep, folds the frame
+            share of the tile into height and width, so that a block stays full.
+    """
+
+    shape: tuple[int, int, int] = (4, 4, 4)
+
+    def __post_init__(self) -> None:
+        if len(self.shape) != 3 or min(self.shape) < 1:
+            raise ValueError(f"order.shape must be three tile sizes of at least 1, got {self.shape}.")
+
+    def variant(self, layer: int) -> Hashable:
+        return None
+
+    def rows(self, layout: TokenLayout, device: torch.device, layer: int = 0) -> torch.Tensor | None:
+        return whole_sequence(tile_order(layout.grid, fold_tile(self.shape, layout.grid[0]), device), layout)
+
+
+def fold_tile(tile: tuple[int, int, int], frames: int) -> tuple[int, int, int]:
+    """A tile for a grid of fewer frames than the tile has: halves of its depth go to height and width."""
+    tile_f, tile_h, tile_w = tile
+    while frames < tile_f and tile_f % 2 == 0:
+        tile_f //= 2
+        tile_h, tile_w = (tile_h * 2, tile_w) if tile_h <= tile_w else (tile_h, tile_w * 2)
+    return tile_f, tile_h, tile_w
+
+
+def tile_order(grid: tuple[int, int, int], tile: tuple[int, int, int], device: torch.device) -> torch.Tensor:
+    """int64 ``[F * H * W]``: raster indices tile by tile, raster order among tiles and inside each."""
+    (frames, height, width), (tile_f, tile_h, tile_w) = grid, tile
+    f = torch.arange(frames, device=device)[:, None, None]
+    h = torch.arange(height, device=device)[None, :, None]
+    w = torch.arange(width, device=device)[None, None, :]
+    tiles_h, tiles_w = -(-height // tile_h), -(-width // tile_w)
+    number = (f // tile_f * tiles_h + h // tile_h) * tiles_w + w // tile_w
+    inside = (f % tile_f * tile_h + h % tile_h) * tile_w + w % tile_w
+    return (number * (tile_f * tile_h * tile_w) + inside).flatten().argsort()

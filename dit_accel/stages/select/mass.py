@@ -1,0 +1,187 @@
+"""Key blocks chosen by the exact attention mass of block pairs."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+
+from ...call import AttentionCall
+from ...kernels import BlockMask
+from ...kernels.common.choice import Case, Choice, Operation
+from ...kernels.common.tokens import gather_mask
+from ...kernels.selection.block_mass import block_mass, choose_block_mass
+from ...layout import TokenLayout
+from ...plan import LayerMemory, SequenceBlocks
+from .pooled import keep_best
+from .protocol import HeadDensities, check_block, check_head_densities, check_share, shares_per_head
+
+
+@dataclass(frozen=True)
+class Mass:
+    """Keep the key blocks with the largest softmax mass, every row of a head the same number (AdaSpa).
+
+    The mass of a block pair is the sum of the exact attention probabilities in it (arXiv 2502.21079). The
+    first search of a run takes the log-sum-exp of every query from the dense attention of its step, or computes
+    it where it cannot, and remembers it; later searches normalise with it, in one pass instead of two.
+
+    Attributes:
+        density: kept share of the latent key blocks, in (0, 1]; the mean over the heads.
+        head_adaptive: give heads whose mask recalls little mass more blocks and heads with high recall
+            fewer. Of ``n = min(heads with recall above recall_target, heads // 2)`` best heads the density
+            is halved, and that of the n worst heads raised as much.
+        recall_target: share of the mass that a head's mask must hold to count as well recalled.
+        cache_lse: normalise later searches with the first search's log-sum-exp.
+        block: tokens in a query and in a key block.
+        head_densities: in place of ``density`` and of ``head_adaptive``, see
+            :class:`~dit_accel.stages.select.pooled.Pooled`.
+    """
+
+    density: float = 0.2
+    head_adaptive: bool = True
+    recall_target: float = 0.8
+    cache_lse: bool = True
+    block: tuple[int, int] = (64, 64)
+    head_densities: HeadDensities = ()
+
+    def __post_init__(self) -> None:
+        check_share("density", self.density)
+        check_share("recall_target", self.recall_target)
+        check_block(self.block)
+        check_head_densities(self.head_densities)
+
+    @property
+    def is_static(self) -> bool:
+        return False
+
+    def prepare(self, blocks: SequenceBlocks) -> None:
+        """Nothing is worked out ahead of the call."""
+
+    def uses_lse(self, layout: TokenLayout, key_mask: torch.Tensor | None) -> bool:
+        """Whether the log-sum-exp of the call's dense attention would spare :meth:`select` a pass."""
+        return self.cache_lse
+
+    def choices(self, case: Case, backend: str) -> dict[Operation, Choice]:
+        """Block masses."""
+        return {"block_mass": choose_block_mass(case, backend)}
+
+    def select(
+        self,
+        blocks: SequenceBlocks,
+        tables: None,
+        call: AttentionCall,
+        memory: LayerMemory | None = None,
+    ) -> BlockMask:
+        """Mask of one call from its queries and keys."""
+        known = memory.lse if memory is not None and self.cache_lse else None
+        mass, lse = block_mass(
+            call.q,
+            call.k,
+            block_q=blocks.block_q,
+            block_k=blocks.block_k,
+            lse=known,
+            rows=blocks.kernel_rows,
+            key_mask=call.key_mask,
+            scale=call.scale,
+            backend=call.backend("block_mass"),
+        )
+        if memory is not None and self.cache_lse:
+            memory.lse = lse
+        shares = shares_per_head(self.head_densities, self.density, call.q.shape[2], call.q.device)
+        backend = call.backend("selection")
+        mask = keep_best(blocks, mass, call.key_mask, density=shares, backend=backend)
+        if not self.head_adaptive or self.head_densities or call.q.shape[2] < 2:
+            return mask
+        density = adapted_densities(recall(mass, mask), self.density, self.recall_target)
+        return keep_best(blocks, mass, call.key_mask, density=density, backend=backend)
+
+
+def recall(mass: torch.Tensor, mask: BlockMask) -> torch.Tensor:
+    """Share of the mass ``[B, H, nq, nk]`` that a mask keeps, float32 ``[B, H]``."""
+    kept = torch.where(mask.to_dense(), mass, 0).sum((-1, -2))
+    return kept / mass.sum((-1, -2)).clamp_min(torch.finfo(mass.dtype).tiny)
+
+
+def adapted_densities(recall: torch.Tensor, density: float, target: float) -> torch.Tensor:
+    """One density per head, ``[B, H]`` from recalls ``[B, H]``, with the mean ``density`` preserved.
+
+    Ties in recall go to the lower head. Above a density of 2/3 the shift is cut, so that no head would have
+    to exceed 1.
+    """
+    heads = recall.shape[-1]
+    shift = min(density / 2, 1.0 - density)
+    number = (recall > target).sum(-1, keepdim=True).clamp(max=heads // 2)
+    order = recall.argsort(dim=-1, descending=True, stable=True)
+    rank = torch.empty_like(order).scatter_(-1, order, torch.arange(heads, device=order.device).expand_as(order))
+    best, worst = rank < number, rank >= heads - number
+    return density - shift * best.double() + shift * worst.double()
+
+
+@dataclass(frozen=True)
+class FrozenMass:
+    """Keep the key blocks with the largest mean probability, latents ranked in isolation (SparseD).
+
+    Latent columns have a softmax of their own, so that text, reference and padding columns, which are read in
+    full anyway, cannot take mass from them (arXiv 2509.24014). With a schedule that plans once after the
+    dense phase the mask is frozen to the end.
+
+    Attributes:
+        density: kept share of the latent key blocks, in (0, 1].
+        block: tokens in a query and in a key block.
+    """
+
+    density: float = 0.3
+    block: tuple[int, int] = (128, 128)
+
+    def __post_init__(self) -> None:
+        check_share("density", self.density)
+        check_block(self.block)
+
+    @property
+    def is_static(self) -> bool:
+        return False
+
+    def prepare(self, blocks: SequenceBlocks) -> None:
+        """Nothing is worked out ahead of the call."""
+
+    def uses_lse(self, layout: TokenLayout, key_mask: torch.Tensor | None) -> bool:
+        """Whether the log-sum-exp of the call's dense attention is that of the latents alone."""
+        return key_mask is None and not layout.num_extra
+
+    def choices(self, case: Case, backend: str) -> dict[Operation, Choice]:
+        """Block masses."""
+        return {"block_mass": choose_block_mass(case, backend)}
+
+    def select(
+        self,
+        blocks: SequenceBlocks,
+        tables: None,
+        call: AttentionCall,
+        memory: LayerMemory | None = None,
+    ) -> BlockMask:
+        """Mask of one call from its queries and keys."""
+        lse = visible = None
+        if self.uses_lse(blocks.layout, call.key_mask):
+            if memory is not None:
+                lse, memory.lse = memory.lse, None  # it was that of this call
+        else:
+            latents = blocks.latent_tokens.expand(call.q.shape[0], -1)
+            visible = (latents if call.key_mask is None else latents & call.key_mask).contiguous()
+        mass, _ = block_mass(
+            call.q,
+            call.k,
+            block_q=blocks.block_q,
+            block_k=blocks.block_k,
+            lse=lse,
+            rows=blocks.kernel_rows,
+            key_mask=visible,
+            scale=call.scale,
+            backend=call.backend("block_mass"),
+        )
+        # A mean over the visible keys of a block: the last one may be short.
+        count = blocks.tokens_k
+        if visible is not None:
+            slots = gather_mask(visible, blocks.kernel_rows)
+            padded = torch.nn.functional.pad(slots, (0, -slots.shape[-1] % blocks.block_k))
+            count = padded.unflatten(-1, (-1, blocks.block_k)).sum(-1).clamp_min(1)[..., None, :]
+        return keep_best(blocks, mass / count, call.key_mask, density=self.density, backend=call.backend("selection"))

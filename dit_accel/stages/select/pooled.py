@@ -1,0 +1,167 @@
+"""Key blocks chosen from the queries and keys of the call itself."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+
+from ...call import AttentionCall
+from ...kernels import BlockMask
+from ...kernels.common.choice import Case, Choice, Operation
+from ...kernels.selection.api import own_blocks, pooled_scores, select_blocks
+from ...plan import LayerMemory, SequenceBlocks
+from .protocol import (
+    WHOLE_BLOCK_SIZES,
+    HeadDensities,
+    check_block,
+    check_head_densities,
+    check_share,
+    shares_per_head,
+)
+
+
+def keep_best(
+    blocks: SequenceBlocks,
+    scores: torch.Tensor,
+    key_mask: torch.Tensor | None,
+    *,
+    density: float | torch.Tensor | None = None,
+    top_p: float | torch.Tensor | None = None,
+    forced_q: torch.Tensor | None = None,
+    forced_k: torch.Tensor | None = None,
+    backend: str = "auto",
+) -> BlockMask:
+    """Mask of the best key blocks by ``scores [B, H, nq, nk]``; text, own and forced blocks are always kept.
+
+    Args:
+        density, top_p: share to keep, or one per head, see
+            :func:`~dit_accel.kernels.selection.api.select_blocks`.
+        forced_q, forced_k: bool ``[B|1, H|1, nq]`` and ``[..., nk]``: further blocks that read everything,
+            and that everything reads.
+        backend: of the choice, one of :data:`~dit_accel.kernels.BACKENDS`.
+    """
+    partial_k, empty_k = (None, None) if key_mask is None else blocks.hidden_k(key_mask)
+    return select_blocks(
+        scores,
+        density=density,
+        top_p=top_p,
+        forced_q=either(blocks.forced_q, forced_q),
+        forced_k=either(blocks.forced_k, forced_k),
+        partial_k=partial_k,
+        empty_k=empty_k,
+        block_q=blocks.block_q,
+        block_k=blocks.block_k,
+        q_len=blocks.layout.seq_len,
+        kv_len=blocks.layout.seq_len,
+        backend=backend,
+    )
+
+
+def pooled_scores_of(blocks: SequenceBlocks, call: AttentionCall, scale: float) -> torch.Tensor:
+    """Logits of the block means of a call, float32 ``[B, H, nq, nk]``."""
+    return pooled_scores(
+        call.q,
+        call.k,
+        blocks.block_q,
+        blocks.block_k,
+        rows=blocks.kernel_rows,
+        key_mask=call.key_mask,
+        scale=scale,
+        backend=call.backend("selection"),
+    )
+
+
+def keep_chosen(
+    blocks: SequenceBlocks, chosen: torch.Tensor, key_mask: torch.Tensor | None, backend: str = "auto"
+) -> BlockMask:
+    """Mask of the ``chosen`` pairs, bool ``[B, H, nq, nk]``, with text and own blocks, without empty ones."""
+    seq_len = blocks.layout.seq_len
+    keep = chosen | own_blocks(blocks.block_q, blocks.block_k, seq_len, seq_len, blocks.device)
+    if blocks.forced_q is not None and blocks.forced_k is not None:
+        keep = keep | blocks.forced_q[..., None] | blocks.forced_k[..., None, :]
+    partial = None
+    if key_mask is not None:
+        some_hidden, all_hidden = blocks.hidden_k(key_mask)
+        partial = some_hidden[..., None, :]
+        keep = keep & ~all_hidden[..., None, :]
+    return BlockMask.from_dense(
+        keep, blocks.block_q, blocks.block_k, seq_len, seq_len, partial=partial, backend=backend
+    )
+
+
+def candidates(blocks: SequenceBlocks, key_mask: torch.Tensor | None) -> torch.Tensor:
+    """bool ``[B|1, H|1, nk]``: key blocks to choose from, without other tokens than latents and not empty."""
+    return blocks.open_k if key_mask is None else blocks.open_k & ~blocks.hidden_k(key_mask)[1]
+
+
+def either(one: torch.Tensor | None, other: torch.Tensor | None) -> torch.Tensor | None:
+    """Union of two masks, of which any may be missing."""
+    if one is None or other is None:
+        return other if one is None else one
+    return one | other
+
+
+@dataclass(frozen=True)
+class Pooled:
+    """Score a pair of blocks by the dot product of their mean query and mean key; keep the best key blocks.
+
+    The score of SpargeAttn (arXiv 2502.18137), SLA (arXiv 2509.24006) and others. Per query block the
+    ``density`` share of the key blocks with the highest score is kept, or the fewest blocks whose softmax
+    mass reaches ``top_p``; with both, the union. A block always reads itself, and text blocks are always
+    read.
+
+    Attributes:
+        density: kept share of the latent key blocks, in (0, 1]; None to use ``top_p`` alone.
+        top_p: softmax mass to keep, in (0, 1]; None to use ``density`` alone.
+        sink_first_frame: always read the blocks of the first latent frame.
+        block: tokens in a query and in a key block.
+        head_densities: in place of ``density``, a share per layer and in it per head; a single layer's entry
+            serves all layers. :func:`~dit_accel.calibration.search.allocate` finds them.
+    """
+
+    density: float | None = 0.2
+    top_p: float | None = None
+    sink_first_frame: bool = False
+    block: tuple[int, int] = (128, 64)
+    head_densities: HeadDensities = ()
+
+    def __post_init__(self) -> None:
+        if self.density is None and self.top_p is None:
+            raise ValueError("select needs a density, a top_p, or both; got neither.")
+        check_share("density", self.density)
+        check_share("top_p", self.top_p)
+        check_block(self.block, WHOLE_BLOCK_SIZES)
+        check_head_densities(self.head_densities)
+
+    @property
+    def is_static(self) -> bool:
+        return False
+
+    def prepare(self, blocks: SequenceBlocks) -> None:
+        """Nothing is worked out ahead of the call."""
+
+    def choices(self, case: Case, backend: str) -> dict[Operation, Choice]:
+        """No more than pooling and top-k."""
+        return {}
+
+    def select(
+        self,
+        blocks: SequenceBlocks,
+        tables: None,
+        call: AttentionCall,
+        memory: LayerMemory | None = None,
+    ) -> BlockMask:
+        """Mask of one call from its queries and keys."""
+        scores = pooled_scores_of(blocks, call, call.scale)
+        forced_k = blocks.first_frame_k if self.sink_first_frame else None
+        density = shares_per_head(self.head_densities, self.density, call.q.shape[2], call.q.device)
+        return keep_best(
+            blocks,
+            scores,
+            call.key_mask,
+            density=density,
+            top_p=self.top_p,
+            forced_k=forced_k,
+            backend=call.backend("selection"),
+        )

@@ -1,0 +1,114 @@
+"""What a selection offers to the engine."""
+
+from __future__ import annotations
+
+from typing import Any, Protocol
+
+import torch
+
+from ...call import AttentionCall
+from ...kernels import BlockMask
+from ...kernels.common.choice import Case, Choice, Operation
+from ...plan import LayerMemory, SequenceBlocks
+
+BLOCK_SIZES = (32, 64, 128)
+# Where whole blocks are chosen; token bits come in words of 32 keys.
+WHOLE_BLOCK_SIZES = (16, *BLOCK_SIZES)
+
+
+class Select(Protocol):
+    """A choice of key blocks for every query block; blocks with other tokens than latents are all kept."""
+
+    @property
+    def block(self) -> tuple[int, int]:
+        """Tokens in a query and in a key block."""
+        ...
+
+    @property
+    def is_static(self) -> bool:
+        """Whether the choice depends on the layout alone."""
+        ...
+
+    def prepare(self, blocks: SequenceBlocks) -> Any:
+        """What can be worked out once for a layout; given back to :meth:`select` as ``tables``."""
+        ...
+
+    def choices(self, case: Case, backend: str) -> dict[Operation, Choice]:
+        """The backend of each operation that :meth:`select` runs besides ``"selection"``, which every plan needs.
+
+        Args:
+            case: what is known of the call; its blocks are this selection's.
+            backend: what was asked for, one of :data:`~dit_accel.kernels.BACKENDS`.
+
+        Raises:
+            ValueError: the backend was named and cannot run one of them.
+        """
+        ...
+
+    def select(
+        self,
+        blocks: SequenceBlocks,
+        tables: Any,
+        call: AttentionCall,
+        memory: LayerMemory | None = None,
+    ) -> BlockMask:
+        """Mask of one call.
+
+        Args:
+            blocks: the permuted sequence.
+            tables: what :meth:`prepare` returned for ``blocks``.
+            call: its queries and keys are in the model's order; it names the backend of each operation.
+            memory: what the layer keeps from one search to the next; None keeps nothing.
+        """
+        ...
+
+
+def check_block(block: tuple[int, int], sizes: tuple[int, ...] = BLOCK_SIZES) -> None:
+    """Raise unless ``block`` is a pair of block sizes that the kernels have."""
+    if len(block) != 2 or any(size not in sizes for size in block):
+        raise ValueError(f"select.block must be two of {sizes} tokens (query, key), got {block}.")
+
+
+def check_share(name: str, value: float | None) -> None:
+    """Raise unless ``value`` is None or a share in (0, 1]."""
+    if value is not None and not 0.0 < value <= 1.0:
+        raise ValueError(f"select.{name} must lie in (0, 1], got {value}.")
+
+
+HeadDensities = tuple[tuple[float, ...], ...]
+"""A density per layer, and in it per head; a single layer's entry serves all layers."""
+
+
+def check_head_densities(densities: HeadDensities) -> None:
+    """Raise unless every layer has heads, and every head a share in (0, 1]."""
+    for layer in densities:
+        if not layer or not all(0.0 < share <= 1.0 for share in layer):
+            raise ValueError(f"select.head_densities must hold shares in (0, 1] for every layer, got {layer}.")
+
+
+def density_of_layer(densities: HeadDensities, layer: int) -> HeadDensities:
+    """The entry of one layer.
+
+    Raises:
+        ValueError: the model has more layers than there are entries.
+    """
+    if len(densities) <= 1:
+        return densities
+    if layer >= len(densities):
+        raise ValueError(f"select.head_densities names {len(densities)} layers, the model has a layer {layer}.")
+    return (densities[layer],)
+
+
+def shares_per_head(
+    densities: HeadDensities, density: float | None, heads: int, device: torch.device
+) -> float | torch.Tensor | None:
+    """``density``, or where one layer's densities are given float32 ``[1, H]``.
+
+    Raises:
+        ValueError: there are as many densities as heads, or one, in no layer.
+    """
+    if not densities:
+        return density
+    if len(densities) > 1 or len(densities[0]) not in (1, heads):
+        raise ValueError(f"select.head_densities are for {len(densities[0])} heads, the layer has {heads}.")
+    return torch.tensor(densities[0], device=device).expand(1, heads)
