@@ -65,6 +65,11 @@ class Traced:
         self.block_input: torch.Tensor | None = None
         self.learned: tuple[torch.Tensor, ...] = ()
 
+    def clear(self) -> None:
+        """Publish nothing."""
+        self.layer = self.counts = self.latents = self.block_input = None
+        self.learned = ()
+
 
 EAGER = Eager()
 TRACED = Traced()

@@ -15,6 +15,7 @@ import torch
 from torch import nn
 
 from .ambient import EAGER, TRACED
+from .forwards import in_backward
 from .learned import CHILD
 from .operator import NO_CALL, PASSED, count_op
 
@@ -69,6 +70,10 @@ def patched_class(original: type[nn.Module]) -> type[nn.Module]:
     return patched
 
 
+def _tensors(args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> list[torch.Tensor]:
+    return [value for value in (*args, *kwargs.values()) if isinstance(value, torch.Tensor)]
+
+
 class PublishLayer(_Hook):
     """Forward pre-hook of a self-attention module.
 
@@ -91,11 +96,14 @@ class PublishLayer(_Hook):
             learned = module._modules.get(CHILD)
             TRACED.learned = () if learned is None else tuple(learned.parameters())
         else:
-            EAGER.layer, EAGER.attended = self.announced, False
+            if not in_backward():
+                # Else the stack tells: a repetition may end without the hook behind.
+                EAGER.layer, EAGER.attended = self.announced, False
 
 
 class ClearLayer(_Hook):
-    """Forward hook of a self-attention module."""
+    """Forward hook of a self-attention module. No exception calls it: torch.compile would make a graph of each hook
+    that one calls."""
 
     def __init__(self, session: Session, layer: int) -> None:
         self.session = session
@@ -105,12 +113,12 @@ class ClearLayer(_Hook):
         if torch.compiler.is_compiling():
             if TRACED.layer is not None and not TRACED.attended:
                 assert TRACED.counts is not None
-                count_op(TRACED.counts, PASSED.index(NO_CALL))
+                count_op(TRACED.counts, TRACED.layer, PASSED.index(NO_CALL))
             TRACED.layer = TRACED.counts = None
             TRACED.learned = ()
         else:
             if EAGER.layer is not None and not EAGER.attended:
-                self.session.engine.count_dense(self.index, NO_CALL)
+                self.session.count_dense(self.index, NO_CALL)
             EAGER.layer = None
 
 
@@ -122,9 +130,9 @@ class EnterModule(_Hook):
         self.is_block = is_block
 
     def __call__(self, module: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> None:
-        tensor = next((value for value in (*args, *kwargs.values()) if isinstance(value, torch.Tensor)), None)
+        tensor = next(iter(_tensors(args, kwargs)), None)
         if not torch.compiler.is_compiling():
-            self.session.enter_module(tensor, self.is_block)
+            self.session.enter_module(tensor)
         elif self.is_block:
             TRACED.block_input = tensor
 
@@ -162,6 +170,8 @@ class PublishLatents(_Hook):
         if torch.compiler.is_compiling():
             TRACED.latents = latents
         else:
+            # A graph that broke may have ended without its last hook.
+            TRACED.clear()
             hidden = arguments.get("hidden_states")
             if isinstance(hidden, torch.Tensor):
                 # Also where every call will stay dense: a named backend is refused before the first step.
@@ -170,7 +180,7 @@ class PublishLatents(_Hook):
             if self.watch_gradients is not None and torch.is_grad_enabled():
                 self.watch_gradients()
                 self.watch_gradients = None
-            self.session.begin_forward(latents, arguments.get("timestep"))
+            self.session.begin_forward(latents, arguments.get("timestep"), _tensors(args, kwargs))
 
 
 class ClearAll(_Hook):
@@ -180,10 +190,8 @@ class ClearAll(_Hook):
         self.session = session
 
     def __call__(self, module: nn.Module, args: tuple[Any, ...], output: Any) -> None:
-        if torch.compiler.is_compiling():
-            TRACED.layer = TRACED.latents = TRACED.counts = TRACED.block_input = None
-            TRACED.learned = ()
-        else:
+        TRACED.clear()
+        if not torch.compiler.is_compiling():
             EAGER.layer = None
             self.session.end_forward()
 

@@ -7,7 +7,7 @@ on, as activation checkpointing does.
 from __future__ import annotations
 
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from typing import Any
 
 import torch
@@ -89,25 +89,25 @@ def attention_op(
     """Attention of the announced layer, (B, S, H, D), contiguous, and the number of its forward, int64 [1], by which
     the gradient finds what this call used."""
     session = session_of(int(layer[0]))
-    if session is not None:
-        session.enter_module(block_input, is_block=True)
-    out = _run(
-        q,
-        k,
-        v,
-        attn_mask,
-        layer,
-        grid,
-        count,
-        ids,
-        learned,
-        scale,
-        enable_gqa,
-        backend,
-        through_dispatch,
-    )
+    with nullcontext() if session is None else session.compiled_block(block_input):
+        out = _run(
+            q,
+            k,
+            v,
+            attn_mask,
+            layer,
+            grid,
+            count,
+            ids,
+            learned,
+            scale,
+            enable_gqa,
+            backend,
+            through_dispatch,
+        )
     number = -1 if session is None else session.forward_number()
-    return out.contiguous(), torch.tensor([number])
+    # Whatever the default device is.
+    return out.contiguous(), torch.tensor([number], device=layer.device)
 
 
 @attention_op.register_fake
@@ -227,11 +227,13 @@ def new_counts() -> torch.Tensor:
 
 
 @torch.library.custom_op("dit_accel::count", mutates_args=("counts",), tags=_TAGS)
-def count_op(counts: torch.Tensor, reason: int) -> None:
-    """Count a dense call of compiled code: ``counts`` is int64 ``[len(PASSED)]``."""
-    counts[reason] += 1
+def count_op(counts: torch.Tensor, layer: torch.Tensor, reason: int) -> None:
+    """Count a dense call of the announced layer in compiled code: ``counts`` is int64 ``[len(PASSED)]``."""
+    session = session_of(int(layer[0]))
+    if session is not None and session.counts():
+        counts[reason] += 1
 
 
 @count_op.register_fake
-def _(counts: torch.Tensor, reason: int) -> None:
+def _(counts: torch.Tensor, layer: torch.Tensor, reason: int) -> None:
     pass

@@ -100,7 +100,7 @@ class RunTracker:
         """
         model = self._model()
         pipe = None if model is None else running_pipeline(model)
-        scheduler = getattr(self._handmade() if pipe is None else pipe, "scheduler", None)
+        scheduler = getattr(self._handmade(timestep) if pipe is None else pipe, "scheduler", None)
         schedule = getattr(scheduler, "timesteps", None)
         if not isinstance(schedule, torch.Tensor) or not getattr(scheduler, "num_inference_steps", None):
             return self._bare_forward(forward_id, name, "the pipeline shows no schedule" if pipe is not None else None)
@@ -113,7 +113,9 @@ class RunTracker:
             value = _value(timestep)
             found.stalled |= found.timestep is not None and value != found.timestep
             if hasattr(scheduler, "step_index") and not found.stalled:
-                index = getattr(scheduler, "begin_index", None) or 0
+                index = _first_index(scheduler, schedule, timestep)
+                if index is None:
+                    index = getattr(scheduler, "begin_index", None) or 0
         if index is not None and found.index is not None and index < found.index:
             self._trajectories.remove(found)
             found = self._trajectory(scheduler, schedule)
@@ -131,17 +133,23 @@ class RunTracker:
             self._bare, self._was_bare = Run(), True
         return self._bare, StepContext(branch=name, forward_id=forward_id), why
 
-    def _handmade(self) -> Any:
+    def _handmade(self, timestep: torch.Tensor | None) -> Any:
         """The patched pipeline, if somebody steps through its scheduler outside its call; else None.
 
-        A schedule that a pipeline ran before is over, finished or not.
+        A schedule that a pipeline ran before is over, finished or not. Of one that has not moved yet the transformer
+        must be given a timestep: a pipeline may have failed between setting it and its first forward.
         """
         pipe = None if self._patched is None else self._patched()
-        scheduler = getattr(pipe, "scheduler", None)
-        schedule, index = getattr(scheduler, "timesteps", None), getattr(scheduler, "step_index", None)
-        if schedule is None or not hasattr(scheduler, "step_index") or (index is not None and index >= len(schedule)):
+        scheduler: Any = getattr(pipe, "scheduler", None)
+        schedule = getattr(scheduler, "timesteps", None)
+        if not isinstance(schedule, torch.Tensor) or not hasattr(scheduler, "step_index"):
             return None
-        return None if schedule in self._pipeline_schedules else pipe
+        if schedule in self._pipeline_schedules:
+            return None
+        if scheduler.step_index is None:
+            known = timestep is None or _first_index(scheduler, schedule, timestep) is not None
+            return pipe if known else None
+        return pipe if scheduler.step_index < len(schedule) else None
 
     def _trajectory(self, scheduler: Any, schedule: torch.Tensor) -> _Trajectory:
         self._trajectories = [one for one in self._trajectories if one.schedule() is not None]
@@ -211,10 +219,26 @@ def _step(pipe: Any, scheduler: Any, schedule: torch.Tensor) -> int | None:
 
 
 def _value(timestep: torch.Tensor | None) -> float | None:
-    """First entry of a timestep; waits for the device."""
+    """Largest entry of a timestep, since tokens of given frames have none of their own; waits for the device."""
     if not isinstance(timestep, torch.Tensor) or not timestep.numel():
         return None
-    return float(timestep.detach().flatten()[0])
+    return float(timestep.detach().max())
+
+
+def _first_index(scheduler: Any, schedule: torch.Tensor, timestep: torch.Tensor | None) -> int | None:
+    """Where a run of a schedule begins: what the scheduler was told, or the place of the timestep that the transformer
+    is given, as it is or as a share of 1000, in whatever numbers; None where it has no place."""
+    begin: int | None = getattr(scheduler, "begin_index", None)
+    value = _value(timestep)
+    if value is None or timestep is None:
+        return begin
+    precision = torch.finfo(timestep.dtype).eps if timestep.is_floating_point() else 0.0
+    places = schedule.double().cpu() if begin is None else schedule[begin : begin + 1].double().cpu()
+    for unit in (1, 1000):
+        distance = (places - value * unit).abs()
+        if len(places) and bool(distance.min() <= 2 * precision * abs(value * unit)):
+            return int(distance.argmin()) + (begin or 0)
+    return None
 
 
 def step_index(pipe: Any, scheduler: Any, timesteps: torch.Tensor) -> int:

@@ -17,11 +17,14 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
+from torch import nn
 from torch._guards import CompileContext
 from torch.overrides import _get_current_function_mode_stack
 from torch.utils._device import DeviceContext
 
 from .ambient import EAGER, TRACED
+from .forwards import frames_of_repetition, in_backward
+from .hooks import PublishLayer
 from .operator import PASSED, attention_op, count_op
 
 
@@ -93,13 +96,28 @@ def _is_tracing() -> bool:
     return CompileContext.try_get() is not None
 
 
-def _is_announced() -> bool:
-    """Whether the module of a patched layer is running; it is marked as having called attention."""
-    here = TRACED if torch.compiler.is_compiling() else EAGER
-    if here.layer is None:
-        return False
-    here.attended = True
-    return True
+def _announced() -> Any:
+    """The layer whose module is running, marked as having called attention; None outside patched modules.
+
+    In eager code a session and the number of a layer, in a trace their ids in a tensor.
+    """
+    compiling = torch.compiler.is_compiling()
+    if not compiling and in_backward():
+        return _repeated_layer()
+    here = TRACED if compiling else EAGER
+    if here.layer is not None:
+        here.attended = True
+    return here.layer
+
+
+def _repeated_layer() -> tuple[Any, int] | None:
+    """Session and layer of the module that is on the stack of a repetition."""
+    for frame in frames_of_repetition():
+        if "self" in frame.f_code.co_varnames[:1] and isinstance(module := frame.f_locals["self"], nn.Module):
+            for hook in module._forward_pre_hooks.values():
+                if isinstance(hook, PublishLayer):
+                    return hook.announced
+    return None
 
 
 def _why_not(
@@ -133,18 +151,18 @@ def _function_mode_is_on() -> bool:
     return not all(isinstance(mode, DeviceContext) for mode in _get_current_function_mode_stack())
 
 
-def _pass_by(reason: str, dense: Callable[[], torch.Tensor]) -> torch.Tensor:
+def _pass_by(layer: Any, reason: str, dense: Callable[[], torch.Tensor]) -> torch.Tensor:
     """The model's own attention, counted with the reason."""
     if torch.compiler.is_compiling():
         assert TRACED.counts is not None
-        count_op(TRACED.counts, PASSED.index(reason))
+        count_op(TRACED.counts, layer, PASSED.index(reason))
         return dense()
-    assert EAGER.layer is not None
-    session, index = EAGER.layer
-    return session.engine.pass_by(index, reason, dense)
+    session, index = layer
+    return session.pass_by(index, reason, dense)
 
 
 def _attend(
+    layer: Any,
     query: torch.Tensor,
     key: torch.Tensor,
     value: torch.Tensor,
@@ -162,7 +180,7 @@ def _attend(
             key,
             value,
             attn_mask,
-            TRACED.layer,
+            layer,
             TRACED.block_input if TRACED.latents is None else None,
             list(grid),
             count,
@@ -174,8 +192,7 @@ def _attend(
             through_dispatch,
         )
         return out
-    assert EAGER.layer is not None
-    session, index = EAGER.layer
+    session, index = layer
     return session.attend(index, query, key, value, attn_mask, scale, None, dense)
 
 
@@ -209,14 +226,15 @@ def _dispatch_in_place_of(original: Callable[..., torch.Tensor]) -> Callable[...
                 parallel_config=parallel_config,
             )
 
-        if not _is_announced():
+        layer = _announced()
+        if layer is None:
             return dense()
         lengths = query.shape[1], key.shape[1]
         reason = _why_not(attn_mask, dropout_p, is_causal, lengths, attention_kwargs, parallel_config)
         if reason is not None:
-            return _pass_by(reason, dense)
+            return _pass_by(layer, reason, dense)
         name = None if backend is None else getattr(backend, "value", backend)
-        return _attend(query, key, value, attn_mask, scale, enable_gqa, name, True, dense)
+        return _attend(layer, query, key, value, attn_mask, scale, enable_gqa, name, True, dense)
 
     return dispatch_attention_fn
 
@@ -238,12 +256,14 @@ def _scaled_dot_product_attention(
             query, key, value, attn_mask, dropout_p, is_causal, scale=scale, enable_gqa=enable_gqa
         )
 
-    if not _is_announced():
+    layer = _announced()
+    if layer is None:
         return original()
     reason = _why_not(attn_mask, dropout_p, is_causal, (query.shape[-2], key.shape[-2]))
     if reason is not None:
-        return _pass_by(reason, original)
+        return _pass_by(layer, reason, original)
     out = _attend(
+        layer,
         query.transpose(1, 2),
         key.transpose(1, 2),
         value.transpose(1, 2),

@@ -5,58 +5,28 @@ from __future__ import annotations
 import itertools
 import threading
 import weakref
-from collections import OrderedDict
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field, replace
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from typing import Any
 
 import torch
 from torch import nn
 
 from ..engine import Engine
-from ..layout import StepContext, TokenLayout
-from ..run import Run
+from ..layout import TokenLayout
 from .ambient import EAGER, LatentTokens
 from .families import Family
+from .forwards import KEPT_FORWARDS, Forward, KeptForwards, addresses_of, in_backward
 from .progress import PipelineSchedules, RunTracker
 
 # The opaque operator finds its session by id: a graph can hold a tensor, not a Python object.
 _sessions: weakref.WeakValueDictionary[int, Session] = weakref.WeakValueDictionary()
 _ids = itertools.count()
-# Forwards whose gradients may still be asked for. Each holds references to plans, not plans of its own.
-KEPT_FORWARDS = 64
 
 
 def session_of(session_id: int) -> Session | None:
     """The live session with this id, or None after its patch was removed."""
     return _sessions.get(session_id)
-
-
-@dataclass(eq=False)
-class Forward:
-    """One forward of the transformer.
-
-    Attributes:
-        number: counts the forwards of the transformer.
-        run, step: where it belongs.
-        latents: where the latent tokens are; None if unknown.
-        traced: whether it runs inside one graph, whose end nobody announces.
-        last_layer: the layer that attended last.
-        inputs: addresses of the tensors that blocks and attention layers were given: a checkpointed module is repeated
-            with the very same tensor, and while that lives no other has its address.
-        used: kept plans that its layers used.
-        layouts: of its sequences, by length.
-    """
-
-    number: int
-    run: Run
-    step: StepContext
-    latents: LatentTokens | None
-    traced: bool = False
-    last_layer: int = -1
-    inputs: set[int] = field(default_factory=set)
-    used: dict[int, Any] = field(default_factory=dict)
-    layouts: dict[int, TokenLayout | str] = field(default_factory=dict)
 
 
 class _Thread(threading.local):
@@ -67,8 +37,11 @@ class _Thread(threading.local):
     ) -> None:
         self.runs = RunTracker(model, pipe, schedules)
         self.forward: Forward | None = None
-        # The forward that a checkpointed block repeats, between the block's hooks.
-        self.repeated: Forward | None = None
+        # What a backward repeats: the whole transformer of a forward, or a compiled block of it.
+        self.whole: Forward | None = None
+        self.block: Forward | None = None
+        # The one that the latest call belongs to.
+        self.served: Forward | None = None
 
 
 class Session:
@@ -99,51 +72,63 @@ class Session:
         self._origin = (weakref.ref(model), None if pipe is None else weakref.ref(pipe), schedules)
         self._thread = _Thread(*self._origin)
         self._numbers = itertools.count()
-        self._forwards: OrderedDict[int, Forward] = OrderedDict()
-        self._lock = threading.Lock()
+        self._forwards = KeptForwards()
         _sessions[self.id] = self
 
-    def begin_forward(self, latents: LatentTokens | None, timestep: torch.Tensor | None, traced: bool = False) -> None:
-        """Called when a forward of the transformer starts in this thread."""
+    def begin_forward(
+        self,
+        latents: LatentTokens | None,
+        timestep: torch.Tensor | None,
+        inputs: Sequence[torch.Tensor] = (),
+        traced: bool = False,
+    ) -> None:
+        """Called when a forward of the transformer starts in this thread.
+
+        Args:
+            latents: where the latent tokens are.
+            timestep: as the transformer is given it.
+            inputs: all tensors that the transformer is given, by which its repetition is recognised.
+            traced: whether one graph holds the whole forward.
+        """
+        thread = self._thread
+        thread.whole = self._forwards.given(inputs) if in_backward() else None
+        if thread.whole is not None:
+            thread.forward = None
+            return
         if latents is not None and latents.ids is not None:
             # One small copy to the host per forward.
             latents = self.family.place(latents)
         number = next(self._numbers)
-        run, step, unknown = self._thread.runs.next_forward(number, EAGER.branch, timestep)
+        run, step, unknown = thread.runs.next_forward(number, EAGER.branch, timestep)
         if unknown is not None and self.engine.recipe.schedule.follows_steps:
             self.engine.note(f"The denoising step is unknown: {unknown}. Plans are made as for a bare transformer.")
-        forward = self._thread.forward = Forward(number, run, step, latents, traced)
-        self._thread.repeated = None
+        thread.forward = Forward(number, run, step, latents, traced)
         # A graph's operators run below autograd and cannot know whether gradients will be asked for.
         if traced or torch.is_grad_enabled():
-            with self._lock:
-                # What its repetition needs, without the run and all that it keeps.
-                self._forwards[number] = replace(forward, run=Run())
-                while len(self._forwards) > KEPT_FORWARDS:
-                    self._forwards.popitem(last=False)
+            thread.forward.given = addresses_of(inputs)
+            self._forwards.add(thread.forward)
 
     def end_forward(self) -> None:
         """Called when an eager forward of the transformer ends, also by an exception."""
-        self._thread.forward = None
+        self._thread.forward = self._thread.whole = None
 
-    def enter_module(self, tensor: torch.Tensor | None, is_block: bool) -> None:
-        """Called when a block or an attention layer starts, with the first tensor that it is given.
+    def enter_module(self, tensor: torch.Tensor | None) -> None:
+        """Called when a block or an attention layer starts, with the first tensor that it is given, by which it is
+        recognised when checkpointing repeats it."""
+        forward = self._thread.forward
+        if tensor is not None and forward is not None and forward in self._forwards:
+            forward.inputs.update(addresses_of([tensor]))
 
-        Outside a forward this is a checkpointed module that is repeated for its gradients: its input tells of which
-        forward it was a part.
-        """
-        if tensor is None:
-            return
-        address, forward = tensor.data_ptr(), self._thread.forward
-        if forward is not None:
-            if forward.number in self._forwards:
-                forward.inputs.add(address)
-            return
-        with self._lock:
-            known = next((one for one in reversed(self._forwards.values()) if address in one.inputs), None)
-        # The input of an attention layer inside a repeated block is new, and tells nothing.
-        if known is not None or is_block:
-            self._thread.repeated = known
+    @contextmanager
+    def compiled_block(self, tensor: torch.Tensor | None) -> Iterator[None]:
+        """Around an attention call of a compiled block, whose frames do not show what the block was given."""
+        self.enter_module(tensor)
+        if tensor is not None and in_backward():
+            self._thread.block = self._forwards.with_input(tensor)
+        try:
+            yield
+        finally:
+            self._thread.block = None
 
     def attend(
         self,
@@ -162,12 +147,24 @@ class Session:
         ``latents`` are what a graph of the whole transformer holds; None in eager code and in compiled blocks, whose
         transformer's hook has said where the latents are.
         """
-        forward, record = self._forward(layer, latents)
+        forward, record = self._forward(layer, q.shape[1], latents)
+        self._thread.served = forward
         if forward is None:
-            forward = self._only_forward_with(q.shape[1])
-        if forward is None:
-            return self.engine.pass_by(layer, "called outside a forward of its transformer", dense)
+            return self.pass_by(layer, "called outside a forward of its transformer", dense)
         return self._attend(forward, layer, q, k, v, attn_mask, scale, dense, record, learned)
+
+    def pass_by(self, layer: int, reason: str, dense: Callable[[], torch.Tensor]) -> torch.Tensor:
+        """A call that no plan can serve, by the model's own attention, counted with the reason."""
+        return dense() if self._is_repetition() else self.engine.pass_by(layer, reason, dense)
+
+    def count_dense(self, layer: int, reason: str) -> None:
+        """Count a call of this layer that was not sparse."""
+        if self.counts():
+            self.engine.count_dense(layer, reason)
+
+    def counts(self) -> bool:
+        """Whether a call is counted: not where all go to the model's own attention, nor when it is repeated."""
+        return self.engine.switched_on and not self._is_repetition()
 
     def repeat(
         self,
@@ -181,12 +178,14 @@ class Session:
         dense: Callable[[], torch.Tensor],
         learned: Sequence[torch.Tensor] | None = None,
     ) -> torch.Tensor:
-        """A call of the forward ``number`` again, for its gradients.
+        """A call of the forward ``number`` again, for its gradients; dense if it was of none (-1).
 
         Raises:
             RuntimeError: so many forwards came since that it is no longer known.
         """
-        forward = self._only_forward_with(q.shape[1]) if number < 0 else self._forwards.get(number)
+        if number < 0:
+            return dense()
+        forward = self._forwards.numbered(number)
         if forward is None:
             raise RuntimeError(
                 f"The gradients of a forward can be asked for until {KEPT_FORWARDS} others have begun, and this one "
@@ -195,9 +194,8 @@ class Session:
         return self._attend(forward, layer, q, k, v, attn_mask, scale, dense, False, learned)
 
     def forward_number(self) -> int:
-        """Number of the forward that this thread runs or repeats; -1 for none."""
-        forward = self._thread.forward or self._thread.repeated
-        return -1 if forward is None else forward.number
+        """Number of the forward that this thread's latest call belongs to; -1 for none."""
+        return -1 if self._thread.served is None else self._thread.served.number
 
     def close(self) -> None:
         """Drop all that is kept of runs, in every thread."""
@@ -206,37 +204,24 @@ class Session:
         self._forwards.clear()
         self._thread = _Thread(*self._origin)
 
-    def _forward(self, layer: int, latents: LatentTokens | None) -> tuple[Forward | None, bool]:
+    def _forward(self, layer: int, seq_len: int, latents: LatentTokens | None) -> tuple[Forward | None, bool]:
         """The forward of a call, and whether the call is its first, not a repetition."""
+        thread = self._thread
+        if latents is not None and not in_backward():
+            if thread.forward is None or not thread.forward.traced or layer in thread.forward.attended:
+                # The whole transformer is compiled: no hook announced this forward.
+                self.begin_forward(latents, None, traced=True)
+            assert thread.forward is not None
+            thread.forward.attended.add(layer)
+        if self._is_repetition():
+            known = thread.whole or thread.block or self._forwards.on_stack()
+            return known or self._forwards.alike(layer, seq_len, self._layout), False
+        return thread.forward, True
+
+    def _is_repetition(self) -> bool:
         forward = self._thread.forward
-        if latents is not None and (forward is None or not forward.traced or layer <= forward.last_layer):
-            # The whole transformer is compiled: no hook announced this forward.
-            self.begin_forward(latents, None, traced=True)
-            forward = self._thread.forward
-        if forward is not None:
-            forward.last_layer = layer
-            return forward, True
-        return self._thread.repeated, False
-
-    def _only_forward_with(self, seq_len: int) -> Forward | None:
-        """The latest forward of so many tokens, if all such forwards have one latent grid.
-
-        A last resort for blocks whose saved inputs were moved, and so cannot be recognised.
-
-        Raises:
-            RuntimeError: they have several.
-        """
-        with self._lock:
-            fits = [
-                one for one in self._forwards.values() if isinstance(self._layout(one.latents, seq_len), TokenLayout)
-            ]
-        layouts = {self._layout(one.latents, seq_len) for one in fits}
-        if len(layouts) > 1:
-            raise RuntimeError(
-                f"Cannot tell of which forward this repeated block of {seq_len} tokens was a part: "
-                f"{len(layouts)} latent grids have as many. Call backward before a forward of another size."
-            )
-        return fits[-1] if fits else None
+        # Nobody announces the end of a traced forward; a backward comes after it.
+        return in_backward() and (forward is None or forward.traced)
 
     def _attend(
         self,
@@ -251,15 +236,18 @@ class Session:
         record: bool,
         learned: Sequence[torch.Tensor] | None,
     ) -> torch.Tensor:
-        layout = forward.layouts.get(q.shape[1])
-        if layout is None:
-            layout = forward.layouts[q.shape[1]] = self._layout(forward.latents, q.shape[1])
+        layout = self._layout(forward, q.shape[1])
         return self.engine.attend(
             layer, q, k, v, attn_mask, scale, layout, forward.step, dense, record, learned, forward.run, forward.used
         )
 
-    def _layout(self, latents: LatentTokens | None, seq_len: int) -> TokenLayout | str:
-        return "the latent grid is unknown" if latents is None else self._place(latents, seq_len)
+    def _layout(self, forward: Forward, seq_len: int) -> TokenLayout | str:
+        layout = forward.layouts.get(seq_len)
+        if layout is None:
+            latents = forward.latents
+            layout = "the latent grid is unknown" if latents is None else self._place(latents, seq_len)
+            forward.layouts[seq_len] = layout
+        return layout
 
     def _place(self, latents: LatentTokens, seq_len: int) -> TokenLayout | str:
         extra = seq_len - latents.tokens
