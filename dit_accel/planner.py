@@ -115,6 +115,10 @@ class Planner:
 
     def plan(self, call: AttentionCall, book: LayerRecord) -> tuple[StepContext, AttentionPlan]:
         """The plan of a call, and when it was made."""
+        if torch.is_inference_mode_enabled():
+            # Plans and tables outlive the call, and a training may save for its backward what a validation made.
+            with torch.inference_mode(False):
+                return self.plan(call, book)
         assert isinstance(call.layout, TokenLayout)
         if self.frozen is not None:
             reason = self._why_not_frozen(call, self.frozen)
@@ -223,6 +227,9 @@ class Planner:
 
     def full_mask(self, call: AttentionCall) -> BlockMask:
         """All blocks of a layout, in the model's order."""
+        if torch.is_inference_mode_enabled():
+            with torch.inference_mode(False):
+                return self.full_mask(call)
         assert isinstance(call.layout, TokenLayout)
         full = FullSelect(block=(128, 128))  # the kernel is fastest at these
         blocks = SequenceBlocks(call.layout, None, *full.block, call.q.device)
@@ -232,15 +239,13 @@ class Planner:
 
         if call.key_mask is not None:
             return make()
-        with self._lock:
-            return self._full_masks.get((call.layout, call.q.device), make)
+        return self._full_masks.get((call.layout, call.q.device), make)
 
     def forget(self) -> None:
         """Drop every cached table; plans are dropped with their runs."""
-        with self._lock:
-            self._prepared.clear()
-            self._segments.clear()
-            self._full_masks.clear()
+        self._prepared.clear()
+        self._segments.clear()
+        self._full_masks.clear()
 
     @staticmethod
     def _plan_key(call: AttentionCall) -> tuple[Any, ...]:
@@ -313,8 +318,7 @@ class Planner:
         assert not isinstance(select, DenseSelect)
         if isinstance(order, SortedSegments):
             # An order of the call itself: nothing to keep but the plan, and which tokens a segment holds.
-            with self._lock:
-                segments = self._segments.get((layout, device), lambda: order.segments(layout, device))
+            segments = self._segments.get((layout, device), lambda: order.segments(layout, device))
             rows = order.rows_of_call(layout, call, segments)
             blocks = SequenceBlocks(layout, rows, *select.block, device)
             return _Prepared(blocks, select.prepare(blocks))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import threading
 from collections import OrderedDict
 from collections.abc import Callable, Hashable
 from dataclasses import dataclass, field
@@ -20,24 +21,27 @@ KEPT_PLACES = 8
 
 
 class Bounded(Generic[KeptT]):
-    """A dictionary that forgets the entry not asked for longest."""
+    """A dictionary that forgets the entry not asked for longest. Threads may share it."""
 
     def __init__(self, places: int) -> None:
         self.places = places
         self.entries: OrderedDict[Hashable, KeptT] = OrderedDict()
+        self._lock = threading.Lock()
 
     def get(self, key: Hashable, make: Callable[[], KeptT]) -> KeptT:
-        """The entry of a key, made if there is none."""
-        if key in self.entries:
-            self.entries.move_to_end(key)
-        else:
-            self.entries[key] = make()
+        """The entry of a key, made once if there is none."""
+        with self._lock:
+            if key in self.entries:
+                self.entries.move_to_end(key)
+                return self.entries[key]
+            made = self.entries[key] = make()
             while len(self.entries) > self.places:
                 self.entries.popitem(last=False)
-        return self.entries[key]
+            return made
 
     def clear(self) -> None:
-        self.entries.clear()
+        with self._lock:
+            self.entries.clear()
 
 
 @dataclass(eq=False)

@@ -10,7 +10,7 @@ import torch
 from torch.utils.checkpoint import checkpoint
 
 import dit_accel
-from tests.patches.peaked import RECIPES, peaked
+from tests.peaked import RECIPES, peaked
 from tests.recipes import POOLED, WINDOW
 from tests.tiny import TINY
 

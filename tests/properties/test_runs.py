@@ -5,6 +5,7 @@
 
 from __future__ import annotations
 
+import copy
 import os
 import threading
 from collections import Counter
@@ -20,8 +21,8 @@ from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, precondition, rule, run_state_machine_as_test
 
 import dit_accel
-from tests.patches.peaked import RECIPES
-from tests.properties.calls import (
+from tests.peaked import RECIPES
+from tests.pipe_calls import (
     SCHEDULERS,
     SIZES,
     VIDEO,
@@ -36,7 +37,7 @@ from tests.properties.calls import (
     perform,
 )
 
-EXAMPLES = int(os.environ.get("DIT_ACCEL_RUNS", "10"))
+EXAMPLES = int(os.environ.get("DIT_ACCEL_RUNS", "40"))
 FAMILIES = os.environ.get("DIT_ACCEL_FAMILIES", ",".join(SIZES)).split(",")
 CALLS = st.builds(
     Call,
@@ -145,6 +146,8 @@ class Runs(RuleBasedStateMachine):
     def run_two_at_once(self, first: Call, second: Call) -> None:
         calls, found = (first, second), {}
         runners = [another(self.pipe) for _ in calls]
+        for runner in runners:
+            runner.vae = copy.deepcopy(runner.vae)  # some keep what they are encoding
 
         def target(index: int) -> None:
             found[index] = perform(runners[index], self.family, calls[index])
@@ -281,9 +284,9 @@ def one_thread():
     torch.set_num_threads(before)
 
 
-@pytest.mark.timeout(0 if EXAMPLES > 10 else 600)
+@pytest.mark.timeout(0 if EXAMPLES > 40 else 600)
 def test_a_run_is_what_a_fresh_pipeline_gives(one_thread):
-    longer = EXAMPLES > 10
+    longer = EXAMPLES > 40
     run_state_machine_as_test(
         Runs,
         settings=settings(

@@ -15,7 +15,7 @@ from diffusers import FlowMatchEulerDiscreteScheduler, FlowMatchHeunDiscreteSche
 from peft import LoraConfig
 
 import dit_accel
-from tests.patches.peaked import RECIPES, peaked_pipeline
+from tests.peaked import RECIPES, peaked_pipeline
 from tests.tiny import TINY
 
 # Two of three have equally many tokens.
@@ -175,8 +175,10 @@ def forward_arguments(family: str, size: int, seed: int) -> dict[str, Any]:
 
 @torch.no_grad()
 def bare(model: Any, family: str, size: int, seed: int) -> torch.Tensor:
-    """A forward of a transformer outside any pipeline."""
-    return model(**forward_arguments(family, size, seed) | {"return_dict": False})[0]
+    """A forward of a transformer outside any pipeline, at a timestep of no schedule."""
+    given = forward_arguments(family, size, seed)
+    timestep = (given["timestep"] * 0.4321).to(given["timestep"].dtype)
+    return model(**given | {"timestep": timestep, "return_dict": False})[0]
 
 
 @torch.no_grad()
