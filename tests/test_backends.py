@@ -28,22 +28,23 @@ LAYERS = ["first", "second", "third"]  # some recipes leave the first ones dense
 SOME = (0, 1, 2, 6, 9)
 
 # Which operation a kernel's file belongs to.
+# Modules of kernels that are launched, below dit_accel.kernels.
 KERNELS = {
-    "forward": "attention",
-    "kernel": "hopper",
-    "reorder": "attention",
-    "pooling": "selection",
-    "selection": "selection",
-    "block_lists": "selection",
-    "spread": "selection",
-    "block_mass": "block_mass",
-    "gate": "gate",
-    "gate_steps": "gate",
-    "pyramid": "pyramid",
-    "rectified": "rectified",
-    "linear_kernels": "linear_branch",
-    "quantize_kernels": "quantized_attention",
-    "quantized": "quantized_attention",
+    "attention.triton.forward": "attention",
+    "attention.triton.reorder": "attention",
+    "attention.hopper.kernel": "hopper",
+    "mask.triton_lists": "selection",
+    "selection.triton.pooling": "selection",
+    "selection.triton.topk": "selection",
+    "selection.triton.spread": "selection",
+    "selection.triton.block_mass": "block_mass",
+    "selection.triton.gate": "gate",
+    "selection.triton.gate_steps": "gate",
+    "selection.triton.rectified": "rectified",
+    "pyramid.triton.forward": "pyramid",
+    "linear.triton.forward_kernels": "linear_branch",
+    "quantized.triton.prologue_kernels": "quantized_attention",
+    "quantized.triton.forward": "quantized_attention",
 }
 
 
@@ -100,7 +101,7 @@ def launched(monkeypatch) -> set[str]:
     for function in (interpreter.InterpretedFunction, jit.JITFunction):
 
         def spy(self, *args, true=function.run, **options):
-            found.add(KERNELS[self.fn.__module__.rpartition(".")[2]])
+            found.add(KERNELS[self.fn.__module__.removeprefix("dit_accel.kernels.")])
             return true(self, *args, **options)
 
         monkeypatch.setattr(function, "run", spy)

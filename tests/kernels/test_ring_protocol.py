@@ -14,7 +14,7 @@ from pathlib import Path
 
 import pytest
 
-HOPPER = Path(__file__).parents[2] / "dit_accel" / "kernels" / "hopper"
+HOPPER = Path(__file__).parents[2] / "dit_accel" / "kernels" / "attention" / "hopper"
 # What the model was written from. A function that has changed needs a look at the model, and then its new digest here.
 MODELLED = {
     "mover.py": {
