@@ -2,49 +2,96 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from math import prod
+
+Grid = tuple[int, int, int]
 
 
 @dataclass(frozen=True)
-class TokenLayout:
-    """One attention sequence: a latent grid, and other tokens (text, references, padding) around it.
-
-    Latent token ``(f, h, w)`` of the grid ``(F, H, W)`` sits at ``latent_start + (f * H + h) * W + w``.
-    Selection acts on latent x latent pairs; every other token reads and is read in full.
+class LatentGrid:
+    """A raster of latent tokens: token ``(f, h, w)`` of ``(F, H, W)`` sits at ``start + (f * H + h) * W + w``.
 
     Attributes:
-        grid: latent frames, height and width in tokens (after patchify); an image has one frame.
-        latent_start: position of the first latent token.
-        seq_len: tokens in the whole sequence.
+        grid: frames, height and width in tokens (after patchify); an image has one frame.
+        start: position of the first token.
     """
 
-    grid: tuple[int, int, int]
-    latent_start: int
-    seq_len: int
+    grid: Grid
+    start: int
 
     def __post_init__(self) -> None:
         if min(self.grid) < 1:
             raise ValueError(f"A latent grid needs at least one token per dimension, got {self.grid}.")
-        if self.latent_start < 0 or self.latent_start + self.num_latent > self.seq_len:
-            raise ValueError(
-                f"A grid of {self.grid} starting at token {self.latent_start} does not fit a sequence of "
-                f"{self.seq_len} tokens."
-            )
 
     @property
-    def num_latent(self) -> int:
+    def tokens(self) -> int:
         return prod(self.grid)
 
     @property
+    def stop(self) -> int:
+        """Position behind the last token."""
+        return self.start + self.tokens
+
+
+@dataclass(frozen=True)
+class TokenLayout:
+    """One attention sequence: a latent grid, grids of references, and other tokens (text, audio, padding) around them.
+
+    Selection acts on pairs of tokens that lie on a grid; every other token reads and is read in full.
+
+    Attributes:
+        grid: latent frames, height and width in tokens of what is generated; an image has one frame.
+        latent_start: position of the first latent token.
+        seq_len: tokens in the whole sequence.
+        references: grids of further latents (images to edit, earlier frames), in the order of the sequence.
+    """
+
+    grid: Grid
+    latent_start: int
+    seq_len: int
+    references: tuple[LatentGrid, ...] = ()
+
+    def __post_init__(self) -> None:
+        end = 0
+        for part in sorted(self.grids, key=lambda part: part.start):
+            if part.start < end:
+                raise ValueError(f"A grid of {part.grid} starting at token {part.start} overlaps one before it.")
+            end = part.stop
+            if end > self.seq_len:
+                raise ValueError(
+                    f"A grid of {part.grid} starting at token {part.start} does not fit a sequence of "
+                    f"{self.seq_len} tokens."
+                )
+
+    @property
+    def grids(self) -> tuple[LatentGrid, ...]:
+        """What is generated, then the references."""
+        return LatentGrid(self.grid, self.latent_start), *self.references
+
+    @property
+    def num_latent(self) -> int:
+        """Tokens of what is generated."""
+        return prod(self.grid)
+
+    @property
+    def num_on_grids(self) -> int:
+        """Tokens of what is generated and of references."""
+        return sum(part.tokens for part in self.grids)
+
+    @property
     def num_extra(self) -> int:
-        """Tokens that are not on the latent grid."""
-        return self.seq_len - self.num_latent
+        """Tokens that are on no grid."""
+        return self.seq_len - self.num_on_grids
 
     @property
     def forced_share(self) -> float:
-        """Share of all query-key pairs with a token that is not latent: they are read in full."""
-        return 1.0 - (self.num_latent / self.seq_len) ** 2
+        """Share of all query-key pairs with a token that is on no grid: they are read in full."""
+        return 1.0 - (self.num_on_grids / self.seq_len) ** 2
+
+    def without_references(self) -> TokenLayout:
+        """The same sequence with references as other tokens, which read and are read in full."""
+        return replace(self, references=()) if self.references else self
 
 
 @dataclass(frozen=True)

@@ -13,6 +13,14 @@ from .kernels import BlockMask
 from .layout import TokenLayout
 
 
+def tokens_on_grids(layout: TokenLayout, device: torch.device) -> torch.Tensor:
+    """bool ``[S]``: whether a token lies on a grid, of what is generated or of a reference."""
+    found = torch.zeros(layout.seq_len, dtype=torch.bool, device=device)
+    for part in layout.grids:
+        found[part.start : part.stop] = True
+    return found
+
+
 @dataclass(frozen=True, eq=False)
 class AttentionPlan:
     """The plan of one layer: token order and block mask. Schedules keep it, the engine executes it.
@@ -45,8 +53,7 @@ class LayerMemory:
 
 @dataclass(frozen=True, eq=False)
 class SequenceBlocks:
-    """The blocks of a permuted sequence: which hold other tokens than latents, and where on the grid they
-    lie.
+    """The blocks of a permuted sequence: which hold tokens on no grid, and where on the grid others lie.
 
     Attributes:
         layout: the sequence before permutation.
@@ -74,11 +81,15 @@ class SequenceBlocks:
         """Number of query blocks and of key blocks."""
         return -(-self.layout.seq_len // self.block_q), -(-self.layout.seq_len // self.block_k)
 
+    @property
+    def token_of_slot(self) -> torch.Tensor:
+        """int64, shape of ``rows``: the token at each slot."""
+        return torch.arange(self.layout.seq_len, device=self.device) if self.rows is None else self.rows.long()
+
     @cached_property
     def latent_of_slot(self) -> torch.Tensor:
-        """int64, shape of ``rows``: raster index on the grid of each slot's token, or -1 for any other."""
-        tokens = torch.arange(self.layout.seq_len, device=self.device) if self.rows is None else self.rows.long()
-        latent = tokens - self.layout.latent_start
+        """int64, shape of ``rows``: raster index of each slot's token on the grid of what is generated, or -1."""
+        latent = self.token_of_slot - self.layout.latent_start
         return torch.where((latent >= 0) & (latent < self.layout.num_latent), latent, -1)
 
     @cached_property
@@ -95,17 +106,17 @@ class SequenceBlocks:
 
     @cached_property
     def forced_q(self) -> torch.Tensor | None:
-        """bool ``[B|1, H|1, nq]``: query blocks with a non-latent token, which read everything; or None."""
+        """bool ``[B|1, H|1, nq]``: query blocks with a token on no grid, which read everything; or None."""
         return self._with_extras(self.block_q)
 
     @cached_property
     def forced_k(self) -> torch.Tensor | None:
-        """bool ``[B|1, H|1, nk]``: key blocks with a non-latent token, which everything reads; or None."""
+        """bool ``[B|1, H|1, nk]``: key blocks with a token on no grid, which everything reads; or None."""
         return self._with_extras(self.block_k)
 
     @cached_property
     def open_k(self) -> torch.Tensor:
-        """bool ``[B|1, H|1, nk]``: key blocks without any other token than latents."""
+        """bool ``[B|1, H|1, nk]``: key blocks of tokens on grids alone."""
         if self.forced_k is None:
             return torch.ones(1, 1, self.num_blocks[1], dtype=torch.bool, device=self.device)
         return ~self.forced_k
@@ -126,16 +137,15 @@ class SequenceBlocks:
     @cached_property
     def extra_slots(self) -> torch.Tensor | None:
         """int64 ``[n]``: slots of all tokens in the key blocks of :attr:`forced_k`; or None. They are the
-        same for all heads, since every order keeps other tokens than latents in their own order."""
+        same for all heads, since every order keeps tokens on no grid in their own order."""
         if self.forced_k is None:
             return None
         return self.forced_k[0, 0].repeat_interleave(self.block_k)[: self.layout.seq_len].nonzero()[:, 0]
 
     @cached_property
     def latent_tokens(self) -> torch.Tensor:
-        """bool ``[S]`` in the model's order: whether a token is a latent."""
-        token = torch.arange(self.layout.seq_len, device=self.device) - self.layout.latent_start
-        return (token >= 0) & (token < self.layout.num_latent)
+        """bool ``[S]`` in the model's order: whether a token is a latent, of what is generated or of a reference."""
+        return tokens_on_grids(self.layout, self.device)
 
     def hidden_k(self, key_mask: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """Blocks with some, and with only, hidden keys: two bool ``[B, H|1, nk]`` from bool ``[B, S]``."""
@@ -147,7 +157,7 @@ class SequenceBlocks:
     def _with_extras(self, block: int) -> torch.Tensor | None:
         if not self.layout.num_extra:
             return None
-        return self._lead(self.any_in_block(self.latent_of_slot < 0, block))
+        return self._lead(self.any_in_block(~self.latent_tokens[self.token_of_slot], block))
 
     @staticmethod
     def _lead(per_block: torch.Tensor) -> torch.Tensor:

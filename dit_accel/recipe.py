@@ -128,6 +128,12 @@ class Recipe:
                 f"schedule.density_points need a selection with a density, got {type(self.select).__name__}."
             )
 
+    @property
+    def spans_references(self) -> bool:
+        """Whether pairs with tokens of references are selected like others; else references are read in full."""
+        stages = (self.order, self.compensate)
+        return not self.select.is_static and all(stage.spans_references for stage in stages)
+
     def with_fields(self, changes: Mapping[str, Any]) -> Recipe:
         """A copy with single fields changed, by dotted name, e.g. ``{"select.density": 0.1}``.
 

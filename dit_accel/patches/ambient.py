@@ -7,6 +7,7 @@ beside the call: which layer this is, and where the latent tokens are.
 from __future__ import annotations
 
 import threading
+from collections.abc import Sequence
 from typing import TYPE_CHECKING, NamedTuple
 
 import torch
@@ -24,12 +25,29 @@ class LatentTokens(NamedTuple):
         ids: positions of the tokens, of models that pass no size; the family reads them, when attention runs and
             not while a graph is traced.
         start: tokens of the latent stream before the grid.
+        references: grids of further latents, each frames, height, width and the tokens of the latent stream before it.
     """
 
     grid: tuple[int, ...]
     tokens: int
     ids: torch.Tensor | None = None
     start: int = 0
+    references: tuple[tuple[int, int, int, int], ...] = ()
+
+    def places(self) -> list[int]:
+        """The grids as a graph holds them: four numbers each, what is generated first; empty without a grid."""
+        if not self.grid:
+            return []
+        return [number for part in ((*self.grid, self.start), *self.references) for number in part]
+
+    @classmethod
+    def of_places(cls, places: Sequence[int], tokens: int, ids: torch.Tensor | None) -> LatentTokens:
+        """From what :meth:`places` gave."""
+        if not places:
+            return cls((), tokens, ids)
+        frames, height, width, start = places[:4]
+        others = tuple((f, h, w, at) for f, h, w, at in zip(*(places[4 + n :: 4] for n in range(4)), strict=True))
+        return cls((frames, height, width), tokens, ids, start, others)
 
 
 class Eager(threading.local):

@@ -42,7 +42,7 @@ def _run(
     v: torch.Tensor,
     attn_mask: torch.Tensor | None,
     layer: torch.Tensor,
-    grid: list[int],
+    places: list[int],
     count: int,
     ids: torch.Tensor | None,
     learned: list[torch.Tensor],
@@ -61,7 +61,7 @@ def _run(
         return dense()
     if forward is not None:
         return session.repeat(forward, index, q, k, v, attn_mask, scale, dense, learned or None)
-    latents = LatentTokens(tuple(grid), count, ids) if count else None
+    latents = LatentTokens.of_places(places, count, ids) if count else None
     return session.attend(index, q, k, v, attn_mask, scale, latents, dense, learned or None)
 
 
@@ -77,7 +77,7 @@ def attention_op(
     attn_mask: torch.Tensor | None,
     layer: torch.Tensor,
     block_input: torch.Tensor | None,
-    grid: list[int],
+    places: list[int],
     count: int,
     ids: torch.Tensor | None,
     learned: list[torch.Tensor],
@@ -96,7 +96,7 @@ def attention_op(
             v,
             attn_mask,
             layer,
-            grid,
+            places,
             count,
             ids,
             learned,
@@ -134,7 +134,7 @@ def attention_backward_op(
     v: torch.Tensor,
     attn_mask: torch.Tensor | None,
     layer: torch.Tensor,
-    grid: list[int],
+    places: list[int],
     count: int,
     ids: torch.Tensor | None,
     learned: list[torch.Tensor],
@@ -152,7 +152,7 @@ def attention_backward_op(
             v,
             attn_mask,
             layer,
-            grid,
+            places,
             count,
             ids,
             learned,
@@ -180,7 +180,7 @@ def _(
     v: torch.Tensor,
     attn_mask: torch.Tensor | None,
     layer: torch.Tensor,
-    grid: list[int],
+    places: list[int],
     count: int,
     ids: torch.Tensor | None,
     learned: list[torch.Tensor],
@@ -190,19 +190,19 @@ def _(
 
 
 def _save(ctx: Any, inputs: tuple[Any, ...], output: tuple[torch.Tensor, torch.Tensor]) -> None:
-    q, k, v, attn_mask, layer, _, grid, count, ids, learned, *options = inputs
+    q, k, v, attn_mask, layer, _, places, count, ids, learned, *options = inputs
     ctx.save_for_backward(output[1], q, k, v, attn_mask, layer, ids, *learned)
-    ctx.grid, ctx.count, ctx.options = grid, count, options
+    ctx.places, ctx.count, ctx.options = places, count, options
 
 
 def _backward(ctx: Any, grad: torch.Tensor, _: Any) -> tuple[Any, ...]:
     forward, q, k, v, attn_mask, layer, ids, *learned = ctx.saved_tensors
     grads = attention_backward_op(
-        grad, forward, q, k, v, attn_mask, layer, ctx.grid, ctx.count, ids, learned, *ctx.options
+        grad, forward, q, k, v, attn_mask, layer, ctx.places, ctx.count, ids, learned, *ctx.options
     )
     # An empty list has no tensors to give None for: it wants an empty list back.
-    grid: list[None] | None = None if ctx.grid else []
-    return (*grads[:3], None, None, None, grid, None, None, list(grads[3:]), *[None] * len(ctx.options))
+    no_places: list[None] | None = None if ctx.places else []
+    return (*grads[:3], None, None, None, no_places, None, None, list(grads[3:]), *[None] * len(ctx.options))
 
 
 attention_op.register_autograd(_backward, setup_context=_save)

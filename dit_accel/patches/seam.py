@@ -22,7 +22,7 @@ from torch._guards import CompileContext
 from torch.overrides import _get_current_function_mode_stack
 from torch.utils._device import DeviceContext
 
-from .ambient import EAGER, TRACED
+from .ambient import EAGER, TRACED, LatentTokens
 from .forwards import frames_of_repetition, in_backward
 from .hooks import PublishLayer
 from .operator import PASSED, attention_op, count_op
@@ -174,7 +174,7 @@ def _attend(
     dense: Callable[[], torch.Tensor],
 ) -> torch.Tensor:
     if torch.compiler.is_compiling():
-        grid, count, ids, _ = TRACED.latents if TRACED.latents is not None else ((), 0, None, 0)
+        latents = LatentTokens((), 0) if TRACED.latents is None else TRACED.latents
         out, _ = attention_op(
             query,
             key,
@@ -182,9 +182,9 @@ def _attend(
             attn_mask,
             layer,
             TRACED.block_input if TRACED.latents is None else None,
-            list(grid),
-            count,
-            ids,
+            latents.places(),
+            latents.tokens,
+            latents.ids,
             list(TRACED.learned),
             scale,
             enable_gqa,

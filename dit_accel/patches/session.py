@@ -13,7 +13,7 @@ import torch
 from torch import nn
 
 from ..engine import Engine
-from ..layout import TokenLayout
+from ..layout import LatentGrid, TokenLayout
 from .ambient import EAGER, LatentTokens
 from .families import Family
 from .forwards import KEPT_FORWARDS, Forward, KeptForwards, addresses_of, in_backward
@@ -253,5 +253,9 @@ class Session:
         extra = seq_len - latents.tokens
         if len(latents.grid) != 3 or extra < 0:
             return f"{seq_len} tokens do not hold the latent grid {latents.grid}"
-        start = latents.start + (extra if self.family.text_first else 0)
-        return TokenLayout((latents.grid[0], latents.grid[1], latents.grid[2]), start, seq_len)
+        offset = extra if self.family.text_first else 0
+        references = tuple(LatentGrid((f, h, w), offset + start) for f, h, w, start in latents.references)
+        layout = TokenLayout(
+            (latents.grid[0], latents.grid[1], latents.grid[2]), offset + latents.start, seq_len, references
+        )
+        return layout if self.engine.recipe.spans_references else layout.without_references()

@@ -13,7 +13,7 @@ from diffusers import UniPCMultistepScheduler, WanPipeline, WanVideoToVideoPipel
 
 import dit_accel
 from dit_accel import Recipe
-from dit_accel.layout import TokenLayout
+from dit_accel.layout import LatentGrid, TokenLayout
 from dit_accel.patches.families.ltx import LTX
 from dit_accel.run import Run
 from dit_accel.stages.schedule import Schedule
@@ -236,10 +236,13 @@ def test_coordinates_tell_ltx_its_grid_behind_condition_tokens():
     condition = grid[:, 40:].clone()
     placed = torch.cat([condition, grid], 1)[None] * torch.tensor([0.04, 32.0, 32.0])[:, None]
     assert LTX.read_ids is not None
-    assert LTX.read_ids(placed) == ((3, 4, 5), 20)
-    assert LTX.read_ids(placed[..., 20:]) == ((3, 4, 5), 0)
+    assert LTX.read_ids(placed) == [LatentGrid((3, 4, 5), 20), LatentGrid((1, 4, 5), 0)]
+    assert LTX.read_ids(placed[..., 20:]) == [LatentGrid((3, 4, 5), 0)]
+    # A condition whose tokens are no raster is no grid, and read in full.
+    scattered = torch.cat([placed[..., torch.randperm(20)], placed[..., 20:]], -1)
+    assert LTX.read_ids(scattered) == [LatentGrid((3, 4, 5), 20)]
     with pytest.raises(ValueError, match=r"no raster|no grid"):
-        LTX.read_ids(placed[..., torch.randperm(80)])
+        LTX.read_ids(placed.flip(-1))
 
 
 class ByHand:

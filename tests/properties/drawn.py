@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 from hypothesis.extra import numpy as arrays
 
 from dit_accel.kernels import BlockMask
-from dit_accel.layout import TokenLayout
+from dit_accel.layout import LatentGrid, TokenLayout
 from tests.kernels.oracle import poison_unlisted
 
 
@@ -35,11 +35,17 @@ seeds = st.integers(0, 2**31)
 
 
 @st.composite
-def layouts(draw: st.DrawFn, side: int = 6, extra: int = 9, least: int = 1) -> TokenLayout:
-    """Small grids, of ``least`` to ``side`` tokens a side, with up to ``extra`` tokens before and after them."""
-    grid = draw(st.tuples(*[st.integers(least, side)] * 3))
-    before, after = draw(st.integers(0, extra)), draw(st.integers(0, extra))
-    return TokenLayout(grid, before, before + grid[0] * grid[1] * grid[2] + after)
+def layouts(draw: st.DrawFn, side: int = 6, extra: int = 9, least: int = 1, references: int = 2) -> TokenLayout:
+    """Small grids, of ``least`` to ``side`` tokens a side, with up to ``extra`` other tokens before, between and behind
+    them. What is generated may stand anywhere among up to ``references`` others."""
+    grid = st.tuples(*[st.integers(least, side)] * 3)
+    grids, at = [], 0
+    for _ in range(draw(st.integers(1, 1 + references))):
+        at += draw(st.integers(0, extra))
+        grids.append(LatentGrid(draw(grid), at))
+        at = grids[-1].stop
+    generated = grids.pop(draw(st.integers(0, len(grids) - 1)))
+    return TokenLayout(generated.grid, generated.start, at + draw(st.integers(0, extra)), tuple(grids))
 
 
 @dataclass(frozen=True, eq=False)

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
 from typing import Any
 
 import torch
 
+from ...layout import LatentGrid
 from ..ambient import LatentTokens
 
 PatchSize = tuple[int, int, int]
@@ -23,8 +24,8 @@ class Family:
         transformers: class names of its transformers. Names, so that no model code is imported.
         self_attention: patterns of the module paths whose attention mixes latent tokens.
         read: the latent tokens of a forward, from the latent size of a token and the forward's arguments.
-        read_ids: the grid, and the tokens of the latent stream before it, from the positions of its tokens, for
-            forwards that pass no size; raises ValueError where there is no grid.
+        read_ids: what is generated, then references, from the positions of the latent stream's tokens, for forwards
+            that pass no size; raises ValueError where there is no grid.
         text_first: whether other tokens come before the latents in the sequence, else behind them.
         min_tokens: sequence length below which sparse attention gains nothing on a GPU.
     """
@@ -33,7 +34,7 @@ class Family:
     transformers: tuple[str, ...]
     self_attention: tuple[str, ...]
     read: Callable[[PatchSize, Mapping[str, Any]], LatentTokens]
-    read_ids: Callable[[torch.Tensor], tuple[tuple[int, int, int], int]] | None = None
+    read_ids: Callable[[torch.Tensor], Sequence[LatentGrid]] | None = None
     text_first: bool = False
     min_tokens: int = 8192
 
@@ -42,10 +43,11 @@ class Family:
         assert latents.ids is not None
         assert self.read_ids is not None
         try:
-            grid, start = self.read_ids(latents.ids.detach())
+            generated, *references = self.read_ids(latents.ids.detach())
         except ValueError:
             return LatentTokens((), latents.tokens)
-        return LatentTokens(grid, latents.tokens, None, start)
+        others = tuple((*part.grid, part.start) for part in references)
+        return LatentTokens(generated.grid, latents.tokens, None, generated.start, others)
 
     def has_self_attention(self, module_path: str) -> bool:
         """Whether the module at this path is one of the family's self-attentions."""

@@ -7,8 +7,10 @@ from typing import Any
 
 import torch
 
+from ...layout import LatentGrid
 from ..ambient import LatentTokens
 from .family import Family, PatchSize
+from .rasters import images
 
 
 def _read(patch: PatchSize, arguments: Mapping[str, Any]) -> LatentTokens:
@@ -16,14 +18,9 @@ def _read(patch: PatchSize, arguments: Mapping[str, Any]) -> LatentTokens:
     return LatentTokens((), arguments["hidden_states"].shape[1], arguments["img_ids"])
 
 
-def _grid_of(img_ids: torch.Tensor) -> tuple[tuple[int, int, int], int]:
-    """From (reference, row, column) of each token; references carry another first number and come behind."""
-    ids = img_ids.reshape(-1, img_ids.shape[-1]).round().long().cpu()
-    target = ids[ids[:, 0] == ids[0, 0]]
-    height, width = (int(target[:, axis].max() - target[:, axis].min()) + 1 for axis in (1, 2))
-    if height * width != len(target):
-        raise ValueError(f"{len(target)} image tokens are no grid of {height} x {width}.")
-    return (1, height, width), 0
+def _grids_of(img_ids: torch.Tensor) -> list[LatentGrid]:
+    """From (reference, row, column) of each token; references come behind and carry another first number."""
+    return images(img_ids.reshape(-1, img_ids.shape[-1]))
 
 
 FLUX = Family(
@@ -31,7 +28,7 @@ FLUX = Family(
     transformers=("FluxTransformer2DModel",),
     self_attention=("transformer_blocks.*.attn", "single_transformer_blocks.*.attn"),
     read=_read,
-    read_ids=_grid_of,
+    read_ids=_grids_of,
     text_first=True,
     min_tokens=6144,
 )

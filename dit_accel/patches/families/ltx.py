@@ -8,8 +8,10 @@ from typing import Any
 
 import torch
 
+from ...layout import LatentGrid
 from ..ambient import LatentTokens
 from .family import Family, PatchSize
+from .rasters import clips
 
 
 def _read(patch: PatchSize, arguments: Mapping[str, Any]) -> LatentTokens:
@@ -22,28 +24,9 @@ def _read(patch: PatchSize, arguments: Mapping[str, Any]) -> LatentTokens:
     return LatentTokens((), tokens, arguments.get("video_coords"))
 
 
-def _grid_of(coordinates: torch.Tensor) -> tuple[tuple[int, int, int], int]:
-    """From (frame, row, column) of each token ``[B, 3, tokens]``, in any unit: the raster that ends the stream.
-
-    Frames of condition tokens before it begin at or after the raster's first one, which is how they are told apart.
-    """
-    frame, row, column = coordinates[0].double().cpu()
-    same_frame = (frame == frame[-1]).flip(0).long().cumprod(0)
-    per_frame = int(same_frame.sum())
-    width = int((same_frame * (row == row[-1]).flip(0).long().cumprod(0)).sum())
-    height = per_frame // width
-    tokens = frame.numel()
-    if height * width != per_frame or tokens % per_frame:
-        raise ValueError(f"{per_frame} tokens of a frame are no grid of rows of {width}.")
-    firsts = frame.unflatten(0, (-1, per_frame))[:, 0]
-    frames = 1 + int((firsts[1:] > firsts[:-1]).flip(0).long().cumprod(0).sum())
-    start = tokens - frames * per_frame
-    raster = [x[start:].unflatten(0, (frames, height, width)) for x in (frame, row, column)]
-    for axis, values in enumerate(raster):
-        along = values.movedim(axis, 0)
-        if not bool((along == along[:, :1, :1]).all() and (along[1:, 0, 0] > along[:-1, 0, 0]).all()):
-            raise ValueError(f"Axis {axis} of the tokens' coordinates is no raster.")
-    return (frames, height, width), start
+def _grids_of(coordinates: torch.Tensor) -> list[LatentGrid]:
+    """From (frame, row, column) of each token ``[B, 3, N]``; condition tokens come before."""
+    return clips(coordinates[0])
 
 
 LTX = Family(
@@ -51,5 +34,5 @@ LTX = Family(
     transformers=("LTXVideoTransformer3DModel",),
     self_attention=("transformer_blocks.*.attn1",),
     read=_read,
-    read_ids=_grid_of,
+    read_ids=_grids_of,
 )

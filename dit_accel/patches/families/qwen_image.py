@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from itertools import accumulate
+from math import prod
 from typing import Any
 
 from ..ambient import LatentTokens
@@ -12,10 +14,12 @@ from .family import Family, PatchSize
 def _read(patch: PatchSize, arguments: Mapping[str, Any]) -> LatentTokens:
     # (B, N, C); shapes in tokens: one tuple a sample, or a list of tuples, target first
     shapes = arguments.get("img_shapes")
-    first = shapes[0] if shapes else ()
-    if first and isinstance(first[0], (tuple, list)):
-        first = first[0]
-    return LatentTokens(tuple(first), arguments["hidden_states"].shape[1])
+    tokens, first = arguments["hidden_states"].shape[1], shapes[0] if shapes else ()
+    if not first or not isinstance(first[0], (tuple, list)):
+        return LatentTokens(tuple(first), tokens)
+    generated, *others = (tuple(shape) for shape in first)
+    starts = accumulate(prod(shape) for shape in first[:-1])
+    return LatentTokens(generated, tokens, references=tuple((*s, at) for s, at in zip(others, starts, strict=True)))
 
 
 QWEN_IMAGE = Family(

@@ -94,6 +94,7 @@ class LinearBranch:
 
     needs_lse: ClassVar[bool] = False
     attends_alone: ClassVar[bool] = False
+    spans_references: ClassVar[bool] = True
 
     @property
     def is_static(self) -> bool:

@@ -32,10 +32,12 @@ class Compensation(Protocol):
     Attributes:
         needs_lse: the second tensor of ``sparse()`` must be the log-sum-exp, float32 ``[B, H, S]``.
         attends_alone: ``sparse()`` is never called.
+        spans_references: it knows grids of references too; else these read and are read in full.
     """
 
     needs_lse: ClassVar[bool]
     attends_alone: ClassVar[bool]
+    spans_references: ClassVar[bool]
 
     @property
     def is_static(self) -> bool:
@@ -75,6 +77,7 @@ class NoCompensation:
 
     needs_lse: ClassVar[bool] = False
     attends_alone: ClassVar[bool] = False
+    spans_references: ClassVar[bool] = True
 
     @property
     def is_static(self) -> bool:
@@ -119,6 +122,7 @@ class PooledMass:
 
     needs_lse: ClassVar[bool] = False
     attends_alone: ClassVar[bool] = False
+    spans_references: ClassVar[bool] = True
 
     @property
     def is_static(self) -> bool:
@@ -204,6 +208,7 @@ class KeyPyramid:
 
     needs_lse: ClassVar[bool] = False
     attends_alone: ClassVar[bool] = True
+    spans_references: ClassVar[bool] = True
 
     @property
     def is_static(self) -> bool:

@@ -32,6 +32,7 @@ class PooledResidual:
 
     needs_lse: ClassVar[bool] = True
     attends_alone: ClassVar[bool] = False
+    spans_references: ClassVar[bool] = True
 
     @property
     def is_static(self) -> bool:

@@ -4,10 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Hashable
 from dataclasses import dataclass
+from functools import partial
+from typing import ClassVar
 
 import torch
 
-from ...layout import TokenLayout
+from ...layout import Grid, TokenLayout
 from .simple import fold_tile, tile_order, whole_sequence
 
 AXIS_ORDERS = ("fhw", "fwh", "hfw", "hwf", "wfh", "whf")
@@ -36,6 +38,8 @@ class AxisOrder:
 
     axes: tuple[tuple[str, ...], ...] = (("fhw",),)
 
+    spans_references: ClassVar[bool] = True
+
     def __post_init__(self) -> None:
         if not self.axes or not all(self.axes):
             raise ValueError(f"order.axes needs at least one layer with one head, got {self.axes}.")
@@ -50,7 +54,7 @@ class AxisOrder:
         heads = self._heads(layer)
         if set(heads) == {"fhw"}:
             return None
-        orders = {name: whole_sequence(_head_order(layout.grid, name, device), layout) for name in set(heads)}
+        orders = {name: whole_sequence(layout, partial(_head_order, name=name, device=device)) for name in set(heads)}
         return orders[heads[0]] if len(heads) == 1 else torch.stack([orders[name] for name in heads])
 
     def _heads(self, layer: int) -> tuple[str, ...]:
@@ -75,6 +79,8 @@ class ChosenAxes:
 
     sparse_weight: float = 0.5
     tile: int = 64
+
+    spans_references: ClassVar[bool] = True
 
     def __post_init__(self) -> None:
         if not 0.0 <= self.sparse_weight <= 1.0:
@@ -118,6 +124,8 @@ class Chunks:
     spatial: tuple[int, int] = (4, 4)
     volume: tuple[int, int, int] = (4, 4, 4)
 
+    spans_references: ClassVar[bool] = True
+
     def __post_init__(self) -> None:
         if min(self.temporal, *self.spatial, *self.volume) < 1:
             raise ValueError(
@@ -129,10 +137,9 @@ class Chunks:
         return layer % 3
 
     def rows(self, layout: TokenLayout, device: torch.device, layer: int = 0) -> torch.Tensor | None:
-        frames, height, width = layout.grid
-        chunk = (
-            (self.temporal, height, width),
-            (frames, *self.spatial),
-            self.volume,
-        )[layer % 3]
-        return whole_sequence(tile_order(layout.grid, chunk, device), layout)
+        def order(grid: Grid) -> torch.Tensor:
+            frames, height, width = grid
+            chunks = (self.temporal, height, width), (frames, *self.spatial), self.volume
+            return tile_order(grid, chunks[layer % 3], device)
+
+        return whole_sequence(layout, order)

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Hashable, Iterator
 from dataclasses import dataclass
+from functools import partial
+from typing import ClassVar
 
 import torch
 
@@ -23,14 +25,18 @@ class Curve:
     The construction is J. Cerveny's generalisation of Hilbert's curve to boxes of any size.
     """
 
+    spans_references: ClassVar[bool] = True
+
     def variant(self, layer: int) -> Hashable:
         return None
 
     def rows(self, layout: TokenLayout, device: torch.device, layer: int = 0) -> torch.Tensor | None:
-        _, height, width = layout.grid
-        points = torch.tensor(list(hilbert_points(layout.grid)), device=device)
-        latent = (points[:, 0] * height + points[:, 1]) * width + points[:, 2]
-        return whole_sequence(latent, layout)
+        return whole_sequence(layout, partial(_curve_order, device=device))
+
+
+def _curve_order(grid: Vector, device: torch.device) -> torch.Tensor:
+    points = torch.tensor(list(hilbert_points(grid)), device=device)
+    return (points[:, 0] * grid[1] + points[:, 1]) * grid[2] + points[:, 2]
 
 
 def hilbert_points(grid: Vector) -> Iterator[Vector]:

@@ -2,17 +2,24 @@
 
 from __future__ import annotations
 
-from collections.abc import Hashable
+from collections.abc import Callable, Hashable
 from dataclasses import dataclass
-from typing import Protocol
+from typing import ClassVar, Protocol
 
 import torch
 
-from ...layout import TokenLayout
+from ...layout import Grid, TokenLayout
+from ...plan import tokens_on_grids
 
 
 class Order(Protocol):
-    """An order of the sequence. Latent tokens are permuted; all others follow them in their own order."""
+    """An order of the sequence. Tokens on grids are permuted, each grid by itself; all others follow in their order.
+
+    Attributes:
+        spans_references: it orders grids of references too; else these are other tokens.
+    """
+
+    spans_references: ClassVar[bool]
 
     def variant(self, layer: int) -> Hashable:
         """Layers with equal variants share their order."""
@@ -24,16 +31,22 @@ class Order(Protocol):
         ...
 
 
-def whole_sequence(latent: torch.Tensor, layout: TokenLayout) -> torch.Tensor:
-    """int32 ``[S]`` from the latents' raster indices ``[F * H * W]`` in their new order; the rest follows."""
-    before = torch.arange(layout.latent_start, device=latent.device)
-    after = torch.arange(layout.latent_start + layout.num_latent, layout.seq_len, device=latent.device)
-    return torch.cat([latent + layout.latent_start, before, after]).to(torch.int32)
+def whole_sequence(layout: TokenLayout, order_of: Callable[[Grid], torch.Tensor]) -> torch.Tensor:
+    """int32 ``[S]``: each grid in an order of its own, one after the other, then all other tokens as they come.
+
+    Args:
+        order_of: raster indices ``[F * H * W]`` of a grid in their new order.
+    """
+    latents = [order_of(part.grid) + part.start for part in layout.grids]
+    others = (~tokens_on_grids(layout, latents[0].device)).nonzero()[:, 0]
+    return torch.cat([*latents, others]).to(torch.int32)
 
 
 @dataclass(frozen=True)
 class Raster:
     """The order of the model: frame by frame, row by row."""
+
+    spans_references: ClassVar[bool] = True
 
     def variant(self, layer: int) -> Hashable:
         return None
@@ -56,6 +69,8 @@ class Tiles:
 
     shape: tuple[int, int, int] = (4, 4, 4)
 
+    spans_references: ClassVar[bool] = True
+
     def __post_init__(self) -> None:
         if len(self.shape) != 3 or min(self.shape) < 1:
             raise ValueError(f"order.shape must be three tile sizes of at least 1, got {self.shape}.")
@@ -64,7 +79,7 @@ class Tiles:
         return None
 
     def rows(self, layout: TokenLayout, device: torch.device, layer: int = 0) -> torch.Tensor | None:
-        return whole_sequence(tile_order(layout.grid, fold_tile(self.shape, layout.grid[0]), device), layout)
+        return whole_sequence(layout, lambda grid: tile_order(grid, fold_tile(self.shape, grid[0]), device))
 
 
 def fold_tile(tile: tuple[int, int, int], frames: int) -> tuple[int, int, int]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Hashable
 from dataclasses import dataclass
+from typing import ClassVar
 
 import torch
 
@@ -44,6 +45,8 @@ class SortedSegments:
 
     segment: tuple[int, int, int] = (4, 16, 16)
     samples: int = 128
+
+    spans_references: ClassVar[bool] = False
 
     def __post_init__(self) -> None:
         if len(self.segment) != 3 or min(self.segment) < 1:

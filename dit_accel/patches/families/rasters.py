@@ -1,0 +1,68 @@
+"""Latent grids read off the positions of tokens."""
+
+from __future__ import annotations
+
+from itertools import pairwise
+
+import torch
+
+from ...layout import LatentGrid
+
+
+def images(ids: torch.Tensor) -> list[LatentGrid]:
+    """The images of a packed stream, in its order, from (image, row, column) of each token ``[N, 3]``.
+
+    Raises:
+        ValueError: the tokens of the first image are no raster. Tokens of a later one that are none are no grid.
+    """
+    ids = ids.round().long().cpu()
+    found: list[LatentGrid] = []
+    start = 0
+    for tokens in torch.unique_consecutive(ids[:, 0], return_counts=True)[1].tolist():
+        run = ids[start : start + tokens, 1:]
+        run = run - run[0]
+        height, width = (int(axis.max()) + 1 for axis in run.unbind(1))
+        raster = torch.cartesian_prod(torch.arange(height), torch.arange(width)) if height * width == tokens else None
+        if raster is not None and torch.equal(run, raster):
+            found.append(LatentGrid((1, height, width), start))
+        elif not found:
+            raise ValueError(f"{tokens} image tokens are no grid of {height} x {width}.")
+        start += tokens
+    return found
+
+
+def clips(coordinates: torch.Tensor) -> list[LatentGrid]:
+    """The clips of a stream, from (frame, row, column) of each token ``[3, N]``, in any unit: what is generated, which
+    ends the stream, then those before it.
+
+    All have frames of one size. A clip before the last is told from the next by its frames, which begin at or after
+    the next one's first.
+
+    Raises:
+        ValueError: the stream does not end in a raster.
+    """
+    frame, row, column = coordinates.double().cpu()
+    same_frame = (frame == frame[-1]).flip(0).long().cumprod(0)
+    per_frame = int(same_frame.sum())
+    width = int((same_frame * (row == row[-1]).flip(0).long().cumprod(0)).sum())
+    height = per_frame // width
+    tokens = frame.numel()
+    if per_frame == 1 or height * width != per_frame or tokens % per_frame:
+        raise ValueError(f"{per_frame} tokens of a frame are no grid of rows of {width}.")
+    firsts = frame[::per_frame]
+    cuts = [0, *(((firsts[1:] <= firsts[:-1]).nonzero()[:, 0] + 1).tolist()), len(firsts)]
+    found = []
+    for begin, end in pairwise(cuts):
+        part = slice(begin * per_frame, end * per_frame)
+        raster = [axis[part].unflatten(0, (end - begin, height, width)) for axis in (frame, row, column)]
+        if all(_is_along(values, axis) for axis, values in enumerate(raster)):
+            found.append(LatentGrid((end - begin, height, width), part.start))
+        elif end == len(firsts):
+            raise ValueError("The coordinates of the last tokens are no raster.")
+    return [found[-1], *found[:-1]]
+
+
+def _is_along(values: torch.Tensor, axis: int) -> bool:
+    """Whether values ``[F, H, W]`` grow along one axis and are equal along the others."""
+    along = values.movedim(axis, 0)
+    return bool((along == along[:, :1, :1]).all() and (along[1:, 0, 0] > along[:-1, 0, 0]).all())
