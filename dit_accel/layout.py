@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from math import prod
 
@@ -88,6 +89,30 @@ class TokenLayout:
     def forced_share(self) -> float:
         """Share of all query-key pairs with a token that is on no grid: they are read in full."""
         return 1.0 - (self.num_on_grids / self.seq_len) ** 2
+
+    def to_numbers(self) -> list[int]:
+        """Plain numbers for a file: grid, start, length, and four of each reference."""
+        references = [number for part in self.references for number in (*part.grid, part.start)]
+        return [*self.grid, self.latent_start, self.seq_len, *references]
+
+    @classmethod
+    def from_numbers(cls, numbers: Sequence[int]) -> TokenLayout:
+        """From what :meth:`to_numbers` gave.
+
+        Raises:
+            ValueError: they are not such numbers.
+        """
+        if len(numbers) < 5 or len(numbers) % 4 != 1 or any(type(n) is not int or n < 0 for n in numbers):
+            raise ValueError(f"A layout must be counts, five and four of each reference, got {list(numbers)}.")
+        frames, height, width, start, length, *rest = numbers
+        parts = zip(rest[::4], rest[1::4], rest[2::4], rest[3::4], strict=True)
+        references = tuple(LatentGrid((f, h, w), at) for f, h, w, at in parts)
+        return cls((frames, height, width), start, length, references)
+
+    def __str__(self) -> str:
+        frames, height, width = self.grid
+        others = "".join(f", a reference of {'x'.join(map(str, part.grid))}" for part in self.references)
+        return f"a latent grid of {frames}x{height}x{width} from token {self.latent_start} of {self.seq_len}{others}"
 
     def without_references(self) -> TokenLayout:
         """The same sequence with references as other tokens, which read and are read in full."""

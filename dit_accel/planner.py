@@ -272,7 +272,7 @@ class Planner:
     @staticmethod
     def _why_not_frozen(call: AttentionCall, frozen: FrozenMasks) -> str | None:
         if call.layout != frozen.layout:
-            return f"The calibration is for {_spell(frozen.layout)}, the call has {_spell(call.layout)}."
+            return f"The calibration is for {frozen.layout}, the call has {call.layout}."
         if call.step.sigma is None:
             return "Calibrated plans are found by sigma, and a bare model or this scheduler shows none."
         return None
@@ -336,10 +336,3 @@ class Planner:
                 blocks = SequenceBlocks(layout, fixed, *select.block, device)
                 variants[variant] = _Prepared(blocks, select.prepare(blocks))
             return variants[variant]
-
-
-def _spell(layout: TokenLayout | str) -> str:
-    if isinstance(layout, str):
-        return layout
-    frames, height, width = layout.grid
-    return f"a latent grid of {frames}x{height}x{width} from token {layout.latent_start} of {layout.seq_len}"

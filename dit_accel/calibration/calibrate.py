@@ -403,9 +403,7 @@ class _Run:
             "counts": self.counts,
             "sigmas": self.sigmas,
             "orders": {name: order.axes for name, order in self.orders.items()},
-            "layouts": {
-                name: [*layout.grid, layout.latent_start, layout.seq_len] for name, layout in self.layouts.items()
-            },
+            "layouts": {name: layout.to_numbers() for name, layout in self.layouts.items()},
         }
         write_tensors(path, self.sums, header)
 
@@ -426,7 +424,7 @@ class _Run:
             self.sums, self.counts = sums, header["counts"]
             self.finished, self.sigmas = int(header["finished"]), header["sigmas"]
             self.orders = {name: AxisOrder(tuple(map(tuple, axes))) for name, axes in header["orders"].items()}
-            self.layouts = {name: TokenLayout((f, h, w), *rest) for name, (f, h, w, *rest) in header["layouts"].items()}
+            self.layouts = {name: TokenLayout.from_numbers(numbers) for name, numbers in header["layouts"].items()}
         except (AttributeError, KeyError, TypeError, ValueError) as error:
             reason = str(error).rstrip(".")
             raise ValueError(f"{path} is the damaged beginning of a calibration ({reason}). {anew}") from error

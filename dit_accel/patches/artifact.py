@@ -73,6 +73,7 @@ class CalibrationArtifact:
                     "grid": part.masks.layout.grid,
                     "latent_start": part.masks.layout.latent_start,
                     "seq_len": part.masks.layout.seq_len,
+                    "references": [[*part.grid, part.start] for part in part.masks.layout.references],
                     "block": part.masks.block,
                     "edges": part.masks.edges,
                 }
@@ -193,18 +194,16 @@ def _first_difference(calibrated: Recipe, asked: Recipe) -> str | None:
 def _part(data: Mapping[str, Any], bits: torch.Tensor) -> CalibratedTransformer:
     """One transformer's part from its header, which may be damaged."""
     fingerprint = Fingerprint.from_dict(data["fingerprint"])
-    frames, height, width, start, length, block_q, block_k = numbers = [
-        *data["grid"],
-        data["latent_start"],
-        data["seq_len"],
-        *data["block"],
-    ]
-    if any(type(number) is not int or number < 0 for number in numbers) or min(block_q, block_k) < 1:
-        raise ValueError(f"grid, latent_start, seq_len and block must be counts, got {numbers}.")
+    block_q, block_k = numbers = data["block"]
+    if any(type(number) is not int or number < 1 for number in numbers):
+        raise ValueError(f"block must be counts of at least 1, got {numbers}.")
+    # Files from before references have none.
+    references = [number for part in data.get("references", []) for number in part]
+    layout = TokenLayout.from_numbers([*data["grid"], data["latent_start"], data["seq_len"], *references])
     edges = tuple(map(float, data["edges"]))
     if not all(left > right for left, right in pairwise(edges)):
         raise ValueError(f"edges must fall, got {edges}.")
-    masks = FrozenMasks(TokenLayout((frames, height, width), start, length), (block_q, block_k), edges, bits)
+    masks = FrozenMasks(layout, (block_q, block_k), edges, bits)
     if tuple(bits.shape[1:3]) != (fingerprint.layers, fingerprint.heads):
         raise ValueError(
             f"masks of {fingerprint.layers} layers and {fingerprint.heads} heads are expected, got {tuple(bits.shape)}."

@@ -116,3 +116,12 @@ def test_images_of_a_qwen_edit_are_grids():
     assert latents.grid == (1, 4, 5)
     assert latents.references == ((1, 2, 3, 20), (1, 2, 2, 26))
     assert latents.of_places(latents.places(), 30, None) == latents
+
+
+def test_a_layout_survives_a_file():
+    layout = TokenLayout((1, 4, 5), 3, 60, (LatentGrid((1, 2, 3), 30), LatentGrid((2, 2, 2), 40)))
+    assert TokenLayout.from_numbers(layout.to_numbers()) == layout
+    for damaged in (layout.to_numbers()[:-1], [*layout.to_numbers()[:-1], -1], [1, 4, 5, 3]):
+        with pytest.raises(ValueError, match="A layout must be counts"):
+            TokenLayout.from_numbers(damaged)
+    assert "a reference of 2x2x2" in str(layout)
