@@ -133,6 +133,21 @@ class BlockMask:
         keep = torch.zeros(*self.kv_indices.shape[:3], nk + 1, dtype=torch.bool, device=self.kv_indices.device)
         return keep.scatter_(-1, target, True)[..., :nk]
 
+    def partial_to_dense(self) -> torch.Tensor:
+        """Boolean map ``[B, H, nq, nk]`` of the kept blocks that are not full."""
+        return self.to_dense() & ~replace(self, kv_num_blocks=self.kv_num_full).to_dense()
+
+    def bit_rows_to_dense(self) -> torch.Tensor | None:
+        """int32 ``[B, H, nq, nk]``: row of ``token_bits`` of each partial block that has one, else -1; or None."""
+        if self.kv_bits is None:
+            return None
+        nk = self.num_blocks[1]
+        slot = torch.arange(self.kv_indices.shape[-1], device=self.kv_indices.device)
+        partial = (slot >= self.kv_num_full[..., None]) & (slot < self.kv_num_blocks[..., None])
+        target = torch.where(partial, self.kv_indices.long(), nk)
+        rows = torch.full((*self.kv_indices.shape[:3], nk + 1), -1, dtype=torch.int32, device=self.kv_indices.device)
+        return rows.scatter_(-1, target, torch.where(partial, self.kv_bits, -1))[..., :nk]
+
     def to_tokens(self) -> torch.Tensor:
         """Boolean token mask ``[B, H, q_len, kv_len]``: quadratic, for tests and the reference backend."""
         nq, nk = self.num_blocks

@@ -8,6 +8,7 @@ from dataclasses import dataclass
 import torch
 
 from ...kernels import BlockMask
+from ...kernels.mask.token_bits import distinct, pack_tokens
 from ...plan import SequenceBlocks
 
 # Token pairs whose visibility is worked out at once; bounds the memory of building a mask.
@@ -93,7 +94,7 @@ def _tables_of(
             full.append(all_visible)
             i, j = (any_visible & ~all_visible).nonzero(as_tuple=True)
             pairs.append(torch.stack([torch.full_like(i, index), i + first, j]))
-            bits.append(_pack(chunk[i, :, j, :]))
+            bits.append(pack_tokens(chunk[i, :, j, :]))
     shape = (len(orders), *orders[0].num_blocks)
     keep_map, full_map = torch.cat(keep).view(shape), torch.cat(full).view(shape)
     (order, i, j), packed = torch.cat(pairs, 1), torch.cat(bits)
@@ -101,7 +102,7 @@ def _tables_of(
     if len(packed) == 0:
         token_bits = packed.new_zeros(1, *packed.shape[1:])
     else:
-        token_bits, row = _deduplicate(packed)
+        token_bits, row = distinct(packed)
         bit_rows[order, i, j] = row.to(torch.int32)
     if head_to_order is not None:
         keep_map, full_map = keep_map[head_to_order], full_map[head_to_order]
@@ -128,25 +129,3 @@ def _token_chunks(blocks: SequenceBlocks, sees: Sees, sink_first_frame: bool) ->
         cols = -seq_len % block_k
         seen = torch.cat([seen, seen[:, -1:].expand(-1, cols)], 1) if cols else seen
         yield first, seen.view(-1, block_q, num_k, block_k)
-
-
-def _pack(tokens: torch.Tensor) -> torch.Tensor:
-    """int32 ``[P, block_q, block_k // 32]`` from bool ``[P, block_q, block_k]``."""
-    weights = torch.ones(32, dtype=torch.int64, device=tokens.device) << torch.arange(32, device=tokens.device)
-    words = (tokens.unflatten(-1, (-1, 32)).long() * weights).sum(-1)
-    return torch.where(words >= 1 << 31, words - (1 << 32), words).to(torch.int32)
-
-
-def _deduplicate(packed: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """Distinct token masks and the row of each input: a rule repeats itself over the grid."""
-    flat = packed.flatten(1).long()
-    generator = torch.Generator().manual_seed(0)
-    weights = torch.randint(-(1 << 62), 1 << 62, (flat.shape[1],), generator=generator).to(flat.device) | 1
-    _, inverse = ((flat * weights).sum(1)).unique(return_inverse=True)
-    count = int(inverse.max()) + 1
-    first = torch.full((count,), len(flat), device=flat.device).scatter_reduce_(
-        0, inverse, torch.arange(len(flat), device=flat.device), "amin"
-    )
-    if not torch.equal(packed[first][inverse], packed):  # a hash collision
-        return packed, torch.arange(len(packed), device=packed.device)
-    return packed[first].contiguous(), inverse
