@@ -23,13 +23,14 @@ class AttentionCall:
     Attributes:
         layer: index of the self-attention layer.
         step: where the call sits in the trajectory.
-        key_mask: bool ``[B, S]``, False for hidden keys.
+        key_mask: bool ``[B, S]``, False for hidden keys; None where all are visible or ``pairs`` says which are.
         scale: of the logits.
         layout: of the sequence, or the reason why there is none.
         run: the run that keeps its plans.
         repeated: whether a forward is repeated for its gradients: the call then uses what ``used`` holds and keeps
             nothing.
         used: kept plan of each layer that its forward used.
+        pairs: bool ``[B|1, H|1, S, S]``, which key (last) each query sees, where not all see the same.
         plan: what a sparse call ran; None for a dense one.
         choices: the backend of each of the recipe's operations; None outside an engine, where each chooses by itself.
         backends_used: where the backends that ran are recorded.
@@ -46,9 +47,21 @@ class AttentionCall:
     run: Run = field(default_factory=Run)
     repeated: bool = False
     used: dict[int, Any] = field(default_factory=dict)
+    pairs: torch.Tensor | None = None
     plan: AttentionPlan | None = None
     choices: Mapping[Operation, Choice] | None = None
     backends_used: BackendsUsed = field(default_factory=BackendsUsed)
+
+    @property
+    def mask(self) -> torch.Tensor | None:
+        """What hides keys: the key mask or the mask of pairs; None where nothing does."""
+        return self.key_mask if self.pairs is None else self.pairs
+
+    def repeat_heads(self) -> None:
+        """Give each query head keys and values of its own (grouped-query attention: consecutive heads share them)."""
+        groups = self.q.shape[2] // self.k.shape[2]
+        if groups > 1:
+            self.k, self.v = (x.repeat_interleave(groups, dim=2) for x in (self.k, self.v))
 
     def backend(self, operation: Operation) -> str:
         """The name of the backend that an operation of this call runs on, recorded as used."""
@@ -79,15 +92,23 @@ def dtype_of_attention(device: torch.device, dtype: torch.dtype) -> torch.dtype:
     return torch.get_autocast_dtype(device.type)
 
 
-def key_mask_of(attn_mask: torch.Tensor | None, q: torch.Tensor) -> tuple[torch.Tensor | None, str | None]:
-    """The bool ``[B, S]`` key mask that an attention mask stands for, or the reason why it is none."""
+def masks_of(
+    attn_mask: torch.Tensor | None, q: torch.Tensor
+) -> tuple[torch.Tensor | None, torch.Tensor | None, str | None]:
+    """The bool ``[B, S]`` key mask or the bool ``[B|1, H|1, S, S]`` mask of pairs that an attention mask stands for, or
+    the reason why it is neither."""
     if attn_mask is None:
-        return None, None
-    batch, seq_len = q.shape[:2]
+        return None, None, None
+    batch, seq_len, heads = q.shape[:3]
     if attn_mask.dtype != torch.bool:
-        return None, f"additive attention mask ({attn_mask.dtype})"
-    if attn_mask.ndim == 4 and attn_mask.shape[1] == attn_mask.shape[2] == 1:
+        return None, None, f"additive attention mask ({attn_mask.dtype})"
+    shape = tuple(attn_mask.shape)
+    if len(shape) == 4 and shape[1] == shape[2] == 1:
         attn_mask = attn_mask[:, 0, 0]
     if attn_mask.ndim == 2 and attn_mask.shape[1] == seq_len and attn_mask.shape[0] in (1, batch):
-        return attn_mask.expand(batch, seq_len), None
-    return None, f"attention mask of shape {tuple(attn_mask.shape)} is more than a key mask"
+        return attn_mask.expand(batch, seq_len), None, None
+    if shape == (seq_len, seq_len):
+        return None, attn_mask[None, None], None
+    if len(shape) == 4 and shape[0] in (1, batch) and shape[1] in (1, heads) and shape[2:] == (seq_len, seq_len):
+        return None, attn_mask, None
+    return None, None, f"an attention mask of shape {shape} for {batch} x {heads} x {seq_len} queries"

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch.func import functional_call
 
-from .call import AttentionCall, autocast_done, dtype_of_attention, key_mask_of
+from .call import AttentionCall, autocast_done, dtype_of_attention, masks_of
 from .kernels import block_sparse_attention
 from .kernels.attention.api import choose_backend
 from .kernels.common.choice import Case, Choice, Operation, case_of
@@ -118,13 +118,13 @@ class Engine:
         if not self.switched_on:
             out = dense()
             return out if self.output_tap is None else self.output_tap(layer, out, None)
-        key_mask, reason = key_mask_of(attn_mask, q)
+        key_mask, pairs, reason = masks_of(attn_mask, q)
         dtype = dtype_of_attention(q.device, q.dtype)
         self._choices_of(Case(q.device, dtype, q.shape[-1], hidden=key_mask is not None))
         scale = q.shape[-1] ** -0.5 if scale is None else scale
         used = {} if used is None else used
         call = AttentionCall(
-            layer, step, q, k, v, key_mask, scale, layout, run or self.run, repeated=not record, used=used,
+            layer, step, q, k, v, key_mask, scale, layout, run or self.run, repeated=not record, used=used, pairs=pairs,
             backends_used=self.backends_used,
         )  # fmt: skip
         out, was_dense = self._attend(call, reason, dense, learned)
@@ -179,6 +179,7 @@ class Engine:
         if reason is not None:
             return self._run_dense(call, reason, dense, book), True
         with autocast_done(call):
+            call.repeat_heads()
             call.choices = self._choices_of(case_of(call.q, call.k, call.v, key_mask=call.key_mask))
             exact = self._searched_attention(call)
             begin = self.plan_time.start(call.q.device)
@@ -260,8 +261,10 @@ class Engine:
             return "recipe is dense"
         if isinstance(call.layout, str):
             return call.layout
-        if call.q.shape[2] != call.k.shape[2]:
-            return f"grouped-query attention ({call.q.shape[2]} query and {call.k.shape[2]} key heads)"
+        if call.q.shape[2] % call.k.shape[2]:
+            return f"{call.q.shape[2]} query heads are no groups of {call.k.shape[2]} key heads"
+        if call.pairs is not None and not self.recipe.compensate.allows_pairs:
+            return f"{type(self.recipe.compensate).__name__} cannot tell which blocks a mask of token pairs leaves out"
         if self.automatic:
             reason = self._why_not_worthwhile(call.layout)
             if reason is not None:

@@ -6,6 +6,7 @@ import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
+from functools import partial
 from typing import Any
 
 import torch
@@ -15,6 +16,7 @@ from .kernels import BlockMask
 from .kernels.common.capability import choose_selection
 from .kernels.common.choice import Case, Choice, Operation, refusal
 from .kernels.mask.packed import PackedBlockMask
+from .kernels.mask.pairs import PairMask
 from .layout import StepContext, TokenLayout
 from .plan import AttentionPlan, LayerMemory, SequenceBlocks
 from .recipe import Recipe
@@ -136,7 +138,7 @@ class Planner:
         """A plan that all layers of one order, steps and branches share."""
         with torch.no_grad():
             prepared = self._prepare(call)
-            if call.key_mask is None:
+            if call.mask is None:
                 plans: dict[Any, Any] = prepared.plans
                 key: Any = select
             else:
@@ -145,7 +147,7 @@ class Planner:
             if key not in plans:
                 mask, state = self._make(call, select, prepared, None)
                 # A mask of one prompt's hidden keys lives for a run: not worth waiting for the device to trim it.
-                kept_mask = mask if call.key_mask is not None else mask.trimmed()
+                kept_mask = mask if call.mask is not None else mask.trimmed()
                 plans[key] = _KeptPlan(call.step, prepared.blocks.kernel_rows, kept_mask, state, None)
                 book.plans_made += 1
         return plans[key].made, plans[key].plan
@@ -198,10 +200,24 @@ class Planner:
     ) -> tuple[BlockMask, Any]:
         """A block mask, and what the compensation works out for it."""
         with self._timed("select", call.q.device):
-            mask = select.select(prepared.blocks, prepared.tables, call, memory)
+            mask = self._shown(call, prepared, select.select(prepared.blocks, prepared.tables, call, memory))
         with self._timed("compensate", call.q.device):
             state = self.recipe.compensate.prepare(prepared.blocks, mask, call, memory)
         return mask, state
+
+    def _shown(self, call: AttentionCall, prepared: _Prepared, mask: BlockMask) -> BlockMask:
+        """A mask without the token pairs that the call hides."""
+        if call.pairs is None:
+            return mask
+        cut = partial(PairMask.of, call.pairs, prepared.blocks.kernel_rows, mask.block_q, mask.block_k)
+        if isinstance(self.recipe.order, SortedSegments):
+            found = cut()  # of this call's order
+        else:
+            # Layers that share an order share this.
+            place = ("pairs", call.q.device, self.recipe.order.variant(call.layer))
+            kept = self._kept(call).plans
+            found = kept[place] = kept.get(place) or cut()
+        return found.over(mask, call.backend("selection"))
 
     def is_search(self, call: AttentionCall, made: StepContext) -> bool:
         """Whether a plan made at ``made`` is of a search in this very forward, whose attention the recipe has dense."""
@@ -212,7 +228,7 @@ class Planner:
     def memory_of_search(self, call: AttentionCall) -> LayerMemory | None:
         """Where a coming search looks for the log-sum-exp of its step's attention; None where none is of use."""
         schedule, select = self.recipe.schedule, self.recipe.select
-        if self.frozen is not None or not schedule.dense_refresh or call.step.index is None:
+        if self.frozen is not None or not schedule.dense_refresh or call.step.index is None or call.pairs is not None:
             return None
         if not isinstance(select, Mass | FrozenMass) or any(x.requires_grad for x in (call.q, call.k, call.v)):
             return None
@@ -255,7 +271,7 @@ class Planner:
     @staticmethod
     def _kept(call: AttentionCall) -> Kept:
         assert isinstance(call.layout, TokenLayout)
-        return call.run.kept(call.layout, call.key_mask, call.step.forward_id)
+        return call.run.kept(call.layout, call.mask, call.step.forward_id)
 
     def _memory(self, call: AttentionCall) -> LayerMemory:
         """The layer's memory of this run; an empty one where no step is known or a forward is repeated."""
@@ -291,9 +307,12 @@ class Planner:
         with torch.no_grad():
             prepared = self._prepare(call)
             mask = frozen.mask(call.layer, bucket, prepared.blocks, call.key_mask, call.backend("selection"))
+            mask = self._shown(call, prepared, mask)
             state = compensate.prepare(prepared.blocks, mask, call)
         rows = prepared.blocks.kernel_rows
-        packed = PackedBlockMask.of(mask, call.key_mask is not None, call.backend("selection"))
+        packed: BlockMask | PackedBlockMask = mask
+        if mask.token_bits is None:
+            packed = PackedBlockMask.of(mask, call.key_mask is not None, call.backend("selection"))
         if not call.repeated:
             plans[place] = (version, _KeptPlan(call.step, rows, packed, state, None))
         book.plans_made += 1

@@ -58,6 +58,7 @@ class AgentTokens:
     needs_lse: ClassVar[bool] = False
     attends_alone: ClassVar[bool] = True
     spans_references: ClassVar[bool] = False
+    allows_pairs: ClassVar[bool] = False
 
     @property
     def is_static(self) -> bool:

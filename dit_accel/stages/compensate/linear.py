@@ -95,6 +95,7 @@ class LinearBranch:
     needs_lse: ClassVar[bool] = False
     attends_alone: ClassVar[bool] = False
     spans_references: ClassVar[bool] = True
+    allows_pairs: ClassVar[bool] = False
 
     @property
     def is_static(self) -> bool:

@@ -32,12 +32,14 @@ class Compensation(Protocol):
     Attributes:
         needs_lse: the second tensor of ``sparse()`` must be the log-sum-exp, float32 ``[B, H, S]``.
         attends_alone: ``sparse()`` is never called.
+        allows_pairs: queries may see different keys; else such calls stay dense.
         spans_references: it knows grids of references too; else these read and are read in full.
     """
 
     needs_lse: ClassVar[bool]
     attends_alone: ClassVar[bool]
     spans_references: ClassVar[bool]
+    allows_pairs: ClassVar[bool]
 
     @property
     def is_static(self) -> bool:
@@ -78,6 +80,7 @@ class NoCompensation:
     needs_lse: ClassVar[bool] = False
     attends_alone: ClassVar[bool] = False
     spans_references: ClassVar[bool] = True
+    allows_pairs: ClassVar[bool] = True
 
     @property
     def is_static(self) -> bool:
@@ -123,6 +126,7 @@ class PooledMass:
     needs_lse: ClassVar[bool] = False
     attends_alone: ClassVar[bool] = False
     spans_references: ClassVar[bool] = True
+    allows_pairs: ClassVar[bool] = False
 
     @property
     def is_static(self) -> bool:
@@ -209,6 +213,7 @@ class KeyPyramid:
     needs_lse: ClassVar[bool] = False
     attends_alone: ClassVar[bool] = True
     spans_references: ClassVar[bool] = True
+    allows_pairs: ClassVar[bool] = False
 
     @property
     def is_static(self) -> bool:

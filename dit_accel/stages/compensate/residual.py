@@ -33,6 +33,7 @@ class PooledResidual:
     needs_lse: ClassVar[bool] = True
     attends_alone: ClassVar[bool] = False
     spans_references: ClassVar[bool] = True
+    allows_pairs: ClassVar[bool] = False
 
     @property
     def is_static(self) -> bool:

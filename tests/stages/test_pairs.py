@@ -1,0 +1,145 @@
+"""Masks by which queries see different keys, and key heads that several query heads share."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+import torch.nn.functional as F
+from hypothesis import given
+from hypothesis import strategies as st
+
+from dit_accel import Recipe
+from dit_accel.engine import Engine
+from dit_accel.kernels.mask.pairs import PairMask
+from dit_accel.layout import StepContext, TokenLayout
+from dit_accel.stages.compensate.residual import PooledResidual
+from dit_accel.stages.order.curve import Curve
+from dit_accel.stages.order.simple import Raster, Tiles
+from dit_accel.stages.order.sorted import SortedSegments
+from dit_accel.stages.schedule import Schedule
+from dit_accel.stages.select.mass import Mass
+from dit_accel.stages.select.pooled import Pooled
+from dit_accel.stages.select.static import FullSelect, Window
+from tests.properties.drawn import layouts, normal, seeds
+from tests.stages.plan_oracle import attended
+
+LAYOUT = TokenLayout((3, 4, 6), 5, 90)
+ALL_STEPS = Schedule(dense_fraction=0.0)
+SELECTS = (
+    Pooled(density=0.3, block=(32, 32)),
+    Mass(density=0.3, block=(64, 32)),
+    Window(window=(1.0, 0.5, 0.5), block=(32, 32)),
+    FullSelect(block=(32, 32)),
+)
+ORDERS = (Raster(), Tiles((2, 2, 4)), Curve(), SortedSegments(samples=8))
+
+
+def dense(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, mask: torch.Tensor | None) -> torch.Tensor:
+    """(B, S, H, D) in float64; queries that see nothing give 0."""
+    q, k, v = (x.double().transpose(1, 2) for x in (q, k, v))
+    return F.scaled_dot_product_attention(q, k, v, mask, enable_gqa=True).nan_to_num(0.0).transpose(1, 2)
+
+
+@given(st.sampled_from(SELECTS), st.sampled_from(ORDERS), layouts(4, extra=12, references=1), seeds, st.integers(0, 2))
+def test_a_call_with_a_mask_of_pairs_is_what_its_plan_says(select, order, layout, seed: int, shape: int):
+    if select.is_static and isinstance(order, SortedSegments):
+        order = Raster()
+    recipe = Recipe(order, select, schedule=ALL_STEPS)
+    layout = layout if recipe.spans_references else layout.without_references()
+    q, k, v = normal(seed, 3, 2, layout.seq_len, 2, 16)
+    lead = ((), (2, 1), (1, 2))[shape]
+    pairs = normal(seed + 1, *lead, layout.seq_len, layout.seq_len) > 0.3
+    engine = Engine(recipe, ["layer"], "auto", 0)
+    calls = []
+    engine.observer = calls.append
+    out = engine.attend(0, q, k, v, pairs, None, layout, StepContext(), lambda: pytest.fail("ran dense"))
+    plan = calls[0].plan
+    expected = attended(recipe.compensate, plan, q, k, v)
+    assert (out - expected).abs().max() <= 4e-6 * expected.abs().max().clamp_min(1)
+    # The plan shows no hidden pair, and nothing is lost where all blocks are kept.
+    if isinstance(select, FullSelect):
+        want = dense(q, k, v, pairs if pairs.ndim == 4 else pairs[None, None])
+        assert (out - want).abs().max() <= 4e-6 * want.abs().max().clamp_min(1)
+    rows = torch.arange(layout.seq_len) if plan.rows is None else plan.rows.long()
+    rows = rows.expand(2, 2, -1)
+    slots = pairs.expand(2, 2, *pairs.shape[-2:]).take_along_dim(rows[..., None], 2)
+    slots = slots.take_along_dim(rows[..., None, :], 3)
+    assert not (plan.mask.to_tokens() & ~slots).any()
+
+
+def test_sequences_packed_in_one_do_not_see_each_other():
+    """Each part is as if it were alone, at full density; and a mask is cut once for all layers."""
+    q, k, v = normal(0, 3, 1, 90, 2, 16)
+    part = torch.arange(90) < 40
+    recipe = Recipe(Tiles((2, 2, 4)), FullSelect(block=(32, 32)), schedule=ALL_STEPS)
+    engine = Engine(recipe, ["a", "b"], "auto", 0)
+    cuts = []
+    with pytest.MonkeyPatch.context() as patched:
+        patched.setattr(PairMask, "of", _counted(PairMask.of, cuts))
+        for layer in (0, 1):
+            mask = part[:, None] == part
+            out = engine.attend(layer, q, k, v, mask, None, LAYOUT, StepContext(), lambda: pytest.fail("ran dense"))
+    assert len(cuts) == 1
+    for side in (part, ~part):
+        alone = dense(*(x[:, side] for x in (q, k, v)), None)
+        assert (out[:, side] - alone).abs().max() <= 4e-6
+
+
+def _counted(true, calls):
+    def count(*args):
+        calls.append(args)
+        return true(*args)
+
+    return count
+
+
+def test_another_mask_in_the_next_forward_is_another_plan():
+    q, k, v = normal(0, 3, 1, 90, 2, 16)
+    engine = Engine(Recipe(Raster(), FullSelect(block=(32, 32)), schedule=ALL_STEPS), ["a"], "auto", 0)
+    mask = torch.ones(90, 90, dtype=torch.bool).tril()
+    for forward in range(3):
+        mask = mask.clone() if forward == 1 else mask
+        if forward == 2:
+            mask.logical_not_().fill_diagonal_(True)  # the same tensor with another content
+        step = StepContext(forward_id=forward)
+        out = engine.attend(0, q, k, v, mask, None, LAYOUT, step, lambda: pytest.fail("ran dense"))
+        assert (out - dense(q, k, v, mask)).abs().max() <= 4e-6
+
+
+def test_a_compensation_that_cannot_tell_stays_dense():
+    q, k, v = normal(0, 3, 1, 90, 2, 16)
+    recipe = Recipe(Raster(), SELECTS[0], PooledResidual(), schedule=ALL_STEPS)
+    engine = Engine(recipe, ["a"], "auto", 0)
+    mask = torch.ones(90, 90, dtype=torch.bool).tril()
+    assert engine.attend(0, q, k, v, mask, None, LAYOUT, StepContext(), lambda: v) is v
+    assert list(engine.records[0].dense_calls) == [
+        "PooledResidual cannot tell which blocks a mask of token pairs leaves out"
+    ]
+
+
+@pytest.mark.parametrize("select", SELECTS)
+@pytest.mark.parametrize("groups", [2, 4])
+def test_grouped_queries_run_sparse_as_with_heads_of_their_own(select, groups):
+    q, k, v = normal(0, 1, 2, 90, 4, 16)[0], *normal(1, 2, 2, 90, 4 // groups, 16)
+    recipe = Recipe(Tiles((2, 2, 4)), select, schedule=ALL_STEPS)
+    outs = []
+    for keys, values in ((k, v), (k.repeat_interleave(groups, 2), v.repeat_interleave(groups, 2))):
+        engine = Engine(recipe, ["a"], "auto", 0)
+        outs.append(
+            engine.attend(0, q, keys, values, None, None, LAYOUT, StepContext(), lambda: pytest.fail("ran dense"))
+        )
+    assert torch.equal(*outs)
+    if isinstance(select, FullSelect):
+        assert (outs[0] - dense(q, k, v, None)).abs().max() <= 4e-6
+
+
+def test_gradients_reach_shared_heads():
+    q, k, v = (x.requires_grad_() for x in (normal(0, 1, 1, 90, 4, 16)[0], *normal(1, 2, 1, 90, 2, 16)))
+    recipe = Recipe(Raster(), FullSelect(block=(32, 32)), schedule=ALL_STEPS)
+    engine = Engine(recipe, ["a"], "auto", 0)
+    out = engine.attend(0, q, k, v, None, None, LAYOUT, StepContext(), lambda: pytest.fail("ran dense"))
+    weight = normal(2, *out.shape)
+    grads = torch.autograd.grad((out * weight).sum(), (q, k, v))
+    wanted = torch.autograd.grad((dense(q, k, v, None) * weight).sum(), (q, k, v))
+    for grad, want in zip(grads, wanted, strict=True):
+        assert (grad - want).abs().max() <= 2e-5
