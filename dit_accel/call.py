@@ -8,6 +8,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 
 from .kernels.common.choice import Choice, Operation
 from .layout import StepContext, TokenLayout
@@ -63,6 +64,23 @@ class AttentionCall:
         if groups > 1:
             self.k, self.v = (x.repeat_interleave(groups, dim=2) for x in (self.k, self.v))
 
+    def spread_queries(self) -> None:
+        """Give queries their places among the keys, where others of these have none: zeros, which nobody reads."""
+        if isinstance(self.layout, str) or self.layout.queries is None:
+            return
+        first, number = self.layout.queries
+        behind = self.k.shape[1] - first - number
+        self.q = F.pad(self.q, (0, 0, 0, 0, first, behind))
+        if self.pairs is not None and self.pairs.shape[2] == number:
+            self.pairs = F.pad(self.pairs, (0, 0, first, behind))
+
+    def of_queries(self, out: torch.Tensor) -> torch.Tensor:
+        """The output ``[B, S, H, D]`` of the tokens that query."""
+        if isinstance(self.layout, str) or self.layout.queries is None:
+            return out
+        first, number = self.layout.queries
+        return out[:, first : first + number]
+
     def backend(self, operation: Operation) -> str:
         """The name of the backend that an operation of this call runs on, recorded as used."""
         if self.choices is None:
@@ -93,13 +111,14 @@ def dtype_of_attention(device: torch.device, dtype: torch.dtype) -> torch.dtype:
 
 
 def masks_of(
-    attn_mask: torch.Tensor | None, q: torch.Tensor
+    attn_mask: torch.Tensor | None, q: torch.Tensor, k: torch.Tensor
 ) -> tuple[torch.Tensor | None, torch.Tensor | None, str | None]:
-    """The bool ``[B, S]`` key mask or the bool ``[B|1, H|1, S, S]`` mask of pairs that an attention mask stands for, or
+    """What an attention mask stands for: a bool ``[B, Sk]`` key mask, a bool ``[B|1, H|1, Sq, Sk]`` mask of pairs, or
     the reason why it is neither."""
     if attn_mask is None:
         return None, None, None
-    batch, seq_len, heads = q.shape[:3]
+    batch, q_len, heads = q.shape[:3]
+    seq_len = k.shape[1]
     if attn_mask.dtype != torch.bool:
         return None, None, f"additive attention mask ({attn_mask.dtype})"
     shape = tuple(attn_mask.shape)
@@ -107,8 +126,8 @@ def masks_of(
         attn_mask = attn_mask[:, 0, 0]
     if attn_mask.ndim == 2 and attn_mask.shape[1] == seq_len and attn_mask.shape[0] in (1, batch):
         return attn_mask.expand(batch, seq_len), None, None
-    if shape == (seq_len, seq_len):
+    if shape == (q_len, seq_len):
         return None, attn_mask[None, None], None
-    if len(shape) == 4 and shape[0] in (1, batch) and shape[1] in (1, heads) and shape[2:] == (seq_len, seq_len):
+    if len(shape) == 4 and shape[0] in (1, batch) and shape[1] in (1, heads) and shape[2:] == (q_len, seq_len):
         return None, attn_mask, None
-    return None, None, f"an attention mask of shape {shape} for {batch} x {heads} x {seq_len} queries"
+    return None, None, f"an attention mask of shape {shape} for {batch} x {heads} x {q_len} queries and {seq_len} keys"

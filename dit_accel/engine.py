@@ -118,7 +118,7 @@ class Engine:
         if not self.switched_on:
             out = dense()
             return out if self.output_tap is None else self.output_tap(layer, out, None)
-        key_mask, pairs, reason = masks_of(attn_mask, q)
+        key_mask, pairs, reason = masks_of(attn_mask, q, k)
         dtype = dtype_of_attention(q.device, q.dtype)
         self._choices_of(Case(q.device, dtype, q.shape[-1], hidden=key_mask is not None))
         scale = q.shape[-1] ** -0.5 if scale is None else scale
@@ -180,6 +180,7 @@ class Engine:
             return self._run_dense(call, reason, dense, book), True
         with autocast_done(call):
             call.repeat_heads()
+            call.spread_queries()
             call.choices = self._choices_of(case_of(call.q, call.k, call.v, key_mask=call.key_mask))
             exact = self._searched_attention(call)
             begin = self.plan_time.start(call.q.device)
@@ -187,8 +188,10 @@ class Engine:
             self.plan_time.stop(begin, call.q.device)
             if not self.planner.is_search(call, made):
                 call.plan = plan
-                return self._run_sparse(call, plan, learned, book), False
-        return self._run_dense(call, "search step", dense if exact is None else lambda: exact, book), True
+                return call.of_queries(self._run_sparse(call, plan, learned, book)), False
+        return self._run_dense(
+            call, "search step", dense if exact is None else lambda: call.of_queries(exact), book
+        ), True
 
     def _run_sparse(
         self,
@@ -209,6 +212,8 @@ class Engine:
         out, witness = compensate.attend(call, plan, sparse)
         with torch.no_grad():
             nan, density = witness.detach().isnan().any(), compensate.density(plan)
+            if isinstance(call.layout, TokenLayout) and call.layout.queries is not None:
+                density = density * (call.layout.seq_len / call.layout.queries[1])  # of the pairs that there are
         if module is not None:
             inputs = (out, call.q, call.k, call.v, plan, call.key_mask, call.backend("linear_branch"))
             if learned is None:

@@ -46,12 +46,14 @@ class TokenLayout:
         latent_start: position of the first latent token.
         seq_len: tokens in the whole sequence.
         references: grids of further latents (images to edit, earlier frames), in the order of the sequence.
+        queries: first and number of the tokens that query, where others are keys alone; None where all query.
     """
 
     grid: Grid
     latent_start: int
     seq_len: int
     references: tuple[LatentGrid, ...] = ()
+    queries: tuple[int, int] | None = None
 
     def __post_init__(self) -> None:
         end = 0
@@ -64,6 +66,9 @@ class TokenLayout:
                     f"A grid of {part.grid} starting at token {part.start} does not fit a sequence of "
                     f"{self.seq_len} tokens."
                 )
+        first, number = self.queries or (0, self.seq_len)
+        if first < 0 or number < 1 or first + number > self.seq_len:
+            raise ValueError(f"{number} queries from token {first} do not fit a sequence of {self.seq_len} tokens.")
 
     @property
     def grids(self) -> tuple[LatentGrid, ...]:

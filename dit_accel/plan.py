@@ -115,6 +115,15 @@ class SequenceBlocks:
         return self._with_extras(self.block_k)
 
     @cached_property
+    def querying_q(self) -> torch.Tensor | None:
+        """bool ``[B|1, H|1, nq]``: query blocks with a token that queries; None where all tokens do."""
+        if self.layout.queries is None:
+            return None
+        first, number = self.layout.queries
+        token = self.token_of_slot
+        return self._lead(self.any_in_block((token >= first) & (token < first + number), self.block_q))
+
+    @cached_property
     def open_k(self) -> torch.Tensor:
         """bool ``[B|1, H|1, nk]``: key blocks of tokens on grids alone."""
         if self.forced_k is None:

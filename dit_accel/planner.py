@@ -206,9 +206,10 @@ class Planner:
         return mask, state
 
     def _shown(self, call: AttentionCall, prepared: _Prepared, mask: BlockMask) -> BlockMask:
-        """A mask without the token pairs that the call hides."""
+        """A mask without the token pairs that the call hides, and without rows of tokens that do not query."""
         if call.pairs is None:
-            return mask
+            querying = prepared.blocks.querying_q
+            return mask if querying is None else mask.for_queries(querying)
         cut = partial(PairMask.of, call.pairs, prepared.blocks.kernel_rows, mask.block_q, mask.block_k)
         if isinstance(self.recipe.order, SortedSegments):
             found = cut()  # of this call's order

@@ -150,7 +150,7 @@ def test_nan_is_passed_on_and_counted(select):
     ("mask", "reason"),
     [
         (torch.zeros(2, 1, 1, 189), "additive attention mask"),
-        (torch.ones(2, 1, 189, 189, dtype=torch.bool), "more than a key mask"),
+        (torch.ones(2, 3, 189, 189, dtype=torch.bool), "an attention mask of shape (2, 3, 189, 189)"),
     ],
 )
 def test_masks_that_are_no_key_masks_stay_dense_with_a_reason(mask, reason):

@@ -124,14 +124,12 @@ def _why_not(
     attn_mask: Any,
     dropout_p: float,
     is_causal: bool,
-    lengths: tuple[int, int],
     attention_kwargs: Any = None,
     parallel_config: Any = None,
 ) -> str | None:
     """Why a call cannot be taken: one of :data:`PASSED`, or None."""
     refused = (
         parallel_config is not None,
-        lengths[0] != lengths[1],
         is_causal,
         dropout_p,
         attention_kwargs,
@@ -229,8 +227,7 @@ def _dispatch_in_place_of(original: Callable[..., torch.Tensor]) -> Callable[...
         layer = _announced()
         if layer is None:
             return dense()
-        lengths = query.shape[1], key.shape[1]
-        reason = _why_not(attn_mask, dropout_p, is_causal, lengths, attention_kwargs, parallel_config)
+        reason = _why_not(attn_mask, dropout_p, is_causal, attention_kwargs, parallel_config)
         if reason is not None:
             return _pass_by(layer, reason, dense)
         name = None if backend is None else getattr(backend, "value", backend)
@@ -259,7 +256,7 @@ def _scaled_dot_product_attention(
     layer = _announced()
     if layer is None:
         return original()
-    reason = _why_not(attn_mask, dropout_p, is_causal, (query.shape[-2], key.shape[-2]))
+    reason = _why_not(attn_mask, dropout_p, is_causal)
     if reason is not None:
         return _pass_by(layer, reason, original)
     out = _attend(

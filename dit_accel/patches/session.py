@@ -7,6 +7,7 @@ import threading
 import weakref
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -147,8 +148,11 @@ class Session:
         ``latents`` are what a graph of the whole transformer holds; None in eager code and in compiled blocks, whose
         transformer's hook has said where the latents are.
         """
-        forward, record = self._forward(layer, q.shape[1], latents)
-        self._thread.served = forward
+        forward, record = self._forward(layer, k.shape[1], latents)
+        unequal = q.shape[1] != k.shape[1] and not (self.family.latents_query and q.shape[1] < k.shape[1])
+        self._thread.served = None if unequal else forward
+        if unequal:
+            return self.pass_by(layer, "keys and queries differ in number", dense)
         if forward is None:
             return self.pass_by(layer, "called outside a forward of its transformer", dense)
         return self._attend(forward, layer, q, k, v, attn_mask, scale, dense, record, learned)
@@ -236,7 +240,10 @@ class Session:
         record: bool,
         learned: Sequence[torch.Tensor] | None,
     ) -> torch.Tensor:
-        layout = self._layout(forward, q.shape[1])
+        layout = self._layout(forward, k.shape[1])
+        if q.shape[1] < k.shape[1] and isinstance(layout, TokenLayout):
+            first = k.shape[1] - q.shape[1] if self.family.text_first else 0
+            layout = replace(layout, queries=(first, q.shape[1]))
         return self.engine.attend(
             layer, q, k, v, attn_mask, scale, layout, forward.step, dense, record, learned, forward.run, forward.used
         )

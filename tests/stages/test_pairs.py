@@ -143,3 +143,31 @@ def test_gradients_reach_shared_heads():
     wanted = torch.autograd.grad((dense(q, k, v, None) * weight).sum(), (q, k, v))
     for grad, want in zip(grads, wanted, strict=True):
         assert (grad - want).abs().max() <= 2e-5
+
+
+@pytest.mark.parametrize("select", SELECTS)
+@pytest.mark.parametrize("order", ORDERS[:3])
+@pytest.mark.parametrize("first", [0, 12])
+@pytest.mark.parametrize("masked", ["", "keys", "pairs"])
+def test_fewer_queries_than_keys(select, order, first, masked):
+    """As if all tokens queried, for those that do; blocks of others are not read for."""
+    layout = TokenLayout((3, 4, 6), first, 84, queries=(first, 72))
+    q, k, v = normal(0, 3, 2, 84, 2, 16)
+    mask = {"": None, "keys": normal(3, 2, 84) > -1, "pairs": normal(3, 84, 84) > -1}[masked]
+    engine = Engine(Recipe(order, select, schedule=ALL_STEPS), ["a"], "auto", 0)
+    calls = []
+    engine.observer = calls.append
+    some = slice(first, first + 72)
+    given = mask[some] if masked == "pairs" else mask
+    out = engine.attend(0, q[:, some], k, v, given, None, layout, StepContext(), lambda: pytest.fail("ran dense"))
+    assert out.shape == (2, 72, 2, 16)
+    expected = attended(engine.recipe.compensate, calls[0].plan, calls[0].q, k, v, mask if masked == "keys" else None)
+    assert (out - expected[:, some]).abs().max() <= 4e-6 * expected.abs().max()
+    read = calls[0].plan.mask.kv_num_blocks
+    if isinstance(order, Raster) and first and not masked:
+        assert not read[..., : first // select.block[0]].any()
+    if isinstance(select, FullSelect):
+        sdpa_mask = {"": None, "keys": mask[:, None, None] if masked else None, "pairs": given}[masked]
+        assert (out - dense(q[:, some], k, v, sdpa_mask)).abs().max() <= 4e-6
+        if not masked:
+            assert float(engine.records[0].density_sum) == pytest.approx(1.0, abs=0.35)

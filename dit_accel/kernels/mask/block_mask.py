@@ -165,6 +165,17 @@ class BlockMask:
         tokens = tokens.reshape(*lead, nq * self.block_q, nk * self.block_k)
         return tokens[..., : self.q_len, : self.kv_len]
 
+    def for_queries(self, querying: torch.Tensor) -> BlockMask:
+        """The same mask with nothing to read for the query blocks where bool ``[B|1, H|1, nq]`` is False."""
+        lead = torch.broadcast_shapes(self.kv_num_blocks.shape, querying.shape)
+        return replace(
+            self,
+            kv_num_blocks=torch.where(querying, self.kv_num_blocks, 0).expand(lead).contiguous(),
+            kv_num_full=torch.where(querying, self.kv_num_full, 0).expand(lead).contiguous(),
+            kv_indices=self.kv_indices.expand(*lead, -1).contiguous(),
+            kv_bits=None if self.kv_bits is None else self.kv_bits.expand(*lead, -1).contiguous(),
+        )
+
     def trimmed(self) -> BlockMask:
         """The same mask with lists no longer than its longest row, for a mask that is kept; waits for the device."""
         longest = max(1, int(self.kv_num_blocks.max()))

@@ -26,6 +26,7 @@ class Family:
         read: the latent tokens of a forward, from the latent size of a token and the forward's arguments.
         read_ids: what is generated, then references, from the positions of the latent stream's tokens, for forwards
             that pass no size; raises ValueError where there is no grid.
+        latents_query: whether the latent stream alone may query, and other tokens be keys alone.
         text_first: whether other tokens come before the latents in the sequence, else behind them.
         min_tokens: sequence length below which sparse attention gains nothing on a GPU.
     """
@@ -36,6 +37,7 @@ class Family:
     read: Callable[[PatchSize, Mapping[str, Any]], LatentTokens]
     read_ids: Callable[[torch.Tensor], Sequence[LatentGrid]] | None = None
     text_first: bool = False
+    latents_query: bool = False
     min_tokens: int = 8192
 
     def place(self, latents: LatentTokens) -> LatentTokens:
