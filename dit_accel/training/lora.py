@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
@@ -47,13 +48,16 @@ class LoraSettings:
         return cls(rank, alpha, tuple(targets))
 
 
-def add_lora(model: Any, target_modules: Collection[str], rank: int, alpha: float) -> Callable[[], None]:
+def add_lora(
+    model: Any, target_modules: Collection[str], rank: int, alpha: float, fuse_again: bool = True
+) -> Callable[[], None]:
     """LoRA layers around linear layers of a diffusers transformer. Returns the undo.
 
     LoRAs that are active stay so. Fused ones are taken out, since a layer with a fused LoRA computes with no other.
 
     Args:
         target_modules: full paths of the layers, also of those that are inside a LoRA's.
+        fuse_again: whether the undo fuses what was taken out.
     """
     from peft import LoraConfig
 
@@ -62,7 +66,7 @@ def add_lora(model: Any, target_modules: Collection[str], rank: int, alpha: floa
     earlier = {layer: list(layer.active_adapters) for layer in disabled}
     active = model.active_adapters() if before and not disabled else []
     flags = {name: parameter.requires_grad for name, parameter in model.named_parameters()}
-    _take_out(model)
+    taken_out = _take_out(model)
     for layer in disabled:
         layer._disable_adapters = False
     targets = _beside_others(model, target_modules)
@@ -75,6 +79,8 @@ def add_lora(model: Any, target_modules: Collection[str], rank: int, alpha: floa
         fused = _take_out(model, LORA_NAME)
         _remove(model, earlier)
         _fuse(model, {layer: [name for name in names if name != LORA_NAME] for layer, names in fused.items()})
+        if fuse_again:
+            _fuse(model, taken_out)
         for layer in disabled:
             layer._disable_adapters = True
         for name, parameter in model.named_parameters():
@@ -92,7 +98,7 @@ def load_lora(model: Any, state: Mapping[str, torch.Tensor], settings: LoraSetti
     flags = {name: parameter.requires_grad for name, parameter in model.named_parameters()}
     paths = {plain_name(path): path for path, _ in model.named_modules() if not path.endswith(".base_layer")}
     fused = {layer: list(layer.merged_adapters) for _, layer in _peft_layers(model) if layer.merged_adapters}
-    undo = [add_lora(model, [paths[path] for path in settings.target_modules], settings.rank, settings.alpha)]
+    undo = [add_lora(model, [paths[path] for path in settings.target_modules], settings.rank, settings.alpha, False)]
     try:
         for path, layer in _peft_layers(model):
             if LORA_NAME in layer.lora_A:
@@ -106,6 +112,29 @@ def load_lora(model: Any, state: Mapping[str, torch.Tensor], settings: LoraSetti
         _run_backwards(undo)
         raise
     return partial(_run_backwards, undo)
+
+
+def lora_parameters(model: nn.Module, adapter: str | None = None) -> set[str]:
+    """Names of the parameters of LoRA layers, of one adapter or of all; those of the layers inside are none of them."""
+    found = set()
+    for path, layer in _peft_layers(model):
+        for name, _ in layer.named_parameters():
+            if not name.startswith("base_layer.") and (adapter is None or adapter in name.split(".")):
+                found.add(f"{path}.{name}")
+    return found
+
+
+@contextmanager
+def without_lora(model: nn.Module, adapter: str) -> Iterator[None]:
+    """The model without one of its LoRAs; others stay as active as they are."""
+    scales = {layer: layer.scaling[adapter] for _, layer in _peft_layers(model) if adapter in layer.lora_A}
+    for layer in scales:
+        layer.scaling[adapter] = 0.0
+    try:
+        yield
+    finally:
+        for layer, scale in scales.items():
+            layer.scaling[adapter] = scale
 
 
 def lora_state(model: Any, read: Callable[[str], torch.Tensor]) -> tuple[dict[str, torch.Tensor], dict[str, Any]]:

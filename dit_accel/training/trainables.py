@@ -12,7 +12,7 @@ from torch import nn
 from ..patches.handle import PatchHandle
 from ..patches.learned import is_learned
 from .config import FinetuneConfig
-from .lora import LORA_NAME, add_lora
+from .lora import LORA_NAME, add_lora, lora_parameters, without_lora
 
 # Linear layers of diffusers' attention modules: image and text streams, in and out.
 PROJECTIONS = (
@@ -54,13 +54,17 @@ class Trainables:
         self.dtype: torch.dtype = model.dtype
         self._flags = {id(p): p.requires_grad for p in model.parameters()}
         self._first: dict[str, torch.Tensor] = {}
+        # Fixed: others switch what requires gradients too, as peft does for each adapter that it activates.
+        self._names: tuple[str, ...] = ()
         self._remove_lora: Callable[[], None] | None = None
         own = dict(model.named_parameters())
+        users_lora = lora_parameters(model)
         self.backbone = [
             name
             for name, parameter in own.items()
             if not self.lora
             and not is_learned(name)
+            and name not in users_lora
             and parameter.is_floating_point()
             and self._is_trained(name, attentions, config.train)
         ]
@@ -76,9 +80,11 @@ class Trainables:
     def _begin(self, layers: Collection[str], rank: int) -> None:
         if layers:
             self._remove_lora = add_lora(self.model, layers, rank, rank)
-        for name, parameter in self.model.named_parameters():
-            lora = f".{LORA_NAME}." in name and ".lora_" in name
-            parameter.requires_grad_(is_learned(name) or lora or name in self.backbone)
+        own = dict(self.model.named_parameters())
+        trained = {name for name in own if is_learned(name)} | lora_parameters(self.model, LORA_NAME)
+        self._names = tuple(name for name in own if name in trained or name in self.backbone)
+        for name, parameter in own.items():
+            parameter.requires_grad_(name in self._names)
         named = self.named()
         self._first = {name: parameter.detach().clone() for name, parameter in named.items()}
         self.base = {name: self._first[name] for name in self.backbone}
@@ -106,7 +112,8 @@ class Trainables:
 
     def named(self) -> dict[str, nn.Parameter]:
         """Trained parameters by name."""
-        return {name: p for name, p in self.model.named_parameters() if p.requires_grad}
+        own = dict(self.model.named_parameters())
+        return {name: own[name] for name in self._names}
 
     @contextmanager
     def dense_teacher(self, frozen: bool) -> Iterator[None]:
@@ -118,11 +125,8 @@ class Trainables:
     @contextmanager
     def _untrained(self) -> Iterator[None]:
         if self.lora:
-            self.model.disable_adapters()
-            try:
+            with without_lora(self.model, LORA_NAME):
                 yield
-            finally:
-                self.model.enable_adapters()
             return
         own = dict(self.model.named_parameters())
         trained = {name: own[name].data for name in self.backbone}
