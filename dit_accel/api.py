@@ -22,7 +22,6 @@ from .patches.families.family import patch_size
 from .patches.handle import PatchHandle
 from .patches.learned import SaveWithoutLearned, attach, head_shape
 from .patches.operator import new_counts
-from .patches.placement import execution_device
 from .patches.processors import ProcessorWatch
 from .patches.session import Session
 from .recipe import Recipe
@@ -152,11 +151,6 @@ def _choose(recipe: Recipe | str | None, options: Mapping[str, Any], in_pipeline
     return chosen, f"no recipe was given: {score}, dense where a sequence is too short to gain"
 
 
-def _min_tokens(model: nn.Module, family: Family) -> int:
-    # On a CPU dense attention is slow enough for a few thousand tokens to gain.
-    return 2048 if execution_device(model).type == "cpu" else family.min_tokens
-
-
 def _calibrated(
     name: str,
     model: nn.Module,
@@ -195,7 +189,7 @@ def _patch_transformer(
         )
     watch = ProcessorWatch(model, [module for _, module in layers], handle.record)
     pipe = None if handle.target is model else handle.target
-    engine = Engine(recipe, [path for path, _ in layers], backend, _min_tokens(model, family), automatic)
+    engine = Engine(recipe, [path for path, _ in layers], backend, family.min_tokens, automatic)
     session = Session(engine, family, patch_size(dict(getattr(model, "config", {}))), model, pipe, handle.schedules)
     handle.sessions[name] = session
     names = tuple(inspect.signature(type(model).forward).parameters)[1:]

@@ -28,6 +28,8 @@ logger = logging.getLogger("dit_accel")
 
 # Share of pairs that must be read above which the default stays dense.
 MOST_FORCED = 0.7
+# On a CPU dense attention is slow enough for a few thousand tokens to gain.
+LEAST_ON_CPU = 2048
 _SEARCH: Operation = "search_attention"
 # A server sees any number of sizes; advice about this many is enough.
 MOST_ADVISED = 64
@@ -44,7 +46,8 @@ class Engine:
         recipe: what to do.
         layer_names: the self-attention modules, in order of execution.
         backend: of every operation, one of :data:`~dit_accel.kernels.BACKENDS`.
-        min_tokens: sequence length from which sparse attention gains.
+        min_tokens: sequence length from which sparse attention gains on a GPU. On a CPU it gains from
+            :data:`LEAST_ON_CPU` on, if that is less.
         automatic: stay dense below ``min_tokens`` and where most pairs must be read in any case; else only say so.
 
     Attributes:
@@ -78,7 +81,7 @@ class Engine:
         self.run = Run()
         self._choices: dict[tuple[Case, bool], dict[Operation, Choice]] = {}
         self._attention_choices: dict[Case, Choice] = {}
-        self._seen_layouts: set[TokenLayout] = set()
+        self._seen_layouts: set[tuple[TokenLayout, torch.device]] = set()
         # Threads that share a transformer count in the same records.
         self._counting = threading.Lock()
 
@@ -271,27 +274,29 @@ class Engine:
         if call.pairs is not None and not self.recipe.compensate.allows_pairs:
             return f"{type(self.recipe.compensate).__name__} cannot tell which blocks a mask of token pairs leaves out"
         if self.automatic:
-            reason = self._why_not_worthwhile(call.layout)
+            reason = self._why_not_worthwhile(call.layout, call.q.device)
             if reason is not None:
                 return reason
-        elif call.layout not in self._seen_layouts:
-            self._advise(call.layout)
+        elif (call.layout, call.q.device) not in self._seen_layouts:
+            self._advise(call.layout, call.q.device)
         return self.recipe.schedule.dense_reason(call.step, call.layer, len(self.records))
 
-    def _why_not_worthwhile(self, layout: TokenLayout) -> str | None:
-        if layout.seq_len < self.min_tokens:
-            return f"{layout.seq_len} tokens, too few to gain (below {self.min_tokens})"
+    def _why_not_worthwhile(self, layout: TokenLayout, device: torch.device) -> str | None:
+        # The call's device: a model may be moved, or offloaded, after it was patched.
+        least = min(self.min_tokens, LEAST_ON_CPU) if device.type == "cpu" else self.min_tokens
+        if layout.seq_len < least:
+            return f"{layout.seq_len} tokens, too few to gain (below {least})"
         share = layout.forced_share
         if share > MOST_FORCED:
             return f"{share:.2f} of all pairs are of text or references and must be read: too little is left to gain"
         return None
 
-    def _advise(self, layout: TokenLayout) -> None:
+    def _advise(self, layout: TokenLayout, device: torch.device) -> None:
         """Say once what a recipe chosen by name will not gain at this layout."""
         if len(self._seen_layouts) >= MOST_ADVISED:
             return
-        self._seen_layouts.add(layout)
-        reason = self._why_not_worthwhile(layout)
+        self._seen_layouts.add((layout, device))
+        reason = self._why_not_worthwhile(layout, device)
         if reason is not None:
             self.note(f"The recipe may be slower than dense here: {reason}.")
 

@@ -1,6 +1,7 @@
 """The tuner picks what is measured fastest, and the table it writes is the one that is read."""
 
 import json
+import re
 
 import pytest
 import torch
@@ -120,6 +121,39 @@ def test_a_written_table_is_read_for_its_gpu_only(name, read, table, tmp_path, m
         found = tuning.launch_config("forward", Query(), mask, False)
         assert (found.num_warps, found.num_stages) == (8, 3)
     assert tuning.fa4_is_fastest(Case(Query.device, Query.dtype, 16, (32, 32))) == read
+    tuning._table.cache_clear()
+
+
+GOOD = {"device": "NVIDIA Test", "entries": {KEY: [4, 2]}, "fa4_fastest": []}
+
+
+@pytest.mark.parametrize(
+    ("content", "why"),
+    [
+        (None, "is no table"),
+        ("", "is no table"),
+        ("{", "is no table"),
+        ("7", "device must be a str, got None"),
+        (json.dumps({**GOOD, "device": None}), "device must be a str, got None"),
+        (json.dumps({"device": "", "fa4_fastest": []}), "entries must be a dict, got None"),
+        (json.dumps({**GOOD, "fa4_fastest": {}}), "fa4_fastest must be a list, got {}"),
+        (json.dumps({**GOOD, "entries": {KEY: 4}}), "must be warps and stages, got 4"),
+        (json.dumps({**GOOD, "entries": {KEY: [4, -1]}}), "must be warps and stages, got"),
+        (json.dumps({**GOOD, "entries": {KEY: [4, True]}}), "must be warps and stages, got"),
+        (json.dumps({**GOOD, "entries": {KEY: [3, 2]}}), "power of two warps, 32 at most, got 3"),
+    ],
+)
+def test_a_damaged_table_is_one_sentence(content, why, tmp_path, monkeypatch):
+    path = tmp_path / "table.json"
+    if content is not None:
+        path.write_text(content)
+    for own in (path, tmp_path) if content is None else (path,):
+        monkeypatch.setenv(tuning.TABLE_VARIABLE, str(own))
+        tuning._table.cache_clear()
+        with pytest.raises(ValueError, match=re.escape(why)) as caught:
+            tuning._table("NVIDIA Test 9")
+        assert str(own) in str(caught.value)
+        assert tuning.TABLE_VARIABLE in str(caught.value)
     tuning._table.cache_clear()
 
 

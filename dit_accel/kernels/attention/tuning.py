@@ -32,18 +32,47 @@ def _table(device_name: str) -> dict[str, Any]:
 
     ``entries``: ``"op/block_q x block_k/padded head dim/order" -> [num_warps, num_stages]``;
     ``fa4_fastest``: such keys of forwards that flash-attn-4 runs faster than any kernel of ours.
+
+    Raises:
+        ValueError: the user's own table is damaged.
     """
     own = os.environ.get(TABLE_VARIABLE)
     if own:
-        with open(own, encoding="utf-8") as file:
-            table: dict[str, Any] = json.load(file)
-        if device_name.startswith(table.get("device", "")):
-            return {"entries": table["entries"], "fa4_fastest": table["fa4_fastest"]}
+        table = _read(own)
+        if device_name.startswith(table["device"]):
+            return table
     known = {"NVIDIA H200": "h200.json", "NVIDIA H100": "h200.json"}
     for prefix, name in known.items():
         if device_name.startswith(prefix):
             return dict(json.loads(resources.files(__package__).joinpath("tuning_tables", name).read_text()))
-    return {"entries": {}, "fa4_fastest": []}
+    return {"device": "", "entries": {}, "fa4_fastest": []}
+
+
+def _read(path: str) -> dict[str, Any]:
+    """A table that ``dit-accel bench --kernels --out`` wrote."""
+    anew = "Write it anew with `dit-accel bench --kernels --out FILE`, or unset the variable."
+    try:
+        with open(path, encoding="utf-8") as file:
+            table = json.load(file)
+    except (OSError, ValueError) as error:
+        raise ValueError(f"{TABLE_VARIABLE} names {path}, which is no table ({error}). {anew}") from error
+    wrong = _what_is_wrong(table)
+    if wrong is not None:
+        raise ValueError(f"{TABLE_VARIABLE} names {path}, a damaged table: {wrong}. {anew}")
+    return {name: table[name] for name in ("device", "entries", "fa4_fastest")}
+
+
+def _what_is_wrong(table: Any) -> str | None:
+    for name, kind in (("device", str), ("entries", dict), ("fa4_fastest", list)):
+        value = table.get(name) if isinstance(table, dict) else None
+        if not isinstance(value, kind):
+            return f"{name} must be a {kind.__name__}, got {value!r}"
+    for key, entry in table["entries"].items():
+        if not isinstance(entry, list) or len(entry) != 2 or any(type(n) is not int or n < 1 for n in entry):
+            return f"entries[{key!r}] must be warps and stages, got {entry!r}"
+        if entry[0] & (entry[0] - 1) or entry[0] > 32:
+            return f"entries[{key!r}] must have a power of two warps, 32 at most, got {entry[0]}"
+    return None
 
 
 @cache
