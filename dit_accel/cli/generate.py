@@ -57,6 +57,9 @@ def generate(
     ] = "auto",
     changes: SetOption = None,
     calibration: Annotated[Path | None, typer.Option(help="A file of `dit-accel calibrate`.")] = None,
+    rederive: Annotated[
+        bool, typer.Option("--rederive", help="With --calibration: plan anew where the file has no plan, not fail.")
+    ] = False,
     adapter: Annotated[
         str | None,
         typer.Option(help="A fine-tuned adapter in place of a recipe: a folder, or a name from `dit-accel info`."),
@@ -85,6 +88,8 @@ def generate(
         raise ValueError(f"--adapter brings its own recipe, got --recipe {recipe} and {len(changes or ())} changes.")
     if adapter is not None and calibration is not None:
         raise ValueError(f"--adapter brings its own recipe and takes no calibration, got {calibration}.")
+    if rederive and calibration is None:
+        raise ValueError("--rederive goes with --calibration, got it alone.")
     if repeat > 1 and not compare_dense:
         raise ValueError(f"--repeat goes with --compare-dense, got --repeat {repeat} alone.")
     chosen = read_recipe(recipe, changes)
@@ -126,7 +131,7 @@ def generate(
 
     def accelerated() -> PatchHandle:
         if folder is None:
-            return patch(pipe, chosen, backend=backend, calibration=plans)
+            return patch(pipe, chosen, backend=backend, calibration=plans, rederive=rederive)
         return load_adapter(pipe, folder, backend=backend)
 
     def dense_side(short: bool) -> SideRun:
