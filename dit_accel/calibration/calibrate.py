@@ -26,6 +26,7 @@ from ..patches.artifact import CalibratedTransformer, CalibrationArtifact, read_
 from ..patches.fingerprint import Fingerprint
 from ..patches.learned import head_shape
 from ..patches.progress import sigmas_of
+from ..plain_data import first_difference
 from ..plan import SequenceBlocks
 from ..recipe import Recipe
 from ..stages.order.axes import AxisOrder, ChosenAxes
@@ -36,7 +37,7 @@ from ..stages.select.mass import Mass, adapted_densities, recall
 from ..stages.select.pooled import Pooled, keep_best
 from ..stages.select.protocol import density_of_layer, shares_per_head
 from ..stages.select.static import DenseSelect
-from .identity import describe, describe_pipeline, first_difference
+from .identity import describe, describe_pipeline
 from .runs import begin, run_arguments
 
 AXIS_STEPS = 3

@@ -14,6 +14,7 @@ from torch import nn
 from ..patches.offloading import UnreadableWeight
 from ..patches.samples import pick
 from ..patches.weights import plain_name, stored_parameters
+from ..plain_data import digest
 
 # Of every tensor.
 VALUES = 16
@@ -29,11 +30,11 @@ def describe(value: Any) -> Any:
     if isinstance(value, float):
         return value if np.isfinite(value) else repr(value)
     if isinstance(value, torch.Tensor):
-        return f"{str(value.dtype).removeprefix('torch.')} {tuple(value.shape)} {_digest(_bytes(value))}"
+        return f"{str(value.dtype).removeprefix('torch.')} {tuple(value.shape)} {digest(value)[:16]}"
     if isinstance(value, np.ndarray):
-        return f"{value.dtype} {value.shape} {_digest(value.tobytes())}"
+        return f"{value.dtype} {value.shape} {digest(value)[:16]}"
     if isinstance(value, torch.Generator):
-        return f"generator {_digest(_bytes(value.get_state()))}"
+        return f"generator {digest(value.get_state())[:16]}"
     if isinstance(value, Mapping):
         return {str(name): describe(item) for name, item in value.items()}
     if isinstance(value, Set):
@@ -41,7 +42,7 @@ def describe(value: Any) -> Any:
     if isinstance(value, Sequence):
         return [describe(item) for item in value]
     if hasattr(value, "tobytes") and hasattr(value, "mode") and hasattr(value, "size"):  # a PIL image
-        return f"image {value.mode} {value.size} {_digest(value.tobytes())}"
+        return f"image {value.mode} {value.size} {digest(value)[:16]}"
     if inspect.isroutine(value) or inspect.isclass(value):
         return f"{value.__module__}.{value.__qualname__}"
     return repr(value)
@@ -63,18 +64,6 @@ def describe_pipeline(pipe: Any) -> dict[str, Any]:
     }
 
 
-def first_difference(kept: Any, asked: Any, path: str = "") -> str | None:
-    """The first place at which two plain data differ, as the middle of a sentence; None if they are equal."""
-    if isinstance(kept, Mapping) and isinstance(asked, Mapping):
-        pairs = [(str(name), kept.get(name), asked.get(name)) for name in sorted({*kept, *asked})]
-    elif isinstance(kept, list) and isinstance(asked, list) and len(kept) == len(asked):
-        pairs = [(str(place), *both) for place, both in enumerate(zip(kept, asked, strict=True))]
-    else:
-        return None if kept == asked else f"its {path} is {kept!r}, asked for is {asked!r}"
-    found = (first_difference(mine, its, f"{path}.{name}" if path else name) for name, mine, its in pairs)
-    return next((difference for difference in found if difference is not None), None)
-
-
 def _settings(component: Any) -> dict[str, Any]:
     config = dict(getattr(component, "config", {}))
     return {name: describe(value) for name, value in sorted(config.items()) if not name.startswith("_")}
@@ -83,18 +72,18 @@ def _settings(component: Any) -> dict[str, Any]:
 def _describe_model(model: nn.Module) -> dict[str, Any]:
     """Class, dtypes, a digest of values, and which LoRA layers act how strongly."""
     stored = stored_parameters(model)
-    digest = hashlib.sha256()
+    sums = hashlib.sha256()
     for name, weight in stored.items():
-        digest.update(f"{plain_name(name)} {tuple(weight.shape)}".encode())
+        sums.update(f"{plain_name(name)} {tuple(weight.shape)}".encode())
         try:
-            digest.update(_bytes(pick(weight.read(), VALUES)))
+            sums.update(_bytes(pick(weight.read(), VALUES)))
         except (UnreadableWeight, RuntimeError):  # an unknown kind of tensor may not be indexed
-            digest.update(b"unreadable")
+            sums.update(b"unreadable")
     return {
         "class": type(model).__name__,
         "dtypes": sorted({str(weight.dtype).removeprefix("torch.") for weight in stored.values()}),
         "loras": _describe_loras(model),
-        "weights": digest.hexdigest()[:16],
+        "weights": sums.hexdigest()[:16],
     }
 
 
@@ -112,7 +101,3 @@ def _describe_loras(model: nn.Module) -> list[str]:
 
 def _bytes(tensor: torch.Tensor) -> bytes:
     return tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().tobytes()
-
-
-def _digest(data: bytes) -> str:
-    return hashlib.sha256(data).hexdigest()[:16]

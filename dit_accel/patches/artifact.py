@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping
-from dataclasses import dataclass, field, fields
+from dataclasses import dataclass, field
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
@@ -15,6 +15,7 @@ from torch import nn
 
 from ..files import written_whole
 from ..layout import TokenLayout
+from ..plain_data import as_plain, first_difference
 from ..recipe import Recipe
 from ..stages.order.axes import AxisOrder, ChosenAxes
 from ..stages.select.frozen import FrozenMasks
@@ -133,7 +134,10 @@ class CalibrationArtifact:
         Raises:
             ValueError: they are others, and ``rederive`` is not set; the message names the first.
         """
-        differs = _first_difference(self.recipe, asked)
+        made, wanted = (
+            {axis: recipe.to_dict()[axis] for axis in ("order", "select")} for recipe in (self.recipe, asked)
+        )
+        differs = first_difference(as_plain(made), as_plain(wanted))
         if differs is not None and not rederive:
             raise ValueError(
                 f"The calibration is for another recipe: {differs}. Calibrate again, or patch with rederive=True to "
@@ -177,18 +181,6 @@ def read_tensors(path: Path) -> tuple[dict[str, Any], dict[str, torch.Tensor]]:
     if not isinstance(header, dict):
         raise ValueError(f"{path} is no calibration file: its header is a {type(header).__name__}, not an object.")
     return header, tensors
-
-
-def _first_difference(calibrated: Recipe, asked: Recipe) -> str | None:
-    for axis in ("order", "select"):
-        mine, its = getattr(calibrated, axis), getattr(asked, axis)
-        if type(mine) is not type(its):
-            return f"its {axis} is {type(mine).__name__}, asked for is {type(its).__name__}"
-        for one in fields(mine):
-            if getattr(mine, one.name) != getattr(its, one.name):
-                values = getattr(mine, one.name), getattr(its, one.name)
-                return f"its {axis}.{one.name} is {values[0]}, asked for is {values[1]}"
-    return None
 
 
 def _part(data: Mapping[str, Any], bits: torch.Tensor) -> CalibratedTransformer:

@@ -16,7 +16,7 @@ from ..patches.fingerprint import Fingerprint
 from ..patches.handle import PatchHandle
 from ..patches.learned import is_learned
 from ..patches.weights import plain_name, stored_parameters, unfused
-from ..recipe import Recipe
+from ..plain_data import as_plain, first_difference
 from .adapter_files import BACKBONES, AdapterFiles, read_adapter, to_integers, write_adapter
 from .adapter_load import LoadPlan
 from .lora import lora_state
@@ -151,7 +151,7 @@ def load_adapter(pipe: Any, folder: str | Path, *, backend: str = "auto") -> Pat
         handle, patched_here = patch(pipe, files.recipe, backend=backend), True
     try:
         if handle.recipe != files.recipe:
-            difference = _first_difference(files.recipe, handle.recipe)
+            difference = first_difference(as_plain(files.recipe.to_dict()), as_plain(handle.recipe.to_dict()))
             raise ValueError(f"The adapter in {folder} is for another recipe: {difference}.")
         plans = [LoadPlan(part.name, part.model, files) for part in parts]
         undo: list[Callable[[], None]] = []
@@ -199,12 +199,3 @@ def _fitting_parts(pipe: Any, files: AdapterFiles) -> list[_Part]:
         if difference is not None:
             raise ValueError(f"The adapter in {files.folder} does not fit {type(part.model).__name__}: {difference}.")
     return parts
-
-
-def _first_difference(wanted: Recipe, got: Recipe) -> str:
-    mine, its = wanted.to_dict(), got.to_dict()
-    for axis, fields in mine.items():
-        for name, value in fields.items():
-            if its[axis].get(name, "absent") != value:
-                return f"{axis}.{name} is {value!r} there and {its[axis].get(name, 'absent')!r} in the pipeline"
-    return "the recipes differ"

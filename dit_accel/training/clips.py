@@ -12,7 +12,7 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 
-from .plain_data import digest
+from ..plain_data import digest
 from .samples import Skipped
 
 PICTURES = (".gif", ".png", ".jpg", ".jpeg", ".webp")

@@ -7,12 +7,12 @@ from dataclasses import asdict, dataclass, replace
 from typing import Any
 
 from ..api import self_attentions, transformers_of
+from ..plain_data import as_plain, digest, first_difference
 from ..recipe import Recipe
 from .batches import Samples
 from .config import FinetuneConfig
 from .data import sigma_shift
 from .model_facts import model_difference, model_facts
-from .plain_data import as_plain, digest, first_difference
 from .samples import refuse_mixed
 
 # What a training that goes on may have otherwise: none of it changes what is learned.

@@ -10,10 +10,10 @@ from torch import nn
 
 from ..api import handle_of, patch, self_attentions, transformers_of
 from ..patches.handle import PatchHandle
+from ..plain_data import ABSENT, as_plain, first_difference
 from ..recipe import Recipe
 from .config import FinetuneConfig
 from .data import trained_transformer
-from .plain_data import ABSENT, as_plain, first_difference
 from .trainables import Trainables
 
 # Attributes of a module that a training or its libraries shadow.

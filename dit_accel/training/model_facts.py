@@ -9,7 +9,7 @@ from typing import Any
 from torch import nn
 
 from ..patches.fingerprint import Fingerprint
-from .plain_data import as_plain, digest, first_difference
+from ..plain_data import as_plain, digest, first_difference
 
 # Facts that must be equal to the bit, in words.
 OF_WEIGHTS = {"weights": "weights", "lora": "LoRA layers"}

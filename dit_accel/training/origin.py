@@ -10,9 +10,9 @@ from typing import Any
 
 from ..api import self_attentions, transformers_of
 from ..files import write_text
+from ..plain_data import as_plain, first_difference
 from .earlier import set_aside
 from .model_facts import model_difference, model_facts
-from .plain_data import as_plain, first_difference
 from .samples import sample_files
 
 RECORD = "samples.json"

@@ -155,5 +155,5 @@ def test_a_damaged_beginning(beginning, tmp_path, edit) -> None:
 def test_the_beginning_of_another_calibration(beginning, tmp_path) -> None:
     header, tensors = read_tensors(beginning)
     write_tensors(tmp_path / "c.safetensors.partial", tensors, put(7, "asked", "buckets")(header))
-    with pytest.raises(ValueError, match="the beginning of another calibration: its buckets is 7, asked for is 4"):
+    with pytest.raises(ValueError, match="the beginning of another calibration: buckets = 7, got 4"):
         run(tmp_path / "c.safetensors")

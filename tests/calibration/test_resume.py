@@ -14,8 +14,9 @@ from PIL import Image
 from safetensors import safe_open
 from safetensors.torch import save_file
 
-from dit_accel.calibration.identity import describe, first_difference
+from dit_accel.calibration.identity import describe
 from dit_accel.calibration.runs import begin
+from dit_accel.plain_data import first_difference
 from tests.calibration.test_runs import KWARGS, RECIPE, interrupt, must_not_run, pipeline, prompts, run
 from tests.patches.test_fingerprint import with_lora
 from tests.training.test_adapter_storage import stored
@@ -64,54 +65,54 @@ def _config(pipe: Any) -> None:
 
 
 OTHERS: dict[str, tuple[Callable[[Any], None] | None, dict[str, Any], str]] = {
-    "tuned weights": (_tuned, {}, r"its pipeline\.transformer\.weights is '\w+', asked for is '\w+'"),
-    "dtype": (_half, {}, r"its pipeline\.transformer\.dtypes"),
-    "eight bits": (_eight_bits, {}, r"its pipeline\.transformer\.dtypes"),
-    "LoRA": (_lora, {}, r"its pipeline\.transformer\.loras is \[\], asked for is \['mine 1\.5'\]"),
-    "fused LoRA": (_fused_lora, {}, r"asked for is \['mine 0\.75 fused'\]"),
-    "VAE": (_with_vae, {}, r"its pipeline\.vae\.weights"),
-    "scheduler": (_scheduler, {}, r"its pipeline\.scheduler\."),
-    "scheduler's settings": (_configured, {}, r"its pipeline\.scheduler\.shift_terminal is None, asked for is 0\.1"),
-    "scheduler's shift": (_shifted, {}, r"its pipeline\.scheduler\.shift is 3\.0, asked for is 5\.0"),
-    "pipeline's settings": (_config, {}, r"its pipeline\.settings\.expand_timesteps is False, asked for is True"),
+    "tuned weights": (_tuned, {}, r"pipeline\.transformer\.weights = '\w+', got '\w+'"),
+    "dtype": (_half, {}, r"pipeline\.transformer\.dtypes"),
+    "eight bits": (_eight_bits, {}, r"pipeline\.transformer\.dtypes"),
+    "LoRA": (_lora, {}, r"pipeline\.transformer\.loras = \[\], got \['mine 1\.5'\]"),
+    "fused LoRA": (_fused_lora, {}, r"got \['mine 0\.75 fused'\]"),
+    "VAE": (_with_vae, {}, r"pipeline\.vae\.weights"),
+    "scheduler": (_scheduler, {}, r"pipeline\.settings\.scheduler\.1 = "),
+    "scheduler's settings": (_configured, {}, r"pipeline\.scheduler\.shift_terminal = None, got 0\.1"),
+    "scheduler's shift": (_shifted, {}, r"pipeline\.scheduler\.shift = 3\.0, got 5\.0"),
+    "pipeline's settings": (_config, {}, r"pipeline\.settings\.expand_timesteps = False, got True"),
     "embeddings": (
         None,
         {"prompts": prompts(3.0)},
-        r"its prompts\.0\.negative_prompt_embeds is 'float32 \(1, 16, 32\)",
+        r"prompts\.0\.prompt_embeds = 'float32 \(1, 16, 32\)",
     ),
     "second embeddings": (
         None,
         {"prompts": [prompts()[0], prompts(3.0)[1]]},
-        r"its prompts\.1\.negative_prompt_embeds is 'float32",
+        r"prompts\.1\.prompt_embeds = 'float32",
     ),
     "negative": (
         None,
         {"prompts": [{**one, "negative_prompt_embeds": torch.ones(1, 16, 32)} for one in prompts()]},
-        r"its prompts\.0\.negative_prompt_embeds",
+        r"prompts\.0\.negative_prompt_embeds",
     ),
-    "fewer prompts": (None, {"prompts": prompts(count=1)}, "its prompts is"),
+    "fewer prompts": (None, {"prompts": prompts(count=1)}, "prompts = "),
     "text": (
         None,
         {"prompts": [{**one, "max_sequence_length": 9} for one in prompts()]},
-        "max_sequence_length is None",
+        "max_sequence_length = nothing, got 9",
     ),
     "guidance": (
         None,
         {"generate_kwargs": {**KWARGS, "guidance_scale": 4.0}},
-        r"guidance_scale is 5\.0, asked for is 4",
+        r"guidance_scale = 5\.0, got 4",
     ),
     "steps": (
         None,
         {"generate_kwargs": {**KWARGS, "num_inference_steps": 4}},
-        "num_inference_steps is 3, asked for is 4",
+        "num_inference_steps = 3, got 4",
     ),
-    "size": (None, {"generate_kwargs": {**KWARGS, "height": 112}}, "height is 96, asked for is 112"),
-    "seeds": (None, {"seeds": (0, 7)}, r"its seeds\.1 is 1, asked for is 7"),
-    "buckets": (None, {"buckets": 3}, "its buckets is 2, asked for is 3"),
+    "size": (None, {"generate_kwargs": {**KWARGS, "height": 112}}, "height = 96, got 112"),
+    "seeds": (None, {"seeds": (0, 7)}, r"seeds\.1 = 1, got 7"),
+    "buckets": (None, {"buckets": 3}, "buckets = 2, got 3"),
     "recipe": (
         None,
         {"recipe": RECIPE.with_fields({"select.density": 0.5})},
-        r"recipe\.select\.density is 0\.4, asked",
+        r"recipe\.select\.density = 0\.4, got 0\.5",
     ),
 }
 
@@ -171,7 +172,7 @@ def test_a_generator_begins_every_run_where_the_user_left_it(tmp_path):
     interrupt(tmp_path / "other", prompts=with_generators())
     later = with_generators()
     torch.randn(3, generator=later[1]["generator"])
-    with pytest.raises(ValueError, match=r"its prompts\.1\.generator is 'generator "):
+    with pytest.raises(ValueError, match=r"prompts\.1\.generator = 'generator "):
         run(pipeline(), tmp_path / "other", prompts=later)
 
 
@@ -238,5 +239,5 @@ def test_arguments_are_described_by_what_is_in_them():
         (describe, first_difference),
     ):
         if not isinstance(one, dict):
-            assert first_difference(describe(one), describe(other), "x") is not None
-    assert first_difference({"a": [1, {"b": 2}]}, {"a": [1, {"b": 3}]}) == "its a.1.b is 2, asked for is 3"
+            assert first_difference({"x": describe(one)}, {"x": describe(other)}) is not None
+    assert first_difference({"a": [1, {"b": 2}]}, {"a": [1, {"b": 3}]}) == "a.1.b = 2, got 3"

@@ -39,7 +39,7 @@ def test_calibrate_and_generate(tmp_path):
         *generate[:-4], "--set", "select.density=0.1", "--prompt", "a cat", "--out", clip, "--calibration", str(path)
     )
     assert result.exit_code == 2
-    assert "select.density is 0.5, asked for is 0.1" in result.stderr
+    assert "select.density = 0.5, got 0.1" in result.stderr
     assert "or give --rederive to keep what still holds" in result.stderr
     anew = ["--set", "select.density=0.1", "--prompt", "a cat", "--out", clip, "--calibration", str(path), "--rederive"]
     assert run_json(*generate[:-4], *anew)["summary"]["sparse_calls"] > 0

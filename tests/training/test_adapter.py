@@ -142,7 +142,7 @@ def test_another_recipe_is_refused_by_name(tmp_path):
     folder = _saved(tmp_path)
     pipe = tiny_pipe()
     with dit_accel.patch(pipe, SLA.with_fields({"select.density": 0.5})) as handle:
-        with pytest.raises(ValueError, match=r"another recipe: select\.density is 0\.3 there and 0\.5"):
+        with pytest.raises(ValueError, match=r"another recipe: select\.density = 0\.3, got 0\.5"):
             dit_accel.load_adapter(pipe, folder)
         assert handle.active
     with dit_accel.patch(pipe, SLA):

@@ -26,24 +26,31 @@ def digest(*values: Any) -> str:
     return sums.hexdigest()
 
 
-def first_difference(there: Mapping[str, Any], here: Mapping[str, Any], shared: bool = False) -> str | None:
+def first_difference(there: Any, here: Any, shared: bool = False) -> str | None:
     """The first value that differs, such as ``select.density = 0.05, got 0.5``; None if all are equal.
 
     Args:
         there, here: nested plain data, as :func:`as_plain` makes it.
         shared: compare only names that both have.
     """
-    for name in [*here, *(name for name in there if name not in here)]:
-        if shared and not (name in there and name in here):
-            continue
-        was, now = there.get(name, ABSENT), here.get(name, ABSENT)
-        if isinstance(was, Mapping) and isinstance(now, Mapping):
-            inner = first_difference(was, now, shared)
-            if inner is not None:
-                return f"{name}.{inner}"
-        elif was != now:
-            return f"{name} = {_short(was)}, got {_short(now)}"
-    return None
+    found = _difference(there, here, shared, "")
+    return None if found is None else found.removeprefix(".")
+
+
+def _difference(there: Any, here: Any, shared: bool, path: str) -> str | None:
+    if isinstance(there, Mapping) and isinstance(here, Mapping):
+        names = [*here, *(name for name in there if name not in here)]
+        pairs = [
+            (name, there.get(name, ABSENT), here.get(name, ABSENT))
+            for name in names
+            if not shared or (name in there and name in here)
+        ]
+    elif isinstance(there, list) and isinstance(here, list) and len(there) == len(here):
+        pairs = [(place, *both) for place, both in enumerate(zip(there, here, strict=True))]
+    else:
+        return None if there == here else f"{path} = {_short(there)}, got {_short(here)}"
+    found = (_difference(was, now, shared, f"{path}.{name}") for name, was, now in pairs)
+    return next((difference for difference in found if difference is not None), None)
 
 
 def _feed(sums: Any, value: Any) -> None:
