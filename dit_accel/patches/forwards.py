@@ -54,6 +54,7 @@ class Forward:
         inputs: what blocks and attention layers were given first, by address.
         used: kept plans that its layers used.
         layouts: of its sequences, by length.
+        key_masks: that its masks of pairs stand for, by their shape; None for one that says more.
     """
 
     number: int
@@ -66,6 +67,7 @@ class Forward:
     inputs: Addresses = field(default_factory=dict)
     used: dict[int, Any] = field(default_factory=dict)
     layouts: dict[int, TokenLayout | str] = field(default_factory=dict)
+    key_masks: dict[torch.Size, torch.Tensor | None] = field(default_factory=dict)
 
 
 def addresses_of(tensors: Iterable[torch.Tensor]) -> Addresses:

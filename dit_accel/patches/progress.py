@@ -29,12 +29,12 @@ class _Trajectory:
     sigmas: list[float]
     run: Run = field(default_factory=Run)
     index: int | None = None
-    # The timestep that the transformer was given, read only while the scheduler shows no progress.
-    timestep: float | None = None
+    # What tells the timestep that the transformer was given, read only while the scheduler shows no progress.
+    timestep: tuple[float, float] | None = None
     stalled: bool = False
     forwards: Counter[str] = field(default_factory=Counter)
 
-    def at(self, index: int | None, timestep: float | None) -> None:
+    def at(self, index: int | None, timestep: tuple[float, float] | None) -> None:
         """Go on to a step. Forwards within a step are counted, by the branch's name."""
         moved = index != self.index or (timestep is not None and timestep != self.timestep)
         self.index, self.timestep = index, timestep
@@ -110,7 +110,7 @@ class RunTracker:
         index, value = _step(pipe, scheduler, schedule), None
         if index is None:
             # Nothing has moved yet, or nothing ever will: the timestep tells which.
-            value = _value(timestep)
+            value = _value_and_mean(timestep)
             found.stalled |= found.timestep is not None and value != found.timestep
             if hasattr(scheduler, "step_index") and not found.stalled:
                 index = _first_index(scheduler, schedule, timestep)
@@ -223,6 +223,12 @@ def _value(timestep: torch.Tensor | None) -> float | None:
     if not isinstance(timestep, torch.Tensor) or not timestep.numel():
         return None
     return float(timestep.detach().max())
+
+
+def _value_and_mean(timestep: torch.Tensor | None) -> tuple[float, float] | None:
+    """What differs between two steps: frames may be denoised one after the other, and the largest entry then stays."""
+    value = _value(timestep)
+    return None if value is None or timestep is None else (value, float(timestep.detach().double().mean()))
 
 
 def _first_index(scheduler: Any, schedule: torch.Tensor, timestep: torch.Tensor | None) -> int | None:

@@ -18,6 +18,7 @@ from ..layout import LatentGrid, TokenLayout
 from .ambient import EAGER, LatentTokens
 from .families import Family
 from .forwards import KEPT_FORWARDS, Forward, KeptForwards, addresses_of, in_backward
+from .masks import is_of_pairs, key_mask_of_pairs
 from .progress import PipelineSchedules, RunTracker
 
 # The opaque operator finds its session by id: a graph can hold a tensor, not a Python object.
@@ -244,9 +245,21 @@ class Session:
         if q.shape[1] < k.shape[1] and isinstance(layout, TokenLayout):
             first = k.shape[1] - q.shape[1] if self.family.text_first else 0
             layout = replace(layout, queries=(first, q.shape[1]))
+        if self.family.masks_pairs and attn_mask is not None and isinstance(layout, TokenLayout):
+            attn_mask = self._of_keys(forward, attn_mask, layout)
         return self.engine.attend(
             layer, q, k, v, attn_mask, scale, layout, forward.step, dense, record, learned, forward.run, forward.used
         )
+
+    @staticmethod
+    def _of_keys(forward: Forward, mask: torch.Tensor, layout: TokenLayout) -> torch.Tensor:
+        """A mask of pairs as a key mask where it is no more than that, looked at once a forward."""
+        if not is_of_pairs(mask, layout.seq_len):
+            return mask
+        if mask.shape not in forward.key_masks:
+            forward.key_masks[mask.shape] = key_mask_of_pairs(mask, layout)
+        keys = forward.key_masks[mask.shape]
+        return mask if keys is None else keys
 
     def _layout(self, forward: Forward, seq_len: int) -> TokenLayout | str:
         layout = forward.layouts.get(seq_len)

@@ -1,17 +1,33 @@
-"""The model families that can be patched. A new family is one file and one entry here."""
+"""The model families that can be patched. A new family is one file and one entry here.
+
+Videos first, then images; within each the most used ones first. The order says nothing else, since no class is of two
+families.
+"""
 
 from __future__ import annotations
 
 from .cogvideox import COGVIDEOX
 from .family import Family
 from .flux import FLUX
-from .hunyuan_video import HUNYUAN_VIDEO
+from .hunyuan_video import HUNYUAN_VIDEO, HUNYUAN_VIDEO_15
 from .ltx import LTX
+from .ltx2 import LTX2
 from .qwen_image import QWEN_IMAGE
 from .sd3 import SD3
-from .wan import WAN
+from .wan import ANYFLOW, WAN
 
-FAMILIES: tuple[Family, ...] = (WAN, HUNYUAN_VIDEO, COGVIDEOX, LTX, FLUX, SD3, QWEN_IMAGE)
+FAMILIES: tuple[Family, ...] = (
+    WAN,
+    ANYFLOW,
+    HUNYUAN_VIDEO,
+    HUNYUAN_VIDEO_15,
+    LTX2,
+    LTX,
+    COGVIDEOX,
+    FLUX,
+    QWEN_IMAGE,
+    SD3,
+)
 
 
 def family_of(model: object) -> Family | None:

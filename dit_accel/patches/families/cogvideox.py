@@ -1,24 +1,13 @@
-"""CogVideoX: the prompt, then the latents."""
+"""CogVideoX and ConsisID: the prompt, then the latents."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from typing import Any
-
-from ..ambient import LatentTokens
-from .family import Family, PatchSize, grid_tokens
-
-
-def _read(patch: PatchSize, arguments: Mapping[str, Any]) -> LatentTokens:
-    # (B, F, C, H, W): frames before channels
-    _, frames, _, height, width = arguments["hidden_states"].shape
-    return grid_tokens(frames, height, width, patch)
-
+from .family import Family, read_frames
 
 COGVIDEOX = Family(
     name="CogVideoX",
-    transformers=("CogVideoXTransformer3DModel",),
+    transformers=("CogVideoXTransformer3DModel", "ConsisIDTransformer3DModel"),
     self_attention=("transformer_blocks.*.attn1",),
-    read=_read,
+    read=read_frames,
     text_first=True,
 )

@@ -29,6 +29,8 @@ class Family:
         latents_query: whether the latent stream alone may query, and other tokens be keys alone.
         text_first: whether other tokens come before the latents in the sequence, else behind them.
         min_tokens: sequence length below which sparse attention gains nothing on a GPU.
+        masks_pairs: whether the layers of a forward are all given one mask of pairs, keys x queries, whose padded rows
+            are read nowhere.
     """
 
     name: str
@@ -39,6 +41,7 @@ class Family:
     text_first: bool = False
     latents_query: bool = False
     min_tokens: int = 8192
+    masks_pairs: bool = False
 
     def place(self, latents: LatentTokens) -> LatentTokens:
         """Latent tokens known by their positions, with the grid read off these; without a grid where there is none."""
@@ -68,3 +71,21 @@ def grid_tokens(frames: int, height: int, width: int, patch: PatchSize) -> Laten
     """Latent tokens of latents with this many frames, rows and columns."""
     grid = (frames // patch[0], height // patch[1], width // patch[2])
     return LatentTokens(grid, grid[0] * grid[1] * grid[2])
+
+
+def read_video(patch: PatchSize, arguments: Mapping[str, Any]) -> LatentTokens:
+    """``hidden_states`` are latents (B, C, F, H, W)."""
+    _, _, frames, height, width = arguments["hidden_states"].shape
+    return grid_tokens(frames, height, width, patch)
+
+
+def read_frames(patch: PatchSize, arguments: Mapping[str, Any]) -> LatentTokens:
+    """``hidden_states`` are latents (B, F, C, H, W), frames before channels."""
+    _, frames, _, height, width = arguments["hidden_states"].shape
+    return grid_tokens(frames, height, width, patch)
+
+
+def read_image(patch: PatchSize, arguments: Mapping[str, Any]) -> LatentTokens:
+    """``hidden_states`` are latents (B, C, H, W)."""
+    height, width = arguments["hidden_states"].shape[-2:]
+    return grid_tokens(1, height, width, patch)

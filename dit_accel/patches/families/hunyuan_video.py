@@ -1,22 +1,21 @@
-"""HunyuanVideo: latents, then the prompt with its padding, which a key mask hides."""
+"""HunyuanVideo and HunyuanVideo 1.5: the latents, then the prompts with their padding, which is masked."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from typing import Any
+from dataclasses import replace
 
-from ..ambient import LatentTokens
-from .family import Family, PatchSize, grid_tokens
-
-
-def _read(patch: PatchSize, arguments: Mapping[str, Any]) -> LatentTokens:
-    _, _, frames, height, width = arguments["hidden_states"].shape
-    return grid_tokens(frames, height, width, patch)
-
+from .family import Family, read_video
 
 HUNYUAN_VIDEO = Family(
     name="HunyuanVideo",
     transformers=("HunyuanVideoTransformer3DModel",),
     self_attention=("transformer_blocks.*.attn", "single_transformer_blocks.*.attn"),
-    read=_read,
+    read=read_video,
+)
+HUNYUAN_VIDEO_15 = replace(
+    HUNYUAN_VIDEO,
+    name="HunyuanVideo 1.5",
+    transformers=("HunyuanVideo15Transformer3DModel",),
+    self_attention=("transformer_blocks.*.attn",),
+    masks_pairs=True,
 )

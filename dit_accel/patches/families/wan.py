@@ -1,22 +1,21 @@
-"""Wan 2.1 and 2.2, text and image to video, VACE: self-attention over the latents alone."""
+"""Wan 2.1 and 2.2 and what is made of them: self-attention over the latents alone."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from typing import Any
+from dataclasses import replace
 
-from ..ambient import LatentTokens
-from .family import Family, PatchSize, grid_tokens
-
-
-def _read(patch: PatchSize, arguments: Mapping[str, Any]) -> LatentTokens:
-    _, _, frames, height, width = arguments["hidden_states"].shape
-    return grid_tokens(frames, height, width, patch)
-
+from .family import Family, read_frames, read_video
 
 WAN = Family(
     name="Wan",
-    transformers=("WanTransformer3DModel", "WanVACETransformer3DModel"),
+    transformers=(
+        "WanTransformer3DModel",
+        "WanVACETransformer3DModel",
+        "WanAnimateTransformer3DModel",
+        "ChronoEditTransformer3DModel",
+        "SkyReelsV2Transformer3DModel",
+    ),
     self_attention=("blocks.*.attn1", "vace_blocks.*.attn1"),
-    read=_read,
+    read=read_video,
 )
+ANYFLOW = replace(WAN, name="AnyFlow", transformers=("AnyFlowTransformer3DModel",), read=read_frames)
