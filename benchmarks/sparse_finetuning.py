@@ -348,7 +348,7 @@ class ClipJudge:
 
     def __call__(self, step: int) -> dict[str, float]:
         """Mean relative distance of clips to the dense model's before the training."""
-        from dit_accel.api import handle_of
+        from dit_accel.patches.targets import handle_of
 
         prompts = self.prompts[:COMPARED_CLIPS]
         if self.dense is None:

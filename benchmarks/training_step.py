@@ -25,11 +25,11 @@ import torch.nn.functional as F
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 import dit_accel
-from dit_accel.api import self_attentions, transformers_of
 from dit_accel.cli.environment import environment
 from dit_accel.cli.options import read_size
 from dit_accel.engine import Engine
 from dit_accel.layout import StepContext, TokenLayout
+from dit_accel.patches.targets import self_attentions, transformers_of
 from dit_accel.pipelines.architectures import architecture
 from dit_accel.training.config import FinetuneConfig
 from dit_accel.training.trainables import Trainables

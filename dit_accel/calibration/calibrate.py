@@ -15,7 +15,7 @@ from typing import Any
 import torch
 
 from .. import presets
-from ..api import patch, self_attentions, transformers_of
+from ..api import patch
 from ..call import AttentionCall
 from ..files import refuse_unwritable
 from ..kernels.mask.packed import pack_bits
@@ -26,6 +26,7 @@ from ..patches.artifact import CalibratedTransformer, CalibrationArtifact, read_
 from ..patches.fingerprint import Fingerprint
 from ..patches.learned import head_shape
 from ..patches.progress import sigmas_of
+from ..patches.targets import self_attentions, transformers_of
 from ..plain_data import first_difference
 from ..plan import SequenceBlocks
 from ..recipe import Recipe

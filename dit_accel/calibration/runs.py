@@ -8,7 +8,7 @@ from typing import Any
 
 import torch
 
-from ..api import handle_of
+from ..patches.targets import handle_of
 
 # Plans and recorded forwards are of one latent grid.
 SIZES = ("height", "width", "num_frames")

@@ -15,10 +15,11 @@ import torch
 from torch import nn
 
 from .. import presets
-from ..api import patch, transformers_of
+from ..api import patch
 from ..call import AttentionCall
 from ..engine import Engine, OutputTap
 from ..patches.handle import PatchHandle
+from ..patches.targets import transformers_of
 from ..plan import AttentionPlan
 from ..recipe import Recipe
 from .calibrate import Progress

@@ -104,6 +104,6 @@ def _own_steps(pipe: Any) -> int | None:
 
 def _layers(pipe: Any) -> int:
     """Self-attention layers of the transformer that has the most."""
-    from ..api import self_attentions, transformers_of
+    from ..patches.targets import self_attentions, transformers_of
 
     return max(len(list(self_attentions(model, family))) for _, model, family in transformers_of(pipe))

@@ -10,11 +10,12 @@ from typing import Any
 import torch
 from torch import nn
 
-from ..api import handle_of, patch, self_attentions, transformers_of
+from ..api import patch
 from ..files import refuse_unwritable_folder
 from ..patches.fingerprint import Fingerprint
 from ..patches.handle import PatchHandle
 from ..patches.learned import is_learned
+from ..patches.targets import handle_of, self_attentions, transformers_of
 from ..patches.weights import plain_name, stored_parameters, unfused
 from ..plain_data import as_plain, first_difference
 from .adapter_files import BACKBONES, AdapterFiles, read_adapter, to_integers, write_adapter

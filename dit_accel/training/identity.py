@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from dataclasses import asdict, dataclass, replace
 from typing import Any
 
-from ..api import self_attentions, transformers_of
+from ..patches.targets import self_attentions, transformers_of
 from ..plain_data import as_plain, digest, first_difference
 from ..recipe import Recipe
 from .batches import Samples

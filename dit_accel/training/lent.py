@@ -8,8 +8,9 @@ from typing import Any
 
 from torch import nn
 
-from ..api import handle_of, patch, self_attentions, transformers_of
+from ..api import patch
 from ..patches.handle import PatchHandle
+from ..patches.targets import handle_of, self_attentions, transformers_of
 from ..plain_data import ABSENT, as_plain, first_difference
 from ..recipe import Recipe
 from .config import FinetuneConfig

@@ -8,8 +8,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from ..api import self_attentions, transformers_of
 from ..files import write_text
+from ..patches.targets import self_attentions, transformers_of
 from ..plain_data import as_plain, first_difference
 from .earlier import set_aside
 from .model_facts import model_difference, model_facts

@@ -182,7 +182,7 @@ def test_generate_compares_with_dense(tmp_path: Path) -> None:
 @pytest.fixture
 def runs(monkeypatch: pytest.MonkeyPatch) -> list[tuple[int, str]]:
     """Steps of every generation, and the side that it was of."""
-    from dit_accel.api import handle_of
+    from dit_accel.patches.targets import handle_of
     from dit_accel.pipelines import generate as module
 
     seen: list[tuple[int, str]] = []

@@ -12,9 +12,9 @@ import torch
 from peft import LoraConfig
 from torch import nn
 
-from dit_accel.api import self_attentions, transformers_of
 from dit_accel.patches.fingerprint import Fingerprint
 from dit_accel.patches.samples import WeightSample, sample
+from dit_accel.patches.targets import self_attentions, transformers_of
 from dit_accel.patches.weights import weights_of
 from tests.tiny import TINY
 

@@ -109,7 +109,7 @@ def _failing(function, number):
         for hook in ("register_forward_pre_hook", "register_forward_hook")
         for number in (1, 3, 5)  # of two experts with a root and two layers each
     ]
-    + [("dit_accel.api.attach", "sla", 3), ("dit_accel.patches.processors.divert", POOLED, 2)],
+    + [("dit_accel.patches.install.attach", "sla", 3), ("dit_accel.patches.processors.divert", POOLED, 2)],
 )
 def test_a_failed_patch_leaves_nothing(where, recipe, number, monkeypatch):
     pipe = TINY["wan2.2"].build()

@@ -9,8 +9,8 @@ import pytest
 import torch
 
 import dit_accel
-from dit_accel.api import handle_of
 from dit_accel.patches.hooks import EnterModule, LeaveBlock
+from dit_accel.patches.targets import handle_of
 from dit_accel.training import finetune as loop
 from dit_accel.training.config import FinetuneConfig
 from dit_accel.training.finetune import TrainingStopped, finetune

@@ -1,0 +1,64 @@
+"""What a patch takes: the transformers of a pipeline, their self-attentions, and the handle of one that is patched."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from typing import Any
+
+from torch import nn
+
+from .families import FAMILIES, Family, family_of
+from .handle import PatchHandle
+from .hooks import PublishLatents
+
+
+def transformers_of(target: Any) -> list[tuple[str, nn.Module, Family]]:
+    """Name, module and family of every transformer of a pipeline, or of the one given, to patch."""
+    if isinstance(target, nn.Module):
+        components: Mapping[str, Any] = {"": target}
+    elif hasattr(target, "components"):
+        components = target.components
+    else:
+        raise ValueError(f"patch takes a diffusers pipeline or transformer, got {type(target).__name__}.")
+    models = {name: _unwrap(value) for name, value in components.items() if isinstance(value, nn.Module)}
+    found = [(name, model, family) for name, model in models.items() if (family := family_of(model))]
+    if not found:
+        classes = [type(m).__name__ for n, m in models.items() if n == "" or n.startswith(("transformer", "unet"))]
+        known = ", ".join(f"{family.name} ({', '.join(family.transformers)})" for family in FAMILIES)
+        raise ValueError(
+            f"No known transformer in {type(target).__name__}: got {', '.join(classes) or 'none'}. "
+            f"Known families: {known}."
+        )
+    return found
+
+
+def _unwrap(model: nn.Module) -> nn.Module:
+    """The module inside torch.compile's wrapper."""
+    return getattr(model, "_orig_mod", model)
+
+
+def self_attentions(model: nn.Module, family: Family) -> Iterator[tuple[str, Any]]:
+    """Path and module of every self-attention that a patch would take."""
+    for path, module in model.named_modules():
+        if family.has_self_attention(path) and hasattr(module, "processor"):
+            yield path, module
+
+
+def handle_of(target: Any) -> PatchHandle:
+    """The handle of a patched pipeline or transformer.
+
+    Raises:
+        ValueError: it is not patched.
+    """
+    for _, model, _ in transformers_of(target):
+        if (hook := root_hook(model)) is not None:
+            return hook.handle
+    raise ValueError(f"{type(target).__name__} is not patched.")
+
+
+def root_hook(model: nn.Module) -> PublishLatents | None:
+    """The hook by which a transformer is known to be patched, which holds its handle; None if it is not."""
+    for hook in model._forward_pre_hooks.values():
+        if isinstance(hook, PublishLatents):
+            return hook
+    return None
