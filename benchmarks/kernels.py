@@ -20,6 +20,7 @@ import argparse
 import contextlib
 import json
 import math
+import subprocess
 import sys
 import time
 from collections.abc import Callable
@@ -341,7 +342,11 @@ def main() -> None:
     parser.add_argument("--hopper-blocks", default="128,64")
     parser.add_argument("--shard", default="")
     parser.add_argument("--json", type=Path)
+    parser.add_argument("--against", metavar="COMMIT", help="time this tree and a commit in turns, see against.py")
     args = parser.parse_args()
+    if args.against:
+        script = Path(__file__).with_name("against.py")
+        raise SystemExit(subprocess.run([sys.executable, str(script), args.against]).returncode)
     args.lengths = [int(x) for x in args.lengths.split(",")]
     args.hopper_blocks = [int(x) for x in args.hopper_blocks.split(",")]
     torch.manual_seed(0)
