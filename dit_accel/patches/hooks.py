@@ -17,7 +17,7 @@ from torch import nn
 from .ambient import EAGER, TRACED
 from .forwards import in_backward
 from .learned import CHILD
-from .operator import NO_CALL, PASSED, count_op
+from .operator import CACHED, NO_CALL, PASSED, count_op
 
 if TYPE_CHECKING:
     from .handle import PatchHandle
@@ -101,6 +101,15 @@ class PublishLayer(_Hook):
                 EAGER.layer, EAGER.attended = self.announced, False
 
 
+# Hooks of diffusers by which an attention module may give an earlier output.
+_CACHES = ("pyramid_attention_broadcast", "faster_cache_block", "taylorseer_cache")
+
+
+def _why_no_call(module: nn.Module) -> str:
+    registry: Any = getattr(module, "_diffusers_hook", None)
+    return CACHED if registry is not None and any(registry.get_hook(name) for name in _CACHES) else NO_CALL
+
+
 class ClearLayer(_Hook):
     """Forward hook of a self-attention module. No exception calls it: torch.compile would make a graph of each hook
     that one calls."""
@@ -113,12 +122,12 @@ class ClearLayer(_Hook):
         if torch.compiler.is_compiling():
             if TRACED.layer is not None and not TRACED.attended:
                 assert TRACED.counts is not None
-                count_op(TRACED.counts, TRACED.layer, PASSED.index(NO_CALL))
+                count_op(TRACED.counts, TRACED.layer, PASSED.index(_why_no_call(module)))
             TRACED.layer = TRACED.counts = None
             TRACED.learned = ()
         else:
             if EAGER.layer is not None and not EAGER.attended:
-                self.session.count_dense(self.index, NO_CALL)
+                self.session.count_dense(self.index, _why_no_call(module))
             EAGER.layer = None
 
 

@@ -143,7 +143,7 @@ def _why_not(
 
 def _function_mode_is_on() -> bool:
     """Whether somebody replaces torch functions, as perturbed-attention guidance does with attention itself."""
-    if torch.compiler.is_compiling() or not torch._C._len_torch_function_stack():
+    if not torch._C._len_torch_function_stack():
         return False
     # A default device is a function mode too, and changes nothing here.
     return not all(isinstance(mode, DeviceContext) for mode in _get_current_function_mode_stack())

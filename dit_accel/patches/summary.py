@@ -10,7 +10,7 @@ from typing import Any
 from ..engine import Engine
 from ..recipe import Recipe
 from ..records import BackendsUsed, LayerRecord, backend_lines
-from .operator import PASSED
+from .operator import CACHED, PASSED
 
 
 @dataclass(frozen=True)
@@ -22,6 +22,7 @@ class LayerSummary:
         sparse_calls, plans_made: counts.
         dense_calls: count by reason.
         density: mean kept share of block pairs over the sparse calls; None without any.
+        cached_calls: calls of the module that a cache of diffusers answered.
         nan_calls: sparse calls whose output held a NaN.
     """
 
@@ -31,6 +32,7 @@ class LayerSummary:
     plans_made: int
     density: float | None
     nan_calls: int
+    cached_calls: int = 0
 
 
 @dataclass(frozen=True)
@@ -69,6 +71,11 @@ class PatchSummary:
         return dict(total)
 
     @property
+    def cached_calls(self) -> int:
+        """Calls that a cache of diffusers answered, in all layers: neither sparse nor dense."""
+        return sum(layer.cached_calls for layer in self.layers)
+
+    @property
     def nan_calls(self) -> int:
         return sum(layer.nan_calls for layer in self.layers)
 
@@ -92,6 +99,7 @@ class PatchSummary:
         return asdict(self) | {
             "sparse_calls": self.sparse_calls,
             "dense_calls": self.dense_calls,
+            "cached_calls": self.cached_calls,
             "nan_calls": self.nan_calls,
             "density": self.density,
             "mean_density": self.mean_density,
@@ -105,6 +113,8 @@ class PatchSummary:
         density = "-" if self.density is None else f"{self.density:.3f}"
         lines.append(f"attention: {self.sparse_calls} sparse calls at density {density}")
         lines += [f"  dense calls: {count} ({reason})" for reason, count in self.dense_calls.items()]
+        if self.cached_calls:
+            lines.append(f"  answered by a cache: {self.cached_calls}")
         lines += [f"  {line}" for line in backend_lines(self.backends)]
         lines.append(
             f"  time: {self.sparse_seconds:.3f} s sparse, {self.dense_seconds:.3f} s dense, "
@@ -149,6 +159,7 @@ def _layer(prefix: str, record: LayerRecord) -> LayerSummary:
     if record.compiled_dense is not None:
         counted = zip(PASSED, record.compiled_dense.tolist(), strict=True)
         dense_calls.update({reason: count for reason, count in counted if count})
+    cached = dense_calls.pop(CACHED, 0)
     return LayerSummary(
         name=prefix + record.name,
         sparse_calls=record.sparse_calls,
@@ -156,4 +167,5 @@ def _layer(prefix: str, record: LayerRecord) -> LayerSummary:
         plans_made=record.plans_made,
         density=float(record.density_sum) / record.sparse_calls if record.sparse_calls else None,
         nan_calls=int(record.nan_calls),
+        cached_calls=cached,
     )

@@ -261,3 +261,68 @@ def test_fused_projections_on_cogvideox():
         assert torch.allclose(tiny.run(pipe), expected, atol=1e-3)
         assert handle.summary().sparse_calls == 2 * 2 * 3
         pipe.unfuse_qkv_projections()
+
+
+@pytest.mark.parametrize("recipe", ["dense", POOLED])
+def test_what_a_cache_answers_is_neither_sparse_nor_dense(recipe):
+    """Pyramid attention broadcast skips attention modules by a hook around them."""
+    from diffusers import PyramidAttentionBroadcastConfig
+
+    tiny = TINY["wan"]
+    pipe = tiny.build()
+    with dit_accel.patch(pipe, recipe) as handle:
+        config = PyramidAttentionBroadcastConfig(
+            spatial_attention_block_skip_range=2,
+            spatial_attention_timestep_skip_range=(-1, 2000),
+            spatial_attention_block_identifiers=("blocks",),
+            current_timestep_callback=lambda: 500,
+        )
+        pipe.transformer.enable_cache(config)
+        out = tiny.run(pipe, steps=4)
+        summary = handle.summary()
+        pipe.transformer.disable_cache()
+        assert not torch.equal(tiny.run(pipe, steps=4), out)
+    computed = summary.sparse_calls + sum(summary.dense_calls.values())
+    assert computed + summary.cached_calls == 2 * 2 * 4
+    assert summary.cached_calls == 8
+    assert summary.to_dict()["cached_calls"] == 8
+    assert "answered by a cache: 8" in str(summary)
+    assert not any("made no call" in reason for reason in summary.dense_calls)
+
+
+@pytest.mark.parametrize("how", ["eager", "regional", "full"])
+def test_perturbed_attention_is_the_models_own(how):
+    """Perturbed-attention guidance puts the identity in place of a layer's attention, and no patch may attend there."""
+    from diffusers.hooks.layer_skip import LayerSkipConfig, apply_layer_skip
+
+    tiny = TINY["qwen-image"]
+    config = {
+        "indices": [1],
+        "fqn": "transformer_blocks",
+        "skip_attention": False,
+        "skip_attention_scores": True,
+        "skip_ff": False,
+    }
+    plain = tiny.build()
+    apply_layer_skip(plain.transformer, LayerSkipConfig(**config))
+    expected = tiny.run(plain, steps=2)
+    pipe = tiny.build()
+    apply_layer_skip(pipe.transformer, LayerSkipConfig(**config))
+    if how != "eager":
+        _compile_as_it_is(pipe, how)
+    with dit_accel.patch(pipe, POOLED_FULL) as handle:
+        out = tiny.run(pipe, steps=2)
+        summary = handle.summary()
+    assert torch.allclose(out, expected, atol=1e-4)
+    perturbed, other = summary.layers[1], summary.layers[0]
+    assert perturbed.sparse_calls == 0
+    assert other.sparse_calls == sum(perturbed.dense_calls.values()) > 0
+
+
+def _compile_as_it_is(pipe, how: str) -> None:
+    """Graphs may break: what perturbs is a function mode, which no trace goes through."""
+    if how == "full":
+        pipe.transformer = torch.compile(pipe.transformer, backend="eager")
+    else:
+        for block in pipe.transformer.transformer_blocks:
+            block.compile(backend="eager")
