@@ -44,13 +44,14 @@ def _run(
     layer: torch.Tensor,
     grid: list[int],
     count: int,
+    start: int,
     ids: torch.Tensor | None,
     learned: list[torch.Tensor],
     scale: float | None,
     enable_gqa: bool,
     backend: str | None,
     through_dispatch: bool,
-    forward: int | None = None,
+    served: list[int] | None = None,
 ) -> torch.Tensor:
     def dense() -> torch.Tensor:
         return _dense(q, k, v, attn_mask, scale, enable_gqa, backend, through_dispatch)
@@ -59,9 +60,9 @@ def _run(
     session = session_of(session_id)
     if session is None:
         return dense()
-    if forward is not None:
-        return session.repeat(forward, index, q, k, v, attn_mask, scale, dense, learned or None)
-    latents = LatentTokens(tuple(grid), count, ids) if count else None
+    if served is not None:
+        return session.repeat(served[0], served[1], index, q, k, v, attn_mask, scale, dense, learned or None)
+    latents = LatentTokens(tuple(grid), count, ids, start) if count else None
     return session.attend(index, q, k, v, attn_mask, scale, latents, dense, learned or None)
 
 
@@ -79,6 +80,7 @@ def attention_op(
     block_input: torch.Tensor | None,
     grid: list[int],
     count: int,
+    start: int,
     ids: torch.Tensor | None,
     learned: list[torch.Tensor],
     scale: float | None,
@@ -86,8 +88,8 @@ def attention_op(
     backend: str | None,
     through_dispatch: bool,
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """Attention of the announced layer, (B, S, H, D), contiguous, and the number of its forward, int64 [1], by which
-    the gradient finds what this call used."""
+    """Attention of the announced layer, (B, S, H, D), contiguous, and the number of its forward and of the call within
+    it, int64 [2], by which the gradient finds what this call used."""
     session = session_of(int(layer[0]))
     with nullcontext() if session is None else session.compiled_block(block_input):
         out = _run(
@@ -98,6 +100,7 @@ def attention_op(
             layer,
             grid,
             count,
+            start,
             ids,
             learned,
             scale,
@@ -105,16 +108,16 @@ def attention_op(
             backend,
             through_dispatch,
         )
-    number = -1 if session is None else session.forward_number()
+    served = (-1, 0) if session is None else session.served()
     # Whatever the default device is.
-    return out.contiguous(), torch.tensor([number], device=layer.device)
+    return out.contiguous(), torch.tensor(served, device=layer.device)
 
 
 @attention_op.register_fake
 def _(
     q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, attn_mask: torch.Tensor | None, layer: torch.Tensor, *rest: Any
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    return q.new_empty(q.shape[:-1] + v.shape[-1:]), layer.new_empty(1)
+    return q.new_empty(q.shape[:-1] + v.shape[-1:]), layer.new_empty(2)
 
 
 @contextmanager
@@ -136,6 +139,7 @@ def attention_backward_op(
     layer: torch.Tensor,
     grid: list[int],
     count: int,
+    start: int,
     ids: torch.Tensor | None,
     learned: list[torch.Tensor],
     scale: float | None,
@@ -154,13 +158,14 @@ def attention_backward_op(
             layer,
             grid,
             count,
+            start,
             ids,
             learned,
             scale,
             enable_gqa,
             backend,
             through_dispatch,
-            int(forward),
+            forward.tolist(),
         )
         inputs = (q, k, v, *learned)
         # A layer that stays dense leaves its learned parameters alone.
@@ -182,6 +187,7 @@ def _(
     layer: torch.Tensor,
     grid: list[int],
     count: int,
+    start: int,
     ids: torch.Tensor | None,
     learned: list[torch.Tensor],
     *rest: Any,
@@ -190,19 +196,19 @@ def _(
 
 
 def _save(ctx: Any, inputs: tuple[Any, ...], output: tuple[torch.Tensor, torch.Tensor]) -> None:
-    q, k, v, attn_mask, layer, _, grid, count, ids, learned, *options = inputs
+    q, k, v, attn_mask, layer, _, grid, count, start, ids, learned, *options = inputs
     ctx.save_for_backward(output[1], q, k, v, attn_mask, layer, ids, *learned)
-    ctx.grid, ctx.count, ctx.options = grid, count, options
+    ctx.grid, ctx.count, ctx.start, ctx.options = grid, count, start, options
 
 
 def _backward(ctx: Any, grad: torch.Tensor, _: Any) -> tuple[Any, ...]:
     forward, q, k, v, attn_mask, layer, ids, *learned = ctx.saved_tensors
     grads = attention_backward_op(
-        grad, forward, q, k, v, attn_mask, layer, ctx.grid, ctx.count, ids, learned, *ctx.options
+        grad, forward, q, k, v, attn_mask, layer, ctx.grid, ctx.count, ctx.start, ids, learned, *ctx.options
     )
     # An empty list has no tensors to give None for: it wants an empty list back.
     grid: list[None] | None = None if ctx.grid else []
-    return (*grads[:3], None, None, None, grid, None, None, list(grads[3:]), *[None] * len(ctx.options))
+    return (*grads[:3], None, None, None, grid, None, None, None, list(grads[3:]), *[None] * len(ctx.options))
 
 
 attention_op.register_autograd(_backward, setup_context=_save)

@@ -174,7 +174,7 @@ def _attend(
     dense: Callable[[], torch.Tensor],
 ) -> torch.Tensor:
     if torch.compiler.is_compiling():
-        grid, count, ids, _ = TRACED.latents if TRACED.latents is not None else ((), 0, None, 0)
+        grid, count, ids, start = TRACED.latents if TRACED.latents is not None else ((), 0, None, 0)
         out, _ = attention_op(
             query,
             key,
@@ -184,6 +184,7 @@ def _attend(
             TRACED.block_input if TRACED.latents is None else None,
             list(grid),
             count,
+            start,
             ids,
             list(TRACED.learned),
             scale,

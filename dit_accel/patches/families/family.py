@@ -27,6 +27,7 @@ class Family:
             forwards that pass no size; raises ValueError where there is no grid.
         text_first: whether other tokens come before the latents in the sequence, else behind them.
         min_tokens: sequence length below which sparse attention gains nothing on a GPU.
+        timestep: name of the argument that holds it.
         masks_pairs: whether the layers of a forward are all given one mask of pairs, keys x queries, whose padded rows
             are read nowhere.
     """
@@ -38,6 +39,7 @@ class Family:
     read_ids: Callable[[torch.Tensor], tuple[tuple[int, int, int], int]] | None = None
     text_first: bool = False
     min_tokens: int = 8192
+    timestep: str = "timestep"
     masks_pairs: bool = False
 
     def place(self, latents: LatentTokens) -> LatentTokens:

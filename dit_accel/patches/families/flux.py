@@ -1,8 +1,9 @@
-"""FLUX.1: the prompt, then the packed image, then reference images if there are any (Kontext)."""
+"""FLUX.1, FLUX.2 and their kin: the prompt, then the packed image, then reference images if there are any."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -16,14 +17,17 @@ def _read(patch: PatchSize, arguments: Mapping[str, Any]) -> LatentTokens:
     return LatentTokens((), arguments["hidden_states"].shape[1], arguments["img_ids"])
 
 
-def _grid_of(img_ids: torch.Tensor) -> tuple[tuple[int, int, int], int]:
-    """From (reference, row, column) of each token; references carry another first number and come behind."""
-    ids = img_ids.reshape(-1, img_ids.shape[-1]).round().long().cpu()
-    target = ids[ids[:, 0] == ids[0, 0]]
+def grid_of_ids(img_ids: torch.Tensor) -> tuple[tuple[int, int, int], int]:
+    """From (image, row, column, ...) of each token, ``[tokens, 3 or more]`` or the same for each sample: the image with
+    the smallest number, which is the one that is made."""
+    ids = (img_ids if img_ids.ndim == 2 else img_ids[0]).round().long().cpu()
+    places = (ids[:, 0] == ids[:, 0].min()).nonzero().flatten()
+    target = ids[places]
     height, width = (int(target[:, axis].max() - target[:, axis].min()) + 1 for axis in (1, 2))
-    if height * width != len(target):
+    start = int(places[0])
+    if height * width != len(target) or int(places[-1]) - start + 1 != len(target):
         raise ValueError(f"{len(target)} image tokens are no grid of {height} x {width}.")
-    return (1, height, width), 0
+    return (1, height, width), start
 
 
 FLUX = Family(
@@ -31,7 +35,9 @@ FLUX = Family(
     transformers=("FluxTransformer2DModel",),
     self_attention=("transformer_blocks.*.attn", "single_transformer_blocks.*.attn"),
     read=_read,
-    read_ids=_grid_of,
+    read_ids=grid_of_ids,
     text_first=True,
     min_tokens=6144,
 )
+# Of Klein with a cache of its references' keys, queries are fewer than keys: those calls stay dense.
+FLUX2 = replace(FLUX, name="FLUX.2", transformers=("Flux2Transformer2DModel",))
