@@ -133,7 +133,8 @@ class StepContext:
         num_steps: steps of the run; None where there is no index.
         sigma: noise level of the step where the scheduler has one.
         branch: guidance branch: the pipeline's name for it ("cond", "uncond", ...), or the ordinal of the forward
-            within its step ("#0", "#1") where it has no name; None outside a pipeline run.
+            within its step ("#0", "#1") where it has no name; None outside a pipeline run. Where a layer attends
+            sample by sample, the second call's ends in "[1]", and so on.
         forward_id: counts the forwards of this transformer, so that a plan knows its age.
     """
 

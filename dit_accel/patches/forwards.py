@@ -6,7 +6,7 @@ import sys
 import threading
 import types
 import weakref
-from collections import OrderedDict
+from collections import Counter, OrderedDict
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
@@ -53,6 +53,9 @@ class Forward:
         given: all that the transformer was given.
         inputs: what blocks and attention layers were given first, by address.
         used: kept plans that its layers used.
+        used_later: the same of a layer's second and further calls, where its processor goes through the batch sample by
+            sample, by ordinal.
+        calls, repeats: how often each layer has attended, and again for its gradients.
         layouts: of its sequences, by length.
         key_masks: that its masks of pairs stand for, by their shape; None for one that says more.
     """
@@ -66,8 +69,18 @@ class Forward:
     given: Addresses = field(default_factory=dict)
     inputs: Addresses = field(default_factory=dict)
     used: dict[int, Any] = field(default_factory=dict)
+    used_later: dict[int, dict[int, Any]] = field(default_factory=dict)
+    calls: Counter[int] = field(default_factory=Counter)
+    repeats: Counter[int] = field(default_factory=Counter)
     layouts: dict[int, TokenLayout | str] = field(default_factory=dict)
     key_masks: dict[torch.Size, torch.Tensor | None] = field(default_factory=dict)
+
+    def ordinal(self, layer: int, repeated: bool) -> int:
+        """How many calls of a layer came before the one that begins, within the forward or its repetition."""
+        counter = self.repeats if repeated else self.calls
+        counter[layer] += 1
+        ordinal = counter[layer] - 1
+        return ordinal % max(self.calls[layer], 1) if repeated else ordinal
 
 
 def addresses_of(tensors: Iterable[torch.Tensor]) -> Addresses:

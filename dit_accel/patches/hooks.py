@@ -189,7 +189,7 @@ class PublishLatents(_Hook):
             if self.watch_gradients is not None and torch.is_grad_enabled():
                 self.watch_gradients()
                 self.watch_gradients = None
-            self.session.begin_forward(latents, arguments.get("timestep"), _tensors(args, kwargs))
+            self.session.begin_forward(latents, arguments.get(self.session.family.timestep), _tensors(args, kwargs))
 
 
 class ClearAll(_Hook):

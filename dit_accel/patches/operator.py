@@ -50,7 +50,7 @@ def _run(
     enable_gqa: bool,
     backend: str | None,
     through_dispatch: bool,
-    forward: int | None = None,
+    served: list[int] | None = None,
 ) -> torch.Tensor:
     def dense() -> torch.Tensor:
         return _dense(q, k, v, attn_mask, scale, enable_gqa, backend, through_dispatch)
@@ -59,8 +59,8 @@ def _run(
     session = session_of(session_id)
     if session is None:
         return dense()
-    if forward is not None:
-        return session.repeat(forward, index, q, k, v, attn_mask, scale, dense, learned or None)
+    if served is not None:
+        return session.repeat(served[0], served[1], index, q, k, v, attn_mask, scale, dense, learned or None)
     latents = LatentTokens.of_places(places, count, ids) if count else None
     return session.attend(index, q, k, v, attn_mask, scale, latents, dense, learned or None)
 
@@ -86,8 +86,8 @@ def attention_op(
     backend: str | None,
     through_dispatch: bool,
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """Attention of the announced layer, (B, S, H, D), contiguous, and the number of its forward, int64 [1], by which
-    the gradient finds what this call used."""
+    """Attention of the announced layer, (B, S, H, D), contiguous, and the number of its forward and of the call within
+    it, int64 [2], by which the gradient finds what this call used."""
     session = session_of(int(layer[0]))
     with nullcontext() if session is None else session.compiled_block(block_input):
         out = _run(
@@ -105,16 +105,16 @@ def attention_op(
             backend,
             through_dispatch,
         )
-    number = -1 if session is None else session.forward_number()
+    served = (-1, 0) if session is None else session.served()
     # Whatever the default device is.
-    return out.contiguous(), torch.tensor([number], device=layer.device)
+    return out.contiguous(), torch.tensor(served, device=layer.device)
 
 
 @attention_op.register_fake
 def _(
     q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, attn_mask: torch.Tensor | None, layer: torch.Tensor, *rest: Any
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    return q.new_empty(q.shape[:-1] + v.shape[-1:]), layer.new_empty(1)
+    return q.new_empty(q.shape[:-1] + v.shape[-1:]), layer.new_empty(2)
 
 
 @contextmanager
@@ -160,7 +160,7 @@ def attention_backward_op(
             enable_gqa,
             backend,
             through_dispatch,
-            int(forward),
+            forward.tolist(),
         )
         inputs = (q, k, v, *learned)
         # A layer that stays dense leaves its learned parameters alone.

@@ -42,8 +42,8 @@ class _Thread(threading.local):
         # What a backward repeats: the whole transformer of a forward, or a compiled block of it.
         self.whole: Forward | None = None
         self.block: Forward | None = None
-        # The one that the latest call belongs to.
-        self.served: Forward | None = None
+        # Number of the forward that the latest call belongs to, and the call's ordinal in its layer.
+        self.served: tuple[int, int] | None = None
 
 
 class Session:
@@ -150,13 +150,14 @@ class Session:
         transformer's hook has said where the latents are.
         """
         forward, record = self._forward(layer, k.shape[1], latents)
-        unequal = q.shape[1] != k.shape[1] and not (self.family.latents_query and q.shape[1] < k.shape[1])
-        self._thread.served = None if unequal else forward
-        if unequal:
+        self._thread.served = None
+        if q.shape[1] != k.shape[1] and not (self.family.latents_query and q.shape[1] < k.shape[1]):
             return self.pass_by(layer, "keys and queries differ in number", dense)
         if forward is None:
             return self.pass_by(layer, "called outside a forward of its transformer", dense)
-        return self._attend(forward, layer, q, k, v, attn_mask, scale, dense, record, learned)
+        ordinal = forward.ordinal(layer, repeated=not record)
+        self._thread.served = (forward.number, ordinal)
+        return self._attend(forward, layer, ordinal, q, k, v, attn_mask, scale, dense, record, learned)
 
     def pass_by(self, layer: int, reason: str, dense: Callable[[], torch.Tensor]) -> torch.Tensor:
         """A call that no plan can serve, by the model's own attention, counted with the reason."""
@@ -174,6 +175,7 @@ class Session:
     def repeat(
         self,
         number: int,
+        ordinal: int,
         layer: int,
         q: torch.Tensor,
         k: torch.Tensor,
@@ -183,7 +185,8 @@ class Session:
         dense: Callable[[], torch.Tensor],
         learned: Sequence[torch.Tensor] | None = None,
     ) -> torch.Tensor:
-        """A call of the forward ``number`` again, for its gradients; dense if it was of none (-1).
+        """A layer's call number ``ordinal`` of the forward ``number`` again, for its gradients; dense if it was of no
+        forward (-1).
 
         Raises:
             RuntimeError: so many forwards came since that it is no longer known.
@@ -196,11 +199,12 @@ class Session:
                 f"The gradients of a forward can be asked for until {KEPT_FORWARDS} others have begun, and this one "
                 "is older; call backward earlier."
             )
-        return self._attend(forward, layer, q, k, v, attn_mask, scale, dense, False, learned)
+        return self._attend(forward, layer, ordinal, q, k, v, attn_mask, scale, dense, False, learned)
 
-    def forward_number(self) -> int:
-        """Number of the forward that this thread's latest call belongs to; -1 for none."""
-        return -1 if self._thread.served is None else self._thread.served.number
+    def served(self) -> tuple[int, int]:
+        """Number of the forward that this thread's latest call belongs to, -1 for none, and which of its layer's calls
+        it is."""
+        return self._thread.served or (-1, 0)
 
     def close(self) -> None:
         """Drop all that is kept of runs, in every thread."""
@@ -232,6 +236,7 @@ class Session:
         self,
         forward: Forward,
         layer: int,
+        ordinal: int,
         q: torch.Tensor,
         k: torch.Tensor,
         v: torch.Tensor,
@@ -247,8 +252,13 @@ class Session:
             layout = replace(layout, queries=(first, q.shape[1]))
         if self.family.masks_pairs and attn_mask is not None and isinstance(layout, TokenLayout):
             attn_mask = self._of_keys(forward, attn_mask, layout)
+        step, used = forward.step, forward.used
+        if ordinal:
+            # Another sample: nothing of the first one's holds for it.
+            step = replace(step, branch=f"{step.branch or ''}[{ordinal}]")
+            used = forward.used_later.setdefault(ordinal, {})
         return self.engine.attend(
-            layer, q, k, v, attn_mask, scale, layout, forward.step, dense, record, learned, forward.run, forward.used
+            layer, q, k, v, attn_mask, scale, layout, step, dense, record, learned, forward.run, used
         )
 
     @staticmethod

@@ -10,7 +10,8 @@ from dit_accel import Recipe
 from dit_accel.layout import TokenLayout
 from dit_accel.stages.order.simple import Tiles
 from dit_accel.stages.select.static import FullSelect, Window
-from tests.tiny_models import MODELS, TinyModel
+from tests.tiny_models import TinyModel
+from tests.tiny_videos import VIDEO_MODELS as MODELS
 
 FULL = Recipe(order=Tiles((2, 2, 4)), select=FullSelect(block=(32, 32)))
 WINDOW = Recipe(order=Tiles((2, 2, 4)), select=Window(window=(1.0, 3, 3), block=(32, 32)))
@@ -66,7 +67,7 @@ def test_all_blocks_are_dense_attention(name):
     with dit_accel.patch(model, FULL, backend="torch") as handle:
         out = tiny.run(model)
         assert not handle.summary().dense_calls
-    assert (out - plain).abs().max() <= (1e-9 if tiny.exact else 1e-4) * plain.abs().max()
+    assert (out - plain).abs().max() <= tiny.tolerance * plain.abs().max()
 
 
 @every
@@ -84,10 +85,10 @@ def test_latents_lie_where_the_family_says(name):
             row = (place[0] * tiny.grid[1] + place[1]) * tiny.grid[2] + place[2]
             assert differs.nonzero().flatten().tolist() == [tiny.start + row], place
     layouts = {call.layout for call, _ in plain}
-    assert layouts == {TokenLayout(tiny.grid, tiny.start, tiny.seq_len)}
+    assert layouts == {TokenLayout(tiny.grid, tiny.start, length) for length in (tiny.seq_len, *tiny.also)}
 
 
-def _seen(tiny: TinyModel) -> torch.Tensor:
+def _seen(tiny: TinyModel, seq_len: int) -> torch.Tensor:
     """Bool ``[S, S]``: a window of three rows and columns among the latents, shifted at a border; all else in full."""
     frames, height, width = tiny.grid
     places = torch.cartesian_prod(torch.arange(frames), torch.arange(height), torch.arange(width))
@@ -97,7 +98,7 @@ def _seen(tiny: TinyModel) -> torch.Tensor:
         centre = x.clamp(RADIUS, max(RADIUS, size - 1 - RADIUS))
         return (x[None] - centre[:, None]).abs() <= RADIUS
 
-    seen = torch.ones(tiny.seq_len, tiny.seq_len, dtype=torch.bool)
+    seen = torch.ones(seq_len, seq_len, dtype=torch.bool)
     latents = slice(tiny.start, tiny.start + len(places))
     seen[latents, latents] = near(1, height) & near(2, width)
     return seen
@@ -115,10 +116,10 @@ def test_sparse_is_dense_with_the_mask(name):
     assert summary.density < 1
     assert torch.isfinite(out).all()
     assert not torch.allclose(out, plain, rtol=1e-3)
-    seen = _seen(tiny)
     for call, output in calls:
-        keys = torch.ones(1, tiny.seq_len, dtype=torch.bool) if call.key_mask is None else call.key_mask
+        seen = _seen(tiny, call.q.shape[1])
+        keys = torch.ones(1, len(seen), dtype=torch.bool) if call.key_mask is None else call.key_mask
         q, k, v = (x.double().transpose(1, 2) for x in (call.q, call.k, call.v))
         mask = seen & keys[:, None, None]
         expected = torch.nn.functional.scaled_dot_product_attention(q, k, v, mask, scale=call.scale).transpose(1, 2)
-        assert (output.double() - expected).abs().max() <= (1e-9 if tiny.exact else 1e-4)
+        assert (output.double() - expected).abs().max() <= tiny.tolerance

@@ -3,10 +3,12 @@
 import pytest
 import torch
 from diffusers import AutoencoderKLWan, SkyReelsV2DiffusionForcingPipeline, UniPCMultistepScheduler
+from diffusers.models.attention_dispatch import dispatch_attention_fn
+from diffusers.models.transformers.transformer_wan import WanAttnProcessor
 
 import dit_accel
 from tests.recipes import POOLED
-from tests.tiny_models import MODELS
+from tests.tiny_videos import VIDEO_MODELS as MODELS
 
 
 def _forcing() -> SkyReelsV2DiffusionForcingPipeline:
@@ -62,3 +64,94 @@ def test_diffusion_forcing_steps_copies_of_its_scheduler_and_runs_sparse(ar_step
     assert [index for _, index in steps] == [0] * 4 + [None] * (2 * forwards - 4)
     assert all(sparse for sparse, index in steps if index is None)
     assert torch.equal(_run(pipe, ar_step=ar_step), plain)
+
+
+KEPT = POOLED.with_fields({"schedule.refresh_every": 3})
+
+
+def _halves(given: dict[str, object]) -> list[dict[str, object]]:
+    return [{name: value[i : i + 1] for name, value in given.items()} for i in range(2)]
+
+
+def _of_equal_length() -> dict[str, object]:
+    given = MODELS["mochi"].given()
+    given["encoder_attention_mask"][:] = given["encoder_attention_mask"][0]
+    return given
+
+
+def test_samples_that_attend_one_by_one_have_plans_of_their_own():
+    tiny = MODELS["mochi"]
+    model = tiny.build()
+    given = _of_equal_length()
+    alone = []
+    for half in _halves(given):
+        with dit_accel.patch(model, KEPT):
+            alone.append(tiny.run(model, half))
+    with dit_accel.patch(model, KEPT) as handle:
+        for _ in range(3):
+            assert (tiny.run(model, given) - torch.cat(alone)).abs().max() <= 1e-9
+        made = [layer.plans_made for layer in handle.summary().layers]
+    # One for each sample, kept for three forwards.
+    assert made == [2, 2]
+
+
+def _gradient(model: torch.nn.Module, given: dict[str, object]) -> torch.Tensor:
+    latents = given["hidden_states"].clone().requires_grad_()
+    model(**given | {"hidden_states": latents}, return_dict=False)[0].square().sum().backward()
+    return latents.grad
+
+
+def test_samples_that_attend_one_by_one_are_repeated_with_their_plans():
+    tiny = MODELS["mochi"]
+    model = tiny.build()
+    model.enable_gradient_checkpointing()
+    given = _of_equal_length()
+    alone = []
+    for half in _halves(given):
+        with dit_accel.patch(model, KEPT):
+            alone.append(_gradient(model, half))
+    with dit_accel.patch(model, KEPT):
+        for _ in range(2):
+            assert (_gradient(model, given) - torch.cat(alone)).abs().max() <= 1e-9
+
+
+class _OneByOne(WanAttnProcessor):
+    """Wan's self-attention, a call for each sample, which a graph can hold."""
+
+    def __call__(self, attn, hidden_states, encoder_hidden_states=None, attention_mask=None, rotary_emb=None):
+        q, k, v = (project(hidden_states) for project in (attn.to_q, attn.to_k, attn.to_v))
+        q, k, v = (x.unflatten(2, (attn.heads, -1)) for x in (attn.norm_q(q), attn.norm_k(k), v))
+        outputs = [dispatch_attention_fn(q[i : i + 1], k[i : i + 1], v[i : i + 1]) for i in range(len(q))]
+        return attn.to_out[1](attn.to_out[0](torch.cat(outputs).flatten(2, 3)))
+
+
+def test_compiled_samples_that_attend_one_by_one_get_their_gradients():
+    tiny = MODELS["chronoedit"]
+    given = {name: torch.cat([value, value.roll(1, -1)]) for name, value in tiny.given().items()}
+    gradients = []
+    for compiled in (False, True):
+        model = tiny.build()
+        for block in model.blocks:
+            block.attn1.set_processor(_OneByOne())
+        with dit_accel.patch(model, KEPT):
+            if compiled:
+                for block in model.blocks:
+                    block.compile(backend="aot_eager", fullgraph=True)
+            # The second forward finds the plans of the first.
+            gradients.append([_gradient(model, given) for _ in range(2)])
+    torch._dynamo.reset()
+    for eager, compiled in zip(*gradients, strict=True):
+        assert (eager - compiled).abs().max() <= 1e-9 * eager.abs().max()
+
+
+@pytest.mark.parametrize("name", ["framepack", "helios", "hunyuan-1.5"])
+def test_a_compiled_transformer_finds_its_latents(name):
+    tiny = MODELS[name]
+    model = tiny.build()
+    with dit_accel.patch(model, POOLED):
+        expected = tiny.run(model)
+    with dit_accel.patch(model, POOLED) as handle:
+        model.compile(backend="aot_eager")
+        assert (tiny.run(model) - expected).abs().max() <= tiny.tolerance * expected.abs().max()
+        assert handle.summary().sparse_calls == 2
+    torch._dynamo.reset()

@@ -29,6 +29,7 @@ class Family:
         latents_query: whether the latent stream alone may query, and other tokens be keys alone.
         text_first: whether other tokens come before the latents in the sequence, else behind them.
         min_tokens: sequence length below which sparse attention gains nothing on a GPU.
+        timestep: name of the argument that holds it.
         masks_pairs: whether the layers of a forward are all given one mask of pairs, keys x queries, whose padded rows
             are read nowhere.
     """
@@ -41,6 +42,7 @@ class Family:
     text_first: bool = False
     latents_query: bool = False
     min_tokens: int = 8192
+    timestep: str = "timestep"
     masks_pairs: bool = False
 
     def place(self, latents: LatentTokens) -> LatentTokens:

@@ -1,8 +1,9 @@
-"""FLUX.1: the prompt, then the packed image, then reference images if there are any (Kontext)."""
+"""FLUX.1, FLUX.2 and their kin: the prompt, then the packed image, then reference images if there are any."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -18,9 +19,10 @@ def _read(patch: PatchSize, arguments: Mapping[str, Any]) -> LatentTokens:
     return LatentTokens((), arguments["hidden_states"].shape[1], arguments["img_ids"])
 
 
-def _grids_of(img_ids: torch.Tensor) -> list[LatentGrid]:
-    """From (reference, row, column) of each token; references come behind and carry another first number."""
-    return images(img_ids.reshape(-1, img_ids.shape[-1]))
+def grids_of_ids(img_ids: torch.Tensor) -> list[LatentGrid]:
+    """From (image, row, column, ...) of each token, ``[tokens, 3 or more]`` or the same for each sample. The image with
+    the smallest number is the one that is made; the others are references."""
+    return images(img_ids if img_ids.ndim == 2 else img_ids[0])
 
 
 FLUX = Family(
@@ -28,7 +30,9 @@ FLUX = Family(
     transformers=("FluxTransformer2DModel",),
     self_attention=("transformer_blocks.*.attn", "single_transformer_blocks.*.attn"),
     read=_read,
-    read_ids=_grids_of,
+    read_ids=grids_of_ids,
     text_first=True,
     min_tokens=6144,
 )
+# Of Klein with a cache of its references' keys, queries are fewer than keys: those calls stay dense.
+FLUX2 = replace(FLUX, name="FLUX.2", transformers=("Flux2Transformer2DModel",))

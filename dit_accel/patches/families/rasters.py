@@ -10,25 +10,32 @@ from ...layout import LatentGrid
 
 
 def images(ids: torch.Tensor) -> list[LatentGrid]:
-    """The images of a packed stream, in its order, from (image, row, column) of each token ``[N, 3]``.
+    """The images of a packed stream, from (image, row, column, ...) of each token ``[N, 3 or more]``: the one with the
+    smallest number, which is what is generated, then the others in the stream's order.
 
     Raises:
-        ValueError: the tokens of the first image are no raster. Tokens of a later one that are none are no grid.
+        ValueError: the tokens of the first one are no raster. Tokens of another that are none are no grid.
     """
     ids = ids.round().long().cpu()
-    found: list[LatentGrid] = []
+    numbers, counts = torch.unique_consecutive(ids[:, 0], return_counts=True)
+    generated: LatentGrid | None = None
+    others: list[LatentGrid] = []
     start = 0
-    for tokens in torch.unique_consecutive(ids[:, 0], return_counts=True)[1].tolist():
-        run = ids[start : start + tokens, 1:]
+    for number, tokens in zip(numbers.tolist(), counts.tolist(), strict=True):
+        run = ids[start : start + tokens, 1:3]
         run = run - run[0]
         height, width = (int(axis.max()) + 1 for axis in run.unbind(1))
         raster = torch.cartesian_prod(torch.arange(height), torch.arange(width)) if height * width == tokens else None
-        if raster is not None and torch.equal(run, raster):
-            found.append(LatentGrid((1, height, width), start))
-        elif not found:
-            raise ValueError(f"{tokens} image tokens are no grid of {height} x {width}.")
+        is_grid = raster is not None and torch.equal(run, raster)
+        if number == int(numbers.min()):
+            if not is_grid or generated is not None:
+                raise ValueError(f"{tokens} image tokens are no grid of {height} x {width}.")
+            generated = LatentGrid((1, height, width), start)
+        elif is_grid:
+            others.append(LatentGrid((1, height, width), start))
         start += tokens
-    return found
+    assert generated is not None
+    return [generated, *others]
 
 
 def clips(coordinates: torch.Tensor) -> list[LatentGrid]:
