@@ -19,7 +19,7 @@ def _read(_: PatchSize, arguments: Mapping[str, Any]) -> LatentTokens:
         # Z-Image-Omni's prompts lie between its images, and samples of two sizes have two grids.
         return LatentTokens((), 1)
     patch = arguments.get("patch_size", 2)
-    _, frames, height, width = first.shape
+    frames, height, width = first.shape[1:]
     return grid_tokens(frames, height, width, (arguments.get("f_patch_size", 1), patch, patch))
 
 
