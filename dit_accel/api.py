@@ -17,7 +17,7 @@ from .kernels import BACKENDS
 from .layout import StepContext
 from .patches import hooks
 from .patches.artifact import CalibrationArtifact
-from .patches.families import FAMILIES, Family, family_of
+from .patches.families import EXCLUDED, FAMILIES, Family, family_of
 from .patches.families.family import patch_size
 from .patches.handle import PatchHandle
 from .patches.learned import SaveWithoutLearned, attach, head_shape
@@ -131,6 +131,9 @@ def transformers_of(target: Any) -> list[tuple[str, nn.Module, Family]]:
     found = [(name, model, family) for name, model in models.items() if (family := family_of(model))]
     if not found:
         classes = [type(m).__name__ for n, m in models.items() if n == "" or n.startswith(("transformer", "unet"))]
+        for name in classes:
+            if name in EXCLUDED:
+                raise ValueError(f"{name} cannot be patched. {EXCLUDED[name]}")
         known = ", ".join(f"{family.name} ({', '.join(family.transformers)})" for family in FAMILIES)
         raise ValueError(
             f"No known transformer in {type(target).__name__}: got {', '.join(classes) or 'none'}. "

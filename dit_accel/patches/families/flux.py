@@ -1,4 +1,4 @@
-"""FLUX.1, FLUX.2 and their kin: the prompt, then the packed image, then reference images if there are any."""
+"""FLUX.1 to 3 and their kin: the prompt, then the packed image, then reference images if there are any."""
 
 from __future__ import annotations
 
@@ -6,28 +6,14 @@ from collections.abc import Mapping
 from dataclasses import replace
 from typing import Any
 
-import torch
-
 from ..ambient import LatentTokens
 from .family import Family, PatchSize
+from .positions import grid_of_ids
 
 
 def _read(patch: PatchSize, arguments: Mapping[str, Any]) -> LatentTokens:
     # (B, N, C); no size is passed, only the position of each token
     return LatentTokens((), arguments["hidden_states"].shape[1], arguments["img_ids"])
-
-
-def grid_of_ids(img_ids: torch.Tensor) -> tuple[tuple[int, int, int], int]:
-    """From (image, row, column, ...) of each token, ``[tokens, 3 or more]`` or the same for each sample: the image with
-    the smallest number, which is the one that is made."""
-    ids = (img_ids if img_ids.ndim == 2 else img_ids[0]).round().long().cpu()
-    places = (ids[:, 0] == ids[:, 0].min()).nonzero().flatten()
-    target = ids[places]
-    height, width = (int(target[:, axis].max() - target[:, axis].min()) + 1 for axis in (1, 2))
-    start = int(places[0])
-    if height * width != len(target) or int(places[-1]) - start + 1 != len(target):
-        raise ValueError(f"{len(target)} image tokens are no grid of {height} x {width}.")
-    return (1, height, width), start
 
 
 FLUX = Family(
@@ -39,5 +25,33 @@ FLUX = Family(
     text_first=True,
     min_tokens=6144,
 )
-# Of Klein with a cache of its references' keys, queries are fewer than keys: those calls stay dense.
-FLUX2 = replace(FLUX, name="FLUX.2", transformers=("Flux2Transformer2DModel",))
+
+
+def _read_uncached(patch: PatchSize, arguments: Mapping[str, Any]) -> LatentTokens:
+    # Klein with a cache attends from its references to themselves, and from all else to more keys than queries.
+    latents = _read(patch, arguments)
+    return latents if arguments.get("kv_cache_mode") is None else LatentTokens((), latents.tokens)
+
+
+FLUX2 = replace(FLUX, name="FLUX.2", transformers=("Flux2Transformer2DModel",), read=_read_uncached)
+
+
+def _read_apart(patch: PatchSize, arguments: Mapping[str, Any]) -> LatentTokens:
+    # reference images come as a stream of their own
+    latents = _read(patch, arguments)
+    references = arguments.get("image_cond_hidden_states")
+    return latents if references is None else latents._replace(tokens=latents.tokens + references.shape[1])
+
+
+FLUX3 = replace(
+    FLUX,
+    name="FLUX.3",
+    transformers=("Flux3Transformer2DModel",),
+    self_attention=("mode_blocks.image.*.attn", "single_transformer_blocks.*.attn"),
+    read=_read_apart,
+)
+# Chroma's mask of a padded prompt is added to the scores, as ones and zeros: such calls stay dense.
+CHROMA = replace(FLUX, name="Chroma", transformers=("ChromaTransformer2DModel",), masks_pairs=True)
+BRIA = replace(FLUX, name="Bria and FIBO", transformers=("BriaTransformer2DModel", "BriaFiboTransformer2DModel"))
+OVIS_IMAGE = replace(FLUX, name="Ovis-Image", transformers=("OvisImageTransformer2DModel",))
+LONGCAT_IMAGE = replace(FLUX, name="LongCat-Image", transformers=("LongCatImageTransformer2DModel",))
