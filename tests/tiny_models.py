@@ -24,8 +24,8 @@ class TinyModel:
         grid: latent frames, height and width in tokens.
         start: of the latents in an attention sequence.
         seq_len: tokens of an attention sequence.
-        also: tokens of sequences that other layers or samples have, with the latents at the same place.
-        axes: of ``latents``, a letter each; "s" are packed tokens.
+        also: start and tokens of the sequences that other layers or samples have.
+        axes: of ``latents``, a letter each; "s" are packed tokens, "j" images, the last of which goes first.
         patch: latent frames, rows and columns of a token.
         latents: name of the argument that holds them.
         offset: packed tokens before the grid.
@@ -38,7 +38,7 @@ class TinyModel:
     grid: Grid
     seq_len: int
     start: int = 0
-    also: tuple[int, ...] = ()
+    also: tuple[tuple[int, int], ...] = ()
     axes: str = "bcfhw"
     patch: Grid = (1, 1, 1)
     latents: str = "hidden_states"
@@ -49,6 +49,11 @@ class TinyModel:
     def tolerance(self) -> float:
         """Of a comparison, as a share of the largest number."""
         return 1e-9 if self.dtype == torch.float64 else 1e-4
+
+    @property
+    def layouts(self) -> dict[int, int]:
+        """Where the latents start in each sequence, by its length."""
+        return {self.seq_len: self.start} | {length: start for start, length in self.also}
 
     def build(self) -> Any:
         torch.manual_seed(0)
@@ -66,7 +71,8 @@ class TinyModel:
 
     @torch.no_grad()
     def run(self, model: Any, given: Inputs | None = None) -> torch.Tensor:
-        return torch.as_tensor(model(**self.given() if given is None else given, return_dict=False)[0])
+        out = model(**self.given() if given is None else given, return_dict=False)[0]
+        return torch.stack(out) if isinstance(out, list) else out
 
     def nudged(self, place: Grid) -> Inputs:
         """The inputs with the latents of one token changed."""
@@ -76,6 +82,8 @@ class TinyModel:
             if axis == "s":
                 f, h, w = place
                 index.append(self.offset + (f * self.grid[1] + h) * self.grid[2] + w)
+            elif axis == "j":
+                index.append(place[0] - 1)
             elif axis in "fhw":
                 size, at = self.patch["fhw".index(axis)], place["fhw".index(axis)]
                 index.append(slice(at * size, (at + 1) * size))
@@ -107,3 +115,16 @@ def key_mask(length: int, hidden: int, dtype: torch.dtype = torch.bool) -> torch
 
 def time_of(value: float = 500.0) -> torch.Tensor:
     return torch.tensor([value], dtype=torch.float64)
+
+
+def text_to_video(channels: int, text: int = 16) -> Callable[[torch.Generator], Inputs]:
+    """Inputs of a video of 2 x 24 x 14 latents and a prompt of 12 tokens."""
+
+    def inputs(g: torch.Generator) -> Inputs:
+        return {
+            "hidden_states": randn(g, 1, channels, 2, 24, 14),
+            "timestep": time_of(),
+            "encoder_hidden_states": randn(g, 1, 12, text),
+        }
+
+    return inputs

@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from typing import Any
 
 import torch
 
-from tests.tiny_models import Inputs, TinyModel, key_mask, randn, time_of
+from tests.tiny_models import Inputs, TinyModel, key_mask, randn, text_to_video, time_of
 
 
 def _hunyuan_15(g: torch.Generator) -> Inputs:
@@ -51,48 +50,95 @@ def _ltx2_coordinates(frames: int, height: int, width: int, conditions: int) -> 
     return torch.stack([begin, end], -1)[None]
 
 
-def _text_to_video(channels: int, text: int = 16) -> Callable[[torch.Generator], Inputs]:
-    def inputs(g: torch.Generator) -> Inputs:
-        return {
-            "hidden_states": randn(g, 1, channels, 2, 24, 14),
-            "timestep": time_of(),
-            "encoder_hidden_states": randn(g, 1, 12, text),
-        }
-
-    return inputs
-
-
-def _wan_animate(g: torch.Generator) -> Inputs:
-    return _text_to_video(12)(g) | {
-        "encoder_hidden_states_image": randn(g, 1, 12, 16),
-        "pose_hidden_states": randn(g, 1, 4, 1, 24, 14),
-        "face_pixel_values": randn(g, 1, 3, 5, 16, 16),
+def _cosmos(g: torch.Generator) -> Inputs:
+    return {
+        "hidden_states": randn(g, 1, 5, 2, 24, 14),
+        "condition_mask": torch.ones(1, 1, 2, 24, 14, dtype=torch.float64),
+        "timestep": time_of(),
+        "encoder_hidden_states": randn(g, 1, 12, 16),
+        "fps": 30,
     }
 
 
-def _anyflow(g: torch.Generator) -> Inputs:
+def _framepack(g: torch.Generator) -> Inputs:
+    return {
+        "hidden_states": randn(g, 1, 4, 2, 24, 14),
+        "timestep": time_of(),
+        "encoder_hidden_states": randn(g, 1, 12, 16),
+        "pooled_projections": randn(g, 1, 8),
+        "encoder_attention_mask": key_mask(12, 4, torch.float64),
+        "guidance": time_of(),
+        "image_embeds": randn(g, 1, 5, 16),
+        "indices_latents": torch.arange(7, 9).double(),
+        "latents_clean": randn(g, 1, 4, 2, 24, 14),
+        "indices_latents_clean": torch.tensor([0.0, 6.0]).double(),
+        "latents_history_2x": randn(g, 1, 4, 3, 24, 14),
+        "indices_latents_history_2x": torch.arange(4, 7).double(),
+        "latents_history_4x": randn(g, 1, 4, 5, 24, 14),
+        "indices_latents_history_4x": torch.arange(1, 6).double(),
+    }
+
+
+def _kandinsky(g: torch.Generator) -> Inputs:
+    return {
+        "hidden_states": randn(g, 1, 2, 24, 14, 4),
+        "timestep": time_of(),
+        "encoder_hidden_states": randn(g, 1, 9, 16),
+        "pooled_projections": randn(g, 1, 8),
+        "visual_rope_pos": [torch.arange(2), torch.arange(12), torch.arange(7)],
+        "text_rope_pos": torch.arange(9),
+    }
+
+
+def _kandinsky6(g: torch.Generator) -> Inputs:
+    return {
+        "hidden_states": randn(g, 1, 2, 24, 14, 4),
+        "timestep": time_of(),
+        "encoder_hidden_states": randn(g, 1, 9, 16),
+        "pooled_projections": randn(g, 1, 8),
+        "audio_hidden_states": randn(g, 1, 11, 6),
+        "encoder_attention_mask": key_mask(9, 3)[:, None, None],
+    }
+
+
+def _motif(g: torch.Generator) -> Inputs:
+    return {
+        "hidden_states": randn(g, 1, 9, 2, 12, 7),
+        "timestep": time_of(),
+        "encoder_hidden_states": randn(g, 1, 12, 16),
+        "encoder_attention_mask": key_mask(12, 3),
+        "image_embeds": randn(g, 1, 5, 4),
+    }
+
+
+def _mochi(g: torch.Generator) -> Inputs:
+    return {
+        "hidden_states": randn(g, 2, 4, 2, 24, 14),
+        "timestep": time_of().expand(2),
+        "encoder_hidden_states": randn(g, 2, 16, 16),
+        "encoder_attention_mask": torch.cat([key_mask(16, 6), key_mask(16, 0)]),
+    }
+
+
+def _allegro(g: torch.Generator) -> Inputs:
+    return {
+        "hidden_states": randn(g, 1, 4, 2, 24, 14),
+        "timestep": time_of(),
+        "encoder_hidden_states": randn(g, 1, 16, 8),
+        "encoder_attention_mask": key_mask(16, 4),
+    }
+
+
+def _consisid(g: torch.Generator) -> Inputs:
     return {
         "hidden_states": randn(g, 1, 2, 4, 24, 14),
-        "timestep": torch.full((1, 2), 500.0, dtype=torch.float64),
-        "r_timestep": torch.full((1, 2), 250.0, dtype=torch.float64),
-        "encoder_hidden_states": randn(g, 1, 12, 16),
+        "timestep": time_of(),
+        "encoder_hidden_states": randn(g, 1, 8, 8),
+        "id_vit_hidden": [randn(g, 1, 2, 2)],
+        "id_cond": randn(g, 1, 2),
     }
 
 
-_WAN = {
-    "patch_size": (1, 2, 2),
-    "num_attention_heads": 2,
-    "attention_head_dim": 12,
-    "in_channels": 4,
-    "out_channels": 4,
-    "text_dim": 16,
-    "freq_dim": 256,
-    "ffn_dim": 32,
-    "num_layers": 2,
-    "cross_attn_norm": True,
-    "rope_max_seq_len": 32,
-}
-_QK_NORM = {"qk_norm": "rms_norm_across_heads"}
 _GRID: Any = {"grid": (2, 12, 7), "patch": (1, 2, 2)}
 
 VIDEO_MODELS: dict[str, TinyModel] = {
@@ -134,149 +180,12 @@ VIDEO_MODELS: dict[str, TinyModel] = {
             "caption_channels": 16,
             "rope_double_precision": False,
         }
-        | _QK_NORM,
+        | {"qk_norm": "rms_norm_across_heads"},
         _ltx2,
         (2, 12, 7),
         168 + 5,
         axes="bsc",
     ),
-    "wan-animate": TinyModel(
-        "WanAnimateTransformer3DModel",
-        _WAN
-        | _QK_NORM
-        | {
-            "in_channels": 12,
-            "latent_channels": 4,
-            "image_dim": 16,
-            "motion_encoder_channel_sizes": {"4": 16, "8": 16, "16": 16},
-            "motion_encoder_size": 16,
-            "motion_style_dim": 8,
-            "motion_dim": 4,
-            "motion_encoder_dim": 16,
-            "face_encoder_hidden_dim": 16,
-            "face_encoder_num_heads": 2,
-            "inject_face_latents_blocks": 2,
-        },
-        _wan_animate,
-        seq_len=168,
-        **_GRID,
-    ),
-    "chronoedit": TinyModel(
-        "ChronoEditTransformer3DModel",
-        _WAN | _QK_NORM | {"rope_temporal_skip_len": 8},
-        _text_to_video(4),
-        seq_len=168,
-        **_GRID,
-    ),
-    "anyflow": TinyModel(
-        "AnyFlowTransformer3DModel",
-        _WAN | {"gate_value": 0.25, "deltatime_type": "r"},
-        _anyflow,
-        seq_len=168,
-        axes="bfchw",
-        **_GRID,
-    ),
-    "skyreels": TinyModel(
-        "SkyReelsV2Transformer3DModel",
-        _WAN | _QK_NORM,
-        _text_to_video(4),
-        seq_len=168,
-        **_GRID,
-    ),
-}
-
-
-def _cosmos(g: torch.Generator) -> Inputs:
-    return {
-        "hidden_states": randn(g, 1, 5, 2, 24, 14),
-        "condition_mask": torch.ones(1, 1, 2, 24, 14, dtype=torch.float64),
-        "timestep": time_of(),
-        "encoder_hidden_states": randn(g, 1, 12, 16),
-        "fps": 30,
-    }
-
-
-def _framepack(g: torch.Generator) -> Inputs:
-    return {
-        "hidden_states": randn(g, 1, 4, 2, 24, 14),
-        "timestep": time_of(),
-        "encoder_hidden_states": randn(g, 1, 12, 16),
-        "pooled_projections": randn(g, 1, 8),
-        "encoder_attention_mask": key_mask(12, 4, torch.float64),
-        "guidance": time_of(),
-        "image_embeds": randn(g, 1, 5, 16),
-        "indices_latents": torch.arange(7, 9).double(),
-        "latents_clean": randn(g, 1, 4, 2, 24, 14),
-        "indices_latents_clean": torch.tensor([0.0, 6.0]).double(),
-        "latents_history_2x": randn(g, 1, 4, 3, 24, 14),
-        "indices_latents_history_2x": torch.arange(4, 7).double(),
-        "latents_history_4x": randn(g, 1, 4, 5, 24, 14),
-        "indices_latents_history_4x": torch.arange(1, 6).double(),
-    }
-
-
-def _kandinsky(g: torch.Generator) -> Inputs:
-    return {
-        "hidden_states": randn(g, 1, 2, 24, 14, 4),
-        "timestep": time_of(),
-        "encoder_hidden_states": randn(g, 1, 9, 16),
-        "pooled_projections": randn(g, 1, 8),
-        "visual_rope_pos": [torch.arange(2), torch.arange(12), torch.arange(7)],
-        "text_rope_pos": torch.arange(9),
-    }
-
-
-def _motif(g: torch.Generator) -> Inputs:
-    return {
-        "hidden_states": randn(g, 1, 9, 2, 12, 7),
-        "timestep": time_of(),
-        "encoder_hidden_states": randn(g, 1, 12, 16),
-        "encoder_attention_mask": key_mask(12, 3),
-        "image_embeds": randn(g, 1, 5, 4),
-    }
-
-
-def _helios(g: torch.Generator) -> Inputs:
-    return _text_to_video(4)(g) | {
-        "indices_hidden_states": torch.arange(8, 10)[None],
-        "indices_latents_history_short": torch.tensor([[0, 7]]),
-        "indices_latents_history_mid": torch.arange(5, 7)[None],
-        "indices_latents_history_long": torch.arange(1, 5)[None],
-        "latents_history_short": randn(g, 1, 4, 2, 24, 14),
-        "latents_history_mid": randn(g, 1, 4, 2, 24, 14),
-        "latents_history_long": randn(g, 1, 4, 4, 24, 14),
-    }
-
-
-def _mochi(g: torch.Generator) -> Inputs:
-    return {
-        "hidden_states": randn(g, 2, 4, 2, 24, 14),
-        "timestep": time_of().expand(2),
-        "encoder_hidden_states": randn(g, 2, 16, 16),
-        "encoder_attention_mask": torch.cat([key_mask(16, 6), key_mask(16, 0)]),
-    }
-
-
-def _allegro(g: torch.Generator) -> Inputs:
-    return {
-        "hidden_states": randn(g, 1, 4, 2, 24, 14),
-        "timestep": time_of(),
-        "encoder_hidden_states": randn(g, 1, 16, 8),
-        "encoder_attention_mask": key_mask(16, 4),
-    }
-
-
-def _consisid(g: torch.Generator) -> Inputs:
-    return {
-        "hidden_states": randn(g, 1, 2, 4, 24, 14),
-        "timestep": time_of(),
-        "encoder_hidden_states": randn(g, 1, 8, 8),
-        "id_vit_hidden": [randn(g, 1, 2, 2)],
-        "id_cond": randn(g, 1, 2),
-    }
-
-
-VIDEO_MODELS |= {
     "cosmos": TinyModel(
         "CosmosTransformer3DModel",
         {
@@ -341,6 +250,29 @@ VIDEO_MODELS |= {
         dtype=torch.float32,
         **_GRID,
     ),
+    "kandinsky6": TinyModel(
+        "Kandinsky6Transformer3DModel",
+        {
+            "in_visual_dim": 4,
+            "out_visual_dim": 4,
+            "in_text_dim": 16,
+            "in_text_dim2": 8,
+            "time_dim": 16,
+            "model_dim": 32,
+            "ff_dim": 32,
+            "num_text_blocks": 1,
+            "num_visual_blocks": 2,
+            "axes_dims": (4, 6, 6),
+            "visual_cond": False,
+            "in_audio_dim": 6,
+            "out_audio_dim": 6,
+        },
+        _kandinsky6,
+        seq_len=168,
+        axes="bfhwc",
+        dtype=torch.float32,
+        **_GRID,
+    ),
     "motif": TinyModel(
         "MotifVideoTransformer3DModel",
         {
@@ -362,24 +294,8 @@ VIDEO_MODELS |= {
         _motif,
         (2, 12, 7),
         168 + 17,
-        also=(2 * 168,),
+        also=((0, 2 * 168),),
         dtype=torch.float32,
-    ),
-    "helios": TinyModel(
-        "HeliosTransformer3DModel",
-        {name: value for name, value in _WAN.items() if name != "rope_max_seq_len"}
-        | _QK_NORM
-        | {
-            "rope_dim": (4, 4, 4),
-            "has_multi_term_memory_patch": True,
-            "guidance_cross_attn": True,
-            "zero_history_timestep": True,
-            "is_amplify_history": True,
-        },
-        _helios,
-        seq_len=6 + 24 + 168 + 168,
-        start=6 + 24 + 168,
-        **_GRID,
     ),
     "mochi": TinyModel(
         "MochiTransformer3DModel",
@@ -395,7 +311,7 @@ VIDEO_MODELS |= {
         },
         _mochi,
         seq_len=168 + 10,
-        also=(168 + 16,),
+        also=((0, 168 + 16),),
         **_GRID,
     ),
     "allegro": TinyModel(
@@ -466,7 +382,7 @@ VIDEO_MODELS |= {
             "text_embed_dim": 16,
             "time_embed_dim": 8,
         },
-        _text_to_video(4),
+        text_to_video(4),
         seq_len=12 + 168,
         start=12,
         **_GRID,

@@ -56,7 +56,7 @@ class Forward:
         used_later: the same of a layer's second and further calls, where its processor goes through the batch sample by
             sample, by ordinal.
         calls, repeats: how often each layer has attended, and again for its gradients.
-        layouts: of its sequences, by length.
+        layouts: of its sequences, by length and by whether they are masked.
         key_masks: that its masks of pairs stand for, by their shape; None for one that says more.
     """
 
@@ -72,7 +72,7 @@ class Forward:
     used_later: dict[int, dict[int, Any]] = field(default_factory=dict)
     calls: Counter[int] = field(default_factory=Counter)
     repeats: Counter[int] = field(default_factory=Counter)
-    layouts: dict[int, TokenLayout | str] = field(default_factory=dict)
+    layouts: dict[tuple[int, bool], TokenLayout | str] = field(default_factory=dict)
     key_masks: dict[torch.Size, torch.Tensor | None] = field(default_factory=dict)
 
     def ordinal(self, layer: int, repeated: bool) -> int:

@@ -8,6 +8,7 @@ import weakref
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
+from math import prod
 from typing import Any
 
 import torch
@@ -246,7 +247,7 @@ class Session:
         record: bool,
         learned: Sequence[torch.Tensor] | None,
     ) -> torch.Tensor:
-        layout = self._layout(forward, k.shape[1])
+        layout = self._layout(forward, k.shape[1], attn_mask is not None)
         if q.shape[1] < k.shape[1] and isinstance(layout, TokenLayout):
             first = k.shape[1] - q.shape[1] if self.family.text_first else 0
             layout = replace(layout, queries=(first, q.shape[1]))
@@ -271,19 +272,25 @@ class Session:
         keys = forward.key_masks[mask.shape]
         return mask if keys is None else keys
 
-    def _layout(self, forward: Forward, seq_len: int) -> TokenLayout | str:
-        layout = forward.layouts.get(seq_len)
+    def _layout(self, forward: Forward, seq_len: int, masked: bool = False) -> TokenLayout | str:
+        layout = forward.layouts.get((seq_len, masked))
         if layout is None:
             latents = forward.latents
-            layout = "the latent grid is unknown" if latents is None else self._place(latents, seq_len)
-            forward.layouts[seq_len] = layout
+            layout = "the latent grid is unknown" if latents is None else self._place(latents, seq_len, masked)
+            forward.layouts[seq_len, masked] = layout
         return layout
 
-    def _place(self, latents: LatentTokens, seq_len: int) -> TokenLayout | str:
+    def _place(self, latents: LatentTokens, seq_len: int, masked: bool) -> TokenLayout | str:
+        if masked and self.family.masked == "apart":
+            return "prompts of different lengths lie before the latents of a batch"
+        text_first = self.family.text_first and not (masked and self.family.masked == "first")
+        if len(latents.grid) == 3 and seq_len == prod(latents.grid):
+            # Layers of the latents alone, before their stream meets its references.
+            return TokenLayout((latents.grid[0], latents.grid[1], latents.grid[2]), 0, seq_len)
         extra = seq_len - latents.tokens
         if len(latents.grid) != 3 or extra < 0:
             return f"{seq_len} tokens do not hold the latent grid {latents.grid}"
-        offset = extra if self.family.text_first else 0
+        offset = extra if text_first else 0
         references = tuple(LatentGrid((f, h, w), offset + start) for f, h, w, start in latents.references)
         layout = TokenLayout(
             (latents.grid[0], latents.grid[1], latents.grid[2]), offset + latents.start, seq_len, references

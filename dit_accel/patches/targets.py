@@ -7,7 +7,7 @@ from typing import Any
 
 from torch import nn
 
-from .families import FAMILIES, Family, family_of
+from .families import EXCLUDED, FAMILIES, Family, family_of
 from .handle import PatchHandle
 from .hooks import PublishLatents
 
@@ -24,6 +24,9 @@ def transformers_of(target: Any) -> list[tuple[str, nn.Module, Family]]:
     found = [(name, model, family) for name, model in models.items() if (family := family_of(model))]
     if not found:
         classes = [type(m).__name__ for n, m in models.items() if n == "" or n.startswith(("transformer", "unet"))]
+        for name in classes:
+            if name in EXCLUDED:
+                raise ValueError(f"{name} cannot be patched. {EXCLUDED[name]}")
         known = ", ".join(f"{family.name} ({', '.join(family.transformers)})" for family in FAMILIES)
         raise ValueError(
             f"No known transformer in {type(target).__name__}: got {', '.join(classes) or 'none'}. "

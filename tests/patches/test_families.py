@@ -11,7 +11,7 @@ from dit_accel.layout import TokenLayout
 from dit_accel.stages.order.simple import Tiles
 from dit_accel.stages.select.static import FullSelect, Window
 from tests.tiny_models import TinyModel
-from tests.tiny_videos import VIDEO_MODELS as MODELS
+from tests.tiny_registry import MODELS
 
 FULL = Recipe(order=Tiles((2, 2, 4)), select=FullSelect(block=(32, 32)))
 WINDOW = Recipe(order=Tiles((2, 2, 4)), select=Window(window=(1.0, 3, 3), block=(32, 32)))
@@ -71,6 +71,16 @@ def test_all_blocks_are_dense_attention(name):
 
 
 @every
+def test_the_default_runs_and_leaves_short_sequences_alone(name):
+    tiny = MODELS[name]
+    model = tiny.build()
+    plain = tiny.run(model)
+    with dit_accel.patch(model) as handle:
+        assert torch.equal(tiny.run(model), plain)
+        assert all("too few to gain" in reason for reason in handle.summary().dense_calls)
+
+
+@every
 def test_latents_lie_where_the_family_says(name):
     """Before the first attention nothing mixes tokens: changing one latent changes the query of one token."""
     tiny = MODELS[name]
@@ -85,7 +95,7 @@ def test_latents_lie_where_the_family_says(name):
             row = (place[0] * tiny.grid[1] + place[1]) * tiny.grid[2] + place[2]
             assert differs.nonzero().flatten().tolist() == [tiny.start + row], place
     layouts = {call.layout for call, _ in plain}
-    assert layouts == {TokenLayout(tiny.grid, tiny.start, length) for length in (tiny.seq_len, *tiny.also)}
+    assert layouts == {TokenLayout(tiny.grid, start, length) for length, start in tiny.layouts.items()}
 
 
 def _seen(tiny: TinyModel, seq_len: int) -> torch.Tensor:
@@ -99,7 +109,8 @@ def _seen(tiny: TinyModel, seq_len: int) -> torch.Tensor:
         return (x[None] - centre[:, None]).abs() <= RADIUS
 
     seen = torch.ones(seq_len, seq_len, dtype=torch.bool)
-    latents = slice(tiny.start, tiny.start + len(places))
+    start = tiny.layouts[seq_len]
+    latents = slice(start, start + len(places))
     seen[latents, latents] = near(1, height) & near(2, width)
     return seen
 

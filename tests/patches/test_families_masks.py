@@ -7,7 +7,7 @@ import dit_accel
 from dit_accel.layout import TokenLayout
 from dit_accel.patches import masks
 from tests.patches.test_families import FULL
-from tests.tiny_videos import VIDEO_MODELS as MODELS
+from tests.tiny_registry import MODELS
 
 LAYOUT = TokenLayout((1, 2, 3), 2, 12)  # latents at 2 to 7
 

@@ -8,7 +8,7 @@ from diffusers.models.transformers.transformer_wan import WanAttnProcessor
 
 import dit_accel
 from tests.recipes import POOLED
-from tests.tiny_videos import VIDEO_MODELS as MODELS
+from tests.tiny_registry import MODELS
 
 
 def _forcing() -> SkyReelsV2DiffusionForcingPipeline:

@@ -1,4 +1,5 @@
-"""The model families that can be patched. A new family is one file and one entry here.
+"""The model families that can be patched. A new family is one file and one entry here; a class without one
+says why in ``excluded``.
 
 Videos first, then images; within each the most used ones first. The order says nothing else, since no class is of two
 families.
@@ -7,23 +8,35 @@ families.
 from __future__ import annotations
 
 from .allegro import ALLEGRO
+from .aura_flow import AURA_FLOW
+from .bria_fibo2 import BRIA_FIBO2
 from .cogvideox import COGVIDEOX
+from .cogview import COGVIEW
 from .cosmos import COSMOS
 from .easyanimate import EASYANIMATE
+from .ernie_image import ERNIE_IMAGE
+from .excluded import EXCLUDED
 from .family import Family
-from .flux import FLUX, FLUX2
+from .flux import BRIA, CHROMA, FLUX, FLUX2, FLUX3, LONGCAT_IMAGE, OVIS_IMAGE
 from .helios import HELIOS
+from .hidream import HIDREAM
+from .hunyuan_image import HUNYUAN_IMAGE
 from .hunyuan_video import FRAMEPACK, HUNYUAN_VIDEO, HUNYUAN_VIDEO_15, MOTIF_VIDEO
-from .kandinsky import KANDINSKY5
+from .joy_image import JOY_IMAGE, JOY_IMAGE_PLUS
+from .kandinsky import KANDINSKY5, KANDINSKY6
+from .krea2 import KREA2
 from .ltx import LTX
 from .ltx2 import LTX2
+from .lumina2 import LUMINA2
 from .mochi import MOCHI
+from .pixart import PIXART
 from .qwen_image import QWEN_IMAGE
 from .sd3 import SD3
 from .wan import ANYFLOW, WAN
 from .z_image import Z_IMAGE
 
 FAMILIES: tuple[Family, ...] = (
+    # videos
     WAN,
     ANYFLOW,
     HUNYUAN_VIDEO,
@@ -34,16 +47,34 @@ FAMILIES: tuple[Family, ...] = (
     COSMOS,
     COGVIDEOX,
     KANDINSKY5,
+    KANDINSKY6,
     MOTIF_VIDEO,
     HELIOS,
     MOCHI,
     ALLEGRO,
     EASYANIMATE,
+    # images
     FLUX,
     FLUX2,
+    FLUX3,
     QWEN_IMAGE,
     Z_IMAGE,
     SD3,
+    KREA2,
+    CHROMA,
+    HUNYUAN_IMAGE,
+    BRIA,
+    BRIA_FIBO2,
+    HIDREAM,
+    COGVIEW,
+    LUMINA2,
+    AURA_FLOW,
+    PIXART,
+    ERNIE_IMAGE,
+    LONGCAT_IMAGE,
+    OVIS_IMAGE,
+    JOY_IMAGE,
+    JOY_IMAGE_PLUS,
 )
 
 
@@ -56,4 +87,4 @@ def family_of(model: object) -> Family | None:
     return None
 
 
-__all__ = ["FAMILIES", "Family", "family_of"]
+__all__ = ["EXCLUDED", "FAMILIES", "Family", "family_of"]

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
-from typing import Any
+from typing import Any, Literal
 
 import torch
 
@@ -30,6 +30,8 @@ class Family:
         text_first: whether other tokens come before the latents in the sequence, else behind them.
         min_tokens: sequence length below which sparse attention gains nothing on a GPU.
         timestep: name of the argument that holds it.
+        masked: where the latents of a call with a mask are: where they are without one ("there"), before all others
+            ("first"), or in each sample of the batch at another place ("apart").
         masks_pairs: whether the layers of a forward are all given one mask of pairs, keys x queries, whose padded rows
             are read nowhere.
     """
@@ -43,6 +45,7 @@ class Family:
     latents_query: bool = False
     min_tokens: int = 8192
     timestep: str = "timestep"
+    masked: Literal["there", "first", "apart"] = "there"
     masks_pairs: bool = False
 
     def place(self, latents: LatentTokens) -> LatentTokens:

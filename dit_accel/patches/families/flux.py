@@ -1,4 +1,4 @@
-"""FLUX.1, FLUX.2 and their kin: the prompt, then the packed image, then reference images if there are any."""
+"""FLUX.1 to 3 and their kin: the prompt, then the packed image, then reference images if there are any."""
 
 from __future__ import annotations
 
@@ -6,9 +6,6 @@ from collections.abc import Mapping
 from dataclasses import replace
 from typing import Any
 
-import torch
-
-from ...layout import LatentGrid
 from ..ambient import LatentTokens
 from .family import Family, PatchSize
 from .rasters import images
@@ -19,20 +16,42 @@ def _read(patch: PatchSize, arguments: Mapping[str, Any]) -> LatentTokens:
     return LatentTokens((), arguments["hidden_states"].shape[1], arguments["img_ids"])
 
 
-def grids_of_ids(img_ids: torch.Tensor) -> list[LatentGrid]:
-    """From (image, row, column, ...) of each token, ``[tokens, 3 or more]`` or the same for each sample. The image with
-    the smallest number is the one that is made; the others are references."""
-    return images(img_ids if img_ids.ndim == 2 else img_ids[0])
-
-
 FLUX = Family(
     name="FLUX.1",
     transformers=("FluxTransformer2DModel",),
     self_attention=("transformer_blocks.*.attn", "single_transformer_blocks.*.attn"),
     read=_read,
-    read_ids=grids_of_ids,
+    read_ids=images,
     text_first=True,
     min_tokens=6144,
 )
-# Of Klein with a cache of its references' keys, queries are fewer than keys: those calls stay dense.
-FLUX2 = replace(FLUX, name="FLUX.2", transformers=("Flux2Transformer2DModel",))
+
+
+def _read_uncached(patch: PatchSize, arguments: Mapping[str, Any]) -> LatentTokens:
+    # Klein with a cache attends from its references to themselves, and from all else to more keys than queries.
+    latents = _read(patch, arguments)
+    return latents if arguments.get("kv_cache_mode") is None else LatentTokens((), latents.tokens)
+
+
+FLUX2 = replace(FLUX, name="FLUX.2", transformers=("Flux2Transformer2DModel",), read=_read_uncached)
+
+
+def _read_apart(patch: PatchSize, arguments: Mapping[str, Any]) -> LatentTokens:
+    # reference images come as a stream of their own
+    latents = _read(patch, arguments)
+    references = arguments.get("image_cond_hidden_states")
+    return latents if references is None else latents._replace(tokens=latents.tokens + references.shape[1])
+
+
+FLUX3 = replace(
+    FLUX,
+    name="FLUX.3",
+    transformers=("Flux3Transformer2DModel",),
+    self_attention=("mode_blocks.image.*.attn", "single_transformer_blocks.*.attn"),
+    read=_read_apart,
+)
+# Chroma's mask of a padded prompt is added to the scores, as ones and zeros: such calls stay dense.
+CHROMA = replace(FLUX, name="Chroma", transformers=("ChromaTransformer2DModel",), masks_pairs=True)
+BRIA = replace(FLUX, name="Bria and FIBO", transformers=("BriaTransformer2DModel", "BriaFiboTransformer2DModel"))
+OVIS_IMAGE = replace(FLUX, name="Ovis-Image", transformers=("OvisImageTransformer2DModel",))
+LONGCAT_IMAGE = replace(FLUX, name="LongCat-Image", transformers=("LongCatImageTransformer2DModel",))

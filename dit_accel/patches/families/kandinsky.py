@@ -1,8 +1,12 @@
-"""Kandinsky 5: self-attention over the latents alone. Its own NABLA masks, of videos of 10 s, stay dense here."""
+"""Kandinsky 5 and 6: self-attention over the latents alone; sound and the attention to it stay the model's own.
+
+Kandinsky 5 has NABLA masks of its own for videos of 10 s. Those calls stay dense.
+"""
 
 from __future__ import annotations
 
 from collections.abc import Mapping
+from dataclasses import replace
 from typing import Any
 
 from ..ambient import LatentTokens
@@ -20,4 +24,10 @@ KANDINSKY5 = Family(
     transformers=("Kandinsky5Transformer3DModel",),
     self_attention=("visual_transformer_blocks.*.self_attention",),
     read=_read,
+)
+KANDINSKY6 = replace(
+    KANDINSKY5,
+    name="Kandinsky 6",
+    transformers=("Kandinsky6Transformer3DModel",),
+    self_attention=("visual_transformer_blocks.*.video_dec_block.self_attention",),
 )

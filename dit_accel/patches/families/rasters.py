@@ -10,29 +10,34 @@ from ...layout import LatentGrid
 
 
 def images(ids: torch.Tensor) -> list[LatentGrid]:
-    """The images of a packed stream, from (image, row, column, ...) of each token ``[N, 3 or more]``: the one with the
-    smallest number, which is what is generated, then the others in the stream's order.
+    """The images of a packed stream, from (image, row, column, ...) of each token, in any unit.
+
+    The one with the smallest number, which is what is generated, then the others in the stream's order.
+
+    Args:
+        ids: ``[N, 3 or more]``, or the same for each sample.
 
     Raises:
         ValueError: the tokens of the first one are no raster. Tokens of another that are none are no grid.
     """
-    ids = ids.round().long().cpu()
+    ids = (ids if ids.ndim == 2 else ids[0]).cpu()
     numbers, counts = torch.unique_consecutive(ids[:, 0], return_counts=True)
     generated: LatentGrid | None = None
     others: list[LatentGrid] = []
     start = 0
     for number, tokens in zip(numbers.tolist(), counts.tolist(), strict=True):
-        run = ids[start : start + tokens, 1:3]
-        run = run - run[0]
-        height, width = (int(axis.max()) + 1 for axis in run.unbind(1))
-        raster = torch.cartesian_prod(torch.arange(height), torch.arange(width)) if height * width == tokens else None
-        is_grid = raster is not None and torch.equal(run, raster)
-        if number == int(numbers.min()):
-            if not is_grid or generated is not None:
-                raise ValueError(f"{tokens} image tokens are no grid of {height} x {width}.")
-            generated = LatentGrid((1, height, width), start)
-        elif is_grid:
-            others.append(LatentGrid((1, height, width), start))
+        row, column = ids[start : start + tokens, 1:3].unbind(1)
+        width = int((row == row[0]).long().cumprod(0).sum())
+        grid = LatentGrid((1, tokens // width, width), start)
+        is_grid = tokens % width == 0 and all(
+            _is_along(places.view(grid.grid), axis) for axis, places in ((1, row), (2, column))
+        )
+        if number != float(numbers.min()):
+            others += [grid] * is_grid
+        elif is_grid and generated is None:
+            generated = grid
+        else:
+            raise ValueError(f"{tokens} image tokens are no raster of rows of {width}.")
         start += tokens
     assert generated is not None
     return [generated, *others]

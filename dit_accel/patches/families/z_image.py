@@ -11,16 +11,16 @@ from ..ambient import LatentTokens
 from .family import Family, PatchSize, grid_tokens
 
 
-def _read(_: PatchSize, arguments: Mapping[str, Any]) -> LatentTokens:
+def _read(patch: PatchSize, arguments: Mapping[str, Any]) -> LatentTokens:
     # a list of (C, F, H, W), one a sample; the model may have several patch sizes
     samples = arguments["x"]
     first = samples[0]
     if not isinstance(first, torch.Tensor) or any(sample.shape != first.shape for sample in samples):
         # Z-Image-Omni's prompts lie between its images, and samples of two sizes have two grids.
         return LatentTokens((), 1)
-    patch = arguments.get("patch_size", 2)
     frames, height, width = first.shape[1:]
-    return grid_tokens(frames, height, width, (arguments.get("f_patch_size", 1), patch, patch))
+    rows = arguments.get("patch_size", 2)
+    return grid_tokens(frames, height, width, (arguments.get("f_patch_size", 1), rows, rows))
 
 
 Z_IMAGE = Family(

@@ -1,0 +1,84 @@
+"""Every transformer of diffusers is of a family, or says why it is of none."""
+
+import importlib
+import inspect
+import pkgutil
+
+import diffusers
+import pytest
+import torch
+from diffusers.models import transformers
+from diffusers.models.modeling_utils import ModelMixin
+
+import dit_accel
+from dit_accel.patches.families import EXCLUDED, FAMILIES
+from tests.tiny import TINY
+from tests.tiny_registry import MODELS
+
+# Of transformers that pipelines test, in every way and not only in their forward.
+IN_PIPELINES = {
+    "wan": "WanTransformer3DModel",
+    "wan-vace": "WanVACETransformer3DModel",
+    "hunyuan": "HunyuanVideoTransformer3DModel",
+    "cogvideox": "CogVideoXTransformer3DModel",
+    "ltx": "LTXVideoTransformer3DModel",
+    "flux": "FluxTransformer2DModel",
+    "sd3": "SD3Transformer2DModel",
+    "qwen-image": "QwenImageTransformer2DModel",
+}
+
+
+def _classes() -> set[str]:
+    found = set()
+    for info in pkgutil.walk_packages(transformers.__path__, transformers.__name__ + "."):
+        module = importlib.import_module(info.name)
+        for name, kind in vars(module).items():
+            if inspect.isclass(kind) and issubclass(kind, ModelMixin) and kind.__module__ == module.__name__:
+                found.add(name)
+    return found
+
+
+def _declared() -> list[str]:
+    return [name for family in FAMILIES for name in family.transformers]
+
+
+def test_every_transformer_is_declared_or_excluded():
+    assert _classes() - set(_declared()) - set(EXCLUDED) == set()
+
+
+def test_no_class_is_declared_twice_or_excluded_too():
+    declared = _declared()
+    assert len(declared) == len(set(declared))
+    assert not set(declared) & set(EXCLUDED)
+
+
+def test_every_class_that_is_named_exists():
+    """A name that diffusers has changed would be of no use."""
+    assert (set(_declared()) | set(EXCLUDED)) - _classes() == set()
+    assert not [name for name in _declared() if not hasattr(diffusers, name)]
+
+
+def test_every_declared_class_is_tested():
+    assert set(IN_PIPELINES) <= set(TINY)
+    assert set(_declared()) == {tiny.kind for tiny in MODELS.values()} | set(IN_PIPELINES.values())
+
+
+@pytest.mark.parametrize("name", EXCLUDED)
+def test_a_reason_is_a_sentence(name):
+    assert EXCLUDED[name][0].isupper()
+    assert EXCLUDED[name].endswith(".")
+
+
+def test_an_excluded_class_is_refused_with_its_reason():
+    model = diffusers.SanaTransformer2DModel(
+        in_channels=4, out_channels=4, num_layers=1, num_attention_heads=2, attention_head_dim=4,
+        num_cross_attention_heads=2, cross_attention_head_dim=4, cross_attention_dim=8, caption_channels=8,
+        sample_size=8,
+    )  # fmt: skip
+    with pytest.raises(ValueError, match=r"^SanaTransformer2DModel cannot be patched\. Its self-attention is linear"):
+        dit_accel.patch(model)
+
+
+def test_an_unknown_class_is_refused_with_what_is_known():
+    with pytest.raises(ValueError, match=r"got Linear\. Known families: Wan \("):
+        dit_accel.patch(torch.nn.Linear(1, 1))
