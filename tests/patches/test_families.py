@@ -95,7 +95,9 @@ def test_latents_lie_where_the_family_says(name):
             row = (place[0] * tiny.grid[1] + place[1]) * tiny.grid[2] + place[2]
             assert differs.nonzero().flatten().tolist() == [tiny.start + row], place
     layouts = {call.layout for call, _ in plain}
-    assert layouts == {TokenLayout(tiny.grid, start, length) for length, start in tiny.layouts.items()}
+    assert layouts == {
+        TokenLayout(tiny.grid, start, length, queries=tiny.queries) for length, start in tiny.layouts.items()
+    }
 
 
 def _seen(tiny: TinyModel, seq_len: int) -> torch.Tensor:
@@ -133,4 +135,4 @@ def test_sparse_is_dense_with_the_mask(name):
         q, k, v = (x.double().transpose(1, 2) for x in (call.q, call.k, call.v))
         mask = seen & keys[:, None, None]
         expected = torch.nn.functional.scaled_dot_product_attention(q, k, v, mask, scale=call.scale).transpose(1, 2)
-        assert (output.double() - expected).abs().max() <= tiny.tolerance
+        assert (output.double() - call.of_queries(expected)).abs().max() <= tiny.tolerance

@@ -28,8 +28,10 @@ from .krea2 import KREA2
 from .ltx import LTX
 from .ltx2 import LTX2
 from .lumina2 import LUMINA2
+from .minimax_h3 import MINIMAX_H3
 from .mochi import MOCHI
 from .pixart import PIXART
+from .prx import NUCLEUS_MOE, PRX
 from .qwen_image import QWEN_IMAGE
 from .sd3 import SD3
 from .wan import ANYFLOW, WAN
@@ -42,6 +44,7 @@ FAMILIES: tuple[Family, ...] = (
     HUNYUAN_VIDEO,
     HUNYUAN_VIDEO_15,
     FRAMEPACK,
+    MINIMAX_H3,
     LTX2,
     LTX,
     COSMOS,
@@ -75,6 +78,8 @@ FAMILIES: tuple[Family, ...] = (
     OVIS_IMAGE,
     JOY_IMAGE,
     JOY_IMAGE_PLUS,
+    PRX,
+    NUCLEUS_MOE,
 )
 
 
