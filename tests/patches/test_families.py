@@ -1,5 +1,7 @@
 """Each transformer class: a patch finds its self-attention, its latents and its masks."""
 
+import inspect
+import itertools
 import sys
 
 import pytest
@@ -68,6 +70,18 @@ def test_all_blocks_are_dense_attention(name):
         out = tiny.run(model)
         assert not handle.summary().dense_calls
     assert (out - plain).abs().max() <= tiny.tolerance * plain.abs().max()
+
+
+@every
+def test_arguments_may_be_given_by_place(name):
+    tiny = MODELS[name]
+    model, given = tiny.build(), tiny.given()
+    names = list(inspect.signature(type(model).forward).parameters)[1:]
+    by_place = [given.pop(name) for name in itertools.takewhile(given.__contains__, names)]
+    assert by_place
+    with dit_accel.patch(model, FULL) as handle, torch.no_grad():
+        model(*by_place, **given, return_dict=False)
+        assert not handle.summary().dense_calls
 
 
 @every
