@@ -290,6 +290,8 @@ class Session:
         extra = seq_len - latents.tokens
         if len(latents.grid) != 3 or extra < 0:
             return f"{seq_len} tokens do not hold the latent grid {latents.grid}"
+        if extra and self.family.alone:
+            return f"{extra} other tokens lie beside the latents, and no Family says where"
         offset = extra if text_first else 0
         references = tuple(LatentGrid((f, h, w), offset + start) for f, h, w, start in latents.references)
         layout = TokenLayout(

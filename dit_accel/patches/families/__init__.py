@@ -33,6 +33,7 @@ from .mochi import MOCHI
 from .pixart import PIXART
 from .prx import NUCLEUS_MOE, PRX
 from .qwen_image import QWEN_IMAGE
+from .registry import register_family, registered
 from .sd3 import SD3
 from .wan import ANYFLOW, WAN
 from .z_image import Z_IMAGE
@@ -86,10 +87,10 @@ FAMILIES: tuple[Family, ...] = (
 def family_of(model: object) -> Family | None:
     """The family of a transformer, by the name of its class or of a base class; None if unknown."""
     names = [cls.__name__ for cls in type(model).__mro__]
-    for family in FAMILIES:
+    for family in (*registered(), *FAMILIES):
         if any(name in family.transformers for name in names):
             return family
     return None
 
 
-__all__ = ["EXCLUDED", "FAMILIES", "Family", "family_of"]
+__all__ = ["EXCLUDED", "FAMILIES", "Family", "family_of", "register_family", "registered"]
