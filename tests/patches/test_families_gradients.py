@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+import torch.utils.checkpoint
 
 import dit_accel
 from tests.recipes import POOLED
@@ -46,3 +47,23 @@ def test_checkpointed_gradients_are_the_same(name):
         pytest.skip("diffusers cannot checkpoint it")
     for expected, got in zip(_gradients(tiny, False), _gradients(tiny, True), strict=True):
         assert (got - expected).abs().max() <= tiny.tolerance * expected.abs().max()
+
+
+def test_a_transformer_that_is_repeated_whole_is_recognised_by_its_list_of_images():
+    """All else that the four forwards are given is the same; the first two have one plan, the others another."""
+    tiny = MODELS["z-image"]
+    model, shared = tiny.build(), tiny.given()
+    images = [[x.mul(scale).requires_grad_() for x in shared["x"]] for scale in (1.0, 0.5, -1.0, 2.0)]
+
+    def loss(x):
+        return torch.stack(model(**shared | {"x": x}, return_dict=False)[0]).square().sum()
+
+    def gradients(of):
+        with dit_accel.patch(model, KEPT):
+            total = sum(of(x) for x in images)
+            return torch.autograd.grad(total, [x for pair in images for x in pair])
+
+    expected = gradients(loss)
+    got = gradients(lambda x: torch.utils.checkpoint.checkpoint(loss, x, use_reentrant=False))
+    for a, b in zip(expected, got, strict=True):
+        assert (a - b).abs().max() <= 1e-9 * a.abs().max()
