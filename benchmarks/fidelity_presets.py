@@ -13,7 +13,7 @@ from itertools import product
 import torch
 
 from dit_accel import Recipe, presets
-from dit_accel.call import AttentionCall
+from dit_accel.call import AttentionCall, AttentionInputs
 from dit_accel.engine import Engine
 from dit_accel.layout import TokenLayout
 from dit_accel.stages.schedule import Schedule
@@ -223,6 +223,7 @@ def density_on(recipe: Recipe, calls: Sequence[AttentionCall]) -> float:
     for call in calls:
         assert isinstance(call.layout, TokenLayout)
         with torch.no_grad():
-            engine.attend(call.layer, call.q, call.k, call.v, None, call.scale, call.layout, call.step, _never)
+            inputs = AttentionInputs(call.q, call.k, call.v, scale=call.scale)
+            engine.attend(AttentionCall.of(call.layer, inputs, call.layout, call.step, engine.run), _never)
     sparse = sum(record.sparse_calls for record in engine.records)
     return float(sum(record.density_sum for record in engine.records)) / max(sparse, 1)

@@ -18,7 +18,7 @@ import torch
 from fidelity_presets import METHODS, at_density, method
 
 from dit_accel import patch
-from dit_accel.call import AttentionCall
+from dit_accel.call import AttentionCall, AttentionInputs
 from dit_accel.engine import Engine
 from dit_accel.pipelines import load
 from dit_accel.pipelines.builtin import builtins
@@ -97,7 +97,9 @@ def judge(name: str, density: float, calls: list[AttentionCall], exact: list[tor
     first_plan: dict[int, AttentionPlan] = {}
     for call, prob in zip(calls, exact, strict=True):
         bare = replace(call.step, index=None)
-        out = engine.attend(call.layer, call.q, call.k, call.v, None, None, call.layout, bare, lambda: call.q)  # noqa: B023
+        inputs = AttentionInputs(call.q, call.k, call.v)
+        again = AttentionCall.of(call.layer, inputs, call.layout, bare, engine.run)
+        out = engine.attend(again, lambda: call.q)  # noqa: B023
         plan = plans.pop()
         dense = (prob.float() @ call.v[0].transpose(0, 1)).transpose(0, 1)
         error = (out[0] - dense).norm() / dense.norm()

@@ -25,6 +25,7 @@ import torch.nn.functional as F
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 import dit_accel
+from dit_accel.call import AttentionCall, AttentionInputs
 from dit_accel.cli.environment import environment
 from dit_accel.cli.options import read_size
 from dit_accel.engine import Engine
@@ -114,7 +115,8 @@ def time_call(args: argparse.Namespace, device: torch.device, dtype: torch.dtype
             return F.scaled_dot_product_attention(*(x.transpose(1, 2) for x in (q, k, v))).transpose(1, 2)
 
     def patched() -> torch.Tensor:
-        return engine.attend(0, q, k, v, None, None, layout, StepContext(), dense)
+        inputs = AttentionInputs(q, k, v)
+        return engine.attend(AttentionCall.of(0, inputs, layout, StepContext(), engine.run), dense)
 
     found: dict[str, Any] = {"tokens": layout.seq_len}
     for name, call in {"dense": dense, "patched": patched}.items():

@@ -9,6 +9,7 @@ from typing import Any
 from torch import nn
 
 from . import presets
+from .frozen_planner import FrozenPlanner
 from .kernels import BACKENDS
 from .patches.artifact import CalibrationArtifact
 from .patches.families import Family
@@ -75,7 +76,8 @@ def patch(
         for name, model, family in transformers:
             own, masks = plans[name]
             engine = install(handle, name, model, family, backend, recipe is None, own)
-            engine.planner.frozen, engine.planner.rederive = masks, rederive
+            if masks is not None:
+                engine.planner = FrozenPlanner(own, masks, rederive)
     except BaseException:
         handle.remove()
         raise

@@ -5,19 +5,35 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
 
 from .kernels.common.choice import Choice, Operation
+from .kernels.common.scale import scale_of
 from .layout import StepContext, TokenLayout
 from .plan import AttentionPlan
 from .records import BackendsUsed
 from .run import Run
 
 
-@dataclass(eq=False)
+class AttentionInputs(NamedTuple):
+    """What a transformer gives one attention: tensors (B, S, H, D) after norms and rotary embedding.
+
+    Attributes:
+        attn_mask: as given to the model's own attention.
+        scale: of the logits; ``D ** -0.5`` if None.
+    """
+
+    q: torch.Tensor
+    k: torch.Tensor
+    v: torch.Tensor
+    attn_mask: torch.Tensor | None = None
+    scale: float | None = None
+
+
+@dataclass(eq=False, slots=True)
 class AttentionCall:
     """One attention call: tensors (B, S, H, D) after norms and rotary embedding.
 
@@ -28,13 +44,14 @@ class AttentionCall:
         scale: of the logits.
         layout: of the sequence, or the reason why there is none.
         run: the run that keeps its plans.
-        repeated: whether a forward is repeated for its gradients: the call then uses what ``used`` holds and keeps
-            nothing.
-        used: kept plan of each layer that its forward used.
+        used: kept plan of each layer that its forward used: written, or read when the call is repeated.
+        repeated: whether a forward is repeated for its gradients: the call then uses what ``used`` holds, keeps
+            nothing and is not counted.
         pairs: bool ``[B|1, H|1, S, S]``, which key (last) each query sees, where not all see the same.
+        unread: why its attention mask cannot be read; such a call stays dense.
         plan: what a sparse call ran; None for a dense one.
         choices: the backend of each of the recipe's operations; None outside an engine, where each chooses by itself.
-        backends_used: where the backends that ran are recorded.
+        backends_used: where the backends that ran are recorded; None outside an engine.
     """
 
     layer: int
@@ -46,12 +63,31 @@ class AttentionCall:
     scale: float
     layout: TokenLayout | str
     run: Run = field(default_factory=Run)
-    repeated: bool = False
     used: dict[int, Any] = field(default_factory=dict)
+    repeated: bool = False
     pairs: torch.Tensor | None = None
+    unread: str | None = None
     plan: AttentionPlan | None = None
     choices: Mapping[Operation, Choice] | None = None
-    backends_used: BackendsUsed = field(default_factory=BackendsUsed)
+    backends_used: BackendsUsed | None = None
+
+    @classmethod
+    def of(
+        cls,
+        layer: int,
+        inputs: AttentionInputs,
+        layout: TokenLayout | str,
+        step: StepContext,
+        run: Run,
+        used: dict[int, Any] | None = None,
+        repeated: bool = False,
+    ) -> AttentionCall:
+        """The call of these inputs, its mask read and its scale known."""
+        q, k, v, attn_mask, scale = inputs
+        key_mask, pairs, unread = (None, None, None) if attn_mask is None else _read_mask(attn_mask, q, k)
+        used = {} if used is None else used
+        scale = scale_of(q, scale)
+        return cls(layer, step, q, k, v, key_mask, scale, layout, run, used, repeated, pairs, unread)
 
     @property
     def mask(self) -> torch.Tensor | None:
@@ -86,7 +122,8 @@ class AttentionCall:
         if self.choices is None:
             return "auto"
         choice = self.choices[operation]
-        self.backends_used.add(operation, choice)
+        if self.backends_used is not None:
+            self.backends_used.add(operation, choice)
         return choice.name
 
 
@@ -110,13 +147,11 @@ def dtype_of_attention(device: torch.device, dtype: torch.dtype) -> torch.dtype:
     return torch.get_autocast_dtype(device.type)
 
 
-def masks_of(
-    attn_mask: torch.Tensor | None, q: torch.Tensor, k: torch.Tensor
+def _read_mask(
+    attn_mask: torch.Tensor, q: torch.Tensor, k: torch.Tensor
 ) -> tuple[torch.Tensor | None, torch.Tensor | None, str | None]:
     """What an attention mask stands for: a bool ``[B, Sk]`` key mask, a bool ``[B|1, H|1, Sq, Sk]`` mask of pairs, or
     the reason why it is neither."""
-    if attn_mask is None:
-        return None, None, None
     batch, q_len, heads = q.shape[:3]
     seq_len = k.shape[1]
     if attn_mask.dtype != torch.bool:

@@ -5,16 +5,15 @@ from __future__ import annotations
 import logging
 import threading
 from collections.abc import Callable, Sequence
-from typing import Any
 
 import torch
 from torch.func import functional_call
 
-from .call import AttentionCall, autocast_done, dtype_of_attention, masks_of
+from .call import AttentionCall, autocast_done, dtype_of_attention
 from .kernels import block_sparse_attention
 from .kernels.attention.api import choose_backend
 from .kernels.common.choice import Case, Choice, Operation, case_of
-from .layout import StepContext, TokenLayout
+from .layout import TokenLayout
 from .plan import AttentionPlan
 from .planner import Planner
 from .recipe import Recipe
@@ -57,7 +56,7 @@ class Engine:
         learned: learned compensation of each layer by index; empty for recipes without parameters.
         backends_used: which backends ran each operation so far, and why.
         notes: what a user should know of the calls so far, a sentence each, in the order of events.
-        run: keeps the plans of calls that name no run, where an engine is used without a session.
+        run: for the calls of an engine that is used without a session.
     """
 
     def __init__(
@@ -79,7 +78,8 @@ class Engine:
         self.learned: dict[int, LearnedCompensation] = {}
         self.notes: dict[str, None] = {}
         self.run = Run()
-        self._choices: dict[tuple[Case, bool], dict[Operation, Choice]] = {}
+        self._choices: dict[Case, dict[Operation, Choice]] = {}
+        self._allowed: set[tuple[torch.device, torch.dtype | None, int | None, bool]] = set()
         self._attention_choices: dict[Case, Choice] = {}
         self._seen_layouts: set[tuple[TokenLayout, torch.device]] = set()
         # Threads that share a transformer count in the same records.
@@ -87,51 +87,27 @@ class Engine:
 
     def attend(
         self,
-        layer: int,
-        q: torch.Tensor,
-        k: torch.Tensor,
-        v: torch.Tensor,
-        attn_mask: torch.Tensor | None,
-        scale: float | None,
-        layout: TokenLayout | str,
-        step: StepContext,
+        call: AttentionCall,
         dense: Callable[[], torch.Tensor],
-        record: bool = True,
         learned: Sequence[torch.Tensor] | None = None,
-        run: Run | None = None,
-        used: dict[int, Any] | None = None,
     ) -> torch.Tensor:
-        """Attention of (B, S, H, D) queries, keys and values.
+        """Attention of a call, (B, S, H, D).
 
         Args:
-            layer: index into the layer names.
-            attn_mask: as given to the model's own attention.
-            layout: of the sequence, or the reason why there is none.
-            step: where the call sits in the trajectory.
             dense: the model's own attention for this very call.
-            record: whether to count the call; False when a call is repeated for its gradients.
             learned: parameters to use in place of the layer's own, in the order of ``parameters()``: a
                 compiled graph hands them in so that they get their gradients.
-            run: keeps the plans of the call.
-            used: kept plan of each layer that the forward used: written, or read when a call is repeated.
 
         Raises:
             ValueError: the backend was named and cannot run an operation of the recipe; nothing has run then.
         """
         if not self.switched_on:
             out = dense()
-            return out if self.output_tap is None else self.output_tap(layer, out, None)
-        key_mask, pairs, reason = masks_of(attn_mask, q, k)
-        dtype = dtype_of_attention(q.device, q.dtype)
-        self._choices_of(Case(q.device, dtype, q.shape[-1], hidden=key_mask is not None))
-        scale = q.shape[-1] ** -0.5 if scale is None else scale
-        used = {} if used is None else used
-        call = AttentionCall(
-            layer, step, q, k, v, key_mask, scale, layout, run or self.run, repeated=not record, used=used, pairs=pairs,
-            backends_used=self.backends_used,
-        )  # fmt: skip
-        out, was_dense = self._attend(call, reason, dense, learned)
-        return out if self.output_tap is None else self.output_tap(layer, out, None if was_dense else dense)
+            return out if self.output_tap is None else self.output_tap(call.layer, out, None)
+        q = call.q
+        self._refuse(q.device, dtype_of_attention(q.device, q.dtype), q.shape[-1], call.key_mask is not None)
+        out, was_dense = self._attend(call, dense, learned)
+        return out if self.output_tap is None else self.output_tap(call.layer, out, None if was_dense else dense)
 
     def refuse_backend(self, device: torch.device, dtype: torch.dtype | None = None) -> None:
         """Raise where the named backend cannot run an operation of the recipe on a device; cheap to repeat.
@@ -147,7 +123,7 @@ class Engine:
         if dtype is not None:
             # Stored weights may be integers; what they are computed in is then not known.
             dtype = dtype_of_attention(device, dtype) if dtype.is_floating_point else None
-        self._choices_of(Case(device, dtype))
+        self._refuse(device, dtype)
 
     def pass_by(self, layer: int, reason: str, dense: Callable[[], torch.Tensor]) -> torch.Tensor:
         """A call that no plan can serve, by the model's own attention, counted with the reason."""
@@ -172,18 +148,18 @@ class Engine:
     def _attend(
         self,
         call: AttentionCall,
-        reason: str | None,
         dense: Callable[[], torch.Tensor],
         learned: Sequence[torch.Tensor] | None,
     ) -> tuple[torch.Tensor, bool]:
         """The output, and whether it is the model's own attention's."""
         book = LayerRecord("") if call.repeated else self.records[call.layer]
-        reason = reason or self._dense_reason(call)
+        reason = call.unread or self._dense_reason(call)
         if reason is not None:
             return self._run_dense(call, reason, dense, book), True
         with autocast_done(call):
             call.repeat_heads()
             call.spread_queries()
+            call.backends_used = self.backends_used
             call.choices = self._choices_of(case_of(call.q, call.k, call.v, key_mask=call.key_mask))
             exact = self._searched_attention(call)
             begin = self.plan_time.start(call.q.device)
@@ -300,16 +276,24 @@ class Engine:
         if reason is not None:
             self.note(f"The recipe may be slower than dense here: {reason}.")
 
+    def _refuse(
+        self, device: torch.device, dtype: torch.dtype | None, head_dim: int | None = None, hidden: bool = False
+    ) -> None:
+        """Raise where an operation of the recipe cannot run; looked up where it was asked before."""
+        asked = (device, dtype, head_dim, hidden)
+        if asked not in self._allowed:
+            self._choices_of(Case(device, dtype, head_dim, hidden=hidden))
+            self._allowed.add(asked)
+
     def _choices_of(self, case: Case) -> dict[Operation, Choice]:
         """The recipe's choices for a case, made once.
 
         Raises:
             ValueError: the backend was named and cannot run one of the operations.
         """
-        key = (case, self.planner.selects)
-        found = self._choices.get(key)
+        found = self._choices.get(case)
         if found is None:
-            found = self._choices[key] = self.planner.choices(case, self.backend)
+            found = self._choices[case] = self.planner.choices(case, self.backend)
         return found
 
     def _attention_backend(self, call: AttentionCall, plan: AttentionPlan) -> str:

@@ -1,4 +1,4 @@
-"""Plans of a transformer's attention calls: made by the stages of a recipe, kept, or taken from a calibration."""
+"""Plans of a transformer's attention calls: made by the stages of a recipe, and kept."""
 
 from __future__ import annotations
 
@@ -25,7 +25,6 @@ from .run import Bounded, Kept
 from .stages.drift import BlockMeans
 from .stages.order.simple import Raster
 from .stages.order.sorted import Segments, SortedSegments
-from .stages.select.frozen import FrozenMasks
 from .stages.select.mass import FrozenMass, Mass
 from .stages.select.protocol import HeadDensities, Select, density_of_layer
 from .stages.select.static import DenseSelect, FullSelect
@@ -41,11 +40,11 @@ class _Prepared:
 
     blocks: SequenceBlocks
     tables: Any
-    plans: dict[Select, _KeptPlan] = field(default_factory=dict)
+    plans: dict[Select, KeptPlan] = field(default_factory=dict)
 
 
 @dataclass(frozen=True, eq=False)
-class _KeptPlan:
+class KeptPlan:
     """A plan, when it was made, and of which queries and keys where the schedule guards against drift.
 
     The mask of a single layer is packed: the lists of all layers and branches of a large model are gigabytes.
@@ -55,7 +54,15 @@ class _KeptPlan:
     rows: torch.Tensor | None
     mask: BlockMask | PackedBlockMask
     compensation: Any
-    means: BlockMeans | None
+    means: BlockMeans | None = None
+
+    @classmethod
+    def of(cls, call: AttentionCall, plan: AttentionPlan, means: BlockMeans | None = None) -> KeptPlan:
+        """A plan of a single layer, made for this call."""
+        mask: BlockMask | PackedBlockMask = plan.mask
+        if plan.mask.token_bits is None:
+            mask = PackedBlockMask.of(plan.mask, call.key_mask is not None, call.backend("selection"))
+        return cls(call.step, plan.rows, mask, plan.compensation, means)
 
     @property
     def plan(self) -> AttentionPlan:
@@ -72,16 +79,12 @@ class Planner:
 
     Attributes:
         density: in place of the selection's own and the schedule's, while a training anneals it.
-        frozen: masks of a calibration, in place of the recipe's own selection.
-        rederive: select anew where the frozen masks do not fit, rather than raise.
         parts: time of making plans: "order" (and what a layout needs once), "select", "compensate".
     """
 
     def __init__(self, recipe: Recipe) -> None:
         self.recipe = recipe
         self.density: float | None = None
-        self.frozen: FrozenMasks | None = None
-        self.rederive = False
         self.parts = {part: Stopwatch() for part in ("order", "select", "compensate")}
         self._prepared: Bounded[dict[Any, _Prepared]] = Bounded(KEPT_LAYOUTS)
         self._full_masks: Bounded[BlockMask] = Bounded(KEPT_LAYOUTS)
@@ -100,8 +103,7 @@ class Planner:
         case = case._replace(blocks=recipe.select.block, permuted=not isinstance(recipe.order, Raster))
         # Every plan is lists of blocks, also one from a calibration.
         found: dict[Operation, Choice] = {"selection": choose_selection(case, backend)}
-        if self.selects:
-            found |= recipe.select.choices(case, backend)
+        found |= self._selection_choices(case, backend)
         found |= recipe.compensate.choices(case, backend)
         if not recipe.compensate.attends_alone:
             found |= recipe.precision.choices(case, backend)
@@ -110,24 +112,15 @@ class Planner:
             raise refusal("attention", backend, f"{alone} attends by itself, and fa4 is for attention to kept blocks")
         return found
 
-    @property
-    def selects(self) -> bool:
-        """Whether the recipe's own selection may run."""
-        return self.frozen is None or self.rederive
-
     def plan(self, call: AttentionCall, book: LayerRecord) -> tuple[StepContext, AttentionPlan]:
         """The plan of a call, and when it was made."""
         if torch.is_inference_mode_enabled():
             # Plans and tables outlive the call, and a training may save for its backward what a validation made.
             with torch.inference_mode(False):
                 return self.plan(call, book)
-        assert isinstance(call.layout, TokenLayout)
-        if self.frozen is not None:
-            reason = self._why_not_frozen(call, self.frozen)
-            if reason is None:
-                return call.step, self._frozen_plan(call, self.frozen, book)
-            if not self.rederive:
-                raise ValueError(f"{reason} Calibrate for this, or patch with rederive=True to select anew.")
+        return self._plan(call, book)
+
+    def _plan(self, call: AttentionCall, book: LayerRecord) -> tuple[StepContext, AttentionPlan]:
         if call.repeated and call.layer in call.used:
             kept = call.used[call.layer]
             return kept.made, kept.plan
@@ -148,7 +141,7 @@ class Planner:
                 mask, state = self._make(call, select, prepared, None)
                 # A mask of one prompt's hidden keys lives for a run: not worth waiting for the device to trim it.
                 kept_mask = mask if call.mask is not None else mask.trimmed()
-                plans[key] = _KeptPlan(call.step, prepared.blocks.kernel_rows, kept_mask, state, None)
+                plans[key] = KeptPlan(call.step, prepared.blocks.kernel_rows, kept_mask, state)
                 book.plans_made += 1
         return plans[key].made, plans[key].plan
 
@@ -179,19 +172,14 @@ class Planner:
                 memory.lse = None
             if keep and schedule.drift_bound is not None and means is None:
                 means = BlockMeans.of(call, select.block)
-        rows = prepared.blocks.kernel_rows
         book.plans_made += 1
-        if not keep:
-            return call.step, AttentionPlan(rows, mask, state)
-        packed: BlockMask | PackedBlockMask = mask
-        if mask.token_bits is None:
-            packed = PackedBlockMask.of(mask, call.key_mask is not None, call.backend("selection"))
-        plans[key] = _KeptPlan(call.step, rows, packed, state, means)
-        call.used[call.layer] = plans[key]
-        return call.step, AttentionPlan(rows, mask, state)
+        plan = AttentionPlan(prepared.blocks.kernel_rows, mask, state)
+        if keep:
+            call.used[call.layer] = plans[key] = KeptPlan.of(call, plan, means)
+        return call.step, plan
 
     @staticmethod
-    def _reused(call: AttentionCall, kept: _KeptPlan) -> tuple[StepContext, AttentionPlan]:
+    def _reused(call: AttentionCall, kept: KeptPlan) -> tuple[StepContext, AttentionPlan]:
         call.used[call.layer] = kept
         return kept.made, kept.plan
 
@@ -224,12 +212,12 @@ class Planner:
         """Whether a plan made at ``made`` is of a search in this very forward, whose attention the recipe has dense."""
         # A bare transformer has no trajectory, and a forward of it would search each time.
         fresh = call.step.index is not None and made.forward_id == call.step.forward_id
-        return self.recipe.schedule.dense_refresh and fresh and self.frozen is None and not self.recipe.select.is_static
+        return self.recipe.schedule.dense_refresh and fresh and not self.recipe.select.is_static
 
     def memory_of_search(self, call: AttentionCall) -> LayerMemory | None:
         """Where a coming search looks for the log-sum-exp of its step's attention; None where none is of use."""
         schedule, select = self.recipe.schedule, self.recipe.select
-        if self.frozen is not None or not schedule.dense_refresh or call.step.index is None or call.pairs is not None:
+        if not schedule.dense_refresh or call.step.index is None or call.pairs is not None:
             return None
         if not isinstance(select, Mass | FrozenMass) or any(x.requires_grad for x in (call.q, call.k, call.v)):
             return None
@@ -286,38 +274,10 @@ class Planner:
         yield
         self.parts[part].stop(begin, device)
 
-    @staticmethod
-    def _why_not_frozen(call: AttentionCall, frozen: FrozenMasks) -> str | None:
-        if call.layout != frozen.layout:
-            return f"The calibration is for {frozen.layout}, the call has {call.layout}."
-        if call.step.sigma is None:
-            return "Calibrated plans are found by sigma, and a bare model or this scheduler shows none."
-        return None
-
-    def _frozen_plan(self, call: AttentionCall, frozen: FrozenMasks, book: LayerRecord) -> AttentionPlan:
-        """The calibrated plan of a call; the last one of each layer and branch is kept on the device."""
-        assert call.step.sigma is not None
-        bucket = frozen.bucket(call.step.sigma)
-        compensate = self.recipe.compensate
-        # What a compensation works out of queries and keys is of one branch, and of one batch.
-        place = ("frozen", call.layer, call.q.device, None if compensate.is_static else call.step.branch)
-        version = (bucket, None if compensate.is_static else call.q.shape[0])
-        plans = self._kept(call).plans
-        if place in plans and plans[place][0] == version:
-            return plans[place][1].plan
-        with torch.no_grad():
-            prepared = self._prepare(call)
-            mask = frozen.mask(call.layer, bucket, prepared.blocks, call.key_mask, call.backend("selection"))
-            mask = self._shown(call, prepared, mask)
-            state = compensate.prepare(prepared.blocks, mask, call)
-        rows = prepared.blocks.kernel_rows
-        packed: BlockMask | PackedBlockMask = mask
-        if mask.token_bits is None:
-            packed = PackedBlockMask.of(mask, call.key_mask is not None, call.backend("selection"))
-        if not call.repeated:
-            plans[place] = (version, _KeptPlan(call.step, rows, packed, state, None))
-        book.plans_made += 1
-        return AttentionPlan(rows, mask, state)
+    def _selection_choices(self, case: Case, backend: str) -> dict[Operation, Choice]:
+        """The backends of the recipe's own selection; see :meth:`choices`."""
+        assert not isinstance(self.recipe.select, DenseSelect)
+        return self.recipe.select.choices(case, backend)
 
     def _selection(self, call: AttentionCall) -> Select:
         """The recipe's selection with the density that holds for this layer and step."""

@@ -1,11 +1,15 @@
-"""Attention calls outside an engine, as stages see them."""
+"""Attention calls, for stages and for engines."""
 
 from __future__ import annotations
 
+from collections.abc import Callable, Sequence
+
 import torch
 
-from dit_accel.call import AttentionCall
-from dit_accel.layout import StepContext
+from dit_accel.call import AttentionCall, AttentionInputs
+from dit_accel.engine import Engine
+from dit_accel.layout import StepContext, TokenLayout
+from dit_accel.run import Run
 
 
 def call_of(
@@ -16,5 +20,18 @@ def call_of(
     scale: float | None = None,
 ) -> AttentionCall:
     """A call of (B, S, H, D) tensors with the default scale, for which every operation chooses its backend."""
-    scale = q.shape[-1] ** -0.5 if scale is None else scale
-    return AttentionCall(0, StepContext(), q, k, k if v is None else v, key_mask, scale, "no layout")
+    inputs = AttentionInputs(q, k, k if v is None else v, key_mask, scale)
+    return AttentionCall.of(0, inputs, "no layout", StepContext(), Run())
+
+
+def attend(
+    engine: Engine,
+    layer: int,
+    inputs: AttentionInputs,
+    layout: TokenLayout | str,
+    step: StepContext,
+    dense: Callable[[], torch.Tensor],
+    learned: Sequence[torch.Tensor] | None = None,
+) -> torch.Tensor:
+    """A call of an engine that has no session."""
+    return engine.attend(AttentionCall.of(layer, inputs, layout, step, engine.run), dense, learned)

@@ -10,6 +10,7 @@ import torch
 
 import dit_accel
 from dit_accel import Recipe, presets
+from dit_accel.call import AttentionInputs
 from dit_accel.engine import Engine
 from dit_accel.kernels import BACKENDS
 from dit_accel.kernels.attention import tuning
@@ -20,6 +21,7 @@ from dit_accel.stages.compensate.protocol import KeyPyramid
 from dit_accel.stages.compensate.residual import PooledResidual
 from dit_accel.stages.precision import Int8, Int8Fp8
 from dit_accel.stages.select.pooled import Pooled
+from tests.calls import attend
 from tests.tiny import TINY
 
 LAYOUT = TokenLayout((2, 4, 16), 0, 128)
@@ -76,7 +78,7 @@ def run(engine: Engine, device: torch.device, dtype: torch.dtype, steps=range(10
     with torch.no_grad():
         for index in steps:
             step = StepContext(index=index, num_steps=10, sigma=1 - index / 10, forward_id=index)
-            engine.attend(2, q, k, v, None, None, layout, step, lambda: v)
+            attend(engine, 2, AttentionInputs(q, k, v), layout, step, lambda: v)
 
 
 @pytest.fixture
@@ -350,7 +352,7 @@ def test_reasons_of_several_kinds_of_calls_are_all_kept():
     engine = Engine(Recipe(select=Pooled(block=(32, 32)), compensate=KeyPyramid()), LAYERS, "auto", 0)
     q, k, v = inputs(torch.device("cpu"), torch.float32)
     for recorded in (False, True):
-        engine.attend(0, q.requires_grad_(recorded), k, v, None, None, LAYOUT, StepContext(), lambda: v)
+        attend(engine, 0, AttentionInputs(q.requires_grad_(recorded), k, v), LAYOUT, StepContext(), lambda: v)
     (reason,) = engine.backends_used.to_dict()["pyramid"].values()
     assert "interpreter" in reason
     assert " / " in reason

@@ -7,6 +7,7 @@ import pytest
 import torch
 
 from dit_accel import Recipe
+from dit_accel.call import AttentionInputs
 from dit_accel.engine import Engine
 from dit_accel.layout import StepContext
 from dit_accel.stages.compensate.protocol import KeyPyramid, PooledMass
@@ -16,6 +17,7 @@ from dit_accel.stages.select.pooled import Pooled
 from dit_accel.stages.select.rectified import Reallocated
 from dit_accel.stages.select.sampled import Sampled, sampled_importance
 from dit_accel.stages.select.static import Window
+from tests.calls import attend
 from tests.stages.block_oracle import CPU, LAYOUTS, half_hidden, inputs, selected, views
 
 
@@ -25,7 +27,7 @@ def _run(recipe, layout, q, k, v, key_mask=None):
     def dense():
         raise AssertionError("fell back to dense attention")
 
-    out = engine.attend(0, q, k, v, key_mask, None, layout, StepContext(), dense)
+    out = attend(engine, 0, AttentionInputs(q, k, v, key_mask), layout, StepContext(), dense)
     return out, float(engine.records[0].density_sum)
 
 

@@ -4,11 +4,13 @@ import pytest
 import torch
 
 from dit_accel import Recipe
+from dit_accel.call import AttentionInputs
 from dit_accel.engine import Engine
 from dit_accel.layout import StepContext, TokenLayout
 from dit_accel.stages.order.simple import Raster, Tiles
 from dit_accel.stages.select.pooled import Pooled
 from dit_accel.stages.select.static import Window
+from tests.calls import attend
 from tests.stages.oracle import masked_attention, pooled_tokens, window_tokens
 
 LAYOUTS = {
@@ -36,7 +38,7 @@ def _attend(recipe: Recipe, layout: TokenLayout, q, k, v, attn_mask=None, engine
     def dense() -> torch.Tensor:
         raise AssertionError("the call fell back to dense attention")
 
-    return engine.attend(0, q, k, v, attn_mask, None, layout, StepContext(**step), dense)
+    return attend(engine, 0, AttentionInputs(q, k, v, attn_mask), layout, StepContext(**step), dense)
 
 
 @pytest.mark.parametrize("dtype", TOLERANCE, ids=str)
@@ -157,7 +159,7 @@ def test_masks_that_are_no_key_masks_stay_dense_with_a_reason(mask, reason):
     layout = LAYOUTS["alone"]
     q, k, v = _inputs(layout, torch.float32)
     engine = Engine(Recipe(select=Pooled()), ["layer"], "auto", 0)
-    out = engine.attend(0, q, k, v, mask, None, layout, StepContext(), lambda: v)
+    out = attend(engine, 0, AttentionInputs(q, k, v, mask), layout, StepContext(), lambda: v)
     assert out is v
     (recorded,) = engine.records[0].dense_calls
     assert reason in recorded

@@ -4,8 +4,10 @@ import pytest
 import torch
 
 from dit_accel import presets
+from dit_accel.call import AttentionInputs
 from dit_accel.engine import Engine
 from dit_accel.layout import StepContext, TokenLayout
+from tests.calls import attend
 from tests.stages.oracle import masked_attention
 
 pytestmark = pytest.mark.gpu
@@ -33,12 +35,12 @@ def test_a_preset_equals_attention_under_its_own_mask(name, preset, dtype):
     engine = Engine(presets.resolve(preset), ["layer"], "auto", 0)
     # The last dense step, in which "mass" searches by our own dense attention, and the first sparse one.
     last_dense, first_sparse = (StepContext(index=index, num_steps=10, forward_id=index) for index in (1, 2))
-    searched = engine.attend(0, q, k, v, attn_mask, None, layout, last_dense, lambda: q)
+    searched = attend(engine, 0, AttentionInputs(q, k, v, attn_mask), layout, last_dense, lambda: q)
     if preset == "mass":
         assert_near(searched, q, k, v, torch.ones(1, 1, *[layout.seq_len] * 2, device="cuda").bool(), attn_mask)
     calls = []
     engine.observer = calls.append
-    out = engine.attend(0, q, k, v, attn_mask, None, layout, first_sparse, lambda: q)
+    out = attend(engine, 0, AttentionInputs(q, k, v, attn_mask), layout, first_sparse, lambda: q)
     assert "triton" in engine.backends_used.to_dict()["attention"]
     (call,) = calls
     rows = call.plan.rows[0, 0].long()

@@ -4,6 +4,7 @@ import pytest
 import torch
 
 from dit_accel import Recipe, presets
+from dit_accel.call import AttentionInputs
 from dit_accel.engine import Engine
 from dit_accel.kernels import Choice, block_sparse_attention
 from dit_accel.kernels.mask.packed import PackedBlockMask
@@ -16,7 +17,7 @@ from dit_accel.stages.schedule import Schedule
 from dit_accel.stages.select.mass import Mass
 from dit_accel.stages.select.pooled import Pooled
 from dit_accel.stages.select.static import Window
-from tests.calls import call_of
+from tests.calls import attend, call_of
 from tests.stages.oracle import masked_attention
 
 LAYOUT = TokenLayout((4, 8, 8), 0, 256)
@@ -36,7 +37,7 @@ def _run(engine: Engine, tensors, steps: int, start: int = 0, sigmas=None, until
         sigma = None if sigmas is None else sigmas[index]
         step = StepContext(index=index, num_steps=steps, sigma=sigma, forward_id=start + index)
         before = engine.records[0].sparse_calls
-        engine.attend(0, q, k, v, None, None, LAYOUT, step, lambda v=v: v)
+        attend(engine, 0, AttentionInputs(q, k, v), LAYOUT, step, lambda v=v: v)
         did.append("sparse" if engine.records[0].sparse_calls > before else "dense")
     return did
 
@@ -98,7 +99,7 @@ def test_a_repeated_forward_repeats_its_dense_search():
     step = StepContext(index=3, num_steps=10, forward_id=3)
     exact = _exact(q, k, v)
     for _ in range(2):
-        out = engine.attend(0, q, k, v, None, None, LAYOUT, step, lambda: exact.float())
+        out = attend(engine, 0, AttentionInputs(q, k, v), LAYOUT, step, lambda: exact.float())
         torch.testing.assert_close(out.double(), exact, atol=1e-5, rtol=1e-5)
     assert engine.records[0].plans_made == 1
     assert dict(engine.records[0].dense_calls) == {"search step": 2}
@@ -113,7 +114,7 @@ def test_a_plan_in_bits_hides_what_the_key_mask_hides(layout):
     outs = []
     for index in (1, 2):
         step = StepContext(index=index, num_steps=10, forward_id=index)
-        outs.append(engine.attend(0, q, k, v, key_mask[:, None, None], None, layout, step, lambda: v))
+        outs.append(attend(engine, 0, AttentionInputs(q, k, v, key_mask[:, None, None]), layout, step, lambda: v))
     assert outs[0] is v, "the search step is the model's own attention here"
     kept = _plan(engine)
     rows = recipe.order.rows(layout, q.device, 0)
@@ -159,7 +160,7 @@ def test_a_search_step_is_exact_and_plans_what_two_passes_would(own, name, hidde
     mask = key_mask[:, None, None] if hidden else None
     exact = _exact(q, k, v, key_mask)
     step = StepContext(index=4, num_steps=10, forward_id=4)
-    searched = engine.attend(0, q, k, v, mask, None, layout, step, lambda: exact.float())
+    searched = attend(engine, 0, AttentionInputs(q, k, v, mask), layout, step, lambda: exact.float())
     torch.testing.assert_close(searched.double(), exact, atol=1e-5, rtol=1e-5)
     assert len(calls) == (own and recipe.select.uses_lse(layout, key_mask if hidden else None))
     kept = _plan(engine)
@@ -172,7 +173,7 @@ def test_a_search_with_gradients_leaves_the_models_own_attention():
     engine = Engine(presets.adaspa(density=0.3, block=(32, 32)), ["layer"], "auto", 0)
     q, k, v = _inputs()
     step = StepContext(index=4, num_steps=10, forward_id=4)
-    out = engine.attend(0, q.requires_grad_(), k, v, None, None, LAYOUT, step, lambda: v)
+    out = attend(engine, 0, AttentionInputs(q.requires_grad_(), k, v), LAYOUT, step, lambda: v)
     assert out is v
 
 
@@ -183,11 +184,11 @@ def test_layers_of_one_forward_share_a_static_plan_also_with_hidden_keys():
     for forward, hidden in enumerate((mask, mask, mask.clone())):
         for layer in range(2):
             step = StepContext(index=5 + forward, num_steps=10, forward_id=forward)
-            engine.attend(layer, q, k, v, hidden, None, LAYOUT, step, lambda: v)
+            attend(engine, layer, AttentionInputs(q, k, v, hidden), LAYOUT, step, lambda: v)
     assert [record.plans_made for record in engine.records] == [1, 0], "one plan for both layers and all forwards"
     step = StepContext(index=8, num_steps=10, forward_id=3)
     other = (torch.arange(256) < 100).expand(1, 1, 1, 256)
-    engine.attend(1, q, k, v, other, None, LAYOUT, step, lambda: v)
+    attend(engine, 1, AttentionInputs(q, k, v, other), LAYOUT, step, lambda: v)
     assert engine.records[1].plans_made == 1, "another mask, another plan"
 
 

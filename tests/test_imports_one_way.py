@@ -26,7 +26,7 @@ FLOORS = (
     ("recipe",),
     ("presets",),
     ("planner",),
-    ("engine",),
+    ("engine", "frozen_planner"),
     ("patches",),
     ("api",),
     ("pipelines",),

@@ -426,9 +426,7 @@ def _curve_tap(
         call = calls.pop(layer)
         for (order, engines), place in product(enumerate(sparse), range(len(sparse[0]))):
             engine = engines[place]
-            found = engine.attend(
-                layer, call.q, call.k, call.v, call.key_mask, call.scale, call.layout, call.step, lambda: out
-            )
+            found = engine.attend(replace(call, run=engine.run, used={}), lambda: out)
             plan = calls.pop(layer).plan
             assert plan is not None
             kept[order, layer, :, place] = _kept_shares(plan).cpu()

@@ -12,6 +12,7 @@ from typing import Any
 
 import torch
 
+from ..call import AttentionInputs
 from .ambient import LatentTokens
 from .session import session_of
 
@@ -50,7 +51,7 @@ def _run(
     enable_gqa: bool,
     backend: str | None,
     through_dispatch: bool,
-    served: list[int] | None = None,
+    served: tuple[int, int] | None = None,
 ) -> torch.Tensor:
     def dense() -> torch.Tensor:
         return _dense(q, k, v, attn_mask, scale, enable_gqa, backend, through_dispatch)
@@ -59,10 +60,11 @@ def _run(
     session = session_of(session_id)
     if session is None:
         return dense()
+    inputs = AttentionInputs(q, k, v, attn_mask, scale)
     if served is not None:
-        return session.repeat(served[0], served[1], index, q, k, v, attn_mask, scale, dense, learned or None)
+        return session.repeat(*served, index, inputs, dense, learned or None)
     latents = LatentTokens.of_places(places, count, ids) if count else None
-    return session.attend(index, q, k, v, attn_mask, scale, latents, dense, learned or None)
+    return session.attend(index, inputs, latents, dense, learned or None)
 
 
 # A captured CUDA graph would replay one step's decision for ever.
@@ -160,7 +162,7 @@ def attention_backward_op(
             enable_gqa,
             backend,
             through_dispatch,
-            forward.tolist(),
+            (int(forward[0]), int(forward[1])),
         )
         inputs = (q, k, v, *learned)
         # A layer that stays dense leaves its learned parameters alone.

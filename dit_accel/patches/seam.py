@@ -22,6 +22,7 @@ from torch._guards import CompileContext
 from torch.overrides import _get_current_function_mode_stack
 from torch.utils._device import DeviceContext
 
+from ..call import AttentionInputs
 from .ambient import EAGER, TRACED, LatentTokens
 from .forwards import frames_of_repetition, in_backward
 from .hooks import PublishLayer
@@ -191,7 +192,7 @@ def _attend(
         )
         return out
     session, index = layer
-    return session.attend(index, query, key, value, attn_mask, scale, None, dense)
+    return session.attend(index, AttentionInputs(query, key, value, attn_mask, scale), None, dense)
 
 
 def _dispatch_in_place_of(original: Callable[..., torch.Tensor]) -> Callable[..., torch.Tensor]:

@@ -14,6 +14,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from ..call import AttentionCall, AttentionInputs
 from ..engine import Engine
 from ..layout import LatentGrid, TokenLayout
 from .ambient import EAGER, LatentTokens
@@ -136,11 +137,7 @@ class Session:
     def attend(
         self,
         layer: int,
-        q: torch.Tensor,
-        k: torch.Tensor,
-        v: torch.Tensor,
-        attn_mask: torch.Tensor | None,
-        scale: float | None,
+        inputs: AttentionInputs,
         latents: LatentTokens | None,
         dense: Callable[[], torch.Tensor],
         learned: Sequence[torch.Tensor] | None = None,
@@ -150,15 +147,16 @@ class Session:
         ``latents`` are what a graph of the whole transformer holds; None in eager code and in compiled blocks, whose
         transformer's hook has said where the latents are.
         """
-        forward, record = self._forward(layer, k.shape[1], latents)
+        q_len, kv_len = inputs.q.shape[1], inputs.k.shape[1]
+        forward, repeated = self._forward(layer, kv_len, latents)
         self._thread.served = None
-        if q.shape[1] != k.shape[1] and not (self.family.latents_query and q.shape[1] < k.shape[1]):
+        if q_len != kv_len and not (self.family.latents_query and q_len < kv_len):
             return self.pass_by(layer, "keys and queries differ in number", dense)
         if forward is None:
             return self.pass_by(layer, "called outside a forward of its transformer", dense)
-        ordinal = forward.ordinal(layer, repeated=not record)
+        ordinal = forward.ordinal(layer, repeated)
         self._thread.served = (forward.number, ordinal)
-        return self._attend(forward, layer, ordinal, q, k, v, attn_mask, scale, dense, record, learned)
+        return self.engine.attend(self._call(forward, ordinal, layer, inputs, repeated), dense, learned)
 
     def pass_by(self, layer: int, reason: str, dense: Callable[[], torch.Tensor]) -> torch.Tensor:
         """A call that no plan can serve, by the model's own attention, counted with the reason."""
@@ -178,11 +176,7 @@ class Session:
         number: int,
         ordinal: int,
         layer: int,
-        q: torch.Tensor,
-        k: torch.Tensor,
-        v: torch.Tensor,
-        attn_mask: torch.Tensor | None,
-        scale: float | None,
+        inputs: AttentionInputs,
         dense: Callable[[], torch.Tensor],
         learned: Sequence[torch.Tensor] | None = None,
     ) -> torch.Tensor:
@@ -200,7 +194,7 @@ class Session:
                 f"The gradients of a forward can be asked for until {KEPT_FORWARDS} others have begun, and this one "
                 "is older; call backward earlier."
             )
-        return self._attend(forward, layer, ordinal, q, k, v, attn_mask, scale, dense, False, learned)
+        return self.engine.attend(self._call(forward, ordinal, layer, inputs, repeated=True), dense, learned)
 
     def served(self) -> tuple[int, int]:
         """Number of the forward that this thread's latest call belongs to, -1 for none, and which of its layer's calls
@@ -215,7 +209,7 @@ class Session:
         self._thread = _Thread(*self._origin)
 
     def _forward(self, layer: int, seq_len: int, latents: LatentTokens | None) -> tuple[Forward | None, bool]:
-        """The forward of a call, and whether the call is its first, not a repetition."""
+        """The forward of a call, and whether the call is repeated for its gradients."""
         thread = self._thread
         if latents is not None and not in_backward():
             if thread.forward is None or not thread.forward.traced or layer in thread.forward.attended:
@@ -225,42 +219,31 @@ class Session:
             thread.forward.attended.add(layer)
         if self._is_repetition():
             known = thread.whole or thread.block or self._forwards.on_stack()
-            return known or self._forwards.alike(layer, seq_len, self._layout), False
-        return thread.forward, True
+            return known or self._forwards.alike(layer, seq_len, self._layout), True
+        return thread.forward, False
 
     def _is_repetition(self) -> bool:
         forward = self._thread.forward
         # Nobody announces the end of a traced forward; a backward comes after it.
         return in_backward() and (forward is None or forward.traced)
 
-    def _attend(
-        self,
-        forward: Forward,
-        layer: int,
-        ordinal: int,
-        q: torch.Tensor,
-        k: torch.Tensor,
-        v: torch.Tensor,
-        attn_mask: torch.Tensor | None,
-        scale: float | None,
-        dense: Callable[[], torch.Tensor],
-        record: bool,
-        learned: Sequence[torch.Tensor] | None,
-    ) -> torch.Tensor:
-        layout = self._layout(forward, k.shape[1], attn_mask is not None)
-        if q.shape[1] < k.shape[1] and isinstance(layout, TokenLayout):
-            first = k.shape[1] - q.shape[1] if self.family.text_first else 0
-            layout = replace(layout, queries=(first, q.shape[1]))
-        if self.family.masks_pairs and attn_mask is not None and isinstance(layout, TokenLayout):
-            attn_mask = self._of_keys(forward, attn_mask, layout)
+    def _call(
+        self, forward: Forward, ordinal: int, layer: int, inputs: AttentionInputs, repeated: bool
+    ) -> AttentionCall:
+        """A layer's call number ``ordinal`` of a forward."""
+        q_len, kv_len = inputs.q.shape[1], inputs.k.shape[1]
+        layout = self._layout(forward, kv_len)
+        if isinstance(layout, TokenLayout):
+            if q_len < kv_len:
+                layout = replace(layout, queries=(kv_len - q_len if self.family.text_first else 0, q_len))
+            if self.family.masks_pairs and inputs.attn_mask is not None:
+                inputs = inputs._replace(attn_mask=self._of_keys(forward, inputs.attn_mask, layout))
         step, used = forward.step, forward.used
         if ordinal:
             # Another sample: nothing of the first one's holds for it.
             step = replace(step, branch=f"{step.branch or ''}[{ordinal}]")
             used = forward.used_later.setdefault(ordinal, {})
-        return self.engine.attend(
-            layer, q, k, v, attn_mask, scale, layout, step, dense, record, learned, forward.run, used
-        )
+        return AttentionCall.of(layer, inputs, layout, step, forward.run, used, repeated)
 
     @staticmethod
     def _of_keys(forward: Forward, mask: torch.Tensor, layout: TokenLayout) -> torch.Tensor:

@@ -8,6 +8,7 @@ import torch
 import torch.nn.functional as F
 
 from ..kernels import BlockMask
+from ..kernels.common.scale import scale_of
 
 
 @dataclass(frozen=True, eq=False)
@@ -61,7 +62,7 @@ def block_pattern(
             f"{list(q.shape)} and {list(k.shape)}."
         )
     k = k.repeat_interleave(q.shape[1] // k.shape[1], dim=1)
-    batch, heads, q_len, dim = q.shape
+    batch, heads, q_len = q.shape[:3]
     kv_len = k.shape[2]
     if mask is not None and (mask.q_len, mask.kv_len) != (q_len, kv_len):
         raise ValueError(f"the mask is for {mask.q_len} queries and {mask.kv_len} keys, got {q_len} and {kv_len}.")
@@ -75,7 +76,7 @@ def block_pattern(
         k = k.gather(2, order[..., None].expand_as(k))
         visible = None if visible is None else visible.gather(2, order)
 
-    scale = dim**-0.5 if scale is None else scale
+    scale = scale_of(q, scale)
     masses, kept = [], q.new_zeros(batch, heads, dtype=torch.float64)
     for i, start in enumerate(range(0, q_len, block_q)):
         scores = (q[:, :, start : start + block_q].float() @ k.float().transpose(-1, -2)) * scale

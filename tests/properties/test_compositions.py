@@ -7,8 +7,10 @@ from hypothesis import assume, event, given
 from hypothesis import strategies as st
 
 from dit_accel import Recipe
+from dit_accel.call import AttentionInputs
 from dit_accel.engine import Engine
 from dit_accel.layout import StepContext, TokenLayout
+from tests.calls import attend
 from tests.properties.drawn import layouts, normal, seeds, times
 from tests.properties.drawn_recipes import recipes
 from tests.stages.plan_oracle import assert_attends
@@ -36,7 +38,7 @@ def test_a_recipe_computes_what_its_plan_says(recipe: Recipe | None, layout: Tok
     engine = Engine(recipe, ["layer"], "auto", 0)
     calls = []
     engine.observer = calls.append
-    out = engine.attend(0, q, k, v, key_mask, None, layout, StepContext(), not_dense)
+    out = attend(engine, 0, AttentionInputs(q, k, v, key_mask), layout, StepContext(), not_dense)
     left_out = not calls[0].plan.mask.to_tokens().all()
     event(f"{type(recipe.compensate).__name__}, {'something' if left_out else 'nothing'} left out")
     assert_attends(recipe, calls[0].plan, out, q, k, v, key_mask)

@@ -6,9 +6,11 @@ import pytest
 import torch
 
 from dit_accel import presets
+from dit_accel.call import AttentionInputs
 from dit_accel.engine import Engine
 from dit_accel.layout import StepContext
 from dit_accel.stages.compensate.agent import AgentTokens
+from tests.calls import attend
 from tests.stages.block_oracle import LAYOUTS, half_hidden, inputs
 
 
@@ -26,7 +28,7 @@ def test_agents(name, tile, hidden):
     v = torch.randn(q.shape, generator=torch.Generator().manual_seed(2))
     key_mask = half_hidden(layout) if hidden else None
     engine = Engine(presets.agent(tile=tile, dense_fraction=0.0), ["layer"], "auto", 0)
-    out = engine.attend(0, q, k, v, key_mask, None, layout, StepContext(), lambda: pytest.fail("ran dense"))
+    out = attend(engine, 0, AttentionInputs(q, k, v, key_mask), layout, StepContext(), lambda: pytest.fail("ran dense"))
     frames, height, width = layout.grid
     if name == "image" and tile == (2, 2, 2):
         tile = (1, 4, 2)  # an image folds the tile's frames into its height
@@ -55,7 +57,7 @@ def test_gradients_reach_queries_keys_and_values():
     q, k = (x.requires_grad_() for x in inputs(layout))
     v = torch.randn(q.shape, requires_grad=True)
     engine = Engine(presets.agent(), ["layer"], "auto", 0)
-    out = engine.attend(0, q, k, v, None, None, layout, StepContext(), lambda: pytest.fail("ran dense"))
+    out = attend(engine, 0, AttentionInputs(q, k, v), layout, StepContext(), lambda: pytest.fail("ran dense"))
     out.square().sum().backward()
     assert all(bool(x.grad.abs().sum() > 0) for x in (q, k, v))
 

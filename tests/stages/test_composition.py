@@ -4,12 +4,14 @@ import pytest
 import torch
 
 from dit_accel import Recipe, presets
+from dit_accel.call import AttentionInputs
 from dit_accel.engine import Engine
 from dit_accel.layout import StepContext
 from dit_accel.stages.compensate.residual import PooledResidual
 from dit_accel.stages.order.axes import AxisOrder
 from dit_accel.stages.precision import Int8
 from dit_accel.stages.select.mass import Mass
+from tests.calls import attend
 from tests.stages.block_oracle import LAYOUTS, half_hidden, inputs
 from tests.stages.plan_oracle import assert_attends, attended
 
@@ -22,7 +24,9 @@ def _attend(recipe, layout, q, k, v, key_mask, layer=1):
     engine = Engine(recipe, ["first", "second"], "auto", 0)
     calls = []
     engine.observer = calls.append
-    out = engine.attend(layer, q, k, v, key_mask, None, layout, StepContext(), lambda: pytest.fail("ran dense"))
+    out = attend(
+        engine, layer, AttentionInputs(q, k, v, key_mask), layout, StepContext(), lambda: pytest.fail("ran dense")
+    )
     return out, calls[0].plan
 
 
@@ -93,7 +97,7 @@ def test_other_compositions_compute_what_their_plans_say(name, changes):
     for index in range(5):
         step = StepContext(index=index, num_steps=5, sigma=1 - index / 5, forward_id=index)
         for layer in range(2):
-            out = engine.attend(layer, q, k, k, half_hidden(layout), None, layout, step, lambda: k)
+            out = attend(engine, layer, AttentionInputs(q, k, k, half_hidden(layout)), layout, step, lambda: k)
             plan = calls.pop().plan
             assert (plan is None) == (index == 0)
             if plan is not None:

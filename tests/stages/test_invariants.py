@@ -6,13 +6,14 @@ import pytest
 import torch
 
 from dit_accel import Recipe, presets
+from dit_accel.call import AttentionInputs
 from dit_accel.engine import Engine
 from dit_accel.layout import StepContext
 from dit_accel.plan import SequenceBlocks
 from dit_accel.recipe import SELECTS
 from dit_accel.stages.order.simple import Raster, Tiles
 from dit_accel.stages.select.static import FullSelect
-from tests.calls import call_of
+from tests.calls import attend, call_of
 from tests.stages.block_oracle import CPU, LAYOUTS, half_hidden, inputs
 from tests.stages.oracle import masked_attention
 from tests.stages.plan_oracle import assert_attends
@@ -96,7 +97,7 @@ def test_the_engine_computes_softmax_over_what_the_mask_shows(kind, order):
     def dense():
         raise AssertionError("fell back to dense attention")
 
-    out = engine.attend(0, q, k, v, key_mask, None, layout, StepContext(), dense)
+    out = attend(engine, 0, AttentionInputs(q, k, v, key_mask), layout, StepContext(), dense)
     expected = masked_attention(q, k, v, tokens & key_mask[:, None, None])
     assert (out.double() - expected).abs().max() <= 4e-6 * expected.abs().max()
 
@@ -117,7 +118,7 @@ def test_every_preset_computes_what_its_plan_says_along_a_trajectory(preset, nam
     for index in range(0, 10, 3):
         for layer in range(3):
             step = StepContext(index=index, num_steps=10, sigma=1 - index / 10, forward_id=index)
-            out = engine.attend(layer, q, k, v, key_mask, None, layout, step, lambda: v)
+            out = attend(engine, layer, AttentionInputs(q, k, v, key_mask), layout, step, lambda: v)
             plan = calls.pop().plan
             if plan is None:
                 assert out is v, "a dense call is the model's own"

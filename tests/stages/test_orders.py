@@ -6,6 +6,7 @@ import pytest
 import torch
 
 from dit_accel import Recipe
+from dit_accel.call import AttentionInputs
 from dit_accel.engine import Engine
 from dit_accel.layout import StepContext, TokenLayout
 from dit_accel.stages.order.axes import AXIS_ORDERS, AxisOrder, Chunks
@@ -15,6 +16,7 @@ from dit_accel.stages.select.mass import FrozenMass, Mass
 from dit_accel.stages.select.pooled import Pooled
 from dit_accel.stages.select.similarity_gate import GatedPooled
 from dit_accel.stages.select.static import Window
+from tests.calls import attend
 from tests.stages.block_oracle import (
     CPU,
     LAYOUTS,
@@ -120,7 +122,7 @@ def test_an_order_per_head_must_fit_the_heads():
     q, k = inputs(layout, heads=2)
     engine = Engine(Recipe(order=MIXED, select=Pooled(block=(32, 32))), ["layer"], "auto", 0)
     with pytest.raises(ValueError, match="order of layer 0 is for 3 heads, the layer has 2"):
-        engine.attend(0, q, k, k, None, None, layout, StepContext(), lambda: q)
+        attend(engine, 0, AttentionInputs(q, k, k), layout, StepContext(), lambda: q)
 
 
 @pytest.mark.parametrize("hidden", [False, True])
@@ -178,7 +180,7 @@ def test_windows_are_exact_in_any_order(name, order, hidden):
         mask = mask & key_mask[:, None, None]
     expected = masked_attention(q, k, v, mask)
     for layer in range(3):
-        out = engine.attend(layer, q, k, v, key_mask, None, layout, StepContext(), lambda: q)
+        out = attend(engine, layer, AttentionInputs(q, k, v, key_mask), layout, StepContext(), lambda: q)
         assert (out.double() - expected).abs().max() <= 4e-6 * expected.abs().max()
 
 

@@ -9,6 +9,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from dit_accel import Recipe
+from dit_accel.call import AttentionInputs
 from dit_accel.engine import Engine
 from dit_accel.kernels.mask.pairs import PairMask
 from dit_accel.layout import StepContext, TokenLayout
@@ -20,6 +21,7 @@ from dit_accel.stages.schedule import Schedule
 from dit_accel.stages.select.mass import Mass
 from dit_accel.stages.select.pooled import Pooled
 from dit_accel.stages.select.static import FullSelect, Window
+from tests.calls import attend
 from tests.properties.drawn import layouts, normal, seeds
 from tests.stages.plan_oracle import attended
 
@@ -52,7 +54,7 @@ def test_a_call_with_a_mask_of_pairs_is_what_its_plan_says(select, order, layout
     engine = Engine(recipe, ["layer"], "auto", 0)
     calls = []
     engine.observer = calls.append
-    out = engine.attend(0, q, k, v, pairs, None, layout, StepContext(), lambda: pytest.fail("ran dense"))
+    out = attend(engine, 0, AttentionInputs(q, k, v, pairs), layout, StepContext(), lambda: pytest.fail("ran dense"))
     plan = calls[0].plan
     expected = attended(recipe.compensate, plan, q, k, v)
     assert (out - expected).abs().max() <= 4e-6 * expected.abs().max().clamp_min(1)
@@ -78,7 +80,9 @@ def test_sequences_packed_in_one_do_not_see_each_other():
         patched.setattr(PairMask, "of", _counted(PairMask.of, cuts))
         for layer in (0, 1):
             mask = part[:, None] == part
-            out = engine.attend(layer, q, k, v, mask, None, LAYOUT, StepContext(), lambda: pytest.fail("ran dense"))
+            out = attend(
+                engine, layer, AttentionInputs(q, k, v, mask), LAYOUT, StepContext(), lambda: pytest.fail("ran dense")
+            )
     assert len(cuts) == 1
     for side in (part, ~part):
         alone = dense(*(x[:, side] for x in (q, k, v)), None)
@@ -102,7 +106,7 @@ def test_another_mask_in_the_next_forward_is_another_plan():
         if forward == 2:
             mask.logical_not_().fill_diagonal_(True)  # the same tensor with another content
         step = StepContext(forward_id=forward)
-        out = engine.attend(0, q, k, v, mask, None, LAYOUT, step, lambda: pytest.fail("ran dense"))
+        out = attend(engine, 0, AttentionInputs(q, k, v, mask), LAYOUT, step, lambda: pytest.fail("ran dense"))
         assert (out - dense(q, k, v, mask)).abs().max() <= 4e-6
 
 
@@ -111,7 +115,7 @@ def test_a_compensation_that_cannot_tell_stays_dense():
     recipe = Recipe(Raster(), SELECTS[0], PooledResidual(), schedule=ALL_STEPS)
     engine = Engine(recipe, ["a"], "auto", 0)
     mask = torch.ones(90, 90, dtype=torch.bool).tril()
-    assert engine.attend(0, q, k, v, mask, None, LAYOUT, StepContext(), lambda: v) is v
+    assert attend(engine, 0, AttentionInputs(q, k, v, mask), LAYOUT, StepContext(), lambda: v) is v
     assert list(engine.records[0].dense_calls) == [
         "PooledResidual cannot tell which blocks a mask of token pairs leaves out"
     ]
@@ -126,7 +130,7 @@ def test_grouped_queries_run_sparse_as_with_heads_of_their_own(select, groups):
     for keys, values in ((k, v), (k.repeat_interleave(groups, 2), v.repeat_interleave(groups, 2))):
         engine = Engine(recipe, ["a"], "auto", 0)
         outs.append(
-            engine.attend(0, q, keys, values, None, None, LAYOUT, StepContext(), lambda: pytest.fail("ran dense"))
+            attend(engine, 0, AttentionInputs(q, keys, values), LAYOUT, StepContext(), lambda: pytest.fail("ran dense"))
         )
     assert torch.equal(*outs)
     if isinstance(select, FullSelect):
@@ -137,7 +141,7 @@ def test_gradients_reach_shared_heads():
     q, k, v = (x.requires_grad_() for x in (normal(0, 1, 1, 90, 4, 16)[0], *normal(1, 2, 1, 90, 2, 16)))
     recipe = Recipe(Raster(), FullSelect(block=(32, 32)), schedule=ALL_STEPS)
     engine = Engine(recipe, ["a"], "auto", 0)
-    out = engine.attend(0, q, k, v, None, None, LAYOUT, StepContext(), lambda: pytest.fail("ran dense"))
+    out = attend(engine, 0, AttentionInputs(q, k, v), LAYOUT, StepContext(), lambda: pytest.fail("ran dense"))
     weight = normal(2, *out.shape)
     grads = torch.autograd.grad((out * weight).sum(), (q, k, v))
     wanted = torch.autograd.grad((dense(q, k, v, None) * weight).sum(), (q, k, v))
@@ -159,7 +163,9 @@ def test_fewer_queries_than_keys(select, order, first, masked):
     engine.observer = calls.append
     some = slice(first, first + 72)
     given = mask[some] if masked == "pairs" else mask
-    out = engine.attend(0, q[:, some], k, v, given, None, layout, StepContext(), lambda: pytest.fail("ran dense"))
+    out = attend(
+        engine, 0, AttentionInputs(q[:, some], k, v, given), layout, StepContext(), lambda: pytest.fail("ran dense")
+    )
     assert out.shape == (2, 72, 2, 16)
     expected = attended(engine.recipe.compensate, calls[0].plan, calls[0].q, k, v, mask if masked == "keys" else None)
     assert (out - expected[:, some]).abs().max() <= 4e-6 * expected.abs().max()

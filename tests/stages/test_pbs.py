@@ -7,13 +7,14 @@ import pytest
 import torch
 
 from dit_accel import Recipe, presets
+from dit_accel.call import AttentionInputs
 from dit_accel.engine import Engine
 from dit_accel.layout import StepContext
 from dit_accel.stages.order.sorted import SortedSegments
 from dit_accel.stages.select.mass import Mass
 from dit_accel.stages.select.pooled import Pooled
 from dit_accel.stages.select.static import Window
-from tests.calls import call_of
+from tests.calls import attend, call_of
 from tests.stages.block_oracle import LAYOUTS, best, fewest, half_hidden, inputs, per_head, selected, views
 from tests.stages.oracle import masked_attention
 
@@ -93,7 +94,7 @@ def test_the_engine_runs_on_the_order_of_the_call(name):
     order, block = SortedSegments(SEGMENT, 16), (32, 32)
     recipe = Recipe(order=order, select=Pooled(density=0.3, block=block))
     engine = Engine(recipe, ["layer"], "auto", 0)
-    out = engine.attend(0, q, k, v, None, None, layout, StepContext(), lambda: q)
+    out = attend(engine, 0, AttentionInputs(q, k, v), layout, StepContext(), lambda: q)
     rows = order.rows_of_call(layout, call_of(q, k))
     keep = selected(recipe.select, layout, rows, q, k)
     mask = torch.zeros(2, 3, layout.seq_len, layout.seq_len, dtype=torch.bool)

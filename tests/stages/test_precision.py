@@ -4,12 +4,14 @@ import pytest
 import torch
 
 from dit_accel import Recipe, presets
+from dit_accel.call import AttentionInputs
 from dit_accel.engine import Engine
 from dit_accel.layout import StepContext
 from dit_accel.stages.compensate.protocol import KeyPyramid
 from dit_accel.stages.order.simple import Raster, Tiles
 from dit_accel.stages.precision import Int8, Int8Fp8
 from dit_accel.stages.select.pooled import Pooled
+from tests.calls import attend
 from tests.stages.block_oracle import LAYOUTS, half_hidden, inputs
 from tests.stages.oracle import masked_attention
 
@@ -26,7 +28,7 @@ def _run(recipe, layout, q, k, v, key_mask=None, engine=None):
     engine = engine or Engine(recipe, ["layer"], "auto", 0)
     calls = []
     engine.observer = calls.append
-    out = engine.attend(0, q, k, v, key_mask, None, layout, StepContext(), lambda: pytest.fail("ran dense"))
+    out = attend(engine, 0, AttentionInputs(q, k, v, key_mask), layout, StepContext(), lambda: pytest.fail("ran dense"))
     return out, calls[0].plan, engine
 
 

@@ -9,10 +9,11 @@ import pytest
 import torch
 
 from dit_accel import presets
-from dit_accel.call import AttentionCall
+from dit_accel.call import AttentionCall, AttentionInputs
 from dit_accel.engine import Engine
 from dit_accel.kernels.common import capability
 from dit_accel.layout import StepContext, TokenLayout
+from tests.calls import attend
 from tests.stages.oracle import masked_attention, pooled_tokens
 
 LAYOUTS = {
@@ -96,7 +97,7 @@ def test_gradients_against_the_definition(recipe_name, name, dim):
     engine.observer = calls.append
     leaves = [tensor.clone().requires_grad_() for tensor in (q, k, v)]
     mask = None if key_mask is None else key_mask[:, None, None]
-    out = engine.attend(0, *leaves, mask, None, layout, StepContext(), lambda: pytest.fail("dense"))
+    out = attend(engine, 0, AttentionInputs(*leaves, mask), layout, StepContext(), lambda: pytest.fail("dense"))
     grads = torch.autograd.grad(out, leaves, upstream)
 
     twins = [tensor.detach().double().requires_grad_() for tensor in (q, k, v)]
@@ -146,7 +147,7 @@ def test_what_a_call_keeps_for_its_backward_grows_with_the_tokens(recipe_name):
             return tensor
 
         with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
-            out = engine.attend(0, q, k, v, None, None, layout, StepContext(), lambda: pytest.fail("dense"))
+            out = attend(engine, 0, AttentionInputs(q, k, v), layout, StepContext(), lambda: pytest.fail("dense"))
         out.sum().backward()
         assert max(sizes.values()) < layout.seq_len**2 * 4 / 2
         kept.append(sum(sizes.values()))
@@ -174,7 +175,7 @@ def test_a_call_of_sla_keeps_at_most_three_tenths_more_than_flash_attention(fine
         return tensor
 
     with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
-        out = engine.attend(0, q, k, v, None, None, layout, StepContext(), lambda: pytest.fail("dense"))
+        out = attend(engine, 0, AttentionInputs(q, k, v), layout, StepContext(), lambda: pytest.fail("dense"))
     for tensor in (q, k, v, out):
         pack(tensor.detach())
     own = {p.untyped_storage().data_ptr() for p in engine.learned[0].parameters()}

@@ -11,6 +11,7 @@ import torch
 
 import dit_accel
 from dit_accel import Recipe
+from dit_accel.call import AttentionInputs
 from dit_accel.engine import Engine
 from dit_accel.kernels import Choice
 from dit_accel.layout import StepContext, TokenLayout
@@ -19,6 +20,7 @@ from dit_accel.stages.compensate.linear import LinearBranch
 from dit_accel.stages.compensate.protocol import NoCompensation
 from dit_accel.stages.order.simple import Raster, Tiles
 from dit_accel.stages.select.pooled import Pooled
+from tests.calls import attend
 from tests.recipes import SMALL_TILES
 from tests.tiny import TINY
 
@@ -119,7 +121,7 @@ def test_gradients_against_the_definition(case):
             parameter += torch.randn(parameter.shape, generator=generator) / dim**0.5
     leaves = [tensor.clone().requires_grad_() for tensor in (q, k, v)]
     mask = None if key_mask is None else key_mask[:, None, None]
-    out = engine.attend(0, *leaves, mask, None, layout, StepContext(), lambda: pytest.fail("dense"))
+    out = attend(engine, 0, AttentionInputs(*leaves, mask), layout, StepContext(), lambda: pytest.fail("dense"))
     names, parameters = zip(*layer.named_parameters())
     grads = torch.autograd.grad(out, (*leaves, *parameters), upstream)
 
@@ -312,7 +314,7 @@ def test_the_branch_keeps_nothing_for_its_backward(feature_map):
     calls, kept = [], []
     forward = layer.forward
     layer.forward = lambda out, *rest: calls.append((out, rest)) or out
-    engine.attend(0, q, k, v, None, None, layout, StepContext(), lambda: None)
+    attend(engine, 0, AttentionInputs(q, k, v), layout, StepContext(), lambda: None)
     (out, (q, k, v, plan, key_mask, backend)) = calls[0]
     with torch.autograd.graph.saved_tensors_hooks(lambda t: kept.append(t) or t, lambda t: t):
         result = forward(out, q, k, v, plan, key_mask, backend)
@@ -341,7 +343,7 @@ def test_kernels_and_torch_give_the_same_gradients(form, monkeypatch):
         if kernels:
             monkeypatch.setattr(compensate_linear, "choose_linear", lambda *args: Choice("triton", "by the test"))
         step = StepContext()
-        out = engine.attend(0, *leaves[:3], mask, None, layout, step, lambda: None, learned=leaves[3:])
+        out = attend(engine, 0, AttentionInputs(*leaves[:3], mask), layout, step, lambda: None, learned=leaves[3:])
         assert (out.grad_fn.name() == "LinearBranchFunctionBackward") == kernels
         results.append((out.detach(), *torch.autograd.grad(out, leaves, upstream)))
     for ours, theirs in zip(*results, strict=True):

@@ -8,6 +8,7 @@ import torch
 
 from ..common import capability
 from ..common.choice import BY_NAME, FASTEST, INTERPRETER, Case, Choice, Operation, case_of, check_backend, refusal
+from ..common.scale import scale_of
 from ..mask.block_mask import BlockMask
 from . import tuning
 
@@ -51,7 +52,7 @@ def block_sparse_attention(
     """
     validate(q, k, v, mask, rows, key_mask)
     name = choose_attention(case_of(q, k, v, mask=mask, rows=rows, key_mask=key_mask), backend).name
-    scale = 1.0 / math.sqrt(q.shape[-1]) if scale is None else float(scale)
+    scale = float(scale_of(q, scale))
     if not 0.0 < scale < math.inf:
         # The kernels take the largest product of a row for that of its largest logit.
         raise ValueError(f"scale must be positive and finite, got {scale}.")

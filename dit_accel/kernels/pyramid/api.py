@@ -13,6 +13,7 @@ from torch.utils.checkpoint import checkpoint
 
 from ..common.capability import why_not_tiles
 from ..common.choice import Case, Choice, case_of, choose
+from ..common.scale import scale_of
 from ..common.tokens import gather_mask, gather_rows
 from .levels import LEVELS, pool_level
 
@@ -61,7 +62,7 @@ def pyramid_attention(
         raise ValueError(f"block_k must be a multiple of {LEVELS[-1]}, got {block_k}.")
     if levels.dim() != 4 or tuple(levels.shape[2:]) != (nq, nk):
         raise ValueError(f"levels must be [B, H, {nq}, {nk}] for this geometry, got {tuple(levels.shape)}.")
-    scale = q.shape[-1] ** -0.5 if scale is None else scale
+    scale = scale_of(q, scale)
     case = case_of(q, k, v, blocks=(block_q, block_k))
     if choose_pyramid(case, backend).name == "triton":
         if case.recorded:

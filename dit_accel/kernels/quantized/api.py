@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable
 
 import torch
@@ -11,6 +10,7 @@ from ..attention.api import block_sparse_attention, validate
 from ..common import capability
 from ..common.choice import Case, Choice, case_of, choose, refusal
 from ..common.quantized_inputs import INTEGER_VALUES, PRECISIONS, QuantizedInputs, dequantize, reference_quantize
+from ..common.scale import scale_of
 from ..mask.block_mask import BlockMask
 from .integer_weights import integer_weight_attention
 
@@ -56,7 +56,7 @@ def quantized_block_sparse_attention(
     validate(q, k, v, mask, rows, key_mask)
     if precision not in PRECISIONS:
         raise ValueError(f"precision must be one of {', '.join(PRECISIONS)}, got {precision!r}.")
-    scale = 1.0 / math.sqrt(q.shape[-1]) if scale is None else float(scale)
+    scale = float(scale_of(q, scale))
     if not scale > 0:
         raise ValueError(f"scale must be positive for quantised attention, got {scale}.")
     backend = choose_quantized(case_of(q, k, v, mask=mask), precision, backend).name

@@ -15,6 +15,7 @@ import torch.nn.functional as F
 
 from ..common.capability import choose_selection
 from ..common.choice import Case
+from ..common.scale import scale_of
 from ..common.shares import PPM, WEIGHT_ONE, share_in_ppm
 from ..common.tokens import gather_mask, gather_rows, hidden_blocks
 from ..mask.block_mask import BlockMask
@@ -121,7 +122,7 @@ def pooled_scores(
     Returns:
         float32 ``[B, H, nq, nk]``. A block of hidden keys scores 0: give ``empty_k`` to the selection.
     """
-    scale = q.shape[-1] ** -0.5 if scale is None else scale
+    scale = scale_of(q, scale)
     k_rows = rows if k_rows is None else k_rows
     if choose_selection(Case(q.device), backend).name == "triton":
         from .triton.pooling import pool_pair_triton

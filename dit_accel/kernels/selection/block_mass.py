@@ -7,6 +7,7 @@ import torch.nn.functional as F
 
 from ..common.capability import why_not_tiles
 from ..common.choice import Case, Choice, case_of, choose
+from ..common.scale import scale_of
 from ..common.tokens import gather_mask, gather_rows
 
 CHUNK_VALUES = 1 << 22
@@ -55,7 +56,7 @@ def block_mass(
     """
     if q.shape[0] != k.shape[0] or q.shape[2:] != k.shape[2:]:
         raise ValueError(f"q and k must agree in batch, heads and head dim, got {tuple(q.shape)} and {tuple(k.shape)}.")
-    scale = q.shape[-1] ** -0.5 if scale is None else scale
+    scale = scale_of(q, scale)
     k_rows = rows if k_rows is None else k_rows
     if choose_block_mass(case_of(q, k, blocks=(block_q, block_k)), backend).name == "triton":
         from .triton.block_mass import block_mass_triton

@@ -14,6 +14,7 @@ import torch.nn.functional as F
 
 from ..common.capability import why_not_kernels
 from ..common.choice import Case, Choice, choose
+from ..common.scale import scale_of
 from ..common.tokens import gather_mask, gather_rows
 from ..mask.block_mask import BlockMask
 from .api import pool_blocks, pooled_scores
@@ -49,7 +50,7 @@ def pooled_attention(
         ``[B, H, nq]``; together a row sums to 1.
     """
     seq = k.shape[1]
-    scale = q.shape[-1] ** -0.5 if scale is None else scale
+    scale = scale_of(q, scale)
     logits = pooled_scores(q, k, block_q, block_k, rows=rows, key_mask=key_mask, scale=scale, backend=backend)
     nk = logits.shape[-1]
     visible = torch.ones(1, 1, seq, dtype=torch.bool, device=k.device)

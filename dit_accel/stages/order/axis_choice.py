@@ -8,6 +8,7 @@ from dataclasses import dataclass
 import torch
 import torch.nn.functional as F
 
+from ...kernels.common.scale import scale_of
 from ...layout import TokenLayout
 from .axes import AXIS_ORDERS, axis_order
 
@@ -76,7 +77,7 @@ def measure_axes(
         negligible: a probability below this is negligible.
         share: a tile is sparse when at least this share of its probabilities is negligible.
     """
-    scale = q.shape[-1] ** -0.5 if scale is None else scale
+    scale = scale_of(q, scale)
     latents = slice(layout.latent_start, layout.latent_start + layout.num_latent)
     queries = q[:, latents].transpose(1, 2).float() * scale
     keys = k.transpose(1, 2).float().transpose(-1, -2)

@@ -9,6 +9,7 @@ import torch
 from ...call import AttentionCall
 from ...kernels import BlockMask
 from ...kernels.common.choice import Case, Choice, Operation
+from ...kernels.common.scale import scale_of
 from ...kernels.common.tokens import gather_rows
 from ...kernels.selection.block_mass import block_mass, choose_block_mass
 from ...plan import LayerMemory, SequenceBlocks
@@ -131,7 +132,7 @@ def sampled_importance(
         slots: of the sample, in place of ``seed``, where they are at hand: making them waits for the device.
         backend: of the sample's block masses.
     """
-    scale = q.shape[-1] ** -0.5 if scale is None else scale
+    scale = scale_of(q, scale)
     if slots is None:
         slots_q, slots_k = (_sample(q.shape[1], block, share, seed).to(q.device) for block in (block_q, block_k))
     else:

@@ -1,0 +1,77 @@
+"""Plans taken from a calibration."""
+
+from __future__ import annotations
+
+import torch
+
+from .call import AttentionCall
+from .kernels.common.choice import Case, Choice, Operation
+from .layout import StepContext
+from .plan import AttentionPlan, LayerMemory
+from .planner import KeptPlan, Planner
+from .recipe import Recipe
+from .records import LayerRecord
+from .stages.select.frozen import FrozenMasks
+
+
+class FrozenPlanner(Planner):
+    """Plans whose masks a calibration made, in place of the recipe's own selection.
+
+    Args:
+        masks: of the calibration.
+        rederive: select anew where the masks do not fit, rather than raise.
+    """
+
+    def __init__(self, recipe: Recipe, masks: FrozenMasks, rederive: bool = False) -> None:
+        super().__init__(recipe)
+        self.masks = masks
+        self.rederive = rederive
+
+    def is_search(self, call: AttentionCall, made: StepContext) -> bool:
+        """Never: there is nothing to search."""
+        return False
+
+    def memory_of_search(self, call: AttentionCall) -> LayerMemory | None:
+        """None: see :meth:`is_search`."""
+        return None
+
+    def _selection_choices(self, case: Case, backend: str) -> dict[Operation, Choice]:
+        return super()._selection_choices(case, backend) if self.rederive else {}
+
+    def _plan(self, call: AttentionCall, book: LayerRecord) -> tuple[StepContext, AttentionPlan]:
+        reason = self._why_not(call)
+        if reason is None:
+            return call.step, self._frozen_plan(call, book)
+        if self.rederive:
+            return super()._plan(call, book)
+        raise ValueError(f"{reason} Calibrate for this, or patch with rederive=True to select anew.")
+
+    def _why_not(self, call: AttentionCall) -> str | None:
+        if call.layout != self.masks.layout:
+            return f"The calibration is for {self.masks.layout}, the call has {call.layout}."
+        if call.step.sigma is None:
+            return "Calibrated plans are found by sigma, and a bare model or this scheduler shows none."
+        return None
+
+    def _frozen_plan(self, call: AttentionCall, book: LayerRecord) -> AttentionPlan:
+        """The calibrated plan of a call; the last one of each layer and branch is kept on the device."""
+        assert call.step.sigma is not None
+        bucket = self.masks.bucket(call.step.sigma)
+        compensate = self.recipe.compensate
+        # What a compensation works out of queries and keys is of one branch, and of one batch.
+        place = ("frozen", call.layer, call.q.device, None if compensate.is_static else call.step.branch)
+        version = (bucket, None if compensate.is_static else call.q.shape[0])
+        plans = self._kept(call).plans
+        if place in plans and plans[place][0] == version:
+            kept: KeptPlan = plans[place][1]
+            return kept.plan
+        with torch.no_grad():
+            prepared = self._prepare(call)
+            blocks = prepared.blocks
+            mask = self.masks.mask(call.layer, bucket, blocks, call.key_mask, call.backend("selection"))
+            mask = self._shown(call, prepared, mask)
+            plan = AttentionPlan(blocks.kernel_rows, mask, compensate.prepare(blocks, mask, call))
+        if not call.repeated:
+            plans[place] = (version, KeptPlan.of(call, plan))
+        book.plans_made += 1
+        return plan
