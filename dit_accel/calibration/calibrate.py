@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import inspect
 import json
-import math
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
@@ -387,9 +386,3 @@ class _Run:
             raise ValueError(f"{path} is the damaged beginning of a calibration ({reason}). {anew}") from error
         if difference is not None:
             raise ValueError(f"{path} is the beginning of another calibration: {difference}. {anew}")
-
-
-def mask_megabytes(layout: TokenLayout, block: tuple[int, int], layers: int, heads: int, buckets: int) -> float:
-    """Size of an artifact's masks, in units of 10**6 bytes."""
-    nq, nk = (math.ceil(layout.seq_len / size) for size in block)
-    return buckets * layers * heads * nq * math.ceil(nk / 8) / 1e6
