@@ -104,7 +104,7 @@ def time_call(args: argparse.Namespace, device: torch.device, dtype: torch.dtype
     layout = TokenLayout(grid, 0, grid[0] * grid[1] * grid[2])
     recipe = dit_accel.presets.resolve(args.recipe, **({"density": args.density} if args.density else {}))
     engine = Engine(recipe, ["layer"], "auto", 0)
-    if hasattr(recipe.compensate, "build"):
+    if recipe.compensate.is_learned:
         engine.learned[0] = recipe.compensate.build(args.heads, args.head_dim).to(device)
     shape = (1, layout.seq_len, args.heads, args.head_dim)
     q, k, v = (torch.randn(shape, device=device, dtype=dtype, requires_grad=True) for _ in range(3))

@@ -17,7 +17,7 @@ from .patches.handle import PatchHandle
 from .patches.install import forget_compiled_code, install
 from .patches.targets import root_hook, self_attentions, transformers_of
 from .recipe import Recipe
-from .stages.order.axes import MISSING, ChosenAxes
+from .stages.order.axes import MISSING
 from .stages.select.frozen import FrozenMasks
 
 
@@ -116,7 +116,7 @@ def _calibrated(
 ) -> tuple[Recipe, FrozenMasks | None]:
     """What one transformer runs: its recipe, and masks if they hold."""
     if artifact is None:
-        if isinstance(recipe.order, ChosenAxes):
+        if recipe.order.needs_calibration:
             raise ValueError(MISSING)
         return recipe, None
     part = artifact.part_for(name, model, dict(self_attentions(model, family)))

@@ -19,8 +19,7 @@ from .planner import Planner
 from .recipe import Recipe
 from .records import BackendsUsed, LayerRecord
 from .run import Run
-from .stages.compensate.linear import LearnedCompensation
-from .stages.select.static import DenseSelect
+from .stages.compensate.learned import LearnedCompensation
 from .timing import Stopwatch
 
 logger = logging.getLogger("dit_accel")
@@ -185,7 +184,7 @@ class Engine:
 
         def sparse() -> tuple[torch.Tensor, torch.Tensor]:
             backend = self._attention_backend(call, plan)
-            return self.recipe.precision.attend(call, plan, backend, with_lse=compensate.needs_lse)
+            return self.recipe.precision.attend(call, plan, backend, compensate.needs_lse)
 
         begin = self.sparse_time.start(call.q.device)
         out, witness = compensate.attend(call, plan, sparse)
@@ -241,7 +240,7 @@ class Engine:
         return out
 
     def _dense_reason(self, call: AttentionCall) -> str | None:
-        if isinstance(self.recipe.select, DenseSelect):
+        if self.recipe.select.is_dense:
             return "recipe is dense"
         if isinstance(call.layout, str):
             return call.layout

@@ -5,7 +5,7 @@ from __future__ import annotations
 import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from functools import partial
 from typing import Any
 
@@ -23,11 +23,8 @@ from .recipe import Recipe
 from .records import LayerRecord
 from .run import Bounded, Kept
 from .stages.drift import BlockMeans
-from .stages.order.simple import Raster
-from .stages.order.sorted import Segments, SortedSegments
-from .stages.select.mass import FrozenMass, Mass
-from .stages.select.protocol import HeadDensities, Select, density_of_layer
-from .stages.select.static import DenseSelect, FullSelect
+from .stages.select.protocol import Select
+from .stages.select.static import FullSelect
 from .timing import Stopwatch
 
 
@@ -88,7 +85,7 @@ class Planner:
         self.parts = {part: Stopwatch() for part in ("order", "select", "compensate")}
         self._prepared: Bounded[dict[Any, _Prepared]] = Bounded(KEPT_LAYOUTS)
         self._full_masks: Bounded[BlockMask] = Bounded(KEPT_LAYOUTS)
-        self._segments: Bounded[Segments] = Bounded(KEPT_LAYOUTS)
+        self._order_tables: Bounded[Any] = Bounded(KEPT_LAYOUTS)
         self._lock = threading.Lock()
 
     def choices(self, case: Case, backend: str) -> dict[Operation, Choice]:
@@ -98,9 +95,9 @@ class Planner:
             ValueError: the backend was named and cannot run one of them.
         """
         recipe = self.recipe
-        if isinstance(recipe.select, DenseSelect):
+        if recipe.select.is_dense:
             return {}
-        case = case._replace(blocks=recipe.select.block, permuted=not isinstance(recipe.order, Raster))
+        case = case._replace(blocks=recipe.select.block, permuted=recipe.order.permutes)
         # Every plan is lists of blocks, also one from a calibration.
         found: dict[Operation, Choice] = {"selection": choose_selection(case, backend)}
         found |= self._selection_choices(case, backend)
@@ -199,7 +196,7 @@ class Planner:
             querying = prepared.blocks.querying_q
             return mask if querying is None else mask.for_queries(querying)
         cut = partial(PairMask.of, call.pairs, prepared.blocks.kernel_rows, mask.block_q, mask.block_k)
-        if isinstance(self.recipe.order, SortedSegments):
+        if self.recipe.order.follows_call:
             found = cut()  # of this call's order
         else:
             # Layers that share an order share this.
@@ -219,16 +216,14 @@ class Planner:
         schedule, select = self.recipe.schedule, self.recipe.select
         if not schedule.dense_refresh or call.step.index is None or call.pairs is not None:
             return None
-        if not isinstance(select, Mass | FrozenMass) or any(x.requires_grad for x in (call.q, call.k, call.v)):
-            return None
         assert isinstance(call.layout, TokenLayout)
+        if not select.uses_lse(call.layout, call.key_mask) or any(x.requires_grad for x in (call.q, call.k, call.v)):
+            return None
         kept = self._kept(call).plans.get(self._plan_key(call))
         if kept is not None and not schedule.needs_plan(call.step, kept.made):
             return None
         memory = self._memory(call)
-        if not select.uses_lse(call.layout, call.key_mask) or memory.lse is not None:
-            return None
-        return memory
+        return memory if memory.lse is None else None
 
     def full_mask(self, call: AttentionCall) -> BlockMask:
         """All blocks of a layout, in the model's order."""
@@ -249,7 +244,7 @@ class Planner:
     def forget(self) -> None:
         """Drop every cached table; plans are dropped with their runs."""
         self._prepared.clear()
-        self._segments.clear()
+        self._order_tables.clear()
         self._full_masks.clear()
 
     @staticmethod
@@ -276,30 +271,21 @@ class Planner:
 
     def _selection_choices(self, case: Case, backend: str) -> dict[Operation, Choice]:
         """The backends of the recipe's own selection; see :meth:`choices`."""
-        assert not isinstance(self.recipe.select, DenseSelect)
         return self.recipe.select.choices(case, backend)
 
     def _selection(self, call: AttentionCall) -> Select:
         """The recipe's selection with the density that holds for this layer and step."""
         select = self.recipe.select
-        assert not isinstance(select, DenseSelect)
         density = self.recipe.schedule.density(call.step) if self.density is None else self.density
-        per_head: HeadDensities = getattr(select, "head_densities", ())
-        if density is not None:
-            uniform = {"density": density, "head_densities": ()} if per_head else {"density": density}
-            return replace(select, **uniform)  # type: ignore[type-var]
-        if per_head:
-            return replace(select, head_densities=density_of_layer(per_head, call.layer))  # type: ignore[type-var]
-        return select
+        return select.of_layer(call.layer) if density is None else select.with_density(density)
 
     def _prepare(self, call: AttentionCall) -> _Prepared:
         assert isinstance(call.layout, TokenLayout)
         layout, device, order, select = call.layout, call.q.device, self.recipe.order, self.recipe.select
-        assert not isinstance(select, DenseSelect)
-        if isinstance(order, SortedSegments):
-            # An order of the call itself: nothing to keep but the plan, and which tokens a segment holds.
-            segments = self._segments.get((layout, device), lambda: order.segments(layout, device))
-            rows = order.rows_of_call(layout, call, segments)
+        if order.follows_call:
+            # Nothing to keep but the plan, and what the order worked out for the layout.
+            tables = self._order_tables.get((layout, device), lambda: order.prepare(layout, device))
+            rows = order.rows_of_call(layout, call, tables)
             blocks = SequenceBlocks(layout, rows, *select.block, device)
             return _Prepared(blocks, select.prepare(blocks))
         variant = order.variant(call.layer)

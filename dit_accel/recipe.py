@@ -12,11 +12,16 @@ from typing import Any
 
 from .files import write_text
 from .stages.compensate.agent import AgentTokens
-from .stages.compensate.protocol import COMPENSATIONS, Compensation, KeyPyramid, NoCompensation
+from .stages.compensate.linear import LinearBranch
+from .stages.compensate.none import NoCompensation
+from .stages.compensate.pooled_mass import PooledMass
+from .stages.compensate.protocol import Compensation
+from .stages.compensate.pyramid import KeyPyramid
 from .stages.compensate.residual import PooledResidual
 from .stages.order.axes import AxisOrder, ChosenAxes, Chunks
 from .stages.order.curve import Curve
-from .stages.order.simple import Order, Raster, Tiles
+from .stages.order.protocol import Order
+from .stages.order.simple import Raster, Tiles
 from .stages.order.sorted import SortedSegments
 from .stages.precision import PRECISIONS, ModelDtype, Precision
 from .stages.schedule import SCHEDULES, Schedule
@@ -39,7 +44,7 @@ ORDERS: dict[str, type[Order]] = {
     "curve": Curve,
     "sorted": SortedSegments,
 }
-SELECTS: dict[str, type[DenseSelect] | type[Select]] = {
+SELECTS: dict[str, type[Select]] = {
     "dense": DenseSelect,
     "full": FullSelect,
     "window": Window,
@@ -53,6 +58,14 @@ SELECTS: dict[str, type[DenseSelect] | type[Select]] = {
     "tile_window": TileWindow,
     "circle": Circle,
     "radial": Radial,
+}
+COMPENSATIONS: dict[str, type[Compensation]] = {
+    "none": NoCompensation,
+    "pooled_mass": PooledMass,
+    "key_pyramid": KeyPyramid,
+    "linear": LinearBranch,
+    "agents": AgentTokens,
+    "residual": PooledResidual,
 }
 AXES: dict[str, Mapping[str, type[Any]]] = {
     "order": ORDERS,
@@ -80,7 +93,7 @@ class Recipe:
     """
 
     order: Order = field(default_factory=Raster)
-    select: DenseSelect | Select = field(default_factory=DenseSelect)
+    select: Select = field(default_factory=DenseSelect)
     compensate: Compensation = field(default_factory=NoCompensation)
     precision: Precision = field(default_factory=ModelDtype)
     schedule: Schedule = field(default_factory=Schedule)
@@ -92,41 +105,15 @@ class Recipe:
                 allowed = ", ".join(kind.__name__ for kind in kinds.values())
                 raise TypeError(f"Recipe.{axis} must be one of {allowed}, got {value!r}.")
             _check_numbers(axis, value)
-        if isinstance(self.order, SortedSegments) and self.select.is_static:
-            raise ValueError(
-                "An order that follows the attention of a call needs a selection that does so too, got "
-                f"{type(self.select).__name__}."
-            )
-        if self.select.is_static and not self.compensate.is_static:
-            raise ValueError(
-                f"{type(self.compensate).__name__} follows the queries and keys of a call and needs a "
-                f"selection that does so too, got {type(self.select).__name__}."
-            )
-        if self.schedule.density_points and getattr(self.select, "head_densities", ()):
-            raise ValueError("schedule.density_points and select.head_densities both set the density: give one.")
-        if self.precision.is_quantized and isinstance(self.compensate, (KeyPyramid, AgentTokens)):
-            raise ValueError(
-                f"{type(self.compensate).__name__} has kernels of its own, in the model's dtype, and does not go "
-                f"with precision {type(self.precision).__name__}."
-            )
-        if self.precision.is_quantized and isinstance(self.select, DenseSelect):
-            raise ValueError(
-                f"Precision {type(self.precision).__name__} acts on this package's kernels, and a dense selection "
-                "runs the model's own; use select 'full' to read every block in these numbers."
-            )
-        if (
-            isinstance(self.compensate, PooledResidual)
-            and self.select.is_static
-            and type(self.select) is not FullSelect
-        ):
-            raise ValueError(
-                f"PooledResidual stands in for whole blocks, and {type(self.select).__name__} also hides single tokens "
-                "of blocks that it keeps."
-            )
-        if self.schedule.density_points and not hasattr(self.select, "density"):
-            raise ValueError(
-                f"schedule.density_points need a selection with a density, got {type(self.select).__name__}."
-            )
+        conflicts = (
+            self.order.conflicts_with(self.select),
+            self.compensate.conflicts_with(self.select),
+            self.precision.conflicts_with(self.select, self.compensate),
+            self.schedule.conflicts_with(self.select),
+        )
+        for conflict in conflicts:
+            if conflict is not None:
+                raise ValueError(conflict)
 
     @property
     def spans_references(self) -> bool:

@@ -17,7 +17,7 @@ from dit_accel.kernels.attention import tuning
 from dit_accel.kernels.common import capability
 from dit_accel.kernels.common.choice import Case
 from dit_accel.layout import StepContext, TokenLayout
-from dit_accel.stages.compensate.protocol import KeyPyramid
+from dit_accel.stages.compensate.pyramid import KeyPyramid
 from dit_accel.stages.compensate.residual import PooledResidual
 from dit_accel.stages.precision import Int8, Int8Fp8
 from dit_accel.stages.select.pooled import Pooled
@@ -73,7 +73,7 @@ def inputs(device: torch.device, dtype: torch.dtype, layout: TokenLayout = LAYOU
 def run(engine: Engine, device: torch.device, dtype: torch.dtype, steps=range(10), layout=LAYOUT) -> None:
     """Steps of the last layer; each dense call is the value itself."""
     q, k, v = inputs(device, dtype, layout, 16 if device.type == "cpu" else 64)
-    if hasattr(engine.recipe.compensate, "build"):
+    if engine.recipe.compensate.is_learned:
         engine.learned[2] = engine.recipe.compensate.build(2, q.shape[-1]).to(device)
     with torch.no_grad():
         for index in steps:

@@ -10,7 +10,8 @@ from dit_accel import Recipe
 from dit_accel.call import AttentionInputs
 from dit_accel.engine import Engine
 from dit_accel.layout import StepContext
-from dit_accel.stages.compensate.protocol import KeyPyramid, PooledMass
+from dit_accel.stages.compensate.pooled_mass import PooledMass
+from dit_accel.stages.compensate.pyramid import KeyPyramid
 from dit_accel.stages.order.curve import Curve
 from dit_accel.stages.order.simple import Raster
 from dit_accel.stages.select.pooled import Pooled

@@ -4,11 +4,9 @@ from __future__ import annotations
 
 import inspect
 import json
-import math
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -19,8 +17,6 @@ from ..api import patch
 from ..call import AttentionCall
 from ..files import refuse_unwritable
 from ..kernels.mask.packed import pack_bits
-from ..kernels.selection.api import pooled_scores
-from ..kernels.selection.block_mass import block_mass
 from ..layout import TokenLayout
 from ..patches.artifact import CalibratedTransformer, CalibrationArtifact, read_tensors, write_tensors
 from ..patches.fingerprint import Fingerprint
@@ -32,12 +28,8 @@ from ..plan import SequenceBlocks
 from ..recipe import Recipe
 from ..stages.order.axes import AxisOrder, ChosenAxes
 from ..stages.order.axis_choice import AxisScores, measure_axes
-from ..stages.order.sorted import SortedSegments
 from ..stages.select.frozen import FrozenMasks, bucket_edges
-from ..stages.select.mass import Mass, adapted_densities, recall
-from ..stages.select.pooled import Pooled, keep_best
 from ..stages.select.protocol import density_of_layer, shares_per_head
-from ..stages.select.static import DenseSelect
 from .identity import describe, describe_pipeline
 from .runs import begin, run_arguments
 
@@ -126,7 +118,7 @@ def calibrate(
     run = _Run(pipe, chosen, buckets, asked)
     if draft is not None and resume and draft.exists():
         run.restore(draft)
-    runs = [("axis orders", n) for n in range(min(axis_prompts, len(prompts)))] if run.needs_axes else []
+    runs = [("axis orders", n) for n in range(min(axis_prompts, len(prompts)))] if run.axes is not None else []
     runs += [("masks", n) for n in range(len(prompts))]
     clock = _Clock(len(runs), run.finished, progress)
     for number, (stage, n) in enumerate(runs):
@@ -152,12 +144,13 @@ def refuse_calibration(recipe: Recipe, out: Path | None) -> None:
     Raises:
         ValueError: a recipe with nothing to calibrate, or a file that cannot be written.
     """
-    if isinstance(recipe.select, DenseSelect) or recipe.select.is_static:
+    if recipe.select.is_static:
         raise ValueError(
             f"{type(recipe.select).__name__} chooses nothing from queries and keys: there is nothing to calibrate."
         )
-    if isinstance(recipe.order, SortedSegments):
-        raise ValueError("SortedSegments orders each call anew: masks made for one call mean nothing in another.")
+    if recipe.order.follows_call:
+        name = type(recipe.order).__name__
+        raise ValueError(f"{name} orders each call anew: masks made for one call mean nothing in another.")
     for path in () if out is None else (out, _beginning(out)):
         refuse_unwritable(path)
 
@@ -169,7 +162,7 @@ def _beginning(out: Path) -> Path:
 
 def _refuse_shares(recipe: Recipe, pipe: Any) -> None:
     """Refuse densities per head that do not fit the model."""
-    shares = getattr(recipe.select, "head_densities", ())
+    shares = recipe.select.head_densities
     for _, model, family in transformers_of(pipe):
         for layer, (_, module) in enumerate(self_attentions(model, family)):
             shares_per_head(density_of_layer(shares, layer), None, head_shape(module)[0], torch.device("cpu"))
@@ -204,7 +197,8 @@ class _Run:
 
     def __init__(self, pipe: Any, recipe: Recipe, buckets: int, asked: Mapping[str, Any]) -> None:
         self.pipe, self.recipe, self.buckets, self.asked = pipe, recipe, buckets, dict(asked)
-        self.needs_axes = isinstance(recipe.order, ChosenAxes)
+        # Axis orders are to be chosen first.
+        self.axes = recipe.order if isinstance(recipe.order, ChosenAxes) else None
         self.finished = 0
         attentions = {name: dict(self_attentions(model, family)) for name, model, family in transformers_of(pipe)}
         self.layers = {name: len(modules) for name, modules in attentions.items()}
@@ -273,18 +267,17 @@ class _Run:
         if nearest not in picks:
             return
         assert isinstance(call.layout, TokenLayout)
-        assert isinstance(self.recipe.order, ChosenAxes)
+        assert self.axes is not None
         scores = measure_axes(
-            call.layout, call.q, call.k, key_mask=call.key_mask, scale=call.scale, tile=self.recipe.order.tile
+            call.layout, call.q, call.k, key_mask=call.key_mask, scale=call.scale, tile=self.axes.tile
         )
         self._add(f"{name}/{call.layer}/axes", torch.stack([scores.sparse, scores.incoherence]))
 
     def choose_axes(self) -> None:
         """Fill in the orders once their runs are done."""
-        if not self.needs_axes or self.orders:
+        if self.axes is None or self.orders:
             return
-        assert isinstance(self.recipe.order, ChosenAxes)
-        weight = self.recipe.order.sparse_weight
+        weight = self.axes.sparse_weight
         for name, layers in self.layers.items():
             axes = []
             for layer in range(layers):
@@ -294,7 +287,7 @@ class _Run:
             self.orders[name] = AxisOrder(tuple(axes))
 
     def _order(self, name: str) -> Any:
-        return self.orders[name] if self.needs_axes else self.recipe.order
+        return self.recipe.order if self.axes is None else self.orders[name]
 
     def _see_mask(self, name: str, call: AttentionCall) -> None:
         if not self._counts_here(name, call):
@@ -302,38 +295,17 @@ class _Run:
         edges = bucket_edges(self.sigmas, self.buckets)
         bucket = sum((call.step.sigma or 0.0) < edge for edge in edges)
         blocks, tables = self._blocks_of(name, call)
-        self._add(f"{name}/{call.layer}/{bucket}", self._score(blocks, tables, call).mean(0))
+        self._add(f"{name}/{call.layer}/{bucket}", self.recipe.select.scores(blocks, tables, call).mean(0))
 
     def _blocks_of(self, name: str, call: AttentionCall) -> tuple[SequenceBlocks, Any]:
         order, layout, device = self._order(name), call.layout, call.q.device
         assert isinstance(layout, TokenLayout)
         select = self.recipe.select
-        assert not isinstance(select, DenseSelect)
         key = (name, layout, device, order.variant(call.layer))
         if key not in self._blocks:
             blocks = SequenceBlocks(layout, order.rows(layout, device, call.layer), *select.block, device)
             self._blocks[key] = blocks, select.prepare(blocks)
         return self._blocks[key]
-
-    def _score(self, blocks: SequenceBlocks, tables: Any, call: AttentionCall) -> torch.Tensor:
-        """What is averaged, float ``[B, H, nq, nk]``; see :func:`calibrate`."""
-        select = self.recipe.select
-        assert not isinstance(select, DenseSelect)
-        score: Callable[..., Any] = partial(
-            block_mass if isinstance(select, Mass) else pooled_scores,
-            block_q=blocks.block_q,
-            block_k=blocks.block_k,
-            rows=blocks.kernel_rows,
-            key_mask=call.key_mask,
-            scale=call.scale,
-        )
-        if isinstance(select, Mass):
-            mass: torch.Tensor = score(call.q, call.k)[0]
-            return mass
-        if isinstance(select, Pooled):
-            pooled: torch.Tensor = score(call.q, call.k)
-            return pooled.softmax(-1)
-        return select.select(blocks, tables, call).to_dense().float()
 
     def _add(self, key: str, value: torch.Tensor) -> None:
         value = value.to("cpu", torch.float64 if key.endswith("axes") else torch.float32)
@@ -347,7 +319,6 @@ class _Run:
             order, edges = self._order(name), bucket_edges(self.sigmas, self.buckets)
             recipe = replace(self.recipe, order=order)
             select = recipe.select
-            assert not isinstance(select, DenseSelect)
             layout = self.layouts[name]
             bits = torch.stack(
                 [
@@ -371,7 +342,6 @@ class _Run:
         # Of two transformers each sees some of the noise levels: the nearest one stands in.
         known = [n for n in range(last + 1) if f"{name}/{layer}/{n}" in self.sums]
         select, layout = self.recipe.select, self.layouts[name]
-        assert not isinstance(select, DenseSelect)
         device = torch.device("cpu")
         blocks = SequenceBlocks(layout, self._order(name).rows(layout, device, layer), *select.block, device)
         heads = next(value.shape[0] for key, value in self.sums.items() if not key.endswith("axes"))
@@ -379,23 +349,7 @@ class _Run:
             return pack_bits(torch.ones(heads, *blocks.num_blocks, dtype=torch.bool))
         key = f"{name}/{layer}/{min(known, key=lambda n: abs(n - bucket))}"
         mean = (self.sums[key] / self.counts[key])[None]
-        if isinstance(select, (Mass, Pooled)):
-            shares = shares_per_head(
-                density_of_layer(select.head_densities, layer), select.density, mean.shape[1], device
-            )
-        if isinstance(select, Mass):
-            mask = keep_best(blocks, mean, None, density=shares)
-            if select.head_adaptive and not select.head_densities and mean.shape[1] > 1:
-                adapted = adapted_densities(recall(mean, mask), select.density, select.recall_target)
-                mask = keep_best(blocks, mean, None, density=adapted)
-        elif isinstance(select, Pooled):
-            sink = blocks.first_frame_k if select.sink_first_frame else None
-            mask = keep_best(
-                blocks, mean.clamp_min(1e-38).log(), None, density=shares, top_p=select.top_p, forced_k=sink
-            )
-        else:
-            return pack_bits(mean[0] >= 0.5)
-        return pack_bits(mask.to_dense()[0])
+        return pack_bits(select.of_layer(layer).chosen_by(blocks, mean)[0])
 
     def save(self, path: Path) -> None:
         """Keep what is done."""
@@ -432,9 +386,3 @@ class _Run:
             raise ValueError(f"{path} is the damaged beginning of a calibration ({reason}). {anew}") from error
         if difference is not None:
             raise ValueError(f"{path} is the beginning of another calibration: {difference}. {anew}")
-
-
-def mask_megabytes(layout: TokenLayout, block: tuple[int, int], layers: int, heads: int, buckets: int) -> float:
-    """Size of an artifact's masks, in units of 10**6 bytes."""
-    nq, nk = (math.ceil(layout.seq_len / size) for size in block)
-    return buckets * layers * heads * nq * math.ceil(nk / 8) / 1e6

@@ -380,7 +380,7 @@ def _check_reachable(mean_density: float | None, lowest: float) -> None:
 
 
 def _check_select(recipe: Recipe) -> None:
-    if not hasattr(recipe.select, "head_densities"):
+    if not recipe.select.has_head_densities:
         raise ValueError(f"{type(recipe.select).__name__} has no density per head; pooled and mass selections have.")
 
 

@@ -21,10 +21,9 @@ def refuse_backend(name: str, dtype: torch.dtype, device: torch.device, recipe: 
     from ..engine import Engine
     from ..kernels import BACKENDS
     from ..presets import automatic
-    from ..stages.select.static import DenseSelect
 
     if name not in BACKENDS:
         raise ValueError(f"Unknown backend {name!r}; known are {', '.join(BACKENDS)}.")
     # A dense recipe has no operation to ask for.
-    asked = automatic() if isinstance(recipe.select, DenseSelect) else recipe
+    asked = automatic() if recipe.select.is_dense else recipe
     Engine(asked, [], name, 0).refuse_backend(device, dtype)

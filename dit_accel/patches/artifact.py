@@ -17,7 +17,7 @@ from ..files import written_whole
 from ..layout import TokenLayout
 from ..plain_data import as_plain, first_difference
 from ..recipe import Recipe
-from ..stages.order.axes import AxisOrder, ChosenAxes
+from ..stages.order.axes import AxisOrder
 from ..stages.select.frozen import FrozenMasks
 from ..tensor_files import save_tensors
 from .fingerprint import Fingerprint
@@ -144,7 +144,7 @@ class CalibrationArtifact:
                 "keep what still holds and select anew."
             )
         order = part.recipe.order if asked.order == self.recipe.order else asked.order
-        if isinstance(order, ChosenAxes):
+        if order.needs_calibration:
             if not isinstance(part.recipe.order, AxisOrder):
                 raise ValueError("The calibration has no axis orders for this recipe.")
             order = part.recipe.order

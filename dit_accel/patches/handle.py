@@ -97,7 +97,7 @@ class PatchHandle:
         Raises:
             ValueError: a recipe whose selection has no density, or a density outside (0, 1].
         """
-        if density is not None and getattr(self.recipe.select, "density", None) is None:
+        if density is not None and self.recipe.select.density is None:
             raise ValueError(f"{type(self.recipe.select).__name__} has no density to set, got {density}.")
         if density is not None and not 0.0 < density <= 1.0:
             raise ValueError(f"density must lie in (0, 1], got {density}.")

@@ -13,7 +13,6 @@ from torch import nn
 from ..engine import Engine
 from ..layout import StepContext
 from ..recipe import Recipe
-from ..stages.compensate.linear import LinearBranch
 from . import hooks
 from .families import Family
 from .families.family import patch_size
@@ -74,8 +73,9 @@ def install(
         handle.record(module.register_forward_pre_hook(publish).remove)
         handle.record(module.register_forward_hook(hooks.ClearLayer(session, index)).remove)
         always_dense = handle.recipe.schedule.dense_reason(StepContext(), index, len(layers)) is not None
-        if isinstance(handle.recipe.compensate, LinearBranch) and not always_dense:
-            learned = handle.recipe.compensate.build(*head_shape(module))
+        compensate = handle.recipe.compensate
+        if compensate.is_learned and not always_dense:
+            learned = compensate.build(*head_shape(module))
             handle.record(attach(module, learned, model))
             engine.learned[index] = learned
     if engine.learned and hasattr(model, "save_pretrained"):

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from ..stages.compensate.linear import LearnedCompensation
+from ..stages.compensate.learned import LearnedCompensation
 from .offloading import join_offloading
 
 CHILD = "dit_accel"

@@ -145,7 +145,7 @@ def summarise(recipe: Recipe, note: str | None, engines: Mapping[str, Engine]) -
 
 def _why_denser(recipe: Recipe, ran: float | None) -> str | None:
     """What to say where more ran than was asked for; None where about as much did."""
-    asked = getattr(recipe.select, "density", None)
+    asked = recipe.select.density
     if ran is None or asked is None or recipe.schedule.density_points or ran <= 1.1 * asked + 0.01:
         return None
     return (

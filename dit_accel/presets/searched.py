@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 from ..recipe import Recipe
-from ..stages.compensate.protocol import KeyPyramid, PooledMass
+from ..stages.compensate.pooled_mass import PooledMass
+from ..stages.compensate.pyramid import KeyPyramid
 from ..stages.order.axes import ChosenAxes, Chunks
 from ..stages.order.curve import Curve
 from ..stages.order.simple import Tiles
@@ -256,7 +257,7 @@ def rectified(
         density, top_p: see :class:`~dit_accel.stages.select.rectified.Reallocated`.
         dense_fraction: share of the denoising steps that stay dense at the start.
         dense_layers: self-attention layers that stay dense.
-        gain_aware: see :class:`~dit_accel.stages.compensate.protocol.PooledMass`.
+        gain_aware: see :class:`~dit_accel.stages.compensate.pooled_mass.PooledMass`.
         refresh_every: denoising steps that share one plan.
     """
     return Recipe(
@@ -289,7 +290,7 @@ def psa(
     quotas in place of energy are not offered as a preset.
 
     Args:
-        cumulative, similarity: see :class:`~dit_accel.stages.compensate.protocol.KeyPyramid`.
+        cumulative, similarity: see :class:`~dit_accel.stages.compensate.pyramid.KeyPyramid`.
         min_full: least share of the latent key blocks that is read in full.
         dense_fraction: share of the denoising steps that stay dense at the start.
         refresh_every: denoising steps that share one plan.

@@ -15,6 +15,8 @@ from ..kernels.common.choice import Case, Choice, Operation, case_of
 from ..kernels.common.quantized_inputs import INTEGER_VALUES, KEY_SCALES
 from ..kernels.quantized.api import choose_quantized, why_not_quantized
 from ..plan import AttentionPlan
+from .compensate.protocol import Compensation
+from .select.protocol import Select
 
 Attended = tuple[torch.Tensor, torch.Tensor]
 """Output (B, S, H, D), and a tensor with a NaN wherever the output has one."""
@@ -23,12 +25,17 @@ Attended = tuple[torch.Tensor, torch.Tensor]
 class Precision(Protocol):
     """The numbers of a sparse call. Calls that a schedule leaves dense run in the model's own.
 
+    A kind inherits from this class, and says where it differs from what stands here.
+
     Attributes:
         operation: what attention in these numbers is called where backends are recorded.
     """
 
-    is_quantized: ClassVar[bool]
     operation: ClassVar[Operation]
+
+    def conflicts_with(self, select: Select, compensate: Compensation) -> str | None:
+        """A sentence that says why these stages have no attention in these numbers; None where they have."""
+        return None
 
     def choices(self, case: Case, backend: str) -> dict[Operation, Choice]:
         """The backend of attention for a case, see :meth:`dit_accel.stages.select.protocol.Select.choices`."""
@@ -48,10 +55,9 @@ class Precision(Protocol):
 
 
 @dataclass(frozen=True)
-class ModelDtype:
+class ModelDtype(Precision):
     """The model's own dtype, with float32 accumulation."""
 
-    is_quantized: ClassVar[bool] = False
     operation: ClassVar[Operation] = "attention"
 
     def choices(self, case: Case, backend: str) -> dict[Operation, Choice]:
@@ -82,7 +88,7 @@ class ModelDtype:
 
 
 @dataclass(frozen=True)
-class Int8:
+class Int8(Precision):
     """INT8 queries and keys, values in the model's dtype: SageAttention (arXiv 2410.02367). Inference only.
 
     A scale for each query token and each key block (or finer). On a GPU the kernels need Triton; where they
@@ -100,13 +106,25 @@ class Int8:
     smooth_k: bool = True
     smooth_q: bool = False
     key_scales: str = "block"
-    is_quantized: ClassVar[bool] = True
     operation: ClassVar[Operation] = "quantized_attention"
     _kernel: ClassVar[str] = "int8"
 
     def __post_init__(self) -> None:
         if self.key_scales not in KEY_SCALES:
             raise ValueError(f"key_scales must be one of {', '.join(KEY_SCALES)}, got {self.key_scales!r}.")
+
+    def conflicts_with(self, select: Select, compensate: Compensation) -> str | None:
+        if compensate.attends_alone:
+            return (
+                f"{type(compensate).__name__} has kernels of its own, in the model's dtype, and does not go "
+                f"with precision {type(self).__name__}."
+            )
+        if select.is_dense:
+            return (
+                f"Precision {type(self).__name__} acts on this package's kernels, and a dense selection "
+                "runs the model's own; use select 'full' to read every block in these numbers."
+            )
+        return None
 
     def choices(self, case: Case, backend: str) -> dict[Operation, Choice]:
         """Quantised attention; an automatic choice does not leave a GPU's kernels for the emulation.
@@ -136,7 +154,7 @@ class Int8:
             return choice
         return kernel_of(choice, why_not_hopper_quantized(call.q, plan.mask, self.smooth_q))
 
-    def attend(self, call: AttentionCall, plan: AttentionPlan, backend: str, with_lse: bool = False) -> Attended:
+    def attend(self, call: AttentionCall, plan: AttentionPlan, backend: str, _with_lse: bool = False) -> Attended:
         """Quantised block-sparse attention; no gradients."""
         result = quantized_block_sparse_attention(
             call.q,

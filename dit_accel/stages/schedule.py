@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from itertools import pairwise
 
 from ..layout import StepContext
+from .select.protocol import Select
 
 
 @dataclass(frozen=True)
@@ -65,6 +66,14 @@ class Schedule:
             )
         if self.drift_bound is not None and self.drift_bound <= 0.0:
             raise ValueError(f"schedule.drift_bound must be above 0, got {self.drift_bound}.")
+
+    def conflicts_with(self, select: Select) -> str | None:
+        """A sentence that says why a selection cannot follow this schedule; None where it can."""
+        if self.density_points and select.head_densities:
+            return "schedule.density_points and select.head_densities both set the density: give one."
+        if self.density_points and not select.has_density:
+            return f"schedule.density_points need a selection with a density, got {type(select).__name__}."
+        return None
 
     @property
     def keeps_plans(self) -> bool:

@@ -162,7 +162,7 @@ class _Loop:
         )
         run = run.on(found, self.accelerator.num_processes)
         self.checkpoints = Checkpoints(output, self.accelerator, trainables, run, config.keep_checkpoints, self.sharded)
-        self.density = getattr(handle.recipe.select, "density", None)
+        self.density = handle.recipe.select.density
         self.spent = 0.0
 
     def run(

@@ -38,7 +38,7 @@ def refuse_unfit(
     model = trained_transformer(pipe, config.transformer)
     if config.precision == "no" and model.dtype != torch.float32:
         raise ValueError(f"precision 'no' trains float32 models, the transformer is {model.dtype}; use 'bf16'.")
-    if config.density_start is not None and getattr(recipe.select, "density", None) is None:
+    if config.density_start is not None and recipe.select.density is None:
         raise ValueError(f"density_start needs a recipe with a density, got {recipe.select!r}.")
     if patch_of(pipe, recipe) is None:
         with patch(pipe, recipe, backend=backend):

@@ -84,15 +84,12 @@ def test_block_mass_float64_and_chunks(monkeypatch):
 
 
 @pytest.mark.parametrize("dim", [8, 64])
-def test_fewer_queries_than_keys_in_orders_of_their_own(dim):
+def test_fewer_queries_than_keys(dim):
     torch.manual_seed(2)
     q, k = torch.randn(1, 50, 2, dim), torch.randn(1, 300, 2, dim)
-    rows, k_rows = permutations(1, 2, 50), permutations(1, 2, 300)
     logits = (q.transpose(1, 2).double() @ k.transpose(1, 2).double().mT) * dim**-0.5
-    prob = logits.softmax(-1)
-    prob = prob.gather(2, rows.long()[..., None].expand_as(prob)).gather(3, k_rows.long()[:, :, None].expand_as(prob))
-    prob = torch.nn.functional.pad(prob, (0, 4, 0, 14))
-    mass, lse = block_mass(q, k, block_q=32, block_k=16, rows=rows, k_rows=k_rows, backend="torch")
+    prob = torch.nn.functional.pad(logits.softmax(-1), (0, 4, 0, 14))
+    mass, lse = block_mass(q, k, block_q=32, block_k=16, backend="torch")
     assert (mass - prob.unflatten(3, (19, 16)).sum(-1).unflatten(2, (2, 32)).sum(3)).abs().max() <= 32 * 2.0**-20
     assert (lse - logits.logsumexp(-1)).abs().max() <= 2.0**-20
 

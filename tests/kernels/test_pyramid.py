@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from dit_accel.kernels.pyramid.api import pyramid_attention
-from dit_accel.kernels.pyramid.levels import LEVELS, energy_levels, quota_levels, similarity_cap
+from dit_accel.kernels.pyramid.levels import LEVELS, energy_levels, similarity_cap
 
 from .selection_oracle import at
 from .test_selection import NAMED, permutations
@@ -150,22 +150,19 @@ def test_level_assignment():
     gen = torch.Generator().manual_seed(0)
     importance = torch.rand(2, 2, 3, 40, generator=gen)
     importance[0, 0, 0] = 1.0  # ties: lower index first
-    quota = quota_levels(importance, (0.05, 0.1, 0.15, 0.25))
     energy = energy_levels(importance, (0.3, 0.5, 0.6, 0.8))
     for b, h, i in ((b, h, i) for b in range(2) for h in range(2) for i in range(3)):
         row = importance[b, h, i].tolist()
         ranked = sorted(range(40), key=lambda j: (-row[j], j))
         total, before = sum(row), 0.0
         for rank, j in enumerate(ranked):
-            want = next((level for level, end in zip(LEVELS, (2, 4, 6, 10)) if rank < end), 0)
-            assert int(quota[b, h, i, j]) == want
             bounds = zip(LEVELS, (0.3, 0.5, 0.6, 0.8))
             want = next((level for level, share in bounds if before / total < share), 0)
             want = 1 if rank < 3 else want
             assert int(energy[b, h, i, j]) == want
             before += row[j]
     with pytest.raises(ValueError, match="non-decreasing"):
-        quota_levels(importance, (0.5, 0.1, 0.15, 0.25))
+        energy_levels(importance, (0.5, 0.1, 0.15, 0.25))
 
 
 @pytest.mark.parametrize("backend", NAMED)

@@ -13,7 +13,8 @@ from dit_accel.plan import SequenceBlocks
 from dit_accel.recipe import ORDERS
 from dit_accel.stages.order.axes import HEAD_ORDERS, AxisOrder, Chunks
 from dit_accel.stages.order.curve import Curve
-from dit_accel.stages.order.simple import Order, Raster, Tiles, fold_tile
+from dit_accel.stages.order.protocol import Order
+from dit_accel.stages.order.simple import Raster, Tiles, fold_tile
 from dit_accel.stages.order.sorted import SortedSegments
 from tests.calls import call_of
 from tests.properties.drawn import layouts, normal, seeds

@@ -13,7 +13,9 @@ from dit_accel.plan import AttentionPlan
 from dit_accel.recipe import Recipe
 from dit_accel.stages.compensate.agent import AgentTokens
 from dit_accel.stages.compensate.linear import LinearBranch
-from dit_accel.stages.compensate.protocol import KeyPyramid, NoCompensation, PooledMass
+from dit_accel.stages.compensate.none import NoCompensation
+from dit_accel.stages.compensate.pooled_mass import PooledMass
+from dit_accel.stages.compensate.pyramid import KeyPyramid
 from dit_accel.stages.compensate.residual import PooledResidual
 
 # What rounding costs: in float32 a few units of the last place. Otherwise half a step of 1/127 in q and in k, over

@@ -7,7 +7,7 @@ from dit_accel import Recipe, presets
 from dit_accel.call import AttentionInputs
 from dit_accel.engine import Engine
 from dit_accel.layout import StepContext
-from dit_accel.stages.compensate.protocol import KeyPyramid
+from dit_accel.stages.compensate.pyramid import KeyPyramid
 from dit_accel.stages.order.simple import Raster, Tiles
 from dit_accel.stages.precision import Int8, Int8Fp8
 from dit_accel.stages.select.pooled import Pooled

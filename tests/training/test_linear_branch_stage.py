@@ -17,7 +17,7 @@ from dit_accel.kernels import Choice
 from dit_accel.layout import StepContext, TokenLayout
 from dit_accel.stages.compensate import linear as compensate_linear
 from dit_accel.stages.compensate.linear import LinearBranch
-from dit_accel.stages.compensate.protocol import NoCompensation
+from dit_accel.stages.compensate.none import NoCompensation
 from dit_accel.stages.order.simple import Raster, Tiles
 from dit_accel.stages.select.pooled import Pooled
 from tests.calls import attend

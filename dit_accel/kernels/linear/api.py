@@ -101,7 +101,6 @@ def linear_branch(
     negligible: BlockMask | None = None,
     feature_map: FeatureMap = "softmax",
     rows: torch.Tensor | None = None,
-    k_rows: torch.Tensor | None = None,
     key_mask: torch.Tensor | None = None,
     eps: float = 0.0,
     backend: str = "auto",
@@ -115,7 +114,7 @@ def linear_branch(
             keep_own=False)`` lists the lowest tenth); where both list a block it is critical.
         feature_map: see :func:`apply_feature_map`; ``"hedgehog"`` has no Triton kernel, ``"auto"`` then means
             torch.
-        rows, k_rows, key_mask: see :func:`dit_accel.kernels.selection.api.pooled_scores`. Output rows are in
+        rows, key_mask: see :func:`dit_accel.kernels.selection.api.pooled_scores`. Output rows are in
             original order.
         eps: added to the denominator.
         backend: one of :data:`~dit_accel.kernels.BACKENDS`; ``"auto"`` is Triton on CUDA.
@@ -124,17 +123,16 @@ def linear_branch(
         ``[B, Sq, H, D]`` in q's dtype; 0 for a query whose denominator is 0 (no marginal block).
     """
     check_linear(q, k, v, critical, negligible, feature_map)
-    k_rows = rows if k_rows is None else k_rows
     if _in_triton(q, critical, feature_map, backend):
         from .triton.backward import LinearBranchFunction
 
-        options = (critical, negligible, feature_map, rows, k_rows, key_mask, eps)
+        options = (critical, negligible, feature_map, rows, rows, key_mask, eps)
         return LinearBranchFunction.apply(q, k, v, None, None, None, *options)
     if critical is None:
         h, z = linear_states(k, v, k.shape[1], feature_map, rows=None, key_mask=key_mask)
         block_q = q.shape[1]
     else:
-        h, z = linear_states(k, v, critical.block_k, feature_map, rows=k_rows, key_mask=key_mask)
+        h, z = linear_states(k, v, critical.block_k, feature_map, rows=rows, key_mask=key_mask)
         marginal = marginal_map(critical, negligible, h.dtype)
         h = torch.einsum("bhij,bhjde->bhide", marginal.expand(*h.shape[:2], -1, -1), h)
         z = marginal @ z
@@ -162,7 +160,6 @@ def add_linear_branch(
     negligible: BlockMask | None = None,
     feature_map: FeatureMap = "softmax",
     rows: torch.Tensor | None = None,
-    k_rows: torch.Tensor | None = None,
     key_mask: torch.Tensor | None = None,
     eps: float = 0.0,
     backend: str = "auto",
@@ -182,17 +179,16 @@ def add_linear_branch(
     """
     check_linear(q, k, v, critical, negligible, feature_map)
     check_projection(out, q, weight, bias)
-    k_rows = rows if k_rows is None else k_rows
     with torch.no_grad():
         if _in_triton(q, critical, feature_map, backend):
             from .triton.forward import linear_forward
 
             return linear_forward(
-                q, k, v, critical, negligible, feature_map, rows, k_rows, key_mask, eps,
+                q, k, v, critical, negligible, feature_map, rows, rows, key_mask, eps,
                 added=out, weight=weight, bias=bias, out=out,
             )  # fmt: skip
         branch = linear_branch(
-            q, k, v, critical, negligible=negligible, feature_map=feature_map, rows=rows, k_rows=k_rows,
+            q, k, v, critical, negligible=negligible, feature_map=feature_map, rows=rows,
             key_mask=key_mask, eps=eps, backend="torch",
         )  # fmt: skip
         return out.add_(project_heads(branch, weight, bias))
@@ -210,7 +206,6 @@ def plus_linear_branch(
     negligible: BlockMask | None = None,
     feature_map: FeatureMap = "softmax",
     rows: torch.Tensor | None = None,
-    k_rows: torch.Tensor | None = None,
     key_mask: torch.Tensor | None = None,
     eps: float = 0.0,
     backend: str = "auto",
@@ -229,14 +224,13 @@ def plus_linear_branch(
     """
     check_linear(q, k, v, critical, negligible, feature_map)
     check_projection(out, q, weight, bias)
-    k_rows = rows if k_rows is None else k_rows
     if _in_triton(q, critical, feature_map, backend):
         from .triton.backward import LinearBranchFunction
 
-        options = (critical, negligible, feature_map, rows, k_rows, key_mask, eps)
+        options = (critical, negligible, feature_map, rows, rows, key_mask, eps)
         return LinearBranchFunction.apply(q, k, v, out, weight, bias, *options)
     branch = linear_branch(
-        q, k, v, critical, negligible=negligible, feature_map=feature_map, rows=rows, k_rows=k_rows,
+        q, k, v, critical, negligible=negligible, feature_map=feature_map, rows=rows,
         key_mask=key_mask, eps=eps, backend="torch",
     )  # fmt: skip
     return out + project_heads(branch, weight, bias).to(out.dtype)

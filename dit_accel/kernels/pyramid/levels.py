@@ -14,24 +14,6 @@ from ..common.tokens import gather_rows
 LEVELS = (1, 2, 4, 8)
 
 
-def quota_levels(importance: torch.Tensor, cumulative: tuple[float, float, float, float]) -> torch.Tensor:
-    """Levels by fixed shares: the best ``cumulative[0]`` of a row's blocks get level 1, up to [1] level 2...
-
-    Args:
-        importance: ``[B, H, nq, nk]``, larger is better; ties go to the lower index.
-        cumulative: non-decreasing shares of nk up to which levels 1, 2, 4 and 8 reach; PSA for Wan2.1-1.3B:
-            (.05, .1, .15, .25). Counts are rounded up, and at least one block has level 1.
-
-    Returns:
-        int8 ``[B, H, nq, nk]`` of 0, 1, 2, 4, 8.
-    """
-    check_cumulative(cumulative)
-    nk = importance.shape[-1]
-    rank = importance.argsort(dim=-1, descending=True, stable=True).argsort(dim=-1)
-    ends = [max(1, -(-round(share * 1_000_000) * nk // 1_000_000)) for share in cumulative]
-    return levels_from_rank(rank, [rank < end for end in ends])
-
-
 def energy_levels(
     importance: torch.Tensor, cumulative: tuple[float, float, float, float], min_full: float = 0.06
 ) -> torch.Tensor:

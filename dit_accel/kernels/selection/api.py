@@ -104,7 +104,6 @@ def pooled_scores(
     block_k: int,
     *,
     rows: torch.Tensor | None = None,
-    k_rows: torch.Tensor | None = None,
     key_mask: torch.Tensor | None = None,
     scale: float | None = None,
     backend: str = "auto",
@@ -114,8 +113,7 @@ def pooled_scores(
     Args:
         q, k: ``[B, Sq, H, D]`` and ``[B, Sk, H, D]``, any strides.
         block_q, block_k: tokens in a query and in a key block.
-        rows: optional permutation of the queries, see :func:`pool_blocks`.
-        k_rows: optional permutation of the keys; the queries' one when left out.
+        rows: optional permutation of queries and keys, see :func:`pool_blocks`.
         key_mask: optional bool ``[B, Sk]``, visible keys in original order. Queries are never hidden.
         scale: softmax scale, ``D ** -0.5`` when left out.
 
@@ -123,16 +121,15 @@ def pooled_scores(
         float32 ``[B, H, nq, nk]``. A block of hidden keys scores 0: give ``empty_k`` to the selection.
     """
     scale = scale_of(q, scale)
-    k_rows = rows if k_rows is None else k_rows
     if choose_selection(Case(q.device), backend).name == "triton":
         from .triton.pooling import pool_pair_triton
 
         q_mean, k_mean = pool_pair_triton(
-            q, k, block_q, block_k, rows=rows, k_rows=k_rows, key_mask=key_mask, scale=scale
+            q, k, block_q, block_k, rows=rows, k_rows=rows, key_mask=key_mask, scale=scale
         )
         return (q_mean @ k_mean.transpose(-1, -2))[..., : -(-k.shape[1] // block_k)]
     q_mean = pool_blocks(q, block_q, rows=rows, backend=backend) * scale
-    k_mean = pool_blocks(k, block_k, rows=k_rows, key_mask=key_mask, backend=backend)
+    k_mean = pool_blocks(k, block_k, rows=rows, key_mask=key_mask, backend=backend)
     return q_mean @ k_mean.transpose(-1, -2)
 
 
@@ -282,7 +279,6 @@ def select_pooled(
     density: float | torch.Tensor | None = None,
     top_p: float | torch.Tensor | None = None,
     rows: torch.Tensor | None = None,
-    k_rows: torch.Tensor | None = None,
     key_mask: torch.Tensor | None = None,
     forced_q: torch.Tensor | None = None,
     forced_k: torch.Tensor | None = None,
@@ -295,12 +291,10 @@ def select_pooled(
     The arguments are those of :func:`pooled_scores` and :func:`select_blocks`; blocks that ``key_mask``
     hides in full are never selected, and those that it hides in part are listed as partial.
     """
-    scores = pooled_scores(
-        q, k, block_q, block_k, rows=rows, k_rows=k_rows, key_mask=key_mask, scale=scale, backend=backend
-    )
+    scores = pooled_scores(q, k, block_q, block_k, rows=rows, key_mask=key_mask, scale=scale, backend=backend)
     empty = partial = None
     if key_mask is not None:
-        empty, partial = hidden_blocks(key_mask, block_k, rows=rows if k_rows is None else k_rows)
+        empty, partial = hidden_blocks(key_mask, block_k, rows=rows)
     return select_blocks(
         scores,
         block_q=block_q,

@@ -27,7 +27,6 @@ def block_mass(
     block_k: int,
     lse: torch.Tensor | None = None,
     rows: torch.Tensor | None = None,
-    k_rows: torch.Tensor | None = None,
     key_mask: torch.Tensor | None = None,
     scale: float | None = None,
     backend: str = "auto",
@@ -44,8 +43,7 @@ def block_mass(
         q, k: ``[B, Sq, H, D]`` and ``[B, Sk, H, D]``, any strides.
         block_q, block_k: tokens in a query and in a key block; powers of two from 16 for Triton.
         lse: optional float32 ``[B, H, Sq]``, natural logarithm, in the queries' original order.
-        rows, k_rows: optional permutations of queries and keys (the queries' one when ``k_rows`` is left
-            out), see :func:`dit_accel.kernels.selection.api.pool_blocks`.
+        rows: optional permutation of queries and keys, see :func:`dit_accel.kernels.selection.api.pool_blocks`.
         key_mask: optional bool ``[B, Sk]``, visible keys in original order.
         scale: softmax scale, ``D ** -0.5`` when left out.
         backend: one of :data:`~dit_accel.kernels.BACKENDS`; ``"auto"`` is Triton on CUDA.
@@ -57,15 +55,14 @@ def block_mass(
     if q.shape[0] != k.shape[0] or q.shape[2:] != k.shape[2:]:
         raise ValueError(f"q and k must agree in batch, heads and head dim, got {tuple(q.shape)} and {tuple(k.shape)}.")
     scale = scale_of(q, scale)
-    k_rows = rows if k_rows is None else k_rows
     if choose_block_mass(case_of(q, k, blocks=(block_q, block_k)), backend).name == "triton":
         from .triton.block_mass import block_mass_triton
 
         return block_mass_triton(
-            q, k, block_q=block_q, block_k=block_k, lse=lse, rows=rows, k_rows=k_rows, key_mask=key_mask,
+            q, k, block_q=block_q, block_k=block_k, lse=lse, rows=rows, k_rows=rows, key_mask=key_mask,
             scale=scale,
         )  # fmt: skip
-    return _block_mass_torch(q, k, block_q, block_k, lse, rows, k_rows, key_mask, scale)
+    return _block_mass_torch(q, k, block_q, block_k, lse, rows, key_mask, scale)
 
 
 @torch.no_grad()
@@ -76,7 +73,6 @@ def _block_mass_torch(
     block_k: int,
     lse: torch.Tensor | None,
     rows: torch.Tensor | None,
-    k_rows: torch.Tensor | None,
     key_mask: torch.Tensor | None,
     scale: float,
 ) -> tuple[torch.Tensor, torch.Tensor]:
@@ -85,8 +81,8 @@ def _block_mass_torch(
     batch, q_len, heads, dim = q.shape
     kv_len = k.shape[1]
     nq, nk = -(-q_len // block_q), -(-kv_len // block_k)
-    q_slots, keys = gather_rows(q, rows), gather_rows(k, k_rows).to(wide).contiguous()
-    visible = None if key_mask is None else gather_mask(key_mask, k_rows)
+    q_slots, keys = gather_rows(q, rows), gather_rows(k, rows).to(wide).contiguous()
+    visible = None if key_mask is None else gather_mask(key_mask, rows)
     if visible is not None:
         # A logit that overflows would outlive the mask: inf - inf is NaN.
         keys = keys.masked_fill(~visible[..., None], 0.0)

@@ -15,6 +15,7 @@ from ...kernels.common.choice import Case, Choice, Operation, choose
 from ...layout import TokenLayout
 from ...plan import AttentionPlan, LayerMemory, SequenceBlocks
 from ..order.simple import fold_tile, tile_order
+from .protocol import Attended, Compensation
 
 
 @dataclass(frozen=True)
@@ -33,7 +34,7 @@ class Agents:
 
 
 @dataclass(frozen=True)
-class AgentTokens:
+class AgentTokens(Compensation):
     """In place of the attention among latents, two small ones through agents: the mean queries of 3-D tiles.
 
     ``out = softmax(s**sharpen * Q A^T) [softmax(s * A K^T) V] + shortcut * V`` for the latents, with
@@ -55,14 +56,9 @@ class AgentTokens:
         if len(self.tile) != 3 or min(self.tile) < 1 or self.tile[0] * self.tile[1] * self.tile[2] <= 2:
             raise ValueError(f"compensate.tile must hold three sizes and more than two tokens, got {self.tile}.")
 
-    needs_lse: ClassVar[bool] = False
+    is_static: ClassVar[bool] = True
     attends_alone: ClassVar[bool] = True
     spans_references: ClassVar[bool] = False
-    allows_pairs: ClassVar[bool] = False
-
-    @property
-    def is_static(self) -> bool:
-        return True
 
     def choices(self, case: Case, backend: str) -> dict[Operation, Choice]:
         """The two attentions, which torch's own kernels run."""
@@ -71,9 +67,9 @@ class AgentTokens:
     def prepare(
         self,
         blocks: SequenceBlocks,
-        mask: BlockMask,
-        call: AttentionCall,
-        memory: LayerMemory | None = None,
+        _mask: BlockMask,
+        _call: AttentionCall,
+        _memory: LayerMemory | None = None,
     ) -> Agents:
         """Which agent stands for which token."""
         layout = blocks.layout
@@ -86,12 +82,7 @@ class AgentTokens:
         number[order] = (f // tile[0] * tiles_h + h // tile[1]) * tiles_w + w // tile[2]
         return Agents(layout, number, -(-layout.grid[0] // tile[0]) * tiles_h * tiles_w)
 
-    def attend(
-        self,
-        call: AttentionCall,
-        plan: AttentionPlan,
-        sparse: Callable[[], tuple[torch.Tensor, torch.Tensor]],
-    ) -> tuple[torch.Tensor, torch.Tensor]:
+    def attend(self, call: AttentionCall, plan: AttentionPlan, _sparse: Callable[[], Attended]) -> Attended:
         """The two attentions through the agents; the kept blocks are not read."""
         agents: Agents = plan.compensation
         layout = agents.layout

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
 from dataclasses import dataclass, replace
 from typing import Any, ClassVar
 
@@ -19,6 +18,8 @@ from ...kernels.linear.projection import project_heads
 from ...kernels.selection.api import select_blocks
 from ...plan import AttentionPlan, LayerMemory, SequenceBlocks
 from ..select.pooled import pooled_scores_of
+from .learned import LearnedCompensation
+from .protocol import Compensation
 
 FEATURE_MAPS = ("softmax", "elu", "relu", "hedgehog")
 FORMS = ("paper", "non_critical", "all_tokens")
@@ -26,42 +27,8 @@ FORMS = ("paper", "non_critical", "all_tokens")
 ALL_TOKENS_EPS = 1e-5
 
 
-class LearnedCompensation(nn.Module):
-    """Parameters of one attention layer's compensation; :func:`dit_accel.patch` puts it under the layer."""
-
-    def forward(
-        self,
-        out: torch.Tensor,
-        q: torch.Tensor,
-        k: torch.Tensor,
-        v: torch.Tensor,
-        plan: AttentionPlan,
-        key_mask: torch.Tensor | None,
-        backend: str = "auto",
-    ) -> torch.Tensor:
-        """The sparse output with what the layer adds to it; all tensors (B, S, H, D) in the model's order.
-
-        ``backend`` is that of the branch.
-        """
-        raise NotImplementedError
-
-    def _apply(self, fn: Callable[[torch.Tensor], torch.Tensor], recurse: bool = True) -> LearnedCompensation:
-        # The parameters stay in full precision when a model is cast to half: steps of a fine-tuning are
-        # smaller than what half precision resolves.
-        def moved(tensor: torch.Tensor) -> torch.Tensor:
-            result = fn(tensor)
-            narrower = result.is_floating_point() and result.element_size() < tensor.element_size()
-            return tensor.to(result.device) if narrower else result
-
-        super()._apply(moved, recurse)
-        return self
-
-    def __deepcopy__(self, memo: dict[int, Any]) -> None:
-        """Nothing: the copy of a patched model is not patched, and torch reads None as no module."""
-
-
 @dataclass(frozen=True)
-class LinearBranch:
+class LinearBranch(Compensation):
     """Linear attention over left-out blocks, through a learned projection (SLA, arXiv 2509.24006).
 
     ``out = sparse + projection(phi(q) H / (phi(q) . Z))`` with ``H`` and ``Z`` the sums of ``phi(k)^T v`` and
@@ -92,14 +59,7 @@ class LinearBranch:
         if not 0.0 <= self.negligible_share < 1.0:
             raise ValueError(f"compensate.negligible_share must lie in [0, 1), got {self.negligible_share}.")
 
-    needs_lse: ClassVar[bool] = False
-    attends_alone: ClassVar[bool] = False
-    spans_references: ClassVar[bool] = True
-    allows_pairs: ClassVar[bool] = False
-
-    @property
-    def is_static(self) -> bool:
-        return False
+    is_learned: ClassVar[bool] = True
 
     def choices(self, case: Case, backend: str) -> dict[Operation, Choice]:
         """The branch."""
@@ -111,7 +71,7 @@ class LinearBranch:
         blocks: SequenceBlocks,
         mask: BlockMask,
         call: AttentionCall,
-        memory: LayerMemory | None = None,
+        _memory: LayerMemory | None = None,
     ) -> BlockMask | None:
         """The negligible blocks, those latent ones of lowest score; None in the released forms."""
         if self.form != "paper" or self.negligible_share == 0.0:
@@ -136,19 +96,6 @@ class LinearBranch:
         # A backward keeps the lists; past a row's share (one more, for its rounding) there is nothing in them.
         width = min(scores.shape[-1], math.ceil(self.negligible_share * scores.shape[-1]) + 1)
         return replace(lowest, kv_indices=lowest.kv_indices[..., :width].contiguous())
-
-    def attend(
-        self,
-        call: AttentionCall,
-        plan: AttentionPlan,
-        sparse: Callable[[], tuple[torch.Tensor, torch.Tensor]],
-    ) -> tuple[torch.Tensor, torch.Tensor]:
-        """The sparse attention; the engine lets the layer's module add the branch."""
-        return sparse()
-
-    def density(self, plan: AttentionPlan) -> torch.Tensor:
-        """Share of critical blocks; the linear branch is not counted."""
-        return plan.mask.density()
 
     def build(self, heads: int, head_dim: int) -> LearnedCompensation:
         """The projection of one layer, zero, and hedgehog's maps, the identity."""

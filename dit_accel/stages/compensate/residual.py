@@ -11,17 +11,18 @@ import torch
 import torch.nn.functional as F
 
 from ...call import AttentionCall
-from ...kernels import BlockMask
 from ...kernels.common.choice import Case, Choice, Operation, choose
 from ...kernels.common.tokens import gather_mask, gather_rows
 from ...kernels.selection.api import pool_blocks
-from ...plan import AttentionPlan, LayerMemory, SequenceBlocks
+from ...plan import AttentionPlan
+from ..select.protocol import Select
+from .protocol import Attended, Compensation
 
 LOGITS_AT_ONCE = 1 << 27
 
 
 @dataclass(frozen=True)
-class PooledResidual:
+class PooledResidual(Compensation):
     """Every query attends the mean key and mean value of each block left out, in one softmax with the kept keys.
 
     A block of n tokens has the logit ``scale * q . mean(k) + log n``, as the coarsest level of a pyramid of keys
@@ -30,34 +31,24 @@ class PooledResidual:
     Costs the products of tokens times blocks. Inference only.
     """
 
+    is_static: ClassVar[bool] = True
     needs_lse: ClassVar[bool] = True
-    attends_alone: ClassVar[bool] = False
-    spans_references: ClassVar[bool] = True
-    allows_pairs: ClassVar[bool] = False
 
-    @property
-    def is_static(self) -> bool:
-        return True
+    def conflicts_with(self, select: Select) -> str | None:
+        if select.is_dense:
+            return "PooledResidual stands in for the blocks left out, and a dense selection leaves none out."
+        if select.hides_tokens:
+            return (
+                f"PooledResidual stands in for whole blocks, and {type(select).__name__} also hides single tokens of "
+                "blocks that it keeps."
+            )
+        return super().conflicts_with(select)
 
     def choices(self, case: Case, backend: str) -> dict[Operation, Choice]:
         """The attention over block means."""
         return {"residual": choose("residual", backend, case, "there is no Triton kernel for it")}
 
-    def prepare(
-        self,
-        blocks: SequenceBlocks,
-        mask: BlockMask,
-        call: AttentionCall,
-        memory: LayerMemory | None = None,
-    ) -> None:
-        """Nothing to keep: the means follow the keys and values of each call."""
-
-    def attend(
-        self,
-        call: AttentionCall,
-        plan: AttentionPlan,
-        sparse: Callable[[], tuple[torch.Tensor, torch.Tensor]],
-    ) -> tuple[torch.Tensor, torch.Tensor]:
+    def attend(self, call: AttentionCall, plan: AttentionPlan, sparse: Callable[[], Attended]) -> Attended:
         """Sparse attention and the block means, merged."""
         q, k, v, key_mask = call.q, call.k, call.v, call.key_mask
         if torch.is_grad_enabled() and any(x.requires_grad for x in (q, k, v)):

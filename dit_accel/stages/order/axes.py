@@ -10,6 +10,7 @@ from typing import ClassVar
 import torch
 
 from ...layout import Grid, TokenLayout
+from .protocol import Order
 from .simple import fold_tile, tile_order, whole_sequence
 
 AXIS_ORDERS = ("fhw", "fwh", "hfw", "hwf", "wfh", "whf")
@@ -25,7 +26,7 @@ MISSING = (
 
 
 @dataclass(frozen=True)
-class AxisOrder:
+class AxisOrder(Order):
     """One of the six axis orders, or tiles, per layer and head: PAROAttention (arXiv 2506.16054).
 
     Heads that attend along one axis get dense blocks when that axis runs fastest; a head that looks around itself
@@ -37,8 +38,6 @@ class AxisOrder:
     """
 
     axes: tuple[tuple[str, ...], ...] = (("fhw",),)
-
-    spans_references: ClassVar[bool] = True
 
     def __post_init__(self) -> None:
         if not self.axes or not all(self.axes):
@@ -66,7 +65,7 @@ class AxisOrder:
 
 
 @dataclass(frozen=True)
-class ChosenAxes:
+class ChosenAxes(Order):
     """The axis order that suits each head, chosen by a calibration (PAROAttention, arXiv 2506.16054).
 
     A calibration measures the six orders on a few prompts and puts an :class:`AxisOrder` in its place.
@@ -79,8 +78,7 @@ class ChosenAxes:
 
     sparse_weight: float = 0.5
     tile: int = 64
-
-    spans_references: ClassVar[bool] = True
+    needs_calibration: ClassVar[bool] = True
 
     def __post_init__(self) -> None:
         if not 0.0 <= self.sparse_weight <= 1.0:
@@ -88,10 +86,10 @@ class ChosenAxes:
         if self.tile < 1:
             raise ValueError(f"order.tile must be at least 1 token, got {self.tile}.")
 
-    def variant(self, layer: int) -> Hashable:
+    def variant(self, _layer: int) -> Hashable:
         raise ValueError(MISSING)
 
-    def rows(self, layout: TokenLayout, device: torch.device, layer: int = 0) -> torch.Tensor | None:
+    def rows(self, _layout: TokenLayout, _device: torch.device, _layer: int = 0) -> torch.Tensor | None:
         raise ValueError(MISSING)
 
 
@@ -108,7 +106,7 @@ def _head_order(grid: tuple[int, int, int], name: str, device: torch.device) -> 
 
 
 @dataclass(frozen=True)
-class Chunks:
+class Chunks(Order):
     """Temporal, spatial and 3-D chunks in turn, layer by layer: VMoBA's cyclic partition (arXiv 2506.23858).
 
     Layer 0, 3, 6... cuts the clip in time, layer 1, 4... in height and width, layer 2, 5... in all three. The
@@ -123,8 +121,6 @@ class Chunks:
     temporal: int = 1
     spatial: tuple[int, int] = (4, 4)
     volume: tuple[int, int, int] = (4, 4, 4)
-
-    spans_references: ClassVar[bool] = True
 
     def __post_init__(self) -> None:
         if min(self.temporal, *self.spatial, *self.volume) < 1:

@@ -2,21 +2,21 @@
 
 from __future__ import annotations
 
-from collections.abc import Hashable, Iterator
+from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import partial
-from typing import ClassVar
 
 import torch
 
 from ...layout import TokenLayout
+from .protocol import Order
 from .simple import whole_sequence
 
 Vector = tuple[int, int, int]
 
 
 @dataclass(frozen=True)
-class Curve:
+class Curve(Order):
     """A generalised Hilbert curve: neighbours in the sequence are neighbours on the grid, on any grid.
 
     Every run of consecutive tokens, hence every block, is compact in all three dimensions, wherever it
@@ -25,12 +25,7 @@ class Curve:
     The construction is J. Cerveny's generalisation of Hilbert's curve to boxes of any size.
     """
 
-    spans_references: ClassVar[bool] = True
-
-    def variant(self, layer: int) -> Hashable:
-        return None
-
-    def rows(self, layout: TokenLayout, device: torch.device, layer: int = 0) -> torch.Tensor | None:
+    def rows(self, layout: TokenLayout, device: torch.device, _layer: int = 0) -> torch.Tensor | None:
         return whole_sequence(layout, partial(_curve_order, device=device))
 
 

@@ -2,33 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Hashable
+from collections.abc import Callable
 from dataclasses import dataclass
-from typing import ClassVar, Protocol
+from typing import ClassVar
 
 import torch
 
 from ...layout import Grid, TokenLayout
 from ...plan import tokens_on_grids
-
-
-class Order(Protocol):
-    """An order of the sequence. Tokens on grids are permuted, each grid by itself; all others follow in their order.
-
-    Attributes:
-        spans_references: it orders grids of references too; else these are other tokens.
-    """
-
-    spans_references: ClassVar[bool]
-
-    def variant(self, layer: int) -> Hashable:
-        """Layers with equal variants share their order."""
-        ...
-
-    def rows(self, layout: TokenLayout, device: torch.device, layer: int = 0) -> torch.Tensor | None:
-        """int32 ``[S]``, or ``[H, S]`` with an order per head: the token at each slot; None for the order of
-        the model."""
-        ...
+from .protocol import Order
 
 
 def whole_sequence(layout: TokenLayout, order_of: Callable[[Grid], torch.Tensor]) -> torch.Tensor:
@@ -43,20 +25,17 @@ def whole_sequence(layout: TokenLayout, order_of: Callable[[Grid], torch.Tensor]
 
 
 @dataclass(frozen=True)
-class Raster:
+class Raster(Order):
     """The order of the model: frame by frame, row by row."""
 
-    spans_references: ClassVar[bool] = True
+    permutes: ClassVar[bool] = False
 
-    def variant(self, layer: int) -> Hashable:
-        return None
-
-    def rows(self, layout: TokenLayout, device: torch.device, layer: int = 0) -> torch.Tensor | None:
+    def rows(self, _layout: TokenLayout, _device: torch.device, _layer: int = 0) -> torch.Tensor | None:
         return None
 
 
 @dataclass(frozen=True)
-class Tiles:
+class Tiles(Order):
     """3-D tiles of the latent grid, each contiguous, so that a block is a compact volume.
 
     Tiles at the far borders of a grid that the tile shape does not divide are smaller; the tokens stay packed
@@ -69,16 +48,11 @@ class Tiles:
 
     shape: tuple[int, int, int] = (4, 4, 4)
 
-    spans_references: ClassVar[bool] = True
-
     def __post_init__(self) -> None:
         if len(self.shape) != 3 or min(self.shape) < 1:
             raise ValueError(f"order.shape must be three tile sizes of at least 1, got {self.shape}.")
 
-    def variant(self, layer: int) -> Hashable:
-        return None
-
-    def rows(self, layout: TokenLayout, device: torch.device, layer: int = 0) -> torch.Tensor | None:
+    def rows(self, layout: TokenLayout, device: torch.device, _layer: int = 0) -> torch.Tensor | None:
         return whole_sequence(layout, lambda grid: tile_order(grid, fold_tile(self.shape, grid[0]), device))
 
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Hashable
 from dataclasses import dataclass
 from typing import ClassVar
 
@@ -10,6 +9,7 @@ import torch
 
 from ...call import AttentionCall
 from ...layout import TokenLayout
+from .protocol import Order
 from .simple import fold_tile, tile_order
 
 LOGITS_AT_ONCE = 1 << 26
@@ -31,7 +31,7 @@ class Segments:
 
 
 @dataclass(frozen=True)
-class SortedSegments:
+class SortedSegments(Order):
     """Tokens of a segment by falling attention, so that its important keys share blocks (PBS-Attn).
 
     Permuted block-sparse attention (arXiv 2510.21270) sorts the keys of each segment by their mean
@@ -47,6 +47,7 @@ class SortedSegments:
     samples: int = 128
 
     spans_references: ClassVar[bool] = False
+    follows_call: ClassVar[bool] = True
 
     def __post_init__(self) -> None:
         if len(self.segment) != 3 or min(self.segment) < 1:
@@ -54,18 +55,15 @@ class SortedSegments:
         if self.samples < 1:
             raise ValueError(f"order.samples must be at least 1 query, got {self.samples}.")
 
-    def variant(self, layer: int) -> Hashable:
-        return None
-
-    def rows(self, layout: TokenLayout, device: torch.device, layer: int = 0) -> torch.Tensor | None:
+    def rows(self, _layout: TokenLayout, _device: torch.device, _layer: int = 0) -> torch.Tensor | None:
         raise TypeError("SortedSegments orders the tokens of a call; use rows_of_call.")
 
-    def rows_of_call(self, layout: TokenLayout, call: AttentionCall, segments: Segments | None = None) -> torch.Tensor:
+    def rows_of_call(self, layout: TokenLayout, call: AttentionCall, tables: Segments | None = None) -> torch.Tensor:
         """int32 ``[B, H, S]``: the token at each slot, from a call's queries and keys.
 
-        ``segments`` are those of the layout, where they are at hand.
+        ``tables`` are the segments of the layout, where they are at hand.
         """
-        segments = segments or self.segments(layout, call.q.device)
+        segments = tables or self.prepare(layout, call.q.device)
         score = sampled_attention(layout, call, self.samples)
         # What fills a segment up comes last in it: a probability is never below 0.
         filled = torch.nn.functional.pad(score, (0, 1), value=-1.0)[:, :, segments.tokens]
@@ -76,7 +74,7 @@ class SortedSegments:
         others = segments.others.expand(*score.shape[:2], -1)
         return torch.cat([latents, others], -1).to(torch.int32)
 
-    def segments(self, layout: TokenLayout, device: torch.device) -> Segments:
+    def prepare(self, layout: TokenLayout, device: torch.device) -> Segments:
         """The segments of a layout, worked out once."""
         tile = fold_tile(self.segment, layout.grid[0])
         base = tile_order(layout.grid, tile, device)

@@ -12,11 +12,11 @@ from ...kernels.common.choice import Case, Choice, Operation
 from ...kernels.selection.gate import choose_gate, global_choice, select_by_threshold
 from ...plan import LayerMemory, SequenceBlocks
 from .pooled import candidates, keep_chosen, pooled_scores_of
-from .protocol import check_block, check_share
+from .protocol import Select, check_block, check_share
 
 
 @dataclass(frozen=True)
-class GlobalGate:
+class GlobalGate(Select):
     """Rank all (query block, key block) pairs of a head together; keep the best until a share of the gates.
 
     The gate of a pair is the dot product of mean query and mean key. Per head the gates are scaled to
@@ -39,13 +39,6 @@ class GlobalGate:
         check_share("threshold", self.threshold)
         check_block(self.block)
 
-    @property
-    def is_static(self) -> bool:
-        return False
-
-    def prepare(self, blocks: SequenceBlocks) -> None:
-        """Nothing is worked out ahead of the call."""
-
     def choices(self, case: Case, backend: str) -> dict[Operation, Choice]:
         """The threshold."""
         return {"gate": choose_gate(case, backend)}
@@ -53,9 +46,9 @@ class GlobalGate:
     def select(
         self,
         blocks: SequenceBlocks,
-        tables: None,
+        _tables: None,
         call: AttentionCall,
-        memory: LayerMemory | None = None,
+        _memory: LayerMemory | None = None,
     ) -> BlockMask:
         """Mask of one call from its queries and keys."""
         gates = pooled_scores_of(blocks, call, scale=1.0)

@@ -4,36 +4,31 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
+from typing import ClassVar
 
 import torch
 
 from ...call import AttentionCall
 from ...kernels import BlockMask
-from ...kernels.common.choice import Case, Choice, Operation
 from ...plan import LayerMemory, SequenceBlocks
 from ..order.simple import fold_tile
-from .protocol import check_block
+from .protocol import Select, check_block
 from .token_tables import Coordinates, TokenTables, separable, token_tables
 
 
 @dataclass(frozen=True)
-class _GridRule:
+class _GridRule(Select):
     """What the selections here share: tables worked out once, and nothing read from queries and keys."""
 
-    @property
-    def is_static(self) -> bool:
-        return True
-
-    def choices(self, case: Case, backend: str) -> dict[Operation, Choice]:
-        """None: the tables say it all."""
-        return {}
+    is_static: ClassVar[bool] = True
+    hides_tokens: ClassVar[bool] = True
 
     def select(
         self,
         blocks: SequenceBlocks,
         tables: TokenTables,
         call: AttentionCall,
-        memory: LayerMemory | None = None,
+        _memory: LayerMemory | None = None,
     ) -> BlockMask:
         """Mask of a layout, ``[1, H|1, nq, nk]``, or ``[B, H|1, nq, nk]`` where a key mask hides keys."""
         return tables.mask(blocks, call.key_mask, call.backend("selection"))

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from typing import ClassVar
 
 import torch
 
@@ -14,11 +15,19 @@ from ...kernels.selection.block_mass import block_mass, choose_block_mass
 from ...layout import TokenLayout
 from ...plan import LayerMemory, SequenceBlocks
 from .pooled import keep_best
-from .protocol import HeadDensities, check_block, check_head_densities, check_share, shares_per_head
+from .protocol import (
+    HeadDensities,
+    Select,
+    check_block,
+    check_head_densities,
+    check_share,
+    density_of_layer,
+    shares_per_head,
+)
 
 
 @dataclass(frozen=True)
-class Mass:
+class Mass(Select):
     """Keep the key blocks with the largest softmax mass, every row of a head the same number (AdaSpa).
 
     The mass of a block pair is the sum of the exact attention probabilities in it (arXiv 2502.21079). The
@@ -43,6 +52,8 @@ class Mass:
     cache_lse: bool = True
     block: tuple[int, int] = (64, 64)
     head_densities: HeadDensities = ()
+    has_density: ClassVar[bool] = True
+    has_head_densities: ClassVar[bool] = True
 
     def __post_init__(self) -> None:
         check_share("density", self.density)
@@ -50,14 +61,13 @@ class Mass:
         check_block(self.block)
         check_head_densities(self.head_densities)
 
-    @property
-    def is_static(self) -> bool:
-        return False
+    def with_density(self, density: float) -> Mass:
+        return replace(self, density=density, head_densities=())
 
-    def prepare(self, blocks: SequenceBlocks) -> None:
-        """Nothing is worked out ahead of the call."""
+    def of_layer(self, layer: int) -> Mass:
+        return replace(self, head_densities=density_of_layer(self.head_densities, layer))
 
-    def uses_lse(self, layout: TokenLayout, key_mask: torch.Tensor | None) -> bool:
+    def uses_lse(self, _layout: TokenLayout, _key_mask: torch.Tensor | None) -> bool:
         """Whether the log-sum-exp of the call's dense attention would spare :meth:`select` a pass."""
         return self.cache_lse
 
@@ -68,32 +78,50 @@ class Mass:
     def select(
         self,
         blocks: SequenceBlocks,
-        tables: None,
+        _tables: None,
         call: AttentionCall,
         memory: LayerMemory | None = None,
     ) -> BlockMask:
         """Mask of one call from its queries and keys."""
         known = memory.lse if memory is not None and self.cache_lse else None
-        mass, lse = block_mass(
+        mass, lse = self._mass(blocks, call, known)
+        if memory is not None and self.cache_lse:
+            memory.lse = lse
+        return self._keep(blocks, mass, call.key_mask, call.backend("selection"))
+
+    def scores(self, blocks: SequenceBlocks, _tables: None, call: AttentionCall) -> torch.Tensor:
+        """Block masses."""
+        return self._mass(blocks, call, None)[0]
+
+    def chosen_by(self, blocks: SequenceBlocks, scores: torch.Tensor) -> torch.Tensor:
+        """What one call with these masses would keep."""
+        return self._keep(blocks, scores, None).to_dense()
+
+    @staticmethod
+    def _mass(
+        blocks: SequenceBlocks, call: AttentionCall, lse: torch.Tensor | None
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        return block_mass(
             call.q,
             call.k,
             block_q=blocks.block_q,
             block_k=blocks.block_k,
-            lse=known,
+            lse=lse,
             rows=blocks.kernel_rows,
             key_mask=call.key_mask,
             scale=call.scale,
             backend=call.backend("block_mass"),
         )
-        if memory is not None and self.cache_lse:
-            memory.lse = lse
-        shares = shares_per_head(self.head_densities, self.density, call.q.shape[2], call.q.device)
-        backend = call.backend("selection")
-        mask = keep_best(blocks, mass, call.key_mask, density=shares, backend=backend)
-        if not self.head_adaptive or self.head_densities or call.q.shape[2] < 2:
+
+    def _keep(
+        self, blocks: SequenceBlocks, mass: torch.Tensor, key_mask: torch.Tensor | None, backend: str = "auto"
+    ) -> BlockMask:
+        shares = shares_per_head(self.head_densities, self.density, mass.shape[1], mass.device)
+        mask = keep_best(blocks, mass, key_mask, density=shares, backend=backend)
+        if not self.head_adaptive or self.head_densities or mass.shape[1] < 2:
             return mask
         density = adapted_densities(recall(mass, mask), self.density, self.recall_target)
-        return keep_best(blocks, mass, call.key_mask, density=density, backend=backend)
+        return keep_best(blocks, mass, key_mask, density=density, backend=backend)
 
 
 def recall(mass: torch.Tensor, mask: BlockMask) -> torch.Tensor:
@@ -118,7 +146,7 @@ def adapted_densities(recall: torch.Tensor, density: float, target: float) -> to
 
 
 @dataclass(frozen=True)
-class FrozenMass:
+class FrozenMass(Select):
     """Keep the key blocks with the largest mean probability, latents ranked in isolation (SparseD).
 
     Latent columns have a softmax of their own, so that text, reference and padding columns, which are read in
@@ -132,17 +160,14 @@ class FrozenMass:
 
     density: float = 0.3
     block: tuple[int, int] = (128, 128)
+    has_density: ClassVar[bool] = True
 
     def __post_init__(self) -> None:
         check_share("density", self.density)
         check_block(self.block)
 
-    @property
-    def is_static(self) -> bool:
-        return False
-
-    def prepare(self, blocks: SequenceBlocks) -> None:
-        """Nothing is worked out ahead of the call."""
+    def with_density(self, density: float) -> FrozenMass:
+        return replace(self, density=density)
 
     def uses_lse(self, layout: TokenLayout, key_mask: torch.Tensor | None) -> bool:
         """Whether the log-sum-exp of the call's dense attention is that of the latents alone."""
@@ -155,7 +180,7 @@ class FrozenMass:
     def select(
         self,
         blocks: SequenceBlocks,
-        tables: None,
+        _tables: None,
         call: AttentionCall,
         memory: LayerMemory | None = None,
     ) -> BlockMask:

@@ -2,21 +2,23 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from typing import ClassVar
 
 import torch
 
 from ...call import AttentionCall
 from ...kernels import BlockMask
-from ...kernels.common.choice import Case, Choice, Operation
 from ...kernels.selection.api import own_blocks, pooled_scores, select_blocks
 from ...plan import LayerMemory, SequenceBlocks
 from .protocol import (
     WHOLE_BLOCK_SIZES,
     HeadDensities,
+    Select,
     check_block,
     check_head_densities,
     check_share,
+    density_of_layer,
     shares_per_head,
 )
 
@@ -103,7 +105,7 @@ def either(one: torch.Tensor | None, other: torch.Tensor | None) -> torch.Tensor
 
 
 @dataclass(frozen=True)
-class Pooled:
+class Pooled(Select):
     """Score a pair of blocks by the dot product of their mean query and mean key; keep the best key blocks.
 
     The score of SpargeAttn (arXiv 2502.18137), SLA (arXiv 2509.24006) and others. Per query block the
@@ -125,6 +127,8 @@ class Pooled:
     sink_first_frame: bool = False
     block: tuple[int, int] = (128, 64)
     head_densities: HeadDensities = ()
+    has_density: ClassVar[bool] = True
+    has_head_densities: ClassVar[bool] = True
 
     def __post_init__(self) -> None:
         if self.density is None and self.top_p is None:
@@ -134,34 +138,40 @@ class Pooled:
         check_block(self.block, WHOLE_BLOCK_SIZES)
         check_head_densities(self.head_densities)
 
-    @property
-    def is_static(self) -> bool:
-        return False
+    def with_density(self, density: float) -> Pooled:
+        return replace(self, density=density, head_densities=())
 
-    def prepare(self, blocks: SequenceBlocks) -> None:
-        """Nothing is worked out ahead of the call."""
-
-    def choices(self, case: Case, backend: str) -> dict[Operation, Choice]:
-        """No more than pooling and top-k."""
-        return {}
+    def of_layer(self, layer: int) -> Pooled:
+        return replace(self, head_densities=density_of_layer(self.head_densities, layer))
 
     def select(
         self,
         blocks: SequenceBlocks,
-        tables: None,
+        _tables: None,
         call: AttentionCall,
-        memory: LayerMemory | None = None,
+        _memory: LayerMemory | None = None,
     ) -> BlockMask:
         """Mask of one call from its queries and keys."""
         scores = pooled_scores_of(blocks, call, call.scale)
-        forced_k = blocks.first_frame_k if self.sink_first_frame else None
-        density = shares_per_head(self.head_densities, self.density, call.q.shape[2], call.q.device)
+        return self._keep(blocks, scores, call.key_mask, call.backend("selection"))
+
+    def scores(self, blocks: SequenceBlocks, _tables: None, call: AttentionCall) -> torch.Tensor:
+        """Softmax of the pooled scores."""
+        return pooled_scores_of(blocks, call, call.scale).softmax(-1)
+
+    def chosen_by(self, blocks: SequenceBlocks, scores: torch.Tensor) -> torch.Tensor:
+        """What one call with this softmax would keep."""
+        return self._keep(blocks, scores.clamp_min(1e-38).log(), None).to_dense()
+
+    def _keep(
+        self, blocks: SequenceBlocks, scores: torch.Tensor, key_mask: torch.Tensor | None, backend: str = "auto"
+    ) -> BlockMask:
         return keep_best(
             blocks,
             scores,
-            call.key_mask,
-            density=density,
+            key_mask,
+            density=shares_per_head(self.head_densities, self.density, scores.shape[1], scores.device),
             top_p=self.top_p,
-            forced_k=forced_k,
-            backend=call.backend("selection"),
+            forced_k=blocks.first_frame_k if self.sink_first_frame else None,
+            backend=backend,
         )

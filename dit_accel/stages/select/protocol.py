@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from typing import Any, Protocol
+from typing import Any, ClassVar, Protocol
 
 import torch
 
 from ...call import AttentionCall
 from ...kernels import BlockMask
 from ...kernels.common.choice import Case, Choice, Operation
+from ...layout import TokenLayout
 from ...plan import LayerMemory, SequenceBlocks
 
 BLOCK_SIZES = (32, 64, 128)
@@ -16,8 +17,28 @@ BLOCK_SIZES = (32, 64, 128)
 WHOLE_BLOCK_SIZES = (16, *BLOCK_SIZES)
 
 
+HeadDensities = tuple[tuple[float, ...], ...]
+"""A density per layer, and in it per head; a single layer's entry serves all layers."""
+
+
 class Select(Protocol):
-    """A choice of key blocks for every query block; blocks with other tokens than latents are all kept."""
+    """A choice of key blocks for every query block; blocks with other tokens than latents are all kept.
+
+    A kind inherits from this class, and says where it differs from what stands here.
+
+    Attributes:
+        is_dense: nothing is chosen: calls go to the model's own attention, untouched.
+        is_static: the choice depends on the layout alone.
+        hides_tokens: single tokens of blocks that are kept may be hidden.
+        has_density: it has a share of blocks to keep, see :meth:`with_density`.
+        has_head_densities: it has one per layer and head too.
+    """
+
+    is_dense: ClassVar[bool] = False
+    is_static: ClassVar[bool] = False
+    hides_tokens: ClassVar[bool] = False
+    has_density: ClassVar[bool] = False
+    has_head_densities: ClassVar[bool] = False
 
     @property
     def block(self) -> tuple[int, int]:
@@ -25,13 +46,34 @@ class Select(Protocol):
         ...
 
     @property
-    def is_static(self) -> bool:
-        """Whether the choice depends on the layout alone."""
-        ...
+    def density(self) -> float | None:
+        """Share of the latent key blocks to keep, in (0, 1]; None where another rule decides."""
+        return None
+
+    @property
+    def head_densities(self) -> HeadDensities:
+        """In place of :attr:`density`; empty where that holds."""
+        return ()
+
+    def with_density(self, density: float) -> Select:
+        """The same selection with this density in every layer and head.
+
+        Raises:
+            ValueError: it has none.
+        """
+        raise ValueError(f"{type(self).__name__} has no density to set, got {density}.")
+
+    def of_layer(self, layer: int) -> Select:
+        """The selection of one layer.
+
+        Raises:
+            ValueError: it is for fewer layers.
+        """
+        return self
 
     def prepare(self, blocks: SequenceBlocks) -> Any:
         """What can be worked out once for a layout; given back to :meth:`select` as ``tables``."""
-        ...
+        return None
 
     def choices(self, case: Case, backend: str) -> dict[Operation, Choice]:
         """The backend of each operation that :meth:`select` runs besides ``"selection"``, which every plan needs.
@@ -43,7 +85,11 @@ class Select(Protocol):
         Raises:
             ValueError: the backend was named and cannot run one of them.
         """
-        ...
+        return {}
+
+    def uses_lse(self, layout: TokenLayout, key_mask: torch.Tensor | None) -> bool:
+        """Whether the log-sum-exp of the call's dense attention would spare :meth:`select` a pass."""
+        return False
 
     def select(
         self,
@@ -62,6 +108,14 @@ class Select(Protocol):
         """
         ...
 
+    def scores(self, blocks: SequenceBlocks, tables: Any, call: AttentionCall) -> torch.Tensor:
+        """What a calibration averages over calls, float ``[B, H, nq, nk]``: here whether a block is kept."""
+        return self.select(blocks, tables, call).to_dense().float()
+
+    def chosen_by(self, blocks: SequenceBlocks, scores: torch.Tensor) -> torch.Tensor:
+        """bool ``[B, H, nq, nk]``: the blocks to keep by means of :meth:`scores`; here what half the calls kept."""
+        return scores >= 0.5
+
 
 def check_block(block: tuple[int, int], sizes: tuple[int, ...] = BLOCK_SIZES) -> None:
     """Raise unless ``block`` is a pair of block sizes that the kernels have."""
@@ -73,10 +127,6 @@ def check_share(name: str, value: float | None) -> None:
     """Raise unless ``value`` is None or a share in (0, 1]."""
     if value is not None and not 0.0 < value <= 1.0:
         raise ValueError(f"select.{name} must lie in (0, 1], got {value}.")
-
-
-HeadDensities = tuple[tuple[float, ...], ...]
-"""A density per layer, and in it per head; a single layer's entry serves all layers."""
 
 
 def check_head_densities(densities: HeadDensities) -> None:

@@ -2,22 +2,22 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from typing import ClassVar
 
 import torch
 
 from ...call import AttentionCall
 from ...kernels import BlockMask
-from ...kernels.common.choice import Case, Choice, Operation
 from ...kernels.common.tokens import gather_mask, gather_rows
 from ...kernels.selection.api import pool_blocks
 from ...plan import LayerMemory, SequenceBlocks
 from .pooled import candidates, keep_chosen
-from .protocol import check_block, check_share
+from .protocol import Select, check_block, check_share
 
 
 @dataclass(frozen=True)
-class Reallocated:
+class Reallocated(Select):
     """Keep key blocks by their share of the attention, where a mean key counts for all tokens of its block.
 
     A softmax over mean keys and single text keys would give a block of b tokens the weight of one: the
@@ -38,6 +38,7 @@ class Reallocated:
     neighbours: int = 1
     sink_first_frame: bool = True
     block: tuple[int, int] = (128, 128)
+    has_density: ClassVar[bool] = True
 
     def __post_init__(self) -> None:
         check_share("density", self.density)
@@ -46,9 +47,8 @@ class Reallocated:
             raise ValueError(f"select.neighbours must be at least 0 blocks, got {self.neighbours}.")
         check_block(self.block)
 
-    @property
-    def is_static(self) -> bool:
-        return False
+    def with_density(self, density: float) -> Reallocated:
+        return replace(self, density=density)
 
     def prepare(self, blocks: SequenceBlocks) -> torch.Tensor:
         """bool ``[B|1, H|1, nq, nk]``: blocks kept for where they lie."""
@@ -59,10 +59,6 @@ class Reallocated:
         if self.sink_first_frame:
             return near | blocks.first_frame_k[..., None, :]
         return near[None, None]
-
-    def choices(self, case: Case, backend: str) -> dict[Operation, Choice]:
-        """No more than pooling."""
-        return {}
 
     def select(
         self,

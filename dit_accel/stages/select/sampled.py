@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from typing import ClassVar
 
 import torch
 
@@ -14,7 +15,7 @@ from ...kernels.common.tokens import gather_rows
 from ...kernels.selection.block_mass import block_mass, choose_block_mass
 from ...plan import LayerMemory, SequenceBlocks
 from .pooled import keep_best
-from .protocol import check_block, check_share
+from .protocol import Select, check_block, check_share
 
 Slots = tuple[torch.Tensor, torch.Tensor]
 """int64 ``[n]`` each: sampled slots of the permuted queries and keys."""
@@ -35,7 +36,7 @@ class SampledMass:
 
 
 @dataclass(frozen=True)
-class Sampled:
+class Sampled(Select):
     """Keep the key blocks with the largest mass between sampled queries and sampled keys.
 
     In every block a share of the tokens is drawn, and their exact softmax is summed by block (PSA, ziplab,
@@ -55,6 +56,7 @@ class Sampled:
     share: float = 0.25
     seed: int = 0
     block: tuple[int, int] = (128, 64)
+    has_density: ClassVar[bool] = True
 
     def __post_init__(self) -> None:
         if self.density is None and self.top_p is None:
@@ -63,9 +65,8 @@ class Sampled:
             check_share(name, getattr(self, name))
         check_block(self.block)
 
-    @property
-    def is_static(self) -> bool:
-        return False
+    def with_density(self, density: float) -> Sampled:
+        return replace(self, density=density)
 
     def prepare(self, blocks: SequenceBlocks) -> Slots:
         """The places of the sample, on the device."""

@@ -2,21 +2,21 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from typing import ClassVar
 
 import torch
 
 from ...call import AttentionCall
 from ...kernels import BlockMask
-from ...kernels.common.choice import Case, Choice, Operation
 from ...kernels.selection.api import pool_blocks, self_similarity
 from ...plan import LayerMemory, SequenceBlocks
 from .pooled import keep_best
-from .protocol import check_block, check_share
+from .protocol import Select, check_block, check_share
 
 
 @dataclass(frozen=True)
-class GatedPooled:
+class GatedPooled(Select):
     """Pooled scores with a self-similarity gate (SpargeAttn, arXiv 2502.18137).
 
     A block whose tokens point in different directions has a mean that speaks for none of them: such a query
@@ -39,6 +39,7 @@ class GatedPooled:
     smooth_k: bool = True
     sink_first_frame: bool = False
     block: tuple[int, int] = (128, 64)
+    has_density: ClassVar[bool] = True
 
     def __post_init__(self) -> None:
         if self.density is None and self.top_p is None:
@@ -49,23 +50,15 @@ class GatedPooled:
             raise ValueError(f"select.similarity must be below 1, got {self.similarity}.")
         check_block(self.block)
 
-    @property
-    def is_static(self) -> bool:
-        return False
-
-    def prepare(self, blocks: SequenceBlocks) -> None:
-        """Nothing is worked out ahead of the call."""
-
-    def choices(self, case: Case, backend: str) -> dict[Operation, Choice]:
-        """No more than pooling, self-similarity and top-k."""
-        return {}
+    def with_density(self, density: float) -> GatedPooled:
+        return replace(self, density=density)
 
     def select(
         self,
         blocks: SequenceBlocks,
-        tables: None,
+        _tables: None,
         call: AttentionCall,
-        memory: LayerMemory | None = None,
+        _memory: LayerMemory | None = None,
     ) -> BlockMask:
         """Mask of one call from its queries and keys."""
         q, k, key_mask, rows = call.q, call.k, call.key_mask, blocks.kernel_rows

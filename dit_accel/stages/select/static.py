@@ -4,28 +4,34 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
+from typing import ClassVar
 
 import torch
 
 from ...call import AttentionCall
 from ...kernels import BlockMask
-from ...kernels.common.choice import Case, Choice, Operation
 from ...plan import LayerMemory, SequenceBlocks
-from .protocol import check_block
+from .protocol import Select, check_block
 from .token_tables import TokenTables, separable, token_tables
 
 
 @dataclass(frozen=True)
-class DenseSelect:
+class DenseSelect(Select):
     """Every query reads every key: the call goes to the model's own attention, untouched."""
 
-    @property
-    def is_static(self) -> bool:
-        return True
+    is_dense: ClassVar[bool] = True
+    is_static: ClassVar[bool] = True
+    block: ClassVar[tuple[int, int]] = (128, 128)  # the kernels are fastest at these
+
+    def select(
+        self, blocks: SequenceBlocks, _tables: None, call: AttentionCall, _memory: LayerMemory | None = None
+    ) -> BlockMask:
+        """All blocks, ``[B|1, 1, nq, nk]``, for who wants a mask all the same."""
+        return every_block(blocks, call)
 
 
 @dataclass(frozen=True)
-class FullSelect:
+class FullSelect(Select):
     """Every query block reads every key block, in this package's kernels: for a precision or a compensation of
     its own without a choice of blocks.
 
@@ -34,42 +40,33 @@ class FullSelect:
     """
 
     block: tuple[int, int] = (128, 64)
+    is_static: ClassVar[bool] = True
 
     def __post_init__(self) -> None:
         check_block(self.block)
 
-    @property
-    def is_static(self) -> bool:
-        return True
-
-    def prepare(self, blocks: SequenceBlocks) -> None:
-        """Nothing has to be worked out."""
-
-    def choices(self, case: Case, backend: str) -> dict[Operation, Choice]:
-        """None: every block is listed."""
-        return {}
-
     def select(
-        self,
-        blocks: SequenceBlocks,
-        tables: None,
-        call: AttentionCall,
-        memory: LayerMemory | None = None,
+        self, blocks: SequenceBlocks, _tables: None, call: AttentionCall, _memory: LayerMemory | None = None
     ) -> BlockMask:
-        """Mask of all blocks but those without a visible key, ``[B|1, 1, nq, nk]``."""
-        keep = torch.ones(1, 1, *blocks.num_blocks, dtype=torch.bool, device=blocks.device)
-        partial = None
-        if call.key_mask is not None:
-            some_hidden, all_hidden = blocks.hidden_k(call.key_mask)
-            keep, partial = keep & ~all_hidden[..., None, :], some_hidden[..., None, :]
-        length = blocks.layout.seq_len
-        return BlockMask.from_dense(
-            keep, blocks.block_q, blocks.block_k, length, length, partial=partial, backend=call.backend("selection")
-        )
+        """Mask of all blocks, see :func:`every_block`."""
+        return every_block(blocks, call)
+
+
+def every_block(blocks: SequenceBlocks, call: AttentionCall) -> BlockMask:
+    """Mask of all blocks but those without a visible key, ``[B|1, 1, nq, nk]``."""
+    keep = torch.ones(1, 1, *blocks.num_blocks, dtype=torch.bool, device=blocks.device)
+    partial = None
+    if call.key_mask is not None:
+        some_hidden, all_hidden = blocks.hidden_k(call.key_mask)
+        keep, partial = keep & ~all_hidden[..., None, :], some_hidden[..., None, :]
+    length = blocks.layout.seq_len
+    return BlockMask.from_dense(
+        keep, blocks.block_q, blocks.block_k, length, length, partial=partial, backend=call.backend("selection")
+    )
 
 
 @dataclass(frozen=True)
-class Window:
+class Window(Select):
     """A neighbourhood on the latent grid, exact to the token: generalised neighbourhood attention.
 
     Semantics of GNA (arXiv 2504.16922, NATTEN): in each dimension a query sees ``window`` keys around the
@@ -91,6 +88,8 @@ class Window:
     dilation: tuple[int, int, int] = (1, 1, 1)
     sink_first_frame: bool = False
     block: tuple[int, int] = (128, 64)
+    is_static: ClassVar[bool] = True
+    hides_tokens: ClassVar[bool] = True
 
     def __post_init__(self) -> None:
         for name in ("window", "stride", "dilation"):
@@ -107,10 +106,6 @@ class Window:
             if min(getattr(self, name)) < 1:
                 raise ValueError(f"select.{name} must be at least 1 per dimension, got {getattr(self, name)}.")
         check_block(self.block)
-
-    @property
-    def is_static(self) -> bool:
-        return True
 
     def visibility(self, grid: tuple[int, int, int]) -> list[torch.Tensor]:
         """Per dimension a bool ``[L, L]``: whether a query coordinate sees a key coordinate."""
@@ -139,16 +134,12 @@ class Window:
         visible = [table.to(blocks.device) for table in self.visibility(blocks.layout.grid)]
         return token_tables(blocks, separable(visible), self.sink_first_frame)
 
-    def choices(self, case: Case, backend: str) -> dict[Operation, Choice]:
-        """None: the tables say it all."""
-        return {}
-
     def select(
         self,
         blocks: SequenceBlocks,
         tables: TokenTables,
         call: AttentionCall,
-        memory: LayerMemory | None = None,
+        _memory: LayerMemory | None = None,
     ) -> BlockMask:
         """Mask of a layout, ``[1, H|1, nq, nk]``, or ``[B, H|1, nq, nk]`` where a key mask hides keys."""
         return tables.mask(blocks, call.key_mask, call.backend("selection"))

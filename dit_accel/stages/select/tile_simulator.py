@@ -17,7 +17,7 @@ import torch
 
 from ...layout import TokenLayout
 from ...plan import SequenceBlocks
-from ..order.simple import Order
+from ..order.protocol import Order
 from .static import Window
 
 Shape = tuple[int, int, int]

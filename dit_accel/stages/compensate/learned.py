@@ -1,0 +1,45 @@
+"""The learned part of a compensation in one attention layer."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import nn
+
+from ...plan import AttentionPlan
+
+
+class LearnedCompensation(nn.Module):
+    """Parameters of one attention layer's compensation; :func:`dit_accel.patch` puts it under the layer."""
+
+    def forward(
+        self,
+        out: torch.Tensor,
+        q: torch.Tensor,
+        k: torch.Tensor,
+        v: torch.Tensor,
+        plan: AttentionPlan,
+        key_mask: torch.Tensor | None,
+        backend: str = "auto",
+    ) -> torch.Tensor:
+        """The sparse output with what the layer adds to it; all tensors (B, S, H, D) in the model's order.
+
+        ``backend`` is that of the branch.
+        """
+        raise NotImplementedError
+
+    def _apply(self, fn: Callable[[torch.Tensor], torch.Tensor], recurse: bool = True) -> LearnedCompensation:
+        # The parameters stay in full precision when a model is cast to half: steps of a fine-tuning are
+        # smaller than what half precision resolves.
+        def moved(tensor: torch.Tensor) -> torch.Tensor:
+            result = fn(tensor)
+            narrower = result.is_floating_point() and result.element_size() < tensor.element_size()
+            return tensor.to(result.device) if narrower else result
+
+        super()._apply(moved, recurse)
+        return self
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> None:
+        """Nothing: the copy of a patched model is not patched, and torch reads None as no module."""
