@@ -232,7 +232,7 @@ class Session:
     ) -> AttentionCall:
         """A layer's call number ``ordinal`` of a forward."""
         q_len, kv_len = inputs.q.shape[1], inputs.k.shape[1]
-        layout = self._layout(forward, kv_len)
+        layout = self._layout(forward, kv_len, inputs.attn_mask is not None)
         if isinstance(layout, TokenLayout):
             if q_len < kv_len:
                 layout = replace(layout, queries=(kv_len - q_len if self.family.text_first else 0, q_len))
