@@ -50,7 +50,7 @@ def block_sparse_fwd(
 
 
 @block_sparse_fwd.register_fake
-def _(q, k, v, counts, indices, fulls, bit_rows, token_bits, rows, key_mask, block_q, block_k, scale):
+def _(q, *_rest):
     batch, q_len, heads, dim = q.shape
     return q.new_empty((batch, q_len, heads, dim)), q.new_empty((batch, heads, q_len), dtype=torch.float32)
 
@@ -81,7 +81,7 @@ def block_sparse_bwd(
 
 
 @block_sparse_bwd.register_fake
-def _(q, k, v, *rest):
+def _(q, k, v, *_rest):
     return (
         torch.empty_like(q, memory_format=torch.contiguous_format),
         torch.empty_like(k, memory_format=torch.contiguous_format),

@@ -74,7 +74,7 @@ def tune(
     blocks: tuple[tuple[int, int], ...] = BLOCKS,
     dtype: torch.dtype = torch.bfloat16,
     measure: Measure = median_ms,
-    progress: Callable[[str], None] = lambda stage: None,
+    progress: Callable[[str], None] = lambda _stage: None,
     workers: int = 0,
     seconds: float = math.inf,
 ) -> dict[str, Any]:
