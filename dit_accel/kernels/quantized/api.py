@@ -193,7 +193,9 @@ def _emulate(
         q, k, v = (torch.empty_like(x).scatter_(2, wide, x) for x in (q, k, v))
         shift = torch.empty_like(shift).scatter_(2, index, shift)
     out, lse = block_sparse_attention(
-        *(x.transpose(1, 2) for x in (q, k, v)),
+        q.transpose(1, 2),
+        k.transpose(1, 2),
+        v.transpose(1, 2),
         mask,
         rows=rows,
         key_mask=key_mask,
