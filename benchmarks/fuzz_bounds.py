@@ -23,8 +23,9 @@ from tests.kernels.oracle import UNIT_ROUNDOFF, dense_attention, permute, unperm
 from .fuzz_calls import Call
 
 W = UNIT_ROUNDOFF[torch.float32]
-# Half of the smallest number, where that is not far below everything else.
-SMALLEST = {torch.float16: 2.0**-25}
+# What is lost of a number near 0: half of float16's smallest; and of float32, in which weights are kept, whatever is
+# below the smallest normal one, which processors may take for 0.
+SMALLEST = {torch.float16: 2.0**-25, torch.bfloat16: 2.0**-126, torch.float32: 2.0**-126}
 
 
 @dataclass
@@ -68,7 +69,7 @@ def of_seen(grad_lse: torch.Tensor, lse: torch.Tensor) -> torch.Tensor:
 
 def _exact(call: Call, backend: str) -> tuple[dict[str, torch.Tensor], dict[str, torch.Tensor]]:
     """Exact results and budgets, both in the model's order."""
-    u, least = UNIT_ROUNDOFF[call.q.dtype], SMALLEST.get(call.q.dtype, 0.0)
+    u, least = UNIT_ROUNDOFF[call.q.dtype], SMALLEST[call.q.dtype]
     rows, dim, length = call.rows, call.q.shape[-1], call.q.shape[1]
     scale = dim**-0.5 if call.scale is None else call.scale
     q, k, v = (permute(x.transpose(1, 2).double(), rows) for x in (call.q, call.k, call.v))
@@ -84,11 +85,10 @@ def _exact(call: Call, backend: str) -> tuple[dict[str, torch.Tensor], dict[str,
     logit = (math.sqrt(dim) + 4) * W * size
     weight = 2 * logit + (2 * math.sqrt(length) + 8) * W
     near = weights.float()
-    shares = seen.float() * least if least else None
+    shares = seen.float() * least
     away = (near @ v.float().abs()).double()
     budget_out = (u + weight[..., None]) * away + u * out.abs() + least
-    if shares is not None:
-        budget_out += (shares @ v.float().abs()).double()
+    budget_out += (shares @ v.float().abs()).double()
     budget_lse = logit + (2 * math.sqrt(length) + 8) * W + 4 * W * lse.masked_fill(~some, 0.0).abs()
     exact, budget = {"out": out, "lse": lse}, {"out": budget_out, "lse": budget_lse}
     if call.grad is not None:
@@ -113,7 +113,7 @@ def _add_gradients(
 ) -> None:
     """dq, dk and dv; ``recomputed [B, H, S, 1]`` is how far a weight of the backward is off, of itself."""
     q, k, v = inputs
-    u, least, dim = UNIT_ROUNDOFF[call.q.dtype], SMALLEST.get(call.q.dtype, 0.0), q.shape[-1]
+    u, least, dim = UNIT_ROUNDOFF[call.q.dtype], SMALLEST[call.q.dtype], q.shape[-1]
     grad = permute(call.grad.transpose(1, 2).double(), call.rows)
     grad_lse = permute(call.grad_lse[..., None].double(), call.rows)
     grad_lse = grad_lse.masked_fill(~exact["lse"].isfinite()[..., None], 0.0)

@@ -20,6 +20,10 @@ HOPPER = tuple((128, block_k, dim) for block_k in (64, 128) for dim in (64, 128)
 # A float32 product is unrolled into single instructions: larger tiles take minutes to compile.
 LARGEST_TILE, LARGEST_GRADIENT_TILE = 64 * 64 * 128, 32 * 32 * 128
 
+# Sizes of a shape. Triton compiles anew for strides and counts that are 1 or multiples of 16, so each size is one more
+# compilation, and a size that nobody has seen costs a call a second: each shape has so many, and thousands of calls.
+SIZES = 6
+
 LAYOUTS = ("rows of heads", "heads first", "one projection", "shifted", "heads alike", "batch alike", "channels apart")
 VALUES = ("normal", "normal", "large channels", "large keys", "large values", "alike", "zero")
 
@@ -122,25 +126,29 @@ class Call:
         )
 
 
-def draw(seed: int, number: int, shape: Shape, device: torch.device, longest: int) -> Call:
-    """A call of a shape; on devices of one kind always the same."""
+def draw(seed: int, number: int, shape: Shape, size: int, device: torch.device, longest: int) -> Call:
+    """A call of a shape, in one of its :data:`SIZES`; on devices of one kind always the same.
+
+    Lengths, heads and what is shared by batch and heads follow from the size, contents from the number.
+    """
     chance = random.Random(f"{seed} {number}")
+    fixed = random.Random(f"{seed} {shape} {size}")
     generator = torch.Generator(device).manual_seed(chance.getrandbits(62))
 
     def uniform(*size: int) -> torch.Tensor:
         return torch.rand(size, generator=generator, device=device)
 
-    batch, heads = chance.randint(1, 3), chance.randint(1, 4)
+    batch, heads = fixed.randint(1, 3), fixed.randint(1, 4)
     if shape.dim % 16:
         heads = 2 * ((heads + 1) // 2)  # an odd number of them has other strides, and is another compilation
-    length = _length(chance, shape, longest)
+    length = _length(fixed, shape, longest)
     values = chance.choice(VALUES)
     q, k, v = _tensors(chance, generator, shape, values, (batch, length, heads, shape.dim), device)
     rows = key_mask = None
     if shape.permuted:
-        lead = chance.choice(((1, 1), (1, heads), (batch, heads), (batch, 1)))
-        rows = uniform(*lead, length).argsort(-1).to(chance.choice((torch.int32, torch.int64)))
-        if chance.random() < 0.3:
+        lead = fixed.choice(((1, 1), (1, heads), (batch, heads), (batch, 1)))
+        rows = uniform(*lead, length).argsort(-1).to(fixed.choice((torch.int32, torch.int64)))
+        if fixed.random() < 0.3:
             rows = rows.expand(batch, heads, length)
     if shape.hidden:
         key_mask = uniform(batch, length) >= chance.choice((0.0, 0.05, 0.5, 0.9))
@@ -148,7 +156,7 @@ def draw(seed: int, number: int, shape: Shape, device: torch.device, longest: in
             key_mask[chance.randrange(batch), chance.randrange(length) :] = False
         if chance.random() < 0.2:
             key_mask[chance.randrange(batch)] = False
-    mask, visible, keep = _mask(chance, uniform, generator, shape, batch, heads, length, rows, key_mask)
+    mask, visible, keep = _mask(chance, fixed, uniform, generator, shape, batch, heads, length, rows, key_mask)
     scale = None if chance.random() < 0.7 else 10 ** chance.uniform(-1.5, 0.4) * shape.dim**-0.5
     read = keep.any(2).repeat_interleave(shape.block_k, -1)[..., :length].expand(batch, heads, length)
     if rows is not None:
@@ -159,7 +167,7 @@ def draw(seed: int, number: int, shape: Shape, device: torch.device, longest: in
     if shape.gradients:
         grad = torch.randn(q.shape, generator=generator, device=device).to(shape.dtype)
         grad_lse = torch.randn((batch, heads, length), generator=generator, device=device)
-        if chance.random() < 0.2:
+        if fixed.random() < 0.2:
             grad = grad[..., :1].expand(q.shape)
     return Call(number, shape, values, q, k, v, mask, rows, key_mask, scale, visible, ~read, grad, grad_lse)
 
@@ -211,6 +219,7 @@ def _tensors(
 
 def _mask(
     chance: random.Random,
+    fixed: random.Random,
     uniform: Callable[..., torch.Tensor],
     generator: torch.Generator,
     shape: Shape,
@@ -223,7 +232,7 @@ def _mask(
     """The mask, the visible pairs of slots, and the kept pairs of blocks."""
     block_q, block_k = shape.block_q, shape.block_k
     nq, nk = -(-length // block_q), -(-length // block_k)
-    lead = (chance.choice((1, batch)), chance.choice((1, heads)))
+    lead = (fixed.choice((1, batch)), fixed.choice((1, heads)))
     keep = uniform(*lead, nq, nk) < chance.choice((0.05, 0.2, 0.5, 0.9, 1.0))
     if chance.random() < 0.5:
         keep[..., 0] |= ~keep.any(-1)  # else some rows may have no block
@@ -256,4 +265,5 @@ def _mask(
         keep, block_q, block_k, length, length, partial=partial, bit_rows=bit_rows, token_bits=token_bits
     )
     poison_unlisted(mask)
-    return (mask.trimmed() if chance.random() < 0.3 else mask), visible, keep
+    # A trimmed mask is as wide as its longest row, which only its contents tell.
+    return (mask.trimmed() if fixed.random() < 0.15 else mask), visible, keep

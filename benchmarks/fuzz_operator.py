@@ -7,6 +7,8 @@ that may hide everything, rows without a block, strided and expanded inputs, out
 bound that is derived for it (``fuzz_bounds.py``). Memory that outputs are given is filled with NaN first, keys that no
 block lists hold NaN in every other call, and some calls are made twice and must have the same bits.
 
+Each shape has six sizes, compiled ahead: a size that nobody has seen costs a second.
+
 A call depends on ``--seed`` and its number alone: go on with ``--first``, look at one with ``--first N --count 1``.
 Another seed has other shapes, which are compiled anew, in worker processes. Without a GPU the same runs on the CPU.
 The exit code is 1 if any call is wrong.
@@ -35,13 +37,12 @@ from dit_accel.files import refuse_unwritable, write_text
 from dit_accel.kernels import BACKENDS, block_sparse_attention, choose_backend
 
 from .fuzz_bounds import expected, of_seen
-from .fuzz_calls import Call, Shape, draw, shapes
+from .fuzz_calls import SIZES, Call, Shape, draw, shapes
 
 NAMES = ("out", "lse", "dq", "dk", "dv")
 BATCH = 64  # calls between two waits for the device
 # How often a backend is taken, of all calls.
 SHARES = {"auto": 8, "triton": 1, "torch": 1, "reference": 1, "fa4": 1}
-WARM_UP_LENGTHS = (200, 131)  # even and odd, which is another compilation for some strides
 
 
 @dataclass
@@ -135,11 +136,11 @@ def backend_of(call: Call, asked: list[str]) -> tuple[str, str]:
     return name, chosen
 
 
-def warm_up(seed: int, number: int, shape: Shape, asked: list[str]) -> str | None:
+def warm_up(seed: int, number: int, shape: Shape, longest: int, asked: list[str]) -> str | None:
     """In a worker: compile a shape's kernels into Triton's cache on disk. What went wrong, or None."""
     try:
-        for n, length in enumerate(WARM_UP_LENGTHS):
-            call = draw(seed, -1 - 2 * number - n, shape, torch.device("cuda"), length)
+        for size in range(SIZES):
+            call = draw(seed, -1 - SIZES * number - size, shape, size, torch.device("cuda"), longest)
             run(call, next((name for name in asked if name in ("auto", "triton")), asked[0]))
         torch.cuda.synchronize()
     except Exception as error:  # the call itself will show it too, in the process that counts
@@ -153,7 +154,7 @@ def compile_all(args: argparse.Namespace, used: dict[int, Shape], asked: list[st
     with ProcessPoolExecutor(args.workers, mp_context=context) as pool:
         # What takes longest first.
         order = sorted(used, key=lambda n: (used[n].gradients, used[n].dtype == torch.float32), reverse=True)
-        work = {pool.submit(warm_up, args.seed, n, used[n], asked): n for n in order}
+        work = {pool.submit(warm_up, args.seed, n, used[n], args.longest, asked): n for n in order}
         for done in as_completed(work):
             # A worker that died takes the pool with it; what is left is compiled in turn.
             problem = done.result() if done.exception() is None else repr(done.exception())
@@ -201,7 +202,8 @@ def fuzz(args: argparse.Namespace, asked: list[str]) -> tuple[dict[tuple[str, st
         if args.seconds is not None and time.perf_counter() - begin > args.seconds:
             judge()
             return tallies, failures, number
-        call = draw(args.seed, number, every[number % len(every)], device, args.longest)
+        shape, size = every[number % len(every)], number // len(every) % SIZES
+        call = draw(args.seed, number, shape, size, device, args.longest)
         backend, kernel = backend_of(call, asked)
         place = (str(call.shape.dtype)[6:], kernel)
         try:

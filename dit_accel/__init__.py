@@ -15,6 +15,7 @@ if TYPE_CHECKING:
     from .api import patch, unpatch
     from .calibration.calibrate import calibrate
     from .patches.artifact import CalibrationArtifact
+    from .patches.families import Family, register_family
     from .patches.handle import PatchHandle
     from .recipe import Recipe
     from .training.adapter import load_adapter, save_adapter
@@ -24,20 +25,24 @@ _HOME = {
     "unpatch": "api",
     "calibrate": "calibration.calibrate",
     "CalibrationArtifact": "patches.artifact",
+    "Family": "patches.families",
     "PatchHandle": "patches.handle",
     "Recipe": "recipe",
+    "register_family": "patches.families",
     "load_adapter": "training.adapter",
     "save_adapter": "training.adapter",
 }
 
 __all__ = [
     "CalibrationArtifact",
+    "Family",
     "PatchHandle",
     "Recipe",
     "calibrate",
     "load_adapter",
     "patch",
     "presets",
+    "register_family",
     "save_adapter",
     "unpatch",
 ]

@@ -2,6 +2,7 @@
 property tests draw."""
 
 import os
+from pathlib import Path
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("TRANSFORMERS_OFFLINE", "1")
@@ -10,6 +11,8 @@ os.environ.setdefault("DIFFUSERS_VERBOSITY", "error")
 import pytest
 import torch
 from hypothesis import HealthCheck, settings
+
+TESTS = Path(__file__).parent
 
 if not torch.cuda.is_available():
     # Triton reads this once, at its first import.
@@ -23,8 +26,65 @@ settings.register_profile("usual", max_examples=EXAMPLES, **_SHARED)
 settings.register_profile("deep", max_examples=50 * EXAMPLES, **_SHARED)
 settings.load_profile("ci" if os.environ.get("CI") else "usual")
 
+# Files whose tests take ten seconds or more in all, on one core; `make check` leaves them out.
+SLOW = frozenset(
+    (
+        "cli/test_bad_input",
+        "cli/test_calibrate",
+        "cli/test_commands",
+        "cli/test_compare_inspect",
+        "cli/test_finetune",
+        "cli/test_output",
+        "cli/test_waiting",
+        "kernels/test_against",
+        "kernels/test_block_mass",
+        "kernels/test_fuzz_operator",
+        "kernels/test_gate",
+        "kernels/test_hopper_compiled",
+        "kernels/test_linear_branch",
+        "kernels/test_plus_linear_branch",
+        "kernels/test_pyramid",
+        "kernels/test_quantized",
+        "kernels/test_rectified",
+        "kernels/test_selection",
+        "kernels/test_triton",
+        "kernels/test_tuning",
+        "patches/test_compose",
+        "patches/test_families",
+        "patches/test_families_progress",
+        "patches/test_families_special",
+        "patches/test_fingerprint",
+        "patches/test_memory",
+        "patches/test_passthrough",
+        "patches/test_repeated_blocks",
+        "patches/test_run_identity",
+        "pipelines/test_call_defaults",
+        "pipelines/test_embedded",
+        "properties/test_compositions",
+        "properties/test_runs",
+        "quality/test_compare",
+        "stages/test_grid_rules",
+        "stages/test_invariants",
+        "stages/test_window",
+        "test_backends",
+        "test_import",
+        "training/test_adapter",
+        "training/test_adapter_storage",
+        "training/test_finetune",
+        "training/test_gradients",
+        "training/test_lent",
+        "training/test_linear_branch_stage",
+        "training/test_origin",
+        "training/test_runs",
+        "training/test_users_lora",
+    )
+)
+
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    for item in items:
+        if item.path.relative_to(TESTS).with_suffix("").as_posix() in SLOW:
+            item.add_marker(pytest.mark.slow)
     if torch.cuda.is_available():
         return
     skip = pytest.mark.skip(reason="needs a CUDA GPU; run with `pytest -m gpu` on one")

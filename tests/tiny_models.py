@@ -29,6 +29,7 @@ class TinyModel:
         patch: latent frames, rows and columns of a token.
         latents: name of the argument that holds them.
         offset: packed tokens before the grid.
+        queries: first and number of the tokens that query, where not all do.
         dtype: of weights and inputs; float32 where the model cannot do without it.
     """
 
@@ -43,6 +44,7 @@ class TinyModel:
     patch: Grid = (1, 1, 1)
     latents: str = "hidden_states"
     offset: int = 0
+    queries: tuple[int, int] | None = None
     dtype: torch.dtype = torch.float64
 
     @property

@@ -21,6 +21,19 @@ def _hunyuan_15(g: torch.Generator) -> Inputs:
     }
 
 
+def _hunyuan_15_image(g: torch.Generator) -> Inputs:
+    """Two samples that begin with a picture, with prompts of different lengths."""
+    return {
+        "hidden_states": randn(g, 2, 4, 2, 12, 7),
+        "timestep": time_of().expand(2),
+        "encoder_hidden_states": randn(g, 2, 6, 16),
+        "encoder_attention_mask": torch.cat([key_mask(6, 2, torch.float64), key_mask(6, 4, torch.float64)]),
+        "encoder_hidden_states_2": randn(g, 2, 4, 8),
+        "encoder_attention_mask_2": torch.cat([key_mask(4, 1, torch.float64), key_mask(4, 0, torch.float64)]),
+        "image_embeds": randn(g, 2, 3, 12),
+    }
+
+
 def _ltx2(g: torch.Generator) -> Inputs:
     return {
         "hidden_states": randn(g, 1, 2 * 12 * 7 + 5, 4),
@@ -141,27 +154,26 @@ def _consisid(g: torch.Generator) -> Inputs:
 
 _GRID: Any = {"grid": (2, 12, 7), "patch": (1, 2, 2)}
 
+_HUNYUAN_15 = {
+    "in_channels": 4,
+    "out_channels": 4,
+    "num_attention_heads": 2,
+    "attention_head_dim": 8,
+    "num_layers": 2,
+    "num_refiner_layers": 1,
+    "mlp_ratio": 2.0,
+    "text_embed_dim": 16,
+    "text_embed_2_dim": 8,
+    "image_embed_dim": 12,
+    "rope_axes_dim": (2, 2, 4),
+    "target_size": 16,
+    "task_type": "t2v",
+}
+
 VIDEO_MODELS: dict[str, TinyModel] = {
-    "hunyuan-1.5": TinyModel(
-        "HunyuanVideo15Transformer3DModel",
-        {
-            "in_channels": 4,
-            "out_channels": 4,
-            "num_attention_heads": 2,
-            "attention_head_dim": 8,
-            "num_layers": 2,
-            "num_refiner_layers": 1,
-            "mlp_ratio": 2.0,
-            "text_embed_dim": 16,
-            "text_embed_2_dim": 8,
-            "image_embed_dim": 12,
-            "rope_axes_dim": (2, 2, 4),
-            "target_size": 16,
-            "task_type": "t2v",
-        },
-        _hunyuan_15,
-        (2, 12, 7),
-        168 + 13,
+    "hunyuan-1.5": TinyModel("HunyuanVideo15Transformer3DModel", _HUNYUAN_15, _hunyuan_15, (2, 12, 7), 168 + 13),
+    "hunyuan-1.5-image": TinyModel(
+        "HunyuanVideo15Transformer3DModel", _HUNYUAN_15, _hunyuan_15_image, (2, 12, 7), 168 + 13
     ),
     "ltx2": TinyModel(
         "LTX2VideoTransformer3DModel",

@@ -64,6 +64,24 @@ def generate(
         str | None,
         typer.Option(help="A fine-tuned adapter in place of a recipe: a folder, or a name from `dit-accel info`."),
     ] = None,
+    image: Annotated[
+        list[Path] | None, typer.Option(help="To start from, to edit, or a reference; may be repeated.")
+    ] = None,
+    last_image: Annotated[Path | None, typer.Option(help="The frame to end with.")] = None,
+    mask: Annotated[Path | None, typer.Option(help="White where the image is made anew.")] = None,
+    video: Annotated[Path | None, typer.Option(help="To make another video of.")] = None,
+    pipeline: Annotated[
+        str | None, typer.Option(metavar="CLASS", help="Another of diffusers' pipelines over the same models.")
+    ] = None,
+    scheduler: Annotated[str | None, typer.Option(metavar="CLASS", help="Another of diffusers' schedulers.")] = None,
+    lora: Annotated[
+        list[str] | None, typer.Option(help="Hub id, folder or file; may be repeated, all are active together.")
+    ] = None,
+    offload: Annotated[
+        str | None,
+        typer.Option(metavar="model|sequential|group", help="Keep what does not run in the CPU's memory."),
+    ] = None,
+    compiled: Annotated[bool, typer.Option("--compile", help="torch.compile of the transformer's blocks.")] = False,
     backend: BackendOption = "auto",
     compare_dense: Annotated[
         bool, typer.Option("--compare-dense", help="Also generate dense with the same seed, in turns, and compare.")
@@ -94,12 +112,19 @@ def generate(
         raise ValueError(f"--repeat goes with --compare-dense, got --repeat {repeat} alone.")
     chosen = read_recipe(recipe, changes)
     target = read_device(device)
+
+    from ..pipelines.inputs import Inputs
+
+    inputs = Inputs.read(image, last_image, mask, video)
     number = read_dtype(dtype, target)
+
+    import torch
 
     from ..api import patch
     from ..patches.artifact import CalibrationArtifact
     from ..pipelines.generate import generate as run
     from ..pipelines.generate import makes_video, save
+    from ..pipelines.prepare import pipeline_class, prepared, refuse_offload
     from ..presets import automatic
     from ..quality.turns import WARM_UP_STEPS, measured_in_turns
     from ..training.adapter import load_adapter
@@ -109,9 +134,13 @@ def generate(
     folder = None if adapter is None else find_adapter(adapter, builtin)
     plans = None if calibration is None else CalibrationArtifact.load(calibration)
     refuse_backend(backend, number, target, adapter_recipe(folder) if folder else chosen or automatic())
-    video = will_make_video(name, builtin)
-    path = None if video is None else _checked_path(out, name, seed, video, compare_dense)
-    _, _, pipe = open_model(name, number, target, quiet=as_json)
+    is_video = will_make_video(name, builtin) if pipeline is None else makes_video(pipeline_class(pipeline))
+    path = None if is_video is None else _checked_path(out, name, seed, is_video, compare_dense)
+    if offload is not None:
+        refuse_offload(offload, target)
+    _, _, pipe = open_model(name, number, torch.device("cpu") if offload else target, quiet=as_json)
+    pipe = prepared(pipe, pipeline, scheduler, lora or (), offload, compiled, target)
+    more = inputs.arguments(pipe)
     if path is None:
         path = _checked_path(out, name, seed, makes_video(pipe), compare_dense)
     arguments = {"negative_prompt": negative_prompt, **asked.settings(pipe, builtin)}
@@ -119,9 +148,9 @@ def generate(
     def generated(label: str, short: bool) -> Generated:
         if short:
             _say(f"Warming up: {label}", as_json)
-            return run(pipe, prompt, **{**arguments, "steps": warm_up_steps}, seed=seed)
+            return run(pipe, prompt, **{**arguments, "steps": warm_up_steps}, seed=seed, inputs=more)
         with _progress(label, quiet=as_json) as advance:
-            result = run(pipe, prompt, **arguments, seed=seed, progress=advance)
+            result = run(pipe, prompt, **arguments, seed=seed, inputs=more, progress=advance)
         if result.nan_values:
             print(
                 f"Warning: {result.nan_values} pixel values are not finite and were made black.",

@@ -158,9 +158,11 @@ def _show(data: dict[str, Any]) -> None:
     operations = table("Other operations", "name", "backend", "reason")
     for row in data["operations"]:
         operations.add_row(row["name"], row["backend"], row["reason"])
-    families = table("Model families", "name", "transformer", "auto stays dense below")
+    families = table("Model families (auto is sparse on a GPU from so many tokens on)", "name")
+    families.add_column("transformer", no_wrap=True)
+    families.add_column("tokens", justify="right")
     for row in data["families"]:
-        families.add_row(row["name"], "\n".join(row["transformers"]), f"{row['auto_dense_below_tokens']} tokens (GPU)")
+        families.add_row(row["name"], "\n".join(row["transformers"]), str(row["auto_dense_below_tokens"]))
     recipes = table("Recipes", "name", "options", "what it does")
     for row in data["recipes"]:
         options = "\n".join(f"{name}={value}" for name, value in row["options"].items())

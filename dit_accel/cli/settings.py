@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 import math
 import sys
 from dataclasses import dataclass
@@ -42,6 +43,8 @@ class Asked:
         from ..pipelines.sizes import fitted_frames, refuse_size
 
         settings = dict(vars(builtin.settings)) if builtin else {}
+        if "num_frames" not in inspect.signature(type(pipe).__call__).parameters:
+            settings.pop("frames", None)  # another pipeline over its models, that makes as many as it is given
         settings |= {name: value for name, value in vars(self).items() if value is not None}
         refuse_size(pipe, self.width, self.height)
         if self.frames is not None:

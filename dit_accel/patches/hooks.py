@@ -71,7 +71,10 @@ def patched_class(original: type[nn.Module]) -> type[nn.Module]:
 
 
 def _tensors(args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> list[torch.Tensor]:
-    return [value for value in (*args, *kwargs.values()) if isinstance(value, torch.Tensor)]
+    """All that a module is given, in lists too: one of images may be the only tensors that differ."""
+    values = (*args, *kwargs.values())
+    listed = (value if isinstance(value, (list, tuple)) else (value,) for value in values)
+    return [value for several in listed for value in several if isinstance(value, torch.Tensor)]
 
 
 class PublishLayer(_Hook):

@@ -53,6 +53,11 @@ def install(
     watch = ProcessorWatch(model, [module for _, module in layers], handle.record)
     pipe = None if handle.target is model else handle.target
     engine = Engine(recipe, [path for path, _ in layers], backend, family.min_tokens, automatic)
+    if family.alone:
+        engine.note(
+            f"{type(model).__name__} is of no known family: calls that hold its latents and nothing else run sparse. "
+            "Declare a Family to say more (dit_accel.register_family)."
+        )
     session = Session(engine, family, patch_size(dict(getattr(model, "config", {}))), model, pipe, handle.schedules)
     handle.sessions[name] = session
     names = tuple(inspect.signature(type(model).forward).parameters)[1:]

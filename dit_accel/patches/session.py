@@ -232,7 +232,7 @@ class Session:
     ) -> AttentionCall:
         """A layer's call number ``ordinal`` of a forward."""
         q_len, kv_len = inputs.q.shape[1], inputs.k.shape[1]
-        layout = self._layout(forward, kv_len)
+        layout = self._layout(forward, kv_len, inputs.attn_mask is not None)
         if isinstance(layout, TokenLayout):
             if q_len < kv_len:
                 layout = replace(layout, queries=(kv_len - q_len if self.family.text_first else 0, q_len))
@@ -273,6 +273,8 @@ class Session:
         extra = seq_len - latents.tokens
         if len(latents.grid) != 3 or extra < 0:
             return f"{seq_len} tokens do not hold the latent grid {latents.grid}"
+        if extra and self.family.alone:
+            return f"{extra} other tokens lie beside the latents, and no Family says where"
         offset = extra if text_first else 0
         references = tuple(LatentGrid((f, h, w), offset + start) for f, h, w, start in latents.references)
         layout = TokenLayout(

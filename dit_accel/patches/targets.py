@@ -8,6 +8,7 @@ from typing import Any
 from torch import nn
 
 from .families import EXCLUDED, FAMILIES, Family, family_of
+from .families.general import EXAMPLE, general_family
 from .handle import PatchHandle
 from .hooks import PublishLatents
 
@@ -22,17 +23,22 @@ def transformers_of(target: Any) -> list[tuple[str, nn.Module, Family]]:
         raise ValueError(f"patch takes a diffusers pipeline or transformer, got {type(target).__name__}.")
     models = {name: _unwrap(value) for name, value in components.items() if isinstance(value, nn.Module)}
     found = [(name, model, family) for name, model in models.items() if (family := family_of(model))]
-    if not found:
-        classes = [type(m).__name__ for n, m in models.items() if n == "" or n.startswith(("transformer", "unet"))]
-        for name in classes:
-            if name in EXCLUDED:
-                raise ValueError(f"{name} cannot be patched. {EXCLUDED[name]}")
-        known = ", ".join(f"{family.name} ({', '.join(family.transformers)})" for family in FAMILIES)
+    if found:
+        return found
+    candidates = {n: m for n, m in models.items() if n == "" or n.startswith(("transformer", "unet"))}
+    for model in candidates.values():
+        kind = type(model).__name__
+        if kind in EXCLUDED:
+            raise ValueError(f"{kind} cannot be patched. {EXCLUDED[kind]}")
+    if not candidates:
+        known = ", ".join(family.name for family in FAMILIES)
+        raise ValueError(f"{type(target).__name__} has no transformer. Known families: {known}.")
+    try:
+        return [(name, model, general_family(model)) for name, model in candidates.items()]
+    except ValueError as error:
         raise ValueError(
-            f"No known transformer in {type(target).__name__}: got {', '.join(classes) or 'none'}. "
-            f"Known families: {known}."
-        )
-    return found
+            f"{error} `dit-accel info` lists the known ones; a family of your own is declared so:\n{EXAMPLE}"
+        ) from error
 
 
 def _unwrap(model: nn.Module) -> nn.Module:

@@ -32,6 +32,27 @@ def write_png(frame: Frame, path: Path) -> None:
             raise ValueError(f"Cannot write {path}: the picture cannot be read back.")
 
 
+def write_animation(frames: Sequence[Frame], path: Path, fps: float) -> None:
+    """Write uint8 frames ``[H, W, 3]`` as a gif of 256 colours or a lossless webp, by the path's suffix.
+
+    Raises:
+        ValueError: no frames, or the file cannot be written whole; one that was there is untouched.
+    """
+    from PIL import Image
+
+    if not len(frames):
+        raise ValueError(f"Cannot write {path}: there are no frames.")
+    first, *others = (Image.fromarray(frame) for frame in frames)
+    options: dict[str, Any] = {"lossless": True} if path.suffix.lower() == ".webp" else {"disposal": 2}
+    with written_whole(path) as draft:
+        # Milliseconds a frame; equal frames would be joined without the second option.
+        first.save(draft, save_all=True, append_images=others, duration=round(1000 / fps), loop=0, **options)
+        with Image.open(draft) as made:
+            found = getattr(made, "n_frames", 1)
+        if found > len(frames):
+            raise ValueError(f"Cannot write {path}: {found} of {len(frames)} frames can be read back.")
+
+
 def write_mp4(frames: Iterable[Frame], path: Path, fps: float, *, crf: int, preset: str = "medium") -> None:
     """Encode uint8 frames ``[H, W, 3]`` of one size as H.264 for any player; odd sides repeat their last line.
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import inspect
 import re
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -13,11 +13,13 @@ from typing import Any
 import numpy as np
 import torch
 
-from .encode import write_mp4, write_png
+from .encode import write_animation, write_mp4, write_png
 
 FRAMES_PER_SECOND = {"Wan": 16.0, "HunyuanVideo": 24.0, "CogVideoX": 8.0, "LTX": 25.0}
 # x264's constant rate factor: low enough that a file hides nothing of what a recipe changed.
 CRF = 12
+# Suffixes of what can be written, the usual one first.
+VIDEOS, PICTURES = (".mp4", ".gif", ".webp"), (".png", ".webp", ".jpg")
 
 
 @dataclass(frozen=True, eq=False)
@@ -50,6 +52,7 @@ def generate(
     steps: int | None = None,
     guidance: float | None = None,
     seed: int = 0,
+    inputs: Mapping[str, Any] | None = None,
     progress: Callable[[int, int], None] | None = None,
 ) -> Generated:
     """Generate one video or image.
@@ -63,6 +66,7 @@ def generate(
         frames: of a video.
         steps: denoising steps.
         guidance: scale of classifier-free or distilled guidance.
+        inputs: further arguments of the call, see :meth:`dit_accel.pipelines.inputs.Inputs.arguments`.
         progress: called after each step with the steps done and their number.
 
     Raises:
@@ -77,6 +81,7 @@ def generate(
         steps=steps,
         guidance=guidance,
     )
+    given |= inputs or {}
     if progress is not None and "callback_on_step_end" in inspect.signature(type(pipe).__call__).parameters:
 
         def after_step(current: Any, step: int, _timestep: Any, state: dict[str, Any]) -> dict[str, Any]:
@@ -139,7 +144,8 @@ def call_arguments(
 def makes_video(pipe: Any) -> bool:
     """Whether a pipeline, or its class, makes videos, else images: known before it has run."""
     kind = pipe if isinstance(pipe, type) else type(pipe)
-    return "num_frames" in inspect.signature(kind.__call__).parameters
+    takes = inspect.signature(kind.__call__).parameters
+    return "num_frames" in takes or "video" in takes
 
 
 def output_path(path: Path, is_video: bool) -> Path:
@@ -150,18 +156,18 @@ def output_path(path: Path, is_video: bool) -> Path:
     """
     if path.is_dir():
         raise ValueError(f"{path} is a folder; give the name of a file in it.")
-    suffix = ".mp4" if is_video else ".png"
-    if path.suffix.lower() == suffix:
+    suffixes = VIDEOS if is_video else PICTURES
+    if path.suffix.lower() in suffixes:
         return path
     # A model's name may hold a dot: only what is surely a suffix counts as one.
     if re.fullmatch(r"\.[a-z][a-z0-9]{2,3}", path.suffix.lower()):
         kind = "a video" if is_video else "an image"
-        raise ValueError(f"This pipeline makes {kind}, saved as {suffix}; got {path.name}.")
-    return path.with_name(path.name + suffix)
+        raise ValueError(f"This pipeline makes {kind}, saved as {' or '.join(suffixes)}; got {path.name}.")
+    return path.with_name(path.name + suffixes[0])
 
 
 def save(generated: Generated, path: Path) -> Path:
-    """Write an mp4 (H.264, readable by any player) for a video, a png for an image.
+    """Write a video as mp4 (H.264, readable by any player), gif or webp, an image as png, webp or jpg, by its suffix.
 
     Args:
         path: with or without suffix, see :func:`output_path`; folders are made as needed.
@@ -173,7 +179,9 @@ def save(generated: Generated, path: Path) -> Path:
         ValueError: a suffix that does not fit, or the file cannot be written whole; one that was there is untouched.
     """
     path = output_path(path, generated.is_video)
-    if generated.is_video:
+    if generated.is_video and path.suffix.lower() != ".mp4":
+        write_animation(list(generated.frames), path, generated.fps)
+    elif generated.is_video:
         write_mp4(generated.frames, path, generated.fps, crf=CRF)
     else:
         write_png(generated.frames[0], path)

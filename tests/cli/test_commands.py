@@ -323,7 +323,7 @@ def test_generate_as_text(tmp_path: Path) -> None:
         ([*GENERATE, "--size", "huge"], "--size must be"),
         ([*GENERATE, "--adapter", "sla"], "There is no adapter 'sla': it is no folder, and the model comes with none"),
         ([*GENERATE, "--adapter", "sla", "--recipe", "sla"], "--adapter brings its own recipe, got --recipe sla"),
-        ([*GENERATE, *SMALL, "--out", "film.png"], "saved as .mp4; got film.png"),
+        ([*GENERATE, *SMALL, "--out", "film.png"], "saved as .mp4 or .gif or .webp; got film.png"),
         ([*GENERATE, *SMALL, "--repeat", "3"], "--repeat goes with --compare-dense, got --repeat 3 alone"),
     ],
 )

@@ -29,7 +29,7 @@ def test_it_stops_in_time_and_says_where_to_go_on(capsys):
 
 def test_a_call_depends_on_its_number_alone():
     shape = fuzz_calls.shapes(3)[5]
-    one, same, other = (fuzz_calls.draw(3, number, shape, torch.device("cpu"), 90) for number in (5, 5, 6))
+    one, same, other = (fuzz_calls.draw(3, number, shape, 2, torch.device("cpu"), 90) for number in (5, 5, 6))
     assert one.describe() == same.describe()
     assert torch.equal(one.q, same.q)
     assert torch.equal(one.mask.kv_indices, same.mask.kv_indices)

@@ -1,5 +1,7 @@
 """Each transformer class: a patch finds its self-attention, its latents and its masks."""
 
+import inspect
+import itertools
 import sys
 
 import pytest
@@ -71,6 +73,18 @@ def test_all_blocks_are_dense_attention(name):
 
 
 @every
+def test_arguments_may_be_given_by_place(name):
+    tiny = MODELS[name]
+    model, given = tiny.build(), tiny.given()
+    names = list(inspect.signature(type(model).forward).parameters)[1:]
+    by_place = [given.pop(name) for name in itertools.takewhile(given.__contains__, names)]
+    assert by_place
+    with dit_accel.patch(model, FULL) as handle, torch.no_grad():
+        model(*by_place, **given, return_dict=False)
+        assert not handle.summary().dense_calls
+
+
+@every
 def test_the_default_runs_and_leaves_short_sequences_alone(name):
     tiny = MODELS[name]
     model = tiny.build()
@@ -95,7 +109,9 @@ def test_latents_lie_where_the_family_says(name):
             row = (place[0] * tiny.grid[1] + place[1]) * tiny.grid[2] + place[2]
             assert differs.nonzero().flatten().tolist() == [tiny.start + row], place
     layouts = {call.layout for call, _ in plain}
-    assert layouts == {TokenLayout(tiny.grid, start, length) for length, start in tiny.layouts.items()}
+    assert layouts == {
+        TokenLayout(tiny.grid, start, length, queries=tiny.queries) for length, start in tiny.layouts.items()
+    }
 
 
 def _seen(tiny: TinyModel, seq_len: int) -> torch.Tensor:
@@ -133,4 +149,4 @@ def test_sparse_is_dense_with_the_mask(name):
         q, k, v = (x.double().transpose(1, 2) for x in (call.q, call.k, call.v))
         mask = seen & keys[:, None, None]
         expected = torch.nn.functional.scaled_dot_product_attention(q, k, v, mask, scale=call.scale).transpose(1, 2)
-        assert (output.double() - expected).abs().max() <= tiny.tolerance
+        assert (output.double() - call.of_queries(expected)).abs().max() <= tiny.tolerance

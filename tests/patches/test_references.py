@@ -125,3 +125,21 @@ def test_a_layout_survives_a_file():
         with pytest.raises(ValueError, match="A layout must be counts"):
             TokenLayout.from_numbers(damaged)
     assert "a reference of 2x2x2" in str(layout)
+
+
+def test_a_packed_sequence_has_its_video_and_its_condition_as_grids():
+    from tests.tiny_packed import CONDITION, PACKED_MODELS, SOUND, TEXT, VIDEO
+
+    tiny = PACKED_MODELS["minimax-h3"]
+    model = tiny.build()
+    recipe = Recipe(Tiles((1, 4, 4)), Pooled(density=0.2, block=(32, 32)), schedule=ALL_STEPS)
+    calls, summary = _watched(model, recipe, lambda: tiny.run(model))
+    assert calls[0].layout == TokenLayout(VIDEO, TEXT + 20 + SOUND, tiny.seq_len, (LatentGrid(CONDITION, TEXT),))
+    assert len(calls) == 2  # the refiner of the text is not one
+    # Text and sound are read by all and read all: their outputs are near the dense ones.
+    visible = calls[0].plan.mask.to_tokens()
+    others = calls[0].plan.rows.flatten().long()
+    others = (others < TEXT) | ((others >= TEXT + 20) & (others < TEXT + 20 + SOUND))
+    assert visible[..., others].all()
+    assert visible[..., others, :].all()
+    assert summary.density < 0.5

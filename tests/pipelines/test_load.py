@@ -127,7 +127,7 @@ def test_image_is_saved_exactly(tmp_path: Path) -> None:
 
 
 def test_a_wrong_suffix_is_refused(tmp_path: Path) -> None:
-    with pytest.raises(ValueError, match=r"saved as \.mp4; got film\.png"):
+    with pytest.raises(ValueError, match=r"saved as \.mp4 or \.gif or \.webp; got film\.png"):
         save(clip(2, 8, 8, True), tmp_path / "film.png")
 
 

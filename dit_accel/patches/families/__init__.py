@@ -28,9 +28,12 @@ from .krea2 import KREA2
 from .ltx import LTX
 from .ltx2 import LTX2
 from .lumina2 import LUMINA2
+from .minimax_h3 import MINIMAX_H3
 from .mochi import MOCHI
 from .pixart import PIXART
+from .prx import NUCLEUS_MOE, PRX
 from .qwen_image import QWEN_IMAGE
+from .registry import register_family, registered
 from .sd3 import SD3
 from .wan import ANYFLOW, WAN
 from .z_image import Z_IMAGE
@@ -42,6 +45,7 @@ FAMILIES: tuple[Family, ...] = (
     HUNYUAN_VIDEO,
     HUNYUAN_VIDEO_15,
     FRAMEPACK,
+    MINIMAX_H3,
     LTX2,
     LTX,
     COSMOS,
@@ -75,16 +79,18 @@ FAMILIES: tuple[Family, ...] = (
     OVIS_IMAGE,
     JOY_IMAGE,
     JOY_IMAGE_PLUS,
+    PRX,
+    NUCLEUS_MOE,
 )
 
 
 def family_of(model: object) -> Family | None:
     """The family of a transformer, by the name of its class or of a base class; None if unknown."""
     names = [cls.__name__ for cls in type(model).__mro__]
-    for family in FAMILIES:
+    for family in (*registered(), *FAMILIES):
         if any(name in family.transformers for name in names):
             return family
     return None
 
 
-__all__ = ["EXCLUDED", "FAMILIES", "Family", "family_of"]
+__all__ = ["EXCLUDED", "FAMILIES", "Family", "family_of", "register_family", "registered"]

@@ -7,24 +7,20 @@ from collections.abc import Mapping
 _LINEAR = "Its self-attention is linear already."
 _NO_GRID = "Its tokens are no grid of latents."
 _UNET = "It is a block of a U-Net, whose sequences are short."
-_ROWS = "Its queries are those of the image alone, fewer than its keys."
 
 EXCLUDED: Mapping[str, str] = {
     # a layout that is more than one grid among other tokens
-    "MiniMaxH3Transformer3DModel": "Its video tokens lie by index in a packed sequence with text and audio.",
     "QwenImage21Transformer2DModel": "Its prefix lies in a cache of keys, so that it has fewer queries than keys.",
-    "Cosmos3OmniTransformer": "Its queries are grouped and lie in one packed sequence of two pathways.",
+    "Cosmos3OmniTransformer": "Its queries are grouped, and fewer than its keys, which are the prompt's too.",
     "Ideogram4Transformer2DModel": "Its prompt and image are one packed sequence, told apart token by token.",
     "Kandinsky6SRTransformer3DModel": "Its self-attention is sparse already: sliding tiles and NABLA.",
     "OmniGenTransformer2DModel": "Its prompt attends causally, under a mask of pairs that is more than a key mask.",
     # queries and keys that differ in number, or that no dense call ever sees
-    "PRXTransformer2DModel": _ROWS,
-    "NucleusMoEImageTransformer2DModel": _ROWS,
     "AnyFlowFARTransformer3DModel": "It attends to chunks in a cache of keys, under block masks of its own.",
     "WanAnimate2Transformer3DModel": "It attends to packed keys of its references, under a block mask of its own.",
     "SanaTransformer2DModel": _LINEAR,
     "SanaVideoTransformer3DModel": _LINEAR,
-    "SanaWMTransformer3DModel": _LINEAR,
+    "SanaWMTransformer3DModel": "Three of four layers attend linearly, and the fourth by code of its own.",
     "SanaWMLTX2RefinerTransformer3DModel": "It is given neither the size of its latents nor the places of its tokens.",
     # too short to gain
     "DiTTransformer2DModel": "An image is 256 to 1,024 tokens, too few to gain.",

@@ -28,6 +28,7 @@ class Family:
             that pass no size; raises ValueError where there is no grid.
         latents_query: whether the latent stream alone may query, and other tokens be keys alone.
         text_first: whether other tokens come before the latents in the sequence, else behind them.
+        alone: whether sequences that hold other tokens too stay dense, since nobody has said where these lie.
         min_tokens: sequence length below which sparse attention gains nothing on a GPU.
         timestep: name of the argument that holds it.
         masked: where the latents of a call with a mask are: where they are without one ("there"), before all others
@@ -43,6 +44,7 @@ class Family:
     read_ids: Callable[[torch.Tensor], Sequence[LatentGrid]] | None = None
     text_first: bool = False
     latents_query: bool = False
+    alone: bool = False
     min_tokens: int = 8192
     timestep: str = "timestep"
     masked: Literal["there", "first", "apart"] = "there"

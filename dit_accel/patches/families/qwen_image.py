@@ -11,7 +11,8 @@ from ..ambient import LatentTokens
 from .family import Family, PatchSize
 
 
-def _read(patch: PatchSize, arguments: Mapping[str, Any]) -> LatentTokens:
+def read_shapes(patch: PatchSize, arguments: Mapping[str, Any]) -> LatentTokens:
+    """The image and its references, from their shapes."""
     # (B, N, C); shapes in tokens: one tuple a sample, or a list of tuples, target first
     shapes = arguments.get("img_shapes")
     tokens, first = arguments["hidden_states"].shape[1], shapes[0] if shapes else ()
@@ -26,7 +27,7 @@ QWEN_IMAGE = Family(
     name="Qwen-Image",
     transformers=("QwenImageTransformer2DModel",),
     self_attention=("transformer_blocks.*.attn",),
-    read=_read,
+    read=read_shapes,
     text_first=True,
     min_tokens=6144,
 )

@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-from itertools import pairwise
-
 import torch
 
-from ...layout import LatentGrid
+from ...layout import Grid, LatentGrid
+
+LEAST_REFERENCE = 16
 
 
 def images(ids: torch.Tensor) -> list[LatentGrid]:
@@ -47,31 +47,38 @@ def clips(coordinates: torch.Tensor) -> list[LatentGrid]:
     """The clips of a stream, from (frame, row, column) of each token ``[3, N]``, in any unit: what is generated, which
     ends the stream, then those before it.
 
-    All have frames of one size. A clip before the last is told from the next by its frames, which begin at or after
-    the next one's first.
+    A clip ends where frames, rows or columns do not go on as they began. Conditions of fewer than
+    :data:`LEAST_REFERENCE` tokens are not worth blocks of their own, and are no grids.
 
     Raises:
         ValueError: the stream does not end in a raster.
     """
     frame, row, column = coordinates.double().cpu()
-    same_frame = (frame == frame[-1]).flip(0).long().cumprod(0)
-    per_frame = int(same_frame.sum())
-    width = int((same_frame * (row == row[-1]).flip(0).long().cumprod(0)).sum())
-    height = per_frame // width
-    tokens = frame.numel()
-    if per_frame == 1 or height * width != per_frame or tokens % per_frame:
-        raise ValueError(f"{per_frame} tokens of a frame are no grid of rows of {width}.")
-    firsts = frame[::per_frame]
-    cuts = [0, *(((firsts[1:] <= firsts[:-1]).nonzero()[:, 0] + 1).tolist()), len(firsts)]
-    found = []
-    for begin, end in pairwise(cuts):
-        part = slice(begin * per_frame, end * per_frame)
-        raster = [axis[part].unflatten(0, (end - begin, height, width)) for axis in (frame, row, column)]
-        if all(_is_along(values, axis) for axis, values in enumerate(raster)):
-            found.append(LatentGrid((end - begin, height, width), part.start))
-        elif end == len(firsts):
-            raise ValueError("The coordinates of the last tokens are no raster.")
-    return [found[-1], *found[:-1]]
+    found: list[LatentGrid] = []
+    start = 0
+    while start < frame.numel():
+        grid = _leading_raster(frame[start:], row[start:], column[start:])
+        found.append(LatentGrid(grid, start))
+        start = found[-1].stop
+    *before, generated = found
+    if generated.tokens == 1 < len(frame):
+        raise ValueError("The coordinates of the last tokens are no raster.")
+    return [generated, *(part for part in before if part.tokens >= LEAST_REFERENCE)]
+
+
+def _leading_raster(frame: torch.Tensor, row: torch.Tensor, column: torch.Tensor) -> Grid:
+    """The largest raster that a stream begins with."""
+
+    def run(goes_on: torch.Tensor) -> int:
+        return 1 + int(goes_on.long().cumprod(0).sum())
+
+    width = run((frame[1:] == frame[0]) & (row[1:] == row[0]) & (column[1:] > column[:-1]))
+    f, r, c = (x[: len(x) // width * width].unflatten(0, (-1, width)) for x in (frame, row, column))
+    same = (f == frame[0]).all(1) & (r == r[:, :1]).all(1) & (c == c[0]).all(1)
+    height = run(same[1:] & (r[1:, 0] > r[:-1, 0]))
+    f, r, c = (x[: len(x) // height * height].unflatten(0, (-1, height)) for x in (f, r, c))
+    same = (f == f[:, :1, :1]).flatten(1).all(1) & ((r == r[0]) & (c == c[0])).flatten(1).all(1)
+    return run(same[1:] & (f[1:, 0, 0] > f[:-1, 0, 0])), height, width
 
 
 def _is_along(values: torch.Tensor, axis: int) -> bool:

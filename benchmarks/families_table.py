@@ -1,0 +1,76 @@
+"""The table of docs/families.md: what can be patched, and which of diffusers' pipelines run it.
+
+    python benchmarks/families_table.py [--check]
+
+Families and classes are those of the registry. Pipelines are those of the installed diffusers whose constructors name
+the class. ``--check`` writes nothing, and exits with 1 where the file says something else.
+"""
+
+from __future__ import annotations
+
+import argparse
+import inspect
+import re
+import typing
+from collections import defaultdict
+from pathlib import Path
+
+import diffusers
+
+from dit_accel.patches.families import EXCLUDED, FAMILIES
+
+PAGE = Path(__file__).parent.parent / "docs" / "families.md"
+BEGIN, END = "<!-- table: benchmarks/families_table.py -->\n", "<!-- end of table -->\n"
+
+
+def pipelines() -> dict[str, list[str]]:
+    """Names of diffusers' pipelines, without the word Pipeline, by the transformer classes of their constructors."""
+    found: dict[str, list[str]] = defaultdict(list)
+    for name in sorted(dir(diffusers)):
+        if not name.endswith("Pipeline") or name in ("DiffusionPipeline", "ModularPipeline"):
+            continue
+        kind = getattr(diffusers, name)
+        for parameter in inspect.signature(kind.__init__).parameters.values():
+            if parameter.name.startswith("transformer"):
+                hint = parameter.annotation
+                classes = typing.get_args(hint) or (hint,)
+                for one in classes:
+                    label = one if isinstance(one, str) else getattr(one, "__name__", "")
+                    for word in re.findall(r"\w+", label):
+                        if name.removesuffix("Pipeline") not in found[word]:
+                            found[word].append(name.removesuffix("Pipeline"))
+    return found
+
+
+def table() -> str:
+    """Markdown, a row for each class."""
+    known = pipelines()
+    lines = [f"With diffusers {diffusers.__version__}:", ""]
+    lines += ["| family | transformer | pipelines | default sparse from |", "|---|---|---|---|"]
+    for family in FAMILIES:
+        for kind in family.transformers:
+            names = ", ".join(known.get(kind, [])) or "modular"
+            lines.append(f"| {family.name} | `{kind}` | {names} | {family.min_tokens:,} tokens |")
+    lines += ["", "Left alone, and why:", "", "| transformer | reason |", "|---|---|"]
+    lines += [f"| `{kind}` | {reason} |" for kind, reason in EXCLUDED.items()]
+    return "\n".join(lines) + "\n"
+
+
+def page(text: str) -> str:
+    """The page with its table as it is now."""
+    before, rest = text.split(BEGIN)
+    return before + BEGIN + table() + END + rest.split(END)[1]
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--check", action="store_true")
+    text = PAGE.read_text(encoding="utf-8")
+    now = page(text)
+    if parser.parse_args().check:
+        raise SystemExit(0 if now == text else f"{PAGE.name} is not what the registry says: run this script.")
+    PAGE.write_text(now, encoding="utf-8")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,118 @@
+"""Tiny transformers whose latents lie by index in a packed sequence, or query among the keys of other tokens."""
+
+from __future__ import annotations
+
+import torch
+
+from tests.tiny_models import Inputs, TinyModel, key_mask, randn, time_of
+
+TEXT, SOUND = 9, 7
+CONDITION, VIDEO = (1, 4, 5), (3, 12, 14)
+
+
+def _raster(grid: tuple[int, int, int], time: float) -> torch.Tensor:
+    """(time, row, column) of each token, times a latent frame apart; [F * H * W, 3]."""
+    frames, height, width = grid
+    places = torch.cartesian_prod(*(torch.arange(n, dtype=torch.float64) for n in (frames, height, width)))
+    return places * torch.tensor([0.25, 1.0, 1.0]) + torch.tensor([time, 0.0, 0.0])
+
+
+def _packed(generator: torch.Generator) -> Inputs:
+    condition, video = _raster(CONDITION, 100.0), _raster(VIDEO, float(TEXT))
+    text = torch.stack([torch.arange(TEXT, dtype=torch.float64), *torch.zeros(2, TEXT, dtype=torch.float64)], 1)
+    sound = torch.stack([torch.arange(SOUND) / 3 + TEXT, *torch.zeros(2, SOUND, dtype=torch.float64)], 1)
+    # text, condition, sound, video
+    places = torch.cat([text, condition, sound, video])
+    starts = torch.tensor([0, TEXT, TEXT + len(condition), TEXT + len(condition) + SOUND])
+    rows = torch.cat([starts[1] + torch.arange(len(condition)), starts[3] + torch.arange(len(video))])
+    tags = torch.ones(len(places), dtype=torch.long)
+    tags[rows], tags[starts[2] : starts[3]] = 0, 2
+    return {
+        "hidden_states": randn(generator, 1, len(rows), 4),
+        "audio_hidden_states": randn(generator, 1, SOUND, 4),
+        "encoder_hidden_states": randn(generator, 1, TEXT, 16),
+        "timestep": torch.tensor([0.5, 0.9], dtype=torch.float64),
+        "timestep_indices": (tags != 0).long(),
+        "token_tags": tags,
+        "position_ids": places,
+        "video_indices": rows,
+        "audio_indices": torch.arange(SOUND) + starts[2],
+        "text_indices": torch.arange(TEXT),
+    }
+
+
+PACKED_MODELS = {
+    "minimax-h3": TinyModel(
+        kind="MiniMaxH3Transformer3DModel",
+        config={
+            "in_channels": 4,
+            "patch_size": (1, 1, 1),
+            "audio_in_channels": 4,
+            "hidden_size": 32,
+            "num_layers": 2,
+            "num_refiner_layers": 1,
+            "num_attention_heads": 2,
+            "attention_head_dim": 16,
+            "ffn_dim": 32,
+            "text_dim": 16,
+            "freq_dim": 16,
+            "time_embed_hidden_dim": 16,
+            "time_embed_dim": 16,
+            "rope_freq_dim": 2,
+        },
+        inputs=_packed,
+        grid=VIDEO,
+        start=TEXT + 20 + SOUND,
+        seq_len=TEXT + 20 + SOUND + 504,
+        axes="bsc",
+        offset=20,
+    ),
+    "prx": TinyModel(
+        kind="PRXTransformer2DModel",
+        config={
+            "in_channels": 4,
+            "context_in_dim": 16,
+            "hidden_size": 32,
+            "num_heads": 2,
+            "depth": 2,
+            "axes_dim": [8, 8],
+        },
+        inputs=lambda generator: {
+            "hidden_states": randn(generator, 1, 4, 24, 28),
+            "encoder_hidden_states": randn(generator, 1, 9, 16),
+            "timestep": time_of(0.5),
+            "attention_mask": key_mask(9, 3),
+        },
+        grid=(1, 12, 14),
+        start=9,
+        seq_len=9 + 168,
+        queries=(9, 168),
+        axes="bchw",
+        patch=(1, 2, 2),
+    ),
+    "nucleus-moe": TinyModel(
+        kind="NucleusMoEImageTransformer2DModel",
+        config={
+            "in_channels": 16,
+            "out_channels": 4,
+            "num_layers": 2,
+            "attention_head_dim": 16,
+            "num_attention_heads": 4,
+            "num_key_value_heads": 2,
+            "joint_attention_dim": 16,
+            "axes_dims_rope": (4, 6, 6),
+            "moe_enabled": False,
+        },
+        inputs=lambda generator: {
+            "hidden_states": randn(generator, 1, 168, 16),
+            "img_shapes": [(1, 12, 14)],
+            "encoder_hidden_states": randn(generator, 1, 9, 16),
+            "encoder_hidden_states_mask": key_mask(9, 3),
+            "timestep": time_of(0.5),
+        },
+        grid=(1, 12, 14),
+        seq_len=168 + 9,
+        queries=(0, 168),
+        axes="bsc",
+    ),
+}
