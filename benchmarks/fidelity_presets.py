@@ -63,7 +63,7 @@ def _tile_windows(grid: tuple[int, int, int], density: float) -> list[object]:
     return sorted(shares, key=lambda window: abs(shares[window] - density))[:3]
 
 
-def _agent_tiles(grid: tuple[int, int, int], density: float) -> list[object]:
+def _agent_tiles(_grid: tuple[int, int, int], density: float) -> list[object]:
     """The tiles whose agents make the number of products come nearest: two agents times tokens."""
     tiles = [tile for tile in product((1, 2, 4), repeat=3) if tile[0] * tile[1] * tile[2] > 2 and tile[1] <= tile[2]]
     return sorted(tiles, key=lambda tile: abs(2 / (tile[0] * tile[1] * tile[2]) - density))[:4]

@@ -280,7 +280,7 @@ def query_block(mask: BlockMask, at: tuple[int, int, int]) -> BlockMask:
 def checked(q, k, v, mask: BlockMask, rows=None, key_mask=None) -> Callable[[str, Callable], dict[str, object]]:
     """What is said of a call: its error against the fp64 oracle, and its memory."""
 
-    def check(name: str, call: Callable) -> dict[str, object]:
+    def check(_name: str, call: Callable) -> dict[str, object]:
         error = oracle_error(call(), q, k, v, mask, rows, key_mask)
         return {"error": error, "extra_memory_share": extra_memory_share(call, q)}
 

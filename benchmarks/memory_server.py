@@ -56,7 +56,7 @@ def generate(pipe: Any, pick: random.Random) -> None:
     height, width = (16 * pick.randint(3, 9) for _ in range(2))
     break_off = pick.random() < 0.2
 
-    def at_step(pipe: Any, step: int, timestep: Any, values: dict[str, Any]) -> dict[str, Any]:
+    def at_step(_pipe: Any, step: int, _timestep: Any, values: dict[str, Any]) -> dict[str, Any]:
         if break_off and step == 1:
             raise Stop
         return values

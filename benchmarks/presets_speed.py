@@ -247,7 +247,7 @@ def time_recipe(
 
 
 def timed_plans(
-    recipe: Recipe, session: Any, names: Sequence[str], patched: Variant, size: dict[str, Any], repeats: int
+    recipe: Recipe, session: Any, names: Sequence[str], patched: Variant, _size: dict[str, Any], repeats: int
 ) -> dict[str, Any]:
     """Costs of a recipe whose plans are made in sparse steps."""
     # A bare transformer has no steps: plans are kept until they are forgotten here.
@@ -336,7 +336,7 @@ class Trajectory:
         self.index: int | None = None
 
     def next_forward(
-        self, forward_id: int, name: str | None, timestep: torch.Tensor | None
+        self, forward_id: int, name: str | None, _timestep: torch.Tensor | None
     ) -> tuple[Run, StepContext, str | None]:
         """What a session asks when a forward begins."""
         steps = None if self.index is None else STEPS

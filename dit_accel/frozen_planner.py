@@ -27,11 +27,11 @@ class FrozenPlanner(Planner):
         self.masks = masks
         self.rederive = rederive
 
-    def is_search(self, call: AttentionCall, made: StepContext) -> bool:
+    def is_search(self, _call: AttentionCall, _made: StepContext) -> bool:
         """Never: there is nothing to search."""
         return False
 
-    def memory_of_search(self, call: AttentionCall) -> LayerMemory | None:
+    def memory_of_search(self, _call: AttentionCall) -> LayerMemory | None:
         """None: see :meth:`is_search`."""
         return None
 

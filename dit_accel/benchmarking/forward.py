@@ -108,7 +108,7 @@ def bench_forward(
     backend: str = "auto",
     dense_backend: str | None = None,
     compiler: str | None = None,
-    progress: Callable[[str], None] = lambda stage: None,
+    progress: Callable[[str], None] = lambda _stage: None,
 ) -> ForwardReport:
     """Build a transformer with random weights and time its forward, dense and patched, in turns.
 

@@ -63,7 +63,7 @@ def calibrate(
     axis_prompts: int = 1,
     generate_kwargs: Mapping[str, Any] | None = None,
     resume: bool = True,
-    progress: Callable[[Progress], None] = lambda state: None,
+    progress: Callable[[Progress], None] = lambda _state: None,
     **options: Any,
 ) -> CalibrationArtifact:
     """Make a recipe's plans offline, from dense runs of a few prompts.
@@ -180,8 +180,8 @@ class _Clock:
     _here: int = 0
     _before: int | None = None
 
-    def tick(self, done: int, steps: int, stage: str) -> None:
-        """After step ``done`` of a run of ``steps``."""
+    def tick(self, steps: int, stage: str) -> None:
+        """After a step of a run of ``steps``."""
         if self._before is None:
             self._before = self.run
         self.steps = steps
@@ -217,7 +217,7 @@ class _Run:
             users = arguments.get("callback_on_step_end")
 
             def after(pipe: Any, step: int, timestep: Any, state: dict[str, Any]) -> dict[str, Any]:
-                clock.tick(step + 1, pipe.num_timesteps, stage)
+                clock.tick(pipe.num_timesteps, stage)
                 return state if users is None else users(pipe, step, timestep, state)
 
             arguments["callback_on_step_end"] = after

@@ -87,7 +87,7 @@ def measure_heads(
     orders: Sequence[str] = (),
     probe: float = PROBE,
     mean_density: float | None = None,
-    progress: Callable[[int, int], None] = lambda done, total: None,
+    progress: Callable[[int, int], None] = lambda _done, _total: None,
 ) -> HeadErrors:
     """Measure every head of a transformer on recorded inputs.
 
@@ -244,7 +244,7 @@ def search(
     densities: Sequence[float] = DENSITIES,
     seed: int = 0,
     generate_kwargs: Mapping[str, Any] | None = None,
-    progress: Callable[[Progress], None] = lambda state: None,
+    progress: Callable[[Progress], None] = lambda _state: None,
 ) -> Found:
     """Find a density, and an order if there is a choice, for every head of a pipeline's transformer.
 
@@ -422,7 +422,7 @@ def _curve_tap(
     for engine in (dense, *chain.from_iterable(sparse)):
         engine.observer = lambda call: calls.__setitem__(call.layer, call)
 
-    def tap(layer: int, out: torch.Tensor, model_own: Callable[[], torch.Tensor] | None) -> torch.Tensor:
+    def tap(layer: int, out: torch.Tensor, _model_own: Callable[[], torch.Tensor] | None) -> torch.Tensor:
         call = calls.pop(layer)
         for (order, engines), place in product(enumerate(sparse), range(len(sparse[0]))):
             engine = engines[place]
@@ -439,7 +439,7 @@ def _curve_tap(
 def _head_tap(head: int) -> OutputTap:
     """Keeps one head's sparse output, in layers that have one."""
 
-    def tap(layer: int, out: torch.Tensor, dense: Callable[[], torch.Tensor] | None) -> torch.Tensor:
+    def tap(_layer: int, out: torch.Tensor, dense: Callable[[], torch.Tensor] | None) -> torch.Tensor:
         if dense is None:
             return out
         exact = dense().clone()

@@ -155,7 +155,7 @@ def _status(quiet: bool) -> Any:
     from contextlib import contextmanager, nullcontext
 
     if quiet:
-        return nullcontext(lambda stage: None)
+        return nullcontext(lambda _stage: None)
 
     @contextmanager
     def status() -> Any:

@@ -214,7 +214,7 @@ def _checked_path(out: Path | None, name: str, seed: int, is_video: bool, with_d
     from ..pipelines.encode import refuse_missing_encoder
     from ..pipelines.generate import output_path
 
-    beside = (lambda path: [_dense_name(path)]) if with_dense else (lambda path: [])
+    beside = (lambda path: [_dense_name(path)]) if with_dense else (lambda _path: [])
     if out is None:
         default = Path("outputs") / f"{name.strip('./').replace('/', '--')}-{seed}"
         path = free_name(output_path(default, is_video), beside)

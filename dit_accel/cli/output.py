@@ -7,7 +7,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 
 
-def free_name(path: Path, beside: Callable[[Path], Sequence[Path]] = lambda path: ()) -> Path:
+def free_name(path: Path, beside: Callable[[Path], Sequence[Path]] = lambda _path: ()) -> Path:
     """A default name that no earlier run has taken: ``path``, or the first of ``path-2``, ``path-3``... that is free.
 
     Args:

@@ -17,7 +17,7 @@ def progress_bar(title: str, quiet: bool) -> Any:
     from contextlib import contextmanager, nullcontext
 
     if quiet:
-        return nullcontext(lambda state: None)
+        return nullcontext(lambda _state: None)
 
     @contextmanager
     def bar() -> Iterator[Callable[[Progress], None]]:

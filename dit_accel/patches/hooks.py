@@ -92,7 +92,7 @@ class PublishLayer(_Hook):
         self.layer = torch.tensor([session.id, layer])
         self.counts = counts
 
-    def __call__(self, module: nn.Module, args: tuple[Any, ...]) -> None:
+    def __call__(self, module: nn.Module, _args: tuple[Any, ...]) -> None:
         if torch.compiler.is_compiling():
             TRACED.layer, TRACED.counts, TRACED.attended = self.layer, self.counts, False
             # Inputs of the graph, so that they get their gradients; eager calls find them by layer.
@@ -121,7 +121,7 @@ class ClearLayer(_Hook):
         self.session = session
         self.index = layer
 
-    def __call__(self, module: nn.Module, args: tuple[Any, ...], output: Any) -> None:
+    def __call__(self, module: nn.Module, _args: tuple[Any, ...], _output: Any) -> None:
         if torch.compiler.is_compiling():
             if TRACED.layer is not None and not TRACED.attended:
                 assert TRACED.counts is not None
@@ -141,7 +141,7 @@ class EnterModule(_Hook):
         self.session = session
         self.is_block = is_block
 
-    def __call__(self, module: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> None:
+    def __call__(self, _module: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> None:
         tensor = next(iter(_tensors(args, kwargs)), None)
         if not torch.compiler.is_compiling():
             self.session.enter_module(tensor)
@@ -152,7 +152,7 @@ class EnterModule(_Hook):
 class LeaveBlock(_Hook):
     """Forward hook of a block with a self-attention."""
 
-    def __call__(self, module: nn.Module, args: tuple[Any, ...], output: Any) -> None:
+    def __call__(self, _module: nn.Module, _args: tuple[Any, ...], _output: Any) -> None:
         if torch.compiler.is_compiling():
             # A trace must not end with it: the graph would return it and keep it alive.
             TRACED.block_input = None
@@ -175,7 +175,7 @@ class PublishLatents(_Hook):
         self.processors = processors
         self.watch_gradients: Callable[[], None] | None = watch_gradients
 
-    def __call__(self, module: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> None:
+    def __call__(self, _module: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> None:
         arguments = dict(zip(self.argument_names, args, strict=False))
         arguments.update(kwargs)
         latents = self.session.family.read(self.session.patch_size, arguments)
@@ -201,7 +201,7 @@ class ClearAll(_Hook):
     def __init__(self, session: Session) -> None:
         self.session = session
 
-    def __call__(self, module: nn.Module, args: tuple[Any, ...], output: Any) -> None:
+    def __call__(self, _module: nn.Module, _args: tuple[Any, ...], _output: Any) -> None:
         TRACED.clear()
         if not torch.compiler.is_compiling():
             EAGER.layer = None

@@ -81,6 +81,6 @@ class SaveWithoutLearned:
         return getattr, (self.original.__self__, "save_pretrained")  # type: ignore[attr-defined]
 
 
-def _drop_learned(module: nn.Module, state: dict[str, Any], prefix: str, metadata: Any) -> None:
+def _drop_learned(_module: nn.Module, state: dict[str, Any], _prefix: str, _metadata: Any) -> None:
     for name in [name for name in state if is_learned(name)]:
         del state[name]

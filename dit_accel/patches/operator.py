@@ -114,7 +114,7 @@ def attention_op(
 
 @attention_op.register_fake
 def _(
-    q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, attn_mask: torch.Tensor | None, layer: torch.Tensor, *rest: Any
+    q: torch.Tensor, _k: torch.Tensor, v: torch.Tensor, _mask: torch.Tensor | None, layer: torch.Tensor, *_rest: Any
 ) -> tuple[torch.Tensor, torch.Tensor]:
     return q.new_empty(q.shape[:-1] + v.shape[-1:]), layer.new_empty(2)
 
@@ -175,18 +175,18 @@ def attention_backward_op(
 
 @attention_backward_op.register_fake
 def _(
-    grad: torch.Tensor,
-    forward: torch.Tensor,
+    _grad: torch.Tensor,
+    _forward: torch.Tensor,
     q: torch.Tensor,
     k: torch.Tensor,
     v: torch.Tensor,
-    attn_mask: torch.Tensor | None,
-    layer: torch.Tensor,
-    places: list[int],
-    count: int,
-    ids: torch.Tensor | None,
+    _mask: torch.Tensor | None,
+    _layer: torch.Tensor,
+    _places: list[int],
+    _count: int,
+    _ids: torch.Tensor | None,
     learned: list[torch.Tensor],
-    *rest: Any,
+    *_rest: Any,
 ) -> list[torch.Tensor]:
     return [torch.empty_like(x, memory_format=torch.contiguous_format) for x in (q, k, v, *learned)]
 

@@ -177,7 +177,7 @@ def _materialise(model: nn.Module, dtype: torch.dtype, device: torch.device) -> 
             setattr(module, name, buffer.to(device))
 
 
-def _wan(model: nn.Module, latents: Latents) -> dict[str, Any]:
+def _wan(_model: nn.Module, latents: Latents) -> dict[str, Any]:
     return {
         "hidden_states": latents.noise(16, latents.frames, latents.height, latents.width),
         "timestep": latents.full(TIMESTEP, torch.float32),
@@ -185,7 +185,7 @@ def _wan(model: nn.Module, latents: Latents) -> dict[str, Any]:
     }
 
 
-def _hunyuan_video(model: nn.Module, latents: Latents) -> dict[str, Any]:
+def _hunyuan_video(_model: nn.Module, latents: Latents) -> dict[str, Any]:
     # A short prompt: 64 of its 256 tokens, the rest is padding that the model masks.
     mask = torch.zeros(latents.batch, 256, dtype=latents.dtype, device=latents.device)
     mask[:, :64] = 1
@@ -199,7 +199,7 @@ def _hunyuan_video(model: nn.Module, latents: Latents) -> dict[str, Any]:
     }
 
 
-def _flux(model: nn.Module, latents: Latents) -> dict[str, Any]:
+def _flux(_model: nn.Module, latents: Latents) -> dict[str, Any]:
     # Two latents by two make a token.
     height, width = latents.height // 2, latents.width // 2
     ids = torch.zeros(height, width, 3, dtype=latents.dtype, device=latents.device)
@@ -242,7 +242,7 @@ def _cogvideox(model: nn.Module, latents: Latents) -> dict[str, Any]:
     }
 
 
-def _ltx(model: nn.Module, latents: Latents) -> dict[str, Any]:
+def _ltx(_model: nn.Module, latents: Latents) -> dict[str, Any]:
     # A short prompt: 64 of its 128 tokens.
     mask = torch.zeros(latents.batch, 128, dtype=torch.int64, device=latents.device)
     mask[:, :64] = 1

@@ -84,7 +84,7 @@ def generate(
     given |= inputs or {}
     if progress is not None and "callback_on_step_end" in inspect.signature(type(pipe).__call__).parameters:
 
-        def after_step(current: Any, step: int, timestep: Any, state: dict[str, Any]) -> dict[str, Any]:
+        def after_step(current: Any, step: int, _timestep: Any, state: dict[str, Any]) -> dict[str, Any]:
             progress(step + 1, current.num_timesteps)
             return state
 

@@ -69,7 +69,7 @@ def compare(
     warm_up: bool = True,
     repeat: int = 1,
     facts: Mapping[str, str] | None = None,
-    progress: Callable[[str], None] = lambda line: None,
+    progress: Callable[[str], None] = lambda _line: None,
 ) -> ComparisonReport:
     """Generate every prompt with every seed, dense and under each recipe, and report the differences.
 

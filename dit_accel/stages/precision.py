@@ -33,7 +33,7 @@ class Precision(Protocol):
 
     operation: ClassVar[Operation]
 
-    def conflicts_with(self, select: Select, compensate: Compensation) -> str | None:
+    def conflicts_with(self, _select: Select, _compensate: Compensation) -> str | None:
         """A sentence that says why these stages have no attention in these numbers; None where they have."""
         return None
 

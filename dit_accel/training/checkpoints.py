@@ -81,7 +81,7 @@ class Checkpoints:
             raise ValueError(f"The checkpoint {folder} cannot be read: {reason[0]}") from error
         return int(progress["step"]), Curves.from_dict(progress["curves"])
 
-    def _save_trained(self, models: list[Any], weights: list[Any], folder: str) -> None:
+    def _save_trained(self, _models: list[Any], weights: list[Any], folder: str) -> None:
         """Accelerate would write the whole model; only what is trained changes."""
         if self.sharded:
             return

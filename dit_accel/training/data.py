@@ -75,7 +75,7 @@ def capture_call(pipe: Any, arguments: Mapping[str, Any]) -> tuple[torch.Size, f
     arguments = {name: value for name, value in arguments.items() if name != "num_frames" or name in takes}
     seen: dict[str, Any] = {}
 
-    def stop(module: Any, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> None:
+    def stop(_module: Any, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> None:
         seen.update(kwargs)
         if args:
             raise ValueError(f"{type(pipe).__name__} calls its transformer with positional arguments.")

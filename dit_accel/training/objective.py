@@ -150,7 +150,7 @@ class _Outputs:
     def __init__(self) -> None:
         self.by_layer: dict[int, torch.Tensor] = {}
 
-    def __call__(self, layer: int, output: torch.Tensor, dense: Callable[[], torch.Tensor] | None) -> torch.Tensor:
+    def __call__(self, layer: int, output: torch.Tensor, _dense: Callable[[], torch.Tensor] | None) -> torch.Tensor:
         self.by_layer[layer] = output.detach()
         return output
 

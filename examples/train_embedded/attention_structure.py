@@ -94,7 +94,7 @@ def measure(pipeline: WanPipeline, prompt: str, steps: int, measured: list[int],
         for recorder in recorders:
             recorder.step = index if index in measured else None
 
-    def after(pipe: Any, index: int, timestep: Any, values: dict[str, Any]) -> dict[str, Any]:
+    def after(_pipe: Any, index: int, _timestep: Any, values: dict[str, Any]) -> dict[str, Any]:
         publish(index + 1)
         return values
 

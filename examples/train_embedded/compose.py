@@ -211,7 +211,7 @@ def _backgrounds(
         picture = _pan(far.clamp(0, 1), shift * 0.35, columns, middle)
         front = _pan(near.clamp(0, 1), shift, columns, middle)
         if BACKGROUND_NAMES[kind] in ("night sea", "sea"):
-            front = _ripple(front, near.clamp(0, 1), t)
+            front = _ripple(front, t)
         alpha = front[:, 3:]
         picture = picture * (1 - alpha) + front[:, :3] * alpha
         if BACKGROUND_NAMES[kind] == "snow":
@@ -234,7 +234,7 @@ def _pan(image: torch.Tensor, shift: torch.Tensor, columns: torch.Tensor, middle
     return torch.lerp(a, b, weight.expand_as(a))
 
 
-def _ripple(front: torch.Tensor, near: torch.Tensor, t: int) -> torch.Tensor:
+def _ripple(front: torch.Tensor, t: int) -> torch.Tensor:
     """Lets the water shimmer: brightness bands that drift down the picture, stronger near the viewer."""
     height = front.shape[3]
     y = (torch.arange(height, device=front.device) / height).view(1, 1, 1, height, 1)

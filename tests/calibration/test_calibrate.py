@@ -8,10 +8,12 @@ import torch
 from diffusers import UniPCMultistepScheduler
 
 from dit_accel import CalibrationArtifact, Recipe, calibrate, patch, presets
+from dit_accel.frozen_planner import FrozenPlanner
 from dit_accel.kernels.mask.packed import PackedBlockMask, pack_bits, unpack_bits
 from dit_accel.layout import TokenLayout
 from dit_accel.patches.artifact import CalibratedTransformer
 from dit_accel.patches.fingerprint import Fingerprint
+from dit_accel.planner import Planner
 from dit_accel.stages.order.axes import AXIS_ORDERS, AxisOrder
 from dit_accel.stages.order.simple import Tiles
 from dit_accel.stages.select.frozen import FrozenMasks, bucket_edges
@@ -222,6 +224,19 @@ def test_what_can_be_rederived_is_when_asked(paro):
         assert engine.recipe.select == recipe.select
         assert handle.summary().sparse_calls == 16
         assert all(layer.plans_made == 8 for layer in handle.summary().layers)  # online: every call
+
+
+def test_only_masks_of_a_calibration_have_its_planner(paro):
+    pipe, _, _, path = paro
+    online = Recipe(select=Pooled(density=0.4, block=BLOCK))
+    for recipe, options, kind in (
+        (PARO, {"calibration": path}, FrozenPlanner),
+        (PARO.with_fields({"select.density": 0.9}), {"calibration": path, "rederive": True}, Planner),
+        (online, {}, Planner),
+    ):
+        with patch(pipe, recipe, **options) as handle:
+            planner = handle.sessions["transformer"].engine.planner
+        assert type(planner) is kind
 
 
 def test_precision_and_schedule_may_differ(paro):

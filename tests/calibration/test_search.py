@@ -7,13 +7,18 @@ import torch
 
 from dit_accel import Recipe, patch
 from dit_accel.calibration.recording import first_forwards, record_inputs
-from dit_accel.calibration.search import HeadErrors, allocate, measure_heads, search, with_densities
+from dit_accel.calibration.search import HeadErrors, _curve_tap, allocate, measure_heads, search, with_densities
+from dit_accel.call import AttentionInputs
+from dit_accel.engine import Engine
+from dit_accel.layout import StepContext, TokenLayout
 from dit_accel.presets import resolve
 from dit_accel.stages.order.simple import Tiles
 from dit_accel.stages.schedule import Schedule
 from dit_accel.stages.select.grid import Circle
 from dit_accel.stages.select.mass import Mass
 from dit_accel.stages.select.pooled import Pooled
+from tests.calls import attend
+from tests.stages.oracle import masked_attention
 from tests.tiny import TINY
 
 DENSITIES = (0.1, 0.2, 0.3, 0.4, 0.5, 0.6, 0.7, 0.8, 0.9, 1.0)
@@ -290,3 +295,22 @@ def test_what_needs_no_run_is_refused_before_it(options, words):
     call = TINY["wan"].call(torch.Generator().manual_seed(0))
     with pytest.raises(ValueError, match=words):
         search(pipe, [call], Recipe(select=Pooled(density=0.3)), **options)
+
+
+@pytest.mark.parametrize("masked", ["nothing", "keys", "pairs"])
+def test_what_a_call_hides_is_hidden_from_the_measured_recipe_too(masked):
+    """At density 1 nothing is left out, so there is no error, whatever the mask."""
+    layout = TokenLayout((1, 8, 12), 4, 100)
+    generator = torch.Generator().manual_seed(0)
+    q, k, v = torch.randn(3, 1, 100, 2, 16, generator=generator)
+    shape = {"nothing": None, "keys": (1, 100), "pairs": (100, 100)}[masked]
+    mask = None if shape is None else torch.rand(shape, generator=generator) > 0.3
+    exact = masked_attention(q, k, v, torch.ones(100, 100, dtype=torch.bool) if mask is None else mask).float()
+    dense = Engine(Recipe(), ["layer"], "auto", 0)
+    sparse = Engine(Recipe(select=Pooled(density=1.0, block=(32, 32))), ["layer"], "auto", 0)
+    curves, kept = torch.ones(2, 1, 1, 2, 1, dtype=torch.float64)
+    dense.output_tap = _curve_tap(dense, [[sparse]], curves, kept)
+    out = attend(dense, 0, AttentionInputs(q, k, v, mask), layout, StepContext(), lambda: exact)
+    assert out is exact
+    assert kept.eq(1).all()
+    assert curves.max() <= exact.numel() * (4e-6 * exact.abs().max()) ** 2

@@ -24,7 +24,7 @@ def integer_oracle(quantized, mask, visible, rows, scale):
 
     Also the relative error to expect of independent roundings of the weights: uniform in half a step.
     """
-    q, k, _ = dequantize(quantized, mask.block_q, mask.block_k)
+    q, k, _ = dequantize(quantized, mask.block_k)
     q, k = q[:, :, : mask.q_len].double(), k[:, :, : mask.kv_len].double()
     if quantized.smooth_q:
         q = q + quantized.q_mean.double().repeat_interleave(mask.block_q, 2)[:, :, : mask.q_len]
@@ -74,7 +74,7 @@ def test_matches_integer_arithmetic(case, precision, smooth_q, device):
     assert (lse - exact_lse)[seen].abs().max() <= 0.05
     assert torch.all(out[~seen.transpose(1, 2)] == 0)
     # Roundings of weights and values, and the target for INT8 queries and keys.
-    stored = dequantize(ready, mask.block_q, mask.block_k)[2][:, :, : mask.kv_len]
+    stored = dequantize(ready, mask.block_k)[2][:, :, : mask.kv_len]
     original = v.transpose(1, 2) if rows is None else permute(v.transpose(1, 2), rows)
     value_noise = (stored - original).norm() / original.norm()
     error = (out - exact).norm() / exact.norm()

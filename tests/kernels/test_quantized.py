@@ -172,7 +172,7 @@ def test_scales_by_thread_are_of_the_keys_that_a_thread_holds():
     quantized = reference_quantize(q, k, v, 32, 32, key_scales="thread")
     assert quantized.k_scale.shape == (1, 2, 4, 4)
     centred = k.double() - k.double().mean(1, keepdim=True)
-    _, back, _ = dequantize(quantized, 32, 32)
+    _, back, _ = dequantize(quantized, 32)
     for head in range(2):
         for block in range(4):
             for thread in range(4):
@@ -226,7 +226,7 @@ def test_dequantised_inputs_are_close(precision):
     torch.manual_seed(0)
     q, k, v = (torch.randn(1, 100, 2, 64) for _ in range(3))
     quantized = reference_quantize(q, k, v, 64, 64, precision=precision, smooth_k=False)
-    back = dequantize(quantized, 64, 64)
+    back = dequantize(quantized, 64)
     for x, y, step in zip((q, k, v), back, (1 / 254, 1 / 254, 2**-4)):
         limit = x.abs().max() * step * 1.01 if precision == "int8_fp8" or x is not v else 0
         assert (x.transpose(1, 2) - y[:, :, :100]).abs().max() <= limit

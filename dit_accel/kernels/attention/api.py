@@ -56,6 +56,7 @@ def block_sparse_attention(
     if not 0.0 < scale < math.inf:
         # The kernels take the largest product of a row for that of its largest logit.
         raise ValueError(f"scale must be positive and finite, got {scale}.")
+    lse: torch.Tensor | None
     if name == "triton":
         from .op import triton_attention
 

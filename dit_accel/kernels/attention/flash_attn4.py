@@ -7,6 +7,8 @@ own for a deterministic sum, and is never called here.
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 
 from ..mask.block_mask import BlockMask
@@ -67,19 +69,19 @@ def fa4_fwd(
 
 
 @fa4_fwd.register_fake
-def _(q, k, v, counts, indices, fulls, block_q, block_k, scale):
+def _(q: torch.Tensor, *_rest: Any) -> tuple[torch.Tensor, torch.Tensor]:
     batch, q_len, heads, dim = q.shape
     return q.new_empty((batch, q_len, heads, dim)), q.new_empty((batch, heads, q_len), dtype=torch.float32)
 
 
-def _setup_context(ctx, inputs, output) -> None:
+def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[torch.Tensor, torch.Tensor]) -> None:
     *tensors, block_q, block_k, scale = inputs
     ctx.save_for_backward(*tensors, *output)
     ctx.constants = (block_q, block_k, scale)
     ctx.set_materialize_grads(False)
 
 
-def _backward(ctx, grad, grad_lse):
+def _backward(ctx: Any, grad: torch.Tensor | None, grad_lse: torch.Tensor | None) -> tuple[torch.Tensor | None, ...]:
     *inputs, out, lse = ctx.saved_tensors
     if grad is None and grad_lse is None:
         return (None,) * 9

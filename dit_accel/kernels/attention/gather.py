@@ -109,7 +109,7 @@ def _run(
     for chunk in plan.chunks:
         end = begin + len(chunk.row_ids)
         out[begin:end], part_lse = _attend_chunk(query, key, value, plan, chunk, scale, return_lse, buffers)
-        if lse is not None:
+        if lse is not None and part_lse is not None:
             lse[begin:end] = part_lse
         begin = end
     return out, lse

@@ -74,7 +74,7 @@ def tune(
     blocks: tuple[tuple[int, int], ...] = BLOCKS,
     dtype: torch.dtype = torch.bfloat16,
     measure: Measure = median_ms,
-    progress: Callable[[str], None] = lambda stage: None,
+    progress: Callable[[str], None] = lambda _stage: None,
     workers: int = 0,
     seconds: float = math.inf,
 ) -> dict[str, Any]:
@@ -199,11 +199,11 @@ def _fa4_cases(
         for block_q, block_k in sizes.blocks:
             key = entry_key("forward", block_q, block_k, dim, False)
             progress(f"{key} on fa4")
-            calls = []
+            calls: list[tuple[float, Callable[..., object]]] = []
             for density in _FA4_DENSITIES:
                 mask = sizes.mask(block_q, block_k, density)
                 reason = capability.why_not_fa4(case_of(q, k, v, mask=mask))
-                call = partial(block_sparse_attention, q, k, v, mask)
+                call: Callable[..., Any] = partial(block_sparse_attention, q, k, v, mask)
                 if reason is None and time.monotonic() > until:
                     reason = "out of time"
                 if reason is None:

@@ -44,7 +44,8 @@ def _table(device_name: str) -> dict[str, Any]:
     known = {"NVIDIA H200": "h200.json", "NVIDIA H100": "h200.json"}
     for prefix, name in known.items():
         if device_name.startswith(prefix):
-            return dict(json.loads(resources.files(__package__).joinpath("tuning_tables", name).read_text()))
+            file = resources.files(__package__) / "tuning_tables" / name
+            return dict(json.loads(file.read_text(encoding="utf-8")))
     return {"device": "", "entries": {}, "fa4_fastest": []}
 
 
@@ -83,7 +84,8 @@ def _device_name(index: int) -> str:
 @cache
 def _shared_memory(index: int) -> int:
     """Bytes of shared memory that a program may have on a GPU."""
-    return int(torch.cuda.get_device_properties(index).shared_memory_per_block_optin)
+    properties: Any = torch.cuda.get_device_properties(index)  # torch's own types leave this one out
+    return int(properties.shared_memory_per_block_optin)
 
 
 def _padded(head_dim: int) -> int:

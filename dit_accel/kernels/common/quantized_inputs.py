@@ -185,7 +185,7 @@ def _blocks(x: torch.Tensor, block: int) -> tuple[torch.Tensor, torch.Tensor]:
     return padded, real[:, None].to(x.dtype)
 
 
-def dequantize(quantized: QuantizedInputs, block_q: int, block_k: int) -> tuple[torch.Tensor, ...]:
+def dequantize(quantized: QuantizedInputs, block_k: int) -> tuple[torch.Tensor, ...]:
     """float32 q, k, v ``[B, H, S, D]`` that the quantised kernels in effect multiply, 8-bit ones padded.
 
     k lacks the mean key, q its block mean when smoothed; add ``q_mean . k`` to the logits for the latter.

@@ -277,8 +277,10 @@ def check_linear(
             "q, k and v must agree in batch, heads and head dim, and k and v in length, "
             f"got {tuple(q.shape)}, {tuple(k.shape)} and {tuple(v.shape)}."
         )
-    if critical is None and negligible is not None:
-        raise ValueError("negligible needs critical: the form over all tokens leaves no block out.")
+    if critical is None:
+        if negligible is not None:
+            raise ValueError("negligible needs critical: the form over all tokens leaves no block out.")
+        return
     for name, mask in (("critical", critical), ("negligible", negligible)):
         if mask is None:
             continue

@@ -182,7 +182,7 @@ def _emulate(
     backend: str,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Float32 attention of the dequantised inputs; unlike the kernels it does not round the weights."""
-    q, k, v = dequantize(quantized, mask.block_q, mask.block_k)
+    q, k, v = dequantize(quantized, mask.block_k)
     if quantized.smooth_q:
         q = q + quantized.q_mean.repeat_interleave(mask.block_q, 2)
     q, k, v = q[:, :, : mask.q_len], k[:, :, : mask.kv_len], v[:, :, : mask.kv_len]
@@ -193,7 +193,9 @@ def _emulate(
         q, k, v = (torch.empty_like(x).scatter_(2, wide, x) for x in (q, k, v))
         shift = torch.empty_like(shift).scatter_(2, index, shift)
     out, lse = block_sparse_attention(
-        *(x.transpose(1, 2) for x in (q, k, v)),
+        q.transpose(1, 2),
+        k.transpose(1, 2),
+        v.transpose(1, 2),
         mask,
         rows=rows,
         key_mask=key_mask,

@@ -26,7 +26,7 @@ def integer_weight_attention(
     A row's probabilities are rounded to ``0..127`` times the largest of their tile (block pair) over 127; sums
     over the keys of a tile are integers, exact in float32 since ``127 * 127 * 128 < 2 ** 24``.
     """
-    q, k, _ = dequantize(quantized, mask.block_q, mask.block_k)
+    q, k, _ = dequantize(quantized, mask.block_k)
     assert quantized.v_scale is not None
     if quantized.smooth_q:
         q = q + quantized.q_mean.repeat_interleave(mask.block_q, 2)

@@ -69,7 +69,7 @@ class LinearBranch(Compensation):
     def prepare(
         self,
         blocks: SequenceBlocks,
-        mask: BlockMask,
+        _mask: BlockMask,
         call: AttentionCall,
         _memory: LayerMemory | None = None,
     ) -> BlockMask | None:
