@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 __version__ = "0.1.0"
 
 if TYPE_CHECKING:
+    from .acceleration.api import accelerate
     from .api import patch, unpatch
     from .calibration.calibrate import calibrate
     from .patches.artifact import CalibrationArtifact
@@ -21,6 +22,7 @@ if TYPE_CHECKING:
     from .training.adapter import load_adapter, save_adapter
 
 _HOME = {
+    "accelerate": "acceleration.api",
     "patch": "api",
     "unpatch": "api",
     "calibrate": "calibration.calibrate",
@@ -38,6 +40,7 @@ __all__ = [
     "Family",
     "PatchHandle",
     "Recipe",
+    "accelerate",
     "calibrate",
     "load_adapter",
     "patch",

@@ -29,6 +29,7 @@ FLOORS = (
     ("engine", "frozen_planner"),
     ("patches",),
     ("api",),
+    ("acceleration",),
     ("pipelines",),
     ("calibration", "training"),
     ("quality",),

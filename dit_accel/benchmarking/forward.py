@@ -17,6 +17,7 @@ from ..api import patch
 from ..patches.families import family_of
 from ..patches.seam import seam_symbol
 from ..patches.summary import PatchSummary
+from ..patches.targets import repeated_blocks
 from ..pipelines.architectures import Architecture
 from ..quality.bootstrap import Interval
 from ..quality.turns import Timing, in_turns, speed_up
@@ -356,17 +357,6 @@ def compiled_blocks(model: nn.Module, twin: nn.Module, compiler: str) -> Iterato
     # Two models need twice the compiled variants of one.
     limits = {"recompile_limit": 64, "accumulated_recompile_limit": 1024}
     with torch._dynamo.config.patch(limits):
-        for block in itertools.chain(_repeated_blocks(model), _repeated_blocks(twin)):
+        for block in itertools.chain(repeated_blocks(model), repeated_blocks(twin)):
             block.compile(fullgraph=True, backend=compiler)
         yield
-
-
-def _repeated_blocks(model: nn.Module) -> list[nn.Module]:
-    """What ``compile_repeated_blocks`` compiles, or where a class names nothing, all blocks that attend."""
-    names = getattr(model, "_repeated_blocks", None)
-    if names:
-        return [module for module in model.modules() if type(module).__name__ in names]
-    family = family_of(model)
-    assert family is not None
-    owners = [path.rpartition(".")[0] for path, _ in model.named_modules() if family.has_self_attention(path)]
-    return [model.get_submodule(path) for path in dict.fromkeys(owners)]

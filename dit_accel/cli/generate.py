@@ -82,6 +82,17 @@ def generate(
         typer.Option(metavar="model|sequential|group", help="Keep what does not run in the CPU's memory."),
     ] = None,
     compiled: Annotated[bool, typer.Option("--compile", help="torch.compile of the transformer's blocks.")] = False,
+    linear: Annotated[
+        str | None, typer.Option(metavar="fp8|int8", help="The accelerated side's linear layers in 8 bits, by torchao.")
+    ] = None,
+    vae: Annotated[
+        str | None,
+        typer.Option(
+            metavar="SETTINGS",
+            help="The accelerated side's autoencoder: some of tiled, sliced, channels_last, bf16, fp16, compiled, "
+            "separated by commas.",
+        ),
+    ] = None,
     backend: BackendOption = "auto",
     compare_dense: Annotated[
         bool, typer.Option("--compare-dense", help="Also generate dense with the same seed, in turns, and compare.")
@@ -120,6 +131,9 @@ def generate(
 
     import torch
 
+    from ..acceleration.api import change_beside_attention
+    from ..acceleration.decoding import read_settings
+    from ..acceleration.linears import refuse_format
     from ..api import patch
     from ..patches.artifact import CalibrationArtifact
     from ..pipelines.generate import generate as run
@@ -130,6 +144,10 @@ def generate(
     from ..training.adapter import load_adapter
     from .model import choose_model, open_model, will_make_video
 
+    if vae is not None:
+        read_settings(vae)
+    if linear is not None:
+        refuse_format(linear)
     name, builtin = choose_model(model)
     folder = None if adapter is None else find_adapter(adapter, builtin)
     plans = None if calibration is None else CalibrationArtifact.load(calibration)
@@ -160,8 +178,15 @@ def generate(
 
     def accelerated() -> PatchHandle:
         if folder is None:
-            return patch(pipe, chosen, backend=backend, calibration=plans, rederive=rederive)
-        return load_adapter(pipe, folder, backend=backend)
+            handle = patch(pipe, chosen, backend=backend, calibration=plans, rederive=rederive)
+        else:
+            handle = load_adapter(pipe, folder, backend=backend)
+        try:
+            change_beside_attention(handle, linear=linear, vae=vae)
+        except BaseException:
+            handle.remove()
+            raise
+        return handle
 
     def dense_side(short: bool) -> SideRun:
         return SideRun(generated("dense", short))

@@ -22,6 +22,7 @@ class PatchHandle:
     Attributes:
         recipe: the recipe in force.
         target: the patched pipeline or transformer.
+        changes: what else was changed beside attention, a sentence each.
     """
 
     def __init__(self, target: Any, recipe: Recipe, note: str | None = None) -> None:
@@ -30,6 +31,7 @@ class PatchHandle:
         self.note = note
         self.sessions: dict[str, Session] = {}
         self.schedules = PipelineSchedules()
+        self.changes: list[str] = []
         self._undo: list[Callable[[], None]] = []
 
     @property
@@ -41,6 +43,11 @@ class PatchHandle:
         """Remember how to undo one mutation."""
         self._undo.append(undo)
 
+    def record_change(self, undo: Callable[[], None], what: str) -> None:
+        """Remember how to undo a change beside attention, and what the summary says of it."""
+        self.record(undo)
+        self.changes.append(what)
+
     def remove(self) -> None:
         """Undo the patch, last mutation first. Removing twice does nothing."""
         while self._undo:
@@ -50,7 +57,8 @@ class PatchHandle:
 
     def summary(self) -> PatchSummary:
         """What ran so far: calls, true density, time, fallbacks. Waits for the device."""
-        return summarise(self.recipe, self.note, {name: s.engine for name, s in self.sessions.items()})
+        engines = {name: session.engine for name, session in self.sessions.items()}
+        return summarise(self.recipe, self.note, engines, tuple(self.changes))
 
     @contextmanager
     def observe(self, observer: Callable[[str, AttentionCall], None]) -> Iterator[None]:

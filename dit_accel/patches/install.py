@@ -80,9 +80,9 @@ def install(
             engine.learned[index] = learned
     if engine.learned and hasattr(model, "save_pretrained"):
         saver = SaveWithoutLearned(model.save_pretrained)  # type: ignore[arg-type]
-        handle.record(_replace_method(model, "save_pretrained", saver))
+        handle.record(replace_method(model, "save_pretrained", saver))
     if hasattr(model, "cache_context"):
-        handle.record(_replace_method(model, "cache_context", hooks.BranchContext(model.cache_context)))  # type: ignore[arg-type]
+        handle.record(replace_method(model, "cache_context", hooks.BranchContext(model.cache_context)))  # type: ignore[arg-type]
     return engine
 
 
@@ -102,7 +102,7 @@ def _watch_gradients(
             handle.record(module.register_forward_hook(hooks.LeaveBlock()).remove)
 
 
-def _replace_method(model: nn.Module, name: str, replacement: Callable[..., Any]) -> Callable[[], None]:
+def replace_method(model: nn.Module, name: str, replacement: Callable[..., Any]) -> Callable[[], None]:
     """Shadow a method of one instance. Returns the undo."""
     before = vars(model).get(name)
     setattr(model, name, replacement)

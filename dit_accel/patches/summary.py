@@ -47,6 +47,7 @@ class PatchSummary:
         backends: by operation ("attention", "selection", "block_mass", ...) the backends that ran it, each with the
             reason for it. An operation that did not run is not there.
         plan_seconds, sparse_seconds, dense_seconds: time spent planning, in sparse and in dense attention.
+        changes: what :func:`~dit_accel.accelerate` changed beside attention, a sentence each.
     """
 
     recipe: str
@@ -57,6 +58,7 @@ class PatchSummary:
     plan_seconds: float
     sparse_seconds: float
     dense_seconds: float
+    changes: tuple[str, ...] = ()
 
     @property
     def sparse_calls(self) -> int:
@@ -110,6 +112,7 @@ class PatchSummary:
         if self.note:
             lines.append(f"note: {self.note}")
         lines += [f"note: {note}" for note in self.notes]
+        lines += self.changes
         density = "-" if self.density is None else f"{self.density:.3f}"
         lines.append(f"attention: {self.sparse_calls} sparse calls at density {density}")
         lines += [f"  dense calls: {count} ({reason})" for reason, count in self.dense_calls.items()]
@@ -125,7 +128,9 @@ class PatchSummary:
         return "\n".join(lines)
 
 
-def summarise(recipe: Recipe, note: str | None, engines: Mapping[str, Engine]) -> PatchSummary:
+def summarise(
+    recipe: Recipe, note: str | None, engines: Mapping[str, Engine], changes: tuple[str, ...] = ()
+) -> PatchSummary:
     """Read the records of a patch's engines, by transformer name."""
     layers: list[LayerSummary] = []
     backends = BackendsUsed()
@@ -138,7 +143,9 @@ def summarise(recipe: Recipe, note: str | None, engines: Mapping[str, Engine]) -
         sparse += engine.sparse_time.seconds()
         dense += engine.dense_time.seconds()
     notes = dict.fromkeys(note for engine in engines.values() for note in engine.notes)
-    summary = PatchSummary(repr(recipe), note, tuple(notes), tuple(layers), backends.to_dict(), plan, sparse, dense)
+    summary = PatchSummary(
+        repr(recipe), note, tuple(notes), tuple(layers), backends.to_dict(), plan, sparse, dense, changes
+    )
     raised = _why_denser(recipe, summary.density)
     return summary if raised is None else replace(summary, notes=(*notes, raised))
 

@@ -53,6 +53,17 @@ def self_attentions(model: nn.Module, family: Family) -> Iterator[tuple[str, Any
             yield path, module
 
 
+def repeated_blocks(model: nn.Module, family: Family | None = None) -> list[nn.Module]:
+    """What diffusers' ``compile_repeated_blocks`` compiles, or where a class names nothing, all blocks that attend."""
+    names = getattr(model, "_repeated_blocks", None)
+    if names:
+        return [module for module in model.modules() if type(module).__name__ in names]
+    family = family or family_of(model)
+    assert family is not None
+    owners = [path.rpartition(".")[0] for path, _ in model.named_modules() if family.has_self_attention(path)]
+    return [model.get_submodule(path) for path in dict.fromkeys(owners)]
+
+
 def handle_of(target: Any) -> PatchHandle:
     """The handle of a patched pipeline or transformer.
 

@@ -7,6 +7,8 @@ from typing import Any
 
 import torch
 
+from ..acceleration.compiled import compile_blocks
+
 OFFLOADS = ("model", "sequential", "group")
 
 
@@ -123,17 +125,3 @@ def offload(pipe: Any, how: str, device: torch.device) -> None:
         pipe.enable_sequential_cpu_offload(device=device)
     else:
         pipe.enable_group_offload(onload_device=device, offload_type="leaf_level")
-
-
-def compile_blocks(pipe: Any) -> None:
-    """torch.compile of the repeated blocks of every transformer: seconds, where a whole model takes minutes.
-
-    Raises:
-        ValueError: no transformer names its repeated blocks.
-    """
-    models = [model for name, model in pipe.components.items() if name.startswith("transformer") and model is not None]
-    named = [model for model in models if getattr(model, "_repeated_blocks", None)]
-    if not named:
-        raise ValueError(f"No transformer of {type(pipe).__name__} names blocks to compile.")
-    for model in named:
-        model.compile_repeated_blocks()

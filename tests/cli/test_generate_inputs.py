@@ -34,6 +34,8 @@ def test_what_cannot_be_is_said_before_the_model_is_loaded(tmp_path):
         (["--offload", "disk"], "Offloading must be one of model, sequential, group, got 'disk'"),
         (["--offload", "model"], "the device is the CPU"),
         (["--pipeline", "NoPipeline"], "diffusers has no pipeline 'NoPipeline'"),
+        (["--linear", "fp4"], "linear must be one of fp8, int8, or None, got 'fp4'"),
+        (["--vae", "bf16,fast"], "vae takes some of tiled, sliced, channels_last, bf16, fp16, compiled, got fast"),
     ):
         result = run("generate", *MODEL, *SMALL, *options, "--out", str(tmp_path / "x.mp4"))
         assert result.exit_code == 2
@@ -52,3 +54,13 @@ def test_what_the_pipeline_does_not_take_is_said(tmp_path):
         result = run("generate", *MODEL, *SMALL, *options)
         assert result.exit_code == 2, result.stderr
         assert words in result.stderr
+
+
+def test_the_autoencoder_of_the_accelerated_side_is_set_and_said(tmp_path):
+    out = tmp_path / "x.mp4"
+    plain = run_json("generate", *MODEL, *SMALL, "--recipe", "dense", "--out", str(out))
+    assert plain["summary"]["changes"] == []
+    more = ["--compare-dense", "--vae", "channels_last,bf16"]
+    made = run_json("generate", *MODEL, *SMALL, "--recipe", "dense", *more, "--out", str(tmp_path / "y.mp4"))
+    assert made["summary"]["changes"] == ["autoencoder: channels_last, bf16"]
+    assert made["psnr_db"] != "inf"  # the dense side decodes in float32
