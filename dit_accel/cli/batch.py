@@ -11,7 +11,6 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from ..files import refuse_unwritable_folder, write_text
-from ..plain_data import first_difference
 
 if TYPE_CHECKING:
     from .against_dense import SideRun
@@ -80,6 +79,8 @@ class Batch:
         Raises:
             ValueError: the folder cannot be written, or holds outputs of other settings.
         """
+        from ..plain_data import first_difference
+
         refuse_unwritable_folder(self.folder)
         outputs = plan_outputs(self.prompts, self.folder, self.seed, suffix)
         finished = [output for output in outputs if output.is_finished]
