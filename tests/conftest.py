@@ -58,6 +58,7 @@ SLOW = frozenset(
         "patches/test_passthrough",
         "patches/test_repeated_blocks",
         "patches/test_run_identity",
+        "pipelines/test_architectures",
         "pipelines/test_call_defaults",
         "pipelines/test_embedded",
         "properties/test_compositions",

@@ -18,7 +18,7 @@ from ..patches.families import family_of
 from ..patches.seam import seam_symbol
 from ..patches.summary import PatchSummary
 from ..patches.targets import repeated_blocks
-from ..pipelines.architectures import Architecture
+from ..pipelines.architectures import Architecture, first_output
 from ..quality.bootstrap import Interval
 from ..quality.turns import Timing, in_turns, speed_up
 from ..recipe import Recipe
@@ -206,14 +206,14 @@ class Variant:
         """One forward; its time and output are kept."""
         if self.device.type != "cuda":
             start = time.perf_counter()
-            output = self.model(**self.inputs)[0]
+            output = first_output(self.model(**self.inputs))
             self.seconds.append(time.perf_counter() - start)
         else:
             begin, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
             torch.cuda.synchronize(self.device)
             torch.cuda.reset_peak_memory_stats(self.device)
             begin.record()
-            output = self.model(**self.inputs)[0]
+            output = first_output(self.model(**self.inputs))
             end.record()
             torch.cuda.synchronize(self.device)
             self.seconds.append(begin.elapsed_time(end) / 1000)

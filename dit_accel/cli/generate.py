@@ -1,4 +1,4 @@
-"""``dit-accel generate``: one prompt, one video or image, and what it cost."""
+"""``dit-accel generate``: one video or image of a prompt, or of each prompt of a file, and what it cost."""
 
 from __future__ import annotations
 
@@ -12,6 +12,7 @@ import typer
 from .adapter import adapter_recipe, find_adapter
 from .against_dense import SideRun, compared, print_comparison
 from .backend import refuse_backend
+from .batch import Batch, Output, batch_folder
 from .console import plain_console
 from .errors import one_sentence_errors
 from .options import (
@@ -23,6 +24,7 @@ from .options import (
     GuidanceOption,
     JsonOption,
     ModelArgument,
+    PromptsFileOption,
     SetOption,
     SizeOption,
     StepsOption,
@@ -30,6 +32,7 @@ from .options import (
     read_device,
     read_dtype,
     read_prompt,
+    read_prompts,
     read_recipe,
     read_seed,
 )
@@ -37,20 +40,23 @@ from .output import free_name
 from .settings import Asked
 
 if TYPE_CHECKING:
+    import torch
+
     from ..patches.handle import PatchHandle
     from ..pipelines.generate import Generated
 
 
 @one_sentence_errors
 def generate(
-    prompt: Annotated[str, typer.Option(help="What to generate.")],
     model: ModelArgument = None,
+    prompt: Annotated[str | None, typer.Option(help="What to generate.")] = None,
+    prompts_file: PromptsFileOption = None,
     negative_prompt: Annotated[str | None, typer.Option(help="What to avoid.")] = None,
     size: SizeOption = None,
     frames: FramesOption = None,
     steps: StepsOption = None,
     guidance: GuidanceOption = None,
-    seed: Annotated[int, typer.Option(help="Of the noise.")] = 0,
+    seed: Annotated[int, typer.Option(help="Of the noise; a file's prompts have one after another.")] = 0,
     recipe: Annotated[
         str,
         typer.Option(help="`auto`, `dense` for the model's own attention, or a name from `dit-accel info`."),
@@ -101,7 +107,10 @@ def generate(
         int, typer.Option(min=1, help="With --compare-dense: timed runs of each side. From 2 on there is a spread.")
     ] = 1,
     out: Annotated[
-        Path | None, typer.Option(help="File to write (.mp4 or .png). Default: outputs/MODEL-SEED, or a free name.")
+        Path | None,
+        typer.Option(
+            help="File to write (.mp4 or .png). Default: outputs/MODEL-SEED, or a free name. With --prompts: a folder."
+        ),
     ] = None,
     dtype: DtypeOption = None,
     device: DeviceOption = None,
@@ -110,7 +119,8 @@ def generate(
 ) -> None:
     """Generate a video or an image from a prompt, accelerated, and say what ran."""
     quiet_libraries()
-    asked, seed, prompt = Asked.read(size, frames, steps, guidance), read_seed(seed), read_prompt(prompt)
+    asked, seed = Asked.read(size, frames, steps, guidance), read_seed(seed)
+    prompts = _read_prompts(prompt, prompts_file, compare_dense)
     if negative_prompt is not None:
         negative_prompt = read_prompt(negative_prompt, "--negative-prompt")
     if adapter is not None and (recipe != "auto" or changes):
@@ -136,9 +146,11 @@ def generate(
     from ..acceleration.linears import refuse_format
     from ..api import patch
     from ..patches.artifact import CalibrationArtifact
+    from ..pipelines.encode import refuse_missing_encoder
     from ..pipelines.generate import generate as run
-    from ..pipelines.generate import makes_video, save
+    from ..pipelines.generate import makes_video, save, usual_suffix
     from ..pipelines.prepare import pipeline_class, prepared, refuse_offload
+    from ..plain_data import as_plain, digest
     from ..presets import automatic
     from ..quality.turns import WARM_UP_STEPS, measured_in_turns
     from ..training.adapter import load_adapter
@@ -153,28 +165,34 @@ def generate(
     plans = None if calibration is None else CalibrationArtifact.load(calibration)
     refuse_backend(backend, number, target, adapter_recipe(folder) if folder else chosen or automatic())
     is_video = will_make_video(name, builtin) if pipeline is None else makes_video(pipeline_class(pipeline))
-    path = None if is_video is None else _checked_path(out, name, seed, is_video, compare_dense)
-    if offload is not None:
-        refuse_offload(offload, target)
-    _, _, pipe = open_model(name, number, torch.device("cpu") if offload else target, quiet=as_json)
-    pipe = prepared(pipe, pipeline, scheduler, lora or (), offload, compiled, target)
-    more = inputs.arguments(pipe)
-    if path is None:
-        path = _checked_path(out, name, seed, makes_video(pipe), compare_dense)
-    arguments = {"negative_prompt": negative_prompt, **asked.settings(pipe, builtin)}
+    batch = None
+    if prompts_file is not None:
+        what_decides = {
+            "model": name,
+            "seed": seed,
+            "negative_prompt": negative_prompt,
+            "settings": vars(asked),
+            "recipe": "auto" if chosen is None else chosen.to_dict(),
+            "calibration": None if calibration is None else digest(calibration.read_bytes()),
+            "rederive": rederive,
+            "adapter": adapter,
+            "inputs": vars(inputs),
+            "pipeline": pipeline,
+            "scheduler": scheduler,
+            "lora": lora,
+            "linear": linear,
+            "vae": vae,
+            "dtype": str(number).removeprefix("torch."),
+        }
+        batch = Batch(prompts, batch_folder(out, name, seed), seed, as_plain(what_decides))
 
-    def generated(label: str, short: bool) -> Generated:
-        if short:
-            _say(f"Warming up: {label}", as_json)
-            return run(pipe, prompt, **{**arguments, "steps": warm_up_steps}, seed=seed, inputs=more)
-        with _progress(label, quiet=as_json) as advance:
-            result = run(pipe, prompt, **arguments, seed=seed, inputs=more, progress=advance)
-        if result.nan_values:
-            print(
-                f"Warning: {result.nan_values} pixel values are not finite and were made black.",
-                file=sys.stderr,
-            )
-        return result
+    def planned(is_video: bool) -> list[Output]:
+        """What to write, which nothing but the disk will be in the way of."""
+        if batch is None:
+            return [Output(1, prompts[0], seed, _checked_path(out, name, seed, is_video, compare_dense))]
+        if is_video:
+            refuse_missing_encoder()
+        return batch.claim(usual_suffix(is_video))
 
     def accelerated() -> PatchHandle:
         if folder is None:
@@ -188,30 +206,59 @@ def generate(
             raise
         return handle
 
-    def dense_side(short: bool) -> SideRun:
-        return SideRun(generated("dense", short))
+    def generated(output: Output, label: str, short: bool) -> Generated:
+        if short:
+            _say(f"Warming up: {label}", as_json)
+            return run(pipe, output.prompt, **{**arguments, "steps": warm_up_steps}, seed=output.seed, inputs=more)
+        with _progress(label, quiet=as_json) as advance:
+            result = run(pipe, output.prompt, **arguments, seed=output.seed, inputs=more, progress=advance)
+        if result.nan_values:
+            print(
+                f"Warning: {result.nan_values} pixel values are not finite and were made black.",
+                file=sys.stderr,
+            )
+        return result
 
-    def fast_side(short: bool) -> SideRun:
+    def fast_side(output: Output, short: bool = False) -> SideRun:
         # Patched for this run alone: it keeps nothing of the warm-up or of another run.
         with accelerated() as handle:
-            made = generated("accelerated" if recipe != "dense" else "dense", short)
+            made = generated(output, "accelerated" if recipe != "dense" else "dense", short)
             return SideRun(made, handle.summary(), handle.recipe)
 
-    sides = {"dense": dense_side, "accelerated": fast_side} if compare_dense else {"accelerated": fast_side}
-    with accelerated():
-        pass  # what cannot be patched is refused before the dense side has run
+    outputs = None if is_video is None else planned(is_video)
+    if offload is not None:
+        refuse_offload(offload, target)
+    if batch is not None and outputs is not None and all(output.is_finished for output in outputs):
+        _print_report(batch.make(outputs, fast_side, as_json), target, as_json)
+        return  # nothing is left to load a model for
+    _, _, pipe = open_model(name, number, torch.device("cpu") if offload else target, quiet=as_json)
+    pipe = prepared(pipe, pipeline, scheduler, lora or (), offload, compiled, target)
+    more = inputs.arguments(pipe)
+    if outputs is None:
+        outputs = planned(makes_video(pipe))
+    arguments = {"negative_prompt": negative_prompt, **asked.settings(pipe, builtin)}
     warm_up_steps = min(WARM_UP_STEPS, arguments.get("steps") or WARM_UP_STEPS)
+    with accelerated():
+        pass  # what cannot be patched is refused before anything has run
+    if batch is not None:
+        _print_report(batch.make(outputs, fast_side, as_json), target, as_json)
+        return
+
+    sides = {"accelerated": lambda short: fast_side(outputs[0], short)}
+    if compare_dense:
+        sides = {"dense": lambda short: SideRun(generated(outputs[0], "dense", short)), **sides}
     runs = measured_in_turns(sides, repeat, warm_up=compare_dense or target.type == "cuda")
     fast, summary, used = runs["accelerated"][0]
     assert summary is not None
     assert used is not None
+    path = outputs[0].file
     files = {"out": str(save(fast, path))}
     if compare_dense:
         files["dense"] = str(save(runs["dense"][0].made, _dense_name(path)))
     report = {
         "model": name,
         "random_weights": bool(builtin and "RANDOM" in builtin.description),
-        "prompt": prompt,
+        "prompt": prompts[0],
         "seed": seed,
         "settings": {**arguments, **_made(fast)},
         "dtype": str(number).removeprefix("torch."),
@@ -225,12 +272,27 @@ def generate(
         "files": files,
         "summary": summary.to_dict(),
     }
+    _print_report(report, target, as_json)
+    if not as_json:
+        _show(report, str(summary))
+
+
+def _read_prompts(prompt: str | None, file: Path | None, compare_dense: bool) -> list[str]:
+    """The one of ``--prompt``, or those of the file of ``--prompts``."""
+    if (prompt is None) == (file is None):
+        raise ValueError(f"Give --prompt or --prompts, got {'neither' if file is None else 'both'}.")
+    if file is None:
+        return [read_prompt(prompt or "")]
+    if compare_dense:
+        raise ValueError("--compare-dense goes with --prompt; `dit-accel compare` takes many prompts.")
+    return read_prompts(None, file)
+
+
+def _print_report(report: dict[str, Any], device: torch.device, as_json: bool) -> None:
     if as_json:
         from .environment import environment
 
-        print(json.dumps({**report, **environment(target)}, indent=2))
-    else:
-        _show(report, str(summary))
+        print(json.dumps({**report, **environment(device)}, indent=2))
 
 
 def _checked_path(out: Path | None, name: str, seed: int, is_video: bool, with_dense: bool) -> Path:

@@ -24,7 +24,12 @@ ModelArgument = Annotated[
     typer.Argument(help="Hub id, local folder or built-in model. Default: the best built-in model."),
 ]
 PromptsOption = Annotated[list[str] | None, typer.Option(help="May be repeated. Default: two prompts.")]
-PromptsFileOption = Annotated[Path | None, typer.Option(help="A UTF-8 text file, one prompt a line.")]
+PromptsFileOption = Annotated[
+    Path | None,
+    typer.Option(
+        "--prompts-file", "--prompts", help="A UTF-8 text file, one prompt a line; blank lines and # comments are not."
+    ),
+]
 SizeOption = Annotated[str | None, typer.Option(metavar="WxH", help="Pixels. Default: the model's.")]
 FramesOption = Annotated[int | None, typer.Option(min=1, max=100_000, help="Of a video. Default: the model's.")]
 StepsOption = Annotated[int | None, typer.Option(min=1, max=10_000, help="Denoising steps. Default: the model's.")]
@@ -74,7 +79,7 @@ def read_prompt(text: str, option: str = "--prompt") -> str:
 
 
 def read_prompts(prompts: Sequence[str] | None, file: Path | None) -> list[str]:
-    """Prompts of ``--prompt``, then those of ``--prompts-file``."""
+    """Prompts of ``--prompt``, then those of ``--prompts-file``: its lines but blank ones and comments (``#``)."""
     found = [read_prompt(prompt) for prompt in prompts or ()]
     if file is None:
         return found
@@ -86,7 +91,7 @@ def read_prompts(prompts: Sequence[str] | None, file: Path | None) -> list[str]:
     except OSError as error:
         raise ValueError(f"--prompts-file {file} cannot be read: {error.strerror or error}.") from error
     # By line feeds alone: other scripts have characters that Python takes for line ends.
-    lines = [line.strip() for line in text.split("\n") if line.strip()]
+    lines = [line for line in map(str.strip, text.split("\n")) if line and not line.startswith("#")]
     if not lines:
         raise ValueError(f"--prompts-file {file} must hold a prompt, one a line, got none.")
     return [*found, *lines]

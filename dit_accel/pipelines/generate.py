@@ -148,6 +148,11 @@ def makes_video(pipe: Any) -> bool:
     return "num_frames" in takes or "video" in takes
 
 
+def usual_suffix(is_video: bool) -> str:
+    """Of a file that nobody named."""
+    return (VIDEOS if is_video else PICTURES)[0]
+
+
 def output_path(path: Path, is_video: bool) -> Path:
     """The path with the suffix of what is saved there; a name without one gets it.
 

@@ -132,7 +132,7 @@ WITHOUT_A_MODEL = [
     ([*INSPECT, "--dtype", "fp64"], "--dtype must be one of fp32, fp16, bf16, got 'fp64'"),
     ([*GENERATE, "--backend", "cuda"], "Unknown backend 'cuda'; known are auto"),
     (["frobnicate"], "No such command 'frobnicate'"),
-    (["generate"], "Missing option '--prompt'"),
+    (["generate"], "Give --prompt or --prompts, got neither"),
 ]
 
 
