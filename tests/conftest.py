@@ -43,6 +43,7 @@ SLOW = frozenset(
         "kernels/test_hopper_compiled",
         "kernels/test_linear_branch",
         "kernels/test_plus_linear_branch",
+        "kernels/test_ptx",
         "kernels/test_pyramid",
         "kernels/test_quantized",
         "kernels/test_rectified",

@@ -28,22 +28,20 @@ def copy_places(tile, buffer, places, nq, rows_at, q_len):
 
 
 @gluon.jit
-def gather_queries(head, buffer, shared, state, HEAD_DIM: gl.constexpr, LAYOUT: gl.constexpr):
+def gather_queries(head, buffer, shared, tensors, HEAD_DIM: gl.constexpr, LAYOUT: gl.constexpr):
     """Both halves of a tile's queries into their buffers."""
-    buffers, loads, _outputs = shared
-    q_smem, _k_smem, _v_smem, _o_smem, places = buffers
-    q_full = loads[0]
-    q_ptr, stride_qs, stride_qh = state[1]
-    base = q_ptr + head * stride_qh
+    base = tensors.q_ptr + head * tensors.stride_qh
     for half in range(2):
         for chunk in gl.static_range(64 // _CHUNK):
-            at = row_addresses(base, places.index(buffer + half), chunk, stride_qs, _CHUNK, HEAD_DIM, LAYOUT)
-            async_copy.async_copy_global_to_shared(q_smem.index(buffer + half).slice(chunk * _CHUNK, _CHUNK), at)
+            at = row_addresses(
+                base, shared.row_idx.index(buffer + half), chunk, tensors.stride_qs, _CHUNK, HEAD_DIM, LAYOUT
+            )
+            async_copy.async_copy_global_to_shared(shared.q_smem.index(buffer + half).slice(chunk * _CHUNK, _CHUNK), at)
     async_copy.commit_group()
     async_copy.wait_group(0)
     fence_async_shared()
     for half in gl.static_range(2):
-        mbarrier.arrive(q_full.index(buffer + half), count=1)
+        mbarrier.arrive(shared.q_full.index(buffer + half), count=1)
 
 
 @gluon.jit
@@ -53,40 +51,37 @@ def put_outputs(
     out_desc,
     shared,
     sizes,
-    state,
+    tensors,
     HEAD_DIM: gl.constexpr,
     LAYOUT: gl.constexpr,
     PERMUTED: gl.constexpr,
     QUANTIZED: gl.constexpr,
 ):
     """Both halves of a tile's output from shared to global memory, once the consumers have left them there."""
-    buffers, loads, outputs = shared
-    _q_smem, _k_smem, _v_smem, o_smem, places = buffers
-    q_empty = loads[1]
-    o_full, _o_ready = outputs
-    nq = sizes[0]
-    _keys, _queries, results, _scales, _rows_head_stride, q_len, _kv_len, _scale_log2 = state
-    out_ptr, _lse_ptr, stride_os, stride_oh = results
-    head = (tile // nq).to(gl.int64)
+    head = (tile // sizes.nq).to(gl.int64)
     buffer = (turn % 2) * 2
     for half in range(2):
-        first_slot = tile_block(tile, nq) * 128 + half * 64
+        first_slot = tile_block(tile, sizes.nq) * 128 + half * 64
         at = half if QUANTIZED else buffer + half
-        mbarrier.wait(o_full.index(at), (turn if QUANTIZED else turn // 2) & 1)
+        mbarrier.wait(shared.o_full.index(at), (turn if QUANTIZED else turn // 2) & 1)
         if PERMUTED:
             for chunk in gl.static_range(64 // _CHUNK):
                 slot = first_slot + chunk * _CHUNK + gl.arange(0, _CHUNK, layout=gl.SliceLayout(1, LAYOUT))
-                base = out_ptr + head * stride_oh
-                to = row_addresses(base, places.index(buffer + half), chunk, stride_os, _CHUNK, HEAD_DIM, LAYOUT)
-                rows = o_smem.index(at).slice(chunk * _CHUNK, _CHUNK).load(LAYOUT)
-                gl.store(to, rows, mask=(slot < q_len)[:, None])
+                base = tensors.out_ptr + head * tensors.stride_oh
+                to = row_addresses(
+                    base, shared.row_idx.index(buffer + half), chunk, tensors.stride_os, _CHUNK, HEAD_DIM, LAYOUT
+                )
+                rows = shared.o_smem.index(at).slice(chunk * _CHUNK, _CHUNK).load(LAYOUT)
+                gl.store(to, rows, mask=(slot < tensors.q_len)[:, None])
         else:
-            tma.async_copy_shared_to_global(out_desc, [first_slot, (head * HEAD_DIM).to(gl.int32)], o_smem.index(at))
+            tma.async_copy_shared_to_global(
+                out_desc, [first_slot, (head * HEAD_DIM).to(gl.int32)], shared.o_smem.index(at)
+            )
     if not PERMUTED:
         tma.store_wait(pendings=0)
         if not QUANTIZED:
             for half in gl.static_range(2):
-                mbarrier.arrive(q_empty.index(buffer + half), count=1)
+                mbarrier.arrive(shared.q_empty.index(buffer + half), count=1)
 
 
 @gluon.jit
@@ -96,40 +91,41 @@ def carry(
     queue,
     lists,
     sizes,
-    state,
+    tensors,
     HEAD_DIM: gl.constexpr,
     PERMUTED: gl.constexpr,
     QUANTIZED: gl.constexpr,
 ):
     """What goes in and out of every tile of this program that reads any block."""
-    buffers, _loads, outputs = shared
-    _q_smem, _k_smem, _v_smem, _o_smem, places = buffers
-    _o_full, o_ready = outputs
-    counts_ptr, fulls_ptr, _index_ptr, _bit_rows_ptr, _bits_ptr, rows_ptr, _key_mask_ptr = lists
-    nq, num_tiles, mask_head_stride, _list_length, _q_rows, _k_rows, _plane_cols, _ring = sizes
-    _keys, _queries, _results, _scales, rows_head_stride, q_len, _kv_len, _scale_log2 = state
     LANES: gl.constexpr = HEAD_DIM // 8  # that copy a row, 16 bytes each
     LAYOUT: gl.constexpr = gl.BlockedLayout([1, 8], [32 // LANES, LANES], [CARRIERS, 1], [1, 0])
     turn = gl.to_tensor(0)
     tile, place = first_tile(queue, PERMUTED and not QUANTIZED)
     # The tile before, whose output is still to come; after the last tile one more round waits for it.
     before = gl.to_tensor(-1)
-    while (tile < num_tiles) | (before >= 0):
-        inside = tile < num_tiles
-        _row, count, _full = tile_header(tile, num_tiles, nq, mask_head_stride, counts_ptr, fulls_ptr)
-        if (count > 0) | (tile >= num_tiles):
+    while (tile < sizes.num_tiles) | (before >= 0):
+        inside = tile < sizes.num_tiles
+        _row, count, _full = tile_header(tile, sizes, lists)
+        if (count > 0) | (tile >= sizes.num_tiles):
             if PERMUTED:  # noqa: SIM102 - a compile-time condition around a run-time one
                 if inside:
                     buffer = (turn % 2) * 2
-                    head = (tile // nq).to(gl.int64)
-                    copy_places(tile, buffer, places, nq, rows_ptr + head * rows_head_stride, q_len)
+                    head = (tile // sizes.nq).to(gl.int64)
+                    copy_places(
+                        tile,
+                        buffer,
+                        shared.row_idx,
+                        sizes.nq,
+                        lists.perm_ptr + head * tensors.perm_head_stride,
+                        tensors.q_len,
+                    )
                     if not QUANTIZED:
-                        gather_queries(head, buffer, shared, state, HEAD_DIM, LAYOUT)
+                        gather_queries(head, buffer, shared, tensors, HEAD_DIM, LAYOUT)
             if before >= 0:
-                put_outputs(before, turn - 1, out_desc, shared, sizes, state, HEAD_DIM, LAYOUT, PERMUTED, QUANTIZED)
+                put_outputs(before, turn - 1, out_desc, shared, sizes, tensors, HEAD_DIM, LAYOUT, PERMUTED, QUANTIZED)
             if QUANTIZED:
                 for half in gl.static_range(2):
-                    mbarrier.arrive(o_ready.index(half), count=1)
+                    mbarrier.arrive(shared.o_empty.index(half), count=1)
             before = gl.where(inside, tile, -1)
             turn += 1
         if inside:

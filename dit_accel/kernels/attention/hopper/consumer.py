@@ -54,10 +54,10 @@ def stage_after(stage, phase, STAGES: gl.constexpr):
 
 
 @gluon.jit
-def await_next(k_full, v_full, stage, phase, next_stage, next_phase, more):
+def await_next(shared, stage, phase, next_stage, next_phase, more):
     """Wait for a step's values, and if there are ``more``, for the next one's keys, which are loaded after them."""
-    mbarrier.wait(v_full.index(stage), phase)
-    mbarrier.wait(k_full.index(next_stage), next_phase, pred=more)
+    mbarrier.wait(shared.v_full.index(stage), phase)
+    mbarrier.wait(shared.k_full.index(next_stage), next_phase, pred=more)
 
 
 @gluon.jit
@@ -66,7 +66,7 @@ def consume(
     queue,
     lists,
     sizes,
-    state,
+    tensors,
     HALF: gl.constexpr,
     BLOCK_K: gl.constexpr,
     HEAD_DIM: gl.constexpr,
@@ -84,15 +84,7 @@ def consume(
     Tiles are a pipeline too: the last product of one runs beside the first scores of the next, and what is left
     of a tile then, normalising and storing, delays nothing that is in flight but this warpgroup's next scores.
     """
-    buffers, loads, _outputs = shared
-    q_smem, k_smem, v_smem, o_smem, _places = buffers
-    q_full, _q_empty, k_full, v_full = loads
-    counts_ptr, fulls_ptr, index_ptr, bit_rows_ptr, bits_ptr, rows_ptr, key_mask_ptr = lists
-    nq, num_tiles, mask_head_stride, list_length, q_rows, k_rows, _plane_cols, _ring = sizes
-    _keys, _queries, results, scales, rows_head_stride, q_len, kv_len, scale_log2 = state
-    out_ptr, lse_ptr, stride_os, stride_oh = results
-    q_scale_ptr, k_scale_ptr, _v_scale_ptr, _q_shift_ptr = scales
-    dtype: gl.constexpr = o_smem.dtype
+    dtype: gl.constexpr = shared.o_smem.dtype
     K_INSTR: gl.constexpr = 32 if QUANTIZED else 16
     S_LAYOUT: gl.constexpr = gl.NVMMADistributedLayout(
         version=[3, 0], warps_per_cta=[4, 1], instr_shape=[16, BLOCK_K, K_INSTR]
@@ -120,7 +112,7 @@ def consume(
     start = gl.zeros([64, BLOCK_K], gl.int32 if QUANTIZED else gl.float32, layout=S_LAYOUT)
     LANES: gl.constexpr = gl.SliceLayout(1, gl.SliceLayout(3, by_thread(start).type.layout))
     if TAKE_TURNS and HALF == 1:
-        pass_turn(HALF, num_tiles)
+        pass_turn(HALF, sizes.num_tiles)
     # The tile whose last product is still to be issued, none before the first; and whether it had more blocks. A
     # tile's first product ignores the sums of the tile before: writing zeros in their place would cost registers.
     open_tile = gl.to_tensor(-1)
@@ -133,30 +125,30 @@ def consume(
     likely = gl.zeros([64, BLOCK_K], gl.float32, layout=S_LAYOUT)
     if FP8:
         weights = pack_fp8(likely)
-    list_row, count, full = tile_header(tile, num_tiles, nq, mask_head_stride, counts_ptr, fulls_ptr)
-    while tile < num_tiles:
-        head = (tile // nq).to(gl.int64)
-        at = index_ptr + list_row.to(gl.int64) * list_length
-        bits_at = bit_rows_ptr + list_row.to(gl.int64) * list_length
-        rows_at = rows_ptr + head * rows_head_stride
+    list_row, count, full = tile_header(tile, sizes, lists)
+    while tile < sizes.num_tiles:
+        head = (tile // sizes.nq).to(gl.int64)
+        at = lists.index_ptr + list_row.to(gl.int64) * sizes.list_length
+        bits_at = lists.bit_rows_ptr + list_row.to(gl.int64) * sizes.list_length
+        rows_at = lists.perm_ptr + head * tensors.perm_head_stride
         # By slots, as the rows are, where they are.
-        key_mask_at = key_mask_ptr + head * rows_head_stride
-        first_slot = tile_block(tile, nq) * 128 + HALF * 64
+        key_mask_at = lists.key_mask_ptr + head * tensors.perm_head_stride
+        first_slot = tile_block(tile, sizes.nq) * 128 + HALF * 64
         if count > 0:
             buffer = (turn % 2) * 2
-            q_tile = q_smem.index(buffer + HALF)
+            q_tile = shared.q_smem.index(buffer + HALF)
             if QUANTIZED:
                 slot = first_slot + gl.arange(0, 64, layout=gl.SliceLayout(1, LANES))[:, None]
-                row_scale = gl.load(q_scale_ptr + head * q_rows + slot) * scale_log2
-                scales_at = k_scale_ptr + head * (k_rows // BLOCK_K) * SCALES
+                row_scale = gl.load(tensors.q_scale_ptr + head * sizes.q_rows + slot) * tensors.softmax_scale_log2
+                scales_at = tensors.k_scale_ptr + head * (sizes.k_rows // BLOCK_K) * SCALES
                 if THREAD_SCALES:
                     scales_at += gl.arange(0, 4, layout=gl.SliceLayout(0, LANES))[None, :]
                 key_scale = gl.load(scales_at + gl.load(at) * SCALES)
                 following = gl.load(at + 1, mask=count > 1, other=0)
             else:
-                row_scale = gl.full([64, 1], scale_log2, gl.float32, layout=LANES)
+                row_scale = gl.full([64, 1], tensors.softmax_scale_log2, gl.float32, layout=LANES)
                 key_scale = gl.to_tensor(1.0)
-            mbarrier.wait(q_full.index(buffer + HALF), (turn // 2) & 1)
+            mbarrier.wait(shared.q_full.index(buffer + HALF), (turn // 2) & 1)
             if KEEP_Q:
                 queries = q_tile.load(QUERIES)
             else:
@@ -166,30 +158,30 @@ def consume(
             # reads whatever is there, and nobody reads it.
             opened = open_tile >= 0
             next_stage, next_phase = stage_after(stage, phase, STAGES)
-            mbarrier.wait(k_full.index(stage), phase)
+            mbarrier.wait(shared.k_full.index(stage), phase)
             if not FP8:
                 weights = gl.convert_layout(likely.to(dtype), OPERAND)
-            token = warpgroup_mma(queries, k_smem.index(stage).permute([1, 0]), start, use_acc=False, is_async=True)
+            token = warpgroup_mma(
+                queries, shared.k_smem.index(stage).permute([1, 0]), start, use_acc=False, is_async=True
+            )
             if not FP8:
                 acc = shrink_sums(acc, shrink, raised)
             earlier = shrink
-            acc_token = weigh_values(weights, v_smem.index(last), acc, open_more, FP8, OPERAND)
+            acc_token = weigh_values(weights, shared.v_smem.index(last), acc, open_more, FP8, OPERAND)
             # The next tile is asked for while the scores are being made.
             next_tile = claimed_tile(queue, place)
-            next_row, next_count, next_full = tile_header(
-                next_tile, num_tiles, nq, mask_head_stride, counts_ptr, fulls_ptr
-            )
+            next_row, next_count, next_full = tile_header(next_tile, sizes, lists)
             products = warpgroup_mma_wait(1, deps=[token])
-            give_back_keys(stage, kv_len, STAGES)
+            give_back_keys(stage, tensors.kv_len, STAGES)
             first_scores = products.to(gl.float32)
             if full == 0:
                 first_scores = hide_keys(
                     first_scores,
                     gl.load(at),
                     gl.load(bits_at),
-                    bits_ptr,
+                    lists.bits_ptr,
                     key_mask_at,
-                    kv_len,
+                    tensors.kv_len,
                     HALF,
                     BLOCK_K,
                     S_LAYOUT,
@@ -205,7 +197,7 @@ def consume(
             likely, total = weigh_scores(first_scores, reference, shrink, total, factor, LIFT)
             if FP8:
                 shrink = gl.zeros([64, 4], gl.float32, layout=LANES)
-            await_next(k_full, v_full, stage, phase, next_stage, next_phase, count > 1)
+            await_next(shared, stage, phase, next_stage, next_phase, count > 1)
             if FP8:
                 product = warpgroup_mma_wait(0, deps=[acc_token])
                 acc = add_product(acc, earlier, product)
@@ -223,7 +215,7 @@ def consume(
                     turn - 1,
                     shared,
                     sizes,
-                    state,
+                    tensors,
                     HALF,
                     HEAD_DIM,
                     PERMUTED,
@@ -257,15 +249,15 @@ def consume(
                     if TAKE_TURNS:
                         await_turn(HALF)
                     token = warpgroup_mma(
-                        queries, k_smem.index(stage).permute([1, 0]), start, use_acc=False, is_async=True
+                        queries, shared.k_smem.index(stage).permute([1, 0]), start, use_acc=False, is_async=True
                     )
                     if not FP8:
                         # While the scores are being made.
                         acc = shrink_sums(acc, shrink, raised)
                     earlier = shrink
-                    acc_token = weigh_values(weights, v_smem.index(last), acc, entry > 1, FP8, OPERAND)
+                    acc_token = weigh_values(weights, shared.v_smem.index(last), acc, entry > 1, FP8, OPERAND)
                     products = warpgroup_mma_wait(1, deps=[token])
-                    give_back_keys(stage, kv_len, STAGES)
+                    give_back_keys(stage, tensors.kv_len, STAGES)
                     scores = products
                     if partial:
                         if not ASK_AHEAD:
@@ -275,9 +267,9 @@ def consume(
                             products.to(gl.float32),
                             block,
                             bit_row,
-                            bits_ptr,
+                            lists.bits_ptr,
                             key_mask_at,
-                            kv_len,
+                            tensors.kv_len,
                             HALF,
                             BLOCK_K,
                             S_LAYOUT,
@@ -293,11 +285,11 @@ def consume(
                     if TAKE_TURNS:
                         # Now: the product that is left keeps the matrix units busy until the other consumer's scores
                         # begin; before that those would slow it down.
-                        pass_turn(HALF, num_tiles)
+                        pass_turn(HALF, sizes.num_tiles)
                     likely, total = weigh_scores(scores, reference, shrink, total, factor, LIFT)
                     # Here, before the product: the waits' branches keep the assembler from moving the wait for the
                     # product up, in front of the exponentials it shall overlap.
-                    await_next(k_full, v_full, stage, phase, next_stage, next_phase, entry + 1 < count)
+                    await_next(shared, stage, phase, next_stage, next_phase, entry + 1 < count)
                     if FP8:
                         # The wait takes no 8-bit operand; the assembler keeps its registers until here.
                         product = warpgroup_mma_wait(0, deps=[acc_token])
@@ -312,20 +304,18 @@ def consume(
         else:
             # Nothing to read: zeros, and a log-sum-exp of -inf.
             next_tile = claimed_tile(queue, place)
-            next_row, next_count, next_full = tile_header(
-                next_tile, num_tiles, nq, mask_head_stride, counts_ptr, fulls_ptr
-            )
+            next_row, next_count, next_full = tile_header(next_tile, sizes, lists)
             blank_slot = first_slot + gl.arange(0, 64, layout=gl.SliceLayout(1, O_LAYOUT))
-            blank_live = blank_slot < q_len
+            blank_live = blank_slot < tensors.q_len
             blank_row = blank_slot
             if PERMUTED:
                 blank_row = gl.load(rows_at + blank_slot, mask=blank_live, other=0)
             columns = gl.arange(0, HEAD_DIM, layout=gl.SliceLayout(0, O_LAYOUT))
-            out_at = out_ptr + head * stride_oh
-            blank_at = out_at + blank_row.to(gl.int64)[:, None] * stride_os + columns[None, :]
+            out_at = tensors.out_ptr + head * tensors.stride_oh
+            blank_at = out_at + blank_row.to(gl.int64)[:, None] * tensors.stride_os + columns[None, :]
             gl.store(blank_at, gl.zeros([64, HEAD_DIM], dtype, layout=O_LAYOUT), mask=blank_live[:, None])
             unseen = gl.full([64], float("-inf"), gl.float32, layout=O_ROW)
-            gl.store(lse_ptr + head * q_len + blank_row, unseen, mask=blank_live)
+            gl.store(tensors.lse_ptr + head * tensors.q_len + blank_row, unseen, mask=blank_live)
         tile, list_row, count, full = next_tile, next_row, next_count, next_full
         place += 1
 
@@ -333,7 +323,7 @@ def consume(
         if not FP8:
             acc = shrink_sums(acc, shrink, raised)
             weights = gl.convert_layout(likely.to(dtype), OPERAND)
-        acc_token = weigh_values(weights, v_smem.index(last), acc, open_more, FP8, OPERAND)
+        acc_token = weigh_values(weights, shared.v_smem.index(last), acc, open_more, FP8, OPERAND)
         product = warpgroup_mma_wait(0, deps=[acc_token])
         if FP8:
             acc = add_product(acc, shrink, product)
@@ -348,7 +338,7 @@ def consume(
             turn - 1,
             shared,
             sizes,
-            state,
+            tensors,
             HALF,
             HEAD_DIM,
             PERMUTED,

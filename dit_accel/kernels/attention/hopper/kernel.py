@@ -22,6 +22,7 @@ from triton.experimental.gluon import language as gl
 from triton.experimental.gluon.language.nvidia.hopper import fence_async_shared, mbarrier
 
 from ..triton.forward import SIZES
+from .arguments import BlockLists, Descriptors, PermuteState, SchedulerState, SharedStorage, Sizes, Tensors
 from .carrier import CARRIERS, carry
 from .consumer import consume
 from .mover import move_heads
@@ -137,12 +138,12 @@ def hopper_fwd_kernel(
     if PERMUTED:
         # Of the two tiles under way: the rows of their slots.
         places = gl.allocate_shared_memory(gl.int32, [4, 64], gl.SwizzledSharedLayout(1, 1, 1, order=[0]))
-    moves = (claims, claims, (counter_ptr, counter_ptr, counter_ptr))
+    moves = PermuteState(claims, claims, counter_ptr, counter_ptr, counter_ptr)
     if MOVED:
         stage = gl.allocate_shared_memory(k_desc.dtype, [BLOCK_K, HEAD_DIM], k_desc.layout)
         moved = gl.allocate_shared_memory(gl.int32, [2, BLOCK_K], gl.SwizzledSharedLayout(1, 1, 1, order=[0]))
         heads = num_tiles // nq
-        moves = (stage, moved, (counter_ptr + 1, counter_ptr + 2, counter_ptr + 2 + heads))
+        moves = PermuteState(stage, moved, counter_ptr + 1, counter_ptr + 2, counter_ptr + 2 + heads)
     claim_full = gl.allocate_shared_memory(gl.int64, [2, 1], mbarrier.MBarrierLayout())
     claim_empty = gl.allocate_shared_memory(gl.int64, [2, 1], mbarrier.MBarrierLayout())
     for half in gl.static_range(2):
@@ -156,28 +157,34 @@ def hopper_fwd_kernel(
         mbarrier.init(v_full.index(stage), count=1)
     fence_async_shared()
 
-    descriptors = (q_desc, k_desc, v_desc, out_desc)
-    buffers = (q_smem, k_smem, v_smem, o_smem, places)
-    loads = (q_full, q_empty, k_full, v_full)
-    outputs = (o_full, o_ready)
-    shared = (buffers, loads, outputs)
-    queue = (counter_ptr, claims, claim_full, claim_empty)
-    lists = (counts_ptr, fulls_ptr, index_ptr, bit_rows_ptr, bits_ptr, rows_ptr, key_mask_ptr)
-    sizes = (
-        nq,
-        num_tiles,
-        mask_head_stride,
-        list_length,
-        q_rows,
-        k_rows,
-        plane_cols,
-        ring,
+    descriptors = Descriptors(q_desc, k_desc, v_desc, out_desc)
+    shared = SharedStorage(q_smem, k_smem, v_smem, o_smem, places, q_full, q_empty, k_full, v_full, o_full, o_ready)
+    queue = SchedulerState(counter_ptr, claims, claim_full, claim_empty)
+    lists = BlockLists(counts_ptr, fulls_ptr, index_ptr, bit_rows_ptr, bits_ptr, rows_ptr, key_mask_ptr)
+    sizes = Sizes(nq, num_tiles, mask_head_stride, list_length, q_rows, k_rows, plane_cols, ring)
+    tensors = Tensors(
+        k_ptr=k_ptr,
+        v_ptr=v_ptr,
+        stride_ks=stride_ks,
+        stride_vs=stride_vs,
+        stride_kh=stride_kh,
+        stride_vh=stride_vh,
+        q_ptr=q_ptr,
+        stride_qs=stride_qs,
+        stride_qh=stride_qh,
+        out_ptr=out_ptr,
+        lse_ptr=lse_ptr,
+        stride_os=stride_os,
+        stride_oh=stride_oh,
+        q_scale_ptr=q_scale_ptr,
+        k_scale_ptr=k_scale_ptr,
+        v_scale_ptr=v_scale_ptr,
+        q_shift_ptr=q_shift_ptr,
+        perm_head_stride=rows_head_stride,
+        q_len=q_len,
+        kv_len=kv_len,
+        softmax_scale_log2=scale_log2,
     )
-    queries = (q_ptr, stride_qs, stride_qh)
-    results = (out_ptr, lse_ptr, stride_os, stride_oh)
-    scales = (q_scale_ptr, k_scale_ptr, v_scale_ptr, q_shift_ptr)
-    keys = (k_ptr, v_ptr, stride_ks, stride_vs, stride_kh, stride_vh)
-    state = (keys, queries, results, scales, rows_head_stride, q_len, kv_len, scale_log2)
     FIRST: gl.constexpr = 0
     SECOND: gl.constexpr = 1
     # Registers of a thread. The other warps fill a warpgroup. With 64 keys consumers leave some, and the carriers need
@@ -193,7 +200,7 @@ def hopper_fwd_kernel(
                     queue,
                     lists,
                     sizes,
-                    state,
+                    tensors,
                     FIRST,
                     BLOCK_K,
                     HEAD_DIM,
@@ -214,7 +221,7 @@ def hopper_fwd_kernel(
                     queue,
                     lists,
                     sizes,
-                    state,
+                    tensors,
                     SECOND,
                     BLOCK_K,
                     HEAD_DIM,
@@ -236,7 +243,7 @@ def hopper_fwd_kernel(
                     queue,
                     lists,
                     sizes,
-                    state,
+                    tensors,
                     moves,
                     BLOCK_K,
                     HEAD_DIM,
@@ -245,8 +252,8 @@ def hopper_fwd_kernel(
                     FP8,
                 ),
             ),
-            (carry, (out_desc, shared, queue, lists, sizes, state, HEAD_DIM, PERMUTED, QUANTIZED)),
-            (move_heads, (descriptors, moves, lists, sizes, state, BLOCK_K, HEAD_DIM, MOVED)),
+            (carry, (out_desc, shared, queue, lists, sizes, tensors, HEAD_DIM, PERMUTED, QUANTIZED)),
+            (move_heads, (descriptors, moves, lists, sizes, tensors, BLOCK_K, HEAD_DIM, MOVED)),
         ],
         [4, 1, CARRIERS, 1],
         [CONSUMER, OTHER, OTHER, OTHER],

@@ -47,54 +47,65 @@ def finish_stores():
 
 @gluon.jit
 def move_heads(
-    descriptors, moves, lists, sizes, state, BLOCK_K: gl.constexpr, HEAD_DIM: gl.constexpr, MOVED: gl.constexpr
+    descriptors, moves, lists, sizes, tensors, BLOCK_K: gl.constexpr, HEAD_DIM: gl.constexpr, MOVED: gl.constexpr
 ):
     """Move the keys and values of all heads, together with the other programs, into the ring."""
     if MOVED:
         LANES: gl.constexpr = HEAD_DIM // 8  # that move a row, 16 bytes each
         ROWS: gl.constexpr = _CHUNK * LANES // 32  # of a chunk, in a thread
         LAYOUT: gl.constexpr = gl.BlockedLayout([ROWS, 8], [32 // LANES, LANES], [1, 1], [1, 0])
-        _q_desc, k_desc, v_desc, _out_desc = descriptors
-        stage, places, counters = moves
-        pieces_ptr, ready_ptr, spent_ptr = counters
-        nq, num_tiles, _mask_head_stride, _list_length, _q_rows, _k_rows, _plane_cols, ring = sizes
-        keys, _queries, _results, _scales, rows_head_stride, _q_len, kv_len, _scale_log2 = state
-        k_ptr, v_ptr, stride_ks, stride_vs, stride_kh, stride_vh = keys
-        _counts_ptr, _fulls_ptr, _index_ptr, _bit_rows_ptr, _bits_ptr, rows_ptr, _key_mask_ptr = lists
-        pieces = blocks_of_head(kv_len, BLOCK_K)
-        end = num_tiles // nq * pieces
+        pieces = blocks_of_head(tensors.kv_len, BLOCK_K)
+        end = sizes.num_tiles // sizes.nq * pieces
         turn = gl.to_tensor(0)
         # The last head whose place in the ring is known to be free.
-        free = gl.to_tensor(ring - 1)
-        piece = gl.atomic_add(pieces_ptr, 1, sem="relaxed")
-        find_rows(piece, end, pieces, places.index(0), rows_ptr, rows_head_stride, kv_len, BLOCK_K)
+        free = gl.to_tensor(sizes.ring - 1)
+        piece = gl.atomic_add(moves.claimed_ptr, 1, sem="relaxed")
+        find_rows(
+            piece,
+            end,
+            pieces,
+            moves.row_idx.index(0),
+            lists.perm_ptr,
+            tensors.perm_head_stride,
+            tensors.kv_len,
+            BLOCK_K,
+        )
         while piece < end:
             head = piece // pieces
             values = piece % 2 == 1
-            base = k_ptr + head.to(gl.int64) * stride_kh
-            stride = stride_ks
+            base = tensors.k_ptr + head.to(gl.int64) * tensors.stride_kh
+            stride = tensors.stride_ks
             if values:
-                base = v_ptr + head.to(gl.int64) * stride_vh
-                stride = stride_vs
+                base = tensors.v_ptr + head.to(gl.int64) * tensors.stride_vh
+                stride = tensors.stride_vs
             for chunk in gl.static_range(BLOCK_K // _CHUNK):
-                at = row_addresses(base, places.index(turn), chunk, stride, _CHUNK, HEAD_DIM, LAYOUT)
-                async_copy.async_copy_global_to_shared(stage.slice(chunk * _CHUNK, _CHUNK), at)
+                at = row_addresses(base, moves.row_idx.index(turn), chunk, stride, _CHUNK, HEAD_DIM, LAYOUT)
+                async_copy.async_copy_global_to_shared(moves.tile.slice(chunk * _CHUNK, _CHUNK), at)
             async_copy.commit_group()
-            following = gl.atomic_add(pieces_ptr, 1, sem="relaxed")
+            following = gl.atomic_add(moves.claimed_ptr, 1, sem="relaxed")
             turn = turn ^ 1
-            find_rows(following, end, pieces, places.index(turn), rows_ptr, rows_head_stride, kv_len, BLOCK_K)
+            find_rows(
+                following,
+                end,
+                pieces,
+                moves.row_idx.index(turn),
+                lists.perm_ptr,
+                tensors.perm_head_stride,
+                tensors.kv_len,
+                BLOCK_K,
+            )
             async_copy.wait_group(0)
             if head > free:
-                await_count(spent_ptr + head - ring, nq)
+                await_count(moves.empty_ptr + head - sizes.ring, sizes.nq)
                 free = head
             fence_async_shared()
             debug_barrier()
             slot = piece % pieces // 2 * BLOCK_K
-            column = head % ring * HEAD_DIM
+            column = head % sizes.ring * HEAD_DIM
             if values:
-                tma.async_copy_shared_to_global(v_desc, [slot, column], stage)
+                tma.async_copy_shared_to_global(descriptors.v, [slot, column], moves.tile)
             else:
-                tma.async_copy_shared_to_global(k_desc, [slot, column], stage)
+                tma.async_copy_shared_to_global(descriptors.k, [slot, column], moves.tile)
             finish_stores()
-            add_to(ready_ptr + head, 1)
+            add_to(moves.full_ptr + head, 1)
             piece = following

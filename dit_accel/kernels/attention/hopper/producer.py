@@ -18,14 +18,14 @@ def tile_block(tile, nq):
 
 
 @gluon.jit
-def tile_header(tile, num_tiles, nq, mask_head_stride, counts_ptr, fulls_ptr):
+def tile_header(tile, sizes, lists):
     """Row of the lists, count and number of full blocks of a tile; zeros past the last one."""
-    row = (tile // nq) * mask_head_stride + tile_block(tile, nq)
-    inside = tile < num_tiles
+    row = (tile // sizes.nq) * sizes.mask_head_stride + tile_block(tile, sizes.nq)
+    inside = tile < sizes.num_tiles
     return (
         row,
-        gl.load(counts_ptr + row, mask=inside, other=0),
-        gl.load(fulls_ptr + row, mask=inside, other=0),
+        gl.load(lists.counts_ptr + row, mask=inside, other=0),
+        gl.load(lists.fulls_ptr + row, mask=inside, other=0),
     )
 
 
@@ -45,30 +45,30 @@ def first_tile(queue, MOVED: gl.constexpr):
 @gluon.jit
 def claim_tile(queue, place, MOVED: gl.constexpr):
     """Take the next tile for this program and tell its consumers: the ``place``-th that it takes."""
-    counter_ptr, claims, claim_full, claim_empty = queue
     slot = place % 2
-    tile = gl.atomic_add(counter_ptr, 1, sem="relaxed")
+    tile = gl.atomic_add(queue.counter_ptr, 1, sem="relaxed")
     if not MOVED:
         tile += gl.num_programs(0)
-    mbarrier.wait(claim_empty.index(slot), ((place // 2) & 1) ^ 1)
-    claims.index(slot).store(gl.full([1], tile, gl.int32, layout=gl.BlockedLayout([1], [32], [gl.num_warps()], [0])))
-    mbarrier.arrive(claim_full.index(slot), count=1)
+    mbarrier.wait(queue.work_empty.index(slot), ((place // 2) & 1) ^ 1)
+    queue.work.index(slot).store(
+        gl.full([1], tile, gl.int32, layout=gl.BlockedLayout([1], [32], [gl.num_warps()], [0]))
+    )
+    mbarrier.arrive(queue.work_full.index(slot), count=1)
     return tile
 
 
 @gluon.jit
 def claimed_tile(queue, place):
     """The ``place``-th tile that the producer took, for the other warps."""
-    _counter_ptr, claims, claim_full, claim_empty = queue
     slot = place % 2
-    mbarrier.wait(claim_full.index(slot), (place // 2) & 1)
-    tile = gl.max(claims.index(slot).load(gl.BlockedLayout([1], [32], [gl.num_warps()], [0])), 0)
-    mbarrier.arrive(claim_empty.index(slot), count=1)
+    mbarrier.wait(queue.work_full.index(slot), (place // 2) & 1)
+    tile = gl.max(queue.work.index(slot).load(gl.BlockedLayout([1], [32], [gl.num_warps()], [0])), 0)
+    mbarrier.arrive(queue.work_empty.index(slot), count=1)
     return tile
 
 
 @gluon.jit
-def report_loaded(spent, tiles, k_full, v_full, steps, STAGES: gl.constexpr):
+def report_loaded(spent, tiles, shared, steps, STAGES: gl.constexpr):
     """Tell the movers that so many tiles of a head need nothing more of it.
 
     ``steps`` blocks were asked for until then. All must have arrived, and of those that are still under way none
@@ -77,16 +77,16 @@ def report_loaded(spent, tiles, k_full, v_full, steps, STAGES: gl.constexpr):
     if tiles > 0:
         for back in gl.static_range(1, STAGES):
             step = gl.maximum(steps - back, 0)
-            mbarrier.wait(k_full.index(step % STAGES), (step // STAGES) & 1, pred=steps >= back)
-            mbarrier.wait(v_full.index(step % STAGES), (step // STAGES) & 1, pred=steps >= back)
+            mbarrier.wait(shared.k_full.index(step % STAGES), (step // STAGES) & 1, pred=steps >= back)
+            mbarrier.wait(shared.v_full.index(step % STAGES), (step // STAGES) & 1, pred=steps >= back)
         add_to(spent, tiles)
 
 
 @gluon.jit
-def count_loaded(head, last_head, tiles, spent_ptr, k_full, v_full, steps, STAGES: gl.constexpr):
+def count_loaded(head, last_head, tiles, spent_ptr, shared, steps, STAGES: gl.constexpr):
     """Tiles of ``head`` so far, with this one; those of the head before are reported when it changes."""
     if head != last_head:
-        report_loaded(spent_ptr + last_head, tiles, k_full, v_full, steps, STAGES)
+        report_loaded(spent_ptr + last_head, tiles, shared, steps, STAGES)
         tiles = gl.to_tensor(0)
     return tiles + 1
 
@@ -98,7 +98,7 @@ def produce(
     queue,
     lists,
     sizes,
-    state,
+    tensors,
     moves,
     BLOCK_K: gl.constexpr,
     HEAD_DIM: gl.constexpr,
@@ -107,18 +107,9 @@ def produce(
     FP8: gl.constexpr,
 ):
     """Stream Q (unless its rows are permuted), K and V of every tile of this program, and take its tiles."""
-    q_desc, k_desc, v_desc, _out_desc = descriptors
-    buffers, loads, _outputs = shared
-    q_smem, k_smem, v_smem, _o_smem, _places = buffers
-    q_full, q_empty, k_full, v_full = loads
-    counts_ptr, fulls_ptr, index_ptr, _bit_rows_ptr, _bits_ptr, _rows_ptr, _key_mask_ptr = lists
-    nq, num_tiles, mask_head_stride, list_length, q_rows, k_rows, plane_cols, ring = sizes
     step = gl.to_tensor(0)
     turn = gl.to_tensor(0)
     if MOVED:
-        _stage, _places, counters = moves
-        _pieces_ptr, ready_ptr, spent_ptr = counters
-        _keys, _queries, _results, _scales, _rows_head_stride, _q_len, kv_len, _scale_log2 = state
         place = gl.to_tensor(1)
         tile = claim_tile(queue, gl.to_tensor(0), MOVED)
         # The head whose tiles are being loaded, and how many of them have been.
@@ -126,25 +117,25 @@ def produce(
         loaded = gl.to_tensor(0)
         # Whether the keys of the next tile's head are known to be in order.
         ready = gl.to_tensor(0)
-        pieces = blocks_of_head(kv_len, BLOCK_K)
+        pieces = blocks_of_head(tensors.kv_len, BLOCK_K)
     else:
         place = gl.to_tensor(0)
         tile = gl.program_id(0)
-    row, count, _full = tile_header(tile, num_tiles, nq, mask_head_stride, counts_ptr, fulls_ptr)
-    block = gl.load(index_ptr + row.to(gl.int64) * list_length)
-    while tile < num_tiles:
+    row, count, _full = tile_header(tile, sizes, lists)
+    block = gl.load(lists.index_ptr + row.to(gl.int64) * sizes.list_length)
+    while tile < sizes.num_tiles:
         next_tile, next_row, next_count, next_block = tile, row, count, block
-        at = index_ptr + row.to(gl.int64) * list_length
-        head = tile // nq
-        column = head % ring * plane_cols
+        at = lists.index_ptr + row.to(gl.int64) * sizes.list_length
+        head = tile // sizes.nq
+        column = head % sizes.ring * sizes.head_cols
         if MOVED:
-            if head - last_head >= ring:
+            if head - last_head >= sizes.ring:
                 # The movers may need to know before they can go on. Else it has time.
-                report_loaded(spent_ptr + last_head, loaded, k_full, v_full, step, STAGES)
+                report_loaded(moves.empty_ptr + last_head, loaded, shared, step, STAGES)
                 last_head = head
                 loaded = gl.to_tensor(0)
             if ready == 0:
-                await_count(ready_ptr + head, pieces)
+                await_count(moves.full_ptr + head, pieces)
         if count > 0:
             for entry in range(0, count):
                 following = gl.load(at + entry + 1, mask=entry + 1 < count, other=0)
@@ -154,67 +145,72 @@ def produce(
                         # Ahead of the keys, and into the buffer of the last tile but one: it waits for nobody.
                         for half in gl.static_range(2):
                             buffer = (turn % 2) * 2 + half
-                            mbarrier.wait(q_empty.index(buffer), ((turn // 2) & 1) ^ 1)
-                            mbarrier.expect(q_full.index(buffer), q_desc.block_type.nbytes)
+                            mbarrier.wait(shared.q_empty.index(buffer), ((turn // 2) & 1) ^ 1)
+                            mbarrier.expect(shared.q_full.index(buffer), descriptors.q.block_type.nbytes)
                             tma.async_copy_global_to_shared(
-                                q_desc,
-                                [head * q_rows + tile_block(tile, nq) * 128 + half * 64, head * plane_cols],
-                                q_full.index(buffer),
-                                q_smem.index(buffer),
+                                descriptors.q,
+                                [
+                                    head * sizes.q_rows + tile_block(tile, sizes.nq) * 128 + half * 64,
+                                    head * sizes.head_cols,
+                                ],
+                                shared.q_full.index(buffer),
+                                shared.q_smem.index(buffer),
                             )
                 await_keys(step, STAGES)
-                mbarrier.expect(k_full.index(stage), k_desc.block_type.nbytes)
+                mbarrier.expect(shared.k_full.index(stage), descriptors.k.block_type.nbytes)
                 tma.async_copy_global_to_shared(
-                    k_desc,
-                    [head * k_rows + block * BLOCK_K, column],
-                    k_full.index(stage),
-                    k_smem.index(stage),
+                    descriptors.k,
+                    [head * sizes.k_rows + block * BLOCK_K, column],
+                    shared.k_full.index(stage),
+                    shared.k_smem.index(stage),
                 )
                 if entry == 0:
                     # Here, so that the consumers find the answer when they begin the tile.
                     next_tile = claim_tile(queue, place, MOVED)
-                    next_row, next_count, _full = tile_header(
-                        next_tile, num_tiles, nq, mask_head_stride, counts_ptr, fulls_ptr
-                    )
+                    next_row, next_count, _full = tile_header(next_tile, sizes, lists)
                     next_block = gl.load(
-                        index_ptr + next_row.to(gl.int64) * list_length, mask=next_tile < num_tiles, other=0
+                        lists.index_ptr + next_row.to(gl.int64) * sizes.list_length,
+                        mask=next_tile < sizes.num_tiles,
+                        other=0,
                     )
                     if MOVED:
-                        loaded = count_loaded(head, last_head, loaded, spent_ptr, k_full, v_full, step, STAGES)
+                        loaded = count_loaded(head, last_head, loaded, moves.empty_ptr, shared, step, STAGES)
                         last_head = head
-                        next_head = gl.minimum(next_tile, num_tiles - 1) // nq
+                        next_head = gl.minimum(next_tile, sizes.num_tiles - 1) // sizes.nq
                         ready = gl.to_tensor(1)
                         if next_head != head:
-                            ready = has_reached(ready_ptr + next_head, pieces)
+                            ready = has_reached(moves.full_ptr + next_head, pieces)
                 await_values(step, STAGES)
-                mbarrier.expect(v_full.index(stage), v_desc.block_type.nbytes)
+                mbarrier.expect(shared.v_full.index(stage), descriptors.v.block_type.nbytes)
                 if FP8:
                     tma.async_copy_global_to_shared(
-                        v_desc,
+                        descriptors.v,
                         [head * HEAD_DIM, block * BLOCK_K],
-                        v_full.index(stage),
-                        v_smem.index(stage),
+                        shared.v_full.index(stage),
+                        shared.v_smem.index(stage),
                     )
                 else:
                     tma.async_copy_global_to_shared(
-                        v_desc,
-                        [block * BLOCK_K, head % ring * HEAD_DIM],
-                        v_full.index(stage),
-                        v_smem.index(stage),
+                        descriptors.v,
+                        [block * BLOCK_K, head % sizes.ring * HEAD_DIM],
+                        shared.v_full.index(stage),
+                        shared.v_smem.index(stage),
                     )
                 block = following
                 step += 1
             turn += 1
         else:
             next_tile = claim_tile(queue, place, MOVED)
-            next_row, next_count, _full = tile_header(next_tile, num_tiles, nq, mask_head_stride, counts_ptr, fulls_ptr)
-            next_block = gl.load(index_ptr + next_row.to(gl.int64) * list_length, mask=next_tile < num_tiles, other=0)
+            next_row, next_count, _full = tile_header(next_tile, sizes, lists)
+            next_block = gl.load(
+                lists.index_ptr + next_row.to(gl.int64) * sizes.list_length, mask=next_tile < sizes.num_tiles, other=0
+            )
             if MOVED:
-                loaded = count_loaded(head, last_head, loaded, spent_ptr, k_full, v_full, step, STAGES)
+                loaded = count_loaded(head, last_head, loaded, moves.empty_ptr, shared, step, STAGES)
                 last_head = head
                 ready = gl.to_tensor(0)
         place += 1
         tile, row, count, block = next_tile, next_row, next_count, next_block
     if MOVED:
-        report_loaded(spent_ptr + last_head, loaded, k_full, v_full, step, STAGES)
+        report_loaded(moves.empty_ptr + last_head, loaded, shared, step, STAGES)
     await_rest(step, STAGES)

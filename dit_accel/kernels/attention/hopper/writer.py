@@ -22,7 +22,7 @@ def write_tile(
     turn,
     shared,
     sizes,
-    state,
+    tensors,
     HALF: gl.constexpr,
     HEAD_DIM: gl.constexpr,
     PERMUTED: gl.constexpr,
@@ -32,21 +32,13 @@ def write_tile(
     O_LAYOUT: gl.constexpr,
 ):
     """Normalise a tile's 64 rows, store their log-sum-exp, and leave their output to the carriers in shared memory."""
-    buffers, loads, outputs = shared
-    _q_smem, _k_smem, _v_smem, o_smem, places = buffers
-    q_empty = loads[1]
-    o_full, o_ready = outputs
-    nq, _num_tiles, _mask_head_stride, _list_length, q_rows, _k_rows, _plane_cols, _ring = sizes
-    _keys, _queries, results, scales, _rows_head_stride, q_len, _kv_len, scale_log2 = state
-    _out_ptr, lse_ptr, _stride_os, _stride_oh = results
-    _q_scale_ptr, _k_scale_ptr, v_scale_ptr, q_shift_ptr = scales
     O_ROW: gl.constexpr = gl.SliceLayout(1, O_LAYOUT)
-    head = (tile // nq).to(gl.int64)
+    head = (tile // sizes.nq).to(gl.int64)
     buffer = (turn % 2) * 2 + HALF
     if QUANTIZED:
         # The output before has left its buffer, and the rows of this tile are known.
-        mbarrier.wait(o_ready.index(HALF), turn & 1)
-    first_slot = tile_block(tile, nq) * 128 + HALF * 64
+        mbarrier.wait(shared.o_empty.index(HALF), turn & 1)
+    first_slot = tile_block(tile, sizes.nq) * 128 + HALF * 64
     slot = first_slot + gl.arange(0, 64, layout=ROW)
     total = gl.convert_layout(gl.sum(total, 1), ROW)
     nothing = total == 0.0
@@ -54,23 +46,23 @@ def write_tile(
     lse = (gl.convert_layout(gl.max(reference, 1), ROW) + gl.log2(safe) - (FP8_LIFT if FP8 else 0.0)) * LN_2_
     row = slot
     if PERMUTED:
-        row = places.index(buffer).load(ROW)
+        row = shared.row_idx.index(buffer).load(ROW)
     if QUANTIZED:
         # Smoothing took scale * q . mean(k) from every logit of the row.
-        lse += gl.load(q_shift_ptr + head * q_rows + slot) * (scale_log2 * LN_2_)
+        lse += gl.load(tensors.q_shift_ptr + head * sizes.q_rows + slot) * (tensors.softmax_scale_log2 * LN_2_)
     lse = gl.where(nothing, float("-inf"), lse)
-    gl.store(lse_ptr + head * q_len + row, lse, mask=slot < q_len)
+    gl.store(tensors.lse_ptr + head * tensors.q_len + row, lse, mask=slot < tensors.q_len)
     acc = acc * gl.convert_layout(1.0 / safe, O_ROW)[:, None]
     if FP8:
         columns = gl.arange(0, HEAD_DIM, layout=gl.SliceLayout(0, O_LAYOUT))
-        acc = acc * gl.load(v_scale_ptr + head * HEAD_DIM + columns)[None, :]
+        acc = acc * gl.load(tensors.v_scale_ptr + head * HEAD_DIM + columns)[None, :]
     # Through shared memory the output leaves in whole lines; in half precision Q's buffer is free by now.
     to = HALF if QUANTIZED else buffer
-    o_smem.index(to).store(acc.to(o_smem.dtype))
+    shared.o_smem.index(to).store(acc.to(shared.o_smem.dtype))
     if not PERMUTED:
         fence_async_shared()
-    mbarrier.arrive(o_full.index(to), count=1)
+    mbarrier.arrive(shared.o_full.index(to), count=1)
     if QUANTIZED:
-        mbarrier.arrive(q_empty.index(buffer), count=1)
+        mbarrier.arrive(shared.q_empty.index(buffer), count=1)
     # After an arrival Triton lets the warpgroup meet before the next product. Here, once; not in the loop over blocks.
     debug_barrier()
