@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import math
 import sys
+from collections.abc import Callable
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -41,10 +42,25 @@ def bench(
     dense_backend: Annotated[
         str | None, typer.Option(help="Dense attention, by diffusers' name. Default: the fastest that runs.")
     ] = None,
-    repeats: Annotated[int, typer.Option(help="Measured forwards of each variant.")] = 5,
+    repeats: Annotated[
+        int | None, typer.Option(help="Measured forwards, or runs, of each variant. Default: 5 forwards or 1 run.")
+    ] = None,
     compiled: Annotated[
         bool, typer.Option("--compile/--no-compile", help="Compile the repeated blocks of both variants.")
     ] = False,
+    pipeline: Annotated[
+        bool, typer.Option("--pipeline", help="Time a whole run instead: text, all steps, decoding.")
+    ] = False,
+    steps: Annotated[int | None, typer.Option(help="With --pipeline: denoising steps. Default: 30.")] = None,
+    dense_steps: Annotated[
+        int | None, typer.Option(help="With --pipeline: measured steps of the dense side, which are all alike.")
+    ] = None,
+    linear: Annotated[
+        str | None, typer.Option(metavar="fp8|int8", help="With --pipeline: the fast side's linear layers in 8 bits.")
+    ] = None,
+    vae: Annotated[
+        str | None, typer.Option(metavar="SETTINGS", help="With --pipeline: as `dit-accel generate --vae`.")
+    ] = None,
     kernels: Annotated[
         bool,
         typer.Option("--kernels", help="Tune the attention kernels for this GPU instead; --out is then the table."),
@@ -58,8 +74,12 @@ def bench(
     as_json: JsonOption = False,
     debug: DebugOption = False,
 ) -> None:
-    """Time one transformer forward with random weights, dense and patched, in turns."""
+    """Time one transformer forward, or a whole run, with random weights, dense and patched, in turns."""
     quiet_libraries()
+    given = {"--steps": steps, "--dense-steps": dense_steps, "--linear": linear, "--vae": vae}
+    alone = [flag for flag, value in given.items() if value is not None]
+    if alone and not pipeline:
+        raise ValueError(f"{alone[0]} goes with --pipeline, got it without.")
     if out is not None:
         refuse_unwritable(out)
     if kernels:
@@ -75,8 +95,49 @@ def bench(
     target = read_device(device)
     number = read_dtype(dtype, target)
 
+    facts = {
+        "arch": arch,
+        "width": width,
+        "height": height,
+        "frames": length,
+        "latent_tokens": known.tokens(width, height, length),
+        "layers": layers or known.blocks,
+        "of_layers": known.blocks,
+        "batch": batch,
+        "dtype": str(number).removeprefix("torch."),
+        "compiled": compiled,
+        "recipe": chosen.to_dict() if chosen is not None else "auto",
+    }
+    if pipeline:
+        if batch != 1:
+            raise ValueError(f"--pipeline runs one clip, got --batch {batch}.")
+        from ..benchmarking.whole_run import bench_run
+        from .bench_run import show_run
+
+        with _status(quiet=as_json) as progress:
+            run = bench_run(
+                known,
+                width=width,
+                height=height,
+                frames=length,
+                recipe=chosen,
+                dtype=number,
+                device=target,
+                num_steps=30 if steps is None else steps,
+                layers=layers,
+                dense_steps=dense_steps,
+                repeats=1 if repeats is None else repeats,
+                backend=backend,
+                dense_backend=dense_backend,
+                compiler="inductor" if compiled else None,
+                linear=linear,
+                vae=vae,
+                progress=progress,
+            )
+        _give_out({**facts, **run.to_dict()}, target, out, as_json, show_run)
+        return
+
     from ..benchmarking.forward import bench_forward
-    from .environment import environment
 
     with _status(quiet=as_json) as progress:
         report = bench_forward(
@@ -89,34 +150,29 @@ def bench(
             device=target,
             batch=batch,
             layers=layers,
-            repeats=repeats,
+            repeats=5 if repeats is None else repeats,
             backend=backend,
             dense_backend=dense_backend,
             compiler="inductor" if compiled else None,
             progress=progress,
         )
-    data = {
-        "arch": arch,
-        "width": width,
-        "height": height,
-        "frames": length,
-        "latent_tokens": known.tokens(width, height, length),
-        "layers": layers or known.blocks,
-        "of_layers": known.blocks,
-        "batch": batch,
-        "dtype": str(number).removeprefix("torch."),
-        "compiled": compiled,
-        "recipe": chosen.to_dict() if chosen is not None else "auto",
-        **report.to_dict(),
-        **environment(target),
-    }
+    _give_out({**facts, **report.to_dict()}, target, out, as_json, _show)
+
+
+def _give_out(
+    facts: dict[str, Any], device: Any, out: Path | None, as_json: bool, show: Callable[[dict[str, Any]], None]
+) -> None:
+    """Write and print what was found; values that are not finite are an error."""
+    from .environment import environment
+
+    data = {**facts, **environment(device)}
     if out is not None:
         write_text(out, json.dumps(data, indent=1) + "\n")
     if as_json:
         print(json.dumps(data, indent=2))
     else:
-        _show(data)
-    if not report.finite:
+        show(data)
+    if not data["finite"]:
         print("Error: an output holds values that are not finite.", file=sys.stderr)
         raise typer.Exit(2)
 

@@ -58,6 +58,11 @@ def repeated_blocks(model: nn.Module, family: Family | None = None) -> list[nn.M
     names = getattr(model, "_repeated_blocks", None)
     if names:
         return [module for module in model.modules() if type(module).__name__ in names]
+    return attending_blocks(model, family)
+
+
+def attending_blocks(model: nn.Module, family: Family | None = None) -> list[nn.Module]:
+    """The blocks whose self-attention a patch would take, in their order."""
     family = family or family_of(model)
     assert family is not None
     owners = [path.rpartition(".")[0] for path, _ in model.named_modules() if family.has_self_attention(path)]

@@ -119,6 +119,19 @@ def test_bench_as_text() -> None:
         assert word in result.stdout
 
 
+def test_bench_of_a_whole_run_as_text(monkeypatch: pytest.MonkeyPatch) -> None:
+    from dit_accel.benchmarking import whole_run
+
+    # A text encoder of 5.7 billion weights is no test's.
+    monkeypatch.setattr(whole_run, "_text_seconds", lambda *_: 0.25)
+    result = run(*BENCH[:-2], "--pipeline", "--steps", "2", "--dense-steps", "1", "--recipe", "dense")
+    assert result.exit_code == 0, result.stderr
+    assert "0.50 s" in result.stdout  # two prompts
+    assert "1 of 30 layers measured" in result.stdout
+    assert "one of each: no spread" in result.stdout
+    assert "1 dense steps were measured; 2 count by their mean." in " ".join(result.stdout.split())
+
+
 def test_compiled_bench_runs_its_own_code() -> None:
     """torch.compile reuses code between modules: the patched model must not get the dense one's."""
     import dataclasses
@@ -297,6 +310,10 @@ def test_generate_as_text(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("arguments", "words"),
     [
+        ([*BENCH, "--steps", "3"], "--steps goes with --pipeline, got it without"),
+        ([*BENCH, "--pipeline", "--batch", "2"], "--pipeline runs one clip, got --batch 2"),
+        ([*BENCH, "--pipeline", "--vae", "fast"], "vae takes some of"),
+        ([*BENCH, "--pipeline", "--arch", "ltx", "--frames", "9"], "Whole runs are known of wan2.1-1.3b"),
         (["bench", "--arch", "sdxl"], "Unknown architecture 'sdxl'; known are wan2.1-1.3b,"),
         ([*BENCH, "--size", "64"], "--size must be WIDTHxHEIGHT in pixels, such as 832x480, got '64'"),
         ([*BENCH, "--size", "0x64"], "got '0x64'"),

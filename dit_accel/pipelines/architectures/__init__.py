@@ -4,11 +4,11 @@ For measuring speed: the time of a forward depends on shapes and dtypes, not on 
 Configs are those of the published checkpoints, as diffusers' conversion scripts and class defaults give them.
 """
 
-from .architecture import Architecture, cast, first_output
+from .architecture import Architecture, cast, first_output, materialise
 from .images import IMAGE_ARCHITECTURES
 from .videos import VIDEO_ARCHITECTURES
 
-__all__ = ["ARCHITECTURES", "Architecture", "architecture", "cast", "first_output"]
+__all__ = ["ARCHITECTURES", "Architecture", "architecture", "cast", "first_output", "materialise"]
 
 ARCHITECTURES: dict[str, Architecture] = {
     architecture.name: architecture for architecture in (*VIDEO_ARCHITECTURES, *IMAGE_ARCHITECTURES)

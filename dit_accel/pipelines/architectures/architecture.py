@@ -129,7 +129,7 @@ class Architecture:
         config = dict(self.config) | self._depths(layers)
         with init_empty_weights(include_buffers=False):
             model: nn.Module = getattr(diffusers, self.transformer)(**config)
-        _materialise(model, dtype, device)
+        materialise(model, dtype, device)
         return model.eval().requires_grad_(False)
 
     def make_inputs(
@@ -190,7 +190,7 @@ def _dtype_of(model: nn.Module, name: str, dtype: torch.dtype) -> torch.dtype:
     return torch.float32 if any(part in name.split(".") for part in kept) else dtype
 
 
-def _materialise(model: nn.Module, dtype: torch.dtype, device: torch.device) -> None:
+def materialise(model: nn.Module, dtype: torch.dtype, device: torch.device) -> None:
     """Give every parameter its memory and a cheap random value that keeps activations at unit scale."""
     generator = torch.Generator(device).manual_seed(0)
     for path, module in model.named_modules():

@@ -1,0 +1,110 @@
+"""A whole run, timed: what is measured adds up, and a few blocks and steps stand for all."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import pytest
+import torch
+
+from dit_accel.benchmarking.block_clock import timed_blocks
+from dit_accel.benchmarking.whole_run import RunTimes, bench_run
+from dit_accel.pipelines import whole
+from dit_accel.pipelines.architectures import ARCHITECTURES
+from tests.recipes import POOLED
+from tests.tiny import TINY
+
+SIZE = {"width": 64, "height": 64, "frames": 5, "dtype": torch.float32, "device": torch.device("cpu")}
+
+
+def test_few_blocks_and_steps_stand_for_all():
+    # 4 of 8 steps took 1 s each, of which 0.8 s in 2 of 6 blocks.
+    times = RunTimes(text=0.5, steps=(1.0, 1.0, 1.0, 1.0), blocks=3.2, decode=2.0).of_all(num_steps=8, depth=3.0)
+    assert times.steps == pytest.approx((1.0 + 2 * 0.8,) * 8)
+    assert times.blocks == pytest.approx(8 * 3 * 0.8)
+    assert times.total == pytest.approx(0.5 + 8 * 2.6 + 2.0)
+
+
+def test_all_blocks_and_steps_are_left_alone():
+    times = RunTimes(0.5, (1.0, 3.0), 1.0, 2.0)
+    assert times.of_all(num_steps=2, depth=1.0) == times
+    assert times.total == 6.5
+
+
+@pytest.mark.parametrize("family", ["wan", "hunyuan", "flux"])
+@pytest.mark.parametrize("compiled", [False, True])
+def test_the_clock_runs_within_the_blocks_alone(family, compiled):
+    tiny = TINY[family]
+    pipe = tiny.build()
+    if compiled:
+        pipe.transformer.compile_repeated_blocks(backend="eager")
+    expected = tiny.run(pipe)
+    before = [module._compiled_call_impl for module in pipe.transformer.modules()]
+    with timed_blocks(pipe.transformer) as watch:
+        assert torch.equal(tiny.run(pipe), expected)
+        seconds = watch.seconds()
+        assert seconds > 0.0
+        pipe.transformer.proj_out(torch.zeros(1, pipe.transformer.proj_out.in_features))
+        assert watch.seconds() == seconds
+    assert [module._compiled_call_impl for module in pipe.transformer.modules()] == before
+    torch._dynamo.reset()
+
+
+@pytest.fixture
+def tiny_architecture(monkeypatch):
+    """Wan 2.1 as it is published, but narrow, and its text encoder likewise."""
+    wan = ARCHITECTURES["wan2.1-1.3b"]
+    narrow = {"num_attention_heads": 2, "attention_head_dim": 12, "ffn_dim": 32, "num_layers": 4}
+    encoder = replace(
+        whole._UMT5_XXL,
+        settings={
+            **whole._UMT5_XXL.settings,
+            "vocab_size": 50,
+            "d_model": 32,
+            "d_ff": 16,
+            "num_heads": 2,
+            "num_layers": 1,
+        },
+    )
+    monkeypatch.setitem(whole.WHOLE_PIPELINES, "tiny", replace(whole._WAN, encoders=(encoder,)))
+    return replace(wan, name="tiny", config={**wan.config, **narrow})
+
+
+def test_both_sides_of_a_tiny_run(tiny_architecture):
+    report = bench_run(
+        tiny_architecture, **SIZE, recipe=POOLED, num_steps=3, dense_steps=2, layers=2, repeats=2, vae="bf16"
+    )
+    assert [len(times.steps) for times in report.dense] == [2, 2]
+    assert [len(times.steps) for times in report.fast] == [3, 3]
+    assert report.depth == 2.0
+    assert report.finite
+    assert report.summary.sparse_calls
+    assert report.summary.changes == ("autoencoder: bf16",)
+    for times in (*report.dense, *report.fast):
+        assert 0.0 < times.blocks < sum(times.steps)
+        assert times.decode > 0.0
+        assert times.text > 0.0
+    data = report.to_dict()
+    assert data["speedup"] == pytest.approx(report.speedup.median)
+    assert [run["total"] for run in data["fast"]["whole"]] == [times.total for times in report.whole(report.fast)]
+    assert len(data["notes"]) == 2
+
+
+@pytest.mark.parametrize(
+    ("changes", "said"),
+    [
+        ({"num_steps": 0}, "num_steps must be at least 1, got 0"),
+        ({"dense_steps": 0}, "dense_steps must be at least 1, got 0"),
+        ({"repeats": 0}, "repeats must be at least 1, got 0"),
+        ({"vae": "fast"}, "vae takes some of"),
+        ({"width": 65}, "needs width and height in multiples of 16, got 65x64"),
+    ],
+)
+def test_bad_input_is_one_sentence(tiny_architecture, changes, said):
+    with pytest.raises(ValueError, match=said):
+        bench_run(tiny_architecture, **(SIZE | {"recipe": POOLED} | changes))
+
+
+def test_an_architecture_without_a_pipeline_is_refused():
+    with pytest.raises(ValueError, match=r"Whole runs are known of .*, hunyuanvideo, got ltx"):
+        bench_run(ARCHITECTURES["ltx"], **SIZE, recipe=None)
