@@ -50,7 +50,7 @@ class PatchHandle:
 
     def summary(self) -> PatchSummary:
         """What ran so far: calls, true density, time, fallbacks. Waits for the device."""
-        return summarise(self.recipe, self.note, {name: s.engine for name, s in self.sessions.items()})
+        return summarise(self.recipe, self.note, self.sessions)
 
     @contextmanager
     def observe(self, observer: Callable[[str, AttentionCall], None]) -> Iterator[None]:
