@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 from typing import Any
 
 from diffusers.hooks._common import _ALL_TRANSFORMER_BLOCK_IDENTIFIERS
@@ -9,16 +10,25 @@ from diffusers.hooks._helpers import TransformerBlockRegistry
 from diffusers.hooks.hooks import HookRegistry
 from torch import nn
 
+from ...stages.reuse.protocol import Reuse
+
+Blocks = list[tuple[str, nn.Module, type[nn.Module]]]
+"""Path, block and the class by which diffusers knows it."""
+_LATENTS = "hidden_states"
+# Models whose blocks diffusers knows, and whose order of calls its caches do not fit.
+_UNFIT = {"MotifVideoTransformer3DModel": "its last blocks are given the latents where others are given the prompt"}
 # Hooks by which diffusers' caches are known on a module.
 _CACHES = ("cache", "fbc_", "pyramid_attention_broadcast", "text_kv")
 
 
-def blocks_of(model: nn.Module) -> list[tuple[str, nn.Module, type[nn.Module]]]:
-    """Path, block and the class by which diffusers knows it, in the order of execution.
+def blocks_of(model: nn.Module) -> Blocks:
+    """The blocks that a cache may skip, in the order of execution.
 
     Raises:
         ValueError: the model has fewer than two blocks, or some of a class that diffusers' caches do not know.
     """
+    if type(model).__name__ in _UNFIT:
+        raise ValueError(f"reuse cannot skip blocks of {type(model).__name__}: {_UNFIT[type(model).__name__]}.")
     found = [
         (f"{name}.{index}", block)
         for name, child in model.named_children()
@@ -44,18 +54,50 @@ def _known(kind: type[nn.Module]) -> type[nn.Module] | None:
     """The class under which a block is registered: its own, or one that it was made of (FSDP, a patch)."""
     for base in kind.__mro__:
         try:
-            TransformerBlockRegistry.get(base)
+            streams = TransformerBlockRegistry.get(base)
         except ValueError:
             continue
-        return base
+        # Some are registered, and name what they take otherwise than it is said there.
+        return base if _names(streams) <= set(inspect.signature(vars(base)["forward"]).parameters) else None
     return None
+
+
+def _names(streams: Any) -> set[str]:
+    """The arguments by which a block is given its streams."""
+    latents = getattr(streams, "hidden_states_argument_name", _LATENTS)
+    if streams.return_encoder_hidden_states_index is None:
+        return {latents}
+    return {latents, getattr(streams, "encoder_hidden_states_argument_name", "encoder_hidden_states")}
+
+
+def refuse_stage(model: nn.Module, blocks: Blocks, stage: Reuse) -> None:
+    """Raise where a model's blocks pass their streams on in a way that one cache does not follow.
+
+    Raises:
+        ValueError: names the model, and caches that do follow.
+    """
+    first, last = (TransformerBlockRegistry.get(kind) for _, _, kind in (blocks[0], blocks[-1]))
+    name, cache = type(model).__name__, type(stage).__name__
+    if stage.needs_usual_names and any(_LATENTS not in _names(one) for one in (first, last)):
+        raise ValueError(
+            f"{cache} finds no latents in the blocks of {name}, which do not call them {_LATENTS}; reuse listed, "
+            "magnitude and forecast do."
+        )
+    joined = first.return_encoder_hidden_states_index is not None and last.return_encoder_hidden_states_index is None
+    # As some last blocks of joint attention do, whose prompt nobody reads any more.
+    dropped = getattr(blocks[-1][1], "context_pre_only", False)
+    if (joined and stage.needs_all_streams) or (dropped and not stage.takes_dropped_stream):
+        raise ValueError(
+            f"The last block of {name} returns no stream of the prompt, which {cache} needs; reuse listed and "
+            "magnitude do without."
+        )
 
 
 def _all_known() -> list[str]:
     return sorted(kind.__name__ for kind in TransformerBlockRegistry._registry)
 
 
-def stand_in_of(blocks: list[tuple[str, nn.Module, type[nn.Module]]]) -> nn.Module:
+def stand_in_of(blocks: Blocks) -> nn.Module:
     """A module with blocks of the same classes at the same paths, which hold nothing."""
     root = nn.Module()
     for path, _, kind in blocks:

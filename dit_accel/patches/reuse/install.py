@@ -11,7 +11,7 @@ from ...stages.reuse.protocol import Reuse
 from ..handle import PatchHandle
 from ..hooks import WHOLE_COMPILED, EndReuse
 from ..session import Session
-from .blocks import blocks_of, cache_of_the_user, hooks_of, stand_in_of
+from .blocks import blocks_of, cache_of_the_user, hooks_of, refuse_stage, stand_in_of
 from .hosted import HostedHook, host
 from .tracker import ReuseTracker, RunStates
 
@@ -25,11 +25,7 @@ def install_reuse(handle: PatchHandle, model: nn.Module, session: Session, stage
     """
     refuse(handle.target, model, stage)
     blocks = blocks_of(model)
-    if stage.needs_all_streams and getattr(blocks[-1][1], "context_pre_only", False):
-        raise ValueError(
-            f"The last block of {type(model).__name__} returns no stream of the prompt, which "
-            f"{type(stage).__name__} needs; reuse listed and magnitude do without."
-        )
+    refuse_stage(model, blocks, stage)
     stand_in = stand_in_of(blocks)
     tracker = ReuseTracker(session, stage)
     stage.apply(stand_in, [path for path, _, _ in blocks], tracker.around)

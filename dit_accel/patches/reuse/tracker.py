@@ -15,7 +15,7 @@ from torch import nn
 from ...layout import StepContext
 from ...stages.reuse.protocol import Reuse, Surroundings
 from ..ambient import LatentTokens
-from ..families.family import Family, read_frames, read_image, read_video
+from ..families.family import PatchSize
 from ..forwards import Forward
 
 if TYPE_CHECKING:
@@ -113,7 +113,7 @@ class ReuseTracker:
             )
         latents = None
         if self.stage.needs_latents:
-            latents = _latents(self.session.family, forward.latents, arguments.get("hidden_states"))
+            latents = _latents(self.session.patch_size, forward.latents, arguments.get("hidden_states"))
         why_not = self._why_not(forward, latents)
         if why_not is not None:
             engine.note(f"Nothing is reused across steps: {why_not}")
@@ -253,8 +253,12 @@ def _equal(old: torch.Tensor, new: torch.Tensor) -> bool:
     return same_memory or bool(torch.equal(old, new))
 
 
-def _latents(family: Family, tokens: LatentTokens | None, hidden: Any) -> list[torch.Tensor] | None:
-    """What is denoised, (C, F, H, W) for each sample, in latents or tokens; None where that cannot be told."""
+def _latents(patch: PatchSize, tokens: LatentTokens | None, hidden: Any) -> list[torch.Tensor] | None:
+    """What is denoised, (C, F, H, W) for each sample, in latents or tokens; None where that cannot be told.
+
+    Families hold it as tokens (B, N, C), images (B, C, H, W), or clips with channels behind the batch, behind the
+    frames, or last: the latent grid tells which.
+    """
     if tokens is None or len(tokens.grid) != 3 or not isinstance(hidden, torch.Tensor):
         return None
     if hidden.dim() == 3:
@@ -262,8 +266,10 @@ def _latents(family: Family, tokens: LatentTokens | None, hidden: Any) -> list[t
         if of_grid.shape[1] < prod(tokens.grid):
             return None
         return list(of_grid.transpose(1, 2).unflatten(2, tokens.grid).unbind())
-    if family.read is read_image:
-        return list(hidden[:, :, None].unbind())
-    if family.read in (read_video, read_frames):
-        return list((hidden if family.read is read_video else hidden.transpose(1, 2)).unbind())
+    if hidden.dim() == 4:
+        hidden = hidden[:, :, None]
+    for latents in (hidden, hidden.transpose(1, 2), hidden.movedim(-1, 1)) if hidden.dim() == 5 else ():
+        sizes = zip(latents.shape[2:], patch, strict=True)
+        if tuple(size // of_token for size, of_token in sizes) == tokens.grid:
+            return list(latents.unbind())
     return None

@@ -23,6 +23,7 @@ class FirstBlock(Reuse):
     """
 
     needs_all_streams: ClassVar[bool] = True
+    needs_usual_names: ClassVar[bool] = True
 
     threshold: float = 0.08
 

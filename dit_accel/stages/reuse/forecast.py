@@ -5,7 +5,7 @@ from __future__ import annotations
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any, ClassVar
+from typing import Any
 
 from torch import nn
 
@@ -23,8 +23,6 @@ class Forecast(Reuse):
         warmup: steps at the start of a run that are all computed; one at least is.
         order: of the series; 0 repeats the last computed output.
     """
-
-    needs_all_streams: ClassVar[bool] = True
 
     interval: int = 3
     warmup: int = 3

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, ClassVar
 
 from torch import nn
 
@@ -25,6 +25,8 @@ class Listed(Reuse):
             ones do, so that a longer one computes the same share, and a shorter one more.
         order: 1 continues what the blocks added in the last two computed steps in a straight line, 0 repeats the last.
     """
+
+    takes_dropped_stream: ClassVar[bool] = True
 
     computed: tuple[int, ...] = (0,)
     num_steps: int = 30

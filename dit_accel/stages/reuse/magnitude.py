@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import cached_property
-from typing import Any
+from typing import Any, ClassVar
 
 from torch import nn
 
@@ -28,6 +28,8 @@ class Magnitude(Reuse):
             (whose ratio is 1). A run of another number of steps takes the nearest ones. diffusers measures them:
             ``MagCacheConfig(calibrate=True)``.
     """
+
+    takes_dropped_stream: ClassVar[bool] = True
 
     threshold: float = 0.06
     max_skipped: int = 3

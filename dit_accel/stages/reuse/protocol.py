@@ -33,12 +33,16 @@ class Reuse(Protocol):
     Attributes:
         is_none: every forward runs all blocks.
         needs_latents: its hooks look at what is denoised.
-        needs_all_streams: the last block must return the prompt's stream too, where the others do.
+        needs_all_streams: the last block must return the prompt apart from the latents, where the first does.
+        takes_dropped_stream: the last block may return nothing of the prompt.
+        needs_usual_names: blocks must call the latents ``hidden_states``.
     """
 
     is_none: ClassVar[bool] = False
     needs_latents: ClassVar[bool] = False
     needs_all_streams: ClassVar[bool] = False
+    takes_dropped_stream: ClassVar[bool] = False
+    needs_usual_names: ClassVar[bool] = False
 
     def refusal(self) -> str | None:
         """A sentence that says what is missing to patch a model; None where nothing is."""
