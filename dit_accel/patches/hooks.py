@@ -6,7 +6,7 @@ from __future__ import annotations
 
 import copyreg
 from collections.abc import Callable, Mapping
-from contextlib import AbstractContextManager, contextmanager
+from contextlib import contextmanager
 from functools import cache
 from types import MethodType
 from typing import TYPE_CHECKING, Any, cast
@@ -233,11 +233,24 @@ class ClearAll(Hook):
             self.session.end_forward()
 
 
-class BranchContext:
-    """Stands in for a transformer's ``cache_context`` to learn which guidance branch is running."""
+class InPlaceOf:
+    """Stands in for a method of a transformer; a copy has its own method, as if never replaced."""
 
-    def __init__(self, original: Callable[..., AbstractContextManager[None]]) -> None:
+    def __init__(self, original: Callable[..., Any]) -> None:
         self.original = original
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> Any:
+        owner = getattr(self.original, "__self__", None)
+        copy = memo.get(id(owner))
+        return self.original if copy is None else MethodType(getattr(type(copy), self.original.__name__), copy)
+
+    def __reduce__(self) -> tuple[Callable[..., Any], tuple[Any, ...]]:
+        # When a pickle is read, the model has no such attribute yet, and its class's method is found.
+        return getattr, (self.original.__self__, self.original.__name__)  # type: ignore[attr-defined]
+
+
+class BranchContext(InPlaceOf):
+    """Stands in for a transformer's ``cache_context`` to learn which guidance branch is running."""
 
     @contextmanager
     def __call__(self, name: str, **kwargs: Any) -> Any:
@@ -249,12 +262,12 @@ class BranchContext:
         finally:
             EAGER.branch = outer
 
-    def __deepcopy__(self, memo: dict[int, Any]) -> Any:
-        owner = getattr(self.original, "__self__", None)
-        copy = memo.get(id(owner))
-        # The copy's own method, as if never replaced.
-        return self.original if copy is None else MethodType(type(copy).cache_context, copy)
 
-    def __reduce__(self) -> tuple[Callable[..., Any], tuple[Any, ...]]:
-        # When a pickle is read, the model has no such attribute yet, and its class's method is found.
-        return getattr, (self.original.__self__, "cache_context")  # type: ignore[attr-defined]
+class RefuseCache(InPlaceOf):
+    """Stands in for a transformer's ``enable_cache`` while the recipe reuses across steps itself."""
+
+    def __call__(self, config: Any) -> None:
+        raise ValueError(
+            f"{type(config).__name__} cannot be enabled beside the recipe's own reuse, since two caches would answer for "
+            "each other: patch with reuse none."
+        )

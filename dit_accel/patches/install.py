@@ -69,6 +69,8 @@ def install(
         from .reuse.install import install_reuse
 
         root.reuse = session.reuse = install_reuse(handle, model, session, recipe.reuse)
+        if hasattr(model, "enable_cache"):
+            handle.record(_replace_method(model, "enable_cache", hooks.RefuseCache(model.enable_cache)))  # type: ignore[arg-type]
     handle.record(model.register_forward_hook(hooks.ClearAll(session), always_call=True).remove)
     for index, (_, module) in enumerate(layers):
         handle.record(partial(setattr, module, "__class__", type(module)))

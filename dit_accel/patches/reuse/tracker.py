@@ -97,20 +97,10 @@ class ReuseTracker:
         return None if forward is None else forward.reuse
 
     def begin(self, model: nn.Module, arguments: Mapping[str, Any]) -> None:
-        """Called when an eager forward has begun, and its step is known.
-
-        Raises:
-            ValueError: the user has enabled a cache of his own since the patch.
-        """
+        """Called when an eager forward has begun, and its step is known."""
         forward, engine = self.session.forward, self.session.engine
         if forward is None or not engine.switched_on:
             return
-        config = getattr(model, "_cache_config", None)
-        if config is not None:
-            raise ValueError(
-                f"{type(config).__name__} was enabled beside the recipe's own reuse: call disable_cache(), or patch "
-                "with reuse none."
-            )
         latents = None
         if self.stage.needs_latents:
             latents = _latents(self.session.patch_size, forward.latents, arguments.get("hidden_states"))

@@ -57,7 +57,7 @@ class Forecast(Reuse):
         # diffusers decides by the number of the step behind the warm-up, and its series by differences: moved both
         # alike, the step that comes is the first which the interval computes.
         by = state.current_step - self.warmup
-        if by > -1:
+        if by >= -1:
             state.current_step -= by
             if state.last_update_step is not None:
                 state.last_update_step -= by
