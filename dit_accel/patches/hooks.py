@@ -8,7 +8,6 @@ import copyreg
 from collections.abc import Callable, Mapping
 from contextlib import contextmanager
 from functools import cache
-from types import MethodType
 from typing import TYPE_CHECKING, Any, cast
 
 import torch
@@ -16,6 +15,7 @@ from torch import nn
 
 from .ambient import EAGER, TRACED
 from .forwards import in_backward
+from .in_place import InPlaceOf
 from .learned import CHILD
 from .operator import CACHED, NO_CALL, PASSED, count_op
 
@@ -233,22 +233,6 @@ class ClearAll(Hook):
             self.session.end_forward()
 
 
-class InPlaceOf:
-    """Stands in for a method of a transformer; a copy has its own method, as if never replaced."""
-
-    def __init__(self, original: Callable[..., Any]) -> None:
-        self.original = original
-
-    def __deepcopy__(self, memo: dict[int, Any]) -> Any:
-        owner = getattr(self.original, "__self__", None)
-        copy = memo.get(id(owner))
-        return self.original if copy is None else MethodType(getattr(type(copy), self.original.__name__), copy)
-
-    def __reduce__(self) -> tuple[Callable[..., Any], tuple[Any, ...]]:
-        # When a pickle is read, the model has no such attribute yet, and its class's method is found.
-        return getattr, (self.original.__self__, self.original.__name__)  # type: ignore[attr-defined]
-
-
 class BranchContext(InPlaceOf):
     """Stands in for a transformer's ``cache_context`` to learn which guidance branch is running."""
 
@@ -268,6 +252,6 @@ class RefuseCache(InPlaceOf):
 
     def __call__(self, config: Any) -> None:
         raise ValueError(
-            f"{type(config).__name__} cannot be enabled beside the recipe's own reuse, since two caches would answer for "
-            "each other: patch with reuse none."
+            f"{type(config).__name__} cannot be enabled beside the recipe's own reuse, since two caches would answer "
+            "for each other: patch with reuse none."
         )

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from math import ceil
 from typing import Any, ClassVar
 
 from torch import nn
@@ -21,8 +22,8 @@ class Listed(Reuse):
 
     Attributes:
         computed: the steps that run all blocks, from 0, in rising order. The first step of a run always does.
-        num_steps: of the run that the list is for. A run of another number computes the steps that lie where listed
-            ones do, so that a longer one computes the same share, and a shorter one more.
+        num_steps: of the run that the list is for. A run of another number computes about the same share of every
+            part of the trajectory.
         order: 1 continues what the blocks added in the last two computed steps in a straight line, 0 repeats the last.
     """
 
@@ -46,9 +47,14 @@ class Listed(Reuse):
         """Whether a step of a run is listed."""
         if step.index is None or not step.num_steps:
             return True
-        # The listed steps that begin within this one, and the one within which it begins.
-        begin_here = any(one * step.num_steps // self.num_steps == step.index for one in self.computed)
-        return begin_here or step.index * self.num_steps // step.num_steps in self.computed
+        if step.num_steps >= self.num_steps:
+            return step.index * self.num_steps // step.num_steps in self.computed
+        return self._begun(step.index + 1, step.num_steps) > self._begun(step.index, step.num_steps)
+
+    def _begun(self, steps: int, num_steps: int) -> int:
+        """How many of the first ``steps`` of a shorter run are computed: the share of those listed until there."""
+        listed = sum(one * num_steps < steps * self.num_steps for one in self.computed)
+        return ceil(listed * num_steps / self.num_steps)
 
     def apply(self, stand_in: nn.Module, blocks: Sequence[str], around: Surroundings) -> None:
         from .added import apply_added
