@@ -136,6 +136,7 @@ class StepContext:
             within its step ("#0", "#1") where it has no name; None outside a pipeline run. Where a layer attends
             sample by sample, the second call's ends in "[1]", and so on.
         forward_id: counts the forwards of this transformer, so that a plan knows its age.
+        computed: forwards of this branch, in this run before this one, that ran all blocks; None where all do.
     """
 
     index: int | None = None
@@ -143,6 +144,7 @@ class StepContext:
     sigma: float | None = None
     branch: str | None = None
     forward_id: int = 0
+    computed: int | None = None
 
     @property
     def progress(self) -> float | None:

@@ -1,4 +1,4 @@
-"""A recipe: one choice on each of the five axes, as plain data."""
+"""A recipe: one choice on each of the six axes, as plain data."""
 
 from __future__ import annotations
 
@@ -24,6 +24,13 @@ from .stages.order.protocol import Order
 from .stages.order.simple import Raster, Tiles
 from .stages.order.sorted import SortedSegments
 from .stages.precision import PRECISIONS, ModelDtype, Precision
+from .stages.reuse.energy import Energy
+from .stages.reuse.first_block import FirstBlock
+from .stages.reuse.forecast import Forecast
+from .stages.reuse.listed import Listed
+from .stages.reuse.magnitude import Magnitude
+from .stages.reuse.none import NoReuse
+from .stages.reuse.protocol import Reuse
 from .stages.schedule import SCHEDULES, Schedule
 from .stages.select.gate import GlobalGate
 from .stages.select.grid import Circle, Radial, TileWindow
@@ -67,12 +74,21 @@ COMPENSATIONS: dict[str, type[Compensation]] = {
     "agents": AgentTokens,
     "residual": PooledResidual,
 }
+REUSES: dict[str, type[Reuse]] = {
+    "none": NoReuse,
+    "first_block": FirstBlock,
+    "magnitude": Magnitude,
+    "forecast": Forecast,
+    "energy": Energy,
+    "listed": Listed,
+}
 AXES: dict[str, Mapping[str, type[Any]]] = {
     "order": ORDERS,
     "select": SELECTS,
     "compensate": COMPENSATIONS,
     "precision": PRECISIONS,
     "schedule": SCHEDULES,
+    "reuse": REUSES,
 }
 
 
@@ -90,6 +106,7 @@ class Recipe:
         compensate: what stands in for the blocks left out.
         precision: in what numbers.
         schedule: when attention is dense, and when a plan is made anew.
+        reuse: which steps take an earlier one's result in place of running all blocks.
     """
 
     order: Order = field(default_factory=Raster)
@@ -97,6 +114,7 @@ class Recipe:
     compensate: Compensation = field(default_factory=NoCompensation)
     precision: Precision = field(default_factory=ModelDtype)
     schedule: Schedule = field(default_factory=Schedule)
+    reuse: Reuse = field(default_factory=NoReuse)
 
     def __post_init__(self) -> None:
         for axis, kinds in AXES.items():
@@ -192,7 +210,7 @@ class Recipe:
         except (OSError, ValueError, RecursionError) as error:
             raise ValueError(f"{path} holds no recipe: {error}.") from error
         if not isinstance(data, dict) or not all(isinstance(values, dict) for values in data.values()):
-            raise ValueError(f"{path} holds no recipe: one object of five axes is expected.")
+            raise ValueError(f"{path} holds no recipe: one object of six axes is expected.")
         try:
             recipe = cls.from_dict(data)
         except (TypeError, ValueError) as error:

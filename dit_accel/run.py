@@ -7,7 +7,7 @@ import threading
 from collections import OrderedDict
 from collections.abc import Callable, Hashable
 from dataclasses import dataclass, field
-from typing import Any, Generic, TypeVar
+from typing import Any, Generic, TypeVar, cast
 
 import torch
 
@@ -71,6 +71,7 @@ class Run:
 
     def __init__(self) -> None:
         self._kept: Bounded[Kept] = Bounded(KEPT_PLACES)
+        self._reused: Bounded[Any] = Bounded(KEPT_PLACES)
         self._masks: list[_SeenMask] = []
         self._numbers = itertools.count(1)
 
@@ -83,9 +84,14 @@ class Run:
         number = 0 if key_mask is None else self._number(key_mask, forward_id)
         return self._kept.get((layout, number), Kept)
 
+    def reused(self, branch: Hashable, make: Callable[[], KeptT]) -> KeptT:
+        """What a branch keeps of its blocks' results for the steps that skip them."""
+        return cast("KeptT", self._reused.get(branch, make))
+
     def forget(self) -> None:
         """Drop all that is kept."""
         self._kept.clear()
+        self._reused.clear()
         self._masks.clear()
 
     def _number(self, mask: torch.Tensor, forward_id: int) -> int:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -9,6 +10,13 @@ import torch
 from dit_accel import Recipe
 from dit_accel.patches.families import family_of
 from dit_accel.stages.compensate.residual import PooledResidual
+from dit_accel.stages.reuse.energy import Energy
+from dit_accel.stages.reuse.first_block import FirstBlock
+from dit_accel.stages.reuse.forecast import Forecast
+from dit_accel.stages.reuse.listed import Listed
+from dit_accel.stages.reuse.magnitude import Magnitude
+from dit_accel.stages.reuse.none import NoReuse
+from dit_accel.stages.reuse.protocol import Reuse
 from dit_accel.stages.schedule import Schedule
 from dit_accel.stages.select.mass import FrozenMass, Mass
 from dit_accel.stages.select.pooled import Pooled
@@ -34,6 +42,22 @@ RECIPES = {
         SMALL_TILES, Pooled(density=0.3, block=BLOCK), PooledResidual(), schedule=Schedule(refresh_every=2)
     ),
 }
+
+# Rules that skip some steps of tiny models and compute others.
+REUSES: dict[str, Reuse] = {
+    "none": NoReuse(),
+    "first_block": FirstBlock(0.05),
+    "magnitude": Magnitude(0.05, 2, 0.0, (1.0, 1.03, 0.98, 1.01)),
+    "forecast": Forecast(interval=2, warmup=1),
+    "energy": Energy(0.5),
+    "listed": Listed((0, 2, 3), 6, order=1),
+}
+
+
+def recipe_of(name: str) -> Recipe:
+    """A recipe of :data:`RECIPES`, or one with a reuse of :data:`REUSES` behind a plus."""
+    recipe, _, reuse = name.partition("+")
+    return replace(RECIPES[recipe], reuse=REUSES[reuse or "none"])
 
 
 def peaked(model: Any, by: float = 4.0) -> Any:

@@ -15,7 +15,7 @@ from diffusers import FlowMatchEulerDiscreteScheduler, FlowMatchHeunDiscreteSche
 from peft import LoraConfig
 
 import dit_accel
-from tests.peaked import RECIPES, peaked_pipeline
+from tests.peaked import peaked_pipeline, recipe_of
 from tests.tiny import TINY
 
 # Two of three have equally many tokens.
@@ -160,7 +160,7 @@ def expected(family: str, recipe: str | None, scheduler: str | None, lora: bool,
     pipe = build(family, scheduler, lora)
     runner = pipe if call.strength is None else another(pipe, VIDEO[family])
     if recipe is not None:
-        dit_accel.patch(pipe, RECIPES[recipe])
+        dit_accel.patch(pipe, recipe_of(recipe))
     return perform(runner, family, call)
 
 

@@ -9,7 +9,7 @@ import weakref
 from collections import Counter, OrderedDict
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch.autograd.graph import _engine_run_backward
@@ -17,6 +17,9 @@ from torch.autograd.graph import _engine_run_backward
 from ..layout import StepContext, TokenLayout
 from ..run import Run
 from .ambient import LatentTokens
+
+if TYPE_CHECKING:
+    from .reuse.tracker import ForwardReuse
 
 # Forwards whose gradients may still be asked for. Each holds references to plans, not plans of its own.
 KEPT_FORWARDS = 64
@@ -58,6 +61,7 @@ class Forward:
         calls, repeats: how often each layer has attended, and again for its gradients.
         layouts: of its sequences, by length and by whether they are masked.
         key_masks: that its masks of pairs stand for, by their shape; None for one that says more.
+        reuse: what a cache knows of it; None where all blocks run.
     """
 
     number: int
@@ -74,6 +78,7 @@ class Forward:
     repeats: Counter[int] = field(default_factory=Counter)
     layouts: dict[tuple[int, bool], TokenLayout | str] = field(default_factory=dict)
     key_masks: dict[torch.Size, torch.Tensor | None] = field(default_factory=dict)
+    reuse: ForwardReuse | None = None
 
     def ordinal(self, layer: int, repeated: bool) -> int:
         """How many calls of a layer came before the one that begins, within the forward or its repetition."""

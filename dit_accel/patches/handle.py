@@ -57,8 +57,7 @@ class PatchHandle:
 
     def summary(self) -> PatchSummary:
         """What ran so far: calls, true density, time, fallbacks. Waits for the device."""
-        engines = {name: session.engine for name, session in self.sessions.items()}
-        return summarise(self.recipe, self.note, engines, tuple(self.changes))
+        return summarise(self.recipe, self.note, self.sessions, tuple(self.changes))
 
     @contextmanager
     def observe(self, observer: Callable[[str, AttentionCall], None]) -> Iterator[None]:

@@ -6,9 +6,8 @@ from __future__ import annotations
 
 import copyreg
 from collections.abc import Callable, Mapping
-from contextlib import AbstractContextManager, contextmanager
+from contextlib import contextmanager
 from functools import cache
-from types import MethodType
 from typing import TYPE_CHECKING, Any, cast
 
 import torch
@@ -16,11 +15,13 @@ from torch import nn
 
 from .ambient import EAGER, TRACED
 from .forwards import in_backward
+from .in_place import InPlaceOf
 from .learned import CHILD
 from .operator import CACHED, NO_CALL, PASSED, count_op
 
 if TYPE_CHECKING:
     from .handle import PatchHandle
+    from .reuse.tracker import ReuseTracker
     from .session import Session
 
 
@@ -36,7 +37,7 @@ def _new(kind: type[nn.Module], *arguments: Any) -> nn.Module:
     return kind.__new__(kind, *arguments)
 
 
-class _Hook:
+class Hook:
     """A hook that a copy of the model does not keep."""
 
     def __deepcopy__(self, memo: dict[int, Any]) -> Callable[..., None]:
@@ -47,8 +48,10 @@ class _Hook:
 
 
 @cache
-def patched_class(original: type[nn.Module]) -> type[nn.Module]:
-    """The class of a patched attention module: the same in all but identity.
+def patched_class(
+    original: type[nn.Module], call_of: Callable[[type[nn.Module]], Callable[..., Any]] | None = None
+) -> type[nn.Module]:
+    """The class of a patched module: the same in all but identity, and what ``call_of`` makes its ``__call__``.
 
     torch.compile reuses code between modules of one class and does not look at their hooks. Without a class
     of its own a patched module would silently run code compiled for an unpatched one, or the other way round.
@@ -65,8 +68,9 @@ def patched_class(original: type[nn.Module]) -> type[nn.Module]:
         "__qualname__": original.__qualname__,
         "__doc__": original.__doc__,
     }
+    call = {} if call_of is None else {"__call__": call_of(original)}
     # A copy or a pickle is of the original class.
-    patched = type(original.__name__, (original,), {**names, "__reduce_ex__": reduce_to_original})
+    patched = type(original.__name__, (original,), {**names, **call, "__reduce_ex__": reduce_to_original})
     return patched
 
 
@@ -77,7 +81,7 @@ def _tensors(args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> list[torch.Ten
     return [value for several in listed for value in several if isinstance(value, torch.Tensor)]
 
 
-class PublishLayer(_Hook):
+class PublishLayer(Hook):
     """Forward pre-hook of a self-attention module.
 
     Attributes:
@@ -113,7 +117,7 @@ def _why_no_call(module: nn.Module) -> str:
     return CACHED if registry is not None and any(registry.get_hook(name) for name in _CACHES) else NO_CALL
 
 
-class ClearLayer(_Hook):
+class ClearLayer(Hook):
     """Forward hook of a self-attention module. No exception calls it: torch.compile would make a graph of each hook
     that one calls."""
 
@@ -134,7 +138,7 @@ class ClearLayer(_Hook):
             EAGER.layer = None
 
 
-class EnterModule(_Hook):
+class EnterModule(Hook):
     """Forward pre-hook of a block with a self-attention, and of that: what gradient checkpointing repeats."""
 
     def __init__(self, session: Session, is_block: bool) -> None:
@@ -149,7 +153,7 @@ class EnterModule(_Hook):
             TRACED.block_input = tensor
 
 
-class LeaveBlock(_Hook):
+class LeaveBlock(Hook):
     """Forward hook of a block with a self-attention."""
 
     def __call__(self, _module: nn.Module, _args: tuple[Any, ...], _output: Any) -> None:
@@ -158,7 +162,13 @@ class LeaveBlock(_Hook):
             TRACED.block_input = None
 
 
-class PublishLatents(_Hook):
+WHOLE_COMPILED = (
+    "A recipe with reuse decides between the blocks of a forward, which one graph of the whole transformer cannot: "
+    "compile its blocks in place of it (transformer.compile_repeated_blocks())."
+)
+
+
+class PublishLatents(Hook):
     """Forward pre-hook of a transformer."""
 
     def __init__(
@@ -174,12 +184,15 @@ class PublishLatents(_Hook):
         self.argument_names = argument_names
         self.processors = processors
         self.watch_gradients: Callable[[], None] | None = watch_gradients
+        self.reuse: ReuseTracker | None = None
 
-    def __call__(self, _module: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> None:
+    def __call__(self, module: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> None:
         arguments = dict(zip(self.argument_names, args, strict=False))
         arguments.update(kwargs)
         latents = self.session.family.read(self.session.patch_size, arguments)
         if torch.compiler.is_compiling():
+            if self.reuse is not None:
+                raise ValueError(WHOLE_COMPILED)
             TRACED.latents = latents
         else:
             # A graph that broke may have ended without its last hook.
@@ -193,9 +206,21 @@ class PublishLatents(_Hook):
                 self.watch_gradients()
                 self.watch_gradients = None
             self.session.begin_forward(latents, arguments.get(self.session.family.timestep), _tensors(args, kwargs))
+            if self.reuse is not None:
+                self.reuse.begin(module, arguments)
 
 
-class ClearAll(_Hook):
+class EndReuse(Hook):
+    """Forward hook of a transformer, not called after an exception: what a cache keeps of a forward is whole."""
+
+    def __init__(self, reuse: ReuseTracker) -> None:
+        self.reuse = reuse
+
+    def __call__(self, module: nn.Module, _args: tuple[Any, ...], _output: Any) -> None:
+        self.reuse.end(module)
+
+
+class ClearAll(Hook):
     """Forward hook of a transformer, called also after an exception: nothing published outlives a forward."""
 
     def __init__(self, session: Session) -> None:
@@ -208,11 +233,8 @@ class ClearAll(_Hook):
             self.session.end_forward()
 
 
-class BranchContext:
+class BranchContext(InPlaceOf):
     """Stands in for a transformer's ``cache_context`` to learn which guidance branch is running."""
-
-    def __init__(self, original: Callable[..., AbstractContextManager[None]]) -> None:
-        self.original = original
 
     @contextmanager
     def __call__(self, name: str, **kwargs: Any) -> Any:
@@ -224,12 +246,12 @@ class BranchContext:
         finally:
             EAGER.branch = outer
 
-    def __deepcopy__(self, memo: dict[int, Any]) -> Any:
-        owner = getattr(self.original, "__self__", None)
-        copy = memo.get(id(owner))
-        # The copy's own method, as if never replaced.
-        return self.original if copy is None else MethodType(type(copy).cache_context, copy)
 
-    def __reduce__(self) -> tuple[Callable[..., Any], tuple[Any, ...]]:
-        # When a pickle is read, the model has no such attribute yet, and its class's method is found.
-        return getattr, (self.original.__self__, "cache_context")  # type: ignore[attr-defined]
+class RefuseCache(InPlaceOf):
+    """Stands in for a transformer's ``enable_cache`` while the recipe reuses across steps itself."""
+
+    def __call__(self, config: Any) -> None:
+        raise ValueError(
+            f"{type(config).__name__} cannot be enabled beside the recipe's own reuse, since two caches would answer "
+            "for each other: patch with reuse none."
+        )

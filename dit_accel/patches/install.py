@@ -64,6 +64,13 @@ def install(
     gradients = partial(_watch_gradients, handle, session, model, layers)
     root = hooks.PublishLatents(session, handle, names, watch, gradients)
     handle.record(model.register_forward_pre_hook(root, with_kwargs=True).remove)
+    if not recipe.reuse.is_none:
+        # Imported here, since it imports diffusers' hooks.
+        from .reuse.install import install_reuse
+
+        root.reuse = session.reuse = install_reuse(handle, model, session, recipe.reuse)
+        if hasattr(model, "enable_cache"):
+            handle.record(replace_method(model, "enable_cache", hooks.RefuseCache(model.enable_cache)))  # type: ignore[arg-type]
     handle.record(model.register_forward_hook(hooks.ClearAll(session), always_call=True).remove)
     for index, (_, module) in enumerate(layers):
         handle.record(partial(setattr, module, "__class__", type(module)))

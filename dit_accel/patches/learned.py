@@ -4,13 +4,13 @@ pipelines."""
 from __future__ import annotations
 
 from collections.abc import Callable
-from types import MethodType
 from typing import Any
 
 import torch
 from torch import nn
 
 from ..stages.compensate.learned import LearnedCompensation
+from .in_place import InPlaceOf
 from .offloading import join_offloading
 
 CHILD = "dit_accel"
@@ -58,11 +58,8 @@ def is_learned(name: str) -> bool:
     return f".{CHILD}." in f".{name}"
 
 
-class SaveWithoutLearned:
+class SaveWithoutLearned(InPlaceOf):
     """Stands in for a model's ``save_pretrained``: what it writes loads in stock diffusers."""
-
-    def __init__(self, original: Callable[..., Any]) -> None:
-        self.original = original
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         model: nn.Module = self.original.__self__  # type: ignore[attr-defined]
@@ -71,14 +68,6 @@ class SaveWithoutLearned:
             return self.original(*args, **kwargs)
         finally:
             hook.remove()
-
-    def __deepcopy__(self, memo: dict[int, Any]) -> Any:
-        copy = memo.get(id(self.original.__self__))  # type: ignore[attr-defined]
-        return self.original if copy is None else MethodType(type(copy).save_pretrained, copy)
-
-    def __reduce__(self) -> tuple[Callable[..., Any], tuple[Any, ...]]:
-        # When a pickle is read, the model has no such attribute yet, and its class's method is found.
-        return getattr, (self.original.__self__, "save_pretrained")  # type: ignore[attr-defined]
 
 
 def _drop_learned(_module: nn.Module, state: dict[str, Any], _prefix: str, _metadata: Any) -> None:

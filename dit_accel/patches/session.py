@@ -9,7 +9,7 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
 from math import prod
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import nn
@@ -22,6 +22,9 @@ from .families import Family
 from .forwards import KEPT_FORWARDS, Forward, KeptForwards, addresses_of, in_backward
 from .masks import is_of_pairs, key_mask_of_pairs
 from .progress import PipelineSchedules, RunTracker
+
+if TYPE_CHECKING:
+    from .reuse.tracker import ReuseTracker
 
 # The opaque operator finds its session by id: a graph can hold a tensor, not a Python object.
 _sessions: weakref.WeakValueDictionary[int, Session] = weakref.WeakValueDictionary()
@@ -73,6 +76,7 @@ class Session:
         self.engine = engine
         self.family = family
         self.patch_size = patch_size
+        self.reuse: ReuseTracker | None = None
         self._origin = (weakref.ref(model), None if pipe is None else weakref.ref(pipe), schedules)
         self._thread = _Thread(*self._origin)
         self._numbers = itertools.count()
@@ -111,6 +115,11 @@ class Session:
         if traced or torch.is_grad_enabled():
             thread.forward.given = addresses_of(inputs)
             self._forwards.add(thread.forward)
+
+    @property
+    def forward(self) -> Forward | None:
+        """The eager forward that this thread runs."""
+        return self._thread.forward
 
     def end_forward(self) -> None:
         """Called when an eager forward of the transformer ends, also by an exception."""

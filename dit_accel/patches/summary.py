@@ -7,10 +7,10 @@ from collections.abc import Mapping
 from dataclasses import asdict, dataclass, replace
 from typing import Any
 
-from ..engine import Engine
 from ..recipe import Recipe
 from ..records import BackendsUsed, LayerRecord, backend_lines
 from .operator import CACHED, PASSED
+from .session import Session
 
 
 @dataclass(frozen=True)
@@ -47,6 +47,8 @@ class PatchSummary:
         backends: by operation ("attention", "selection", "block_mass", ...) the backends that ran it, each with the
             reason for it. An operation that did not run is not there.
         plan_seconds, sparse_seconds, dense_seconds: time spent planning, in sparse and in dense attention.
+        computed_forwards, skipped_forwards: of recipes with reuse, the transformers' forwards that ran all blocks, and
+            those that took an earlier one's result for some; 0 without reuse.
         changes: what :func:`~dit_accel.accelerate` changed beside attention, a sentence each.
     """
 
@@ -58,7 +60,15 @@ class PatchSummary:
     plan_seconds: float
     sparse_seconds: float
     dense_seconds: float
+    computed_forwards: int = 0
+    skipped_forwards: int = 0
     changes: tuple[str, ...] = ()
+
+    @property
+    def computed_share(self) -> float | None:
+        """Share of the forwards that ran all blocks; None for a recipe without reuse, or without any forward."""
+        forwards = self.computed_forwards + self.skipped_forwards
+        return self.computed_forwards / forwards if forwards else None
 
     @property
     def sparse_calls(self) -> int:
@@ -105,6 +115,7 @@ class PatchSummary:
             "nan_calls": self.nan_calls,
             "density": self.density,
             "mean_density": self.mean_density,
+            "computed_share": self.computed_share,
         }
 
     def __str__(self) -> str:
@@ -112,6 +123,8 @@ class PatchSummary:
         if self.note:
             lines.append(f"note: {self.note}")
         lines += [f"note: {note}" for note in self.notes]
+        if self.computed_share is not None:
+            lines.append(f"forwards: {self.computed_forwards} computed, {self.skipped_forwards} skipped")
         lines += self.changes
         density = "-" if self.density is None else f"{self.density:.3f}"
         lines.append(f"attention: {self.sparse_calls} sparse calls at density {density}")
@@ -129,9 +142,11 @@ class PatchSummary:
 
 
 def summarise(
-    recipe: Recipe, note: str | None, engines: Mapping[str, Engine], changes: tuple[str, ...] = ()
+    recipe: Recipe, note: str | None, sessions: Mapping[str, Session], changes: tuple[str, ...] = ()
 ) -> PatchSummary:
     """Read the records of a patch's engines, by transformer name."""
+    engines = {name: session.engine for name, session in sessions.items()}
+    reused = [session.reuse for session in sessions.values() if session.reuse is not None]
     layers: list[LayerSummary] = []
     backends = BackendsUsed()
     plan = sparse = dense = 0.0
@@ -144,7 +159,17 @@ def summarise(
         dense += engine.dense_time.seconds()
     notes = dict.fromkeys(note for engine in engines.values() for note in engine.notes)
     summary = PatchSummary(
-        repr(recipe), note, tuple(notes), tuple(layers), backends.to_dict(), plan, sparse, dense, changes
+        recipe=repr(recipe),
+        note=note,
+        notes=tuple(notes),
+        layers=tuple(layers),
+        backends=backends.to_dict(),
+        plan_seconds=plan,
+        sparse_seconds=sparse,
+        dense_seconds=dense,
+        computed_forwards=sum(one.computed for one in reused),
+        skipped_forwards=sum(one.skipped for one in reused),
+        changes=changes,
     )
     raised = _why_denser(recipe, summary.density)
     return summary if raised is None else replace(summary, notes=(*notes, raised))

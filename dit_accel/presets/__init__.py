@@ -11,6 +11,7 @@ from ..stages.schedule import Schedule
 from ..stages.select.pooled import Pooled
 from ..stages.select.static import Window
 from .grid import clear, dina, gna, na, radial, sta
+from .profiles import balanced, fast, maximal
 from .searched import adaspa, mass, paro, pbs, psa, rectified, sparge, sparsed, vmoba
 from .trained import sla, sparge2, ssa
 from .whole import agent, sage
@@ -101,6 +102,9 @@ PRESETS: dict[str, Callable[..., Recipe]] = {
     "sla": sla,
     "sparge2": sparge2,
     "ssa": ssa,
+    "balanced": balanced,
+    "fast": fast,
+    "max": maximal,
 }
 
 

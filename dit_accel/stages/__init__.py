@@ -1,1 +1,1 @@
-"""The five axes of a recipe: order, select, compensate, precision, schedule."""
+"""The six axes of a recipe: order, select, compensate, precision, schedule, reuse."""

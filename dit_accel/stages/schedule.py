@@ -17,7 +17,8 @@ class Schedule:
         dense_fraction: share of the denoising steps, from the first, that stay dense. Any value above 0 keeps
             at least the first step dense. Without a pipeline (a bare transformer) no step counts as first.
         dense_layers: self-attention layers that stay dense, by index; negative counts from the last.
-        refresh_every: a plan serves this many denoising steps before it is made again.
+        refresh_every: a plan serves this many denoising steps before it is made again. Steps that a recipe's reuse
+            skips do not count.
         refresh_at: instead of a fixed stride, make plans only at these points of the trajectory (progress in
             [0, 1)), and whenever there is none yet. Without a pipeline ``refresh_every`` counts forwards.
         dense_refresh: compute a step that makes a plan densely, and use the plan from the next step on. Acts
@@ -119,7 +120,15 @@ class Schedule:
         if self.refresh_at:
             now, then = step.progress or 0.0, made.progress or 0.0
             return any(then < point <= now for point in self.refresh_at)
+        if step.computed is not None and made.computed is not None:
+            return self._too_old(step.computed - made.computed)
         return self._too_old(step.index - made.index)
+
+    def plans_now(self, step: StepContext, made: StepContext | None, num_layers: int) -> bool:
+        """Whether layers make plans at ``step`` that are kept, the last of a run having been made at ``made``."""
+        if not self.keeps_plans or all(self.dense_reason(step, layer, num_layers) for layer in range(num_layers)):
+            return False
+        return made is None or self.needs_plan(step, made)
 
     def plans_after(self, step: StepContext) -> bool:
         """Whether a run makes another plan after the one of ``step``."""

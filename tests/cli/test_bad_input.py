@@ -104,7 +104,7 @@ WITHOUT_A_MODEL = [
     ([*GENERATE, "--recipe", "gone.json"], "There is no recipe file gone.json"),
     ([*GENERATE, "--recipe", "dir.json"], "There is no recipe file dir.json"),
     ([*GENERATE, "--recipe", "empty.json"], "empty.json holds no recipe: it has no select"),
-    ([*GENERATE, "--recipe", "list.json"], "list.json holds no recipe: one object of five axes is expected"),
+    ([*GENERATE, "--recipe", "list.json"], "list.json holds no recipe: one object of six axes is expected"),
     ([*GENERATE, "--recipe", "odd.json"], "odd.json holds no recipe: Pooled (select) has no field 'speed'"),
     ([*GENERATE, "--recipe", "cut.json"], "cut.json holds no recipe: Unterminated string"),
     ([*GENERATE, "--recipe", "window", "--set", HUGE], "order.shape must be finite and below"),

@@ -70,6 +70,20 @@ FIELDS: dict[str, st.SearchStrategy[Any]] = {
     "density_points": points,
     "density_over": st.sampled_from(("progress", "sigma")),
     "drift_bound": st.sampled_from((None, 0.1)),
+    "FirstBlock.threshold": st.sampled_from((0.0, 0.05, 2.0)),
+    "Magnitude.threshold": st.sampled_from((0.0, 0.06)),
+    "Energy.threshold": st.sampled_from((0.0, 0.25)),
+    "max_skipped": st.integers(0, 3),
+    "retention": st.sampled_from((0.0, 0.2, 1.0)),
+    "ratios": st.sampled_from(((), (1.0, 1.02, 0.97))),
+    "interval": st.integers(1, 4),
+    "warmup": st.integers(0, 3),
+    "order": st.integers(0, 2),
+    "first": st.integers(0, 2),
+    "last": st.integers(0, 2),
+    "power": st.sampled_from((1.0, 3.0)),
+    "computed": st.lists(st.integers(0, 9), max_size=4).map(tuple),
+    "num_steps": st.integers(1, 10),
 }
 
 
@@ -117,6 +131,8 @@ def recipes(draw: st.DrawFn, runnable: bool = False) -> Recipe | None:
         "compensate": draw(stages("compensate")),
         "precision": draw(stages("precision")),
         "schedule": AXES["schedule"]["schedule"]() if runnable else draw(stages("schedule")),
+        # A bare transformer has no steps to reuse.
+        "reuse": AXES["reuse"]["none"]() if runnable else draw(stages("reuse")),
     }
     if None in drawn.values():
         return None

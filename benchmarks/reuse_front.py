@@ -1,0 +1,244 @@
+"""Whole runs of the embedded model with reuse across steps, sparse attention, or both: what is computed, what is lost.
+
+Every prompt is generated dense once, then under each row, with the same seed. A row is a preset, or one with a reuse:
+
+    PRESET[:OPTION=VALUE,...][+REUSE[:FIELD=VALUE,...]]
+
+    python benchmarks/reuse_front.py --prompts 16 --steps 30 --out front.json
+    python benchmarks/reuse_front.py --rows dense+first_block:threshold=.12 "mass:density=.3+listed:computed=(0,3)"
+    python benchmarks/reuse_front.py --magnitudes --prompts 4 --steps 30    # ratios for reuse magnitude
+    python benchmarks/reuse_front.py --show front.json
+
+A run that was broken off goes on where it was: the file and the dense clips beside it are read. PSNR is of 8-bit frames
+to the dense clip, the mean over prompts with a 95% bootstrap interval, of fewer than ten prompts the range. Seconds are
+of whole calls one after the other, and mean little on a busy machine.
+"""
+
+from __future__ import annotations
+
+import argparse
+import ast
+import json
+import platform
+import re
+import sys
+from collections import Counter
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from dit_accel import Recipe, patch, presets
+from dit_accel.pipelines import load
+from dit_accel.pipelines.generate import call_arguments
+from dit_accel.quality.bootstrap import bootstrap_mean
+from dit_accel.quality.generation import Generated, generate_clip
+from dit_accel.quality.measurement import number_to_json
+from dit_accel.quality.metrics import find_metrics, measure
+from dit_accel.quality.prompts import DEFAULT_PROMPTS
+from dit_accel.quality.video import ClipPair
+
+METRICS = ("psnr", "ssim", "latent_mse")
+ROWS = (
+    "mass:density=.3",
+    "mass:density=.3,dense_fraction=.1",
+    *(f"dense+first_block:threshold={threshold}" for threshold in (0.05, 0.08, 0.12, 0.2)),
+    "dense+energy:threshold=.15",
+    "dense+energy:threshold=.3",
+    "dense+forecast:interval=2",
+    "dense+forecast:interval=3",
+    "balanced",
+    "fast",
+    "max",
+    "balanced:listed=True",
+    "fast:listed=True",
+    "max:listed=True",
+)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--rows", nargs="+", default=list(ROWS), help="default: a list of caches, recipes and profiles")
+    parser.add_argument("--prompts", type=int, default=len(DEFAULT_PROMPTS), help="how many, each with its own seed")
+    parser.add_argument("--first", type=int, default=0, help="number of the first prompt and seed")
+    parser.add_argument("--steps", type=int, default=30)
+    parser.add_argument("--frames", type=int, default=29)
+    parser.add_argument("--size", type=int, default=192, help="pixels in height and in width")
+    parser.add_argument("--guidance", type=float, default=2.0)
+    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
+    parser.add_argument("--dtype", default="float32", choices=["bfloat16", "float32", "float16"])
+    parser.add_argument("--magnitudes", action="store_true", help="print the ratios that reuse magnitude needs")
+    parser.add_argument("--show", type=Path, help="print the table of a file")
+    parser.add_argument("--out", type=Path, default=Path("reuse_front.json"))
+    args = parser.parse_args()
+    if args.show:
+        show(json.loads(args.show.read_text()))
+        return
+    recipes = {row: recipe_of(row) for row in args.rows}  # a mistake is found before the first clip
+    pipe = load("embedded", dtype=getattr(torch, args.dtype), device=torch.device(args.device))
+    pipe.set_progress_bar_config(disable=True)
+    if args.magnitudes:
+        print(json.dumps([round(ratio, 4) for ratio in magnitudes(pipe, args)]))
+        return
+    show(Front(pipe, args).run(recipes))
+
+
+def recipe_of(row: str) -> Recipe:
+    """The recipe of a row.
+
+    Raises:
+        ValueError: what a row or a value does not allow.
+    """
+    named, _, reuse = row.partition("+")
+    name, _, options = named.partition(":")
+    recipe = presets.resolve(name, **{key: ast.literal_eval(value) for key, value in pairs(options)})
+    if not reuse:
+        return recipe
+    kind, _, fields = reuse.partition(":")
+    return recipe.with_fields({"reuse": kind} | {f"reuse.{key}": value for key, value in pairs(fields)})
+
+
+def pairs(text: str) -> list[tuple[str, str]]:
+    """``a=1,b=(2,3)`` as pairs: commas within parentheses part nothing."""
+    parts = re.split(r",(?![^(]*\))", text) if text else []
+    return [(name.strip(), value.strip()) for name, _, value in (part.partition("=") for part in parts)]
+
+
+class Front:
+    """The clips of all rows, and the file that they are written to, one after the other."""
+
+    def __init__(self, pipe: Any, args: argparse.Namespace) -> None:
+        self.pipe, self.args = pipe, args
+        self.metrics = find_metrics(METRICS)
+        self.arguments = call_arguments(
+            pipe, width=args.size, height=args.size, frames=args.frames, steps=args.steps, guidance=args.guidance
+        )
+        self.prompts = [
+            (n, DEFAULT_PROMPTS[n % len(DEFAULT_PROMPTS)]) for n in range(args.first, args.first + args.prompts)
+        ]
+        self.folder = args.out.with_suffix(".dense")
+        self.settings = {
+            name: getattr(args, name) for name in ("steps", "frames", "size", "guidance", "dtype", "device")
+        }
+
+    def run(self, recipes: dict[str, Recipe]) -> dict[str, Any]:
+        result = self.begin()
+        self.folder.mkdir(parents=True, exist_ok=True)
+        for number, prompt in self.prompts:
+            dense = self.dense(number, prompt)
+            result["dense_seconds"][str(number)] = dense.seconds
+            for row, recipe in recipes.items():
+                as_data = json.loads(json.dumps(recipe.to_dict()))
+                known = result["rows"].setdefault(row, {"recipe": as_data, "clips": {}})
+                if known["recipe"] != as_data:
+                    raise SystemExit(f"{self.args.out} has {row} of another version; give another --out.")
+                if str(number) in known["clips"]:
+                    continue
+                clip = known["clips"][str(number)] = self.clip(recipe, number, prompt, dense)
+                print(
+                    f"prompt {number}, {row}: {clip['psnr']} dB, {clip['seconds']:.1f} s", file=sys.stderr, flush=True
+                )
+                self.args.out.write_text(json.dumps(result, indent=1) + "\n")
+        return result
+
+    def begin(self) -> dict[str, Any]:
+        """An empty result, or that of the run that was broken off."""
+        facts = {"torch": torch.__version__, "machine": platform.machine(), "command": " ".join(["python", *sys.argv])}
+        fresh = {"settings": self.settings, "facts": facts, "dense_seconds": {}, "rows": {}}
+        if not self.args.out.exists():
+            return fresh
+        found: dict[str, Any] = json.loads(self.args.out.read_text())
+        if found["settings"] != self.settings:
+            raise SystemExit(f"{self.args.out} is of {found['settings']}, not of {self.settings}; give another --out.")
+        return found
+
+    def dense(self, number: int, prompt: str) -> Generated:
+        path = self.folder / f"{number}.pt"
+        if not path.exists():
+            made = generate_clip(self.pipe, prompt, number, self.arguments).in_8_bits()
+            torch.save({"frames": made.frames, "latents": made.latents, "seconds": made.seconds}, path)
+        kept = torch.load(path)
+        return Generated(kept["frames"], True, kept["latents"], kept["seconds"])
+
+    def clip(self, recipe: Recipe, number: int, prompt: str, dense: Generated) -> dict[str, Any]:
+        """One clip under a recipe, and what it lost."""
+        computed: Counter[int] = Counter()
+        last = self.pipe.transformer.blocks[-1]
+        with patch(self.pipe, recipe) as handle:
+            count = last.register_forward_hook(lambda *_: computed.update([self.pipe.scheduler.step_index or 0]))
+            made = generate_clip(self.pipe, prompt, number, self.arguments).in_8_bits()
+            count.remove()
+            summary = handle.summary()
+        pair = ClipPair(dense.frames, made.frames, 16.0, dense.latents, made.latents)
+        values = {name: number_to_json(found.value) for name, found in measure(pair, self.metrics).items()}
+        return values | {
+            "seconds": made.seconds,
+            "computed_share": 1.0 if summary.computed_share is None else summary.computed_share,
+            "computed_steps": sorted(computed),
+            "density": summary.density,
+            "mean_density": summary.mean_density,
+            "plan_seconds": summary.plan_seconds,
+            "nan_calls": summary.nan_calls,
+            "notes": list(summary.notes),
+        }
+
+
+def magnitudes(pipe: Any, args: argparse.Namespace) -> list[float]:
+    """Mean ratio of each step over prompts and branches, by diffusers' own calibration."""
+    from diffusers import MagCacheConfig
+
+    # One step more than there are: diffusers drops what it found when the last is done.
+    pipe.transformer.enable_cache(MagCacheConfig(calibrate=True, num_inference_steps=args.steps + 1))
+    hook = pipe.transformer.blocks[0]._diffusers_hook.get_hook("mag_cache_leader_block_hook")
+    found: list[list[float]] = []
+
+    def keep(_pipe: Any, step: int, _timestep: Any, state: dict[str, Any]) -> dict[str, Any]:
+        if step == args.steps - 1:
+            found.extend(list(one.calibration_ratios) for one in hook.state_manager._state_cache.values())
+        return state
+
+    settings = {"width": args.size, "height": args.size, "frames": args.frames}
+    arguments = call_arguments(pipe, **settings, steps=args.steps, guidance=args.guidance)
+    for n in range(args.first, args.first + args.prompts):
+        generator = torch.Generator().manual_seed(n)
+        prompt = DEFAULT_PROMPTS[n % len(DEFAULT_PROMPTS)]
+        pipe(prompt=prompt, generator=generator, output_type="latent", callback_on_step_end=keep, **arguments)
+    pipe.transformer.disable_cache()
+    return torch.tensor(found).mean(0).tolist()
+
+
+def show(result: dict[str, Any]) -> None:
+    """A table for the terminal, the most faithful row first."""
+    print(
+        f"{'row':<44}{'clips':>6}{'computed':>9}{'density':>8}{'product':>8}{'PSNR':>7}{'low':>7}{'high':>7}{'SSIM':>8}{'speed':>7}"
+    )
+    rows = []
+    for name, row in result["rows"].items():
+        clips = row["clips"]
+        if not clips:
+            continue
+        share, density = (mean(clips, key) for key in ("computed_share", "mean_density"))
+        psnr = bootstrap_mean([float(clip["psnr"]) for clip in clips.values()])
+        dense = sum(result["dense_seconds"][number] for number in clips)
+        speed = dense / sum(clip["seconds"] for clip in clips.values())
+        text = f"{name:<44}{len(clips):>6}{share:>9.3f}{density:>8.3f}{share * density:>8.3f}"
+        text += f"{psnr.mean:>7.2f}{psnr.low:>7.2f}{psnr.high:>7.2f}{mean(clips, 'ssim'):>8.4f}{speed:>7.2f}"
+        rows.append((psnr.mean, text + often(clips)))
+    for _, text in sorted(rows, reverse=True):
+        print(text)
+
+
+def mean(clips: dict[str, Any], key: str) -> float:
+    return sum(float(clip[key]) for clip in clips.values()) / len(clips)
+
+
+def often(clips: dict[str, Any]) -> str:
+    """The steps that at least half of the clips computed, where some were skipped: what a list would hold."""
+    count = Counter(step for clip in clips.values() for step in clip["computed_steps"])
+    if all(clip["computed_share"] == 1.0 for clip in clips.values()):
+        return ""
+    return "  " + ",".join(str(step) for step, times in sorted(count.items()) if 2 * times >= len(clips))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,1 @@
+"""Reuse across steps: hooks of a recipe's cache around the blocks of a transformer."""

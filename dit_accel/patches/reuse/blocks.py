@@ -1,0 +1,130 @@
+"""The blocks of a transformer that a cache may skip, and a stand-in of it that takes diffusers' hooks."""
+
+from __future__ import annotations
+
+import inspect
+from typing import Any
+
+from diffusers.hooks._common import _ALL_TRANSFORMER_BLOCK_IDENTIFIERS
+from diffusers.hooks._helpers import TransformerBlockRegistry
+from diffusers.hooks.hooks import HookRegistry
+from torch import nn
+
+from ...stages.reuse.protocol import Reuse
+
+Blocks = list[tuple[str, nn.Module, type[nn.Module]]]
+"""Path, block and the class by which diffusers knows it."""
+_LATENTS = "hidden_states"
+# Models whose blocks diffusers knows, and whose order of calls its caches do not fit.
+_UNFIT = {"MotifVideoTransformer3DModel": "its last blocks are given the latents where others are given the prompt"}
+# Hooks by which diffusers' caches are known on a module.
+_CACHES = ("cache", "fbc_", "pyramid_attention_broadcast", "text_kv")
+
+
+def blocks_of(model: nn.Module) -> Blocks:
+    """The blocks that a cache may skip, in the order of execution.
+
+    Raises:
+        ValueError: the model has fewer than two blocks, or some of a class that diffusers' caches do not know.
+    """
+    if type(model).__name__ in _UNFIT:
+        raise ValueError(f"reuse cannot skip blocks of {type(model).__name__}: {_UNFIT[type(model).__name__]}.")
+    found = [
+        (f"{name}.{index}", block)
+        for name, child in model.named_children()
+        if name in _ALL_TRANSFORMER_BLOCK_IDENTIFIERS and isinstance(child, nn.ModuleList)
+        for index, block in enumerate(child)
+    ]
+    if len(found) < 2:
+        raise ValueError(
+            f"reuse needs a transformer with at least two blocks in lists named "
+            f"{', '.join(sorted(_ALL_TRANSFORMER_BLOCK_IDENTIFIERS))}, and {type(model).__name__} has {len(found)}."
+        )
+    known = [(path, block, _known(type(block))) for path, block in found]
+    unknown = sorted({type(block).__name__ for _, block, kind in known if kind is None})
+    if unknown:
+        raise ValueError(
+            f"reuse cannot skip blocks of {type(model).__name__}: diffusers' caches do not know what "
+            f"{', '.join(unknown)} takes and returns. They know {', '.join(_all_known())}."
+        )
+    return [(path, block, kind) for path, block, kind in known if kind is not None]
+
+
+def _known(kind: type[nn.Module]) -> type[nn.Module] | None:
+    """The class under which a block is registered: its own, or one that it was made of (FSDP, a patch)."""
+    for base in kind.__mro__:
+        try:
+            streams = TransformerBlockRegistry.get(base)
+        except ValueError:
+            continue
+        # Some are registered, and name what they take otherwise than it is said there.
+        return base if _names(streams) <= set(inspect.signature(vars(base)["forward"]).parameters) else None
+    return None
+
+
+def _names(streams: Any) -> set[str]:
+    """The arguments by which a block is given its streams."""
+    latents = getattr(streams, "hidden_states_argument_name", _LATENTS)
+    if streams.return_encoder_hidden_states_index is None:
+        return {latents}
+    return {latents, getattr(streams, "encoder_hidden_states_argument_name", "encoder_hidden_states")}
+
+
+def refuse_stage(model: nn.Module, blocks: Blocks, stage: Reuse) -> None:
+    """Raise where a model's blocks pass their streams on in a way that one cache does not follow.
+
+    Raises:
+        ValueError: names the model, and caches that do follow.
+    """
+    first, last = (TransformerBlockRegistry.get(kind) for _, _, kind in (blocks[0], blocks[-1]))
+    name, cache = type(model).__name__, type(stage).__name__
+    if stage.needs_usual_names and any(_LATENTS not in _names(one) for one in (first, last)):
+        raise ValueError(
+            f"{cache} finds no latents in the blocks of {name}, which do not call them {_LATENTS}; reuse listed, "
+            "magnitude and forecast do."
+        )
+    joined = first.return_encoder_hidden_states_index is not None and last.return_encoder_hidden_states_index is None
+    # As some last blocks of joint attention do, whose prompt nobody reads any more.
+    dropped = getattr(blocks[-1][1], "context_pre_only", False)
+    if (joined and stage.needs_all_streams) or (dropped and not stage.takes_dropped_stream):
+        raise ValueError(
+            f"The last block of {name} returns no stream of the prompt, which {cache} needs; reuse listed and "
+            "magnitude do without."
+        )
+
+
+def _all_known() -> list[str]:
+    return sorted(kind.__name__ for kind in TransformerBlockRegistry._registry)
+
+
+def stand_in_of(blocks: Blocks) -> nn.Module:
+    """A module with blocks of the same classes at the same paths, which hold nothing."""
+    root = nn.Module()
+    for path, _, kind in blocks:
+        name = path.partition(".")[0]
+        if not hasattr(root, name):
+            root.add_module(name, nn.ModuleList())
+        block = kind.__new__(kind)
+        nn.Module.__init__(block)
+        root.get_submodule(name).append(block)  # type: ignore[operator]
+    return root
+
+
+def hooks_of(module: nn.Module) -> list[Any]:
+    """The hooks that diffusers put on a module itself."""
+    registry: HookRegistry | None = getattr(module, "_diffusers_hook", None)
+    return [] if registry is None else list(registry.hooks.values())
+
+
+def cache_of_the_user(model: nn.Module) -> str | None:
+    """The name of a cache that somebody enabled on a transformer; None without one."""
+    config = getattr(model, "_cache_config", None)
+    if config is not None:
+        return type(config).__name__
+    for module in model.modules():
+        registry: HookRegistry | None = getattr(module, "_diffusers_hook", None)
+        for name in registry.hooks if registry is not None else ():
+            if any(part in name for part in _CACHES):
+                return name
+    # cache-dit replaces forwards, and leaves this mark.
+    return "cache-dit" if getattr(model, "_is_cached", False) else None

@@ -1,0 +1,1 @@
+"""What later steps take from earlier ones in place of computing all blocks."""
