@@ -30,6 +30,7 @@ class PatchHandle:
         self.note = note
         self.sessions: dict[str, Session] = {}
         self.schedules = PipelineSchedules()
+        self.schedules.add_begun(target)
         self._undo: list[Callable[[], None]] = []
 
     @property
