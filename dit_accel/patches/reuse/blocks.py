@@ -13,8 +13,9 @@ from .streams import LATENTS, known_class, known_names, names_of, streams_of
 
 Blocks = list[tuple[str, nn.Module, type[nn.Module]]]
 """Path, block and the class by which diffusers knows it."""
-# Models whose blocks diffusers knows, and whose order of calls its caches do not fit.
+# Models whose latents change between the blocks, or whose blocks are given more than the one before returned.
 _UNFIT = {
+    "WanVACETransformer3DModel": "its control blocks add to the latents between the others",
     "MotifVideoTransformer3DModel": "its last blocks are given the latents where others are given the prompt",
     "WanAnimateTransformer3DModel": "what it knows of a face is added to the latents between its blocks",
     "ConsisIDTransformer3DModel": "what it knows of a face is added to the latents between its blocks",
@@ -28,7 +29,7 @@ def blocks_of(model: nn.Module) -> Blocks:
     """The blocks that a cache may skip, in the order of execution.
 
     Raises:
-        ValueError: the model has fewer than two blocks, or some of a class that diffusers' caches do not know.
+        ValueError: the model has fewer than two blocks, some of an unknown class, or changes latents between them.
     """
     if type(model).__name__ in _UNFIT:
         raise ValueError(f"reuse cannot skip blocks of {type(model).__name__}: {_UNFIT[type(model).__name__]}.")
@@ -51,7 +52,7 @@ def blocks_of(model: nn.Module) -> Blocks:
     if unknown:
         raise ValueError(
             f"reuse cannot skip blocks of {type(model).__name__}: nobody has said what "
-            f"{', '.join(unknown)} takes and returns. They know {', '.join(known_names())}."
+            f"{', '.join(unknown)} takes and returns. Known are {', '.join(known_names())}."
         )
     return [(path, block, kind) for path, block, kind in known if kind is not None]
 

@@ -83,9 +83,9 @@ def known_class(kind: type[nn.Module]) -> type[nn.Module] | None:
         returned = _RETURNED.get(base.__name__)
         if returned is not None and takes:
             # The latents come first in every block.
+            streams = TransformerBlockMetadata(*returned, takes[0], OTHER)  # type: ignore[arg-type]
             own = type(base.__name__, (base,), {"__module__": base.__module__})
-            TransformerBlockRegistry.register(own, TransformerBlockMetadata(*returned, takes[0], OTHER))  # type: ignore[arg-type]
-
+            TransformerBlockRegistry.register(own, streams)
             return own
     return None
 

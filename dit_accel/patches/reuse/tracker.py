@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import threading
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field, replace
 from math import prod
 from typing import TYPE_CHECKING, Any
@@ -22,7 +22,10 @@ if TYPE_CHECKING:
     from ..session import Session
 
 # Beginnings of the names of arguments that hold what a prompt or a picture says, the same at every step.
-_CONDITIONS = ("encoder_", "pooled_", "text", "txt", "prompt", "cap", "controlnet", "image_embeds", "y")
+_CONDITIONS = ("encoder_", "pooled_", "text", "txt", "prompt", "cap", "image_embeds", "attention_kwargs", "joint_", "y")
+
+
+_NESTS = (list, tuple, dict)
 
 
 @dataclass(eq=False)
@@ -105,6 +108,10 @@ class ReuseTracker:
         if self.stage.needs_latents:
             latents = _latents(self.session.patch_size, forward.latents, arguments.get("hidden_states"))
         why_not = self._why_not(forward, latents)
+        if any(
+            "controlnet" in name and isinstance(value, (torch.Tensor, *_NESTS)) for name, value in arguments.items()
+        ):
+            why_not = "a control network adds to the latents between the blocks."
         if why_not is not None:
             engine.note(f"Nothing is reused across steps: {why_not}")
             return
@@ -210,9 +217,16 @@ def _conditions(arguments: Mapping[str, Any]) -> dict[str, list[tuple[torch.Tens
     found = {}
     for name, value in arguments.items():
         if name.startswith(_CONDITIONS):
-            listed = value if isinstance(value, (list, tuple)) else (value,)
-            found[name] = [(one, _version(one)) for one in listed if isinstance(one, torch.Tensor)]
+            found[name] = [(one, _version(one)) for one in _tensors(value)]
     return found
+
+
+def _tensors(value: Any) -> Iterator[torch.Tensor]:
+    if isinstance(value, torch.Tensor):
+        yield value
+    elif isinstance(value, _NESTS):
+        for item in value.values() if isinstance(value, dict) else value:
+            yield from _tensors(item)
 
 
 def _version(tensor: torch.Tensor) -> int:
