@@ -107,11 +107,7 @@ class ReuseTracker:
         latents = None
         if self.stage.needs_latents:
             latents = _latents(self.session.patch_size, forward.latents, arguments.get("hidden_states"))
-        why_not = self._why_not(forward, latents)
-        if any(
-            "controlnet" in name and isinstance(value, (torch.Tensor, *_NESTS)) for name, value in arguments.items()
-        ):
-            why_not = "a control network adds to the latents between the blocks."
+        why_not = self._why_not(forward, arguments, latents)
         if why_not is not None:
             engine.note(f"Nothing is reused across steps: {why_not}")
             return
@@ -143,11 +139,15 @@ class ReuseTracker:
         assert now is not None
         return now
 
-    def _why_not(self, forward: Forward, latents: list[torch.Tensor] | None) -> str | None:
+    def _why_not(
+        self, forward: Forward, arguments: Mapping[str, Any], latents: list[torch.Tensor] | None
+    ) -> str | None:
         if torch.is_grad_enabled():
             return "gradients may be asked for."
         if forward.step.index is None:
             return "the denoising step is unknown."
+        if any("controlnet" in name and next(_tensors(value), None) is not None for name, value in arguments.items()):
+            return "a control network adds to the latents between the blocks."
         if self.stage.needs_latents and latents is None:
             return "it needs to see the latents, and does not know where this model's are."
         return self.stage.not_at(forward.step)
