@@ -130,6 +130,9 @@ class ReuseTracker:
         if now.plans and not now.skipped:
             branch.made = now.step
         branch.computed += not now.skipped
+        if now.step.num_steps is not None and now.step.index == now.step.num_steps - 1:
+            # Decoding comes next, and wants the memory.
+            branch.states.clear()
         with self._counting:
             self.computed += not now.skipped
             self.skipped += now.skipped
