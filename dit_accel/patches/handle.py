@@ -32,6 +32,7 @@ class PatchHandle:
         self.sessions: dict[str, Session] = {}
         self.schedules = PipelineSchedules()
         self.changes: list[str] = []
+        self.schedules.add_begun(target)
         self._undo: list[Callable[[], None]] = []
 
     @property

@@ -61,6 +61,13 @@ class PipelineSchedules:
         if key not in self._refs:
             self._refs[key] = weakref.ref(schedule, lambda _: self._refs.pop(key, None))
 
+    def add_begun(self, pipe: Any) -> None:
+        """The schedule of a pipeline that is patched, if it has moved: what ran it, or broke off, came before."""
+        scheduler = getattr(pipe, "scheduler", None)
+        schedule = getattr(scheduler, "timesteps", None)
+        if isinstance(schedule, torch.Tensor) and getattr(scheduler, "step_index", None) is not None:
+            self.add(schedule)
+
     def __contains__(self, schedule: torch.Tensor) -> bool:
         return id(schedule) in self._refs
 

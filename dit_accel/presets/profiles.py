@@ -10,10 +10,11 @@ from ..stages.reuse.listed import Listed
 from ..stages.reuse.protocol import Reuse
 from .searched import mass
 
-# Steps of 30 that a profile's threshold computes, start values until they are measured on sixteen prompts.
+# Steps of 30, about as many as a profile's threshold computes on the embedded model, the first ones closer. What SeaCache
+# chose there is spaced so; in a straight line they are nearer to dense than the threshold's steps.
 BALANCED_STEPS = (0, 1, 2, 3, 4, 5, 6, 8, 10, 12, 14, 16, 18, 20, 22, 24, 26, 28, 29)
-FAST_STEPS = (0, 1, 2, 4, 6, 8, 11, 14, 17, 20, 23, 26, 28)
-MAX_STEPS = (0, 1, 2, 5, 8, 12, 16, 21, 26)
+FAST_STEPS = (0, 1, 2, 3, 5, 8, 11, 14, 17, 20, 23, 26, 29)
+MAX_STEPS = (0, 1, 2, 5, 9, 14, 19, 24, 29)
 
 
 def balanced(
@@ -35,7 +36,7 @@ def balanced(
         listed: compute a fixed list of steps in place of the threshold's: for models whose threshold is not known,
             and for times that depend on no weights.
     """
-    return _profile(density, dense_fraction, Listed(BALANCED_STEPS, 30) if listed else FirstBlock(threshold))
+    return _profile(density, dense_fraction, Listed(BALANCED_STEPS, 30, order=1) if listed else FirstBlock(threshold))
 
 
 def fast(
@@ -51,7 +52,7 @@ def fast(
     Args:
         density, threshold, dense_fraction, listed: see :func:`balanced`.
     """
-    return _profile(density, dense_fraction, Listed(FAST_STEPS, 30) if listed else FirstBlock(threshold))
+    return _profile(density, dense_fraction, Listed(FAST_STEPS, 30, order=1) if listed else FirstBlock(threshold))
 
 
 def maximal(
@@ -67,7 +68,7 @@ def maximal(
     Args:
         density, threshold, dense_fraction, listed: see :func:`balanced`.
     """
-    return _profile(density, dense_fraction, Listed(MAX_STEPS, 30) if listed else FirstBlock(threshold))
+    return _profile(density, dense_fraction, Listed(MAX_STEPS, 30, order=1) if listed else FirstBlock(threshold))
 
 
 def _profile(density: float, dense_fraction: float, reuse: Reuse) -> Recipe:

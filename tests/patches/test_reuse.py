@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import gc
 import pickle
 import threading
 from dataclasses import replace
@@ -195,6 +196,27 @@ def test_removal_leaves_no_trace(kind: str) -> None:
     handle.remove()
     assert {path: (type(module), set(vars(module))) for path, module in pipe.transformer.named_modules()} == before
     assert torch.equal(tiny.run(pipe, steps=5), plain)
+
+
+@every_kind
+def test_a_run_that_has_ended_holds_no_results_of_blocks(kind: str) -> None:
+    pipe, held = build(), []
+
+    def count(_: Any, step: int, __: Any, values: dict[str, Any]) -> dict[str, Any]:
+        held.append(_tokens_alive())
+        return values
+
+    with dit_accel.patch(pipe, replace(POOLED, reuse=KINDS[kind])):
+        TINY["wan"].run(pipe, steps=5, callback_on_step_end=count)
+        assert _tokens_alive() == 0
+    assert held[-2] > 0
+    assert held[-1] == 0
+
+
+def _tokens_alive() -> int:
+    """Tensors of the shape that blocks pass on: 126 tokens of 24 features."""
+    gc.collect()
+    return sum(isinstance(one, torch.Tensor) and one.shape == (1, 126, 24) for one in gc.get_objects())
 
 
 @every_kind

@@ -198,6 +198,25 @@ def test_with_gradients_nothing_is_reused() -> None:
     assert "Nothing is reused across steps: gradients may be asked for." in summary.notes
 
 
+def test_beside_a_control_network_nothing_is_reused() -> None:
+    """What it adds between the blocks is part of what they added, and would be added twice."""
+    pipe = TINY["flux"].build()
+    zeros = [torch.zeros(1)]
+    pipe.transformer.register_forward_pre_hook(
+        lambda module, args, kwargs: (args, kwargs | {"controlnet_block_samples": zeros}),
+        with_kwargs=True,
+        prepend=True,
+    )
+    with dit_accel.patch(pipe, Recipe(reuse=Listed((0,), 9))) as handle:
+        TINY["flux"].run(pipe, steps=3)
+        summary = handle.summary()
+    assert summary.skipped_forwards == 0
+    assert any("a control network adds" in note for note in summary.notes)
+    vace = TINY["wan-vace"].build()
+    with pytest.raises(ValueError, match="control blocks add to the latents"):
+        dit_accel.patch(vace, Recipe(reuse=FirstBlock()))
+
+
 def test_a_cache_of_the_user_is_left_alone_and_refused_beside_ours() -> None:
     tiny, pipe = TINY["wan"], build()
     pipe.transformer.enable_cache(FirstBlockCacheConfig(0.3))

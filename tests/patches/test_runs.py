@@ -152,6 +152,20 @@ def test_bare_calls_after_a_run_are_those_of_a_bare_model():
         assert Counter(handle.summary().dense_calls) == before
 
 
+def test_bare_calls_after_a_patch_are_none_of_a_run_that_broke_off_before_it():
+    pipe, seen = pipeline(), []
+
+    def stop(*_):
+        raise KeyboardInterrupt
+
+    with dit_accel.patch(pipe, SEARCHING), pytest.raises(KeyboardInterrupt):
+        WAN.run(pipe, 4, callback_on_step_end=stop)
+    handle = dit_accel.patch(pipe, SEARCHING)
+    with handle.observe(lambda _, call: seen.append(call.step.index)), torch.no_grad():
+        forward(pipe.transformer, 1)
+    assert seen == [None, None]
+
+
 def test_a_loop_by_hand_has_steps():
     pipe, seen = pipeline(), []
     with dit_accel.patch(pipe, SEARCHING) as handle, handle.observe(lambda _, call: seen.append(call.step)):

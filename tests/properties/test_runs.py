@@ -263,8 +263,11 @@ class Runs(RuleBasedStateMachine):
         self.offloaded = True
 
     def _allowed(self, recipe: str) -> str:
-        """The recipe, with a reuse that the family's blocks allow: the last of SD3's return nothing of the prompt."""
+        """The recipe, with a reuse that the family's blocks allow: the last of SD3's return nothing of the prompt, and
+        VACE changes the latents between them."""
         name, _, reuse = recipe.partition("+")
+        if self.family == "wan-vace":
+            return f"{name}+none"
         return f"{name}+listed" if self.family == "sd3" and reuse in ("first_block", "forecast", "energy") else recipe
 
     @rule(recipe=NAMES)

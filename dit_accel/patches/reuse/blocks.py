@@ -2,21 +2,25 @@
 
 from __future__ import annotations
 
-import inspect
 from typing import Any
 
 from diffusers.hooks._common import _ALL_TRANSFORMER_BLOCK_IDENTIFIERS
-from diffusers.hooks._helpers import TransformerBlockRegistry
 from diffusers.hooks.hooks import HookRegistry
 from torch import nn
 
 from ...stages.reuse.protocol import Reuse
+from .streams import LATENTS, known_class, known_names, names_of, streams_of
 
 Blocks = list[tuple[str, nn.Module, type[nn.Module]]]
 """Path, block and the class by which diffusers knows it."""
-_LATENTS = "hidden_states"
-# Models whose blocks diffusers knows, and whose order of calls its caches do not fit.
-_UNFIT = {"MotifVideoTransformer3DModel": "its last blocks are given the latents where others are given the prompt"}
+# Models whose latents change between the blocks, or whose blocks are given more than the one before returned.
+_UNFIT = {
+    "WanVACETransformer3DModel": "its control blocks add to the latents between the others",
+    "MotifVideoTransformer3DModel": "its last blocks are given the latents where others are given the prompt",
+    "WanAnimateTransformer3DModel": "what it knows of a face is added to the latents between its blocks",
+    "ConsisIDTransformer3DModel": "what it knows of a face is added to the latents between its blocks",
+    "HunyuanDiT2DModel": "later blocks are given what earlier ones returned",
+}
 # Hooks by which diffusers' caches are known on a module.
 _CACHES = ("cache", "fbc_", "pyramid_attention_broadcast", "text_kv")
 
@@ -25,7 +29,7 @@ def blocks_of(model: nn.Module) -> Blocks:
     """The blocks that a cache may skip, in the order of execution.
 
     Raises:
-        ValueError: the model has fewer than two blocks, or some of a class that diffusers' caches do not know.
+        ValueError: the model has fewer than two blocks, some of an unknown class, or changes latents between them.
     """
     if type(model).__name__ in _UNFIT:
         raise ValueError(f"reuse cannot skip blocks of {type(model).__name__}: {_UNFIT[type(model).__name__]}.")
@@ -40,34 +44,17 @@ def blocks_of(model: nn.Module) -> Blocks:
             f"reuse needs a transformer with at least two blocks in lists named "
             f"{', '.join(sorted(_ALL_TRANSFORMER_BLOCK_IDENTIFIERS))}, and {type(model).__name__} has {len(found)}."
         )
-    known = [(path, block, _known(type(block))) for path, block in found]
+    known = [
+        (path, block, known_class(type(block)))  # type: ignore[arg-type]
+        for path, block in found
+    ]
     unknown = sorted({type(block).__name__ for _, block, kind in known if kind is None})
     if unknown:
         raise ValueError(
-            f"reuse cannot skip blocks of {type(model).__name__}: diffusers' caches do not know what "
-            f"{', '.join(unknown)} takes and returns. They know {', '.join(_all_known())}."
+            f"reuse cannot skip blocks of {type(model).__name__}: nobody has said what "
+            f"{', '.join(unknown)} takes and returns. Known are {', '.join(known_names())}."
         )
     return [(path, block, kind) for path, block, kind in known if kind is not None]
-
-
-def _known(kind: type[nn.Module]) -> type[nn.Module] | None:
-    """The class under which a block is registered: its own, or one that it was made of (FSDP, a patch)."""
-    for base in kind.__mro__:
-        try:
-            streams = TransformerBlockRegistry.get(base)
-        except ValueError:
-            continue
-        # Some are registered, and name what they take otherwise than it is said there.
-        return base if _names(streams) <= set(inspect.signature(vars(base)["forward"]).parameters) else None
-    return None
-
-
-def _names(streams: Any) -> set[str]:
-    """The arguments by which a block is given its streams."""
-    latents = getattr(streams, "hidden_states_argument_name", _LATENTS)
-    if streams.return_encoder_hidden_states_index is None:
-        return {latents}
-    return {latents, getattr(streams, "encoder_hidden_states_argument_name", "encoder_hidden_states")}
 
 
 def refuse_stage(model: nn.Module, blocks: Blocks, stage: Reuse) -> None:
@@ -76,11 +63,11 @@ def refuse_stage(model: nn.Module, blocks: Blocks, stage: Reuse) -> None:
     Raises:
         ValueError: names the model, and caches that do follow.
     """
-    first, last = (TransformerBlockRegistry.get(kind) for _, _, kind in (blocks[0], blocks[-1]))
+    first, last = (streams_of(kind) for _, _, kind in (blocks[0], blocks[-1]))
     name, cache = type(model).__name__, type(stage).__name__
-    if stage.needs_usual_names and any(_LATENTS not in _names(one) for one in (first, last)):
+    if stage.needs_usual_names and any(LATENTS not in names_of(one) for one in (first, last)):
         raise ValueError(
-            f"{cache} finds no latents in the blocks of {name}, which do not call them {_LATENTS}; reuse listed, "
+            f"{cache} finds no latents in the blocks of {name}, which do not call them {LATENTS}; reuse listed, "
             "magnitude and forecast do."
         )
     joined = first.return_encoder_hidden_states_index is not None and last.return_encoder_hidden_states_index is None
@@ -91,10 +78,6 @@ def refuse_stage(model: nn.Module, blocks: Blocks, stage: Reuse) -> None:
             f"The last block of {name} returns no stream of the prompt, which {cache} needs; reuse listed and "
             "magnitude do without."
         )
-
-
-def _all_known() -> list[str]:
-    return sorted(kind.__name__ for kind in TransformerBlockRegistry._registry)
 
 
 def stand_in_of(blocks: Blocks) -> nn.Module:

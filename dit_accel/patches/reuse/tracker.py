@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import threading
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field, replace
 from math import prod
 from typing import TYPE_CHECKING, Any
@@ -22,7 +22,10 @@ if TYPE_CHECKING:
     from ..session import Session
 
 # Beginnings of the names of arguments that hold what a prompt or a picture says, the same at every step.
-_CONDITIONS = ("encoder_", "pooled_", "text", "txt", "prompt", "cap", "controlnet", "image_embeds", "y")
+_CONDITIONS = ("encoder_", "pooled_", "text", "txt", "prompt", "cap", "image_embeds", "attention_kwargs", "joint_", "y")
+
+
+_NESTS = (list, tuple, dict)
 
 
 @dataclass(eq=False)
@@ -104,7 +107,7 @@ class ReuseTracker:
         latents = None
         if self.stage.needs_latents:
             latents = _latents(self.session.patch_size, forward.latents, arguments.get("hidden_states"))
-        why_not = self._why_not(forward, latents)
+        why_not = self._why_not(forward, arguments, latents)
         if why_not is not None:
             engine.note(f"Nothing is reused across steps: {why_not}")
             return
@@ -127,6 +130,9 @@ class ReuseTracker:
         if now.plans and not now.skipped:
             branch.made = now.step
         branch.computed += not now.skipped
+        if now.step.num_steps is not None and now.step.index == now.step.num_steps - 1:
+            # Decoding comes next, and wants the memory.
+            branch.states.clear()
         with self._counting:
             self.computed += not now.skipped
             self.skipped += now.skipped
@@ -136,11 +142,15 @@ class ReuseTracker:
         assert now is not None
         return now
 
-    def _why_not(self, forward: Forward, latents: list[torch.Tensor] | None) -> str | None:
+    def _why_not(
+        self, forward: Forward, arguments: Mapping[str, Any], latents: list[torch.Tensor] | None
+    ) -> str | None:
         if torch.is_grad_enabled():
             return "gradients may be asked for."
         if forward.step.index is None:
             return "the denoising step is unknown."
+        if any("controlnet" in name and next(_tensors(value), None) is not None for name, value in arguments.items()):
+            return "a control network adds to the latents between the blocks."
         if self.stage.needs_latents and latents is None:
             return "it needs to see the latents, and does not know where this model's are."
         return self.stage.not_at(forward.step)
@@ -210,9 +220,16 @@ def _conditions(arguments: Mapping[str, Any]) -> dict[str, list[tuple[torch.Tens
     found = {}
     for name, value in arguments.items():
         if name.startswith(_CONDITIONS):
-            listed = value if isinstance(value, (list, tuple)) else (value,)
-            found[name] = [(one, _version(one)) for one in listed if isinstance(one, torch.Tensor)]
+            found[name] = [(one, _version(one)) for one in _tensors(value)]
     return found
+
+
+def _tensors(value: Any) -> Iterator[torch.Tensor]:
+    if isinstance(value, torch.Tensor):
+        yield value
+    elif isinstance(value, _NESTS):
+        for item in value.values() if isinstance(value, dict) else value:
+            yield from _tensors(item)
 
 
 def _version(tensor: torch.Tensor) -> int:
