@@ -165,7 +165,7 @@ def hopper_forward(
     hidden = None if key_mask is None else _in_slot_order(key_mask, rows).view(torch.uint8)
     rows_head_stride = 0 if rows is None else mask_strides(rows, q_len)[1]
     # Of each batch entry: tiles that were taken (beyond the first of each program), and of a permuted call the pieces
-    # of keys and values, and for every head what is ready and what is spent.
+    # of keys and values, and for every head the full and the empty semaphore of the ring.
     counters = torch.zeros((batch, 2 + 2 * heads if moved else 1), dtype=torch.int32, device=q.device)
     for b in range(batch):
         mb = b if counts.shape[0] > 1 else 0
