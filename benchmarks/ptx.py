@@ -6,8 +6,9 @@
     PYTHONPATH=folder python -m benchmarks.ptx ...         # with another Triton, installed by pip --target folder
 
 ``ptx_calls.py`` calls every operation of the package as on a Hopper GPU (9.0), half precision and 8 bits, and as on an
-Ampere GPU (8.0), everything. A digest leaves out comments, names of kernels, line numbers and what a debugger reads,
-and holds what the compiler was told of the parameters, such as multiples of 16. The exit code is 1 where a digest differs, or a launch is there in one version alone.
+Ampere GPU (8.0), everything. A digest leaves out comments, names of kernels, line numbers and what a debugger reads. It
+holds what the compiler was told of the parameters, such as multiples of 16. The exit code is 1 where a digest differs,
+or a launch is there in one version alone.
 """
 
 from __future__ import annotations

@@ -38,7 +38,7 @@ from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
 from triton.experimental.gluon.language.nvidia.hopper import fence_async_shared, mbarrier
 
-from ..triton.forward import SIZES
+from ...common.launch import SIZES
 from .arguments import BlockLists, Descriptors, PermuteState, SchedulerState, SharedStorage, Sizes, Tensors
 from .consumer import consume
 from .permute import permute_kv
