@@ -6,8 +6,9 @@
     PYTHONPATH=folder python -m benchmarks.ptx ...         # with another Triton, installed by pip --target folder
 
 ``ptx_calls.py`` calls every operation of the package as on a Hopper GPU (9.0), half precision and 8 bits, and as on an
-Ampere GPU (8.0), everything. A digest leaves out comments, names of kernels, line numbers and what a debugger reads.
-The exit code is 1 where a digest differs, or a launch is there in one version alone.
+Ampere GPU (8.0), everything. A digest leaves out comments, names of kernels, line numbers and what a debugger reads. It
+holds what the compiler was told of the parameters, such as multiples of 16. The exit code is 1 where a digest differs,
+or a launch is there in one version alone.
 """
 
 from __future__ import annotations
@@ -53,9 +54,12 @@ def normalised(ptx: str) -> str:
     return text
 
 
-def digest(ptx: str) -> str:
-    """16 hexadecimal digits of :func:`normalised` PTX."""
-    return hashlib.sha256(normalised(ptx).encode()).hexdigest()[:16]
+def digest(ptx: str, parameters: str = "") -> str:
+    """16 hexadecimal digits of :func:`normalised` PTX, and of what the compiler was told of the parameters.
+
+    A parameter on whose value the kernel is specialised may leave the PTX as it is, and costs a compilation.
+    """
+    return hashlib.sha256(f"{normalised(ptx)}\n{parameters}".encode()).hexdigest()[:16]
 
 
 def digests(tree: Path, only: str, jobs: int, cache: str | None, keep: Path | None = None) -> dict[str, Any]:
@@ -80,12 +84,13 @@ def digests(tree: Path, only: str, jobs: int, cache: str | None, keep: Path | No
             for file in files:
                 for line in file.read_text(encoding="utf-8").splitlines():
                     row = json.loads(line)
-                    found[row["name"]] = {"kernel": row["kernel"], "digest": digest(row["ptx"])}
+                    found[row["name"]] = {"kernel": row["kernel"], "digest": digest(row["ptx"], row["parameters"])}
                     versions.add(row["triton"])
                     if keep is not None:
                         keep.mkdir(parents=True, exist_ok=True)
                         name = re.sub(r"\W+", "_", row["name"])
-                        (keep / f"{name}.ptx").write_text(normalised(row["ptx"]), encoding="utf-8")
+                        text = f"{normalised(row['ptx'])}\n{row['parameters']}\n"
+                        (keep / f"{name}.ptx").write_text(text, encoding="utf-8")
     return {"triton": ", ".join(sorted(versions)), "launches": dict(sorted(found.items()))}
 
 

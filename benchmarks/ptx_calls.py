@@ -56,14 +56,24 @@ class StandInEvent:
     def synchronize(self) -> None: ...
 
 
-def launches() -> list[tuple[str, str]]:
-    """A list that every launch from now on is added to, as name and PTX, in place of running it."""
-    found: list[tuple[str, str]] = []
+def parameters(source: Any) -> str:
+    """Types of a kernel's run-time parameters, and what the compiler was told of each."""
+    told = [
+        (kind, source.attrs.get((place,), []))
+        for place, kind in enumerate(source.signature.values())
+        if kind != "constexpr"
+    ]
+    return "\n".join(f"// parameter {number}: {kind} {attrs}" for number, (kind, attrs) in enumerate(told))
+
+
+def launches() -> list[tuple[str, str, str]]:
+    """A list that every launch from now on is added to, as name, PTX and parameters, in place of running it."""
+    found: list[tuple[str, str, str]] = []
     run = JITFunction.run
 
     def compiled(self: Any, *args: Any, **settings: Any) -> Any:
         kernel = run(self, *args, **settings | {"warmup": True})
-        found.append((self.fn.__name__, kernel.asm["ptx"]))
+        found.append((self.fn.__name__, kernel.asm["ptx"], parameters(kernel.src)))
         return kernel
 
     JITFunction.run = compiled
@@ -330,8 +340,8 @@ def main() -> None:
         if not found:
             raise SystemExit(f"{name!r} launched no kernel: it does not run in Triton.")
         seen = dict.fromkeys(found)
-        for number, (kernel, ptx) in enumerate(seen):
-            row = {"name": f"sm_{asked.target} {name} [{number}]", "kernel": kernel, "ptx": ptx}
+        for number, (kernel, ptx, told) in enumerate(seen):
+            row = {"name": f"sm_{asked.target} {name} [{number}]", "kernel": kernel, "ptx": ptx, "parameters": told}
             print(json.dumps(row | {"triton": triton.__version__}), flush=True)
     sys.stdout.flush()
 

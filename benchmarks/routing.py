@@ -130,7 +130,7 @@ def check_selection() -> None:
 
 def time_selection(seq: int) -> None:
     q, k, _, _ = draw(seq)
-    args = {"rows": None, "k_rows": None, "key_mask": None, "scale": 1.0}
+    args = {"rows": None, "key_mask": None, "scale": 1.0}
     record(f"  pool q and k, device time, S={seq}", device_median(pool_pair_triton, q, k, 128, 64, **args))
     record(f"  read floor of q and k at 4.3 TB/s, S={seq}", 2 * q.numel() * 2 / 4.3e9)
     for block_q, block_k in ((128, 64), (64, 64), (128, 128)):
@@ -190,7 +190,7 @@ def time_mass_tiles() -> None:
     seq = 32768
     q, k = (torch.randn(1, seq, 12, 128, device="cuda", dtype=torch.bfloat16) for _ in range(2))
     _, lse = block_mass(q, k, block_q=128, block_k=64)
-    same = {"block_q": 64, "block_k": 64, "lse": lse, "rows": None, "k_rows": None, "key_mask": None, "scale": 0.088}
+    same = {"block_q": 64, "block_k": 64, "lse": lse, "rows": None, "key_mask": None, "scale": 0.088}
     for tile, warps in (((128, 64), 4), ((128, 64), 8), ((256, 64), 8), ((128, 128), 8), ((256, 128), 8)):
         for stages in (2, 3, 4):
             name = f"block mass 64x64, tile {tile[0]}x{tile[1]}, {warps} warps, {stages} stages"

@@ -64,6 +64,10 @@ def test_a_name_that_begins_another_is_left_alone():
     assert "attend_kernels" in normalised(PTX.replace("ret;", "call attend_kernels;"))
 
 
+def test_what_the_compiler_was_told_of_a_parameter_counts():
+    assert digest(PTX, "// parameter 0: i32 []") != digest(PTX, "// parameter 0: i32 [['tt.divisibility', 16]]")
+
+
 def version(triton="3.7.1", **launches):
     return {"triton": triton, "launches": {name: {"kernel": "a", "digest": x} for name, x in launches.items()}}
 
@@ -87,6 +91,8 @@ def test_a_call_is_compiled_for_its_target(tmp_path):
     texts = [path.read_text() for path in sorted(tmp_path.glob("*.ptx"))]
     assert len(texts) == 3
     assert all(".target sm_80" in text for text in texts)
+    # q is read in wide loads; its sequence length is not specialised on, an even one of 300 is no multiple of 16.
+    assert all("// parameter 0: *bf16 [['tt.divisibility', 16]]" in text for text in texts)
 
 
 def test_a_difference_is_the_exit_code(tmp_path):

@@ -12,6 +12,7 @@ from typing import Any
 import torch
 
 from ..common.choice import Case
+from ..common.launch import padded_head_dim
 from ..mask.block_mask import BlockMask
 
 # Path of a table that ``dit-accel bench --kernels --out`` wrote; for GPUs of its name it replaces ours.
@@ -88,19 +89,15 @@ def _shared_memory(index: int) -> int:
     return int(properties.shared_memory_per_block_optin)
 
 
-def _padded(head_dim: int) -> int:
-    return max(16, 1 << (head_dim - 1).bit_length())
-
-
 def _stage_bytes(q: torch.Tensor, mask: BlockMask) -> int:
     """Shared memory of a stage: a block of keys and one of values, and a word a pair of tokens where bits mask them."""
     bits = 0 if mask.token_bits is None else 4 * mask.block_q * mask.block_k
-    return 2 * mask.block_k * _padded(q.shape[-1]) * q.element_size() + bits
+    return 2 * mask.block_k * padded_head_dim(q.shape[-1]) * q.element_size() + bits
 
 
 def entry_key(op: str, block_q: int, block_k: int, head_dim: int, permuted: bool) -> str:
     """Key of the table; head dims are padded to a power of two as the kernels do."""
-    padded = _padded(head_dim)
+    padded = padded_head_dim(head_dim)
     return f"{op}/{block_q}x{block_k}/d{padded}/{'permuted' if permuted else 'in_order'}"
 
 
@@ -114,10 +111,10 @@ def launch_config(op: str, q: torch.Tensor, mask: BlockMask, permuted: bool) -> 
         if found is not None:
             warps, stages = found
             if mask.token_bits is not None:  # the table was measured without
-                room = _shared_memory(q.device.index or 0) - mask.block_q * _padded(dim) * q.element_size()
+                room = _shared_memory(q.device.index or 0) - mask.block_q * padded_head_dim(dim) * q.element_size()
                 stages = max(1, min(stages, room // _stage_bytes(q, mask)))
             return LaunchConfig(warps, stages)
-    padded = _padded(dim)
+    padded = padded_head_dim(dim)
     warps = 8 if mask.block_q * padded >= 128 * 128 else 4
     if max(mask.block_q, mask.block_k) <= 32:
         # Each warp multiplies 16 rows at a time: more of them would share out columns, and wait for each other.

@@ -126,7 +126,7 @@ def linear_branch(
     if _in_triton(q, critical, feature_map, backend):
         from .triton.backward import LinearBranchFunction
 
-        options = (critical, negligible, feature_map, rows, rows, key_mask, eps)
+        options = (critical, negligible, feature_map, rows, key_mask, eps)
         return LinearBranchFunction.apply(q, k, v, None, None, None, *options)
     if critical is None:
         h, z = linear_states(k, v, k.shape[1], feature_map, rows=None, key_mask=key_mask)
@@ -184,7 +184,7 @@ def add_linear_branch(
             from .triton.forward import linear_forward
 
             return linear_forward(
-                q, k, v, critical, negligible, feature_map, rows, rows, key_mask, eps,
+                q, k, v, critical, negligible, feature_map, rows, key_mask, eps,
                 added=out, weight=weight, bias=bias, out=out,
             )  # fmt: skip
         branch = linear_branch(
@@ -227,7 +227,7 @@ def plus_linear_branch(
     if _in_triton(q, critical, feature_map, backend):
         from .triton.backward import LinearBranchFunction
 
-        options = (critical, negligible, feature_map, rows, rows, key_mask, eps)
+        options = (critical, negligible, feature_map, rows, key_mask, eps)
         return LinearBranchFunction.apply(q, k, v, out, weight, bias, *options)
     branch = linear_branch(
         q, k, v, critical, negligible=negligible, feature_map=feature_map, rows=rows,

@@ -124,9 +124,7 @@ def pooled_scores(
     if choose_selection(Case(q.device), backend).name == "triton":
         from .triton.pooling import pool_pair_triton
 
-        q_mean, k_mean = pool_pair_triton(
-            q, k, block_q, block_k, rows=rows, k_rows=rows, key_mask=key_mask, scale=scale
-        )
+        q_mean, k_mean = pool_pair_triton(q, k, block_q, block_k, rows=rows, key_mask=key_mask, scale=scale)
         return (q_mean @ k_mean.transpose(-1, -2))[..., : -(-k.shape[1] // block_k)]
     q_mean = pool_blocks(q, block_q, rows=rows, backend=backend) * scale
     k_mean = pool_blocks(k, block_k, rows=rows, key_mask=key_mask, backend=backend)

@@ -59,7 +59,7 @@ def block_mass(
         from .triton.block_mass import block_mass_triton
 
         return block_mass_triton(
-            q, k, block_q=block_q, block_k=block_k, lse=lse, rows=rows, k_rows=rows, key_mask=key_mask,
+            q, k, block_q=block_q, block_k=block_k, lse=lse, rows=rows, key_mask=key_mask,
             scale=scale,
         )  # fmt: skip
     return _block_mass_torch(q, k, block_q, block_k, lse, rows, key_mask, scale)

@@ -1,4 +1,4 @@
-"""Arithmetic of the Hopper kernel: a warpgroup's 64 query rows against the blocks that the producer loads."""
+"""Consumer of the Hopper kernel: a warpgroup's 64 query rows against the blocks that the producer loads."""
 
 from __future__ import annotations
 
@@ -10,52 +10,57 @@ from triton.experimental.gluon.language.nvidia.hopper import (
     warpgroup_mma_wait,
 )
 
-from .named_barriers import await_turn, give_back_keys, give_back_values, pass_turn
-from .producer import claimed_tile, first_tile, tile_block, tile_header
-from .softmax import (
-    FP8_LIFT,
-    FP8_SLACK,
-    LOWEST,
-    SLACK,
-    add_product,
-    by_thread,
-    hide_keys,
-    largest_scores,
-    pack_fp8,
-    raise_reference,
-    shrink_sums,
-    unpack_fp8,
-    weigh_scores,
+from .epilogue import epilogue
+from .named_barriers import (
+    consumer_release_k,
+    consumer_release_v,
+    warp_scheduler_barrier_arrive,
+    warp_scheduler_barrier_sync,
 )
-from .writer import write_tile
+from .softmax import (
+    FP8_MAX_OFFSET,
+    FP8_RESCALE_THRESHOLD,
+    RESCALE_THRESHOLD,
+    ROW_MAX_INIT,
+    apply_mask,
+    block_row_max,
+    by_thread,
+    pack_p_fp8,
+    rescale_and_add_o,
+    rescale_o,
+    scale_apply_exp2,
+    unpack_p_fp8,
+    update_row_max,
+)
+from .tile_scheduler import get_current_work, initial_work_tile, tile_block, tile_header
 
 
 @gluon.jit
-def weigh_values(weights, values, acc, use_acc, FP8: gl.constexpr, OPERAND: gl.constexpr):
-    """Issue the product of a block's weights and values: onto ``acc``, in 8 bits apart from it.
+def pv_gemm(p_operand, values, acc, use_acc, FP8: gl.constexpr, OPERAND: gl.constexpr):
+    """Issue PV of a block: onto ``acc``, in 8 bits apart from it.
 
     Sums of e4m3 products keep too few bits for many blocks; the caller adds each in float32.
     """
     if FP8:
         LAYOUT: gl.constexpr = acc.type.layout
         fresh = gl.zeros([acc.shape[0], acc.shape[1]], gl.float32, layout=LAYOUT)
-        words = unpack_fp8(weights, OPERAND)
+        words = unpack_p_fp8(p_operand, OPERAND)
         token = warpgroup_mma(words, values.permute([1, 0]), fresh, use_acc=False, is_async=True)
     else:
-        token = warpgroup_mma(weights, values, acc, use_acc=use_acc, is_async=True)
+        token = warpgroup_mma(p_operand, values, acc, use_acc=use_acc, is_async=True)
     return token
 
 
 @gluon.jit
-def stage_after(stage, phase, STAGES: gl.constexpr):
+def advance_stage(stage, phase, STAGES: gl.constexpr):
     """Buffer of the next step, and the phase of its barriers. Counted on: a step's remainder would take longer."""
     wraps = stage == STAGES - 1
     return gl.where(wraps, 0, stage + 1), gl.where(wraps, phase ^ 1, phase)
 
 
 @gluon.jit
-def await_next(shared, stage, phase, next_stage, next_phase, more):
-    """Wait for a step's values, and if there are ``more``, for the next one's keys, which are loaded after them."""
+def consumer_wait(shared, stage, phase, next_stage, next_phase, more):
+    """Wait for a block's values, and if there are ``more``, for the next one's keys, which are loaded after them."""
     mbarrier.wait(shared.v_full.index(stage), phase)
     mbarrier.wait(shared.k_full.index(next_stage), next_phase, pred=more)
 
@@ -63,11 +68,11 @@ def await_next(shared, stage, phase, next_stage, next_phase, more):
 @gluon.jit
 def consume(
     shared,
-    queue,
+    scheduler,
     lists,
     sizes,
     tensors,
-    HALF: gl.constexpr,
+    WG: gl.constexpr,
     BLOCK_K: gl.constexpr,
     HEAD_DIM: gl.constexpr,
     STAGES: gl.constexpr,
@@ -101,42 +106,42 @@ def consume(
     ASK_AHEAD: gl.constexpr = BLOCK_K == 64
     ROW: gl.constexpr = gl.SliceLayout(1, S_LAYOUT)
     O_ROW: gl.constexpr = gl.SliceLayout(1, O_LAYOUT)
-    LIFT: gl.constexpr = FP8_LIFT if FP8 else 0.0
-    MAY_EXCEED: gl.constexpr = FP8_SLACK if FP8 else SLACK
+    MAX_OFFSET: gl.constexpr = FP8_MAX_OFFSET if FP8 else 0.0
+    THRESHOLD: gl.constexpr = FP8_RESCALE_THRESHOLD if FP8 else RESCALE_THRESHOLD
     SCALES: gl.constexpr = 4 if THREAD_SCALES else 1
     # Of the block at hand; and of the one before, whose product is still to be issued.
     stage, phase = gl.to_tensor(0), gl.to_tensor(0)
-    last = gl.to_tensor(STAGES - 1)
+    prev_stage = gl.to_tensor(STAGES - 1)
     turn = gl.to_tensor(0)
-    tile, place = first_tile(queue, PERMUTED and not QUANTIZED)
+    tile, work_idx = initial_work_tile(scheduler, PERMUTED and not QUANTIZED)
     start = gl.zeros([64, BLOCK_K], gl.int32 if QUANTIZED else gl.float32, layout=S_LAYOUT)
     LANES: gl.constexpr = gl.SliceLayout(1, gl.SliceLayout(3, by_thread(start).type.layout))
-    if TAKE_TURNS and HALF == 1:
-        pass_turn(HALF, sizes.num_tiles)
+    if TAKE_TURNS and WG == 1:
+        warp_scheduler_barrier_arrive(WG, sizes.num_tiles)
     # The tile whose last product is still to be issued, none before the first; and whether it had more blocks. A
     # tile's first product ignores the sums of the tile before: writing zeros in their place would cost registers.
-    open_tile = gl.to_tensor(-1)
-    open_more = open_tile >= 0
+    prev_tile = gl.to_tensor(-1)
+    prev_use_acc = prev_tile >= 0
     acc = gl.zeros([64, HEAD_DIM], gl.float32, layout=O_LAYOUT)
-    reference = gl.full([64, 4], LOWEST, gl.float32, layout=LANES)
-    total = gl.zeros([64, 4], gl.float32, layout=LANES)
-    shrink = gl.zeros([64, 4], gl.float32, layout=LANES)
-    raised = gl.zeros([64, 4], gl.int32, layout=LANES)
-    likely = gl.zeros([64, BLOCK_K], gl.float32, layout=S_LAYOUT)
+    row_max = gl.full([64, 4], ROW_MAX_INIT, gl.float32, layout=LANES)
+    row_sum = gl.zeros([64, 4], gl.float32, layout=LANES)
+    acc_scale = gl.zeros([64, 4], gl.float32, layout=LANES)
+    rescale = gl.zeros([64, 4], gl.int32, layout=LANES)
+    p = gl.zeros([64, BLOCK_K], gl.float32, layout=S_LAYOUT)
     if FP8:
-        weights = pack_fp8(likely)
+        p_operand = pack_p_fp8(p)
     list_row, count, full = tile_header(tile, sizes, lists)
     while tile < sizes.num_tiles:
         head = (tile // sizes.nq).to(gl.int64)
         at = lists.index_ptr + list_row.to(gl.int64) * sizes.list_length
         bits_at = lists.bit_rows_ptr + list_row.to(gl.int64) * sizes.list_length
-        rows_at = lists.perm_ptr + head * tensors.perm_head_stride
+        perm_at = lists.perm_ptr + head * tensors.perm_head_stride
         # By slots, as the rows are, where they are.
         key_mask_at = lists.key_mask_ptr + head * tensors.perm_head_stride
-        first_slot = tile_block(tile, sizes.nq) * 128 + HALF * 64
+        first_slot = tile_block(tile, sizes.nq) * 128 + WG * 64
         if count > 0:
             buffer = (turn % 2) * 2
-            q_tile = shared.q_smem.index(buffer + HALF)
+            q_tile = shared.q_smem.index(buffer + WG)
             if QUANTIZED:
                 slot = first_slot + gl.arange(0, 64, layout=gl.SliceLayout(1, LANES))[:, None]
                 row_scale = gl.load(tensors.q_scale_ptr + head * sizes.q_rows + slot) * tensors.softmax_scale_log2
@@ -148,7 +153,7 @@ def consume(
             else:
                 row_scale = gl.full([64, 1], tensors.softmax_scale_log2, gl.float32, layout=LANES)
                 key_scale = gl.to_tensor(1.0)
-            mbarrier.wait(shared.q_full.index(buffer + HALF), (turn // 2) & 1)
+            mbarrier.wait(shared.q_full.index(buffer + WG), (turn // 2) & 1)
             if KEEP_Q:
                 queries = q_tile.load(QUERIES)
             else:
@@ -156,67 +161,67 @@ def consume(
 
             # First scores of this tile, and the last product of the one before. Before the first tile that product
             # reads whatever is there, and nobody reads it.
-            opened = open_tile >= 0
-            next_stage, next_phase = stage_after(stage, phase, STAGES)
+            has_prev = prev_tile >= 0
+            next_stage, next_phase = advance_stage(stage, phase, STAGES)
             mbarrier.wait(shared.k_full.index(stage), phase)
             if not FP8:
-                weights = gl.convert_layout(likely.to(dtype), OPERAND)
-            token = warpgroup_mma(
+                p_operand = gl.convert_layout(p.to(dtype), OPERAND)
+            qk_token = warpgroup_mma(
                 queries, shared.k_smem.index(stage).permute([1, 0]), start, use_acc=False, is_async=True
             )
             if not FP8:
-                acc = shrink_sums(acc, shrink, raised)
-            earlier = shrink
-            acc_token = weigh_values(weights, shared.v_smem.index(last), acc, open_more, FP8, OPERAND)
+                acc = rescale_o(acc, acc_scale, rescale)
+            prev_acc_scale = acc_scale
+            pv_token = pv_gemm(p_operand, shared.v_smem.index(prev_stage), acc, prev_use_acc, FP8, OPERAND)
             # The next tile is asked for while the scores are being made.
-            next_tile = claimed_tile(queue, place)
+            next_tile = get_current_work(scheduler, work_idx)
             next_row, next_count, next_full = tile_header(next_tile, sizes, lists)
-            products = warpgroup_mma_wait(1, deps=[token])
-            give_back_keys(stage, tensors.kv_len, STAGES)
-            first_scores = products.to(gl.float32)
+            qk = warpgroup_mma_wait(1, deps=[qk_token])
+            consumer_release_k(stage, tensors.kv_len, STAGES)
+            first_scores = qk.to(gl.float32)
             if full == 0:
-                first_scores = hide_keys(
+                first_scores = apply_mask(
                     first_scores,
                     gl.load(at),
                     gl.load(bits_at),
                     lists.bits_ptr,
                     key_mask_at,
                     tensors.kv_len,
-                    HALF,
+                    WG,
                     BLOCK_K,
                     S_LAYOUT,
                     HAS_BITS,
                     HAS_KEY_MASK,
                 )
-            open_reference, open_total = reference, total
-            reference = gl.full([64, 4], LOWEST, gl.float32, layout=LANES)
-            total = gl.zeros([64, 4], gl.float32, layout=LANES)
-            factor = row_scale * key_scale
-            largest = largest_scores(first_scores, factor)
-            reference, shrink, raised = raise_reference(largest, reference, MAY_EXCEED)
-            likely, total = weigh_scores(first_scores, reference, shrink, total, factor, LIFT)
+            prev_row_max, prev_row_sum = row_max, row_sum
+            row_max = gl.full([64, 4], ROW_MAX_INIT, gl.float32, layout=LANES)
+            row_sum = gl.zeros([64, 4], gl.float32, layout=LANES)
+            score_scale = row_scale * key_scale
+            block_max = block_row_max(first_scores, score_scale)
+            row_max, acc_scale, rescale = update_row_max(block_max, row_max, THRESHOLD)
+            p, row_sum = scale_apply_exp2(first_scores, row_max, acc_scale, row_sum, score_scale, MAX_OFFSET)
             if FP8:
-                shrink = gl.zeros([64, 4], gl.float32, layout=LANES)
-            await_next(shared, stage, phase, next_stage, next_phase, count > 1)
+                acc_scale = gl.zeros([64, 4], gl.float32, layout=LANES)
+            consumer_wait(shared, stage, phase, next_stage, next_phase, count > 1)
             if FP8:
-                product = warpgroup_mma_wait(0, deps=[acc_token])
-                acc = add_product(acc, earlier, product)
-                weights = pack_fp8(likely)
+                pv = warpgroup_mma_wait(0, deps=[pv_token])
+                acc = rescale_and_add_o(acc, prev_acc_scale, pv)
+                p_operand = pack_p_fp8(p)
             else:
-                acc, weights = warpgroup_mma_wait(0, deps=[acc_token, weights])
-            give_back_values(stage, STAGES)
-            last, stage, phase = stage, next_stage, next_phase
-            if opened:
-                write_tile(
+                acc, p_operand = warpgroup_mma_wait(0, deps=[pv_token, p_operand])
+            consumer_release_v(stage, STAGES)
+            prev_stage, stage, phase = stage, next_stage, next_phase
+            if has_prev:
+                epilogue(
                     acc,
-                    open_reference,
-                    open_total,
-                    open_tile,
+                    prev_row_max,
+                    prev_row_sum,
+                    prev_tile,
                     turn - 1,
                     shared,
                     sizes,
                     tensors,
-                    HALF,
+                    WG,
                     HEAD_DIM,
                     PERMUTED,
                     QUANTIZED,
@@ -227,8 +232,8 @@ def consume(
             if FP8:
                 # What is left of the last tile is multiplied by 0 next; NaN and inf would survive that.
                 acc = gl.where(gl.abs(acc) < float("inf"), acc, 0.0)
-            open_tile = tile
-            open_more = count > 1
+            prev_tile = tile
+            prev_use_acc = count > 1
             turn += 1
 
             for partial in gl.static_range(2):
@@ -242,35 +247,35 @@ def consume(
                         # Two dependent loads, each one block ahead of its use.
                         key_scale = gl.load(scales_at + following * SCALES)
                         following = gl.load(at + entry + 1, mask=entry + 1 < count, other=0)
-                    next_stage, next_phase = stage_after(stage, phase, STAGES)
+                    next_stage, next_phase = advance_stage(stage, phase, STAGES)
                     if not FP8:
                         # Only now, while the scores are being made; and float32 is carried without repacking.
-                        weights = gl.convert_layout(likely.to(dtype), OPERAND)
+                        p_operand = gl.convert_layout(p.to(dtype), OPERAND)
                     if TAKE_TURNS:
-                        await_turn(HALF)
-                    token = warpgroup_mma(
+                        warp_scheduler_barrier_sync(WG)
+                    qk_token = warpgroup_mma(
                         queries, shared.k_smem.index(stage).permute([1, 0]), start, use_acc=False, is_async=True
                     )
                     if not FP8:
                         # While the scores are being made.
-                        acc = shrink_sums(acc, shrink, raised)
-                    earlier = shrink
-                    acc_token = weigh_values(weights, shared.v_smem.index(last), acc, entry > 1, FP8, OPERAND)
-                    products = warpgroup_mma_wait(1, deps=[token])
-                    give_back_keys(stage, tensors.kv_len, STAGES)
-                    scores = products
+                        acc = rescale_o(acc, acc_scale, rescale)
+                    prev_acc_scale = acc_scale
+                    pv_token = pv_gemm(p_operand, shared.v_smem.index(prev_stage), acc, entry > 1, FP8, OPERAND)
+                    qk = warpgroup_mma_wait(1, deps=[qk_token])
+                    consumer_release_k(stage, tensors.kv_len, STAGES)
+                    scores = qk
                     if partial:
                         if not ASK_AHEAD:
                             block = gl.load(at + entry)
                             bit_row = gl.load(bits_at + entry)
-                        scores = hide_keys(
-                            products.to(gl.float32),
+                        scores = apply_mask(
+                            qk.to(gl.float32),
                             block,
                             bit_row,
                             lists.bits_ptr,
                             key_mask_at,
                             tensors.kv_len,
-                            HALF,
+                            WG,
                             BLOCK_K,
                             S_LAYOUT,
                             HAS_BITS,
@@ -279,37 +284,37 @@ def consume(
                         if ASK_AHEAD:
                             block = gl.load(at + entry + 1, mask=entry + 1 < end, other=0)
                             bit_row = gl.load(bits_at + entry + 1, mask=entry + 1 < end, other=0)
-                    factor = row_scale * key_scale
-                    largest = largest_scores(scores, factor)
-                    reference, shrink, raised = raise_reference(largest, reference, MAY_EXCEED)
+                    score_scale = row_scale * key_scale
+                    block_max = block_row_max(scores, score_scale)
+                    row_max, acc_scale, rescale = update_row_max(block_max, row_max, THRESHOLD)
                     if TAKE_TURNS:
                         # Now: the product that is left keeps the matrix units busy until the other consumer's scores
                         # begin; before that those would slow it down.
-                        pass_turn(HALF, sizes.num_tiles)
-                    likely, total = weigh_scores(scores, reference, shrink, total, factor, LIFT)
+                        warp_scheduler_barrier_arrive(WG, sizes.num_tiles)
+                    p, row_sum = scale_apply_exp2(scores, row_max, acc_scale, row_sum, score_scale, MAX_OFFSET)
                     # Here, before the product: the waits' branches keep the assembler from moving the wait for the
                     # product up, in front of the exponentials it shall overlap.
-                    await_next(shared, stage, phase, next_stage, next_phase, entry + 1 < count)
+                    consumer_wait(shared, stage, phase, next_stage, next_phase, entry + 1 < count)
                     if FP8:
                         # The wait takes no 8-bit operand; the assembler keeps its registers until here.
-                        product = warpgroup_mma_wait(0, deps=[acc_token])
-                        acc = add_product(acc, earlier, product)
+                        pv = warpgroup_mma_wait(0, deps=[pv_token])
+                        acc = rescale_and_add_o(acc, prev_acc_scale, pv)
                     else:
-                        acc, weights = warpgroup_mma_wait(0, deps=[acc_token, weights])
-                    give_back_values(stage, STAGES)
-                    last, stage, phase = stage, next_stage, next_phase
+                        acc, p_operand = warpgroup_mma_wait(0, deps=[pv_token, p_operand])
+                    consumer_release_v(stage, STAGES)
+                    prev_stage, stage, phase = stage, next_stage, next_phase
                     if FP8:
-                        # The product takes the registers that float32 weights would be carried in.
-                        weights = pack_fp8(likely)
+                        # The product takes the registers that P in float32 would be carried in.
+                        p_operand = pack_p_fp8(p)
         else:
             # Nothing to read: zeros, and a log-sum-exp of -inf.
-            next_tile = claimed_tile(queue, place)
+            next_tile = get_current_work(scheduler, work_idx)
             next_row, next_count, next_full = tile_header(next_tile, sizes, lists)
             blank_slot = first_slot + gl.arange(0, 64, layout=gl.SliceLayout(1, O_LAYOUT))
             blank_live = blank_slot < tensors.q_len
             blank_row = blank_slot
             if PERMUTED:
-                blank_row = gl.load(rows_at + blank_slot, mask=blank_live, other=0)
+                blank_row = gl.load(perm_at + blank_slot, mask=blank_live, other=0)
             columns = gl.arange(0, HEAD_DIM, layout=gl.SliceLayout(0, O_LAYOUT))
             out_at = tensors.out_ptr + head * tensors.stride_oh
             blank_at = out_at + blank_row.to(gl.int64)[:, None] * tensors.stride_os + columns[None, :]
@@ -317,29 +322,29 @@ def consume(
             unseen = gl.full([64], float("-inf"), gl.float32, layout=O_ROW)
             gl.store(tensors.lse_ptr + head * tensors.q_len + blank_row, unseen, mask=blank_live)
         tile, list_row, count, full = next_tile, next_row, next_count, next_full
-        place += 1
+        work_idx += 1
 
-    if open_tile >= 0:
+    if prev_tile >= 0:
         if not FP8:
-            acc = shrink_sums(acc, shrink, raised)
-            weights = gl.convert_layout(likely.to(dtype), OPERAND)
-        acc_token = weigh_values(weights, shared.v_smem.index(last), acc, open_more, FP8, OPERAND)
-        product = warpgroup_mma_wait(0, deps=[acc_token])
+            acc = rescale_o(acc, acc_scale, rescale)
+            p_operand = gl.convert_layout(p.to(dtype), OPERAND)
+        pv_token = pv_gemm(p_operand, shared.v_smem.index(prev_stage), acc, prev_use_acc, FP8, OPERAND)
+        pv = warpgroup_mma_wait(0, deps=[pv_token])
         if FP8:
-            acc = add_product(acc, shrink, product)
+            acc = rescale_and_add_o(acc, acc_scale, pv)
         else:
-            acc = product
-        give_back_values(stage, STAGES)
-        write_tile(
+            acc = pv
+        consumer_release_v(stage, STAGES)
+        epilogue(
             acc,
-            reference,
-            total,
-            open_tile,
+            row_max,
+            row_sum,
+            prev_tile,
             turn - 1,
             shared,
             sizes,
             tensors,
-            HALF,
+            WG,
             HEAD_DIM,
             PERMUTED,
             QUANTIZED,
@@ -347,6 +352,6 @@ def consume(
             ROW,
             O_LAYOUT,
         )
-    if TAKE_TURNS and HALF == 0:
+    if TAKE_TURNS and WG == 0:
         # What the other one passed last.
-        await_turn(HALF)
+        warp_scheduler_barrier_sync(WG)

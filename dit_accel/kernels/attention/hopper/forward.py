@@ -10,9 +10,9 @@ from triton.experimental.gluon import language as gl
 from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
 
 from ...common.capability import compute_capability, multiprocessors
+from ...common.launch import LOG2_E, int32_rows, list_strides
 from ...common.quantized_inputs import QuantizedInputs
 from ...mask.block_mask import BlockMask
-from ..triton.forward import LOG2_E, mask_strides
 from .kernel import hopper_fwd_kernel
 
 _ROWS = 64  # query rows of a consumer warpgroup
@@ -145,8 +145,7 @@ def hopper_forward(
     out = torch.empty((batch, q_len, heads, dim), dtype=q.dtype, device=q.device)
     lse = torch.empty((batch, heads, q_len), dtype=torch.float32, device=q.device)
     nq, nk = mask.num_blocks
-    if rows is not None:
-        rows = rows.to(torch.int32).contiguous()
+    rows = int32_rows(rows)
     fp8 = quantized is not None and quantized.v_scale is not None
     precision = None if quantized is None else "int8_fp8" if fp8 else "int8"
     values = quantized.v if precision == "int8" and _why_not_tiles(quantized.v) is None else None
@@ -163,9 +162,9 @@ def hopper_forward(
     bit_rows = index if mask.kv_bits is None else mask.kv_bits.contiguous()
     bits = index if mask.token_bits is None else mask.token_bits.contiguous()
     hidden = None if key_mask is None else _in_slot_order(key_mask, rows).view(torch.uint8)
-    rows_head_stride = 0 if rows is None else mask_strides(rows, q_len)[1]
+    _, perm_head_stride = list_strides(rows, q_len)
     # Of each batch entry: tiles that were taken (beyond the first of each program), and of a permuted call the pieces
-    # of keys and values, and for every head what is ready and what is spent.
+    # of keys and values, and for every head the full and the empty semaphore of the ring.
     counters = torch.zeros((batch, 2 + 2 * heads if moved else 1), dtype=torch.int32, device=q.device)
     for b in range(batch):
         mb = b if counts.shape[0] > 1 else 0
@@ -211,10 +210,10 @@ def hopper_forward(
             k.stride(2),
             v.stride(2),
             *out.stride()[1:3],
-            rows_head_stride,
+            perm_head_stride,
             nq,
             nq * heads,
-            mask_strides(index, nq)[1],
+            list_strides(index, nq)[1],
             index.shape[-1],
             *planes,
             ring,

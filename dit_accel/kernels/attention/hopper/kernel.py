@@ -1,18 +1,35 @@
 """Device code of block-sparse attention on Hopper, in Gluon: TMA, asynchronous WGMMA, specialised warps.
 
-One producer warp streams the listed key and value blocks into shared memory; of permuted calls another one puts them in
-order, some heads ahead.
-Two consumer warpgroups hold 64 query rows each; they take turns at issuing products, so that one is in its softmax
-while the other keeps the matrix units busy, and inside a warpgroup the scores of block ``n + 1`` and the weighted
-values of block ``n`` are in flight during the softmax (FlashAttention-3, arXiv 2407.08608). A program stays on its
-multiprocessor and takes query blocks in turn, so that loads for the next one start before the last one is
-written. Two more warps take the outputs out and, of permuted calls, bring the queries in.
+It is FlashAttention-3's forward (arXiv 2407.08608) over lists of key blocks. The warps of a program:
 
-With ``QUANTIZED`` q and k are INT8 with scales (per query token; per key block or, with ``THREAD_SCALES``, for
-the keys of a block that one thread holds); with ``FP8`` the values and weights are e4m3 and every block's product
-is added in float32 (SageAttention 2, arXiv 2411.10958).
+    2 consumers   consumer.py   a warpgroup each, 64 query rows: S = QK^T, online softmax, O += PV
+    1 producer    producer.py   streams the listed blocks of K and V (and Q) into shared memory, and takes tiles
+    2 store warps store.py      take O out; in permuted calls they bring Q in
+    1 permuter    permute.py    in permuted calls it puts K and V in order, some heads ahead
 
-Weights are relative to a reference that is raised late, so that sums are seldom multiplied (FlashAttention-4).
+The consumers take turns at issuing products (ping-pong), so that one is in its softmax while the other keeps the matrix
+units busy. Inside a consumer QK^T of block ``n + 1`` and PV of block ``n`` are in flight during the softmax. A program
+is persistent: it takes query blocks from a queue, and loads for the next one start before the last one is written.
+
+With ``QUANTIZED`` q and k are INT8 with scales: one for each query token, and one for each key block or, with
+``THREAD_SCALES``, for those keys of a block that one thread holds. With ``FP8`` V and P are e4m3, and every block's
+product is added in float32 (SageAttention 2, arXiv 2411.10958).
+
+Glossary, by where a name is at home:
+
+    tile            128 query rows of one head, the work of one step of the scheduler (tile_scheduler.py)
+    slot, row       a place in the permuted sequence; the place in memory of what stands there: perm[slot] = row
+    full, partial   blocks that need no mask, first in a list; blocks that apply_mask masks (softmax.py)
+    row_max, row_sum    m and l of the online softmax; row_max lags the true maximum by at most RESCALE_THRESHOLD
+    acc_scale, rescale  what O and row_sum are multiplied by after row_max was raised, and whether that is to be done
+    MAX_OFFSET      exponent added to P, so that e4m3 is used up to its largest number
+    p, p_operand    P in float32, as softmax leaves it; P as left operand of PV
+    prev_*          of the tile before, whose last PV is issued beside the first QK^T of the next
+    stage, phase    buffer of a block of K and V, and the parity of its barriers
+    *_full, *_empty barriers in shared memory: a buffer has been filled, may be filled
+    named barriers  the same without a meeting of the warpgroup, and the consumers' turns (named_barriers.py)
+    ring            the circular buffer in global memory of permuted K and V, a few heads long (permute.py)
+    semaphores      counters in global memory, by which programs wait for each other at the ring (semaphores.py)
 """
 
 from __future__ import annotations
@@ -21,16 +38,26 @@ from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
 from triton.experimental.gluon.language.nvidia.hopper import fence_async_shared, mbarrier
 
-from ..triton.forward import SIZES
+from ...common.launch import SIZES
 from .arguments import BlockLists, Descriptors, PermuteState, SchedulerState, SharedStorage, Sizes, Tensors
-from .carrier import CARRIERS, carry
 from .consumer import consume
-from .mover import move_heads
+from .permute import permute_kv
 from .producer import produce
+from .store import STORE_WARPS, store_loop
 
 
 @gluon.jit(
-    do_not_specialize=(*SIZES, "nq", "num_tiles", "q_rows", "k_rows", "plane_cols", "stride_oh", "ring"),
+    do_not_specialize=(
+        *SIZES,
+        "perm_head_stride",
+        "nq",
+        "num_tiles",
+        "q_rows",
+        "k_rows",
+        "head_cols",
+        "stride_oh",
+        "ring",
+    ),
     # Heads and launches start anywhere in these.
     do_not_specialize_on_alignment=(
         "q_ptr",
@@ -42,7 +69,7 @@ from .producer import produce
         "fulls_ptr",
         "index_ptr",
         "bit_rows_ptr",
-        "rows_ptr",
+        "perm_ptr",
         "counter_ptr",
     ),
 )
@@ -65,7 +92,7 @@ def hopper_fwd_kernel(
     index_ptr,
     bit_rows_ptr,
     bits_ptr,
-    rows_ptr,
+    perm_ptr,
     key_mask_ptr,
     counter_ptr,
     stride_qs,
@@ -76,18 +103,18 @@ def hopper_fwd_kernel(
     stride_vh,
     stride_os,
     stride_oh,
-    rows_head_stride,
+    perm_head_stride,
     nq,
     num_tiles,
     mask_head_stride,
     list_length,
     q_rows,
     k_rows,
-    plane_cols,
+    head_cols,
     ring,
     q_len,
     kv_len,
-    scale_log2,
+    softmax_scale_log2,
     BLOCK_K: gl.constexpr,
     HEAD_DIM: gl.constexpr,
     STAGES: gl.constexpr,
@@ -99,13 +126,12 @@ def hopper_fwd_kernel(
     FP8: gl.constexpr,
     THREAD_SCALES: gl.constexpr,
 ):
-    """Query blocks of 128 rows of the heads of one batch entry.
+    """Query blocks of 128 rows of the heads of one batch entry; ``arguments.py`` says what the arguments are.
 
-    ``q_rows`` and ``k_rows`` are a head's rows in the tensors of q and k, ``plane_cols`` its columns.
-    Half-precision k and v of a permuted call lie in a ring of ``ring`` heads, side by side, in which the kernel itself
-    puts them; quantised ones are in order already.
+    Half-precision k and v of a permuted call lie in a circular buffer of ``ring`` heads, side by side, in which the
+    kernel itself puts them. Quantised ones are in order already.
     """
-    MOVED: gl.constexpr = PERMUTED and not QUANTIZED
+    PERMUTE_KV: gl.constexpr = PERMUTED and not QUANTIZED
     q_smem = gl.allocate_shared_memory(q_desc.dtype, [4, 64, HEAD_DIM], q_desc.layout)
     k_smem = gl.allocate_shared_memory(k_desc.dtype, [STAGES, BLOCK_K, HEAD_DIM], k_desc.layout)
     V_ROWS: gl.constexpr = HEAD_DIM if FP8 else BLOCK_K
@@ -124,32 +150,32 @@ def hopper_fwd_kernel(
         mbarrier.init(o_full.index(buffer), count=1)
     # Barriers only where they are used: the compiler would lay scratch over a dead one, and its first state was seen to
     # be read there in place of what had been stored since.
-    q_empty, o_ready = q_full, q_full
-    if not MOVED:
+    q_empty, o_empty = q_full, q_full
+    if not PERMUTE_KV:
         q_empty = gl.allocate_shared_memory(gl.int64, [4, 1], mbarrier.MBarrierLayout())
         for buffer in gl.static_range(4):
             mbarrier.init(q_empty.index(buffer), count=1)
     if QUANTIZED:
-        o_ready = gl.allocate_shared_memory(gl.int64, [2, 1], mbarrier.MBarrierLayout())
-        for half in gl.static_range(2):
-            mbarrier.init(o_ready.index(half), count=1)
-    claims = gl.allocate_shared_memory(gl.int32, [2, 1], gl.SwizzledSharedLayout(1, 1, 1, order=[0]))
-    places = claims
+        o_empty = gl.allocate_shared_memory(gl.int64, [2, 1], mbarrier.MBarrierLayout())
+        for wg in gl.static_range(2):
+            mbarrier.init(o_empty.index(wg), count=1)
+    work = gl.allocate_shared_memory(gl.int32, [2, 1], gl.SwizzledSharedLayout(1, 1, 1, order=[0]))
+    row_idx = work
     if PERMUTED:
         # Of the two tiles under way: the rows of their slots.
-        places = gl.allocate_shared_memory(gl.int32, [4, 64], gl.SwizzledSharedLayout(1, 1, 1, order=[0]))
-    moves = PermuteState(claims, claims, counter_ptr, counter_ptr, counter_ptr)
-    if MOVED:
-        stage = gl.allocate_shared_memory(k_desc.dtype, [BLOCK_K, HEAD_DIM], k_desc.layout)
-        moved = gl.allocate_shared_memory(gl.int32, [2, BLOCK_K], gl.SwizzledSharedLayout(1, 1, 1, order=[0]))
+        row_idx = gl.allocate_shared_memory(gl.int32, [4, 64], gl.SwizzledSharedLayout(1, 1, 1, order=[0]))
+    permute = PermuteState(work, work, counter_ptr, counter_ptr, counter_ptr)
+    if PERMUTE_KV:
+        kv_tile = gl.allocate_shared_memory(k_desc.dtype, [BLOCK_K, HEAD_DIM], k_desc.layout)
+        kv_row_idx = gl.allocate_shared_memory(gl.int32, [2, BLOCK_K], gl.SwizzledSharedLayout(1, 1, 1, order=[0]))
         heads = num_tiles // nq
-        moves = PermuteState(stage, moved, counter_ptr + 1, counter_ptr + 2, counter_ptr + 2 + heads)
-    claim_full = gl.allocate_shared_memory(gl.int64, [2, 1], mbarrier.MBarrierLayout())
-    claim_empty = gl.allocate_shared_memory(gl.int64, [2, 1], mbarrier.MBarrierLayout())
-    for half in gl.static_range(2):
-        mbarrier.init(claim_full.index(half), count=1)
-        # Both consumers and the carriers read every claim.
-        mbarrier.init(claim_empty.index(half), count=3)
+        permute = PermuteState(kv_tile, kv_row_idx, counter_ptr + 1, counter_ptr + 2, counter_ptr + 2 + heads)
+    work_full = gl.allocate_shared_memory(gl.int64, [2, 1], mbarrier.MBarrierLayout())
+    work_empty = gl.allocate_shared_memory(gl.int64, [2, 1], mbarrier.MBarrierLayout())
+    for wg in gl.static_range(2):
+        mbarrier.init(work_full.index(wg), count=1)
+        # Both consumers and the store warps read every tile's number.
+        mbarrier.init(work_empty.index(wg), count=3)
     for buffer in gl.static_range(4):
         mbarrier.init(q_full.index(buffer), count=1)
     for stage in gl.static_range(STAGES):
@@ -158,10 +184,10 @@ def hopper_fwd_kernel(
     fence_async_shared()
 
     descriptors = Descriptors(q_desc, k_desc, v_desc, out_desc)
-    shared = SharedStorage(q_smem, k_smem, v_smem, o_smem, places, q_full, q_empty, k_full, v_full, o_full, o_ready)
-    queue = SchedulerState(counter_ptr, claims, claim_full, claim_empty)
-    lists = BlockLists(counts_ptr, fulls_ptr, index_ptr, bit_rows_ptr, bits_ptr, rows_ptr, key_mask_ptr)
-    sizes = Sizes(nq, num_tiles, mask_head_stride, list_length, q_rows, k_rows, plane_cols, ring)
+    shared = SharedStorage(q_smem, k_smem, v_smem, o_smem, row_idx, q_full, q_empty, k_full, v_full, o_full, o_empty)
+    scheduler = SchedulerState(counter_ptr, work, work_full, work_empty)
+    lists = BlockLists(counts_ptr, fulls_ptr, index_ptr, bit_rows_ptr, bits_ptr, perm_ptr, key_mask_ptr)
+    sizes = Sizes(nq, num_tiles, mask_head_stride, list_length, q_rows, k_rows, head_cols, ring)
     tensors = Tensors(
         k_ptr=k_ptr,
         v_ptr=v_ptr,
@@ -180,16 +206,16 @@ def hopper_fwd_kernel(
         k_scale_ptr=k_scale_ptr,
         v_scale_ptr=v_scale_ptr,
         q_shift_ptr=q_shift_ptr,
-        perm_head_stride=rows_head_stride,
+        perm_head_stride=perm_head_stride,
         q_len=q_len,
         kv_len=kv_len,
-        softmax_scale_log2=scale_log2,
+        softmax_scale_log2=softmax_scale_log2,
     )
     FIRST: gl.constexpr = 0
     SECOND: gl.constexpr = 1
-    # Registers of a thread. The other warps fill a warpgroup. With 64 keys consumers leave some, and the carriers need
-    # not keep theirs in memory.
-    CONSUMER: gl.constexpr = 208 if MOVED and BLOCK_K == 64 else 240
+    # Registers of a thread. The other warps fill a warpgroup. With 64 keys consumers leave some, and the store warps
+    # need not keep theirs in memory.
+    CONSUMER: gl.constexpr = 208 if PERMUTE_KV and BLOCK_K == 64 else 240
     OTHER: gl.constexpr = 504 - 2 * CONSUMER
     gl.warp_specialize(
         [
@@ -197,7 +223,7 @@ def hopper_fwd_kernel(
                 consume,
                 (
                     shared,
-                    queue,
+                    scheduler,
                     lists,
                     sizes,
                     tensors,
@@ -218,7 +244,7 @@ def hopper_fwd_kernel(
                 consume,
                 (
                     shared,
-                    queue,
+                    scheduler,
                     lists,
                     sizes,
                     tensors,
@@ -240,21 +266,21 @@ def hopper_fwd_kernel(
                 (
                     descriptors,
                     shared,
-                    queue,
+                    scheduler,
                     lists,
                     sizes,
                     tensors,
-                    moves,
+                    permute,
                     BLOCK_K,
                     HEAD_DIM,
                     STAGES,
-                    MOVED,
+                    PERMUTE_KV,
                     FP8,
                 ),
             ),
-            (carry, (out_desc, shared, queue, lists, sizes, tensors, HEAD_DIM, PERMUTED, QUANTIZED)),
-            (move_heads, (descriptors, moves, lists, sizes, tensors, BLOCK_K, HEAD_DIM, MOVED)),
+            (store_loop, (out_desc, shared, scheduler, lists, sizes, tensors, HEAD_DIM, PERMUTED, QUANTIZED)),
+            (permute_kv, (descriptors, permute, lists, sizes, tensors, BLOCK_K, HEAD_DIM, PERMUTE_KV)),
         ],
-        [4, 1, CARRIERS, 1],
+        [4, 1, STORE_WARPS, 1],
         [CONSUMER, OTHER, OTHER, OTHER],
     )

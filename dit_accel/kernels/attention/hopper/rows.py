@@ -8,10 +8,10 @@ from triton.experimental.gluon import language as gl
 
 @gluon.jit
 def row_addresses(
-    base, places, chunk: gl.constexpr, stride, CHUNK: gl.constexpr, HEAD_DIM: gl.constexpr, LAYOUT: gl.constexpr
+    base, row_idx, chunk: gl.constexpr, stride, CHUNK: gl.constexpr, HEAD_DIM: gl.constexpr, LAYOUT: gl.constexpr
 ):
     """Addresses ``[CHUNK, HEAD_DIM]`` of a chunk's rows in a tensor whose rows start at multiples of 16 bytes."""
-    row = places.slice(chunk * CHUNK, CHUNK).load(gl.SliceLayout(1, LAYOUT))
+    row = row_idx.slice(chunk * CHUNK, CHUNK).load(gl.SliceLayout(1, LAYOUT))
     columns = gl.arange(0, HEAD_DIM, layout=gl.SliceLayout(0, LAYOUT))
     # In units of 16 bytes 32 bits are enough, and one instruction makes an address of them.
     at = (base + columns)[None, :] + ((row * (stride // 8)).to(gl.int64) * 8)[:, None]

@@ -1,29 +1,33 @@
-"""Softmax of the Hopper kernel: a warpgroup's scores of one key block to weights, in registers."""
+"""Online softmax of the Hopper kernel: a warpgroup's scores S of one key block to probabilities P, in registers.
+
+Rescaling is lazy, as in FlashAttention-4: ``row_max`` may stay below a row's largest score by RESCALE_THRESHOLD, and
+only a warp in which a row exceeds that multiplies its sums, by ``acc_scale``. Scores are in base 2.
+"""
 
 from __future__ import annotations
 
 from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
 
-# A row's reference before its first block: finite, so that no difference is NaN.
-LOWEST = gl.constexpr(-3e38)
-# Octaves by which a row's largest score may exceed its reference. None in e4m3: a row's largest weight is then exactly
+# A row's row_max before its first block: finite, so that no difference is NaN.
+ROW_MAX_INIT = gl.constexpr(-3e38)
+# Octaves by which a row's largest score may exceed row_max. None in e4m3: a row's largest probability is then exactly
 # the largest number there is, and the error 1 % smaller.
-SLACK = gl.constexpr(8.0)
-FP8_SLACK = gl.constexpr(0.0)
-# Weights are at most 1 then, and e4m3 holds 448: its base-2 logarithm, added to the exponents.
-FP8_LIFT = gl.constexpr(8.807354922057604)
+RESCALE_THRESHOLD = gl.constexpr(8.0)
+FP8_RESCALE_THRESHOLD = gl.constexpr(0.0)
+# Probabilities are at most 1 then, and e4m3 holds 448: its base-2 logarithm, added to the exponents.
+FP8_MAX_OFFSET = gl.constexpr(8.807354922057604)
 
 
 @gluon.jit
-def hide_keys(
+def apply_mask(
     scores,
     block,
     bit_row,
     bits_ptr,
     key_mask_ptr,
     kv_len,
-    HALF: gl.constexpr,
+    WG: gl.constexpr,
     BLOCK_K: gl.constexpr,
     LAYOUT: gl.constexpr,
     HAS_BITS: gl.constexpr,
@@ -38,7 +42,7 @@ def hide_keys(
     scores = gl.where(inside[None, :], scores, float("-inf"))
     if HAS_BITS:
         words_per_row: gl.constexpr = BLOCK_K // 32
-        offs_m = HALF * 64 + gl.arange(0, 64, layout=gl.SliceLayout(1, LAYOUT))
+        offs_m = WG * 64 + gl.arange(0, 64, layout=gl.SliceLayout(1, LAYOUT))
         base = bits_ptr + gl.maximum(bit_row, 0).to(gl.int64) * (128 * words_per_row)
         words = gl.load(base + offs_m[:, None] * words_per_row + (offs_n // 32)[None, :])
         seen = (((words >> (offs_n % 32)[None, :]) & 1) != 0) | (bit_row < 0)
@@ -67,14 +71,14 @@ def as_rows(wide, like):
 
 
 @gluon.jit
-def raise_reference(largest, reference, slack: gl.constexpr):
-    """What a row's weights are relative to after another block: ``(reference, shrink, raised)``, each ``[64, 4]``.
+def update_row_max(block_max, row_max, threshold: gl.constexpr):
+    """``(row_max, acc_scale, rescale)`` after another block, each ``[64, 4]``.
 
-    ``largest [64, 4]`` is the largest scaled score of the row in the block, in each of the four threads that hold the
-    row. A reference may lie ``slack`` octaves below a row's largest score: weights of ``2 ** slack`` are as exact as
-    those of 1 (FlashAttention-4). It is raised to that score, for all 16 rows of a warp, as soon as one of them needs
-    it; ``raised`` is 1 in the whole warp then, and older sums are to be multiplied by ``shrink``. In the other blocks
-    the four threads need not hear of each other, which would take an eighth of the exponentials' time.
+    ``block_max [64, 4]`` is the largest scaled score of the row in the block, in each of the four threads that hold the
+    row. ``row_max`` may lie ``threshold`` octaves below a row's largest score: probabilities of ``2 ** threshold`` are
+    as exact as those of 1 (FlashAttention-4). It is raised to that score, for all 16 rows of a warp, as soon as one of
+    them needs it. ``rescale`` is 1 in the whole warp then, and older sums are to be multiplied by ``acc_scale``. In the
+    other blocks the four threads need not hear of each other, which would take an eighth of the exponentials' time.
     """
     return gl.inline_asm_elementwise(
         """
@@ -111,15 +115,15 @@ def raise_reference(largest, reference, slack: gl.constexpr):
         }
         """,
         "=&f,=&f,=&f,=&f,=&r,=&r,f,f,f,f,f,f",
-        [largest, reference, gl.full_like(reference, slack)],
+        [block_max, row_max, gl.full_like(row_max, threshold)],
         dtype=(gl.float32, gl.float32, gl.int32),
         is_pure=True,
         pack=2,
     )
 
 
-def _shrink_assembly(elements: int) -> tuple[str, str]:
-    """Assembly of :func:`shrink_sums` for a thread's elements of two rows, and its constraints.
+def _rescale_assembly(elements: int) -> tuple[str, str]:
+    """Assembly of :func:`rescale_o` for a thread's elements of two rows, and its constraints.
 
     A thread holds two columns of the first row, two of the second, and so on. What all of them share comes once for
     every element.
@@ -135,68 +139,68 @@ def _shrink_assembly(elements: int) -> tuple[str, str]:
         }}
         """
     # In place: copies would come between the products, which the assembler then waits for one by one.
-    places = [str(n) for n in range(elements)]
-    return text, ",".join(["=f"] * elements + places + ["f"] * elements + ["r"] * elements)
+    in_place = [str(n) for n in range(elements)]
+    return text, ",".join(["=f"] * elements + in_place + ["f"] * elements + ["r"] * elements)
 
 
-_TEXT_64, _CONSTRAINTS_64 = (gl.constexpr(x) for x in _shrink_assembly(32))
-_TEXT_128, _CONSTRAINTS_128 = (gl.constexpr(x) for x in _shrink_assembly(64))
+_TEXT_64, _CONSTRAINTS_64 = (gl.constexpr(x) for x in _rescale_assembly(32))
+_TEXT_128, _CONSTRAINTS_128 = (gl.constexpr(x) for x in _rescale_assembly(64))
 
 
 @gluon.jit
-def shrink_sums(acc, shrink, raised):
-    """``acc [64, D]`` times ``shrink`` in the warps that have ``raised`` their references, both ``[64, 4]``."""
+def rescale_o(acc, acc_scale, rescale):
+    """``acc [64, D]`` times ``acc_scale`` in the warps whose ``rescale`` is 1, both ``[64, 4]``."""
     wide = by_thread(acc)
-    factor, raised = as_factor(shrink, wide), as_factor(raised, wide)
+    factor, rescale = as_factor(acc_scale, wide), as_factor(rescale, wide)
     if acc.shape[1] == 64:
-        wide = gl.inline_asm_elementwise(_TEXT_64, _CONSTRAINTS_64, [wide, factor, raised], gl.float32, True, 32)
+        wide = gl.inline_asm_elementwise(_TEXT_64, _CONSTRAINTS_64, [wide, factor, rescale], gl.float32, True, 32)
     else:
-        wide = gl.inline_asm_elementwise(_TEXT_128, _CONSTRAINTS_128, [wide, factor, raised], gl.float32, True, 64)
+        wide = gl.inline_asm_elementwise(_TEXT_128, _CONSTRAINTS_128, [wide, factor, rescale], gl.float32, True, 64)
     return as_rows(wide, acc)
 
 
 @gluon.jit
-def add_product(acc, shrink, product):
-    """``acc * shrink + product``, of 8-bit products, with ``shrink [64, 4]`` as in :func:`shrink_sums`."""
+def rescale_and_add_o(acc, acc_scale, pv):
+    """``acc * acc_scale + pv``, of 8-bit products, with ``acc_scale [64, 4]`` as in :func:`rescale_o`."""
     wide = by_thread(acc)
-    return as_rows(wide * as_factor(shrink, wide), acc) + product
+    return as_rows(wide * as_factor(acc_scale, wide), acc) + pv
 
 
 @gluon.jit
-def largest_scores(scores, factor):
+def block_row_max(scores, score_scale):
     """Each row's largest scaled score, ``[64, 4]``: of what each of four threads holds of the row.
 
-    ``factor`` is ``[64, 1]``, or ``[64, 4]`` with a key scale for each of the four. A row's even and odd columns are
-    chains of their own: of integers the assembler takes three at a time of a chain.
+    ``score_scale`` is ``[64, 1]``, or ``[64, 4]`` with a key scale for each of the four. A row's even and odd columns
+    are chains of their own: of integers the assembler takes three at a time of a chain.
     """
     wide = by_thread(scores)
     LANES: gl.constexpr = gl.SliceLayout(1, gl.SliceLayout(3, wide.type.layout))
-    largest = gl.convert_layout(gl.max(gl.max(wide, 1), 2), LANES, assert_trivial=True)
-    return largest.to(gl.float32) * factor
+    block_max = gl.convert_layout(gl.max(gl.max(wide, 1), 2), LANES, assert_trivial=True)
+    return block_max.to(gl.float32) * score_scale
 
 
 @gluon.jit
-def weigh_scores(scores, reference, shrink, total, factor, LIFT: gl.constexpr):
-    """float32 weights ``2 ** (LIFT + scores * factor - reference)`` of a block, and the row sums with them.
+def scale_apply_exp2(scores, row_max, acc_scale, row_sum, score_scale, MAX_OFFSET: gl.constexpr):
+    """float32 P = ``2 ** (MAX_OFFSET + scores * score_scale - row_max)`` of a block, and the row sums with it.
 
-    ``total [64, 4]`` stays apart for the threads that hold a row and is added up after the last block.
+    ``row_sum [64, 4]`` stays apart for the threads that hold a row and is added up after the last block.
     """
     wide = by_thread(scores)
-    offset = (reference - LIFT).expand_dims(1).expand_dims(3)
-    weights = gl.exp2(wide.to(gl.float32) * factor.expand_dims(1).expand_dims(3) - offset)
-    total = total * shrink + gl.sum(gl.sum(weights, 3), 1)
-    return as_rows(weights, scores), total
+    offset = (row_max - MAX_OFFSET).expand_dims(1).expand_dims(3)
+    p = gl.exp2(wide.to(gl.float32) * score_scale.expand_dims(1).expand_dims(3) - offset)
+    row_sum = row_sum * acc_scale + gl.sum(gl.sum(p, 3), 1)
+    return as_rows(p, scores), row_sum
 
 
 @gluon.jit
-def pack_fp8(weights):
-    """e4m3 weights, four keys a word, in the order KEY_PLACE of the stored values.
+def pack_p_fp8(p):
+    """P in e4m3, four keys a word, in the order KEY_PLACE of the stored values.
 
     In this order the scores' registers are the operand's. Words, since the compiler would carry bytes from one
     block to the next one by one.
     """
-    keys: gl.constexpr = weights.shape[1]
-    place = weights.reshape([64, keys // 16, 2, 4, 2]).permute([0, 1, 3, 2, 4]).reshape([64, keys // 4, 2, 2])
+    keys: gl.constexpr = p.shape[1]
+    place = p.reshape([64, keys // 16, 2, 4, 2]).permute([0, 1, 3, 2, 4]).reshape([64, keys // 4, 2, 2])
     even, odd = gl.split(place)
     first, third = gl.split(even)
     second, fourth = gl.split(odd)
@@ -218,8 +222,8 @@ def pack_fp8(weights):
 
 
 @gluon.jit
-def unpack_fp8(words, OPERAND: gl.constexpr):
-    """The words of :func:`pack_fp8` as left operand; no instruction, they are its registers."""
+def unpack_p_fp8(words, OPERAND: gl.constexpr):
+    """The words of :func:`pack_p_fp8` as left operand; no instruction, they are its registers."""
     keys: gl.constexpr = words.shape[1] * 4
     even = gl.join((words & 255).to(gl.uint8), ((words >> 16) & 255).to(gl.uint8))
     odd = gl.join(((words >> 8) & 255).to(gl.uint8), (words >> 24).to(gl.uint8))

@@ -9,11 +9,21 @@ from __future__ import annotations
 import torch
 import triton
 
+from ...common.launch import (
+    dot_precision,
+    int32_rows,
+    list_strides,
+    mask_constants,
+    mask_tensors,
+    or_stand_in,
+    padded_head_dim,
+    token_strides,
+    unit_stride,
+)
 from ...mask.block_mask import BlockMask
 from ...mask.transpose import TransposedMask, transpose_mask
 from ..tuning import LaunchConfig, launch_config
 from .backward_kernels import block_sparse_bwd_dkv_kernel, block_sparse_bwd_dq_kernel, delta_bwd_kernel
-from .forward import dot_precision, mask_strides, padded_head_dim, unit_stride
 from .reorder import reorder_for_backward
 
 # Rows or columns of the other side taken at once; smaller than a block, to fit two score tiles in registers.
@@ -28,8 +38,7 @@ def _delta(out: torch.Tensor, grad: torch.Tensor, grad_lse: torch.Tensor) -> tor
         grad,
         grad_lse,
         delta,
-        *out.stride()[:3],
-        *grad.stride()[:3],
+        *token_strides(out, grad),
         heads,
         q_len,
         BLOCK=64,
@@ -64,32 +73,21 @@ def backward(
     nq, nk = mask.num_blocks
     dq = torch.empty((batch, q_len, heads, dim), dtype=q.dtype, device=q.device)
     dk, dv = (torch.empty((batch, kv_len, heads, dim), dtype=q.dtype, device=q.device) for _ in range(2))
-    if rows is not None:
-        rows = rows.to(torch.int32).contiguous()
+    rows = int32_rows(rows)
     grad_lse = torch.zeros_like(lse) if grad_lse is None else grad_lse.contiguous()
-    block_d = padded_head_dim(dim)
     if rows is None:
         delta = _delta(out, grad, grad_lse)
     else:
         # One pass at memory speed; gathering in both kernels cost a quarter of the backward on an H200.
         q, k, v, grad, lse, delta = reorder_for_backward(q, k, v, grad, out, lse, grad_lse, rows)
-    permuted = rows is not None
-    index = mask.kv_indices.contiguous()
     shared = {
-        "BLOCK_Q": mask.block_q,
-        "BLOCK_K": mask.block_k,
-        "BLOCK_D": block_d,
+        "BLOCK_D": padded_head_dim(dim),
         "HEAD_DIM": dim,
-        "PERMUTED": permuted,
-        "HAS_BITS": mask.kv_bits is not None and mask.token_bits.shape[0] > 0,
-        "HAS_KEY_MASK": key_mask is not None,
         "PRECISION": dot_precision(q.dtype),
+        **mask_constants(mask, rows, key_mask),
     }
-    bits = index if mask.token_bits is None else mask.token_bits.contiguous()
-    hidden = index if key_mask is None else key_mask.contiguous().view(torch.uint8)
-    rows_strides = mask_strides(rows, q_len) if rows is not None else (0, 0)
-    strides = (*q.stride()[:3], *k.stride()[:3], *v.stride()[:3], *grad.stride()[:3])
-    rows = index if rows is None else rows
+    lists = mask_tensors(mask, rows, key_mask)
+    strides = token_strides(q, k, v, grad)
 
     config = config_dq or launch_config("backward_dq", q, mask, False)
     block_sparse_bwd_dq_kernel[(nq, batch * heads)](
@@ -100,19 +98,13 @@ def backward(
         lse,
         delta,
         dq,
-        mask.kv_num_blocks.contiguous(),
-        mask.kv_num_full.contiguous(),
-        index,
-        index if mask.kv_bits is None else mask.kv_bits.contiguous(),
-        bits,
-        rows,
-        hidden,
+        *lists,
         *strides,
-        *dq.stride()[:3],
-        *mask_strides(index, nq),
-        *rows_strides,
+        *token_strides(dq),
+        *list_strides(mask.kv_indices, nq),
+        *list_strides(rows, q_len),
         heads,
-        index.shape[-1],
+        mask.kv_indices.shape[-1],
         q_len,
         kv_len,
         scale,
@@ -137,14 +129,12 @@ def backward(
         transposed.q_num_blocks,
         transposed.q_num_full,
         index,
-        index if transposed.q_bits is None else transposed.q_bits,
-        bits,
-        rows,
-        hidden,
+        or_stand_in(transposed.q_bits, index),
+        *lists[4:],
         *strides,
-        *dk.stride()[:3],
-        *mask_strides(index, nk),
-        *rows_strides,
+        *token_strides(dk),
+        *list_strides(index, nk),
+        *list_strides(rows, q_len),
         heads,
         index.shape[-1],
         q_len,

@@ -5,7 +5,8 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from .forward import LOG2_E, SIZES, key_visibility
+from ...common.launch import LOG2_E, SIZES
+from .forward import key_visibility
 
 LOG2_E_ = tl.constexpr(LOG2_E)
 

@@ -6,21 +6,21 @@ import torch
 import triton
 import triton.language as tl
 
+from ...common.launch import (
+    LOG2_E,
+    SIZES,
+    dot_precision,
+    int32_rows,
+    list_strides,
+    mask_constants,
+    mask_tensors,
+    padded_head_dim,
+    token_strides,
+    unit_stride,
+)
 from ...mask.block_mask import BlockMask
 from ..tuning import LaunchConfig, launch_config
 
-LOG2_E = 1.4426950408889634
-# Arguments that change with the sequence or the mask: no new compilation for another length.
-SIZES = (
-    "heads",
-    "list_length",
-    "q_len",
-    "kv_len",
-    "mask_batch_stride",
-    "mask_head_stride",
-    "rows_batch_stride",
-    "rows_head_stride",
-)
 LN_2_ = tl.constexpr(0.6931471805599453)
 
 
@@ -256,27 +256,6 @@ def block_sparse_fwd_kernel(
     tl.store(lse_ptr + row, lse, mask=slot < q_len)
 
 
-def padded_head_dim(dim: int) -> int:
-    """Columns of the tile that holds a head: a power of two, at least 16."""
-    return max(16, triton.next_power_of_2(dim))
-
-
-def dot_precision(dtype: torch.dtype) -> str:
-    """``ieee`` for float32, which TF32 would round to 11 bits; without meaning for the half formats."""
-    return "ieee" if dtype == torch.float32 else "tf32"
-
-
-def mask_strides(tensor: torch.Tensor, rows_per_head: int) -> tuple[int, int]:
-    """Steps along batch and head of a contiguous ``[B|1, H|1, ...]`` list, in query-block rows."""
-    batch, heads = tensor.shape[:2]
-    return (heads * rows_per_head if batch > 1 else 0), (rows_per_head if heads > 1 else 0)
-
-
-def unit_stride(x: torch.Tensor) -> torch.Tensor:
-    """``x`` with a last dimension of stride 1, copied only if needed."""
-    return x if x.stride(-1) == 1 else x.contiguous()
-
-
 def forward(
     q: torch.Tensor,
     k: torch.Tensor,
@@ -293,44 +272,28 @@ def forward(
     out = torch.empty((batch, q_len, heads, dim), dtype=q.dtype, device=q.device)
     lse = torch.empty((batch, heads, q_len), dtype=torch.float32, device=q.device)
     nq, _ = mask.num_blocks
-    if rows is not None:
-        rows = rows.to(torch.int32).contiguous()
-    index = mask.kv_indices.contiguous()
+    rows = int32_rows(rows)
     config = config or launch_config("forward", q, mask, rows is not None)
-    block_d = padded_head_dim(dim)
     block_sparse_fwd_kernel[(nq, batch * heads)](
         q,
         k,
         v,
         out,
         lse,
-        mask.kv_num_blocks.contiguous(),
-        mask.kv_num_full.contiguous(),
-        index,
-        index if mask.kv_bits is None else mask.kv_bits.contiguous(),
-        index if mask.token_bits is None else mask.token_bits.contiguous(),
-        index if rows is None else rows,
-        index if key_mask is None else key_mask.contiguous().view(torch.uint8),
-        *q.stride()[:3],
-        *k.stride()[:3],
-        *v.stride()[:3],
-        *out.stride()[:3],
-        *mask_strides(index, nq),
-        *((0, 0) if rows is None else mask_strides(rows, q_len)),
+        *mask_tensors(mask, rows, key_mask),
+        *token_strides(q, k, v, out),
+        *list_strides(mask.kv_indices, nq),
+        *list_strides(rows, q_len),
         heads,
-        index.shape[-1],
+        mask.kv_indices.shape[-1],
         q_len,
         k.shape[1],
         scale * LOG2_E,
-        BLOCK_Q=mask.block_q,
-        BLOCK_K=mask.block_k,
-        BLOCK_D=block_d,
+        BLOCK_D=padded_head_dim(dim),
         HEAD_DIM=dim,
-        PERMUTED=rows is not None,
-        HAS_BITS=mask.kv_bits is not None and mask.token_bits.shape[0] > 0,
-        HAS_KEY_MASK=key_mask is not None,
         PRECISION=dot_precision(q.dtype),
         num_warps=config.num_warps,
         num_stages=config.num_stages,
+        **mask_constants(mask, rows, key_mask),
     )
     return out, lse

@@ -6,7 +6,7 @@ import torch
 import triton
 import triton.language as tl
 
-from .forward import SIZES, mask_strides, padded_head_dim
+from ...common.launch import SIZES, list_strides, padded_head_dim, token_strides
 
 
 @triton.jit(do_not_specialize=SIZES)
@@ -104,12 +104,8 @@ def reorder_for_backward(
         lse_to,
         delta,
         rows,
-        *q.stride()[:3],
-        *k.stride()[:3],
-        *v.stride()[:3],
-        *grad.stride()[:3],
-        *out.stride()[:3],
-        *mask_strides(rows, length),
+        *token_strides(q, k, v, grad, out),
+        *list_strides(rows, length),
         heads,
         length,
         BLOCK=block,

@@ -20,8 +20,8 @@ import torch
 import triton
 from torch.autograd.function import once_differentiable
 
+from ...common.launch import lead_strides, or_stand_in
 from ...mask.block_mask import BlockMask
-from ...selection.triton.pooling import lead_strides
 from ..projection import project_heads, sum_rows
 from .backward_kernels import linear_dkv_bwd_kernel, linear_dq_bwd_kernel
 from .forward import (
@@ -68,7 +68,7 @@ def launch_dq(
         linear_dq_bwd_kernel[(states.shape[0] * groups,)](
             q,
             grad,
-            rows if rows is not None else q,
+            or_stand_in(rows, q),
             states,
             dq,
             dstates,
@@ -116,8 +116,8 @@ def launch_dkv(
         linear_dkv_bwd_kernel[(dstates.shape[0] * tiles,)](
             k,
             v,
-            rows if rows is not None else k,
-            key_mask if key_mask is not None else k,
+            or_stand_in(rows, k),
+            or_stand_in(key_mask, k),
             dstates,
             dk,
             dv,
@@ -154,7 +154,6 @@ def linear_backward(
     negligible: BlockMask | None,
     kind: str,
     rows: torch.Tensor | None,
-    k_rows: torch.Tensor | None,
     key_mask: torch.Tensor | None,
     eps: float,
     *,
@@ -173,7 +172,7 @@ def linear_backward(
         return _all_tokens_backward(grad, q, k, v, kind, rows, key_mask, eps, weight, mean, needs_keys, needs_weight)
     values = v if weight is None else project_heads(v, weight)
     dq, dk, dv = _blocks_backward(
-        grad, q, k, values, critical, negligible, kind, rows, k_rows, key_mask, eps, needs_keys or needs_weight
+        grad, q, k, values, critical, negligible, kind, rows, key_mask, eps, needs_keys or needs_weight
     )
     dweight = None
     if needs_weight:
@@ -233,7 +232,6 @@ def _blocks_backward(
     negligible: BlockMask | None,
     kind: str,
     rows: torch.Tensor | None,
-    k_rows: torch.Tensor | None,
     key_mask: torch.Tensor | None,
     eps: float,
     needs_keys: bool,
@@ -251,7 +249,7 @@ def _blocks_backward(
             states, dstates = (q.new_empty(part.shape[0], nk, shape.state_width) for _ in range(2))
             sums, dsums = (q.new_empty(part.shape[0], nq, shape.state_width) for _ in range(2))
         b, head = batches.start, heads.start
-        launch_block_states(k, v, k_rows, key_mask, None, states, shape, kind, b, head)
+        launch_block_states(k, v, rows, key_mask, None, states, shape, kind, b, head)
         torch.bmm(part, states, out=sums)
         # The gain keeps summed gradients within float16's range until the last kernel takes it out again.
         launch_dq(
@@ -260,7 +258,7 @@ def _blocks_backward(
         )  # fmt: skip
         if needs_keys:
             torch.bmm(part.mT, dsums, out=dstates)
-            launch_dkv(k, v, k_rows, key_mask, dstates, dk, dv, shape, kind, scale, batch0=b, head0=head)
+            launch_dkv(k, v, rows, key_mask, dstates, dk, dv, shape, kind, scale, batch0=b, head0=head)
     return dq, dk, dv
 
 
@@ -284,12 +282,11 @@ class LinearBranchFunction(torch.autograd.Function):
         negligible: BlockMask | None,
         kind: str,
         rows: torch.Tensor | None,
-        k_rows: torch.Tensor | None,
         key_mask: torch.Tensor | None,
         eps: float,
     ) -> torch.Tensor:
-        rows, k_rows, key_mask = contiguous_lists(k, rows, k_rows, key_mask)
-        rest = (critical, negligible, kind, rows, k_rows, key_mask, eps)
+        rows, key_mask = contiguous_lists(k, rows, key_mask)
+        rest = (critical, negligible, kind, rows, key_mask, eps)
         mean = None
         if critical is None:
             mean = all_states(k, v, key_mask, None, shape_of(q, k, None), kind, torch.float32)

@@ -15,8 +15,8 @@ from dataclasses import dataclass
 import torch
 import triton
 
+from ...common.launch import contiguous_key_mask, dot_precision, lead_strides, or_stand_in, padded_head_dim
 from ...mask.block_mask import BlockMask
-from ...selection.triton.pooling import lead_strides
 from .forward_kernels import (
     linear_combine_kernel,
     linear_out_fwd_kernel,
@@ -68,8 +68,7 @@ class Shape:
     @property
     def constants(self) -> dict[str, int | str]:
         """Constexprs of every kernel with matrix products."""
-        precision = "ieee" if self.dtype == torch.float32 else "tf32"
-        return {"DIM": self.dim, "DIM_PAD": max(16, triton.next_power_of_2(self.dim)), "PRECISION": precision}
+        return {"DIM": self.dim, "DIM_PAD": padded_head_dim(self.dim), "PRECISION": dot_precision(self.dtype)}
 
     def chunks(self, share: float, buffers: int) -> Iterator[tuple[slice, slice]]:
         """Batch and head ranges such that ``buffers`` pairs of states fit the memory share.
@@ -142,9 +141,9 @@ def launch_states(
         linear_state_fwd_kernel[(states.shape[0] * groups,)](
             k,
             v,
-            rows if rows is not None else k,
-            key_mask if key_mask is not None else k,
-            weight if weight is not None else k,
+            or_stand_in(rows, k),
+            or_stand_in(key_mask, k),
+            or_stand_in(weight, k),
             states,
             shape.kv_len,
             heads,
@@ -227,7 +226,7 @@ def combine(
     with torch.cuda.device_of(partial):
         linear_combine_kernel[(partial.shape[0], triton.cdiv(shape.dim, 16))](
             partial,
-            weight if weight is not None else partial,
+            or_stand_in(weight, partial),
             states,
             shape.heads,
             partial.shape[1],
@@ -236,7 +235,7 @@ def combine(
             PROJECT=weight is not None,
             ROWS=16,
             DIM=shape.dim,
-            DIM_PAD=max(16, triton.next_power_of_2(shape.dim)),
+            DIM_PAD=padded_head_dim(shape.dim),
             # Three TF32 products keep 21 bits of a state that is rounded to 11 or 8, on tensor cores; exact float32
             # goes without them and spills 5 KB a thread at head dim 128.
             PRECISION="ieee" if shape.dtype == torch.float32 else "tf32x3",
@@ -269,10 +268,10 @@ def launch_out(
     with torch.cuda.device_of(q):
         linear_out_fwd_kernel[(states.shape[0] * groups,)](
             q,
-            rows if rows is not None else q,
+            or_stand_in(rows, q),
             states,
-            bias if bias is not None else q,
-            added if added is not None else out,
+            or_stand_in(bias, q),
+            or_stand_in(added, out),
             out,
             shape.q_len,
             min(shape.heads, states.shape[0]),
@@ -282,7 +281,7 @@ def launch_out(
             head0,
             eps,
             *q.stride(),
-            *(added if added is not None else out).stride(),
+            *or_stand_in(added, out).stride(),
             *out.stride(),
             *lead_strides(rows),
             states.stride(0),
@@ -300,12 +299,10 @@ def launch_out(
 
 
 def contiguous_lists(
-    k: torch.Tensor, rows: torch.Tensor | None, k_rows: torch.Tensor | None, key_mask: torch.Tensor | None
-) -> tuple[torch.Tensor | None, ...]:
-    """Permutations, and the key mask ``[B|1, Sk]`` for all of k's batch, as the kernels read them."""
-    if key_mask is not None:
-        key_mask = key_mask.expand(k.shape[:2])
-    return tuple(None if x is None else x.contiguous() for x in (rows, k_rows, key_mask))
+    k: torch.Tensor, rows: torch.Tensor | None, key_mask: torch.Tensor | None
+) -> tuple[torch.Tensor | None, torch.Tensor | None]:
+    """The permutation, and the key mask ``[B|1, Sk]`` for all of k's batch, as the kernels read them."""
+    return None if rows is None else rows.contiguous(), contiguous_key_mask(key_mask, *k.shape[:2])
 
 
 def linear_forward(
@@ -316,7 +313,6 @@ def linear_forward(
     negligible: BlockMask | None,
     kind: str,
     rows: torch.Tensor | None,
-    k_rows: torch.Tensor | None,
     key_mask: torch.Tensor | None,
     eps: float,
     *,
@@ -331,7 +327,7 @@ def linear_forward(
     ``mean`` is the unprojected :func:`all_states` in float32, where the caller has it.
     """
     shape = shape_of(q, k, critical)
-    rows, k_rows, key_mask = contiguous_lists(k, rows, k_rows, key_mask)
+    rows, key_mask = contiguous_lists(k, rows, key_mask)
     weight = None if weight is None else weight.to(q.dtype).contiguous()
     bias = None if bias is None else bias.contiguous()
     if out is None:
@@ -356,7 +352,7 @@ def linear_forward(
             states = torch.empty(part.shape[0], nk, shape.state_width, dtype=q.dtype, device=q.device)
             sums = torch.empty(part.shape[0], nq, shape.state_width, dtype=q.dtype, device=q.device)
         b, head = batches.start, heads.start
-        launch_block_states(k, v, k_rows, key_mask, weight, states, shape, kind, b, head)
+        launch_block_states(k, v, rows, key_mask, weight, states, shape, kind, b, head)
         torch.bmm(part, states, out=sums)
         launch_out(
             q, rows, sums, out, bias, added, shape, kind, eps * scale,

@@ -10,12 +10,11 @@ import torch
 import triton
 import triton.language as tl
 
+from ...common.launch import LOG2_E, dot_precision, lead_strides, padded_head_dim
 from ...common.tokens import gather_mask, gather_rows
-from ...selection.triton.pooling import lead_strides
 from ..levels import LEVELS, pool_level
 from .forward import TILE, level_lists, pyramid_attention_triton
 
-LOG2_E = 1.4426950408889634
 _TILE_Q = 64
 
 
@@ -220,8 +219,8 @@ def _backward(
     tile_q = min(block_q, _TILE_Q)
     shared = {
         "DIM": dim,
-        "DIM_PAD": max(16, triton.next_power_of_2(dim)),
-        "PRECISION": "ieee" if q.dtype == torch.float32 else "tf32",
+        "DIM_PAD": padded_head_dim(dim),
+        "PRECISION": dot_precision(q.dtype),
         "num_warps": 4,
         "num_stages": 2,
     }

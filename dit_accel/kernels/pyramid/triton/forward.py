@@ -11,7 +11,15 @@ import torch
 import triton
 import triton.language as tl
 
-from ...selection.triton.pooling import contiguous_rows, lead_strides
+from ...common.launch import (
+    LOG2_E,
+    contiguous_key_mask,
+    contiguous_rows,
+    dot_precision,
+    lead_strides,
+    or_stand_in,
+    padded_head_dim,
+)
 from ..levels import LEVELS
 
 TILE = 64
@@ -225,8 +233,8 @@ def pool_pyramid(
     with torch.cuda.device_of(x):
         pyramid_pool_kernel[(batch * heads * tiles,)](
             x,
-            rows if rows is not None else x,
-            key_mask if key_mask is not None else x,
+            or_stand_in(rows, x),
+            or_stand_in(key_mask, x),
             out,
             count,
             seq,
@@ -275,7 +283,7 @@ def pyramid_attention_triton(
     batch, q_len, heads, dim = q.shape
     kv_len = k.shape[1]
     rows = contiguous_rows(rows)
-    key_mask = None if key_mask is None else key_mask.expand(batch, kv_len).contiguous()
+    key_mask = contiguous_key_mask(key_mask, batch, kv_len)
     k_pool, count, (start4, start8) = pool_pyramid(k, rows, key_mask)
     v_pool, _, _ = pool_pyramid(v, rows, key_mask)
     lists, num = level_lists(levels)
@@ -291,8 +299,8 @@ def pyramid_attention_triton(
             k_pool,
             v_pool,
             count,
-            rows if rows is not None else q,
-            key_mask if key_mask is not None else q,
+            or_stand_in(rows, q),
+            or_stand_in(key_mask, q),
             lists,
             num,
             out,
@@ -306,7 +314,7 @@ def pyramid_attention_triton(
             k_pool.shape[2],
             start4,
             start8,
-            scale * 1.4426950408889634,
+            scale * LOG2_E,
             *q.stride(),
             *k.stride(),
             *v.stride(),
@@ -322,8 +330,8 @@ def pyramid_attention_triton(
             TILE_Q=tile_q,
             TILE=TILE,
             DIM=dim,
-            DIM_PAD=max(16, triton.next_power_of_2(dim)),
-            PRECISION="ieee" if q.dtype == torch.float32 else "tf32",
+            DIM_PAD=padded_head_dim(dim),
+            PRECISION=dot_precision(q.dtype),
             num_warps=8 if tile_q >= 128 else 4,
             num_stages=2,
         )

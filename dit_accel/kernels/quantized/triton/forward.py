@@ -6,7 +6,17 @@ import torch
 import triton
 import triton.language as tl
 
-from ...attention.triton.forward import LOG2_E, SIZES, key_visibility, mask_strides, padded_head_dim
+from ...attention.triton.forward import key_visibility
+from ...common.launch import (
+    LOG2_E,
+    SIZES,
+    int32_rows,
+    list_strides,
+    mask_constants,
+    mask_tensors,
+    padded_head_dim,
+    token_strides,
+)
 from ...common.quantized_inputs import QuantizedInputs
 from ...mask.block_mask import BlockMask
 
@@ -182,9 +192,7 @@ def quantized_forward(
     out = torch.empty((batch, mask.q_len, heads, dim), dtype=dtype, device=device)
     lse = torch.empty((batch, heads, mask.q_len), dtype=torch.float32, device=device)
     nq, _ = mask.num_blocks
-    index = mask.kv_indices.contiguous()
-    if rows is not None:
-        rows = rows.to(torch.int32).contiguous()
+    rows = int32_rows(rows)
     block_d = max(32, padded_head_dim(dim))  # 8-bit products take at least 32 columns at once
     quantized_fwd_kernel[(nq, batch * heads)](
         quantized.q,
@@ -197,36 +205,25 @@ def quantized_forward(
         quantized.q_shift,
         out,
         lse,
-        mask.kv_num_blocks.contiguous(),
-        mask.kv_num_full.contiguous(),
-        index,
-        index if mask.kv_bits is None else mask.kv_bits.contiguous(),
-        index if mask.token_bits is None else mask.token_bits.contiguous(),
-        index if rows is None else rows,
-        index if key_mask is None else key_mask.contiguous().view(torch.uint8),
-        *quantized.v.stride()[:3],
-        *out.stride()[:3],
-        *mask_strides(index, nq),
-        *((0, 0) if rows is None else mask_strides(rows, mask.q_len)),
+        *mask_tensors(mask, rows, key_mask),
+        *token_strides(quantized.v, out),
+        *list_strides(mask.kv_indices, nq),
+        *list_strides(rows, mask.q_len),
         heads,
-        index.shape[-1],
+        mask.kv_indices.shape[-1],
         mask.q_len,
         mask.kv_len,
         q_padded,
         kv_padded,
         scale * LOG2_E,
-        BLOCK_Q=mask.block_q,
-        BLOCK_K=mask.block_k,
         BLOCK_D=block_d,
         HEAD_DIM=dim,
-        PERMUTED=rows is not None,
-        HAS_BITS=mask.kv_bits is not None and mask.token_bits.shape[0] > 0,
-        HAS_KEY_MASK=key_mask is not None,
         SMOOTH_Q=quantized.smooth_q,
         FP8=quantized.v_scale is not None,
         THREAD_SCALES=quantized.scales_by_thread,
         HALF_TYPE=_TRITON_TYPES[dtype],
         num_warps=8 if mask.block_q * block_d >= 128 * 128 else 4,
         num_stages=3 if block_d <= 128 else 2,
+        **mask_constants(mask, rows, key_mask),
     )
     return out, lse

@@ -13,8 +13,8 @@ from functools import cache
 import torch
 import triton
 
-from ...attention.triton.forward import mask_strides, padded_head_dim, unit_stride
 from ...common.capability import multiprocessors
+from ...common.launch import int32_rows, list_strides, padded_head_dim, token_strides, unit_stride
 from ...common.quantized_inputs import KEY_GROUPS, KEY_TILE, QuantizedInputs, sampled_keys, validate_key_scales
 from .prologue_kernels import key_value_stats_kernel, quantize_kernel
 
@@ -116,8 +116,7 @@ def quantize_inputs(
             v,
             k_sum,
             v_max,
-            *k.stride()[:3],
-            *v.stride()[:3],
+            *token_strides(k, v),
             heads,
             kv_len,
             k_chunks,
@@ -146,8 +145,7 @@ def quantize_inputs(
         q_shift=q_shift,
         smooth_q=smooth_q,
     )
-    if rows is not None:
-        rows = rows.to(torch.int32).contiguous()
+    rows = int32_rows(rows)
     kinds = 3 if fp8 or rows is not None else 2
     quantize_kernel[(_shares(max(nq, nk), planes * kinds, _slots(device)), planes, kinds)](
         q,
@@ -165,10 +163,8 @@ def quantize_inputs(
         result.k_mean,
         value,
         k_sum if v_scale is None else v_scale,
-        *q.stride()[:3],
-        *k.stride()[:3],
-        *v.stride()[:3],
-        *((0, 0) if rows is None else mask_strides(rows, q_len)),
+        *token_strides(q, k, v),
+        *list_strides(rows, q_len),
         heads,
         q_len,
         kv_len,

@@ -11,7 +11,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from ...attention.triton.forward import SIZES
+from ...common.launch import SIZES
 from ...common.quantized_inputs import FP8_MAX
 
 FP8_MAX_ = tl.constexpr(FP8_MAX)

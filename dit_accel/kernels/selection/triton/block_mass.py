@@ -6,10 +6,9 @@ import torch
 import triton
 import triton.language as tl
 
+from ...common.launch import LOG2_E, contiguous_key_mask, dot_precision, lead_strides, or_stand_in
 from ...common.tokens import gather_mask
-from .pooling import lead_strides
 
-LOG2E = 1.4426950408889634
 TILE_Q, TILE_K = 128, 64
 """The tiles; smaller blocks are summed inside one, larger blocks are sums of tiles. Wider key tiles were slower on
 an H200, and so were tiles of 64 queries (8.5 ms for 7.5 at 32,768 tokens)."""
@@ -217,7 +216,6 @@ def block_mass_triton(
     block_k: int,
     lse: torch.Tensor | None,
     rows: torch.Tensor | None,
-    k_rows: torch.Tensor | None,
     key_mask: torch.Tensor | None,
     scale: float,
     tile: tuple[int, int] = (TILE_Q, TILE_K),
@@ -228,8 +226,7 @@ def block_mass_triton(
     batch, q_len, heads, dim = q.shape
     kv_len = k.shape[1]
     rows = None if rows is None else rows.contiguous()
-    k_rows = None if k_rows is None else k_rows.contiguous()
-    key_mask = None if key_mask is None else key_mask.expand(batch, kv_len).contiguous()
+    key_mask = contiguous_key_mask(key_mask, batch, kv_len)
 
     def launch(write_lse: bool, tile_q: int, tile_k: int, fold_q: int, fold_k: int) -> None:
         tiles = triton.cdiv(q_len, tile_q)
@@ -237,10 +234,10 @@ def block_mass_triton(
             block_mass_fwd_kernel[(batch * heads * tiles,)](
                 q,
                 k,
-                rows if rows is not None else q,
-                k_rows if k_rows is not None else q,
-                key_mask if key_mask is not None else q,
-                clean if clean is not None else q,
+                or_stand_in(rows, q),
+                or_stand_in(rows, q),
+                or_stand_in(key_mask, q),
+                or_stand_in(clean, q),
                 lse,
                 mass,
                 q_len,
@@ -248,16 +245,16 @@ def block_mass_triton(
                 heads,
                 tiles,
                 *(mass.shape[2:] if mass is not None else (0, 0)),
-                scale * LOG2E,
+                scale * LOG2_E,
                 *q.stride(),
                 *k.stride(),
                 *lead_strides(rows),
-                *lead_strides(k_rows),
+                *lead_strides(rows),
                 kv_len if key_mask is not None else 0,
                 *lead_strides(clean),
                 WRITE_LSE=write_lse,
                 HAS_Q_ROWS=rows is not None,
-                HAS_K_ROWS=k_rows is not None,
+                HAS_K_ROWS=rows is not None,
                 HAS_MASK=key_mask is not None,
                 TILE_Q=tile_q,
                 TILE_K=tile_k,
@@ -265,7 +262,7 @@ def block_mass_triton(
                 FOLD_K=fold_k,
                 DIM=dim,
                 DIM_PAD=triton.next_power_of_2(dim),
-                PRECISION="ieee" if q.dtype == torch.float32 else "tf32",
+                PRECISION=dot_precision(q.dtype),
                 num_warps=warps,
                 num_stages=stages,
             )
@@ -273,7 +270,7 @@ def block_mass_triton(
     mass = None
     # Short sequences would leave most of a large tile empty.
     tile_q, tile_k = 16 if q_len <= 64 else tile[0], 16 if kv_len <= 32 else tile[1]
-    clean = None if key_mask is None else _clean_tiles(key_mask, k_rows, tile_k)
+    clean = None if key_mask is None else _clean_tiles(key_mask, rows, tile_k)
     if lse is None:
         lse = torch.empty(batch, heads, q_len, dtype=torch.float32, device=q.device)
         launch(True, tile_q, tile_k, 1, 1)
@@ -291,8 +288,8 @@ def block_mass_triton(
     return mass, lse
 
 
-def _clean_tiles(key_mask: torch.Tensor, k_rows: torch.Tensor | None, tile: int) -> torch.Tensor:
+def _clean_tiles(key_mask: torch.Tensor, rows: torch.Tensor | None, tile: int) -> torch.Tensor:
     """int32 ``[B, H|1]``: tiles of key slots before the first one with a hidden key."""
-    hidden = ~gather_mask(key_mask, k_rows)
+    hidden = ~gather_mask(key_mask, rows)
     some = torch.nn.functional.pad(hidden, (0, -hidden.shape[-1] % tile)).unflatten(-1, (-1, tile)).any(-1)
     return (~some).to(torch.int32).cumprod(-1).sum(-1, dtype=torch.int32)

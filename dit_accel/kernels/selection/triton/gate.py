@@ -18,6 +18,7 @@ import triton
 import triton.language as tl
 
 from ...common.capability import interpreted, multiprocessors
+from ...common.launch import lead_strides
 from .gate_steps import (
     TOTALS,
     UNROLL,
@@ -32,7 +33,6 @@ from .gate_steps import (
     store_totals,
     wait_for_parts,
 )
-from .pooling import lead_strides
 
 DIGITS, CANDIDATES = 8, 16
 """A float32 has eight digits of sixteen values."""

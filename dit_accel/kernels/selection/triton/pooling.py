@@ -6,6 +6,8 @@ import torch
 import triton
 import triton.language as tl
 
+from ...common.launch import contiguous_key_mask, contiguous_rows, lead_strides
+
 POOL_ELEMENTS, POOL_WARPS = 2048, 1
 """Elements and warps of one pooling step."""
 
@@ -146,13 +148,6 @@ def pool_pair_fwd_kernel(
         )  # fmt: skip
 
 
-def lead_strides(x: torch.Tensor | None) -> tuple[int, int]:
-    """Strides of the two leading dimensions, 0 where the size is 1 (broadcast)."""
-    if x is None:
-        return 0, 0
-    return tuple(0 if size == 1 else stride for size, stride in zip(x.shape[:2], x.stride()[:2]))
-
-
 def pool_blocks_triton(
     x: torch.Tensor,
     block: int,
@@ -165,9 +160,7 @@ def pool_blocks_triton(
     n = triton.cdiv(seq, block)
     dim_pad = triton.next_power_of_2(dim)
     out = torch.empty(batch, heads, n, dim, dtype=torch.float32, device=x.device)
-    rows = contiguous_rows(rows)
-    if key_mask is not None:
-        key_mask = key_mask.expand(batch, seq).contiguous()
+    rows, key_mask = contiguous_rows(rows), contiguous_key_mask(key_mask, batch, seq)
     with torch.cuda.device_of(x):
         pool_fwd_kernel[(batch * heads * n,)](
             x,
@@ -198,7 +191,6 @@ def pool_pair_triton(
     block_k: int,
     *,
     rows: torch.Tensor | None,
-    k_rows: torch.Tensor | None,
     key_mask: torch.Tensor | None,
     scale: float,
 ) -> tuple[torch.Tensor, torch.Tensor]:
@@ -213,15 +205,13 @@ def pool_pair_triton(
     means = torch.empty(batch * heads * (nq + nk) * dim, dtype=torch.float32, device=q.device)
     q_mean = means[: batch * heads * nq * dim].view(batch, heads, nq, dim)
     k_mean = means[batch * heads * nq * dim :].view(batch, heads, nk, dim)
-    rows, k_rows = contiguous_rows(rows), contiguous_rows(k_rows)
-    if key_mask is not None:
-        key_mask = key_mask.expand(batch, kv_len).contiguous()
+    rows, key_mask = contiguous_rows(rows), contiguous_key_mask(key_mask, batch, kv_len)
     with torch.cuda.device_of(q):
         pool_pair_fwd_kernel[(batch * heads * (nq + nk),)](
             q,
             k,
             rows,
-            k_rows,
+            rows,
             key_mask,
             q_mean,
             k_mean,
@@ -235,10 +225,10 @@ def pool_pair_triton(
             *q.stride(),
             *k.stride(),
             *lead_strides(rows),
-            *lead_strides(k_rows),
+            *lead_strides(rows),
             kv_len,
             HAS_ROWS=rows is not None,
-            HAS_K_ROWS=k_rows is not None,
+            HAS_K_ROWS=rows is not None,
             HAS_MASK=key_mask is not None,
             DIM=dim,
             DIM_PAD=dim_pad,
@@ -249,11 +239,6 @@ def pool_pair_triton(
             num_warps=POOL_WARPS,
         )
     return q_mean, k_mean
-
-
-def contiguous_rows(rows: torch.Tensor | None) -> torch.Tensor | None:
-    """A permutation whose slots are adjacent in memory; expanded leading dimensions may stay."""
-    return rows if rows is None or rows.stride(-1) == 1 else rows.contiguous()
 
 
 def pool_chunk(block: int, dim_pad: int) -> int:

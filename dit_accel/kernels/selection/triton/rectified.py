@@ -6,7 +6,7 @@ import torch
 import triton
 import triton.language as tl
 
-from .pooling import contiguous_rows, lead_strides
+from ...common.launch import contiguous_rows, lead_strides, or_stand_in
 
 
 @triton.jit
@@ -65,7 +65,7 @@ def blend_blocks_triton(
             out,
             share,
             extra,
-            rows if rows is not None else out,
+            or_stand_in(rows, out),
             seq,
             heads,
             tiles,

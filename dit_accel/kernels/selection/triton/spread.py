@@ -6,7 +6,8 @@ import torch
 import triton
 import triton.language as tl
 
-from .pooling import contiguous_rows, lead_strides, pool_chunk
+from ...common.launch import contiguous_key_mask, contiguous_rows, lead_strides, or_stand_in
+from .pooling import pool_chunk
 
 WARPS = 2
 
@@ -80,15 +81,14 @@ def pool_deviation_triton(
     """See :func:`dit_accel.kernels.selection.rectified.pool_deviation`."""
     batch, seq, heads, dim = x.shape
     blocks, dim_pad = triton.cdiv(seq, block), triton.next_power_of_2(dim)
-    mean, rows = mean.contiguous(), contiguous_rows(rows)
-    key_mask = None if key_mask is None else key_mask.expand(batch, seq).contiguous()
+    mean, rows, key_mask = mean.contiguous(), contiguous_rows(rows), contiguous_key_mask(key_mask, batch, seq)
     out = torch.empty(batch, heads, blocks, dim, dtype=torch.float32, device=x.device)
     with torch.cuda.device_of(x):
         deviation_fwd_kernel[(batch * heads * blocks,)](
             x,
             mean,
-            rows if rows is not None else x,
-            key_mask if key_mask is not None else x,
+            or_stand_in(rows, x),
+            or_stand_in(key_mask, x),
             out,
             seq,
             heads,
@@ -171,15 +171,15 @@ def self_similarity_triton(
     """See :func:`dit_accel.kernels.selection.api.self_similarity`."""
     batch, seq, heads, dim = x.shape
     blocks, dim_pad, rows = triton.cdiv(seq, block), triton.next_power_of_2(dim), contiguous_rows(rows)
-    key_mask = None if key_mask is None else key_mask.expand(batch, seq).contiguous()
+    key_mask = contiguous_key_mask(key_mask, batch, seq)
     centre = None if centre is None else centre.expand(batch, heads, dim).contiguous()
     out = torch.empty(batch, heads, blocks, dtype=torch.float32, device=x.device)
     with torch.cuda.device_of(x):
         unit_mean_fwd_kernel[(batch * heads * blocks,)](
             x,
-            centre if centre is not None else out,
-            rows if rows is not None else x,
-            key_mask if key_mask is not None else x,
+            or_stand_in(centre, out),
+            or_stand_in(rows, x),
+            or_stand_in(key_mask, x),
             out,
             seq,
             heads,
@@ -276,7 +276,7 @@ def similarity_cap_triton(
     with torch.cuda.device_of(k):
         similarity_fwd_kernel[(batch * heads * blocks,)](
             k,
-            rows if rows is not None else k,
+            or_stand_in(rows, k),
             cap,
             seq,
             heads,

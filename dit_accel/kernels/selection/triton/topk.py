@@ -10,10 +10,10 @@ import torch
 import triton
 import triton.language as tl
 
+from ...common.launch import lead_strides
 from ...common.shares import PPM, WEIGHT_ONE
 from ...mask.block_mask import BlockMask
 from ...mask.triton_lists import row_warps
-from .pooling import lead_strides
 
 EMPTY, FORCED, PARTIAL = 1, 2, 4
 

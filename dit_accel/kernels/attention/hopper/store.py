@@ -1,4 +1,4 @@
-"""Two warps of the Hopper kernel that take outputs out and, of permuted calls, bring queries in.
+"""Store warps of the Hopper kernel: two that take outputs out and, in permuted calls, bring queries in.
 
 A store waits until it has read its buffer, and a permuted row until memory has answered: TMA moves adjacent rows only.
 Here both wait beside the consumers' arithmetic, and take none of the consumers' registers.
@@ -11,41 +11,41 @@ from triton.experimental.gluon import language as gl
 from triton.experimental.gluon.language.nvidia.ampere import async_copy
 from triton.experimental.gluon.language.nvidia.hopper import fence_async_shared, mbarrier, tma
 
-from .producer import claimed_tile, first_tile, tile_block, tile_header
 from .rows import row_addresses
+from .tile_scheduler import get_current_work, initial_work_tile, tile_block, tile_header
 
-CARRIERS = gl.constexpr(2)  # warps
+STORE_WARPS = gl.constexpr(2)
 _CHUNK = gl.constexpr(8)  # rows that are under way at a time: these warps have few registers
 
 
 @gluon.jit
-def copy_places(tile, buffer, places, nq, rows_at, q_len):
+def load_row_idx(tile, buffer, row_idx, nq, perm_at, q_len):
     """The rows in memory of a tile's 128 slots to shared memory; slots past the last one get row 0."""
-    LAYOUT: gl.constexpr = gl.BlockedLayout([1], [32], [CARRIERS], [0])
-    for half in gl.static_range(2):
-        slot = tile_block(tile, nq) * 128 + half * 64 + gl.arange(0, 64, layout=LAYOUT)
-        places.index(buffer + half).store(gl.load(rows_at + slot, mask=slot < q_len, other=0))
+    LAYOUT: gl.constexpr = gl.BlockedLayout([1], [32], [STORE_WARPS], [0])
+    for wg in gl.static_range(2):
+        slot = tile_block(tile, nq) * 128 + wg * 64 + gl.arange(0, 64, layout=LAYOUT)
+        row_idx.index(buffer + wg).store(gl.load(perm_at + slot, mask=slot < q_len, other=0))
 
 
 @gluon.jit
-def gather_queries(head, buffer, shared, tensors, HEAD_DIM: gl.constexpr, LAYOUT: gl.constexpr):
+def load_permuted_q(head, buffer, shared, tensors, HEAD_DIM: gl.constexpr, LAYOUT: gl.constexpr):
     """Both halves of a tile's queries into their buffers."""
     base = tensors.q_ptr + head * tensors.stride_qh
-    for half in range(2):
+    for wg in range(2):
         for chunk in gl.static_range(64 // _CHUNK):
             at = row_addresses(
-                base, shared.row_idx.index(buffer + half), chunk, tensors.stride_qs, _CHUNK, HEAD_DIM, LAYOUT
+                base, shared.row_idx.index(buffer + wg), chunk, tensors.stride_qs, _CHUNK, HEAD_DIM, LAYOUT
             )
-            async_copy.async_copy_global_to_shared(shared.q_smem.index(buffer + half).slice(chunk * _CHUNK, _CHUNK), at)
+            async_copy.async_copy_global_to_shared(shared.q_smem.index(buffer + wg).slice(chunk * _CHUNK, _CHUNK), at)
     async_copy.commit_group()
     async_copy.wait_group(0)
     fence_async_shared()
-    for half in gl.static_range(2):
-        mbarrier.arrive(shared.q_full.index(buffer + half), count=1)
+    for wg in gl.static_range(2):
+        mbarrier.arrive(shared.q_full.index(buffer + wg), count=1)
 
 
 @gluon.jit
-def put_outputs(
+def store_o(
     tile,
     turn,
     out_desc,
@@ -60,16 +60,16 @@ def put_outputs(
     """Both halves of a tile's output from shared to global memory, once the consumers have left them there."""
     head = (tile // sizes.nq).to(gl.int64)
     buffer = (turn % 2) * 2
-    for half in range(2):
-        first_slot = tile_block(tile, sizes.nq) * 128 + half * 64
-        at = half if QUANTIZED else buffer + half
+    for wg in range(2):
+        first_slot = tile_block(tile, sizes.nq) * 128 + wg * 64
+        at = wg if QUANTIZED else buffer + wg
         mbarrier.wait(shared.o_full.index(at), (turn if QUANTIZED else turn // 2) & 1)
         if PERMUTED:
             for chunk in gl.static_range(64 // _CHUNK):
                 slot = first_slot + chunk * _CHUNK + gl.arange(0, _CHUNK, layout=gl.SliceLayout(1, LAYOUT))
                 base = tensors.out_ptr + head * tensors.stride_oh
                 to = row_addresses(
-                    base, shared.row_idx.index(buffer + half), chunk, tensors.stride_os, _CHUNK, HEAD_DIM, LAYOUT
+                    base, shared.row_idx.index(buffer + wg), chunk, tensors.stride_os, _CHUNK, HEAD_DIM, LAYOUT
                 )
                 rows = shared.o_smem.index(at).slice(chunk * _CHUNK, _CHUNK).load(LAYOUT)
                 gl.store(to, rows, mask=(slot < tensors.q_len)[:, None])
@@ -80,15 +80,15 @@ def put_outputs(
     if not PERMUTED:
         tma.store_wait(pendings=0)
         if not QUANTIZED:
-            for half in gl.static_range(2):
-                mbarrier.arrive(shared.q_empty.index(buffer + half), count=1)
+            for wg in gl.static_range(2):
+                mbarrier.arrive(shared.q_empty.index(buffer + wg), count=1)
 
 
 @gluon.jit
-def carry(
+def store_loop(
     out_desc,
     shared,
-    queue,
+    scheduler,
     lists,
     sizes,
     tensors,
@@ -98,9 +98,9 @@ def carry(
 ):
     """What goes in and out of every tile of this program that reads any block."""
     LANES: gl.constexpr = HEAD_DIM // 8  # that copy a row, 16 bytes each
-    LAYOUT: gl.constexpr = gl.BlockedLayout([1, 8], [32 // LANES, LANES], [CARRIERS, 1], [1, 0])
+    LAYOUT: gl.constexpr = gl.BlockedLayout([1, 8], [32 // LANES, LANES], [STORE_WARPS, 1], [1, 0])
     turn = gl.to_tensor(0)
-    tile, place = first_tile(queue, PERMUTED and not QUANTIZED)
+    tile, work_idx = initial_work_tile(scheduler, PERMUTED and not QUANTIZED)
     # The tile before, whose output is still to come; after the last tile one more round waits for it.
     before = gl.to_tensor(-1)
     while (tile < sizes.num_tiles) | (before >= 0):
@@ -111,7 +111,7 @@ def carry(
                 if inside:
                     buffer = (turn % 2) * 2
                     head = (tile // sizes.nq).to(gl.int64)
-                    copy_places(
+                    load_row_idx(
                         tile,
                         buffer,
                         shared.row_idx,
@@ -120,14 +120,14 @@ def carry(
                         tensors.q_len,
                     )
                     if not QUANTIZED:
-                        gather_queries(head, buffer, shared, tensors, HEAD_DIM, LAYOUT)
+                        load_permuted_q(head, buffer, shared, tensors, HEAD_DIM, LAYOUT)
             if before >= 0:
-                put_outputs(before, turn - 1, out_desc, shared, sizes, tensors, HEAD_DIM, LAYOUT, PERMUTED, QUANTIZED)
+                store_o(before, turn - 1, out_desc, shared, sizes, tensors, HEAD_DIM, LAYOUT, PERMUTED, QUANTIZED)
             if QUANTIZED:
-                for half in gl.static_range(2):
-                    mbarrier.arrive(shared.o_empty.index(half), count=1)
+                for wg in gl.static_range(2):
+                    mbarrier.arrive(shared.o_empty.index(wg), count=1)
             before = gl.where(inside, tile, -1)
             turn += 1
         if inside:
-            tile = claimed_tile(queue, place)
-            place += 1
+            tile = get_current_work(scheduler, work_idx)
+            work_idx += 1

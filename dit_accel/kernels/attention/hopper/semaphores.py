@@ -1,4 +1,4 @@
-"""Counters in global memory of the Hopper kernel, by which programs on several multiprocessors wait for each other."""
+"""Semaphores of the Hopper kernel: counters in global memory by which programs wait for each other."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from triton.experimental.gluon import language as gl
 
 
 @gluon.jit
-def add_to(counter, number):
+def semaphore_add(semaphore, number):
     """Add to a counter in global memory what the calling warp has done; whoever awaits the sum sees it.
 
     A release only: what acquires empties the cache of the whole multiprocessor, masks of tokens and keys included.
@@ -26,7 +26,7 @@ def add_to(counter, number):
         }
         """,
         "=r,l,r",
-        [counter.to(gl.int64), number],
+        [semaphore.to(gl.int64), number],
         gl.int32,
         False,
         1,
@@ -34,7 +34,7 @@ def add_to(counter, number):
 
 
 @gluon.jit
-def has_reached(counter, number):
+def semaphore_reached(semaphore, number):
     """Whether a counter in global memory is at ``number``; if so, what was done before is seen, by TMA too."""
     return gl.inline_asm_elementwise(
         """
@@ -51,7 +51,7 @@ def has_reached(counter, number):
         }
         """,
         "=r,l,r",
-        [counter.to(gl.int64), number],
+        [semaphore.to(gl.int64), number],
         gl.int32,
         False,
         1,
@@ -59,8 +59,8 @@ def has_reached(counter, number):
 
 
 @gluon.jit
-def await_count(counter, number):
-    """Wait until :func:`has_reached`, without its fences in the loop: they empty the cache of other warps."""
+def semaphore_wait(semaphore, number):
+    """Wait until :func:`semaphore_reached`, without its fences in the loop: they empty the cache of other warps."""
     gl.inline_asm_elementwise(
         """
         {
@@ -76,7 +76,7 @@ def await_count(counter, number):
         }
         """,
         "=r,l,r",
-        [counter.to(gl.int64), number],
+        [semaphore.to(gl.int64), number],
         gl.int32,
         False,
         1,

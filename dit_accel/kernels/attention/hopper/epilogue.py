@@ -1,4 +1,4 @@
-"""End of a tile in the Hopper kernel: a warpgroup's output to the carriers, its log-sum-exp to global memory."""
+"""Epilogue of a tile in the Hopper kernel: O to the store warps, the log-sum-exp to global memory."""
 
 from __future__ import annotations
 
@@ -7,23 +7,23 @@ from triton.experimental.gluon import language as gl
 from triton.experimental.gluon.language.nvidia.hopper import fence_async_shared, mbarrier
 from triton.language import debug_barrier
 
-from .producer import tile_block
-from .softmax import FP8_LIFT
+from .softmax import FP8_MAX_OFFSET
+from .tile_scheduler import tile_block
 
 LN_2_ = gl.constexpr(0.6931471805599453)
 
 
 @gluon.jit
-def write_tile(
+def epilogue(
     acc,
-    reference,
-    total,
+    row_max,
+    row_sum,
     tile,
     turn,
     shared,
     sizes,
     tensors,
-    HALF: gl.constexpr,
+    WG: gl.constexpr,
     HEAD_DIM: gl.constexpr,
     PERMUTED: gl.constexpr,
     QUANTIZED: gl.constexpr,
@@ -31,19 +31,19 @@ def write_tile(
     ROW: gl.constexpr,
     O_LAYOUT: gl.constexpr,
 ):
-    """Normalise a tile's 64 rows, store their log-sum-exp, and leave their output to the carriers in shared memory."""
+    """Normalise a tile's 64 rows, store their log-sum-exp, and leave their output in shared memory."""
     O_ROW: gl.constexpr = gl.SliceLayout(1, O_LAYOUT)
     head = (tile // sizes.nq).to(gl.int64)
-    buffer = (turn % 2) * 2 + HALF
+    buffer = (turn % 2) * 2 + WG
     if QUANTIZED:
         # The output before has left its buffer, and the rows of this tile are known.
-        mbarrier.wait(shared.o_empty.index(HALF), turn & 1)
-    first_slot = tile_block(tile, sizes.nq) * 128 + HALF * 64
+        mbarrier.wait(shared.o_empty.index(WG), turn & 1)
+    first_slot = tile_block(tile, sizes.nq) * 128 + WG * 64
     slot = first_slot + gl.arange(0, 64, layout=ROW)
-    total = gl.convert_layout(gl.sum(total, 1), ROW)
-    nothing = total == 0.0
-    safe = gl.where(nothing, 1.0, total)
-    lse = (gl.convert_layout(gl.max(reference, 1), ROW) + gl.log2(safe) - (FP8_LIFT if FP8 else 0.0)) * LN_2_
+    row_sum = gl.convert_layout(gl.sum(row_sum, 1), ROW)
+    nothing = row_sum == 0.0
+    safe = gl.where(nothing, 1.0, row_sum)
+    lse = (gl.convert_layout(gl.max(row_max, 1), ROW) + gl.log2(safe) - (FP8_MAX_OFFSET if FP8 else 0.0)) * LN_2_
     row = slot
     if PERMUTED:
         row = shared.row_idx.index(buffer).load(ROW)
@@ -57,7 +57,7 @@ def write_tile(
         columns = gl.arange(0, HEAD_DIM, layout=gl.SliceLayout(0, O_LAYOUT))
         acc = acc * gl.load(tensors.v_scale_ptr + head * HEAD_DIM + columns)[None, :]
     # Through shared memory the output leaves in whole lines; in half precision Q's buffer is free by now.
-    to = HALF if QUANTIZED else buffer
+    to = WG if QUANTIZED else buffer
     shared.o_smem.index(to).store(acc.to(shared.o_smem.dtype))
     if not PERMUTED:
         fence_async_shared()

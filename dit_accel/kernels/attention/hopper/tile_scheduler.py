@@ -1,0 +1,67 @@
+"""Dynamic, persistent tile scheduler of the Hopper kernel: which query block of which head a program takes next.
+
+A tile is 128 query rows of one head. Block lists have rows of unequal length, so programs take tiles from a counter in
+global memory. The producer takes them, one ahead, and passes them on through shared memory, two at a time.
+"""
+
+from __future__ import annotations
+
+from triton.experimental import gluon
+from triton.experimental.gluon import language as gl
+from triton.experimental.gluon.language.nvidia.hopper import mbarrier
+
+
+@gluon.jit
+def tile_block(tile, nq):
+    """Query block of a tile. A head's last ones come first: they may hold text, which reads every block."""
+    return nq - 1 - tile % nq
+
+
+@gluon.jit
+def tile_header(tile, sizes, lists):
+    """Row of the lists, count and number of full blocks of a tile; zeros past the last one."""
+    row = (tile // sizes.nq) * sizes.mask_head_stride + tile_block(tile, sizes.nq)
+    inside = tile < sizes.num_tiles
+    return (
+        row,
+        gl.load(lists.counts_ptr + row, mask=inside, other=0),
+        gl.load(lists.fulls_ptr + row, mask=inside, other=0),
+    )
+
+
+@gluon.jit
+def initial_work_tile(scheduler, PERMUTE_KV: gl.constexpr):
+    """The first tile of this program, and the ``work_idx`` of the next, for all warps but the producer.
+
+    It is the program's own number; but where programs wait for each other's tiles, none may be held by a program that
+    does not run yet.
+    """
+    if PERMUTE_KV:
+        return get_current_work(scheduler, gl.to_tensor(0)), gl.to_tensor(1)
+    else:
+        return gl.program_id(0), gl.to_tensor(0)
+
+
+@gluon.jit
+def advance_to_next_work(scheduler, work_idx, PERMUTE_KV: gl.constexpr):
+    """The producer takes a tile for this program, the ``work_idx``-th, and tells the other warps."""
+    slot = work_idx % 2
+    tile = gl.atomic_add(scheduler.counter_ptr, 1, sem="relaxed")
+    if not PERMUTE_KV:
+        tile += gl.num_programs(0)
+    mbarrier.wait(scheduler.work_empty.index(slot), ((work_idx // 2) & 1) ^ 1)
+    scheduler.work.index(slot).store(
+        gl.full([1], tile, gl.int32, layout=gl.BlockedLayout([1], [32], [gl.num_warps()], [0]))
+    )
+    mbarrier.arrive(scheduler.work_full.index(slot), count=1)
+    return tile
+
+
+@gluon.jit
+def get_current_work(scheduler, work_idx):
+    """The ``work_idx``-th tile that the producer took, for the other warps."""
+    slot = work_idx % 2
+    mbarrier.wait(scheduler.work_full.index(slot), (work_idx // 2) & 1)
+    tile = gl.max(scheduler.work.index(slot).load(gl.BlockedLayout([1], [32], [gl.num_warps()], [0])), 0)
+    mbarrier.arrive(scheduler.work_empty.index(slot), count=1)
+    return tile
