@@ -19,6 +19,27 @@ import diffusers
 
 from dit_accel.patches.families import EXCLUDED, FAMILIES
 
+# The oldest diffusers that pyproject.toml allows, and the classes of the registry that it lacks; .ci/run tests with it.
+OLDEST = "0.36"
+NEWER = frozenset(
+    (
+        "AnyFlowTransformer3DModel",
+        "BriaFibo2Transformer2DModel",
+        "ErnieImageTransformer2DModel",
+        "Flux3Transformer2DModel",
+        "GlmImageTransformer2DModel",
+        "HeliosTransformer3DModel",
+        "JoyImageEditPlusTransformer3DModel",
+        "JoyImageEditTransformer3DModel",
+        "Kandinsky6Transformer3DModel",
+        "Krea2Transformer2DModel",
+        "LTX2VideoTransformer3DModel",
+        "LongCatImageTransformer2DModel",
+        "MiniMaxH3Transformer3DModel",
+        "MotifVideoTransformer3DModel",
+        "NucleusMoEImageTransformer2DModel",
+    )
+)
 PAGE = Path(__file__).parent.parent / "docs" / "families.md"
 BEGIN, END = "<!-- table: benchmarks/families_table.py -->\n", "<!-- end of table -->\n"
 
@@ -46,11 +67,12 @@ def table() -> str:
     """Markdown, a row for each class."""
     known = pipelines()
     lines = [f"With diffusers {diffusers.__version__}:", ""]
-    lines += ["| family | transformer | pipelines | default sparse from |", "|---|---|---|---|"]
+    lines += ["| family | transformer | pipelines | default sparse from | tested with |", "|---|---|---|---|---|"]
     for family in FAMILIES:
         for kind in family.transformers:
             names = ", ".join(known.get(kind, [])) or "modular"
-            lines.append(f"| {family.name} | `{kind}` | {names} | {family.min_tokens:,} tokens |")
+            versions = diffusers.__version__ if kind in NEWER else f"{OLDEST}, {diffusers.__version__}"
+            lines.append(f"| {family.name} | `{kind}` | {names} | {family.min_tokens:,} tokens | {versions} |")
     lines += ["", "Left alone, and why:", "", "| transformer | reason |", "|---|---|"]
     lines += [f"| `{kind}` | {reason} |" for kind, reason in EXCLUDED.items()]
     return "\n".join(lines) + "\n"

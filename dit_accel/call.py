@@ -157,8 +157,11 @@ def _read_mask(
     if attn_mask.dtype != torch.bool:
         return None, None, f"additive attention mask ({attn_mask.dtype})"
     shape = tuple(attn_mask.shape)
-    if len(shape) == 4 and shape[1] == shape[2] == 1:
-        attn_mask = attn_mask[:, 0, 0]
+    if len(shape) == 4:
+        # One row that heads and queries share is of keys alone, also where it was expanded (PRX up to diffusers 0.36).
+        of_heads, of_queries = (shape[axis] == 1 or attn_mask.stride(axis) == 0 for axis in (1, 2))
+        if of_heads and of_queries and shape[1] in (1, heads) and shape[2] in (1, q_len):
+            attn_mask = attn_mask[:, 0, 0]
     if attn_mask.ndim == 2 and attn_mask.shape[1] == seq_len and attn_mask.shape[0] in (1, batch):
         return attn_mask.expand(batch, seq_len), None, None
     if shape == (q_len, seq_len):

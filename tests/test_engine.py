@@ -4,9 +4,10 @@ import pytest
 import torch
 
 from dit_accel import Recipe
-from dit_accel.call import AttentionInputs
+from dit_accel.call import AttentionCall, AttentionInputs
 from dit_accel.engine import Engine
 from dit_accel.layout import StepContext, TokenLayout
+from dit_accel.run import Run
 from dit_accel.stages.order.simple import Raster, Tiles
 from dit_accel.stages.select.pooled import Pooled
 from dit_accel.stages.select.static import Window
@@ -163,6 +164,19 @@ def test_masks_that_are_no_key_masks_stay_dense_with_a_reason(mask, reason):
     assert out is v
     (recorded,) = engine.records[0].dense_calls
     assert reason in recorded
+
+
+@pytest.mark.parametrize("heads", [1, 2])
+def test_a_key_mask_that_was_expanded_is_one_still(heads):
+    q, k, v = _inputs(LAYOUTS["alone"], torch.float32)
+    keys = torch.arange(189) < torch.tensor([[180], [189]])
+    expanded = keys[:, None, None].expand(-1, heads, 189, -1)
+    call = AttentionCall.of(0, AttentionInputs(q, k, v, expanded), LAYOUTS["alone"], StepContext(), Run())
+    assert call.pairs is None
+    assert call.unread is None
+    assert torch.equal(call.key_mask, keys)
+    same = AttentionInputs(q, k, v, expanded.contiguous())
+    assert AttentionCall.of(0, same, LAYOUTS["alone"], StepContext(), Run()).pairs is not None
 
 
 def test_gradients_flow_through_a_sparse_call():

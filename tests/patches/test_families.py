@@ -147,6 +147,6 @@ def test_sparse_is_dense_with_the_mask(name):
         seen = _seen(tiny, call.q.shape[1])
         keys = torch.ones(1, len(seen), dtype=torch.bool) if call.key_mask is None else call.key_mask
         q, k, v = (x.double().transpose(1, 2) for x in (call.q, call.k, call.v))
-        mask = seen & keys[:, None, None]
+        mask = seen & (keys[:, None, None] if call.pairs is None else call.pairs)
         expected = torch.nn.functional.scaled_dot_product_attention(q, k, v, mask, scale=call.scale).transpose(1, 2)
         assert (output.double() - call.of_queries(expected)).abs().max() <= tiny.tolerance

@@ -3,14 +3,17 @@
 import importlib
 import inspect
 import pkgutil
+import re
 
 import diffusers
 import pytest
 import torch
 from diffusers.models import transformers
 from diffusers.models.modeling_utils import ModelMixin
+from packaging.version import Version
 
 import dit_accel
+from benchmarks.families_table import NEWER, OLDEST, PAGE, page
 from dit_accel.patches.families import EXCLUDED, FAMILIES
 from tests.tiny import TINY
 from tests.tiny_registry import MODELS
@@ -38,6 +41,11 @@ def _classes() -> set[str]:
     return found
 
 
+def _documented() -> str:
+    """The version of diffusers that docs/families.md is of."""
+    return re.search(r"With diffusers ([\d.]+):", PAGE.read_text(encoding="utf-8"))[1]
+
+
 def _declared() -> list[str]:
     return [name for family in FAMILIES for name in family.transformers]
 
@@ -54,8 +62,24 @@ def test_no_class_is_declared_twice_or_excluded_too():
 
 def test_every_class_that_is_named_exists():
     """A name that diffusers has changed would be of no use."""
+    if Version(diffusers.__version__) < Version(_documented()):
+        pytest.skip(
+            f"diffusers {diffusers.__version__} lacks what came up to {_documented()}, of which docs/families.md is"
+        )
     assert (set(_declared()) | set(EXCLUDED)) - _classes() == set()
     assert not [name for name in _declared() if not hasattr(diffusers, name)]
+
+
+def test_the_oldest_version_is_that_of_the_package():
+    text = (PAGE.parent.parent / "pyproject.toml").read_text(encoding="utf-8")
+    assert re.search(r'"diffusers>=([\d.]+)"', text)[1] == OLDEST
+
+
+def test_classes_that_the_oldest_version_lacks_are_marked():
+    assert set(_declared()) >= NEWER
+    if not diffusers.__version__.startswith(f"{OLDEST}."):
+        pytest.skip(f"what diffusers {OLDEST} lacks is seen with that version alone (.ci/run)")
+    assert set(_declared()) - _classes() == NEWER
 
 
 def test_every_declared_class_is_tested():
@@ -85,9 +109,7 @@ def test_an_unknown_class_is_refused_with_what_was_looked_for():
 
 
 def test_the_page_of_families_is_what_the_registry_says():
-    from benchmarks.families_table import PAGE, page
-
     text = PAGE.read_text(encoding="utf-8")
-    if f"With diffusers {diffusers.__version__}:" not in text:
+    if diffusers.__version__ != _documented():
         pytest.skip(f"the page is of another diffusers than {diffusers.__version__}")
     assert page(text) == text, "run benchmarks/families_table.py"
