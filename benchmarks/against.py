@@ -64,7 +64,10 @@ class Version:
 
 @contextmanager
 def tree_of(commit: str) -> Iterator[Path]:
-    """The files of a commit, in a folder that is gone afterwards."""
+    """The files of a commit, in a folder that is gone afterwards; or a folder that holds them already."""
+    if Path(commit).is_dir():
+        yield Path(commit).resolve()
+        return
     with tempfile.TemporaryDirectory() as folder:
         add = subprocess.run(
             ["git", "worktree", "add", "--detach", folder, commit], cwd=ROOT, capture_output=True, text=True
@@ -98,7 +101,7 @@ def compared(before: Version, after: Version, rounds: int) -> list[dict[str, Any
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("commit", help="what to compare with, such as main or HEAD~1")
+    parser.add_argument("commit", help="what to compare with, such as main or HEAD~1, or a folder of its files")
     parser.add_argument("--tests", default="tests/kernels -m gpu -x -q", help="arguments of pytest; empty for none")
     parser.add_argument("--rounds", type=int, default=9)
     parser.add_argument("--json", type=Path)
