@@ -6,7 +6,7 @@ import triton
 import triton.language as tl
 
 from ...common.launch import LOG2_E, SIZES
-from .forward import key_visibility
+from ...common.primitives import key_visibility
 
 LOG2_E_ = tl.constexpr(LOG2_E)
 

@@ -18,52 +18,16 @@ from ...common.launch import (
     token_strides,
     unit_stride,
 )
+from ...common.primitives import LN_2_, key_visibility, online_softmax_update
 from ...mask.block_mask import BlockMask
 from ..tuning import LaunchConfig, launch_config
-
-LN_2_ = tl.constexpr(0.6931471805599453)
-
-
-@triton.jit
-def key_visibility(
-    bits_ptr,
-    bit_row,
-    key_mask_ptr,
-    key_slot,
-    key_row,
-    kv_len,
-    offs_m,
-    offs_n,
-    BLOCK_Q: tl.constexpr,
-    BLOCK_K: tl.constexpr,
-    HAS_BITS: tl.constexpr,
-    HAS_KEY_MASK: tl.constexpr,
-):
-    """bool ``[len(offs_m), len(offs_n)]``: which keys of a partial block the queries see.
-
-    ``offs_m`` and ``offs_n`` count inside the block, ``key_slot`` inside the (permuted) sequence, and
-    ``key_row`` is the original row of each key.
-    """
-    inside = key_slot < kv_len
-    if HAS_KEY_MASK:
-        inside = inside & (tl.load(key_mask_ptr + key_row, mask=inside, other=0) != 0)
-    visible = inside[None, :] & (offs_m >= 0)[:, None]
-    if HAS_BITS:
-        words_per_row: tl.constexpr = BLOCK_K // 32
-        word_offsets = offs_m[:, None] * words_per_row + (offs_n // 32)[None, :]
-        # Row 0 stands in for "no bits": it exists, and what it says is overruled.
-        base = bits_ptr + tl.maximum(bit_row, 0).to(tl.int64) * (BLOCK_Q * words_per_row)
-        words = tl.load(base + word_offsets)
-        words = tl.where(bit_row < 0, -1, words)
-        visible = visible & (((words >> (offs_n % 32)[None, :]) & 1) != 0)
-    return visible
 
 
 @triton.jit
 def _attend(
     acc,
-    peak,
-    total,
+    row_max,
+    row_sum,
     q,
     k_ptr,
     v_ptr,
@@ -130,20 +94,17 @@ def _attend(
                 HAS_KEY_MASK,
             )
             scores = tl.where(visible, scores * scale_log2, float("-inf"))
-            new_peak = tl.maximum(peak, tl.max(scores, 1))
-            # A row that has seen nothing keeps peak -inf; 0 in its place avoids inf - inf.
-            base = tl.where(new_peak == float("-inf"), 0.0, new_peak)
-            weights = tl.math.exp2(scores - base[:, None])
-            shrink = tl.math.exp2(peak - base)
+            p, row_max, row_sum, acc_scale = online_softmax_update(scores, row_max, row_sum, True)
         else:
-            new_peak = tl.maximum(peak, tl.max(scores, 1) * scale_log2)
-            weights = tl.math.exp2(scores * scale_log2 - new_peak[:, None])
-            shrink = tl.math.exp2(peak - new_peak)
-        total = total * shrink + tl.sum(weights, 1)
-        acc = acc * shrink[:, None]
-        acc = tl.dot(weights.to(v.dtype), v, acc, input_precision=PRECISION)
-        peak = new_peak
-    return acc, peak, total
+            # Scaled where it is exponentiated: a multiplication and an addition in one instruction.
+            new_max = tl.maximum(row_max, tl.max(scores, 1) * scale_log2)
+            p = tl.math.exp2(scores * scale_log2 - new_max[:, None])
+            acc_scale = tl.math.exp2(row_max - new_max)
+            row_sum = row_sum * acc_scale + tl.sum(p, 1)
+            row_max = new_max
+        acc = acc * acc_scale[:, None]
+        acc = tl.dot(p.to(v.dtype), v, acc, input_precision=PRECISION)
+    return acc, row_max, row_sum
 
 
 @triton.jit(do_not_specialize=SIZES)
@@ -214,15 +175,15 @@ def block_sparse_fwd_kernel(
     q = tl.load(q_ptr + row.to(tl.int64)[:, None] * stride_qs + offs_d[None, :], mask=live, other=0.0)
 
     acc = tl.zeros([BLOCK_Q, BLOCK_D], tl.float32)
-    peak = tl.full([BLOCK_Q], float("-inf"), tl.float32)
-    total = tl.zeros([BLOCK_Q], tl.float32)
+    row_max = tl.full([BLOCK_Q], float("-inf"), tl.float32)
+    row_sum = tl.zeros([BLOCK_Q], tl.float32)
     count = tl.load(counts_ptr + mask_row)
     full = tl.load(fulls_ptr + mask_row)
     for phase in tl.static_range(2):
-        acc, peak, total = _attend(
+        acc, row_max, row_sum = _attend(
             acc,
-            peak,
-            total,
+            row_max,
+            row_sum,
             q,
             k_ptr,
             v_ptr,
@@ -248,9 +209,9 @@ def block_sparse_fwd_kernel(
             PRECISION,
         )
 
-    nothing = total == 0.0
-    out = acc / tl.where(nothing, 1.0, total)[:, None]
-    lse = tl.where(nothing, float("-inf"), (peak + tl.math.log2(tl.where(nothing, 1.0, total))) * LN_2_)
+    nothing = row_sum == 0.0
+    out = acc / tl.where(nothing, 1.0, row_sum)[:, None]
+    lse = tl.where(nothing, float("-inf"), (row_max + tl.math.log2(tl.where(nothing, 1.0, row_sum))) * LN_2_)
     out_rows = out_ptr + row.to(tl.int64)[:, None] * stride_os
     tl.store(out_rows + offs_d[None, :], out.to(out_ptr.dtype.element_ty), mask=live)
     tl.store(lse_ptr + row, lse, mask=slot < q_len)

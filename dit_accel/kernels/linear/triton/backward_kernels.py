@@ -5,7 +5,8 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from .forward_kernels import feature_map, program_index, slot_rows
+from ...common.primitives import slot_rows
+from .forward_kernels import feature_map, program_index
 
 
 @triton.jit

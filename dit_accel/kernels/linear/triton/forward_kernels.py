@@ -5,6 +5,8 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
+from ...common.primitives import slot_rows
+
 
 @triton.jit
 def feature_map(x, valid, in_d, KIND: tl.constexpr, NORMALISE: tl.constexpr, PADDED: tl.constexpr):
@@ -24,15 +26,6 @@ def feature_map(x, valid, in_d, KIND: tl.constexpr, NORMALISE: tl.constexpr, PAD
     else:
         phi = tl.maximum(x, 0.0)
     return phi
-
-
-@triton.jit
-def slot_rows(rows_ptr, slot, valid, HAS_ROWS: tl.constexpr):
-    """Original rows of slots."""
-    row = slot
-    if HAS_ROWS:
-        row = tl.load(rows_ptr + slot, mask=valid, other=0)
-    return row
 
 
 @triton.jit

@@ -20,6 +20,7 @@ from ...common.launch import (
     or_stand_in,
     padded_head_dim,
 )
+from ...common.primitives import online_softmax_update, slot_rows
 from ..levels import LEVELS
 
 TILE = 64
@@ -60,9 +61,7 @@ def pyramid_pool_kernel(
     in_d = o_d < DIM
     slot = t * TILE + tl.arange(0, TILE)
     valid = slot < seq
-    row = slot
-    if HAS_ROWS:
-        row = tl.load(rows_ptr + b * stride_rb + h * stride_rh + slot, mask=valid, other=0)
+    row = slot_rows(rows_ptr + b * stride_rb + h * stride_rh, slot, valid, HAS_ROWS)
     if HAS_MASK:
         valid = valid & (tl.load(mask_ptr + b * stride_mb + row, mask=valid, other=0) != 0)
     x_ptr += b.to(tl.int64) * stride_xb + h.to(tl.int64) * stride_xh
@@ -163,8 +162,8 @@ def pyramid_fwd_kernel(
     p_list = indices_ptr + b.to(tl.int64) * stride_ib + h.to(tl.int64) * stride_ih + i.to(tl.int64) * nk
     p_num = num_ptr + b.to(tl.int64) * stride_nb + h.to(tl.int64) * stride_nh + i * 4
 
-    top = tl.full([TILE_Q], -1e30, tl.float32)
-    total = tl.zeros([TILE_Q], tl.float32)
+    row_max = tl.full([TILE_Q], -1e30, tl.float32)
+    row_sum = tl.zeros([TILE_Q], tl.float32)
     acc = tl.zeros([TILE_Q, DIM_PAD], tl.float32)
     begin = 0
     for step in tl.static_range(0, 4):
@@ -182,9 +181,7 @@ def pyramid_fwd_kernel(
             run = run * (BLOCK_K >> step) + o % (BLOCK_K >> step)
             ok = ok & (run < length)
             if step == 0:
-                row = run
-                if HAS_ROWS:
-                    row = tl.load(rows_ptr + run, mask=ok, other=0)
+                row = slot_rows(rows_ptr, run, ok, HAS_ROWS)
                 if HAS_MASK:
                     ok = ok & (tl.load(mask_ptr + b * stride_mb + row, mask=ok, other=0) != 0)
                 row = row.to(tl.int64)[:, None]
@@ -202,20 +199,16 @@ def pyramid_fwd_kernel(
             if step > 0:
                 s += tl.log2(tl.maximum(count, 1.0))[None, :]
             s = tl.where(ok[None, :], s, float("-inf"))
-            new = tl.maximum(top, tl.max(s, 1))
-            p = tl.exp2(s - new[:, None])
-            decay = tl.exp2(top - new)
-            total = total * decay + tl.sum(p, 1)
-            acc = acc * decay[:, None]
+            p, row_max, row_sum, acc_scale = online_softmax_update(s, row_max, row_sum, False)
+            acc = acc * acc_scale[:, None]
             acc = tl.dot(p.to(b_v.dtype), b_v, acc, input_precision=PRECISION)
-            top = new
         begin += listed
-    some = total > 0.0
-    out = acc * tl.where(some, 1.0 / tl.where(some, total, 1.0), 0.0)[:, None]
+    some = row_sum > 0.0
+    out = acc * tl.where(some, 1.0 / tl.where(some, row_sum, 1.0), 0.0)[:, None]
     o_out = b.to(tl.int64) * stride_ob + h.to(tl.int64) * stride_oh
     p_out = out_ptr + o_out + row_q.to(tl.int64)[:, None] * stride_os + o_d[None, :] * stride_od
     tl.store(p_out, out.to(out_ptr.dtype.element_ty), mask=ok_q)
-    lse = (top + tl.log2(tl.where(some, total, 1.0))) / 1.4426950408889634
+    lse = (row_max + tl.log2(tl.where(some, row_sum, 1.0))) / 1.4426950408889634
     p_lse = lse_ptr + (b.to(tl.int64) * heads + h) * q_len + row_q
     tl.store(p_lse, tl.where(some, lse, float("-inf")), mask=in_q)
 

@@ -6,7 +6,6 @@ import torch
 import triton
 import triton.language as tl
 
-from ...attention.triton.forward import key_visibility
 from ...common.launch import (
     LOG2_E,
     SIZES,
@@ -17,10 +16,9 @@ from ...common.launch import (
     padded_head_dim,
     token_strides,
 )
+from ...common.primitives import LN_2_, key_visibility, online_softmax_update
 from ...common.quantized_inputs import QuantizedInputs
 from ...mask.block_mask import BlockMask
-
-LN_2_ = tl.constexpr(0.6931471805599453)
 
 
 @triton.jit(do_not_specialize=(*SIZES, "q_padded", "kv_padded"))
@@ -94,8 +92,8 @@ def quantized_fwd_kernel(
         q_mean = tl.load(q_mean_ptr + offs_d, mask=column, other=0.0) * scale_log2
 
     acc = tl.zeros([BLOCK_Q, BLOCK_D], tl.float32)
-    peak = tl.full([BLOCK_Q], float("-inf"), tl.float32)
-    total = tl.zeros([BLOCK_Q], tl.float32)
+    row_max = tl.full([BLOCK_Q], float("-inf"), tl.float32)
+    row_sum = tl.zeros([BLOCK_Q], tl.float32)
     count = tl.load(counts_ptr + mask_row)
     full = tl.load(fulls_ptr + mask_row)
     for entry in range(0, count):
@@ -135,34 +133,29 @@ def quantized_fwd_kernel(
                 HAS_KEY_MASK,
             )
             scores = tl.where(visible, scores, float("-inf"))
-        new_peak = tl.maximum(peak, tl.max(scores, 1))
-        base = tl.where(new_peak == float("-inf"), 0.0, new_peak)
-        weights = tl.math.exp2(scores - base[:, None])
-        shrink = tl.math.exp2(peak - base)
-        total = total * shrink + tl.sum(weights, 1)
-        acc = acc * shrink[:, None]
+        p, row_max, row_sum, acc_scale = online_softmax_update(scores, row_max, row_sum, True)
+        acc = acc * acc_scale[:, None]
         if FP8:
             # The stored order of keys is KEY_PLACE.
             place = (key_slot // 16) * 16 + (key_slot & 4) * 2 + (key_slot & 2) * 2
             place += (key_slot & 8) // 4 + (key_slot & 1)
             v_at = v_ptr + (plane * HEAD_DIM + offs_d)[None, :] * kv_padded + place[:, None]
             v = tl.load(v_at, mask=column[None, :], other=0.0)
-            acc += tl.dot((weights * 448.0).to(tl.float8e4nv), v)
+            acc += tl.dot((p * 448.0).to(tl.float8e4nv), v)
         else:
             v_at = v_ptr + batch * stride_vb + head * stride_vh + key_slot.to(tl.int64)[:, None] * stride_vs
             live = (key_slot < kv_len)[:, None] & column[None, :]
             v = tl.load(v_at + offs_d[None, :], mask=live, other=0.0)
-            acc = tl.dot(weights.to(HALF_TYPE), v, acc)
-        peak = new_peak
+            acc = tl.dot(p.to(HALF_TYPE), v, acc)
 
-    nothing = total == 0.0
-    safe = tl.where(nothing, 1.0, total)
+    nothing = row_sum == 0.0
+    safe = tl.where(nothing, 1.0, row_sum)
     acc = acc / safe[:, None]
     if FP8:
         v_scale = tl.load(v_scale_ptr + plane * HEAD_DIM + offs_d, mask=column, other=0.0)
         acc = acc * (v_scale / 448.0)[None, :]
     # Smoothing k took scale * q . mean(k) from every logit of the row.
-    lse = (peak + tl.math.log2(safe) + tl.load(q_shift_ptr + at) * scale_log2) * LN_2_
+    lse = (row_max + tl.math.log2(safe) + tl.load(q_shift_ptr + at) * scale_log2) * LN_2_
     lse = tl.where(nothing, float("-inf"), lse)
     live = slot < q_len
     row = slot

@@ -7,6 +7,7 @@ import triton
 import triton.language as tl
 
 from ...common.launch import contiguous_rows, lead_strides, or_stand_in
+from ...common.primitives import slot_rows
 
 
 @triton.jit
@@ -39,9 +40,7 @@ def blend_blocks_kernel(
     in_d = o_d < DIM
     slot = t * TILE + tl.arange(0, TILE)
     valid = slot < seq
-    row = slot
-    if HAS_ROWS:
-        row = tl.load(rows_ptr + b * stride_rb + h * stride_rh + slot, mask=valid, other=0)
+    row = slot_rows(rows_ptr + b * stride_rb + h * stride_rh, slot, valid, HAS_ROWS)
     block = ((b.to(tl.int64) * heads + h) * blocks + slot // BLOCK)[:, None]
     ok = valid[:, None] & in_d[None, :]
     o_out = b.to(tl.int64) * stride_ob + h.to(tl.int64) * stride_oh

@@ -7,18 +7,10 @@ import triton
 import triton.language as tl
 
 from ...common.launch import contiguous_key_mask, contiguous_rows, lead_strides, or_stand_in
+from ...common.primitives import slot_rows
 from .pooling import pool_chunk
 
 WARPS = 2
-
-
-@triton.jit
-def token_rows(rows_ptr, slot, valid, HAS_ROWS: tl.constexpr):
-    """Tokens at some slots."""
-    row = slot
-    if HAS_ROWS:
-        row = tl.load(rows_ptr + slot, mask=valid, other=0)
-    return row.to(tl.int64)
 
 
 @triton.jit
@@ -60,7 +52,7 @@ def deviation_fwd_kernel(
         o_in = start + tl.arange(0, CHUNK)
         slot = i * BLOCK + o_in
         valid = (slot < seq) & (o_in < BLOCK)
-        row = token_rows(rows_ptr, slot, valid, HAS_ROWS)
+        row = slot_rows(rows_ptr, slot, valid, HAS_ROWS).to(tl.int64)
         if HAS_MASK:
             valid = valid & (tl.load(mask_ptr + b.to(tl.int64) * seq + row, mask=valid, other=0) != 0)
         ok = valid[:, None] & (o_d < DIM)[None, :]
@@ -147,7 +139,7 @@ def unit_mean_fwd_kernel(
         o_in = start + tl.arange(0, CHUNK)
         slot = i * BLOCK + o_in
         valid = (slot < seq) & (o_in < BLOCK)
-        row = token_rows(rows_ptr, slot, valid, HAS_ROWS)
+        row = slot_rows(rows_ptr, slot, valid, HAS_ROWS).to(tl.int64)
         if HAS_MASK:
             valid = valid & (tl.load(mask_ptr + b.to(tl.int64) * seq + row, mask=valid, other=0) != 0)
         ok = valid[:, None] & (o_d < DIM)[None, :]
@@ -217,8 +209,8 @@ def run_cosine(
     slot = first_slot + tl.arange(0, BLOCK // LEVEL) * LEVEL
     whole = slot + LEVEL - 1 < seq
     ok = whole[:, None] & (o_d < DIM)[None, :]
-    first = token_rows(rows_ptr, slot, whole, HAS_ROWS)
-    last = token_rows(rows_ptr, slot + LEVEL - 1, whole, HAS_ROWS)
+    first = slot_rows(rows_ptr, slot, whole, HAS_ROWS).to(tl.int64)
+    last = slot_rows(rows_ptr, slot + LEVEL - 1, whole, HAS_ROWS).to(tl.int64)
     x = tl.load(k_ptr + first[:, None] * stride_ks + o_d[None, :] * stride_kd, mask=ok, other=0.0).to(tl.float32)
     y = tl.load(k_ptr + last[:, None] * stride_ks + o_d[None, :] * stride_kd, mask=ok, other=0.0).to(tl.float32)
     length_y = tl.sqrt(tl.sum(y * y, 1))
