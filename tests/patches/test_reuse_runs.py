@@ -248,6 +248,13 @@ def test_a_cache_of_the_user_is_left_alone_and_refused_beside_ours() -> None:
     assert torch.equal(tiny.run(pipe, steps=5), expected)
 
 
+def test_a_cache_of_another_package_is_refused() -> None:
+    pipe = build()
+    pipe.transformer._is_cached = True  # what cache-dit and ParaAttention leave
+    with pytest.raises(ValueError, match="has a cache already"):
+        dit_accel.patch(pipe, Recipe(reuse=FirstBlock()))
+
+
 def test_what_a_recipe_lacks_is_said_before_anything_is_touched() -> None:
     pipe = build()
     with pytest.raises(ValueError, match=r"needs reuse\.ratios, which belong to a checkpoint"):
