@@ -10,8 +10,8 @@ from ..stages.reuse.listed import Listed
 from ..stages.reuse.protocol import Reuse
 from .searched import mass
 
-# Steps of 30, about as many as a profile's threshold computes on the embedded model, the first ones closer: SeaCache
-# chooses so. In a straight line they are nearer to dense than the threshold's steps.
+# Steps of 30, about as many as a profile's threshold computes on the embedded model, the first ones closer, as SeaCache
+# spaces them there. Start values.
 BALANCED_STEPS = (0, 1, 2, 3, 4, 5, 6, 8, 10, 12, 14, 16, 18, 20, 22, 24, 26, 28, 29)
 FAST_STEPS = (0, 1, 2, 3, 5, 8, 11, 14, 17, 20, 23, 26, 29)
 MAX_STEPS = (0, 1, 2, 5, 9, 14, 19, 24, 29)

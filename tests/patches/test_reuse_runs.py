@@ -198,6 +198,20 @@ def test_with_gradients_nothing_is_reused() -> None:
     assert "Nothing is reused across steps: gradients may be asked for." in summary.notes
 
 
+@pytest.mark.parametrize("listed", [False, True])
+@pytest.mark.parametrize(("name", "steps"), [("balanced", 19), ("fast", 13), ("max", 9)])
+def test_a_profile_patches_by_its_name(name: str, steps: int, listed: bool) -> None:
+    pipe = build()
+    with dit_accel.patch(pipe, name, listed=listed) as handle:
+        TINY["wan"].run(pipe, steps=30)
+        summary = handle.summary()
+    assert summary.skipped_forwards > 0
+    assert all(layer.plans_made == 2 for layer in summary.layers)
+    if listed:
+        # The search is in the last dense step, whether it is listed or not.
+        assert summary.computed_forwards in (2 * steps, 2 * steps + 2)
+
+
 def test_beside_a_control_network_nothing_is_reused() -> None:
     """What it adds between the blocks is part of what they added, and would be added twice."""
     pipe = TINY["flux"].build()
@@ -232,6 +246,13 @@ def test_a_cache_of_the_user_is_left_alone_and_refused_beside_ours() -> None:
         pipe.transformer.enable_cache(FirstBlockCacheConfig(0.3))
     pipe.transformer.enable_cache(FirstBlockCacheConfig(0.3))
     assert torch.equal(tiny.run(pipe, steps=5), expected)
+
+
+def test_a_cache_of_another_package_is_refused() -> None:
+    pipe = build()
+    pipe.transformer._is_cached = True  # what cache-dit and ParaAttention leave
+    with pytest.raises(ValueError, match="has a cache already"):
+        dit_accel.patch(pipe, Recipe(reuse=FirstBlock()))
 
 
 def test_what_a_recipe_lacks_is_said_before_anything_is_touched() -> None:

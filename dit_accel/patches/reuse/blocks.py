@@ -109,5 +109,5 @@ def cache_of_the_user(model: nn.Module) -> str | None:
         for name in registry.hooks if registry is not None else ():
             if any(part in name for part in _CACHES):
                 return name
-    # cache-dit replaces forwards, and leaves this mark.
-    return "cache-dit" if getattr(model, "_is_cached", False) else None
+    # cache-dit and ParaAttention replace forwards, and leave this mark.
+    return "of cache-dit or ParaAttention" if getattr(model, "_is_cached", False) else None
