@@ -30,6 +30,7 @@ from .ltx2 import LTX2
 from .lumina2 import LUMINA2
 from .minimax_h3 import MINIMAX_H3
 from .mochi import MOCHI
+from .omnigen import OMNIGEN
 from .pixart import PIXART
 from .prx import NUCLEUS_MOE, PRX
 from .qwen_image import QWEN_IMAGE
@@ -79,6 +80,7 @@ FAMILIES: tuple[Family, ...] = (
     OVIS_IMAGE,
     JOY_IMAGE,
     JOY_IMAGE_PLUS,
+    OMNIGEN,
     PRX,
     NUCLEUS_MOE,
 )
