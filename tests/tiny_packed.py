@@ -59,7 +59,48 @@ def _omnigen(generator: torch.Generator) -> Inputs:
     }
 
 
+def _ideogram4(generator: torch.Generator) -> Inputs:
+    """Two prompts of other lengths, padded at their begin, then an image in each."""
+    length, given = TEXT + 168, []
+    for padding in (2, 0):
+        places = torch.zeros(length, 3, dtype=torch.long)
+        places[padding:TEXT] = torch.arange(TEXT - padding)[:, None]
+        places[TEXT:] = _raster((1, 12, 14), 0.0).long() + 65536
+        segments, roles = torch.ones(length, dtype=torch.long), torch.full((length,), 2)
+        segments[:padding], roles[:padding], roles[padding:TEXT] = -1, 0, 3
+        given.append((places, segments, roles))
+    places, segments, roles = (torch.stack(part) for part in zip(*given, strict=True))
+    return {
+        "hidden_states": randn(generator, 2, length, 4),
+        "timestep": time_of(0.5).expand(2),
+        "encoder_hidden_states": randn(generator, 2, length, 16),
+        "position_ids": places,
+        "segment_ids": segments,
+        "indicator": roles,
+    }
+
+
 PACKED_MODELS = {
+    "ideogram4": TinyModel(
+        kind="Ideogram4Transformer2DModel",
+        config={
+            "in_channels": 4,
+            "num_layers": 2,
+            "attention_head_dim": 16,
+            "num_attention_heads": 2,
+            "intermediate_size": 32,
+            "adaln_dim": 16,
+            "llm_features_dim": 16,
+            "mrope_section": (4, 2, 2),
+        },
+        inputs=_ideogram4,
+        grid=(1, 12, 14),
+        start=TEXT,
+        seq_len=TEXT + 168,
+        axes="bsc",
+        offset=TEXT,
+        unread=TEXT,
+    ),
     "omnigen": TinyModel(
         kind="OmniGenTransformer2DModel",
         config={

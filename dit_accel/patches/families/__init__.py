@@ -22,6 +22,7 @@ from .helios import HELIOS
 from .hidream import HIDREAM
 from .hunyuan_image import HUNYUAN_IMAGE
 from .hunyuan_video import FRAMEPACK, HUNYUAN_VIDEO, HUNYUAN_VIDEO_15, MOTIF_VIDEO
+from .ideogram4 import IDEOGRAM4
 from .joy_image import JOY_IMAGE, JOY_IMAGE_PLUS
 from .kandinsky import KANDINSKY5, KANDINSKY6
 from .krea2 import KREA2
@@ -80,6 +81,7 @@ FAMILIES: tuple[Family, ...] = (
     OVIS_IMAGE,
     JOY_IMAGE,
     JOY_IMAGE_PLUS,
+    IDEOGRAM4,
     OMNIGEN,
     PRX,
     NUCLEUS_MOE,
