@@ -29,6 +29,7 @@ NEWER = frozenset(
         "Flux3Transformer2DModel",
         "GlmImageTransformer2DModel",
         "HeliosTransformer3DModel",
+        "Ideogram4Transformer2DModel",
         "JoyImageEditPlusTransformer3DModel",
         "JoyImageEditTransformer3DModel",
         "Kandinsky6Transformer3DModel",

@@ -12,6 +12,7 @@ import torch.nn.functional as F
 
 from .kernels.common.choice import Choice, Operation
 from .kernels.common.scale import scale_of
+from .kernels.mask.pairs import PairMask
 from .layout import StepContext, TokenLayout
 from .plan import AttentionPlan
 from .records import BackendsUsed
@@ -48,6 +49,7 @@ class AttentionCall:
         repeated: whether a forward is repeated for its gradients: the call then uses what ``used`` holds, keeps
             nothing and is not counted.
         pairs: bool ``[B|1, H|1, S, S]``, which key (last) each query sees, where not all see the same.
+        seen: ``pairs`` cut into the blocks of a plan, while the plan is made.
         unread: why its attention mask cannot be read; such a call stays dense.
         plan: what a sparse call ran; None for a dense one.
         choices: the backend of each of the recipe's operations; None outside an engine, where each chooses by itself.
@@ -66,6 +68,7 @@ class AttentionCall:
     used: dict[int, Any] = field(default_factory=dict)
     repeated: bool = False
     pairs: torch.Tensor | None = None
+    seen: PairMask | None = None
     unread: str | None = None
     plan: AttentionPlan | None = None
     choices: Mapping[Operation, Choice] | None = None
@@ -87,12 +90,19 @@ class AttentionCall:
         key_mask, pairs, unread = (None, None, None) if attn_mask is None else _read_mask(attn_mask, q, k)
         used = {} if used is None else used
         scale = scale_of(q, scale)
-        return cls(layer, step, q, k, v, key_mask, scale, layout, run, used, repeated, pairs, unread)
+        return cls(
+            layer, step, q, k, v, key_mask, scale, layout, run, used, repeated, pairs, unread=unread
+        )  # fmt: skip
 
     @property
     def mask(self) -> torch.Tensor | None:
         """What hides keys: the key mask or the mask of pairs; None where nothing does."""
         return self.key_mask if self.pairs is None else self.pairs
+
+    @property
+    def hidden_blocks(self) -> torch.Tensor | None:
+        """bool ``[B|1, H|1, nq, nk]``: while a plan is made, blocks of which no query sees a key; else None."""
+        return None if self.seen is None else ~self.seen.visible
 
     def repeat_heads(self) -> None:
         """Give each query head keys and values of its own (grouped-query attention: consecutive heads share them)."""

@@ -185,25 +185,39 @@ class Planner:
     ) -> tuple[BlockMask, Any]:
         """A block mask, and what the compensation works out for it."""
         with self._timed("select", call.q.device):
-            mask = self._shown(call, prepared, select.select(prepared.blocks, prepared.tables, call, memory))
+            # Before the selection, whose scores and numbers are of what is seen.
+            call.seen = self._cut(call, prepared)
+            try:
+                mask = select.select(prepared.blocks, prepared.tables, call, memory)
+                mask = self._shown(call, prepared, mask)
+            finally:
+                call.seen = None
         with self._timed("compensate", call.q.device):
             state = self.recipe.compensate.prepare(prepared.blocks, mask, call, memory)
         return mask, state
 
-    def _shown(self, call: AttentionCall, prepared: _Prepared, mask: BlockMask) -> BlockMask:
-        """A mask without the token pairs that the call hides, and without rows of tokens that do not query."""
+    def _cut(self, call: AttentionCall, prepared: _Prepared) -> PairMask | None:
+        """The call's mask of token pairs, by the blocks of a plan."""
         if call.pairs is None:
+            return None
+        blocks = prepared.blocks
+        cut = partial(PairMask.of, call.pairs, blocks.kernel_rows, blocks.block_q, blocks.block_k)
+        if self.recipe.order.follows_call:
+            return cut()  # of this call's order
+        # Layers that share an order share this.
+        place = ("pairs", call.q.device, self.recipe.order.variant(call.layer))
+        kept = self._kept(call).plans
+        found: PairMask = kept.get(place) or cut()
+        kept[place] = found
+        return found
+
+    @staticmethod
+    def _shown(call: AttentionCall, prepared: _Prepared, mask: BlockMask) -> BlockMask:
+        """A mask without the token pairs that the call hides, and without rows of tokens that do not query."""
+        if call.seen is None:
             querying = prepared.blocks.querying_q
             return mask if querying is None else mask.for_queries(querying)
-        cut = partial(PairMask.of, call.pairs, prepared.blocks.kernel_rows, mask.block_q, mask.block_k)
-        if self.recipe.order.follows_call:
-            found = cut()  # of this call's order
-        else:
-            # Layers that share an order share this.
-            place = ("pairs", call.q.device, self.recipe.order.variant(call.layer))
-            kept = self._kept(call).plans
-            found = kept[place] = kept.get(place) or cut()
-        return found.over(mask, call.backend("selection"))
+        return call.seen.over(mask, call.backend("selection"))
 
     def is_search(self, call: AttentionCall, made: StepContext) -> bool:
         """Whether a plan made at ``made`` is of a search in this very forward, whose attention the recipe has dense."""

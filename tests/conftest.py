@@ -48,6 +48,7 @@ SLOW = frozenset(
         "kernels/test_quantized",
         "kernels/test_rectified",
         "kernels/test_selection",
+        "kernels/test_selection_pairs",
         "kernels/test_triton",
         "kernels/test_tuning",
         "patches/test_compose",

@@ -31,6 +31,7 @@ class TinyModel:
         latents: name of the argument that holds them.
         offset: packed tokens before the grid.
         queries: first and number of the tokens that query, where not all do.
+        unread: packed tokens at the begin whose output the pipeline drops, and which may be anything.
         dtype: of weights and inputs; float32 where the model cannot do without it.
     """
 
@@ -46,6 +47,7 @@ class TinyModel:
     latents: str = "hidden_states"
     offset: int = 0
     queries: tuple[int, int] | None = None
+    unread: int = 0
     dtype: torch.dtype = torch.float64
 
     @property
@@ -77,7 +79,7 @@ class TinyModel:
     @torch.no_grad()
     def run(self, model: Any, given: Inputs | None = None) -> torch.Tensor:
         out = model(**self.given() if given is None else given, return_dict=False)[0]
-        return torch.stack(out) if isinstance(out, list) else out
+        return torch.stack(out) if isinstance(out, list) else out[:, self.unread :]
 
     def nudged(self, place: Grid) -> Inputs:
         """The inputs with the latents of one token changed."""

@@ -41,7 +41,87 @@ def _packed(generator: torch.Generator) -> Inputs:
     }
 
 
+def _omnigen(generator: torch.Generator) -> Inputs:
+    """A prompt, causal, then the time token and the image, which see all but the padding before the prompt."""
+    length = TEXT + 1 + 168
+    mask = torch.ones(length, length, dtype=torch.float64).tril()
+    mask[TEXT:] = 1
+    mask[:, :2] = 0
+    mask[:2, :2] = torch.eye(2)
+    return {
+        "hidden_states": randn(generator, 1, 4, 24, 28),
+        "timestep": time_of(0.5),
+        "input_ids": torch.arange(TEXT)[None],
+        "input_img_latents": [],
+        "input_image_sizes": {},
+        "attention_mask": mask[None],
+        "position_ids": torch.arange(length)[None],
+    }
+
+
+def _ideogram4(generator: torch.Generator) -> Inputs:
+    """Two prompts of other lengths, padded at their begin, then an image in each."""
+    length, given = TEXT + 168, []
+    for padding in (2, 0):
+        places = torch.zeros(length, 3, dtype=torch.long)
+        places[padding:TEXT] = torch.arange(TEXT - padding)[:, None]
+        places[TEXT:] = _raster((1, 12, 14), 0.0).long() + 65536
+        segments, roles = torch.ones(length, dtype=torch.long), torch.full((length,), 2)
+        segments[:padding], roles[:padding], roles[padding:TEXT] = -1, 0, 3
+        given.append((places, segments, roles))
+    places, segments, roles = (torch.stack(part) for part in zip(*given, strict=True))
+    return {
+        "hidden_states": randn(generator, 2, length, 4),
+        "timestep": time_of(0.5).expand(2),
+        "encoder_hidden_states": randn(generator, 2, length, 16),
+        "position_ids": places,
+        "segment_ids": segments,
+        "indicator": roles,
+    }
+
+
 PACKED_MODELS = {
+    "ideogram4": TinyModel(
+        kind="Ideogram4Transformer2DModel",
+        config={
+            "in_channels": 4,
+            "num_layers": 2,
+            "attention_head_dim": 16,
+            "num_attention_heads": 2,
+            "intermediate_size": 32,
+            "adaln_dim": 16,
+            "llm_features_dim": 16,
+            "mrope_section": (4, 2, 2),
+        },
+        inputs=_ideogram4,
+        grid=(1, 12, 14),
+        start=TEXT,
+        seq_len=TEXT + 168,
+        axes="bsc",
+        offset=TEXT,
+        unread=TEXT,
+    ),
+    "omnigen": TinyModel(
+        kind="OmniGenTransformer2DModel",
+        config={
+            "in_channels": 4,
+            "hidden_size": 32,
+            "num_attention_heads": 2,
+            "num_key_value_heads": 2,
+            "intermediate_size": 32,
+            "num_layers": 2,
+            "pad_token_id": 0,
+            "vocab_size": 100,
+            "rope_scaling": {"long_factor": [1.0] * 8, "short_factor": [1.0] * 8},
+            "pos_embed_max_size": 32,
+        },
+        inputs=_omnigen,
+        grid=(1, 12, 14),
+        start=TEXT + 1,
+        seq_len=TEXT + 1 + 168,
+        axes="bchw",
+        patch=(1, 2, 2),
+    ),
     "minimax-h3": TinyModel(
         kind="MiniMaxH3Transformer3DModel",
         config={

@@ -60,7 +60,7 @@ class Forward:
             sample, by ordinal.
         calls, repeats: how often each layer has attended, and again for its gradients.
         layouts: of its sequences, by length and by whether they are masked.
-        key_masks: that its masks of pairs stand for, by their shape; None for one that says more.
+        key_masks: boolean masks that its masks of pairs stand for, by their shape; None for one that says more.
         reuse: what a cache knows of it; None where all blocks run.
     """
 

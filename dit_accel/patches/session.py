@@ -247,6 +247,8 @@ class Session:
                 layout = replace(layout, queries=(kv_len - q_len if self.family.text_first else 0, q_len))
             if self.family.masks_pairs and inputs.attn_mask is not None:
                 inputs = inputs._replace(attn_mask=self._of_keys(forward, inputs.attn_mask, layout))
+            if self.family.adds_pairs and inputs.attn_mask is not None:
+                inputs = inputs._replace(attn_mask=self._of_bits(forward, inputs.attn_mask))
         step, used = forward.step, forward.used
         if ordinal:
             # Another sample: nothing of the first one's holds for it.
@@ -263,6 +265,16 @@ class Session:
             forward.key_masks[mask.shape] = key_mask_of_pairs(mask, layout)
         keys = forward.key_masks[mask.shape]
         return mask if keys is None else keys
+
+    @staticmethod
+    def _of_bits(forward: Forward, mask: torch.Tensor) -> torch.Tensor:
+        """A mask that is added to the logits as the boolean one that it stands for, made once a forward."""
+        if mask.dtype == torch.bool:
+            return mask
+        bits = forward.key_masks.get(mask.shape)
+        if bits is None:
+            bits = forward.key_masks[mask.shape] = mask > torch.finfo(mask.dtype).min / 2
+        return bits
 
     def _layout(self, forward: Forward, seq_len: int, masked: bool = False) -> TokenLayout | str:
         layout = forward.layouts.get((seq_len, masked))

@@ -99,3 +99,22 @@ def test_a_repeated_block_finds_the_key_mask_of_its_forward():
             model(**given, return_dict=False)[0].square().sum().backward()
         gradients.append(given["hidden_states"].grad)
     assert (gradients[0] - gradients[1]).abs().max() <= 1e-9 * gradients[0].abs().max()
+
+
+def test_a_mask_that_is_added_is_read_as_pairs_once_a_forward():
+    tiny = MODELS["omnigen"]
+    model = tiny.build()
+    given = tiny.given()
+    calls = []
+    with dit_accel.patch(model, FULL) as handle, handle.observe(lambda _, call: calls.append(call)):
+        tiny.run(model, given)
+        # Another prompt's mask, in the next forward.
+        given["attention_mask"][:, :, 3] = 0
+        tiny.run(model, given)
+        assert not handle.summary().dense_calls
+    for first, second, hidden in ((0, 1, 2), (2, 3, 3)):
+        assert calls[first].pairs is not None
+        assert calls[first].pairs.data_ptr() == calls[second].pairs.data_ptr()
+        assert calls[first].pairs[0, 0, 20].nonzero()[0] == 2
+        assert int((~calls[first].pairs[0, 0, 20]).sum()) == hidden
+    assert torch.equal(calls[0].pairs[0, 0, 2:9, 2:9], torch.ones(7, 7).tril().bool())

@@ -8,7 +8,7 @@ import torch
 import torch.nn.functional as F
 
 from .block_mask import BlockMask
-from .token_bits import distinct, pack_tokens
+from .token_bits import distinct, pack_tokens, unpack_tokens
 
 
 @dataclass(frozen=True, eq=False)
@@ -55,6 +55,40 @@ class PairMask:
             token_bits, row = distinct(pack_tokens(blocks.movedim(4, 3)[partial]))
             bit_rows[partial] = row.to(torch.int32)
         return cls(seen_by, whole, bit_rows, token_bits)
+
+    @property
+    def block_q(self) -> int:
+        """Tokens of a query block."""
+        return self.token_bits.shape[1]
+
+    @property
+    def block_k(self) -> int:
+        """Tokens of a key block."""
+        return self.token_bits.shape[2] * 32
+
+    def blocks(self, seq_len: int, backend: str = "auto") -> BlockMask:
+        """Every block with a pair that is seen, of a sequence of ``seq_len`` tokens."""
+        return BlockMask.from_dense(
+            self.visible,
+            self.block_q,
+            self.block_k,
+            seq_len,
+            seq_len,
+            partial=~self.whole,
+            bit_rows=self.bit_rows,
+            token_bits=self.token_bits,
+            backend=backend,
+        )
+
+    def tokens(self, first: int, stop: int) -> torch.Tensor:
+        """bool ``[B|1, H|1, (stop - first) * block_q, nk * block_k]``: what queries of some blocks see.
+
+        Slots behind the end of the sequence hold anything.
+        """
+        rows = self.bit_rows[:, :, first:stop, :, None, None]
+        bits = unpack_tokens(self.token_bits)[rows[..., 0, 0].clamp_min(0).long()]
+        seen = torch.where(rows >= 0, bits, self.whole[:, :, first:stop, :, None, None])
+        return seen.transpose(3, 4).flatten(4).flatten(2, 3)
 
     @property
     def visible(self) -> torch.Tensor:

@@ -12,6 +12,12 @@ def pack_tokens(tokens: torch.Tensor) -> torch.Tensor:
     return torch.where(words >= 1 << 31, words - (1 << 32), words).to(torch.int32)
 
 
+def unpack_tokens(packed: torch.Tensor) -> torch.Tensor:
+    """bool ``[P, block_q, block_k]`` from int32 ``[P, block_q, block_k // 32]``."""
+    places = torch.arange(32, dtype=torch.int32, device=packed.device)
+    return (packed[..., None] >> places & 1).bool().flatten(-2)
+
+
 def distinct(packed: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     """The distinct ones of int32 token masks ``[P, ...]``, and the row of each input: most repeat themselves."""
     flat = packed.flatten(1).long()

@@ -155,13 +155,14 @@ def select_blocks(
     forced_k: torch.Tensor | None = None,
     partial_k: torch.Tensor | None = None,
     empty_k: torch.Tensor | None = None,
+    hidden: torch.Tensor | None = None,
     keep_own: bool = True,
     backend: str = "auto",
 ) -> BlockMask:
     """Key blocks to read, from the scores of block pairs.
 
-    The candidates of a query block are the key blocks that are neither forced nor empty. ``density`` keeps
-    the ``max(1, ceil(density * candidates))`` best of them; ``top_p`` keeps the fewest, best first, whose
+    The candidates of a query block are the key blocks that are neither forced, empty nor hidden from it. ``density``
+    keeps the ``max(1, ceil(density * candidates))`` best of them; ``top_p`` keeps the fewest, best first, whose
     softmax weights over the candidates reach ``top_p`` (at least one). Both together keep the union. Ties go
     to the lower index; NaN scores rank last.
 
@@ -175,6 +176,7 @@ def select_blocks(
         forced_k: bool, likewise over ``nk``: key blocks that every query block reads.
         partial_k: bool, likewise over ``nk``: key blocks with hidden keys; the mask lists them last.
         empty_k: bool, likewise over ``nk``: key blocks without any visible key; never selected.
+        hidden: bool ``[B|1, H|1, nq, nk]``: pairs of blocks of which no query sees a key; never selected.
         keep_own: also keep the key blocks that overlap the query block's own token range.
         backend: one of :data:`~dit_accel.kernels.BACKENDS`; ``"auto"`` is Triton on CUDA.
 
@@ -197,6 +199,8 @@ def select_blocks(
     forced_k = expand_blocks(forced_k, nk, "forced_k")
     partial_k = expand_blocks(partial_k, nk, "partial_k")
     empty_k = expand_blocks(empty_k, nk, "empty_k")
+    if hidden is not None and (hidden.dim() != 4 or tuple(hidden.shape[2:]) != (nq, nk)):
+        raise ValueError(f"hidden must be bool [B, H, {nq}, {nk}], got {tuple(hidden.shape)}.")
     if choose_selection(Case(scores.device), backend).name == "triton":
         from .triton.topk import select_blocks_triton
 
@@ -208,6 +212,7 @@ def select_blocks(
             forced_k=forced_k,
             partial_k=partial_k,
             empty_k=empty_k,
+            hidden=hidden,
             keep_own=keep_own,
             block_q=block_q,
             block_k=block_k,
@@ -217,7 +222,8 @@ def select_blocks(
     open_k = torch.ones(1, 1, nk, dtype=torch.bool, device=scores.device)
     if empty_k is not None:
         open_k = ~empty_k
-    candidates = open_k if forced_k is None else open_k & ~forced_k
+    opened = open_k[..., None, :] if hidden is None else open_k[..., None, :] & ~hidden
+    candidates = opened if forced_k is None else opened & ~forced_k[..., None, :]
     keep = best_candidates(scores, candidates, count_ppm, mass_ppm)
     if forced_k is not None:
         keep = keep | forced_k[..., None, :]
@@ -225,7 +231,7 @@ def select_blocks(
         keep = keep | forced_q[..., None]
     if keep_own:
         keep = keep | own_blocks(block_q, block_k, q_len, kv_len, scores.device)
-    keep = keep & open_k[..., None, :]
+    keep = keep & opened
     partial = None if partial_k is None else partial_k[..., None, :]
     return BlockMask.from_dense(keep, block_q, block_k, q_len, kv_len, partial=partial, backend="torch")
 
@@ -243,18 +249,18 @@ def best_candidates(
     count_ppm: int | torch.Tensor | None,
     mass_ppm: int | torch.Tensor | None,
 ) -> torch.Tensor:
-    """bool ``[B, H, nq, nk]``: union of the top-k and top-p choices among ``candidates [B|1, H|1, nk]``."""
+    """bool ``[B, H, nq, nk]``: union of the top-k and top-p choices among ``candidates [B|1, H|1, nq|1, nk]``."""
     big = torch.finfo(torch.float32).max
     scores = torch.nan_to_num(scores.float(), nan=-big, posinf=big, neginf=-big)
-    allowed = candidates[..., None, :].expand(scores.shape)
+    allowed = candidates.expand(scores.shape)
     ranked = torch.where(allowed, scores, -torch.inf)
     order = ranked.argsort(dim=-1, descending=True, stable=True)
     rank = torch.arange(scores.shape[-1], device=scores.device)
     chosen = torch.zeros_like(allowed)
     if count_ppm is not None:
-        ppm = count_ppm[..., None] if isinstance(count_ppm, torch.Tensor) else count_ppm
-        count = (candidates.sum(-1, dtype=torch.int64)[..., None] * ppm + (PPM - 1)) // PPM
-        chosen = rank < count[..., None]
+        ppm = count_ppm[..., None, None] if isinstance(count_ppm, torch.Tensor) else count_ppm
+        count = (candidates.sum(-1, dtype=torch.int64, keepdim=True) * ppm + (PPM - 1)) // PPM
+        chosen = rank < count
     if mass_ppm is not None:
         ppm = mass_ppm[..., None, None] if isinstance(mass_ppm, torch.Tensor) else mass_ppm
         best = ranked.amax(-1, keepdim=True)

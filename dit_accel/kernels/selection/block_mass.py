@@ -9,6 +9,8 @@ from ..common.capability import why_not_tiles
 from ..common.choice import Case, Choice, case_of, choose
 from ..common.scale import scale_of
 from ..common.tokens import gather_mask, gather_rows
+from ..mask.pairs import PairMask
+from .pairs import block_mass_under
 
 CHUNK_VALUES = 1 << 22
 """The torch version holds about this many shares of the mass at a time on a CPU, logits elsewhere."""
@@ -28,6 +30,7 @@ def block_mass(
     lse: torch.Tensor | None = None,
     rows: torch.Tensor | None = None,
     key_mask: torch.Tensor | None = None,
+    seen: PairMask | None = None,
     scale: float | None = None,
     backend: str = "auto",
 ) -> tuple[torch.Tensor, torch.Tensor]:
@@ -45,24 +48,36 @@ def block_mass(
         lse: optional float32 ``[B, H, Sq]``, natural logarithm, in the queries' original order.
         rows: optional permutation of queries and keys, see :func:`dit_accel.kernels.selection.api.pool_blocks`.
         key_mask: optional bool ``[B, Sk]``, visible keys in original order.
+        seen: optional, which keys each query sees, in place of ``key_mask``: of the permuted sequence, by these
+            blocks. Triton needs the ``lse`` over what is seen with it.
         scale: softmax scale, ``D ** -0.5`` when left out.
         backend: one of :data:`~dit_accel.kernels.BACKENDS`; ``"auto"`` is Triton on CUDA.
 
     Returns:
         ``(mass, lse)``: float32 ``[B, H, nq, nk]``, and ``[B, H, Sq]`` in original order. A query that sees
         no key has ``lse`` -inf and contributes no mass.
+
+    Raises:
+        ValueError: shapes that do not fit, or ``seen`` without an ``lse`` on Triton or beside a ``key_mask``.
     """
     if q.shape[0] != k.shape[0] or q.shape[2:] != k.shape[2:]:
         raise ValueError(f"q and k must agree in batch, heads and head dim, got {tuple(q.shape)} and {tuple(k.shape)}.")
+    if seen is not None and key_mask is not None:
+        raise ValueError("block_mass takes a key_mask or the pairs that are seen, got both.")
     scale = scale_of(q, scale)
     if choose_block_mass(case_of(q, k, blocks=(block_q, block_k)), backend).name == "triton":
         from .triton.block_mass import block_mass_triton
 
-        return block_mass_triton(
+        if seen is not None and lse is None:
+            raise ValueError("block_mass on Triton needs the log-sum-exp of what is seen, got none.")
+        mass, lse = block_mass_triton(
             q, k, block_q=block_q, block_k=block_k, lse=lse, rows=rows, key_mask=key_mask,
             scale=scale,
         )  # fmt: skip
-    return _block_mass_torch(q, k, block_q, block_k, lse, rows, key_mask, scale)
+        if seen is not None:
+            mass = block_mass_under(mass, lse, q, k, seen, rows=rows, scale=scale)
+        return mass, lse
+    return _block_mass_torch(q, k, block_q, block_k, lse, rows, key_mask, seen, scale)
 
 
 @torch.no_grad()
@@ -74,6 +89,7 @@ def _block_mass_torch(
     lse: torch.Tensor | None,
     rows: torch.Tensor | None,
     key_mask: torch.Tensor | None,
+    pairs: PairMask | None,
     scale: float,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Block mass as attention to values that say in which block a key lies, a head dim of blocks at a time."""
@@ -86,6 +102,7 @@ def _block_mass_torch(
     if visible is not None:
         # A logit that overflows would outlive the mask: inf - inf is NaN.
         keys = keys.masked_fill(~visible[..., None], 0.0)
+        visible = visible[:, :, None]
     given = None
     if lse is not None:
         given = lse.to(wide) if rows is None else torch.take_along_dim(lse.to(wide), rows.long(), dim=2)
@@ -101,6 +118,8 @@ def _block_mass_torch(
     for begin in range(0, q_len, step):
         part = slice(begin, min(begin + step, q_len))
         queries = q_slots[:, :, part].to(wide).contiguous()
+        if pairs is not None:
+            visible = pairs.tokens(begin // block_q, -(-part.stop // block_q))[:, :, : queries.shape[2], :kv_len]
         shares, logs = zip(*(_attend(queries, keys, values, visible, span, scale) for span in spans))
         slots[:, :, part] = torch.stack(logs).logsumexp(0)
         shift = (slots if given is None else given)[:, :, part]
@@ -126,12 +145,12 @@ def _attend(
     q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, visible: torch.Tensor | None, span: slice, scale: float
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Attention ``[B, H, n, D]`` to a span of the keys and its log-sum-exp ``[B, H, n]``; 0 and -inf where no key of
-    it is ``visible [B, H|1, Sk]``. Values are those of any span from its begin."""
+    it is ``visible [B|1, H|1, n|1, Sk]``. Values are those of any span from its begin."""
     k, v = k[:, :, span], v[:, :, : span.stop - span.start]
     bias = seen = None
     if visible is not None:
         seen = visible[..., span]
-        bias = torch.zeros(seen.shape, dtype=q.dtype, device=q.device).masked_fill_(~seen, -torch.inf)[:, :, None]
+        bias = torch.zeros(seen.shape, dtype=q.dtype, device=q.device).masked_fill_(~seen, -torch.inf)
     if q.device.type == "cpu":
         # One parallel region. Many small ones cost a busy machine several times the work between them.
         out, lse = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu(q, k, v, attn_mask=bias, scale=scale)
@@ -141,6 +160,6 @@ def _attend(
         lse = logits.logsumexp(-1)
         out = (logits - lse[..., None]).exp() @ v
     if seen is not None:
-        blind = ~seen.any(-1, keepdim=True)
+        blind = ~seen.any(-1)
         out, lse = out.masked_fill(blind[..., None], 0.0), lse.masked_fill(blind, -torch.inf)
     return out, lse

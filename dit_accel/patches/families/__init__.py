@@ -22,6 +22,7 @@ from .helios import HELIOS
 from .hidream import HIDREAM
 from .hunyuan_image import HUNYUAN_IMAGE
 from .hunyuan_video import FRAMEPACK, HUNYUAN_VIDEO, HUNYUAN_VIDEO_15, MOTIF_VIDEO
+from .ideogram4 import IDEOGRAM4
 from .joy_image import JOY_IMAGE, JOY_IMAGE_PLUS
 from .kandinsky import KANDINSKY5, KANDINSKY6
 from .krea2 import KREA2
@@ -30,6 +31,7 @@ from .ltx2 import LTX2
 from .lumina2 import LUMINA2
 from .minimax_h3 import MINIMAX_H3
 from .mochi import MOCHI
+from .omnigen import OMNIGEN
 from .pixart import PIXART
 from .prx import NUCLEUS_MOE, PRX
 from .qwen_image import QWEN_IMAGE
@@ -79,6 +81,8 @@ FAMILIES: tuple[Family, ...] = (
     OVIS_IMAGE,
     JOY_IMAGE,
     JOY_IMAGE_PLUS,
+    IDEOGRAM4,
+    OMNIGEN,
     PRX,
     NUCLEUS_MOE,
 )

@@ -12,9 +12,7 @@ EXCLUDED: Mapping[str, str] = {
     # a layout that is more than one grid among other tokens
     "QwenImage21Transformer2DModel": "Its prefix lies in a cache of keys, so that it has fewer queries than keys.",
     "Cosmos3OmniTransformer": "Its queries are grouped, and fewer than its keys, which are the prompt's too.",
-    "Ideogram4Transformer2DModel": "Its prompt and image are one packed sequence, told apart token by token.",
     "Kandinsky6SRTransformer3DModel": "Its self-attention is sparse already: sliding tiles and NABLA.",
-    "OmniGenTransformer2DModel": "Its prompt attends causally, under a mask of pairs that is more than a key mask.",
     # queries and keys that differ in number, or that no dense call ever sees
     "AnyFlowFARTransformer3DModel": "It attends to chunks in a cache of keys, under block masks of its own.",
     "WanAnimate2Transformer3DModel": "It attends to packed keys of its references, under a block mask of its own.",

@@ -35,6 +35,8 @@ class Family:
             ("first"), or in each sample of the batch at another place ("apart").
         masks_pairs: whether the layers of a forward are all given one mask of pairs, keys x queries, whose padded rows
             are read nowhere.
+        adds_pairs: whether the layers of a forward are all given one mask of pairs that is added to the logits, 0 where
+            a key is seen and the least number of its dtype elsewhere.
     """
 
     name: str
@@ -49,6 +51,7 @@ class Family:
     timestep: str = "timestep"
     masked: Literal["there", "first", "apart"] = "there"
     masks_pairs: bool = False
+    adds_pairs: bool = False
 
     def place(self, latents: LatentTokens) -> LatentTokens:
         """Latent tokens known by their positions, with the grid read off these; without a grid where there is none."""

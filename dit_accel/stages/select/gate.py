@@ -52,6 +52,11 @@ class GlobalGate(Select):
     ) -> BlockMask:
         """Mask of one call from its queries and keys."""
         gates = pooled_scores_of(blocks, call, scale=1.0)
+        if call.seen is not None:
+            # At the least gate of a head, which is a share of nothing, a hidden pair takes no part.
+            seen = call.seen.visible
+            least = gates.masked_fill(~seen, torch.inf).amin((-1, -2), keepdim=True)
+            gates = torch.where(seen, gates, least)
         chosen = select_by_threshold(
             gates,
             self.threshold,

@@ -8,9 +8,10 @@ from typing import ClassVar
 import torch
 
 from ...call import AttentionCall
-from ...kernels import BlockMask
-from ...kernels.common.choice import Case, Choice, Operation
+from ...kernels import BlockMask, block_sparse_attention
+from ...kernels.common.choice import Case, Choice, Operation, case_of
 from ...kernels.common.tokens import gather_mask
+from ...kernels.mask.pairs import PairMask
 from ...kernels.selection.block_mass import block_mass, choose_block_mass
 from ...layout import TokenLayout
 from ...plan import LayerMemory, SequenceBlocks
@@ -87,7 +88,7 @@ class Mass(Select):
         mass, lse = self._mass(blocks, call, known)
         if memory is not None and self.cache_lse:
             memory.lse = lse
-        return self._keep(blocks, mass, call.key_mask, call.backend("selection"))
+        return self._keep(blocks, mass, call.key_mask, call.hidden_blocks, call.backend("selection"))
 
     def scores(self, blocks: SequenceBlocks, _tables: None, call: AttentionCall) -> torch.Tensor:
         """Block masses."""
@@ -95,33 +96,56 @@ class Mass(Select):
 
     def chosen_by(self, blocks: SequenceBlocks, scores: torch.Tensor) -> torch.Tensor:
         """What one call with these masses would keep."""
-        return self._keep(blocks, scores, None).to_dense()
+        return self._keep(blocks, scores).to_dense()
 
     @staticmethod
     def _mass(
         blocks: SequenceBlocks, call: AttentionCall, lse: torch.Tensor | None
     ) -> tuple[torch.Tensor, torch.Tensor]:
-        return block_mass(
-            call.q,
-            call.k,
-            block_q=blocks.block_q,
-            block_k=blocks.block_k,
-            lse=lse,
-            rows=blocks.kernel_rows,
-            key_mask=call.key_mask,
-            scale=call.scale,
-            backend=call.backend("block_mass"),
-        )
+        return mass_of_call(blocks, call, lse, call.key_mask, call.seen)
 
     def _keep(
-        self, blocks: SequenceBlocks, mass: torch.Tensor, key_mask: torch.Tensor | None, backend: str = "auto"
+        self,
+        blocks: SequenceBlocks,
+        mass: torch.Tensor,
+        key_mask: torch.Tensor | None = None,
+        hidden: torch.Tensor | None = None,
+        backend: str = "auto",
     ) -> BlockMask:
         shares = shares_per_head(self.head_densities, self.density, mass.shape[1], mass.device)
-        mask = keep_best(blocks, mass, key_mask, density=shares, backend=backend)
+        mask = keep_best(blocks, mass, key_mask, density=shares, hidden=hidden, backend=backend)
         if not self.head_adaptive or self.head_densities or mass.shape[1] < 2:
             return mask
         density = adapted_densities(recall(mass, mask), self.density, self.recall_target)
-        return keep_best(blocks, mass, key_mask, density=density, backend=backend)
+        return keep_best(blocks, mass, key_mask, density=density, hidden=hidden, backend=backend)
+
+
+def mass_of_call(
+    blocks: SequenceBlocks,
+    call: AttentionCall,
+    lse: torch.Tensor | None,
+    key_mask: torch.Tensor | None,
+    seen: PairMask | None,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Block masses of a call and their log-sum-exp, of keys of ``key_mask`` or of the pairs of tokens ``seen``."""
+    rows, backend = blocks.kernel_rows, call.backend("block_mass")
+    case = case_of(call.q, call.k, blocks=(blocks.block_q, blocks.block_k))
+    if seen is not None and lse is None and choose_block_mass(case, backend).name == "triton":
+        # Attention to all that is seen: its kernel knows masks of pairs, that of the masses does not.
+        whole = seen.blocks(blocks.layout.seq_len, call.backend("selection"))
+        _, lse = block_sparse_attention(call.q, call.k, call.k, whole, rows=rows, scale=call.scale, return_lse=True)
+    return block_mass(
+        call.q,
+        call.k,
+        block_q=blocks.block_q,
+        block_k=blocks.block_k,
+        lse=lse,
+        rows=rows,
+        key_mask=key_mask,
+        seen=seen,
+        scale=call.scale,
+        backend=backend,
+    )
 
 
 def recall(mass: torch.Tensor, mask: BlockMask) -> torch.Tensor:
@@ -186,27 +210,28 @@ class FrozenMass(Select):
     ) -> BlockMask:
         """Mask of one call from its queries and keys."""
         lse = visible = None
-        if self.uses_lse(blocks.layout, call.key_mask):
+        if call.seen is None and self.uses_lse(blocks.layout, call.key_mask):
             if memory is not None:
                 lse, memory.lse = memory.lse, None  # it was that of this call
         else:
             latents = blocks.latent_tokens.expand(call.q.shape[0], -1)
             visible = (latents if call.key_mask is None else latents & call.key_mask).contiguous()
-        mass, _ = block_mass(
-            call.q,
-            call.k,
-            block_q=blocks.block_q,
-            block_k=blocks.block_k,
-            lse=lse,
-            rows=blocks.kernel_rows,
-            key_mask=visible,
-            scale=call.scale,
-            backend=call.backend("block_mass"),
-        )
+        seen = None
+        if call.pairs is not None:
+            pairs = call.pairs & blocks.latent_tokens
+            seen = PairMask.of(pairs, blocks.kernel_rows, blocks.block_q, blocks.block_k)
+        mass, _ = mass_of_call(blocks, call, lse, visible if seen is None else None, seen)
         # A mean over the visible keys of a block: the last one may be short.
         count = blocks.tokens_k
         if visible is not None:
             slots = gather_mask(visible, blocks.kernel_rows)
             padded = torch.nn.functional.pad(slots, (0, -slots.shape[-1] % blocks.block_k))
             count = padded.unflatten(-1, (-1, blocks.block_k)).sum(-1).clamp_min(1)[..., None, :]
-        return keep_best(blocks, mass / count, call.key_mask, density=self.density, backend=call.backend("selection"))
+        return keep_best(
+            blocks,
+            mass / count,
+            call.key_mask,
+            density=self.density,
+            hidden=call.hidden_blocks,
+            backend=call.backend("selection"),
+        )

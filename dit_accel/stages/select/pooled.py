@@ -10,6 +10,7 @@ import torch
 from ...call import AttentionCall
 from ...kernels import BlockMask
 from ...kernels.selection.api import own_blocks, pooled_scores, select_blocks
+from ...kernels.selection.pairs import pooled_scores_under
 from ...plan import LayerMemory, SequenceBlocks
 from .protocol import (
     WHOLE_BLOCK_SIZES,
@@ -32,6 +33,7 @@ def keep_best(
     top_p: float | torch.Tensor | None = None,
     forced_q: torch.Tensor | None = None,
     forced_k: torch.Tensor | None = None,
+    hidden: torch.Tensor | None = None,
     backend: str = "auto",
 ) -> BlockMask:
     """Mask of the best key blocks by ``scores [B, H, nq, nk]``; text, own and forced blocks are always kept.
@@ -41,6 +43,7 @@ def keep_best(
             :func:`~dit_accel.kernels.selection.api.select_blocks`.
         forced_q, forced_k: bool ``[B|1, H|1, nq]`` and ``[..., nk]``: further blocks that read everything,
             and that everything reads.
+        hidden: bool ``[B|1, H|1, nq, nk]``: pairs of blocks that see nothing of each other, and are no choice.
         backend: of the choice, one of :data:`~dit_accel.kernels.BACKENDS`.
     """
     partial_k, empty_k = (None, None) if key_mask is None else blocks.hidden_k(key_mask)
@@ -52,6 +55,7 @@ def keep_best(
         forced_k=either(blocks.forced_k, forced_k),
         partial_k=partial_k,
         empty_k=empty_k,
+        hidden=hidden,
         block_q=blocks.block_q,
         block_k=blocks.block_k,
         q_len=blocks.layout.seq_len,
@@ -62,7 +66,7 @@ def keep_best(
 
 def pooled_scores_of(blocks: SequenceBlocks, call: AttentionCall, scale: float) -> torch.Tensor:
     """Logits of the block means of a call, float32 ``[B, H, nq, nk]``."""
-    return pooled_scores(
+    scores = pooled_scores(
         call.q,
         call.k,
         blocks.block_q,
@@ -72,6 +76,9 @@ def pooled_scores_of(blocks: SequenceBlocks, call: AttentionCall, scale: float) 
         scale=scale,
         backend=call.backend("selection"),
     )
+    if call.seen is None:
+        return scores
+    return pooled_scores_under(scores, call.q, call.k, call.seen, rows=blocks.kernel_rows, scale=scale)
 
 
 def keep_chosen(
@@ -153,7 +160,7 @@ class Pooled(Select):
     ) -> BlockMask:
         """Mask of one call from its queries and keys."""
         scores = pooled_scores_of(blocks, call, call.scale)
-        return self._keep(blocks, scores, call.key_mask, call.backend("selection"))
+        return self._keep(blocks, scores, call.key_mask, call.hidden_blocks, call.backend("selection"))
 
     def scores(self, blocks: SequenceBlocks, _tables: None, call: AttentionCall) -> torch.Tensor:
         """Softmax of the pooled scores."""
@@ -161,10 +168,15 @@ class Pooled(Select):
 
     def chosen_by(self, blocks: SequenceBlocks, scores: torch.Tensor) -> torch.Tensor:
         """What one call with this softmax would keep."""
-        return self._keep(blocks, scores.clamp_min(1e-38).log(), None).to_dense()
+        return self._keep(blocks, scores.clamp_min(1e-38).log()).to_dense()
 
     def _keep(
-        self, blocks: SequenceBlocks, scores: torch.Tensor, key_mask: torch.Tensor | None, backend: str = "auto"
+        self,
+        blocks: SequenceBlocks,
+        scores: torch.Tensor,
+        key_mask: torch.Tensor | None = None,
+        hidden: torch.Tensor | None = None,
+        backend: str = "auto",
     ) -> BlockMask:
         return keep_best(
             blocks,
@@ -173,5 +185,6 @@ class Pooled(Select):
             density=shares_per_head(self.head_densities, self.density, scores.shape[1], scores.device),
             top_p=self.top_p,
             forced_k=blocks.first_frame_k if self.sink_first_frame else None,
+            hidden=hidden,
             backend=backend,
         )

@@ -11,6 +11,7 @@ from ...call import AttentionCall
 from ...kernels import BlockMask
 from ...kernels.common.tokens import gather_mask, gather_rows
 from ...kernels.selection.api import pool_blocks
+from ...kernels.selection.pairs import pooled_scores_under
 from ...plan import LayerMemory, SequenceBlocks
 from .pooled import candidates, keep_chosen
 from .protocol import Select, check_block, check_share
@@ -72,6 +73,8 @@ class Reallocated(Select):
         if memory is not None:
             memory.found = found
         open_k = candidates(blocks, call.key_mask)[..., None, :]
+        if call.seen is not None:
+            open_k = open_k & call.seen.visible
         ranked, order = found.blocks.masked_fill(~open_k, -1.0).sort(dim=-1, descending=True, stable=True)
         kept = ranked.clamp_min(0.0).cumsum(-1, dtype=torch.float64) <= self.top_p
         # ... and one more: the block that crosses the bound.
@@ -109,7 +112,9 @@ def pooled_shares(blocks: SequenceBlocks, call: AttentionCall) -> PooledShares:
     k_mean = pool_blocks(k, blocks.block_k, rows=rows, key_mask=key_mask, backend=backend)
     queries = q_mean * call.scale
     logits = queries @ k_mean.transpose(-1, -2)
-    if slots is None and key_mask is None:
+    if call.seen is not None:
+        logits = pooled_scores_under(logits, q, k, call.seen, rows=rows, scale=call.scale)
+    if slots is None and key_mask is None and call.seen is None:
         share = (logits + blocks.tokens_k.log()).softmax(-1)
         return PooledShares(share, torch.zeros_like(share[..., 0]), q_mean, k_mean)
     seq_len = blocks.layout.seq_len
@@ -118,6 +123,8 @@ def pooled_shares(blocks: SequenceBlocks, call: AttentionCall) -> PooledShares:
     tokens = torch.nn.functional.pad(seen, (0, -seq_len % blocks.block_k)).unflatten(-1, (-1, blocks.block_k))
     count = tokens.sum(-1).clamp_min(1)[..., None, :].float()
     open_k = candidates(blocks, key_mask)[..., None, :]
+    if call.seen is not None:
+        open_k = open_k & call.seen.visible
     logits = (logits + count.log()).masked_fill(~open_k, -torch.inf)
     text = torch.full_like(logits[..., :1], -torch.inf)
     if slots is not None:

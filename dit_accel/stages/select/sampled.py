@@ -105,6 +105,7 @@ class Sampled(Select):
             call.key_mask,
             density=self.density,
             top_p=self.top_p,
+            hidden=call.hidden_blocks,
             backend=call.backend("selection"),
         )
 

@@ -10,6 +10,7 @@ import torch
 from ...call import AttentionCall
 from ...kernels import BlockMask
 from ...kernels.selection.api import pool_blocks, self_similarity
+from ...kernels.selection.pairs import pooled_scores_under
 from ...plan import LayerMemory, SequenceBlocks
 from .pooled import keep_best
 from .protocol import Select, check_block, check_share
@@ -76,14 +77,19 @@ class GatedPooled(Select):
         if self.sink_first_frame:
             first = blocks.first_frame_k
             forced_k = first if forced_k is None else forced_k | first
+        scores = (q_mean * call.scale) @ k_mean.transpose(-1, -2)
+        if call.seen is not None:
+            keys = k if centre is None else k - centre[:, None].to(k.dtype)
+            scores = pooled_scores_under(scores, q, keys, call.seen, rows=rows, scale=call.scale)
         return keep_best(
             blocks,
-            (q_mean * call.scale) @ k_mean.transpose(-1, -2),
+            scores,
             call.key_mask,
             density=self.density,
             top_p=self.top_p,
             forced_q=forced_q,
             forced_k=forced_k,
+            hidden=call.hidden_blocks,
             backend=backend,
         )
 

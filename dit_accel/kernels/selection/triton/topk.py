@@ -41,6 +41,7 @@ def select_fwd_kernel(
     stride_sq,
     stride_fb,
     stride_fh,
+    stride_fq,
     stride_qb,
     stride_qh,
     stride_cb,
@@ -75,7 +76,8 @@ def select_fwd_kernel(
     forced = j < 0
     partial = (j + 1) * BLOCK_K > kv_len
     if HAS_FLAGS:
-        flags = tl.load(flags_ptr + b * stride_fb + h * stride_fh + j, mask=real, other=1).to(tl.int32)
+        p_f = flags_ptr + b.to(tl.int64) * stride_fb + h.to(tl.int64) * stride_fh + i.to(tl.int64) * stride_fq
+        flags = tl.load(p_f + j, mask=real, other=1).to(tl.int32)
         alive = real & ((flags & 1) == 0)
         forced = alive & ((flags & 2) != 0)
         candidate = alive & ((flags & 2) == 0)
@@ -164,13 +166,16 @@ def select_fwd_kernel(
 
 
 def block_flags(
-    forced_k: torch.Tensor | None, partial_k: torch.Tensor | None, empty_k: torch.Tensor | None
+    forced_k: torch.Tensor | None,
+    partial_k: torch.Tensor | None,
+    empty_k: torch.Tensor | None,
+    hidden: torch.Tensor | None,
 ) -> torch.Tensor | None:
-    """The three per-block masks as bits of one uint8 tensor ``[B|1, H|1, nk]``."""
+    """The masks of key blocks, and of pairs, as bits of one uint8 tensor ``[B|1, H|1, nq|1, nk]``."""
     flags = None
-    for mask, bit in ((empty_k, EMPTY), (forced_k, FORCED), (partial_k, PARTIAL)):
+    for mask, bit in ((empty_k, EMPTY), (forced_k, FORCED), (partial_k, PARTIAL), (hidden, EMPTY)):
         if mask is not None:
-            part = mask.to(torch.uint8) * bit
+            part = (mask if mask.dim() == 4 else mask[..., None, :]).to(torch.uint8) * bit
             flags = part if flags is None else flags | part
     return None if flags is None else flags.contiguous()
 
@@ -191,6 +196,7 @@ def select_blocks_triton(
     forced_k: torch.Tensor | None,
     partial_k: torch.Tensor | None,
     empty_k: torch.Tensor | None,
+    hidden: torch.Tensor | None,
     keep_own: bool,
     block_q: int,
     block_k: int,
@@ -202,7 +208,7 @@ def select_blocks_triton(
     if scores.stride(-1) != 1:
         scores = scores.contiguous()
     batch, heads, nq, nk = scores.shape
-    flags = block_flags(forced_k, partial_k, empty_k)
+    flags = block_flags(forced_k, partial_k, empty_k, hidden)
     forced_q = None if forced_q is None else forced_q.to(torch.uint8).contiguous()
     own = (block_q - 1) // block_k + 2 if keep_own else 0
     unbounded = forced_q is not None or forced_k is not None or mass_ppm is not None
@@ -232,6 +238,7 @@ def select_blocks_triton(
             kv_len,
             *scores.stride()[:3],
             *lead_strides(flags),
+            0 if flags is None or flags.shape[2] == 1 else flags.stride(2),
             *lead_strides(forced_q),
             *lead_strides(count_tensor),
             *lead_strides(mass_tensor),
