@@ -67,9 +67,8 @@ ROWS = (
     "balanced",
     "fast",
     "max",
-    "balanced:listed=True",
-    "fast:listed=True",
-    "max:listed=True",
+    "balanced:threshold=.2",
+    "fast:threshold=.45",
 )
 
 
