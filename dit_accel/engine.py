@@ -103,8 +103,9 @@ class Engine:
         if not self.switched_on:
             out = dense()
             return out if self.output_tap is None else self.output_tap(call.layer, out, None)
-        q = call.q
-        self._refuse(q.device, dtype_of_attention(q.device, q.dtype), q.shape[-1], call.key_mask is not None)
+        if self.backend != "auto":  # which takes what runs
+            q = call.q
+            self._refuse(q.device, dtype_of_attention(q.device, q.dtype), q.shape[-1], call.key_mask is not None)
         out, was_dense = self._attend(call, dense, learned)
         return out if self.output_tap is None else self.output_tap(call.layer, out, None if was_dense else dense)
 

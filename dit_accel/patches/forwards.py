@@ -6,7 +6,7 @@ import sys
 import threading
 import types
 import weakref
-from collections import Counter, OrderedDict
+from collections import OrderedDict
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any
@@ -24,11 +24,12 @@ if TYPE_CHECKING:
 # Forwards whose gradients may still be asked for. Each holds references to plans, not plans of its own.
 KEPT_FORWARDS = 64
 Addresses = dict[int, "weakref.ref[torch.Tensor]"]
+_running_backward = torch._C._current_graph_task_id  # looked up once: each call asks several times
 
 
 def in_backward() -> bool:
     """Whether this thread runs autograd's backward: a module that is called there is repeated."""
-    return torch._C._current_graph_task_id() != -1
+    return _running_backward() != -1
 
 
 def frames_of_repetition() -> Iterator[types.FrameType]:
@@ -74,18 +75,18 @@ class Forward:
     inputs: Addresses = field(default_factory=dict)
     used: dict[int, Any] = field(default_factory=dict)
     used_later: dict[int, dict[int, Any]] = field(default_factory=dict)
-    calls: Counter[int] = field(default_factory=Counter)
-    repeats: Counter[int] = field(default_factory=Counter)
+    calls: dict[int, int] = field(default_factory=dict)
+    repeats: dict[int, int] = field(default_factory=dict)
     layouts: dict[tuple[int, bool], TokenLayout | str] = field(default_factory=dict)
     key_masks: dict[torch.Size, torch.Tensor | None] = field(default_factory=dict)
     reuse: ForwardReuse | None = None
 
     def ordinal(self, layer: int, repeated: bool) -> int:
         """How many calls of a layer came before the one that begins, within the forward or its repetition."""
-        counter = self.repeats if repeated else self.calls
-        counter[layer] += 1
-        ordinal = counter[layer] - 1
-        return ordinal % max(self.calls[layer], 1) if repeated else ordinal
+        counts = self.repeats if repeated else self.calls
+        ordinal = counts.get(layer, 0)
+        counts[layer] = ordinal + 1
+        return ordinal % max(self.calls.get(layer, 0), 1) if repeated else ordinal
 
 
 def addresses_of(tensors: Iterable[torch.Tensor]) -> Addresses:

@@ -172,7 +172,7 @@ def _attend(
     through_dispatch: bool,
     dense: Callable[[], torch.Tensor],
 ) -> torch.Tensor:
-    if torch.compiler.is_compiling():
+    if not isinstance(layer, tuple):  # a trace
         latents = LatentTokens((), 0) if TRACED.latents is None else TRACED.latents
         out, _ = attention_op(
             query,

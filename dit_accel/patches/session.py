@@ -156,7 +156,7 @@ class Session:
         ``latents`` are what a graph of the whole transformer holds; None in eager code and in compiled blocks, whose
         transformer's hook has said where the latents are.
         """
-        q_len, kv_len = inputs.q.shape[1], inputs.k.shape[1]
+        q_len, kv_len = inputs.q.size(1), inputs.k.size(1)
         forward, repeated = self._forward(layer, kv_len, latents)
         self._thread.served = None
         if q_len != kv_len and not (self.family.latents_query and q_len < kv_len):
@@ -240,7 +240,7 @@ class Session:
         self, forward: Forward, ordinal: int, layer: int, inputs: AttentionInputs, repeated: bool
     ) -> AttentionCall:
         """A layer's call number ``ordinal`` of a forward."""
-        q_len, kv_len = inputs.q.shape[1], inputs.k.shape[1]
+        q_len, kv_len = inputs.q.size(1), inputs.k.size(1)
         layout = self._layout(forward, kv_len, inputs.attn_mask is not None)
         if isinstance(layout, TokenLayout):
             if q_len < kv_len:

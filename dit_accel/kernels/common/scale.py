@@ -7,4 +7,4 @@ import torch
 
 def scale_of(q: torch.Tensor, scale: float | None) -> float:
     """``scale``, or the default for queries ``[..., D]``: ``D ** -0.5``."""
-    return q.shape[-1] ** -0.5 if scale is None else scale
+    return q.size(-1) ** -0.5 if scale is None else scale
