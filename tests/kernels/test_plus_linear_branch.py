@@ -144,7 +144,10 @@ def test_only_the_gradients_that_are_asked_for(device, monkeypatch):
         result = plus_linear_branch(*chosen[:4], mask, *chosen[4:], backend="triton")
         launched.clear()
         (only,) = torch.autograd.grad(result, chosen[NAMES.index(name)], grad)
-        assert torch.equal(only, every[NAMES.index(name)])
+        # The same sums of up to 64 products, whose order a processor's matrix product chooses by their layout.
+        expected_gradient = every[NAMES.index(name)]
+        rounding = 64 * torch.finfo(torch.float32).eps * expected_gradient.abs().max().item()
+        torch.testing.assert_close(only, expected_gradient, rtol=0.0, atol=rounding)
         assert launched == expected, name
 
 
