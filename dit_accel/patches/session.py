@@ -21,7 +21,7 @@ from .ambient import EAGER, LatentTokens
 from .families import Family
 from .forwards import KEPT_FORWARDS, Forward, KeptForwards, addresses_of, in_backward
 from .masks import is_of_pairs, key_mask_of_pairs
-from .progress import PipelineSchedules, RunTracker
+from .progress import PipelineSchedules, RunTracker, running_pipeline
 
 if TYPE_CHECKING:
     from .reuse.tracker import ReuseTracker
@@ -120,6 +120,11 @@ class Session:
     def forward(self) -> Forward | None:
         """The eager forward that this thread runs."""
         return self._thread.forward
+
+    def running_pipeline(self) -> Any | None:
+        """The pipeline that calls the transformer in this thread; None outside any."""
+        model = self._origin[0]()
+        return None if model is None else running_pipeline(model)
 
     def end_forward(self) -> None:
         """Called when an eager forward of the transformer ends, also by an exception."""

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from dit_accel.kernels.selection.block_mass import block_mass
+from dit_accel.kernels.selection.block_mass import block_mass, strided_block_mass
 
 from .operations import CountedOperations
 from .test_selection import NAMED, permutations
@@ -69,6 +69,69 @@ def test_block_mass(backend, batch, seq, heads, dim, block_q, block_k, permuted,
         q, k, block_q=block_q, block_k=block_k, lse=lse + 0.5, rows=rows, key_mask=key_mask, backend=backend
     )
     torch.testing.assert_close(stale, mass * torch.e**-0.5, atol=tol * block_q, rtol=1e-5)
+
+
+def oracle_of_a_sample(q, k, block_q, block_k, stride, rows=None, key_mask=None):
+    """Float64 softmax of every ``stride``-th query of a block alone; its mass counts for all tokens of its block."""
+    batch, seq, heads, _ = q.shape
+    order = torch.arange(seq) if rows is None else rows.cpu()
+    order = order.expand(batch, heads, seq).tolist()
+    q, k = q.double().cpu(), k.double().cpu()
+    shown = torch.ones(batch, seq, dtype=torch.bool) if key_mask is None else key_mask.cpu()
+    mass = torch.zeros(batch, heads, -(-seq // block_q), -(-seq // block_k), dtype=torch.float64)
+    for b in range(batch):
+        for h in range(heads):
+            for i in range(mass.shape[2]):
+                tokens = order[b][h][i * block_q : (i + 1) * block_q]
+                sample = [token for place, token in enumerate(tokens) if place % stride == 0]
+                logits = q[b, sample, h] @ k[b, :, h].T * q.shape[-1] ** -0.5
+                shares = logits.masked_fill(~shown[b], -torch.inf).softmax(-1).nan_to_num(0.0).sum(0)
+                for j in range(mass.shape[3]):
+                    keys = order[b][h][j * block_k : (j + 1) * block_k]
+                    mass[b, h, i, j] = shares[keys].sum() * len(tokens) / len(sample)
+    return mass
+
+
+@pytest.mark.parametrize("backend", NAMED)
+@pytest.mark.parametrize(
+    ("batch", "seq", "dim", "block_q", "block_k", "stride", "orders", "masked", "dtype"),
+    [
+        (1, 128, 64, 64, 32, 4, None, False, torch.float32),
+        (2, 77, 40, 32, 16, 2, (1, 2), False, torch.float32),
+        (2, 131, 16, 64, 32, 4, (2, 1), True, torch.float16),
+        (2, 130, 16, 64, 16, 4, (1, 2), True, torch.float32),
+        (1, 301, 16, 128, 64, 8, None, True, torch.float16),
+        (1, 200, 16, 128, 32, 2, (1, 1), "end", torch.float32),
+    ],
+)
+@pytest.mark.parametrize("cached", [False, True])
+def test_a_sample_of_the_queries(
+    backend, batch, seq, dim, block_q, block_k, stride, orders, masked, dtype, cached, device
+):
+    torch.manual_seed(0)
+    q, k = (torch.randn(batch, seq, 2, dim, dtype=dtype, device=device) * 2 for _ in range(2))
+    rows = None if orders is None else permutations(*orders, seq).to(device)
+    key_mask = torch.rand(batch, seq, device=device) > 0.3 if masked else None
+    if masked == "end":
+        key_mask = torch.arange(seq, device=device).expand(batch, seq) < 150
+    if masked and batch > 1:
+        key_mask[1] = False
+    given = {"rows": rows, "key_mask": key_mask, "backend": backend}
+    lse = block_mass(q, k, block_q=block_q, block_k=block_k, **given)[1] if cached else None
+    mass = strided_block_mass(q, k, block_q=block_q, block_k=block_k, query_stride=stride, lse=lse, **given)
+    want = oracle_of_a_sample(q, k, block_q, block_k, stride, rows, key_mask)
+    assert (mass.cpu() - want).abs().max() <= 64 * 2.0**-24 * dim**0.5 * 4 * block_q
+    whole, _ = oracle(q, k, block_q, block_k, rows, key_mask)
+    assert (want - whole).abs().max() > 0.01, "the sample must be told from the whole"
+    every = strided_block_mass(q, k, block_q=block_q, block_k=block_k, query_stride=1, lse=lse, **given)
+    assert (every.cpu() - whole).abs().max() <= 64 * 2.0**-24 * dim**0.5 * 4 * block_q
+
+
+@pytest.mark.parametrize("stride", [0, 3, 64])
+def test_a_stride_that_does_not_divide_a_block_is_refused(stride):
+    q = torch.randn(1, 64, 1, 16)
+    with pytest.raises(ValueError, match=f"query_stride must divide a query block of 32 tokens, got {stride}"):
+        strided_block_mass(q, q, block_q=32, block_k=32, query_stride=stride)
 
 
 def test_block_mass_float64_and_chunks(monkeypatch):

@@ -14,7 +14,7 @@ from dit_accel.kernels import block_sparse_attention
 from dit_accel.kernels.mask.pairs import PairMask
 from dit_accel.kernels.selection import pairs as under
 from dit_accel.kernels.selection.api import pooled_scores, select_blocks
-from dit_accel.kernels.selection.block_mass import block_mass
+from dit_accel.kernels.selection.block_mass import block_mass, strided_block_mass
 from dit_accel.layout import StepContext, TokenLayout
 from dit_accel.stages.order.simple import Raster
 from dit_accel.stages.schedule import Schedule
@@ -96,6 +96,27 @@ def test_scores_and_masses_are_those_of_the_pairs_that_are_seen(permuted, lead, 
         blind = wanted == -torch.inf
         assert torch.equal(found == -torch.inf, blind)
         assert (found - wanted)[~blind].abs().max() <= 64 * torch.finfo(torch.float32).eps * wanted[~blind].abs().max()
+
+
+@CASES
+@LEADS
+def test_masses_of_a_sample_are_those_of_the_pairs_that_are_seen(permuted, lead):
+    q, k, pairs, rows = case(1, lead, permuted)
+    seen = PairMask.of(pairs, rows, BLOCK_Q, BLOCK_K)
+    shown = pairs.expand(2, 2, S, S)
+    logits = torch.einsum("bqhd,bkhd->bhqk", q.double(), k.double()) * 0.25
+    shares = logits.masked_fill(~shown, -torch.inf).softmax(-1).nan_to_num(0.0)
+    sampled = torch.arange(BLOCK_Q) % 2 == 0
+    expected = (in_blocks(shares, rows) * sampled[:, None]).sum((-1, -2)) * 2
+    last = (S - 1) % BLOCK_Q + 1
+    expected[:, :, -1] *= last / (2 * -(-last // 2))
+    _, lse = block_sparse_attention(q, k, k, seen.blocks(S), rows=rows, scale=0.25, return_lse=True)
+    for backend, given in (("torch", None), ("torch", lse), ("triton", lse)):
+        mass = strided_block_mass(
+            q, k, block_q=BLOCK_Q, block_k=BLOCK_K, query_stride=2, lse=given, rows=rows, seen=seen, scale=0.25,
+            backend=backend,
+        )  # fmt: skip
+        assert (mass - expected).abs().max() <= 64 * torch.finfo(torch.float32).eps * BLOCK_Q
 
 
 def test_what_the_masses_cannot_do_is_said():

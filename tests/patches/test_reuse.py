@@ -32,6 +32,7 @@ KINDS = {
     "forecast": Forecast(interval=3, warmup=2),
     "energy": Energy(2.0),
     "listed": Listed((0, 1, 4), 7),
+    "guided": Listed((0, 1, 2, 4, 5, 6), 7, guided=(0, 2, 5)),
 }
 every_kind = pytest.mark.parametrize("kind", KINDS)
 

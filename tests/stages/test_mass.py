@@ -80,6 +80,43 @@ def test_mass_in_tiles_with_one_density_for_all_heads(name, hidden):
     assert torch.equal(selected(recipe.select, layout, rows, q, k, key_mask), torch.tensor(np.array(expected)))
 
 
+@pytest.mark.parametrize(("name", "order", "hidden"), CASES, ids=str)
+@pytest.mark.parametrize("stride", [2, 8])
+def test_every_nth_query_stands_for_its_block(name, order, hidden, stride):
+    layout, block = LAYOUTS[name], (32, 32)
+    q, k = inputs(layout, heads=4)
+    key_mask = half_hidden(layout) if hidden else None
+    rows = order.rows(layout, CPU)
+
+    def choose(view):
+        probabilities = view.probabilities()
+        sampled = [tokens[::stride] for tokens in view.q_blocks]
+        mass = np.array([[probabilities[np.ix_(a, b)].sum() for b in view.k_blocks] for a in sampled])
+        return [
+            best({j: mass[i, j] for j in view.candidates}, 0.34) if view.candidates else set()
+            for i in range(len(view.q_blocks))
+        ]
+
+    expected = per_head(choose, views(layout, rows, q, k, block, key_mask))
+    select = Mass(density=0.34, head_adaptive=False, block=block, query_stride=stride)
+    memory = LayerMemory()
+    found = selected(select, layout, rows, q, k, key_mask, memory)
+    assert torch.equal(found, expected)
+    assert memory.lse is None, "a sample knows no other query's"
+    memory.lse = torch.einsum("bqhd,bkhd->bhqk", q, k).mul(q.shape[-1] ** -0.5)
+    if key_mask is not None:
+        memory.lse = memory.lse.masked_fill(~key_mask[:, None, None], -torch.inf)
+    memory.lse = memory.lse.logsumexp(-1)
+    assert torch.equal(selected(select, layout, rows, q, k, key_mask, memory), expected)
+    assert not torch.equal(found, selected(Mass(0.34, False, block=block), layout, rows, q, k, key_mask))
+
+
+@pytest.mark.parametrize("stride", [0, 3, 128])
+def test_a_stride_must_divide_a_query_block(stride):
+    with pytest.raises(ValueError, match=f"query_stride must divide a query block of 64 tokens, got {stride}"):
+        Mass(query_stride=stride)
+
+
 def test_a_later_search_normalises_with_the_first_ones_lse():
     layout, block = LAYOUTS["text last"], (32, 64)
     memory = LayerMemory()

@@ -80,6 +80,14 @@ class PairMask:
             backend=backend,
         )
 
+    def every(self, stride: int) -> PairMask:
+        """The mask of every n-th query of each block, in blocks of so many fewer queries.
+
+        Args:
+            stride: a divisor of ``block_q``.
+        """
+        return PairMask(self.seen_by[:, :, :, ::stride], self.whole, self.bit_rows, self.token_bits[:, ::stride])
+
     def tokens(self, first: int, stop: int) -> torch.Tensor:
         """bool ``[B|1, H|1, (stop - first) * block_q, nk * block_k]``: what queries of some blocks see.
 

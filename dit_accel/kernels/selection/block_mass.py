@@ -80,6 +80,71 @@ def block_mass(
     return _block_mass_torch(q, k, block_q, block_k, lse, rows, key_mask, seen, scale)
 
 
+def strided_block_mass(
+    q: torch.Tensor,
+    k: torch.Tensor,
+    *,
+    block_q: int,
+    block_k: int,
+    query_stride: int,
+    lse: torch.Tensor | None = None,
+    rows: torch.Tensor | None = None,
+    key_mask: torch.Tensor | None = None,
+    seen: PairMask | None = None,
+    scale: float | None = None,
+    backend: str = "auto",
+) -> torch.Tensor:
+    """:func:`block_mass` of every n-th query of a block, which stands for those up to the next one.
+
+    Each sampled query has its exact softmax over all keys. Masses are scaled to the tokens of their query block, so
+    that those of a row of blocks add up to the number of its queries, as the exact ones do.
+
+    Args:
+        query_stride: n, a divisor of ``block_q``; the first slot of each block is one of the sample. Triton needs
+            blocks of 16 queries that are left.
+        q, k, block_q, block_k, lse, rows, key_mask, seen, scale, backend: as for :func:`block_mass`.
+
+    Returns:
+        float32 ``[B, H, nq, nk]``.
+
+    Raises:
+        ValueError: the stride does not divide the block, or what :func:`block_mass` raises.
+    """
+    if query_stride < 1 or block_q % query_stride:
+        raise ValueError(f"query_stride must divide a query block of {block_q} tokens, got {query_stride}.")
+    tokens, heads = q.shape[1:3]
+    if rows is None:
+        q, lse = q[:, ::query_stride], None if lse is None else lse[..., ::query_stride]
+    else:
+        sample = rows[..., ::query_stride]
+        lse = None if lse is None else torch.take_along_dim(lse, sample.long(), dim=2)
+        q, k = gather_rows(q, sample).transpose(1, 2), gather_rows(k, rows).transpose(1, 2)
+        if key_mask is not None:
+            key_mask = gather_mask(key_mask, rows)
+            if key_mask.shape[1] == 1:
+                key_mask = key_mask[:, 0]
+            else:
+                # Each head has its own order, and so its own mask: heads become samples of a batch.
+                q, k = (x.transpose(1, 2).flatten(0, 1)[:, :, None] for x in (q, k))
+                lse, key_mask = None if lse is None else lse.flatten(0, 1)[:, None], key_mask.flatten(0, 1)
+    mass, _ = block_mass(
+        q,
+        k,
+        block_q=block_q // query_stride,
+        block_k=block_k,
+        lse=lse,
+        key_mask=key_mask,
+        seen=None if seen is None else seen.every(query_stride),
+        scale=scale,
+        backend=backend,
+    )
+    mass = mass.view(-1, heads, *mass.shape[2:])
+    last = (tokens - 1) % block_q + 1
+    mass[:, :, :-1] *= query_stride
+    mass[:, :, -1] *= last / -(-last // query_stride)
+    return mass
+
+
 @torch.no_grad()
 def _block_mass_torch(
     q: torch.Tensor,

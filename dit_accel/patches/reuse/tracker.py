@@ -27,6 +27,9 @@ _CONDITIONS = ("encoder_", "pooled_", "text", "txt", "prompt", "cap", "image_emb
 
 _NESTS = (list, tuple, dict)
 
+Conditions = dict[str, list[tuple[torch.Tensor, int]]]
+"""Arguments of a forward: their tensors, and the versions of these."""
+
 
 @dataclass(eq=False)
 class BranchReuse:
@@ -42,7 +45,7 @@ class BranchReuse:
     """
 
     states: dict[int, Any] = field(default_factory=dict)
-    conditions: dict[str, list[tuple[torch.Tensor, int]]] = field(default_factory=dict)
+    conditions: Conditions = field(default_factory=dict)
     index: int | None = None
     made: StepContext | None = None
     computed: int = 0
@@ -50,10 +53,39 @@ class BranchReuse:
 
 
 @dataclass(eq=False)
+class LeadingBranch:
+    """The branch that ran first in a step of a run, from which others may take.
+
+    Attributes:
+        index: the step.
+        branch: what it keeps.
+        latents: what it was given, with the tensors' versions.
+        followers, before: how many others came behind it in this step, and in the one before.
+    """
+
+    index: int | None = None
+    branch: BranchReuse | None = None
+    latents: Conditions = field(default_factory=dict)
+    followers: int = 0
+    before: int = 0
+
+    def release(self, ended: BranchReuse) -> None:
+        """Free what branches keep when one of them has ended its run's last forward: the first once nobody is expected
+        to take from it."""
+        leads = ended is self.branch
+        if not leads or not self.before:
+            ended.states.clear()
+        if not leads and self.branch is not None and self.followers >= self.before:
+            self.branch.states.clear()
+
+
+@dataclass(eq=False)
 class ForwardReuse:
     """The forward under way.
 
     Attributes:
+        first: the branch that runs first in each step; None where none takes from another.
+        leading: what it keeps, where it was given the same latents; None for that branch itself.
         forced: it runs all blocks, whatever the cache would decide.
         plans: layers make plans that are kept.
         latents: what is denoised, for caches that look at it.
@@ -63,6 +95,8 @@ class ForwardReuse:
     """
 
     branch: BranchReuse
+    first: LeadingBranch | None
+    leading: BranchReuse | None
     step: StepContext
     forced: bool
     plans: bool
@@ -132,7 +166,7 @@ class ReuseTracker:
         branch.computed += not now.skipped
         if now.step.num_steps is not None and now.step.index == now.step.num_steps - 1:
             # Decoding comes next, and wants the memory.
-            branch.states.clear()
+            (now.first or LeadingBranch()).release(branch)
         with self._counting:
             self.computed += not now.skipped
             self.skipped += now.skipped
@@ -170,7 +204,34 @@ class ReuseTracker:
         layers = len(self.session.engine.records)
         plans = not (recipe.select.is_dense or recipe.select.is_static)
         plans = plans and recipe.schedule.plans_now(step, branch.made, layers)
-        return ForwardReuse(branch, step, forced=plans or not branch.states, plans=plans)
+        first = leading = None
+        if self.stage.shares_guidance:
+            first = forward.run.reused(("leading", grid, shapes), LeadingBranch)
+            leading = self._leading(first, branch, arguments)
+        return ForwardReuse(branch, first, leading, step, forced=plans or not branch.states, plans=plans)
+
+    def _leading(self, first: LeadingBranch, branch: BranchReuse, arguments: Mapping[str, Any]) -> BranchReuse | None:
+        """The branch from which this one may take in its step; the first of a step becomes that."""
+        latents = {"hidden_states": _versioned(arguments.get("hidden_states"))}
+        if first.index != branch.index or first.branch is branch:
+            if first.index is not None and not first.followers:
+                self._note_batched()
+            first.before, first.followers = first.followers, 0
+            first.index, first.branch, first.latents = branch.index, branch, latents
+            return None
+        first.followers += 1
+        # One that failed has left nothing, and one with other latents is no other guidance of the same.
+        if first.branch is None or first.branch.under_way or not _same(first.latents, latents):
+            return None
+        return first.branch if latents["hidden_states"] else None
+
+    def _note_batched(self) -> None:
+        # A pipeline may say that guidance is off, in which case there is nothing to spare.
+        if getattr(self.session.running_pipeline(), "do_classifier_free_guidance", True):
+            self.session.engine.note(
+                "reuse.guided spares nothing: each step is one forward, so that guidance is off, or its branches run "
+                "as one batch."
+            )
 
 
 class RunStates(StateManager):
@@ -198,7 +259,8 @@ class RunStates(StateManager):
             state = states[id(self)] = self._make()
         if id(self) not in now.begun:
             now.begun.add(id(self))
-            self._tracker.stage.begin(state, now.step)
+            leading = None if now.leading is None else now.leading.states.get(id(self))
+            self._tracker.stage.begin(state, now.step, leading)
             if now.forced:
                 self._tracker.stage.force(state)
         return state
@@ -216,12 +278,16 @@ def _shapes(given: Any) -> Any:
     return tuple(map(_shapes, given)) if isinstance(given, (list, tuple)) else None
 
 
-def _conditions(arguments: Mapping[str, Any]) -> dict[str, list[tuple[torch.Tensor, int]]]:
+def _conditions(arguments: Mapping[str, Any]) -> Conditions:
     found = {}
     for name, value in arguments.items():
         if name.startswith(_CONDITIONS):
-            found[name] = [(one, _version(one)) for one in _tensors(value)]
+            found[name] = _versioned(value)
     return found
+
+
+def _versioned(value: Any) -> list[tuple[torch.Tensor, int]]:
+    return [(one, _version(one)) for one in _tensors(value)]
 
 
 def _tensors(value: Any) -> Iterator[torch.Tensor]:
@@ -237,7 +303,7 @@ def _version(tensor: torch.Tensor) -> int:
     return 0 if tensor.is_inference() else tensor._version
 
 
-def _same(before: dict[str, list[tuple[torch.Tensor, int]]], now: dict[str, list[tuple[torch.Tensor, int]]]) -> bool:
+def _same(before: Conditions, now: Conditions) -> bool:
     """Whether two forwards were given the same; waits for the device where the tensors are not the very same."""
     if before.keys() != now.keys():
         return False

@@ -25,6 +25,10 @@ class AddedState(BaseState):
         skips: it does not.
         entered: what the first block was given: latents, and the other stream or None.
         added: step, and what the blocks added to each stream, of the latest computed steps.
+        leading: the branch that was given the same latents first in this step; None where there is no other, or where
+            no branch takes anything from another.
+        apart: a leading branch, and what its blocks added to the latents more than this one's, in the latest step that
+            both computed.
     """
 
     def __init__(self) -> None:
@@ -32,10 +36,45 @@ class AddedState(BaseState):
         self.forced = self.skips = False
         self.entered: Streams = ()
         self.added: list[tuple[int, Streams]] = []
+        self.leading: AddedState | None = None
+        self.apart: tuple[AddedState, torch.Tensor] | None = None
 
-    def begin(self, index: int | None) -> None:
+    def begin(self, index: int | None, leading: AddedState | None = None) -> None:
         self.index = index or 0
         self.forced = self.skips = False
+        self.leading = leading
+
+    def keep(self, added: Streams, order: int) -> None:
+        """Remember what the blocks added in this step, or what stands for it."""
+        self.added = [*self.added, (self.index, added)][-1 - order :]
+
+    def part(self) -> None:
+        """Remember how far this branch is from the leading one, where both computed this step."""
+        led = self._led()
+        if self.leading is not None and led is not None:
+            self.apart = self.leading, led - self._latents()
+
+    def following(self) -> Streams | None:
+        """What the blocks would add at this step by what they added in the leading branch; None where that has not
+        computed it, or is not the one from which the difference is known."""
+        led = self._led()
+        if led is None or self.apart is None or self.apart[0] is not self.leading:
+            return None
+        # The prompt's stream may be of another length in each branch, and few models read it behind the blocks.
+        return led - self.apart[1], *self.added[-1][1][1:]
+
+    def _led(self) -> torch.Tensor | None:
+        """What the blocks added to the latents in the leading branch at this step, of this branch's shape."""
+        if self.leading is None or not self.leading.added or not self.added:
+            return None
+        index, (latents, *_) = self.leading.added[-1]
+        fits = index == self.index and latents is not None and latents.shape == self._latents().shape
+        return latents if fits else None
+
+    def _latents(self) -> torch.Tensor:
+        latents = self.added[-1][1][0]
+        assert latents is not None
+        return latents
 
     def expected(self, order: int) -> Streams:
         """What the blocks would add at this step."""
@@ -54,11 +93,18 @@ class _AddedHook(ModelHook):
     """Around one block."""
 
     def __init__(
-        self, states: StateManager, computes: Callable[[], bool], order: int, is_first: bool, is_last: bool
+        self,
+        states: StateManager,
+        computes: Callable[[], bool],
+        guides: Callable[[], bool],
+        order: int,
+        is_first: bool,
+        is_last: bool,
     ) -> None:
         super().__init__()
         self.states = states
         self.computes = computes
+        self.guides = guides
         self.order = order
         self.is_first = is_first
         self.is_last = is_last
@@ -74,9 +120,9 @@ class _AddedHook(ModelHook):
         state: AddedState = self.states.get_state()
         streams = self._given(args, kwargs) if self.is_first or state.skips else ()
         if self.is_first:
-            state.skips = bool(state.added) and not state.forced and not self.computes()
-            if state.skips:
-                expected = state.expected(self.order)
+            expected = self._expected(state)
+            state.skips = expected is not None
+            if expected is not None:
                 return self._returned(tuple(map(_sum, streams, expected)))
             state.entered = streams
         elif state.skips:
@@ -85,9 +131,21 @@ class _AddedHook(ModelHook):
         output = run(*args, **kwargs)
         if self.is_last:
             added = tuple(map(_difference, self._streams(output), state.entered))
-            state.added = [*state.added, (state.index, added)][-1 - self.order :]
+            state.keep(added, self.order)
+            state.part()
             state.entered = ()
         return output
+
+    def _expected(self, state: AddedState) -> Streams | None:
+        """What stands for the blocks in this forward; None where they run."""
+        if state.forced or not state.added:
+            return None
+        if not self.computes():
+            return state.expected(self.order)
+        expected = None if self.guides() else state.following()
+        if expected is not None:
+            state.keep(expected, self.order)
+        return expected
 
     def _given(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Streams:
         read = self.block._get_parameter_from_args_kwargs
@@ -123,16 +181,23 @@ def _difference(left: torch.Tensor | None, entered: torch.Tensor | None) -> torc
     return left[:, -entered.shape[1] :] - entered
 
 
-def apply_added(stand_in: nn.Module, blocks: Sequence[str], computes: Callable[[], bool], order: int) -> None:
+def apply_added(
+    stand_in: nn.Module,
+    blocks: Sequence[str],
+    computes: Callable[[], bool],
+    guides: Callable[[], bool],
+    order: int,
+) -> None:
     """Put the hooks on the blocks of a transformer.
 
     Args:
         blocks: their paths, in the order of execution.
-        computes: whether the forward under way runs them, asked once a forward.
+        computes: whether the step under way runs them, asked once a forward.
+        guides: whether all its guidance branches do, asked where it runs them.
         order: of the continuation: 0 or 1.
     """
     states = StateManager(AddedState)  # type: ignore[arg-type]
     for path in blocks:
-        hook = _AddedHook(states, computes, order, path == blocks[0], path == blocks[-1])
+        hook = _AddedHook(states, computes, guides, order, path == blocks[0], path == blocks[-1])
         registry = HookRegistry.check_if_exists_or_initialize(stand_in.get_submodule(path))
         registry.register_hook(hook, "dit_accel_added")

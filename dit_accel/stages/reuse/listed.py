@@ -25,6 +25,9 @@ class Listed(Reuse):
         num_steps: of the run that the list is for. A run of another number computes about the same share of every
             part of the trajectory.
         order: 1 continues what the blocks added in the last two computed steps in a straight line, 0 repeats the last.
+        guided: those of the computed steps at which every guidance branch runs all blocks; empty for all of them. At
+            the others the first branch alone does, mostly that of the prompt. What the blocks add in another one is
+            then what they added in the first, less the difference of the two at the last guided step.
     """
 
     takes_dropped_stream: ClassVar[bool] = True
@@ -32,6 +35,7 @@ class Listed(Reuse):
     computed: tuple[int, ...] = (0,)
     num_steps: int = 30
     order: int = 0
+    guided: tuple[int, ...] = ()
 
     def __post_init__(self) -> None:
         if self.num_steps < 1:
@@ -42,27 +46,51 @@ class Listed(Reuse):
             raise ValueError(f"reuse.computed must lie in 0 to {self.num_steps - 1}, got {self.computed}.")
         if self.order not in (0, 1):
             raise ValueError(f"reuse.order must be 0 or 1, got {self.order}.")
+        if list(self.guided) != sorted(set(self.guided)) or not set(self.guided) <= set(self.computed):
+            raise ValueError(
+                f"reuse.guided must list steps of reuse.computed {self.computed} in rising order, got {self.guided}."
+            )
+
+    @property
+    def shares_guidance(self) -> bool:
+        return bool(self.guided)
 
     def computes(self, step: StepContext) -> bool:
         """Whether a step of a run is listed."""
         if step.index is None or not step.num_steps:
             return True
-        if step.num_steps >= self.num_steps:
-            return step.index * self.num_steps // step.num_steps in self.computed
-        return self._begun(step.index + 1, step.num_steps) > self._begun(step.index, step.num_steps)
+        return self._has(self.computed, step.index, step.index, step.num_steps)
 
-    def _begun(self, steps: int, num_steps: int) -> int:
-        """How many of the first ``steps`` of a shorter run are computed: the share of those listed until there."""
-        listed = sum(one * num_steps < steps * self.num_steps for one in self.computed)
-        return ceil(listed * num_steps / self.num_steps)
+    def guides(self, step: StepContext) -> bool:
+        """Whether all branches run all blocks, at a step that is listed."""
+        if not self.guided or step.index is None or not step.num_steps:
+            return True
+        first = step.index
+        # In a shorter run a guided step may fall on one that is not computed; the next one takes its part.
+        while first > 0 and not self._has(self.computed, first - 1, first - 1, step.num_steps):
+            first -= 1
+        return self._has(self.guided, first, step.index, step.num_steps)
+
+    def _has(self, listed: tuple[int, ...], first: int, last: int, num_steps: int) -> bool:
+        """Whether one of the steps from ``first`` to ``last`` of a run is of those listed."""
+        if num_steps >= self.num_steps:
+            return any(step * self.num_steps // num_steps in listed for step in range(first, last + 1))
+        return self._begun(listed, last + 1, num_steps) > self._begun(listed, first, num_steps)
+
+    def _begun(self, listed: tuple[int, ...], steps: int, num_steps: int) -> int:
+        """How many of the first ``steps`` of a shorter run are of those listed: their share until there."""
+        begun = sum(one * num_steps < steps * self.num_steps for one in listed)
+        return ceil(begun * num_steps / self.num_steps)
 
     def apply(self, stand_in: nn.Module, blocks: Sequence[str], around: Surroundings) -> None:
         from .added import apply_added
 
-        apply_added(stand_in, blocks, lambda: self.computes(around.step()), self.order)
+        apply_added(
+            stand_in, blocks, lambda: self.computes(around.step()), lambda: self.guides(around.step()), self.order
+        )
 
-    def begin(self, state: Any, step: StepContext) -> None:
-        state.begin(step.index)
+    def begin(self, state: Any, step: StepContext, leading: Any | None) -> None:
+        state.begin(step.index, leading if self.guided else None)
 
     def force(self, state: Any) -> None:
         state.forced = True

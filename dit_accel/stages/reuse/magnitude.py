@@ -76,7 +76,7 @@ class Magnitude(Reuse):
             for hook in registry.hooks.values() if registry is not None else ():
                 hook.config = of_run
 
-    def begin(self, state: Any, step: StepContext) -> None:
+    def begin(self, state: Any, step: StepContext, leading: Any | None) -> None:  # noqa: ARG002
         # diffusers counts forwards; a run may begin at a later step.
         state.step_index = step.index
 

@@ -36,6 +36,7 @@ class Reuse(Protocol):
         needs_all_streams: the last block must return the prompt apart from the latents, where the first does.
         takes_dropped_stream: the last block may return nothing of the prompt.
         needs_usual_names: blocks must call the latents ``hidden_states``.
+        shares_guidance: in some steps one guidance branch takes from another what its blocks add.
     """
 
     is_none: ClassVar[bool] = False
@@ -43,6 +44,10 @@ class Reuse(Protocol):
     needs_all_streams: ClassVar[bool] = False
     takes_dropped_stream: ClassVar[bool] = False
     needs_usual_names: ClassVar[bool] = False
+
+    @property
+    def shares_guidance(self) -> bool:
+        return False
 
     def refusal(self) -> str | None:
         """A sentence that says what is missing to patch a model; None where nothing is."""
@@ -65,8 +70,12 @@ class Reuse(Protocol):
         """
         raise TypeError(f"{type(self).__name__} has no hooks.")
 
-    def begin(self, state: Any, step: StepContext) -> None:
-        """Called once a forward, before a hook sees a state of its branch."""
+    def begin(self, state: Any, step: StepContext, leading: Any | None) -> None:
+        """Called once a forward, before a hook sees a state of its branch.
+
+        Args:
+            leading: the state of the branch that was given the same latents first in this step; None for that itself.
+        """
         return None
 
     def force(self, state: Any) -> None:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
-from typing import ClassVar
+from typing import Any, ClassVar
 
 import torch
 
@@ -12,7 +12,7 @@ from ...kernels import BlockMask, block_sparse_attention
 from ...kernels.common.choice import Case, Choice, Operation, case_of
 from ...kernels.common.tokens import gather_mask
 from ...kernels.mask.pairs import PairMask
-from ...kernels.selection.block_mass import block_mass, choose_block_mass
+from ...kernels.selection.block_mass import block_mass, choose_block_mass, strided_block_mass
 from ...layout import TokenLayout
 from ...plan import LayerMemory, SequenceBlocks
 from .pooled import keep_best
@@ -45,6 +45,8 @@ class Mass(Select):
         block: tokens in a query and in a key block.
         head_densities: in place of ``density`` and of ``head_adaptive``, see
             :class:`~dit_accel.stages.select.pooled.Pooled`.
+        query_stride: every n-th query of a block stands for all: a search takes about so much less time. It must divide
+            a query block. Not the paper's, whose masses are of all queries.
     """
 
     density: float = 0.2
@@ -53,6 +55,7 @@ class Mass(Select):
     cache_lse: bool = True
     block: tuple[int, int] = (64, 64)
     head_densities: HeadDensities = ()
+    query_stride: int = 1
     has_density: ClassVar[bool] = True
     has_head_densities: ClassVar[bool] = True
 
@@ -61,6 +64,10 @@ class Mass(Select):
         check_share("recall_target", self.recall_target)
         check_block(self.block)
         check_head_densities(self.head_densities)
+        if self.query_stride < 1 or self.block[0] % self.query_stride:
+            raise ValueError(
+                f"select.query_stride must divide a query block of {self.block[0]} tokens, got {self.query_stride}."
+            )
 
     def with_density(self, density: float) -> Mass:
         return replace(self, density=density, head_densities=())
@@ -74,6 +81,8 @@ class Mass(Select):
 
     def choices(self, case: Case, backend: str) -> dict[Operation, Choice]:
         """Block masses."""
+        if case.blocks is not None:
+            case = case._replace(blocks=(case.blocks[0] // self.query_stride, case.blocks[1]))
         return {"block_mass": choose_block_mass(case, backend)}
 
     def select(
@@ -86,7 +95,7 @@ class Mass(Select):
         """Mask of one call from its queries and keys."""
         known = memory.lse if memory is not None and self.cache_lse else None
         mass, lse = self._mass(blocks, call, known)
-        if memory is not None and self.cache_lse:
+        if memory is not None and self.cache_lse and lse is not None:
             memory.lse = lse
         return self._keep(blocks, mass, call.key_mask, call.hidden_blocks, call.backend("selection"))
 
@@ -98,11 +107,11 @@ class Mass(Select):
         """What one call with these masses would keep."""
         return self._keep(blocks, scores).to_dense()
 
-    @staticmethod
     def _mass(
-        blocks: SequenceBlocks, call: AttentionCall, lse: torch.Tensor | None
-    ) -> tuple[torch.Tensor, torch.Tensor]:
-        return mass_of_call(blocks, call, lse, call.key_mask, call.seen)
+        self, blocks: SequenceBlocks, call: AttentionCall, lse: torch.Tensor | None
+    ) -> tuple[torch.Tensor, torch.Tensor | None]:
+        """Masses, and the log-sum-exp of all queries if it is known."""
+        return mass_of_call(blocks, call, lse, call.key_mask, call.seen, self.query_stride)
 
     def _keep(
         self,
@@ -126,26 +135,31 @@ def mass_of_call(
     lse: torch.Tensor | None,
     key_mask: torch.Tensor | None,
     seen: PairMask | None,
-) -> tuple[torch.Tensor, torch.Tensor]:
-    """Block masses of a call and their log-sum-exp, of keys of ``key_mask`` or of the pairs of tokens ``seen``."""
+    query_stride: int = 1,
+) -> tuple[torch.Tensor, torch.Tensor | None]:
+    """Block masses of a call and their log-sum-exp, of keys of ``key_mask`` or of the pairs of tokens ``seen``.
+
+    With a ``query_stride`` above 1 the log-sum-exp is the one that was given: a sample knows only its own.
+    """
     rows, backend = blocks.kernel_rows, call.backend("block_mass")
-    case = case_of(call.q, call.k, blocks=(blocks.block_q, blocks.block_k))
+    case = case_of(call.q, call.k, blocks=(blocks.block_q // query_stride, blocks.block_k))
     if seen is not None and lse is None and choose_block_mass(case, backend).name == "triton":
         # Attention to all that is seen: its kernel knows masks of pairs, that of the masses does not.
         whole = seen.blocks(blocks.layout.seq_len, call.backend("selection"))
         _, lse = block_sparse_attention(call.q, call.k, call.k, whole, rows=rows, scale=call.scale, return_lse=True)
-    return block_mass(
-        call.q,
-        call.k,
-        block_q=blocks.block_q,
-        block_k=blocks.block_k,
-        lse=lse,
-        rows=rows,
-        key_mask=key_mask,
-        seen=seen,
-        scale=call.scale,
-        backend=backend,
-    )
+    given: dict[str, Any] = {
+        "block_q": blocks.block_q,
+        "block_k": blocks.block_k,
+        "lse": lse,
+        "rows": rows,
+        "key_mask": key_mask,
+        "seen": seen,
+        "scale": call.scale,
+        "backend": backend,
+    }
+    if query_stride > 1:
+        return strided_block_mass(call.q, call.k, query_stride=query_stride, **given), lse
+    return block_mass(call.q, call.k, **given)
 
 
 def recall(mass: torch.Tensor, mask: BlockMask) -> torch.Tensor:
