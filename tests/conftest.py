@@ -83,6 +83,7 @@ SLOW = frozenset(
         "training/test_origin",
         "training/test_runs",
         "training/test_users_lora",
+        "tuning/test_tune",
     )
 )
 

@@ -18,6 +18,9 @@ MEASURED_FRACTIONS = (0.0, 0.2)
 MEASURED_SHARES = (0.25, 0.4, 0.6)
 """Shares of the steps that the measured lists compute."""
 
+MOST_PARTS = len(MEASURED_SHARES) + len(MEASURED_DENSITIES) + len(MEASURED_FRACTIONS)
+"""Combinations that are run to fit the model, at most."""
+
 
 @dataclass(frozen=True)
 class Choice:

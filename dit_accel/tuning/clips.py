@@ -62,7 +62,7 @@ def make_clip(
     arguments: Mapping[str, Any],
     seed: int,
     short: Mapping[str, Any] | None = None,
-    progress: Callable[[], None] = lambda: None,
+    progress: Callable[[int, int], None] = lambda _step, _steps: None,
 ) -> Clip:
     """Run a pipeline once, patched for this run alone.
 
@@ -71,7 +71,7 @@ def make_clip(
         arguments: of its call.
         seed: of a generator on the CPU, where the arguments have none.
         short: arguments of an untimed call before it, under the same patch; None for none.
-        progress: called after every step.
+        progress: called after every step with its number, from 0, and their number.
 
     Raises:
         ValueError: the run begins in the middle of its schedule, so that no list of steps means the same.
@@ -79,11 +79,11 @@ def make_clip(
     marks: list[float] = []
     latents: list[torch.Tensor] = []
 
-    def after(_pipe: Any, _step: int, _timestep: Any, tensors: dict[str, Any]) -> dict[str, Any]:
+    def after(_pipe: Any, step: int, _timestep: Any, tensors: dict[str, Any]) -> dict[str, Any]:
         marks.append(now(pipe))
         if isinstance(tensors.get("latents"), torch.Tensor):
             latents.append(sampled(tensors["latents"]))
-        progress()
+        progress(step, pipe.num_timesteps)
         return tensors
 
     call = {**begin(arguments, seed), "output_type": "np", "callback_on_step_end": after}

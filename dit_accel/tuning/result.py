@@ -83,11 +83,11 @@ class Tuned:
 
     def refusal(self) -> str:
         """A sentence that says what is missed, and what comes nearest."""
+        nearest = f"{self.row.name}, keeps {self.spelled(self.row.fidelity)} at {self.row.speedup:.2f}x"
+        if self.row.speedup <= 1.0:
+            return f"No recipe that was run is faster than dense; the nearest to {self.target}, {nearest}."
         wish = "ask for less speed" if self.target.is_speed else "name a larger error"
-        return (
-            f"No recipe meets {self.target} on these prompts; the nearest that was run ({self.row.name}) keeps "
-            f"{self.spelled(self.row.fidelity)} at {self.row.speedup:.2f}x: {wish}."
-        )
+        return f"No recipe meets {self.target} on these prompts; the nearest that was run, {nearest}: {wish}."
 
     def spelled(self, fidelity: float) -> str:
         """A fidelity with the metric's name and unit."""

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
@@ -47,6 +47,7 @@ class State:
         asked: what the runs depend on.
         dense: seconds of the dense runs, and trajectories.
         runs: outcomes by recipe, one for each prompt that was run.
+        verified: recipes that were run for a target, by its text.
         frames: of the dense runs, uint8 ``[F, H, W, 3]``.
     """
 
@@ -54,6 +55,7 @@ class State:
     asked: dict[str, Any]
     dense: list[tuple[RunSeconds, Trajectory]] = field(default_factory=list)
     runs: dict[Recipe, list[Outcome]] = field(default_factory=dict)
+    verified: dict[str, list[Recipe]] = field(default_factory=dict)
     frames: dict[int, torch.Tensor] = field(default_factory=dict)
 
     @classmethod
@@ -127,7 +129,9 @@ class State:
             {"recipe": recipe.to_dict(), "clips": [_outcome_to_json(one) for one in outcomes]}
             for recipe, outcomes in self.runs.items()
         ]
-        write_text(self.folder / FILE, json.dumps({"asked": self.asked, "dense": dense, "runs": runs}) + "\n")
+        verified = {target: [recipe.to_dict() for recipe in recipes] for target, recipes in self.verified.items()}
+        data = {"asked": self.asked, "dense": dense, "runs": runs, "verified": verified}
+        write_text(self.folder / FILE, json.dumps(data) + "\n")
 
     def _restore(self, data: Mapping[str, Any]) -> None:
         for one in data["dense"]:
@@ -137,6 +141,8 @@ class State:
             self.dense.append((RunSeconds(tuple(one["steps"]), float(one["rest"])), trajectory))
         for one in data["runs"]:
             self.runs[Recipe.from_dict(one["recipe"])] = [_outcome_from_json(clip) for clip in one["clips"]]
+        for target, recipes in data["verified"].items():
+            self.verified[target] = list(map(Recipe.from_dict, recipes))
 
     def _clip(self, number: int) -> Path:
         assert self.folder is not None
@@ -151,8 +157,3 @@ def _outcome_to_json(outcome: Outcome) -> dict[str, Any]:
 def _outcome_from_json(data: Mapping[str, Any]) -> Outcome:
     metrics = {name: number_from_json(value) for name, value in data["metrics"].items()}
     return Outcome(RunSeconds(tuple(data["steps"]), float(data["rest"])), metrics)
-
-
-def mean_of(outcomes: Sequence[Outcome], metric: str) -> float:
-    """A metric's mean over prompts."""
-    return float(np.mean([one.metrics[metric] for one in outcomes]))

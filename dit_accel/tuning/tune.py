@@ -24,7 +24,7 @@ from ..quality.generation import compiles, shortened
 from ..quality.lpips import find_weights
 from ..quality.measurement import MetricUnavailable
 from ..recipe import Recipe
-from .candidates import USUAL_DENSITY, USUAL_FRACTION, Choice, Space, dense_steps_of, refuse_base
+from .candidates import MOST_PARTS, USUAL_DENSITY, USUAL_FRACTION, Choice, Space, dense_steps_of, refuse_base
 from .clips import Clip, make_clip, measured, refuse_pipeline
 from .error_model import ErrorModel
 from .ladder import Ladder, Point, front
@@ -152,21 +152,26 @@ def _asked(
 
 @dataclass
 class _Clock:
-    """Steps done here, and how long the rest will take."""
+    """Clips made, and how long the rest will take.
+
+    Attributes:
+        clips: of the whole tuning, at most.
+        made: of these, also by earlier runs of it.
+    """
 
     progress: Callable[[Progress], None]
-    total: int = 0
-    done: int = 0
+    clips: int = 0
+    made: int = 0
     stage: str = "dense"
     _ran: int = 0
     _begin: float = field(default_factory=time.perf_counter)
 
-    def tick(self) -> None:
-        self.done += 1
+    def tick(self, step: int, steps: int) -> None:
+        """Behind a step of a run of so many."""
         self._ran += 1
-        self.total = max(self.total, self.done)
+        done, total = self.made * steps + step + 1, self.clips * steps
         spent = time.perf_counter() - self._begin
-        self.progress(Progress(self.done, self.total, spent / self._ran * (self.total - self.done), self.stage))
+        self.progress(Progress(done, total, spent / self._ran * (total - done), self.stage))
 
 
 class _Runs:
@@ -187,17 +192,22 @@ class _Runs:
         self._warm: set[bool] = set()
 
     def find(self, verify: int) -> Tuned:
+        # Until the number of steps is known: as many as there may be.
+        self.clock.clips = len(self.arguments) * (1 + MOST_PARTS + verify)
+        self.clock.made = len(self.state.dense) + sum(map(len, self.state.runs.values()))
         self._run_dense()
         space = Space(self.base, Trajectory.mean([trajectory for _, trajectory in self.state.dense]))
         plan = space.measured()
-        clips = len(self.arguments) * (1 + len(plan) + verify)
-        self.clock.total = clips * space.num_steps
+        verified = self.state.verified.setdefault(str(self.target), [])
+        others = [one for one in self.state.runs if one not in verified]
+        others = [one for one in others if Choice.of(one, space.num_steps) not in plan]
+        self.clock.clips = len(self.arguments) * (1 + len(plan) + len(others) + max(verify, len(verified)))
         for choice in plan:
             self._run(space, choice, "parts")
-        for _ in range(verify):
-            promising = self._ladder(space).next()
-            if promising is None:
-                break
+        for recipe in verified:
+            self._run(space, Choice.of(recipe, space.num_steps), "verifying")
+        while len(verified) < verify and (promising := self._ladder(space).next()) is not None:
+            verified.append(space.recipe(promising))
             self._run(space, promising, "verifying")
         return self._report(space)
 
@@ -207,6 +217,7 @@ class _Runs:
             if not clip.finite:
                 raise ValueError(f"the dense pipeline gave NaN or infinite pixels for prompt {number}.")
             self.state.add_dense(clip.frames, clip.seconds, clip.trajectory)
+            self.clock.made += 1
         counts = {len(seconds.steps) for seconds, _ in self.state.dense}
         if len(counts) > 1:
             raise ValueError(f"The prompts must share one number of steps, got {', '.join(map(str, sorted(counts)))}.")
@@ -222,6 +233,7 @@ class _Runs:
             except ValueError as error:
                 raise ValueError(f"{choice.spelled(space.num_steps)}, prompt {number}: {error}") from error
             self.state.add(recipe, Outcome(clip.seconds, metrics))
+            self.clock.made += 1
 
     def _metrics(self) -> tuple[str, ...]:
         """All that a later target may ask for."""
