@@ -20,6 +20,7 @@ if TYPE_CHECKING:
     from .patches.handle import PatchHandle
     from .recipe import Recipe
     from .training.adapter import load_adapter, save_adapter
+    from .tuning.tune import tune
 
 _HOME = {
     "accelerate": "acceleration.api",
@@ -33,6 +34,7 @@ _HOME = {
     "register_family": "patches.families",
     "load_adapter": "training.adapter",
     "save_adapter": "training.adapter",
+    "tune": "tuning.tune",
 }
 
 __all__ = [
@@ -47,6 +49,7 @@ __all__ = [
     "presets",
     "register_family",
     "save_adapter",
+    "tune",
     "unpatch",
 ]
 

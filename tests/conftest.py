@@ -35,6 +35,7 @@ SLOW = frozenset(
         "cli/test_compare_inspect",
         "cli/test_finetune",
         "cli/test_output",
+        "cli/test_tune",
         "cli/test_waiting",
         "kernels/test_against",
         "kernels/test_block_mass",
@@ -83,6 +84,7 @@ SLOW = frozenset(
         "training/test_origin",
         "training/test_runs",
         "training/test_users_lora",
+        "tuning/test_tune",
     )
 )
 

@@ -33,7 +33,7 @@ FLOORS = (
     ("pipelines",),
     ("calibration", "training"),
     ("quality",),
-    ("benchmarking",),
+    ("benchmarking", "tuning"),
     ("cli",),
 )
 HEIGHT = {room: floor for floor, rooms in enumerate(FLOORS) for room in rooms}

@@ -16,6 +16,7 @@ from .generate import generate
 from .info import info
 from .inspect import inspect
 from .search import search
+from .tune import tune
 from .waiting import wait_passively
 
 app = typer.Typer(
@@ -48,6 +49,7 @@ app.command()(compare)
 app.command()(inspect)
 app.command()(calibrate)
 app.command()(search)
+app.command()(tune)
 app.command()(finetune)
 app.command()(bench)
 app.command()(info)

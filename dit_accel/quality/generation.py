@@ -74,7 +74,7 @@ def generate_clip(pipe: Any, prompt: str, seed: int, arguments: Mapping[str, Any
     output = pipe(prompt=prompt, generator=generator, output_type="np", **arguments)
     _wait_for_device()
     seconds = time.perf_counter() - start
-    frames = _frames(output)
+    frames = frames_of(output)
     finite = bool(frames.isfinite().all())
     if not finite:
         frames = frames.nan_to_num(0.0, 0.0, 0.0)
@@ -96,7 +96,12 @@ def _wait_for_device() -> None:
         torch.cuda.synchronize()
 
 
-def _frames(output: Any) -> torch.Tensor:
+def frames_of(output: Any) -> torch.Tensor:
+    """The first clip, or the first image as one frame, of a pipeline's output: ``[F, H, W, 3]``.
+
+    Raises:
+        ValueError: the output holds none.
+    """
     clips = getattr(output, "frames", None)
     if clips is not None:
         return torch.as_tensor(clips[0])

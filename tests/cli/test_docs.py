@@ -46,7 +46,7 @@ def test_every_call_of_a_page_has_flags_that_there_are(page):
     [
         ("`dit-accel finetune embedded --start-anew`", ["finetune --start-anew"]),
         ("dit-accel generate embedded \\\n  --compare-dense --comparison\n--other", ["generate --comparison"]),
-        ("python -m dit_accel.cli.main tune --out x", ["tune"]),
+        ("python -m dit_accel.cli.main tone --out x", ["tone"]),
         ("dit-accel calibrate x --no-resume  # not --resume-not", []),
     ],
 )

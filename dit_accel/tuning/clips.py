@@ -1,0 +1,147 @@
+"""One run of a pipeline: its clip, and where its time went."""
+
+from __future__ import annotations
+
+import inspect
+import time
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager, nullcontext
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+from ..api import patch
+from ..calibration.runs import begin
+from ..patches.progress import sigmas_of
+from ..patches.targets import transformers_of
+from ..quality.generation import frames_of
+from ..quality.metrics import METRICS, measure
+from ..quality.video import ClipPair, as_video, to_uint8
+from ..recipe import Recipe
+from .lists import Trajectory, sampled
+from .time_model import RunSeconds
+
+TAKEN = ("callback_on_step_end", "callback_on_step_end_tensor_inputs", "output_type", "return_dict")
+"""Arguments of the call that are tune's own."""
+
+
+@dataclass(frozen=True, eq=False)
+class Clip:
+    """What one run made.
+
+    Attributes:
+        frames: uint8 ``[F, H, W, 3]``.
+        finite: whether all pixels were; those that were not are black.
+        seconds: of its parts.
+        trajectory: what its steps gave.
+    """
+
+    frames: torch.Tensor
+    finite: bool
+    seconds: RunSeconds
+    trajectory: Trajectory
+
+
+def refuse_pipeline(pipe: Any, arguments: Mapping[str, Any]) -> None:
+    """Refuse a pipeline whose steps cannot be timed, and arguments that are tune's own.
+
+    Raises:
+        ValueError: says why.
+    """
+    if "callback_on_step_end" not in inspect.signature(type(pipe).__call__).parameters:
+        raise ValueError(f"{type(pipe).__name__} takes no callback_on_step_end, by which tune times its steps.")
+    taken = [name for name in TAKEN if name in arguments]
+    if taken:
+        raise ValueError(f"tune sets {taken[0]} itself, got {arguments[taken[0]]!r}.")
+
+
+def make_clip(
+    pipe: Any,
+    recipe: Recipe | None,
+    arguments: Mapping[str, Any],
+    seed: int,
+    short: Mapping[str, Any] | None = None,
+    progress: Callable[[int, int], None] = lambda _step, _steps: None,
+) -> Clip:
+    """Run a pipeline once, patched for this run alone.
+
+    Args:
+        recipe: None for the pipeline as it is.
+        arguments: of its call.
+        seed: of a generator on the CPU, where the arguments have none.
+        short: arguments of an untimed call before it, under the same patch; None for none.
+        progress: called after every step with its number, from 0, and their number.
+
+    Raises:
+        ValueError: the run begins in the middle of its schedule, so that no list of steps means the same.
+    """
+    marks: list[float] = []
+    latents: list[torch.Tensor] = []
+
+    def after(_pipe: Any, step: int, _timestep: Any, tensors: dict[str, Any]) -> dict[str, Any]:
+        marks.append(now(pipe))
+        if isinstance(tensors.get("latents"), torch.Tensor):
+            latents.append(sampled(tensors["latents"]))
+        progress(step, pipe.num_timesteps)
+        return tensors
+
+    call = {**begin(arguments, seed), "output_type": "np", "callback_on_step_end": after}
+    with nullcontext() if recipe is None else patch(pipe, recipe), _first_forward(pipe) as first, torch.no_grad():
+        if short is not None:
+            pipe(**{**begin(short, seed), "output_type": "latent"})
+            first.clear()
+        start = now(pipe)
+        output = pipe(**call)
+        end = now(pipe)
+    schedule = getattr(pipe.scheduler, "timesteps", ())
+    if not marks or len(marks) != len(schedule):
+        raise ValueError(
+            f"tune needs runs of all steps of the schedule, and this one ran {len(marks)} of {len(schedule)}."
+        )
+    steps = tuple(after - before for before, after in zip([first[0], *marks], marks, strict=False))
+    frames = frames_of(output)
+    finite = bool(frames.isfinite().all())
+    clip = to_uint8(as_video(frames if finite else frames.nan_to_num(0.0, 0.0, 0.0), "the pipeline's output"))
+    known = len(latents) == len(steps) > 1 and len({one.shape for one in latents}) == 1
+    trajectory = Trajectory.of_latents(latents, sigmas_of(pipe.scheduler)) if known else Trajectory.usual(len(steps))
+    return Clip(clip, finite, RunSeconds(steps, first[0] - start + end - marks[-1]), trajectory)
+
+
+def measured(dense: torch.Tensor, clip: Clip, metrics: tuple[str, ...]) -> dict[str, float]:
+    """Metrics of a clip to the dense one.
+
+    Raises:
+        ValueError: a metric cannot be computed, or the clip holds NaN.
+    """
+    if not clip.finite:
+        raise ValueError("a run gave NaN or infinite pixels.")
+    found = measure(ClipPair(dense, clip.frames), [METRICS[name] for name in metrics])
+    for name, one in found.items():
+        if one.value is None:
+            raise ValueError(f"{METRICS[name].label} cannot be measured: {one.reason}")
+    return {name: float(one.value) for name, one in found.items() if one.value is not None}
+
+
+def now(pipe: Any) -> float:
+    """Seconds of a clock, the device idle."""
+    if torch.device(pipe.device).type == "cuda" or torch.cuda.is_initialized():
+        torch.cuda.synchronize()
+    return time.perf_counter()
+
+
+@contextmanager
+def _first_forward(pipe: Any) -> Iterator[list[float]]:
+    """When the first forward of any transformer began: text encoders are behind it."""
+    begun: list[float] = []
+
+    def note(*_: Any) -> None:
+        if not begun:
+            begun.append(now(pipe))
+
+    hooks = [model.register_forward_pre_hook(note) for _, model, _ in transformers_of(pipe)]
+    try:
+        yield begun
+    finally:
+        for hook in hooks:
+            hook.remove()
