@@ -147,8 +147,8 @@ def test_a_changed_prompt_of_either_branch_parts_them_anew() -> None:
         assert dict(found)[4] == 2, name
 
 
-def _by_hand(pipe: Any, steps: int, fails: Any = None, drift: float = 0.0) -> dict[int, int]:
-    """A denoising loop of two branches, without names; how many ran the last block in each step."""
+def _by_hand(pipe: Any, steps: int, fails: Any = None, drift: float = 0.0, until: int = 99) -> dict[int, int]:
+    """A denoising loop of two branches, without names, ``until`` a step of one; how many ran the last block in each."""
     prompts = [torch.randn(1, 16, 32, generator=torch.Generator().manual_seed(n)).double() for n in range(2)]
     latents = torch.randn(1, 16, 3, 12, 14, generator=torch.Generator().manual_seed(9)).double()
     ran: dict[int, int] = {}
@@ -156,14 +156,14 @@ def _by_hand(pipe: Any, steps: int, fails: Any = None, drift: float = 0.0) -> di
     pipe.scheduler.set_timesteps(steps)
     for step, timestep in enumerate(pipe.scheduler.timesteps):
         out = []
-        for branch, prompt in enumerate(prompts):
+        for branch, prompt in enumerate(prompts if step < until else prompts[:1]):
             given = latents if branch == 0 else latents + drift
             if fails == (step, branch):
                 with pytest.raises(RuntimeError, match="enough"):
                     _failing(pipe.transformer, given, timestep, prompt)
             out.append(pipe.transformer(given, timestep[None], prompt, return_dict=False)[0])
         pipe.scheduler._step_index = step + 1
-        latents = latents + 0.1 * (out[1] + 2 * (out[0] - out[1]))
+        latents = latents + 0.1 * (out[-1] + 2 * (out[0] - out[-1]))
     hook.remove()
     return ran
 
@@ -183,6 +183,13 @@ def test_branches_without_a_name_are_told_by_their_order() -> None:
     pipe = build()
     with torch.no_grad(), dit_accel.patch(pipe, Recipe(reuse=STAGE)):
         assert _by_hand(pipe, 9) == {step: 2 if step in GUIDED else 1 for step in COMPUTED}
+
+
+def test_guidance_that_ends_within_a_run() -> None:
+    pipe = build()
+    with torch.no_grad(), dit_accel.patch(pipe, Recipe(reuse=STAGE)) as handle:
+        assert _by_hand(pipe, 9, until=3) == {0: 2, 1: 1, 2: 2, 4: 1, 5: 1, 7: 1}
+        assert not any("guided" in note for note in handle.summary().notes)
 
 
 def test_forwards_of_other_latents_are_no_guidance() -> None:

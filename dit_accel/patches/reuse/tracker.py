@@ -61,6 +61,7 @@ class LeadingBranch:
         branch: what it keeps.
         latents: what it was given, with the tensors' versions.
         followers, before: how many others came behind it in this step, and in the one before.
+        shared: some did in this run.
     """
 
     index: int | None = None
@@ -68,6 +69,7 @@ class LeadingBranch:
     latents: Conditions = field(default_factory=dict)
     followers: int = 0
     before: int = 0
+    shared: bool = False
 
     def release(self, ended: BranchReuse) -> None:
         """Free what branches keep when one of them has ended its run's last forward: the first once nobody is expected
@@ -214,12 +216,13 @@ class ReuseTracker:
         """The branch from which this one may take in its step; the first of a step becomes that."""
         latents = {"hidden_states": _versioned(arguments.get("hidden_states"))}
         if first.index != branch.index or first.branch is branch:
-            if first.index is not None and not first.followers:
+            if first.index is not None and not first.shared:
                 self._note_batched()
             first.before, first.followers = first.followers, 0
             first.index, first.branch, first.latents = branch.index, branch, latents
             return None
         first.followers += 1
+        first.shared = True
         # One that failed has left nothing, and one with other latents is no other guidance of the same.
         if first.branch is None or first.branch.under_way or not _same(first.latents, latents):
             return None
