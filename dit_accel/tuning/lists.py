@@ -40,20 +40,22 @@ class Trajectory:
     weights: np.ndarray
 
     @classmethod
-    def of_latents(cls, latents: Sequence[torch.Tensor], sigmas: Sequence[float]) -> Trajectory:
-        """From what :func:`sampled` found after each step. The first step's velocity, which it does not tell, is taken
-        for the second's.
+    def of_latents(cls, latents: Sequence[torch.Tensor], sigmas: Sequence[float], num_steps: int) -> Trajectory:
+        """From what :func:`sampled` found before the first step and after each.
 
         Args:
-            latents: one tensor a step.
+            latents: one tensor more than there are steps. Of as many as steps the first is taken to be missing, and
+                the first step's velocity to follow from the next two in a straight line.
             sigmas: noise levels of the steps and behind the last; where they are fewer, all steps go equally far.
         """
-        count = len(latents)
+        count = num_steps
         spaced = np.abs(np.diff(np.asarray(sigmas[: count + 1], dtype=np.float64)))
         weights = spaced if len(spaced) == count and bool((spaced > 0).all()) else np.ones(count)
         positions = torch.stack(list(latents)).double().numpy()
-        velocities = np.diff(positions, axis=0) / weights[1:, None]
-        velocities = np.concatenate([velocities[:1], velocities])
+        velocities = np.diff(positions, axis=0) / weights[1 + count - len(positions) :, None]
+        if len(velocities) < count:
+            first = 2.0 * velocities[:1] - velocities[1:2] if count > 2 else velocities[:1]
+            velocities = np.concatenate([first, velocities])
         gram = velocities @ velocities.T
         return cls(gram / max(float(np.trace(gram)) / count, 1e-300), weights)
 
