@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import functools
 import inspect
 import time
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager, nullcontext
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from typing import Any
 
@@ -87,10 +88,16 @@ def make_clip(
         return tensors
 
     call = {**begin(arguments, seed), "output_type": "np", "callback_on_step_end": after}
-    with nullcontext() if recipe is None else patch(pipe, recipe), _first_forward(pipe) as first, torch.no_grad():
+    with ExitStack() as stack:
+        stack.enter_context(torch.no_grad())
+        if recipe is not None:
+            stack.enter_context(patch(pipe, recipe))
+        first = stack.enter_context(_first_forward(pipe))
+        noise = stack.enter_context(_first_sample(pipe.scheduler))
         if short is not None:
             pipe(**{**begin(short, seed), "output_type": "latent"})
             first.clear()
+            noise.clear()
         start = now(pipe)
         output = pipe(**call)
         end = now(pipe)
@@ -103,9 +110,8 @@ def make_clip(
     frames = frames_of(output)
     finite = bool(frames.isfinite().all())
     clip = to_uint8(as_video(frames if finite else frames.nan_to_num(0.0, 0.0, 0.0), "the pipeline's output"))
-    known = len(latents) == len(steps) > 1 and len({one.shape for one in latents}) == 1
-    trajectory = Trajectory.of_latents(latents, sigmas_of(pipe.scheduler)) if known else Trajectory.usual(len(steps))
-    return Clip(clip, finite, RunSeconds(steps, first[0] - start + end - marks[-1]), trajectory)
+    seconds = RunSeconds(steps, first[0] - start + end - marks[-1])
+    return Clip(clip, finite, seconds, _trajectory(noise, latents, pipe.scheduler, len(steps)))
 
 
 def measured(dense: torch.Tensor, clip: Clip, metrics: tuple[str, ...]) -> dict[str, float]:
@@ -121,6 +127,14 @@ def measured(dense: torch.Tensor, clip: Clip, metrics: tuple[str, ...]) -> dict[
         if one.value is None:
             raise ValueError(f"{METRICS[name].label} cannot be measured: {one.reason}")
     return {name: float(one.value) for name, one in found.items() if one.value is not None}
+
+
+def _trajectory(noise: list[torch.Tensor], latents: list[torch.Tensor], scheduler: Any, num_steps: int) -> Trajectory:
+    """Of what a run showed of its latents, if it did."""
+    if len(latents) != num_steps or num_steps < 2 or len({one.shape for one in latents}) > 1:
+        return Trajectory.usual(num_steps)
+    before = [one for one in noise if one.shape == latents[0].shape]
+    return Trajectory.of_latents([*before, *latents], sigmas_of(scheduler), num_steps)
 
 
 def now(pipe: Any) -> float:
@@ -145,3 +159,23 @@ def _first_forward(pipe: Any) -> Iterator[list[float]]:
     finally:
         for hook in hooks:
             hook.remove()
+
+
+@contextmanager
+def _first_sample(scheduler: Any) -> Iterator[list[torch.Tensor]]:
+    """What the first step of a run begins with, which no callback of a pipeline tells."""
+    seen: list[torch.Tensor] = []
+    step = scheduler.step
+
+    @functools.wraps(step)
+    def look(*args: Any, **kwargs: Any) -> Any:
+        sample = kwargs.get("sample", args[2] if len(args) > 2 else None)
+        if not seen and isinstance(sample, torch.Tensor):
+            seen.append(sampled(sample))
+        return step(*args, **kwargs)
+
+    scheduler.step = look
+    try:
+        yield seen
+    finally:
+        del scheduler.step

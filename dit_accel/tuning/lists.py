@@ -33,48 +33,52 @@ class Trajectory:
 
     Attributes:
         gram: float64 ``[N, N]``, inner products of the velocities of N steps, their mean square being 1.
-        weights: float64 ``[N]``, how far each step goes.
     """
 
     gram: np.ndarray
-    weights: np.ndarray
 
     @classmethod
-    def of_latents(cls, latents: Sequence[torch.Tensor], sigmas: Sequence[float]) -> Trajectory:
-        """From what :func:`sampled` found after each step. The first step's velocity, which it does not tell, is taken
-        for the second's.
+    def of_latents(cls, latents: Sequence[torch.Tensor], sigmas: Sequence[float], num_steps: int) -> Trajectory:
+        """From what :func:`sampled` found before the first step and after each.
 
         Args:
-            latents: one tensor a step.
+            latents: one tensor more than there are steps. Of as many as steps the first is taken to be missing, and
+                the first step's velocity to follow from the next two in a straight line.
             sigmas: noise levels of the steps and behind the last; where they are fewer, all steps go equally far.
         """
-        count = len(latents)
+        count = num_steps
         spaced = np.abs(np.diff(np.asarray(sigmas[: count + 1], dtype=np.float64)))
-        weights = spaced if len(spaced) == count and bool((spaced > 0).all()) else np.ones(count)
+        far = spaced if len(spaced) == count and bool((spaced > 0).all()) else np.ones(count)
         positions = torch.stack(list(latents)).double().numpy()
-        velocities = np.diff(positions, axis=0) / weights[1:, None]
-        velocities = np.concatenate([velocities[:1], velocities])
+        velocities = np.diff(positions, axis=0) / far[1 + count - len(positions) :, None]
+        if len(velocities) < count:
+            first = 2.0 * velocities[:1] - velocities[1:2] if count > 2 else velocities[:1]
+            velocities = np.concatenate([first, velocities])
         gram = velocities @ velocities.T
-        return cls(gram / max(float(np.trace(gram)) / count, 1e-300), weights)
+        return cls(gram / max(float(np.trace(gram)) / count, 1e-300))
 
     @classmethod
     def usual(cls, num_steps: int) -> Trajectory:
         """Where a pipeline shows no latents: bent most at the beginning."""
         velocity = np.exp(-4.0 * np.arange(num_steps) / num_steps)
         gram = np.outer(velocity, velocity)
-        return cls(gram / (np.trace(gram) / num_steps), np.ones(num_steps))
+        return cls(gram / (np.trace(gram) / num_steps))
 
     @classmethod
     def mean(cls, several: Sequence[Trajectory]) -> Trajectory:
         """Of several prompts."""
-        return cls(np.mean([one.gram for one in several], axis=0), several[0].weights)
+        return cls(np.mean([one.gram for one in several], axis=0))
 
     @property
     def num_steps(self) -> int:
-        return len(self.weights)
+        return len(self.gram)
 
     def gap(self, before: int, last: int, upcoming: int) -> float:
-        """Squared error of the steps between two computed ones; those of one gap add up as vectors.
+        """Squared error of the velocities between two computed steps; those of one gap add up as vectors.
+
+        All steps count alike, however far they go: an error of an early step is amplified by all that follow. On the
+        embedded model, whose last steps go eight times as far as its first, lists that weigh steps by how far they go
+        lost 3 dB more (the mean of 9, 13 and 19 of 30 steps, 64 x 64 pixels, two prompts of no table).
 
         Args:
             before, last: the two computed steps that are continued; equal where there is one alone.
@@ -83,10 +87,9 @@ class Trajectory:
         if upcoming - last < 2:
             return 0.0
         steps = np.arange(last + 1, upcoming)
-        far = self.weights[steps]
         slope = (steps - last) / (last - before) if last > before else np.zeros(len(steps))
         names = np.concatenate([[before, last], steps])
-        factors = np.concatenate([[-(far * slope).sum(), (far * (1.0 + slope)).sum()], -far])
+        factors = np.concatenate([[-slope.sum(), (1.0 + slope).sum()], -np.ones(len(steps))])
         return max(0.0, float(factors @ self.gram[np.ix_(names, names)] @ factors))
 
     def score(self, computed: Sequence[int]) -> float:

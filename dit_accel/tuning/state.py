@@ -121,10 +121,7 @@ class State:
         """
         if self.folder is None:
             return
-        dense = [
-            {**asdict(seconds), "gram": one.gram.tolist(), "weights": one.weights.tolist()}
-            for seconds, one in self.dense
-        ]
+        dense = [{**asdict(seconds), "gram": one.gram.tolist()} for seconds, one in self.dense]
         runs = [
             {"recipe": recipe.to_dict(), "clips": [_outcome_to_json(one) for one in outcomes]}
             for recipe, outcomes in self.runs.items()
@@ -135,7 +132,7 @@ class State:
 
     def _restore(self, data: Mapping[str, Any]) -> None:
         for one in data["dense"]:
-            trajectory = Trajectory(np.asarray(one["gram"], np.float64), np.asarray(one["weights"], np.float64))
+            trajectory = Trajectory(np.asarray(one["gram"], np.float64))
             if trajectory.gram.shape != (len(one["steps"]),) * 2:
                 raise ValueError("its steps are not those of its trajectories")
             self.dense.append((RunSeconds(tuple(one["steps"]), float(one["rest"])), trajectory))
