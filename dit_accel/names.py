@@ -18,7 +18,11 @@ _NAME = re.compile(r"[A-Za-z][A-Za-z0-9_.-]*")
 def home_of(thing: object) -> str | None:
     """The module that defines a class or function of others; None for this package's own."""
     module = str(getattr(thing, "__module__", None) or "__main__")
-    return None if module.partition(".")[0] == __name__.partition(".")[0] else module
+    return None if _package(module) == _package(__name__) else module
+
+
+class MissingName(ValueError):
+    """A file is whole, and names something that a module brings which is not imported."""
 
 
 class Names(Generic[ThingT]):
@@ -54,6 +58,10 @@ class Names(Generic[ThingT]):
 
     def __contains__(self, name: object) -> bool:
         return name in self.own or name in self._registered or name in self._entries
+
+    def items(self) -> Iterator[tuple[str, ThingT]]:
+        """All names with their things; entry points are loaded."""
+        return ((name, self.get(name)) for name in self)
 
     def register(self, name: str, thing: ThingT) -> None:
         """Give a thing a name. A module that is loaded anew, or a notebook's cell, replaces its own.
@@ -91,7 +99,8 @@ class Names(Generic[ThingT]):
             home: the module that brings it, as a file says that names it.
 
         Raises:
-            ValueError: nothing has this name; the message says what would bring it.
+            ValueError: nothing has this name; the message says what would bring it. Where a home is given, this is a
+                :class:`MissingName`.
             TypeError: the entry point of this name can have no name here.
         """
         if isinstance(name, str):
@@ -100,7 +109,8 @@ class Names(Generic[ThingT]):
                     return known[name]
             if name in self._entries:
                 return self._load(name)
-        raise ValueError(f"Unknown {self.what} {name!r}; known are {', '.join(self)}.{_bringing(home)}")
+        sentence = f"Unknown {self.what} {name!r}; known are {', '.join(self)}.{_bringing(home)}"
+        raise MissingName(sentence) if isinstance(home, str) else ValueError(sentence)
 
     def name_of(self, thing: ThingT) -> str | None:
         """The name of a thing; None where it has none."""
@@ -142,13 +152,18 @@ class Names(Generic[ThingT]):
             return "dit_accel's own"
         if name in self._registered and _place(self._registered[name]) != _place(thing):
             return _place(self._registered[name])
-        if name in self._entries and self._load(name) is not thing:
+        # A package may register what its own entry points name: that is what loading them runs.
+        if name in self._entries and _package(self._entries[name].module) != _package(_place(thing)):
             return f"that of the entry point {self._entries[name].value}"
         return None
 
 
 def _place(thing: object) -> str:
     return f"{getattr(thing, '__module__', '?')}.{getattr(thing, '__qualname__', repr(thing))}"
+
+
+def _package(place: str) -> str:
+    return place.partition(".")[0]
 
 
 def _bringing(home: object) -> str:

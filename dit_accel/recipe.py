@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from .files import write_text
-from .names import Names, home_of
+from .names import MissingName, Names, home_of
 from .stages.compensate.agent import AgentTokens
 from .stages.compensate.linear import LinearBranch
 from .stages.compensate.none import NoCompensation
@@ -260,6 +260,8 @@ class Recipe:
             raise ValueError(f"{path} holds no recipe: one object of six axes is expected.")
         try:
             recipe = cls.from_dict(data)
+        except MissingName as error:
+            raise MissingName(f"{path}: {error}") from error
         except (TypeError, ValueError) as error:
             raise ValueError(f"{path} holds no recipe: {error}") from error
         # What names no selection would run dense without a word.
