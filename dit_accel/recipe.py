@@ -302,11 +302,17 @@ def _kind(axis: str, name: Any, home: Any = None) -> type[Any]:
     return kinds[name]
 
 
+def name_of_kind(axis: str, kind: type[Any]) -> str | None:
+    """The name of a kind on an axis; None where nobody gave it one."""
+    kinds = kinds_of(axis)
+    if isinstance(kinds, Names):
+        return kinds.name_of(kind)
+    return next((name for name, own in kinds.items() if own is kind), None)
+
+
 def _stage_to_dict(axis: str, stage: Any) -> dict[str, Any]:
-    kind, kinds = type(stage), kinds_of(axis)
-    name = (
-        kinds.name_of(kind) if isinstance(kinds, Names) else next((n for n, own in kinds.items() if own is kind), None)
-    )
+    kind = type(stage)
+    name = name_of_kind(axis, kind)
     if name is None:
         raise ValueError(f"{kind.__name__} ({axis}) has no name to write; give it one with dit_accel.register.")
     home = home_of(kind)
