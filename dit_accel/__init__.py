@@ -15,6 +15,7 @@ if TYPE_CHECKING:
     from .acceleration.api import accelerate
     from .api import patch, unpatch
     from .calibration.calibrate import calibrate
+    from .extending import register, unregister
     from .patches.artifact import CalibrationArtifact
     from .patches.families import Family, register_family
     from .patches.handle import PatchHandle
@@ -31,7 +32,9 @@ _HOME = {
     "Family": "patches.families",
     "PatchHandle": "patches.handle",
     "Recipe": "recipe",
+    "register": "extending",
     "register_family": "patches.families",
+    "unregister": "extending",
     "load_adapter": "training.adapter",
     "save_adapter": "training.adapter",
     "tune": "tuning.tune",
@@ -47,10 +50,12 @@ __all__ = [
     "load_adapter",
     "patch",
     "presets",
+    "register",
     "register_family",
     "save_adapter",
     "tune",
     "unpatch",
+    "unregister",
 ]
 
 

@@ -54,7 +54,8 @@ class Engine:
         output_tap: sees, and may replace, every output; for losses on attention outputs.
         learned: learned compensation of each layer by index; empty for recipes without parameters.
         backends_used: which backends ran each operation so far, and why.
-        notes: what a user should know of the calls so far, a sentence each, in the order of events.
+        notes: what a user should know of the calls so far, a sentence each, in the order of events, and whether it
+            outlives :meth:`reset`.
         run: for the calls of an engine that is used without a session.
     """
 
@@ -75,7 +76,7 @@ class Engine:
         self.switched_on = True
         self.output_tap: OutputTap | None = None
         self.learned: dict[int, LearnedCompensation] = {}
-        self.notes: dict[str, None] = {}
+        self.notes: dict[str, bool] = {}
         self.run = Run()
         self._choices: dict[Case, dict[Operation, Choice]] = {}
         self._allowed: set[tuple[torch.device, torch.dtype | None, int | None, bool]] = set()
@@ -137,11 +138,26 @@ class Engine:
         with self._counting:
             self.records[layer].dense_calls[reason] += 1
 
-    def note(self, sentence: str) -> None:
-        """Keep a sentence for the summary; it is logged once, as a warning."""
+    def reset(self) -> None:
+        """Forget what was counted, timed and noted so far. Plans and tables stay: nothing runs otherwise after it."""
+        with self._counting:
+            for record in self.records:
+                record.reset()
+            for watch in (self.plan_time, self.sparse_time, self.dense_time, *self.planner.parts.values()):
+                watch.reset()
+            self.backends_used = BackendsUsed()
+            self.notes = {sentence: lasting for sentence, lasting in self.notes.items() if lasting}
+            self._seen_layouts.clear()
+
+    def note(self, sentence: str, lasting: bool = False) -> None:
+        """Keep a sentence for the summary; it is logged once, as a warning.
+
+        Args:
+            lasting: it is true whatever runs, and outlives :meth:`reset`.
+        """
         with self._counting:
             is_new = sentence not in self.notes
-            self.notes[sentence] = None
+            self.notes[sentence] = lasting
         if is_new:
             logger.warning(sentence)
 

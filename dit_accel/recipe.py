@@ -6,11 +6,13 @@ import ast
 import json
 import typing
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass, field, fields, replace
+from dataclasses import MISSING, dataclass, field, fields, is_dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 from .files import write_text
+from .names import MissingName, Names, home_of
 from .stages.compensate.agent import AgentTokens
 from .stages.compensate.linear import LinearBranch
 from .stages.compensate.none import NoCompensation
@@ -90,6 +92,47 @@ AXES: dict[str, Mapping[str, type[Any]]] = {
     "schedule": SCHEDULES,
     "reuse": REUSES,
 }
+PROTOCOLS: dict[str, type[Any]] = {
+    "order": Order,
+    "select": Select,
+    "compensate": Compensation,
+    "precision": Precision,
+    "reuse": Reuse,
+}
+"""By axis that others may add kinds to, what every kind inherits from."""
+
+
+def _check_stage(axis: str, kind: object) -> None:
+    """Raise TypeError for a class that a recipe cannot hold."""
+    protocol = PROTOCOLS[axis]
+    # Not issubclass(), which protocols with attributes do not allow.
+    if not isinstance(kind, type) or protocol not in kind.__mro__:
+        raise TypeError(f"The {axis} of a recipe must be a class that inherits from {protocol.__name__}, got {kind!r}.")
+    if not is_dataclass(kind) or not kind.__dataclass_params__.frozen:  # type: ignore[attr-defined]
+        raise TypeError(
+            f"{kind.__name__} must be a frozen dataclass: recipes are compared, hashed and written to files."
+        )
+    for one in fields(kind):
+        if one.default is MISSING and one.default_factory is MISSING:
+            raise TypeError(f"{kind.__name__}.{one.name} needs a default: a recipe can name a kind alone.")
+
+
+GROUPS = {
+    "order": "dit_accel.orders",
+    "select": "dit_accel.selections",
+    "compensate": "dit_accel.compensations",
+    "precision": "dit_accel.precisions",
+    "reuse": "dit_accel.reuses",
+}
+"""By axis that others may add kinds to, the group of entry points that declare them."""
+NAMES: dict[str, Names[type[Any]]] = {
+    axis: Names(axis, AXES[axis], group, partial(_check_stage, axis)) for axis, group in GROUPS.items()
+}
+
+
+def kinds_of(axis: str) -> Names[type[Any]] | Mapping[str, type[Any]]:
+    """The kinds on an axis by name, also those of others."""
+    return NAMES[axis] if axis in NAMES else AXES[axis]
 
 
 # More than any length of a grid or number of layers, and far from overflows where some are multiplied.
@@ -120,8 +163,11 @@ class Recipe:
         for axis, kinds in AXES.items():
             value = getattr(self, axis)
             if type(value) not in kinds.values():
-                allowed = ", ".join(kind.__name__ for kind in kinds.values())
-                raise TypeError(f"Recipe.{axis} must be one of {allowed}, got {value!r}.")
+                if axis not in PROTOCOLS or PROTOCOLS[axis] not in type(value).__mro__:
+                    allowed = ", ".join(kind.__name__ for kind in kinds.values())
+                    others = f", or another {PROTOCOLS[axis].__name__}" if axis in PROTOCOLS else ""
+                    raise TypeError(f"Recipe.{axis} must be one of {allowed}{others}, got {value!r}.")
+                _check_stage(axis, type(value))
             _check_numbers(axis, value)
         conflicts = (
             self.order.conflicts_with(self.select),
@@ -163,14 +209,15 @@ class Recipe:
         return Recipe(**stages)
 
     def to_dict(self) -> dict[str, dict[str, Any]]:
-        """Plain data for JSON; the inverse of :meth:`from_dict`."""
-        return {
-            axis: {
-                "kind": next(name for name, kind in kinds.items() if type(getattr(self, axis)) is kind),
-                **{f.name: getattr(getattr(self, axis), f.name) for f in fields(getattr(self, axis))},
-            }
-            for axis, kinds in AXES.items()
-        }
+        """Plain data for JSON; the inverse of :meth:`from_dict`.
+
+        Of a kind that is not this package's the module is written too, as ``"from"``: a message can then say what to
+        import. Reading imports nothing, since a file must not run code.
+
+        Raises:
+            ValueError: a kind has no name; see :func:`dit_accel.register`.
+        """
+        return {axis: _stage_to_dict(axis, getattr(self, axis)) for axis in AXES}
 
     @classmethod
     def from_dict(cls, data: Mapping[str, Mapping[str, Any]]) -> Recipe:
@@ -182,8 +229,8 @@ class Recipe:
         stages = {}
         for axis, values in data.items():
             _check_axis(axis)
-            changes = {name: value for name, value in values.items() if name != "kind"}
-            stages[axis] = _replace_fields(axis, _kind(axis, values.get("kind"))(), changes)
+            changes = {name: value for name, value in values.items() if name not in ("kind", "from")}
+            stages[axis] = _replace_fields(axis, _kind(axis, values.get("kind"), values.get("from"))(), changes)
         return cls(**stages)
 
     def save(self, path: str | Path) -> None:
@@ -213,6 +260,8 @@ class Recipe:
             raise ValueError(f"{path} holds no recipe: one object of six axes is expected.")
         try:
             recipe = cls.from_dict(data)
+        except MissingName as error:
+            raise MissingName(f"{path}: {error}") from error
         except (TypeError, ValueError) as error:
             raise ValueError(f"{path} holds no recipe: {error}") from error
         # What names no selection would run dense without a word.
@@ -244,11 +293,34 @@ def _check_axis(axis: str) -> None:
         raise ValueError(f"Unknown axis {axis!r}; the axes are {', '.join(AXES)}.")
 
 
-def _kind(axis: str, name: Any) -> type[Any]:
-    kinds = AXES[axis]
+def _kind(axis: str, name: Any, home: Any = None) -> type[Any]:
+    kinds = kinds_of(axis)
+    if isinstance(kinds, Names):
+        return kinds.get(name, home)
     if not isinstance(name, str) or name not in kinds:
         raise ValueError(f"Unknown {axis} {name!r}; known are {', '.join(kinds)}.")
     return kinds[name]
+
+
+def name_of_kind(axis: str, kind: type[Any]) -> str | None:
+    """The name of a kind on an axis; None where nobody gave it one."""
+    kinds = kinds_of(axis)
+    if isinstance(kinds, Names):
+        return kinds.name_of(kind)
+    return next((name for name, own in kinds.items() if own is kind), None)
+
+
+def _stage_to_dict(axis: str, stage: Any) -> dict[str, Any]:
+    kind = type(stage)
+    name = name_of_kind(axis, kind)
+    if name is None:
+        raise ValueError(f"{kind.__name__} ({axis}) has no name to write; give it one with dit_accel.register.")
+    home = home_of(kind)
+    return {
+        "kind": name,
+        **({} if home is None else {"from": home}),
+        **{one.name: getattr(stage, one.name) for one in fields(stage)},
+    }
 
 
 def _replace_fields(axis: str, stage: Any, changes: Mapping[str, Any]) -> Any:

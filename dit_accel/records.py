@@ -28,6 +28,14 @@ class LayerRecord:
     nan_calls: torch.Tensor | int = 0
     compiled_dense: torch.Tensor | None = None
 
+    def reset(self) -> None:
+        """Begin at nothing; compiled code goes on counting in the tensor that it knows."""
+        self.dense_calls = Counter()
+        self.sparse_calls = self.plans_made = 0
+        self.density_sum, self.nan_calls = 0.0, 0
+        if self.compiled_dense is not None:
+            self.compiled_dense.zero_()
+
 
 class BackendsUsed:
     """Which backends ran each operation, and why; in the order of first use."""

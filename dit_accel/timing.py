@@ -37,6 +37,11 @@ class Stopwatch:
         self._add_up(len(self._events))
         return self._seconds
 
+    def reset(self) -> None:
+        """Begin at nothing. A region that is under way counts when it ends."""
+        self._seconds = 0.0
+        self._events.clear()
+
     def _add_up(self, count: int) -> None:
         for begin, end in self._events[:count]:
             end.synchronize()

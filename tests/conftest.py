@@ -74,6 +74,7 @@ SLOW = frozenset(
         "stages/test_invariants",
         "stages/test_window",
         "test_backends",
+        "test_extending_examples",
         "test_import",
         "training/test_adapter",
         "training/test_adapter_storage",

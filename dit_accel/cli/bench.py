@@ -19,8 +19,10 @@ from .options import (
     DebugOption,
     DeviceOption,
     DtypeOption,
+    ImportOption,
     JsonOption,
     SetOption,
+    import_modules,
     quiet_libraries,
     read_device,
     read_dtype,
@@ -38,6 +40,7 @@ def bench(
     batch: Annotated[int, typer.Option(help="Samples in a forward; 2 is a batched guidance pair.")] = 1,
     recipe: Annotated[str, typer.Option(help="A name from `dit-accel info`, or `auto`.")] = "pooled",
     changes: SetOption = None,
+    imports: ImportOption = None,
     backend: BackendOption = "auto",
     dense_backend: Annotated[
         str | None, typer.Option(help="Dense attention, by diffusers' name. Default: the fastest that runs.")
@@ -76,6 +79,7 @@ def bench(
 ) -> None:
     """Time one transformer forward, or a whole run, with random weights, dense and patched, in turns."""
     quiet_libraries()
+    import_modules(imports)
     given = {"--steps": steps, "--dense-steps": dense_steps, "--linear": linear, "--vae": vae}
     alone = [flag for flag, value in given.items() if value is not None]
     if alone and not pipeline:

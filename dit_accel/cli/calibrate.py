@@ -15,6 +15,7 @@ from .options import (
     DtypeOption,
     FramesOption,
     GuidanceOption,
+    ImportOption,
     JsonOption,
     ModelArgument,
     PromptsFileOption,
@@ -22,6 +23,7 @@ from .options import (
     SetOption,
     SizeOption,
     StepsOption,
+    import_modules,
     quiet_libraries,
     read_device,
     read_dtype,
@@ -40,6 +42,7 @@ def calibrate(
     model: ModelArgument = None,
     recipe: Annotated[str, typer.Option(help="A name from `dit-accel info`.")] = "paro",
     changes: SetOption = None,
+    imports: ImportOption = None,
     prompt: PromptsOption = None,
     prompts_file: PromptsFileOption = None,
     size: SizeOption = None,
@@ -57,6 +60,7 @@ def calibrate(
 ) -> None:
     """Run a few prompts densely and keep the plans that a recipe would make; interrupted, it resumes."""
     quiet_libraries()
+    import_modules(imports)
     asked = Asked.read(size, frames, steps, guidance)
     chosen = read_recipe(recipe, changes)
     if chosen is None:

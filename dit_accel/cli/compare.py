@@ -16,11 +16,13 @@ from .options import (
     DtypeOption,
     FramesOption,
     GuidanceOption,
+    ImportOption,
     JsonOption,
     ModelArgument,
     PromptsFileOption,
     SizeOption,
     StepsOption,
+    import_modules,
     quiet_libraries,
     read_device,
     read_dtype,
@@ -44,6 +46,7 @@ def compare(
             help="Recipe to judge, changes after semicolons; may be repeated. Default: auto, what patch(pipe) does.",
         ),
     ] = None,
+    imports: ImportOption = None,
     prompt: Annotated[list[str] | None, typer.Option(help="May be repeated. Default: 16 prompts.")] = None,
     prompts_file: PromptsFileOption = None,
     count: Annotated[int | None, typer.Option(min=1, help="Use the first prompts only.")] = None,
@@ -71,6 +74,7 @@ def compare(
     dit-accel compare --recipe auto --recipe "pooled;select.density=0.1" --count 4
     """
     quiet_libraries()
+    import_modules(imports)
     asked, seeds = Asked.read(size, frames, steps, guidance), [read_seed(number) for number in seed or (0,)]
     prompts = read_prompts(prompt, prompts_file)
     asked_for = recipe or ["auto"]

@@ -17,10 +17,12 @@ from .options import (
     DeviceOption,
     DtypeOption,
     FramesOption,
+    ImportOption,
     JsonOption,
     ModelArgument,
     SetOption,
     SizeOption,
+    import_modules,
     quiet_libraries,
     read_device,
     read_dtype,
@@ -36,6 +38,7 @@ def finetune(
     model: ModelArgument = None,
     recipe: Annotated[str, typer.Option(help="A name from `dit-accel info`, or a recipe file.")] = "sla",
     changes: SetOption = None,
+    imports: ImportOption = None,
     data: Annotated[Path | None, typer.Option(help="Folder of precomputed samples (*.safetensors).")] = None,
     clips: Annotated[Path | None, typer.Option(help="Folder of clips with captions (cat.mp4, cat.txt).")] = None,
     prompts_file: Annotated[
@@ -98,6 +101,7 @@ def finetune(
     """Fine-tune a model under sparse attention and save an adapter. Start it with `accelerate launch` for several
     devices."""
     quiet_libraries()
+    import_modules(imports)
     if resume and start_over:
         raise ValueError("Give --resume or --start-over, not both.")
     read_seed(seed)

@@ -22,12 +22,14 @@ from .options import (
     DtypeOption,
     FramesOption,
     GuidanceOption,
+    ImportOption,
     JsonOption,
     ModelArgument,
     PromptsFileOption,
     SetOption,
     SizeOption,
     StepsOption,
+    import_modules,
     quiet_libraries,
     read_device,
     read_dtype,
@@ -62,6 +64,7 @@ def generate(
         typer.Option(help="`auto`, `dense` for the model's own attention, or a name from `dit-accel info`."),
     ] = "auto",
     changes: SetOption = None,
+    imports: ImportOption = None,
     calibration: Annotated[Path | None, typer.Option(help="A file of `dit-accel calibrate`.")] = None,
     rederive: Annotated[
         bool, typer.Option("--rederive", help="With --calibration: plan anew where the file has no plan, not fail.")
@@ -119,6 +122,7 @@ def generate(
 ) -> None:
     """Generate a video or an image from a prompt, accelerated, and say what ran."""
     quiet_libraries()
+    import_modules(imports)
     asked, seed = Asked.read(size, frames, steps, guidance), read_seed(seed)
     prompts = _read_prompts(prompt, prompts_file, compare_dense)
     if negative_prompt is not None:

@@ -8,16 +8,30 @@ from typing import TYPE_CHECKING, Any
 
 from .console import plain_console
 from .errors import one_sentence_errors
-from .options import DebugOption, DeviceOption, JsonOption, quiet_libraries, read_device
+from .options import (
+    DebugOption,
+    DeviceOption,
+    ImportOption,
+    JsonOption,
+    import_modules,
+    quiet_libraries,
+    read_device,
+)
 
 if TYPE_CHECKING:
     import torch
 
 
 @one_sentence_errors
-def info(device: DeviceOption = None, as_json: JsonOption = False, debug: DebugOption = False) -> None:
+def info(
+    imports: ImportOption = None,
+    device: DeviceOption = None,
+    as_json: JsonOption = False,
+    debug: DebugOption = False,
+) -> None:
     """Show device, versions, backends with reasons, model families, recipes and built-in models."""
     quiet_libraries()
+    import_modules(imports)
     data = collect(read_device(device))
     if as_json:
         print(json.dumps(data, indent=2))
@@ -27,10 +41,10 @@ def info(device: DeviceOption = None, as_json: JsonOption = False, debug: DebugO
 
 def collect(device: torch.device) -> dict[str, Any]:
     """Everything the command shows, as plain data."""
-    from ..patches.families import FAMILIES
+    from ..patches.families import FAMILIES, registered
     from ..pipelines.architectures import ARCHITECTURES
     from ..pipelines.builtin import builtins
-    from ..presets import PRESETS
+    from ..presets import NAMES
     from .environment import environment
 
     return {
@@ -43,9 +57,9 @@ def collect(device: torch.device) -> dict[str, Any]:
                 "transformers": list(family.transformers),
                 "auto_dense_below_tokens": family.min_tokens,
             }
-            for family in FAMILIES
+            for family in (*registered(), *FAMILIES)
         ],
-        "recipes": [_recipe(name, preset) for name, preset in PRESETS.items()],
+        "recipes": [_recipe(name, NAMES.get(name)) for name in NAMES],
         "axes": _axes(),
         "models": [
             {"name": b.name, "description": b.description, "adapters": list(b.adapters)} for b in builtins().values()
@@ -130,9 +144,9 @@ def _axes() -> dict[str, dict[str, dict[str, Any]]]:
     """Fields of every kind on every axis, with defaults: what ``--set`` takes."""
     from dataclasses import asdict
 
-    from ..recipe import AXES
+    from ..recipe import AXES, kinds_of
 
-    return {axis: {name: asdict(kind()) for name, kind in kinds.items()} for axis, kinds in AXES.items()}
+    return {axis: {name: asdict(kind()) for name, kind in kinds_of(axis).items()} for axis in AXES}
 
 
 def _show(data: dict[str, Any]) -> None:

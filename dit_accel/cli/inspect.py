@@ -16,11 +16,13 @@ from .options import (
     DeviceOption,
     DtypeOption,
     FramesOption,
+    ImportOption,
     JsonOption,
     ModelArgument,
     SetOption,
     SizeOption,
     StepsOption,
+    import_modules,
     quiet_libraries,
     read_device,
     read_dtype,
@@ -40,6 +42,7 @@ def inspect(
     model: ModelArgument = None,
     recipe: Annotated[str, typer.Option(help="Whose masks to judge.")] = "pooled",
     changes: SetOption = None,
+    imports: ImportOption = None,
     at_step: Annotated[list[int] | None, typer.Option(help="Step to look at; may be repeated. All.")] = None,
     layer: Annotated[list[int] | None, typer.Option(help="Layer to look at; may be repeated. All.")] = None,
     size: SizeOption = None,
@@ -56,6 +59,7 @@ def inspect(
 ) -> None:
     """Picture block mass, masks, recall and change over steps, per layer and head."""
     quiet_libraries()
+    import_modules(imports)
     asked, seed, prompt = Asked.read(size, frames, steps), read_seed(seed), read_prompt(prompt)
     chosen = read_recipe(recipe, changes)
     target = read_device(device)

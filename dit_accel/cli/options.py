@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import os
 import re
+import sys
 from collections.abc import Sequence
+from importlib import import_module
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
@@ -37,6 +39,14 @@ GuidanceOption = Annotated[float | None, typer.Option(help="Guidance scale. Defa
 SetOption = Annotated[
     list[str] | None,
     typer.Option("--set", metavar="AXIS.FIELD=VALUE", help="Change one field of the recipe; may be repeated."),
+]
+ImportOption = Annotated[
+    list[str] | None,
+    typer.Option(
+        "--import",
+        metavar="MODULE",
+        help="Import a module that registers recipes, stages or families; may be repeated.",
+    ),
 ]
 BackendOption = Annotated[str, typer.Option(help="Backend of the sparse attention; see `dit-accel info`.")]
 DtypeOption = Annotated[
@@ -148,6 +158,17 @@ def read_dtype(name: str | None, device: torch.device) -> torch.dtype:
         raise ValueError(f"--dtype must be one of {', '.join(DTYPES)}, got {name!r}.")
     dtype: torch.dtype = getattr(torch, DTYPES[name])
     return dtype
+
+
+def import_modules(names: Sequence[str] | None) -> None:
+    """Import modules that register what a recipe names; those of the working folder too."""
+    if names and os.getcwd() not in sys.path:
+        sys.path.append(os.getcwd())  # behind all others, so that it hides no installed module
+    for name in names or ():
+        try:
+            import_module(name)
+        except Exception as error:
+            raise ValueError(f"--import {name} failed: {type(error).__name__}: {error}") from error
 
 
 def quiet_libraries() -> None:

@@ -15,6 +15,7 @@ from .options import (
     DtypeOption,
     FramesOption,
     GuidanceOption,
+    ImportOption,
     JsonOption,
     ModelArgument,
     PromptsFileOption,
@@ -22,6 +23,7 @@ from .options import (
     SetOption,
     SizeOption,
     StepsOption,
+    import_modules,
     quiet_libraries,
     read_device,
     read_dtype,
@@ -41,6 +43,7 @@ def search(
     model: ModelArgument = None,
     recipe: Annotated[str, typer.Option(help="A recipe whose selection takes a density per head.")] = "pooled",
     changes: SetOption = None,
+    imports: ImportOption = None,
     density: Annotated[float | None, typer.Option(help="Target: mean share of the blocks to keep.")] = None,
     max_error: Annotated[
         float | None, typer.Option(help="Target, in place of a density: relative error of the velocity.")
@@ -67,6 +70,7 @@ def search(
 ) -> None:
     """Measure what each head's sparsity does to the velocity, and share a budget of blocks out among heads."""
     quiet_libraries()
+    import_modules(imports)
     asked, seed = Asked.read(size, frames, steps, guidance), read_seed(seed)
     chosen = read_recipe(recipe, changes)
     if chosen is None:

@@ -15,6 +15,7 @@ from torch import nn
 
 from ..files import written_whole
 from ..layout import TokenLayout
+from ..names import MissingName
 from ..plain_data import as_plain, first_difference
 from ..recipe import Recipe
 from ..stages.order.axes import AxisOrder
@@ -103,6 +104,8 @@ class CalibrationArtifact:
             if not parts:
                 raise ValueError("it is for no transformer")
             return cls(Recipe.from_dict(header["recipe"]), parts, dict(header["facts"]))
+        except MissingName as error:
+            raise MissingName(f"The calibration {path} is of a recipe that is not at hand: {error}") from error
         except KeyError as error:
             raise ValueError(f"{path} is a damaged calibration: it lacks {error}.") from error
         except (TypeError, IndexError, ValueError, AttributeError, ArithmeticError) as error:

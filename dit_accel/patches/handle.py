@@ -10,10 +10,11 @@ from typing import Any
 
 from ..call import AttentionCall
 from ..engine import OutputTap
+from ..presets.spelling import short_line
 from ..recipe import Recipe
 from .progress import PipelineSchedules
 from .session import Session
-from .summary import PatchSummary, summarise
+from .summary import PatchSummary, count_dense, summarise
 
 
 class PatchHandle:
@@ -59,6 +60,27 @@ class PatchHandle:
     def summary(self) -> PatchSummary:
         """What ran so far: calls, true density, time, fallbacks. Waits for the device."""
         return summarise(self.recipe, self.note, self.sessions, tuple(self.changes))
+
+    def reset(self) -> None:
+        """Begin the counts, times and notes of :meth:`summary` anew.
+
+        Plans and cached results stay, so that a run which is under way goes on as it would have: the outputs do not
+        change. A new run of a pipeline makes its own plans in any case. Of compiled code too, the counts begin anew.
+        """
+        for session in self.sessions.values():
+            session.engine.reset()
+            if session.reuse is not None:
+                session.reuse.reset()
+
+    def __repr__(self) -> str:
+        """What is patched, by which recipe, and how many calls ran; does not wait for the device."""
+        records = [record for session in self.sessions.values() for record in session.engine.records]
+        sparse, dense = sum(record.sparse_calls for record in records), sum(map(count_dense, records))
+        state = "" if self.active else " (removed)"
+        return (
+            f"<PatchHandle of {type(self.target).__name__}{state}: {short_line(self.recipe)}; {len(records)} layers, "
+            f"{sparse} sparse and {dense} dense calls>"
+        )
 
     @contextmanager
     def observe(self, observer: Callable[[str, AttentionCall], None]) -> Iterator[None]:

@@ -56,7 +56,8 @@ def install(
     if family.alone:
         engine.note(
             f"{type(model).__name__} is of no known family: calls that hold its latents and nothing else run sparse. "
-            "Declare a Family to say more (dit_accel.register_family)."
+            "Declare a Family to say more (dit_accel.register_family).",
+            lasting=True,
         )
     session = Session(engine, family, patch_size(dict(getattr(model, "config", {}))), model, pipe, handle.schedules)
     handle.sessions[name] = session

@@ -5,12 +5,18 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, replace
+from textwrap import fill
 from typing import Any
 
+from ..presets.spelling import short_line
 from ..recipe import Recipe
 from ..records import BackendsUsed, LayerRecord, backend_lines
 from .operator import CACHED, PASSED
 from .session import Session
+from .summary_html import as_html
+
+# Of a terminal.
+COLUMNS = 80
 
 
 @dataclass(frozen=True)
@@ -50,6 +56,7 @@ class PatchSummary:
         computed_forwards, skipped_forwards: of recipes with reuse, the transformers' forwards that ran all blocks, and
             those that took an earlier one's result for some; 0 without reuse.
         changes: what :func:`~dit_accel.accelerate` changed beside attention, a sentence each.
+        short_recipe: the nearest preset, and what differs from it.
     """
 
     recipe: str
@@ -63,6 +70,7 @@ class PatchSummary:
     computed_forwards: int = 0
     skipped_forwards: int = 0
     changes: tuple[str, ...] = ()
+    short_recipe: str = ""
 
     @property
     def computed_share(self) -> float | None:
@@ -119,7 +127,15 @@ class PatchSummary:
         }
 
     def __str__(self) -> str:
-        lines = [f"recipe: {self.recipe}"]
+        """:meth:`lines`, wrapped at :data:`COLUMNS`."""
+        return "\n".join(_wrapped(line) for line in self.lines())
+
+    def _repr_html_(self) -> str:
+        return as_html(self)
+
+    def lines(self) -> list[str]:
+        """What a user reads: the recipe in short, what he should know, then what ran."""
+        lines = [f"recipe: {self.short_recipe or self.recipe}"]
         if self.note:
             lines.append(f"note: {self.note}")
         lines += [f"note: {note}" for note in self.notes]
@@ -138,7 +154,14 @@ class PatchSummary:
         )
         if self.nan_calls:
             lines.append(f"  warning: {self.nan_calls} calls gave NaN")
-        return "\n".join(lines)
+        return lines
+
+
+def _wrapped(line: str) -> str:
+    """Lines that go on are indented deeper; a word, a path or a setting is never broken."""
+    indent = " " * (len(line) - len(line.lstrip()))
+    after = f"{indent}    "
+    return fill(line, COLUMNS, subsequent_indent=after, break_long_words=False, break_on_hyphens=False)
 
 
 def summarise(
@@ -160,6 +183,7 @@ def summarise(
     notes = dict.fromkeys(note for engine in engines.values() for note in engine.notes)
     summary = PatchSummary(
         recipe=repr(recipe),
+        short_recipe=short_line(recipe),
         note=note,
         notes=tuple(notes),
         layers=tuple(layers),
@@ -186,16 +210,27 @@ def _why_denser(recipe: Recipe, ran: float | None) -> str | None:
     )
 
 
-def _layer(prefix: str, record: LayerRecord) -> LayerSummary:
-    dense_calls = Counter(record.dense_calls)
+def dense_calls(record: LayerRecord) -> Counter[str]:
+    """Calls of a layer that were not sparse, by reason, also those that compiled code counted."""
+    found = Counter(record.dense_calls)
     if record.compiled_dense is not None:
         counted = zip(PASSED, record.compiled_dense.tolist(), strict=True)
-        dense_calls.update({reason: count for reason, count in counted if count})
-    cached = dense_calls.pop(CACHED, 0)
+        found.update({reason: count for reason, count in counted if count})
+    return found
+
+
+def count_dense(record: LayerRecord) -> int:
+    """Dense calls of a layer, without those that a cache answered."""
+    return sum(count for reason, count in dense_calls(record).items() if reason != CACHED)
+
+
+def _layer(prefix: str, record: LayerRecord) -> LayerSummary:
+    dense = dense_calls(record)
+    cached = dense.pop(CACHED, 0)
     return LayerSummary(
         name=prefix + record.name,
         sparse_calls=record.sparse_calls,
-        dense_calls=dict(dense_calls),
+        dense_calls=dict(dense),
         plans_made=record.plans_made,
         density=float(record.density_sum) / record.sparse_calls if record.sparse_calls else None,
         nan_calls=int(record.nan_calls),

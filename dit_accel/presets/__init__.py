@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Callable
 from typing import Any
 
+from ..names import Names
 from ..recipe import Recipe
 from ..stages.order.simple import Tiles
 from ..stages.schedule import Schedule
@@ -108,12 +110,32 @@ PRESETS: dict[str, Callable[..., Recipe]] = {
 }
 
 
+def _check_preset(preset: object) -> None:
+    """Raise TypeError for what cannot be a preset."""
+    if isinstance(preset, type) or not callable(preset):
+        raise TypeError(f"A preset must be a function that returns a Recipe, got {preset!r}.")
+    for name, option in inspect.signature(preset).parameters.items():
+        if option.default is option.empty:
+            raise TypeError(f"The option {name} of a preset needs a default: a preset can be named alone.")
+
+
+NAMES: Names[Callable[..., Recipe]] = Names(
+    "recipe",
+    PRESETS,
+    "dit_accel.presets",
+    _check_preset,
+    reserved=("auto",),  # which the command line knows
+)
+"""All presets: this package's, those of :func:`dit_accel.register`, and those of entry points."""
+
+
 def resolve(recipe: Recipe | str, **options: Any) -> Recipe:
     """A recipe from a preset's name and options, from a file of :meth:`Recipe.save`, or a recipe as it is.
 
     Raises:
         ValueError: unknown preset, a file (a name that ends in .json) without a recipe, or an option that the
             preset lacks.
+        TypeError: somebody's preset returned something else.
     """
     if isinstance(recipe, Recipe):
         if options:
@@ -123,12 +145,13 @@ def resolve(recipe: Recipe | str, **options: Any) -> Recipe:
         return recipe
     if recipe.endswith(".json"):
         return resolve(Recipe.load(recipe), **options)
-    if recipe not in PRESETS:
-        raise ValueError(f"Unknown recipe {recipe!r}; known are {', '.join(PRESETS)}.")
-    preset = PRESETS[recipe]
-    allowed = preset.__code__.co_varnames[: preset.__code__.co_argcount]
+    preset = NAMES.get(recipe)
+    allowed = inspect.signature(preset).parameters
     for name in options:
         if name not in allowed:
             spelled = ", ".join(allowed) or "none"
             raise ValueError(f"Recipe {recipe!r} has no option {name!r}; its options are {spelled}.")
-    return preset(**options)
+    found = preset(**options)
+    if not isinstance(found, Recipe):
+        raise TypeError(f"The preset {recipe!r} must return a Recipe, got {found!r}.")
+    return found

@@ -12,6 +12,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 
 from ..files import written_whole
+from ..names import MissingName
 from ..patches.fingerprint import Fingerprint
 from ..recipe import Recipe
 from ..tensor_files import save_tensors
@@ -78,6 +79,8 @@ def read_adapter(folder: Path) -> AdapterFiles:
         raise ValueError(f"The adapter in {folder} has format {card.get('format')!r}, this version reads {FORMAT}.")
     try:
         return _read(folder, card, tensors)
+    except MissingName as error:
+        raise MissingName(f"The adapter in {folder} is of a recipe that is not at hand: {error}") from error
     except (AttributeError, TypeError, ValueError) as error:
         raise ValueError(f"The adapter in {folder} is damaged: {str(error).rstrip('.')}.") from error
 

@@ -38,7 +38,7 @@ def test_all_parts_run_are_said_and_undone(family, everything):
         "linear layers",
         "transformer blocks",
     ]
-    assert all(change in str(summary) for change in summary.changes)
+    assert set(summary.changes) <= set(summary.lines())
     assert summary.to_dict()["changes"] == summary.changes
     handle.remove()
     assert torch.equal(tiny.run(pipe, output_type="pt"), plain)

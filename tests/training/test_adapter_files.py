@@ -98,6 +98,11 @@ DAMAGES: dict[str, tuple[str, Callable[[Path], Any], str]] = {
     "list for a base": ("delta", edit_card(base=["transformer"]), "has a base of type list"),
     "other backbone": ("delta", edit_card(backbone="legs"), "backbone must be one of none, full, delta, lora, got"),
     "other recipe kind": ("delta", edit_card(recipe={"select": {"kind": "all"}}), "damaged: Unknown select 'all'"),
+    "somebody's recipe kind": (
+        "delta",
+        edit_card(recipe={"select": {"kind": "all", "from": "others.stages"}}),
+        r"not at hand: Unknown select 'all'; .* others\.stages registers it: import that module first",
+    ),
     "recipe of texts": ("delta", edit_card(recipe={"select": "pooled"}), "is damaged"),
     "fingerprint is text": ("delta", edit_card(base={"transformer": "Wan"}), "a fingerprint has transformer"),
     "no weights": ("delta", edit_base(lambda base: base.pop("weights")), "a fingerprint has transformer"),

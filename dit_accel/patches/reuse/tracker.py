@@ -173,6 +173,11 @@ class ReuseTracker:
             self.computed += not now.skipped
             self.skipped += now.skipped
 
+    def reset(self) -> None:
+        """Count forwards from nothing."""
+        with self._counting:
+            self.computed = self.skipped = 0
+
     def _now(self) -> ForwardReuse:
         now = self.current
         assert now is not None

@@ -1,0 +1,5 @@
+"""Importing this package registers its stages."""
+
+from . import compensation, order, preset, reuse, selection
+
+__all__ = ["compensation", "order", "preset", "reuse", "selection"]
