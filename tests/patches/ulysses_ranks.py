@@ -18,11 +18,11 @@ from diffusers.hooks import context_parallel
 from torch import nn
 
 import dit_accel
-from dit_accel import Recipe
+from dit_accel import Recipe, presets
 from dit_accel.stages.order.axes import AxisOrder
 from dit_accel.stages.select.mass import Mass
 from dit_accel.stages.select.pooled import Pooled
-from tests.peaked import BLOCK, RECIPES, peaked, peaked_pipeline
+from tests.peaked import BLOCK, RECIPES, peaked, peaked_pipeline, recipe_of
 from tests.recipes import POOLED, SMALL_TILES, WINDOW
 from tests.tiny import TINY
 
@@ -260,12 +260,19 @@ def _refusals(world: int) -> dict[str, str]:
     for name, heads, asked in (
         ("heads", 5 if world == 2 else 4, POOLED),
         ("drift", 6, RECIPES["drift"]),
-        ("learned", 6, dit_accel.presets.get("sla")),
+        ("learned", 6, presets.resolve("sla")),
     ):
         try:
             patched(in_parallel(wan(heads), world), wan_given(), asked)
         except ValueError as error:
             said[name] = str(error)
+    model = wan()
+    with dit_accel.patch(model, recipe_of("pooled+listed")):
+        in_parallel(model, world)  # behind the patch's own check
+        try:
+            out_of(model, wan_given())
+        except ValueError as error:
+            said["reuse"] = str(error)
     return said
 
 
