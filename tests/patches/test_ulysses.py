@@ -58,11 +58,15 @@ def test_summary_names_the_heads(ranks):
         )
 
 
-def test_gradients_add_up_to_those_of_one_process(ranks):
-    alone = ulysses_ranks.gradients(wan(), wan_given(), SPARSE["pooled"])
+# Wan modulates in float32, and each process adds up its own tokens' gradients there.
+@pytest.mark.parametrize(("name", "tolerance"), [("wan", torch.finfo(torch.float32).eps), ("flux", 1e-10)])
+def test_gradients_add_up_to_those_of_one_process(ranks, name, tolerance):
+    build, inputs = MODELS[name]
+    alone = ulysses_ranks.gradients(build(), inputs(), SPARSE["pooled"])
+    largest = max(float(one.abs().max()) for one in alone)
     for found in ranks:
-        for one, shared in zip(alone, found["gradients"], strict=True):
-            assert (one - shared).abs().max() <= 1e-10 * one.abs().max().clamp_min(1e-3)
+        for one, shared in zip(alone, found[name, "gradients"], strict=True):
+            assert float((one - shared).abs().max()) <= tolerance * largest
 
 
 @pytest.mark.parametrize("recipe", ["pooled", "mass"])

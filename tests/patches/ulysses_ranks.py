@@ -227,11 +227,12 @@ def work(rank: int, world: int, path: Path) -> None:
             out, summary = patched(model, given, asked)
             found[name, recipe] = out, summary.dense_calls, summary.sparse_calls, summary.density, summary.parallel
         found[name, "unpatched again"] = torch.equal(plain, out_of(model, given))
-    model, given = in_parallel(wan(), world), wan_given()
-    grads = gradients(model, given, POOLED)
-    for grad in grads:
-        dist.all_reduce(grad)
-    found["gradients"] = grads
+    for name in ("wan", "flux"):
+        build, inputs = MODELS[name]
+        grads = gradients(in_parallel(build(), world), inputs(), POOLED)
+        for grad in grads:
+            dist.all_reduce(grad)
+        found[name, "gradients"] = grads
     heads, tokens = _RAGGED[world]
     model, given = in_parallel(wan(heads), world, ulysses_anything=True), wan_given(*tokens)
     plain = out_of(model, given)
