@@ -10,6 +10,7 @@ from typing import Any, NamedTuple
 import torch
 import torch.nn.functional as F
 
+from .heads import HeadShard
 from .kernels.common.choice import Choice, Operation
 from .kernels.common.scale import scale_of
 from .kernels.mask.pairs import PairMask
@@ -51,6 +52,7 @@ class AttentionCall:
         pairs: bool ``[B|1, H|1, S, S]``, which key (last) each query sees, where not all see the same.
         seen: ``pairs`` cut into the blocks of a plan, while the plan is made.
         unread: why its attention mask cannot be read; such a call stays dense.
+        heads: which heads of the layer these are, where several processes share them; None for all.
         plan: what a sparse call ran; None for a dense one.
         choices: the backend of each of the recipe's operations; None outside an engine, where each chooses by itself.
         backends_used: where the backends that ran are recorded; None outside an engine.
@@ -70,6 +72,7 @@ class AttentionCall:
     pairs: torch.Tensor | None = None
     seen: PairMask | None = None
     unread: str | None = None
+    heads: HeadShard | None = None
     plan: AttentionPlan | None = None
     choices: Mapping[Operation, Choice] | None = None
     backends_used: BackendsUsed | None = None

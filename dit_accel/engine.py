@@ -56,6 +56,7 @@ class Engine:
         backends_used: which backends ran each operation so far, and why.
         notes: what a user should know of the calls so far, a sentence each, in the order of events, and whether it
             outlives :meth:`reset`.
+        parallel: how processes shared the calls, a sentence each; empty in one process.
         run: for the calls of an engine that is used without a session.
     """
 
@@ -77,6 +78,7 @@ class Engine:
         self.output_tap: OutputTap | None = None
         self.learned: dict[int, LearnedCompensation] = {}
         self.notes: dict[str, bool] = {}
+        self.parallel: dict[str, None] = {}
         self.run = Run()
         self._choices: dict[Case, dict[Operation, Choice]] = {}
         self._allowed: set[tuple[torch.device, torch.dtype | None, int | None, bool]] = set()

@@ -68,7 +68,7 @@ class FrozenPlanner(Planner):
         with torch.no_grad():
             prepared = self._prepare(call)
             blocks = prepared.blocks
-            mask = self.masks.mask(call.layer, bucket, blocks, call.key_mask, call.backend("selection"))
+            mask = self.masks.mask(call.layer, bucket, blocks, call.key_mask, call.backend("selection"), call.heads)
             mask = self._shown(call, prepared, mask)
             plan = AttentionPlan(blocks.kernel_rows, mask, compensate.prepare(blocks, mask, call))
         if not call.repeated:

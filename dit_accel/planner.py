@@ -302,17 +302,19 @@ class Planner:
             rows = order.rows_of_call(layout, call, tables)
             blocks = SequenceBlocks(layout, rows, *select.block, device)
             return _Prepared(blocks, select.prepare(blocks))
-        variant = order.variant(call.layer)
+        variant = (order.variant(call.layer), None if call.heads is None else call.heads.place)
         # Two threads may run one transformer; the tables are built once.
         with self._lock:
             variants = self._prepared.get((layout, device), dict)
             if variant not in variants:
                 fixed = order.rows(layout, device, call.layer)
-                heads = call.q.shape[2]
+                heads = call.q.shape[2] if call.heads is None else call.heads.total
                 if fixed is not None and fixed.dim() == 2 and fixed.shape[0] not in (1, heads):
                     raise ValueError(
                         f"The order of layer {call.layer} is for {fixed.shape[0]} heads, the layer has {heads}."
                     )
+                if fixed is not None and fixed.dim() == 2 and call.heads is not None:
+                    fixed = call.heads.own(fixed, 0)
                 blocks = SequenceBlocks(layout, fixed, *select.block, device)
                 variants[variant] = _Prepared(blocks, select.prepare(blocks))
             return variants[variant]

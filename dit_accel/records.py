@@ -17,7 +17,7 @@ class LayerRecord:
 
     Attributes:
         compiled_dense: dense calls that compiled code counted by itself, int64 by reason; see
-            :data:`dit_accel.patches.operator.PASSED`.
+            :data:`dit_accel.patches.reasons.PASSED`.
     """
 
     name: str

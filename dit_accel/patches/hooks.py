@@ -17,7 +17,8 @@ from .ambient import EAGER, TRACED
 from .forwards import in_backward
 from .in_place import InPlaceOf
 from .learned import CHILD
-from .operator import CACHED, NO_CALL, PASSED, count_op
+from .operator import count_op
+from .reasons import CACHED, NO_CALL, PASSED
 
 if TYPE_CHECKING:
     from .handle import PatchHandle

@@ -14,6 +14,7 @@ import torch
 
 from ..call import AttentionInputs
 from .ambient import LatentTokens
+from .reasons import PASSED
 from .session import session_of
 
 
@@ -208,21 +209,6 @@ def _backward(ctx: Any, grad: torch.Tensor, _: Any) -> tuple[Any, ...]:
 
 
 attention_op.register_autograd(_backward, setup_context=_save)
-
-NO_CALL = "the attention module made no call that can be taken: a processor attends in its own way"
-# Not dense: a cache of diffusers gave an earlier output, and nothing attended.
-CACHED = "a cache answered"
-# Why compiled code may go past the session; a graph counts by index.
-PASSED = (
-    "context parallelism",
-    "causal attention",
-    "dropout",
-    "attention_kwargs",
-    "an attention mask that is no tensor",
-    "a torch function mode watches attention",
-    NO_CALL,
-    CACHED,
-)
 
 
 def new_counts() -> torch.Tensor:

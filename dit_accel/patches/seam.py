@@ -26,7 +26,9 @@ from ..call import AttentionInputs
 from .ambient import EAGER, TRACED, LatentTokens
 from .forwards import frames_of_repetition, in_backward
 from .hooks import PublishLayer
-from .operator import PASSED, attention_op, count_op
+from .operator import attention_op, count_op
+from .parallel import attend_in_parallel, why_not_parallel
+from .reasons import PASSED
 
 
 @dataclass
@@ -130,7 +132,6 @@ def _why_not(
 ) -> str | None:
     """Why a call cannot be taken: one of :data:`PASSED`, or None."""
     refused = (
-        parallel_config is not None,
         is_causal,
         dropout_p,
         attention_kwargs,
@@ -138,7 +139,7 @@ def _why_not(
         _function_mode_is_on(),
     )
     if not any(refused):
-        return None
+        return None if parallel_config is None else why_not_parallel(parallel_config)
     return next(reason for reason, holds in zip(PASSED, refused, strict=False) if holds)
 
 
@@ -231,6 +232,14 @@ def _dispatch_in_place_of(original: Callable[..., torch.Tensor]) -> Callable[...
         reason = _why_not(attn_mask, dropout_p, is_causal, attention_kwargs, parallel_config)
         if reason is not None:
             return _pass_by(layer, reason, dense)
+        if parallel_config is not None:
+
+            def gathered(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, mask: torch.Tensor | None) -> torch.Tensor:
+                return original(q, k, v, mask, scale=scale, enable_gqa=enable_gqa, backend=backend)
+
+            inputs = AttentionInputs(query, key, value, attn_mask, scale)
+            session, index = layer
+            return attend_in_parallel(session, index, inputs, parallel_config, gathered, dense)
         name = None if backend is None else getattr(backend, "value", backend)
         return _attend(layer, query, key, value, attn_mask, scale, enable_gqa, name, True, dense)
 

@@ -16,11 +16,13 @@ from torch import nn
 
 from ..call import AttentionCall, AttentionInputs
 from ..engine import Engine
+from ..heads import HeadShard
 from ..layout import LatentGrid, TokenLayout
 from .ambient import EAGER, LatentTokens
 from .families import Family
 from .forwards import KEPT_FORWARDS, Forward, KeptForwards, addresses_of, in_backward
 from .masks import is_of_pairs, key_mask_of_pairs
+from .parallel import splits_text
 from .progress import PipelineSchedules, RunTracker, running_pipeline
 
 if TYPE_CHECKING:
@@ -81,6 +83,8 @@ class Session:
         self._thread = _Thread(*self._origin)
         self._numbers = itertools.count()
         self._forwards = KeptForwards()
+        # Of which configuration diffusers' hooks were looked at, and what they split.
+        self._split: tuple[Any, bool] | None = None
         _sessions[self.id] = self
 
     def begin_forward(
@@ -155,22 +159,46 @@ class Session:
         latents: LatentTokens | None,
         dense: Callable[[], torch.Tensor],
         learned: Sequence[torch.Tensor] | None = None,
+        heads: HeadShard | None = None,
     ) -> torch.Tensor:
         """One intercepted call, (B, S, H, D); see :meth:`dit_accel.engine.Engine.attend`.
 
         ``latents`` are what a graph of the whole transformer holds; None in eager code and in compiled blocks, whose
-        transformer's hook has said where the latents are.
+        transformer's hook has said where the latents are. ``heads`` are those of the call, of a layer that several
+        processes share.
         """
         q_len, kv_len = inputs.q.size(1), inputs.k.size(1)
         forward, repeated = self._forward(layer, kv_len, latents)
         self._thread.served = None
-        if q_len != kv_len and not (self.family.latents_query and q_len < kv_len):
+        if q_len != kv_len and not (self.family.latents_query and q_len < kv_len and heads is None):
             return self.pass_by(layer, "keys and queries differ in number", dense)
         if forward is None:
             return self.pass_by(layer, "called outside a forward of its transformer", dense)
         ordinal = forward.ordinal(layer, repeated)
         self._thread.served = (forward.number, ordinal)
-        return self.engine.attend(self._call(forward, ordinal, layer, inputs, repeated), dense, learned)
+        call = self._call(forward, ordinal, layer, inputs, repeated)
+        call.heads = heads
+        return self.engine.attend(call, dense, learned)
+
+    def streams(self, layer: int, seq_len: int, masked: bool) -> tuple[int, ...] | str:
+        """Tokens of the streams that diffusers' context parallelism splits each by itself, in the order of a sequence
+        of ``seq_len`` tokens; or the reason why they are not known."""
+        forward, _ = self._forward(layer, seq_len, None)
+        latents = None if forward is None else forward.latents
+        text = 0 if latents is None else seq_len - latents.tokens
+        if latents is None or text <= 0 or seq_len == prod(latents.grid) or not self._splits_text():
+            return (seq_len,)
+        if masked and self.family.masked != "there":
+            return "a mask moves the text under context parallelism"
+        return (text, latents.tokens) if self.family.text_first else (latents.tokens, text)
+
+    def _splits_text(self) -> bool:
+        model = self._origin[0]()
+        assert model is not None
+        config = getattr(model, "_parallel_config", None)
+        if self._split is None or self._split[0] is not config or config is None:
+            self._split = (config, splits_text(model))
+        return self._split[1]
 
     def pass_by(self, layer: int, reason: str, dense: Callable[[], torch.Tensor]) -> torch.Tensor:
         """A call that no plan can serve, by the model's own attention, counted with the reason."""
@@ -220,6 +248,7 @@ class Session:
         self.engine.planner.forget()
         self.engine.run.forget()
         self._forwards.clear()
+        self._split = None
         self._thread = _Thread(*self._origin)
 
     def _forward(self, layer: int, seq_len: int, latents: LatentTokens | None) -> tuple[Forward | None, bool]:

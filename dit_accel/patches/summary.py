@@ -11,7 +11,7 @@ from typing import Any
 from ..presets.spelling import short_line
 from ..recipe import Recipe
 from ..records import BackendsUsed, LayerRecord, backend_lines
-from .operator import CACHED, PASSED
+from .reasons import CACHED, PASSED
 from .session import Session
 from .summary_html import as_html
 
@@ -55,6 +55,7 @@ class PatchSummary:
         plan_seconds, sparse_seconds, dense_seconds: time spent planning, in sparse and in dense attention.
         computed_forwards, skipped_forwards: of recipes with reuse, the transformers' forwards that ran all blocks, and
             those that took an earlier one's result for some; 0 without reuse.
+        parallel: how processes shared the calls, a sentence each; all counts are this process' own.
         changes: what :func:`~dit_accel.accelerate` changed beside attention, a sentence each.
         short_recipe: the nearest preset, and what differs from it.
     """
@@ -71,6 +72,7 @@ class PatchSummary:
     skipped_forwards: int = 0
     changes: tuple[str, ...] = ()
     short_recipe: str = ""
+    parallel: tuple[str, ...] = ()
 
     @property
     def computed_share(self) -> float | None:
@@ -142,6 +144,7 @@ class PatchSummary:
         if self.computed_share is not None:
             lines.append(f"forwards: {self.computed_forwards} computed, {self.skipped_forwards} skipped")
         lines += self.changes
+        lines += self.parallel
         density = "-" if self.density is None else f"{self.density:.3f}"
         lines.append(f"attention: {self.sparse_calls} sparse calls at density {density}")
         lines += [f"  dense calls: {count} ({reason})" for reason, count in self.dense_calls.items()]
@@ -194,6 +197,7 @@ def summarise(
         computed_forwards=sum(one.computed for one in reused),
         skipped_forwards=sum(one.skipped for one in reused),
         changes=changes,
+        parallel=tuple(dict.fromkeys(one for engine in engines.values() for one in engine.parallel)),
     )
     raised = _why_denser(recipe, summary.density)
     return summary if raised is None else replace(summary, notes=(*notes, raised))

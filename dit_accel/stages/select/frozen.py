@@ -7,6 +7,7 @@ from dataclasses import dataclass
 
 import torch
 
+from ...heads import HeadShard
 from ...kernels import BlockMask
 from ...kernels.mask.packed import unpack_bits
 from ...layout import TokenLayout
@@ -55,15 +56,18 @@ class FrozenMasks:
         blocks: SequenceBlocks,
         key_mask: torch.Tensor | None,
         backend: str = "auto",
+        heads: HeadShard | None = None,
     ) -> BlockMask:
-        """The mask of a layer, with text and own blocks.
+        """The mask of a layer, or of some of its heads, with text and own blocks.
 
         Raises:
             ValueError: the masks are for fewer layers.
         """
         if layer >= self.bits.shape[1]:
             raise ValueError(f"The calibration is for {self.bits.shape[1]} layers, the model has a layer {layer}.")
-        chosen = unpack_bits(self.bits[bucket, layer].to(blocks.device), blocks.num_blocks[1])[None]
+        bits = self.bits[bucket, layer]
+        bits = bits if heads is None else heads.own(bits, 0)
+        chosen = unpack_bits(bits.to(blocks.device), blocks.num_blocks[1])[None]
         return keep_chosen(blocks, chosen, key_mask, backend)
 
 

@@ -8,6 +8,7 @@ from typing import Any, ClassVar
 import torch
 
 from ...call import AttentionCall
+from ...heads import HeadShard
 from ...kernels import BlockMask, block_sparse_attention
 from ...kernels.common.choice import Case, Choice, Operation, case_of
 from ...kernels.common.tokens import gather_mask
@@ -97,7 +98,7 @@ class Mass(Select):
         mass, lse = self._mass(blocks, call, known)
         if memory is not None and self.cache_lse and lse is not None:
             memory.lse = lse
-        return self._keep(blocks, mass, call.key_mask, call.hidden_blocks, call.backend("selection"))
+        return self._keep(blocks, mass, call.key_mask, call.hidden_blocks, call.backend("selection"), call.heads)
 
     def scores(self, blocks: SequenceBlocks, _tables: None, call: AttentionCall) -> torch.Tensor:
         """Block masses."""
@@ -120,12 +121,19 @@ class Mass(Select):
         key_mask: torch.Tensor | None = None,
         hidden: torch.Tensor | None = None,
         backend: str = "auto",
+        heads: HeadShard | None = None,
     ) -> BlockMask:
-        shares = shares_per_head(self.head_densities, self.density, mass.shape[1], mass.device)
+        shares = shares_per_head(self.head_densities, self.density, mass.shape[1], mass.device, heads)
         mask = keep_best(blocks, mass, key_mask, density=shares, hidden=hidden, backend=backend)
-        if not self.head_adaptive or self.head_densities or mass.shape[1] < 2:
+        if not self.head_adaptive or self.head_densities or (mass.shape[1] if heads is None else heads.total) < 2:
             return mask
-        density = adapted_densities(recall(mass, mask), self.density, self.recall_target)
+        recalls = recall(mass, mask)
+        # The layer's heads share one budget, whoever attends them.
+        density = adapted_densities(
+            recalls if heads is None else heads.gather(recalls), self.density, self.recall_target
+        )
+        if heads is not None:
+            density = heads.own(density, 1)
         return keep_best(blocks, mass, key_mask, density=density, hidden=hidden, backend=backend)
 
 

@@ -8,6 +8,7 @@ from typing import ClassVar
 import torch
 
 from ...call import AttentionCall
+from ...heads import HeadShard
 from ...kernels import BlockMask
 from ...kernels.selection.api import own_blocks, pooled_scores, select_blocks
 from ...kernels.selection.pairs import pooled_scores_under
@@ -160,7 +161,7 @@ class Pooled(Select):
     ) -> BlockMask:
         """Mask of one call from its queries and keys."""
         scores = pooled_scores_of(blocks, call, call.scale)
-        return self._keep(blocks, scores, call.key_mask, call.hidden_blocks, call.backend("selection"))
+        return self._keep(blocks, scores, call.key_mask, call.hidden_blocks, call.backend("selection"), call.heads)
 
     def scores(self, blocks: SequenceBlocks, _tables: None, call: AttentionCall) -> torch.Tensor:
         """Softmax of the pooled scores."""
@@ -177,12 +178,13 @@ class Pooled(Select):
         key_mask: torch.Tensor | None = None,
         hidden: torch.Tensor | None = None,
         backend: str = "auto",
+        heads: HeadShard | None = None,
     ) -> BlockMask:
         return keep_best(
             blocks,
             scores,
             key_mask,
-            density=shares_per_head(self.head_densities, self.density, scores.shape[1], scores.device),
+            density=shares_per_head(self.head_densities, self.density, scores.shape[1], scores.device, heads),
             top_p=self.top_p,
             forced_k=blocks.first_frame_k if self.sink_first_frame else None,
             hidden=hidden,

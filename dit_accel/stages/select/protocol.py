@@ -7,6 +7,7 @@ from typing import Any, ClassVar, Protocol
 import torch
 
 from ...call import AttentionCall
+from ...heads import HeadShard
 from ...kernels import BlockMask
 from ...kernels.common.choice import Case, Choice, Operation
 from ...layout import TokenLayout
@@ -150,15 +151,21 @@ def density_of_layer(densities: HeadDensities, layer: int) -> HeadDensities:
 
 
 def shares_per_head(
-    densities: HeadDensities, density: float | None, heads: int, device: torch.device
+    densities: HeadDensities,
+    density: float | None,
+    heads: int,
+    device: torch.device,
+    shard: HeadShard | None = None,
 ) -> float | torch.Tensor | None:
-    """``density``, or where one layer's densities are given float32 ``[1, H]``.
+    """``density``, or where one layer's densities are given float32 ``[1, H]``, of the ``shard`` of the layer's heads.
 
     Raises:
         ValueError: there are as many densities as heads, or one, in no layer.
     """
     if not densities:
         return density
-    if len(densities) > 1 or len(densities[0]) not in (1, heads):
-        raise ValueError(f"select.head_densities are for {len(densities[0])} heads, the layer has {heads}.")
-    return torch.tensor(densities[0], device=device).expand(1, heads)
+    total = heads if shard is None else shard.total
+    if len(densities) > 1 or len(densities[0]) not in (1, total):
+        raise ValueError(f"select.head_densities are for {len(densities[0])} heads, the layer has {total}.")
+    shares = torch.tensor(densities[0], device=device)
+    return (shares if shard is None else shard.own(shares, 0)).expand(1, heads)

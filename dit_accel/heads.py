@@ -1,0 +1,42 @@
+"""Which heads of a layer a call has, where several processes share them."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+
+
+@dataclass(frozen=True, eq=False)
+class HeadShard:
+    """Consecutive heads that this process attends, of a layer whose other heads other processes attend.
+
+    Attributes:
+        first, number: of this process.
+        total: heads of the layer.
+        gather: ``[B, number, ...]`` of every process to ``[B, total, ...]``, the same in all. All must call it.
+    """
+
+    first: int
+    number: int
+    total: int
+    gather: Callable[[torch.Tensor], torch.Tensor]
+
+    @property
+    def place(self) -> tuple[int, int, int]:
+        """What tells one shard from another: first, number and total."""
+        return self.first, self.number, self.total
+
+    def own(self, of_all: torch.Tensor, dim: int) -> torch.Tensor:
+        """This process' part of something that has an entry per head, or one for all, along ``dim``.
+
+        Raises:
+            ValueError: it has another number of entries.
+        """
+        entries = of_all.shape[dim]
+        if entries == 1:
+            return of_all
+        if entries != self.total:
+            raise ValueError(f"What is given for {entries} heads does not fit a layer of {self.total}.")
+        return of_all.narrow(dim, self.first, self.number)

@@ -1,0 +1,22 @@
+"""Why an attention call goes past the session, where a reason must be known before the call runs."""
+
+NO_CALL = "the attention module made no call that can be taken: a processor attends in its own way"
+# Not dense: a cache of diffusers gave an earlier output, and nothing attended.
+CACHED = "a cache answered"
+# Of diffusers' context parallelism.
+PARALLEL_RING = "ring attention"
+PARALLEL_COMPILED = "context parallelism in compiled code"
+PARALLEL_UNKNOWN = "context parallelism of an unknown kind"
+# Why compiled code may go past the session; a graph counts by index.
+PASSED = (
+    "causal attention",
+    "dropout",
+    "attention_kwargs",
+    "an attention mask that is no tensor",
+    "a torch function mode watches attention",
+    NO_CALL,
+    CACHED,
+    PARALLEL_RING,
+    PARALLEL_COMPILED,
+    PARALLEL_UNKNOWN,
+)
