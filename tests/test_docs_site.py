@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import importlib.util
 import re
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
 
 import pytest
 
@@ -41,3 +44,35 @@ def test_the_code_of_the_page_on_extending_runs() -> None:
         assert recipe.to_dict()["select"]["kind"] == "careful_mass"
     finally:
         dit_accel.unregister("careful_mass", names["CarefulMass"])
+
+
+@pytest.fixture(scope="module")
+def hook() -> Any:
+    spec = importlib.util.spec_from_file_location("docs_pages", ROOT / ".ci" / "docs_pages.py")
+    assert spec is not None
+    assert spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+@pytest.mark.parametrize(
+    ("page", "text", "found"),
+    [
+        ("embedded.md", "[a](../examples/train_embedded/README.md#in-pieces)", "[a](train_embedded.md#in-pieces)"),
+        ("embedded.md", "![a](images/a.png) [b](recipes.md#x)", "![a](images/a.png) [b](recipes.md#x)"),
+        ("design.md", "[a](docs/reuse.md) [b](CHANGELOG.md)", "[a](reuse.md) [b](changelog.md)"),
+        ("train_embedded.md", "[a](../../docs/embedded.md)", "[a](embedded.md)"),
+        ("recipes.md", "[a](https://x.y/docs/z.md) [b](#here) [c](gone.md)", None),
+    ],
+)
+def test_links_of_the_repository_lead_to_pages(hook: Any, page: str, text: str, found: str | None) -> None:
+    made = hook.on_page_markdown(text, page=SimpleNamespace(file=SimpleNamespace(src_uri=page)))
+    assert made == (text if found is None else found)
+
+
+def test_references_in_docstrings_are_names(hook: Any) -> None:
+    html = "a :func:<code>~dit_accel.patch</code>, :meth:<code>to_dict</code>, :data:<code>a.b</code>, <code>~x</code>"
+    assert hook.on_page_content(html) == (
+        "a <code>patch</code>, <code>to_dict</code>, <code>a.b</code>, <code>~x</code>"
+    )

@@ -54,6 +54,9 @@ def tune(
     steps: StepsOption = None,
     guidance: GuidanceOption = None,
     seed: Annotated[int, typer.Option(help="Of the first prompt; each further one adds 1.")] = 0,
+    compiled: Annotated[
+        bool, typer.Option("--compile", help="torch.compile of the transformer's blocks, of dense runs too.")
+    ] = False,
     verify: Annotated[int, typer.Option(min=1, help="Combinations to run at most, with every prompt.")] = 4,
     out: Annotated[
         Path,
@@ -79,6 +82,7 @@ def tune(
     where = read_device(device)
     number = read_dtype(dtype, where)
 
+    from ..acceleration.compiled import compile_blocks
     from ..pipelines.generate import call_arguments
     from ..quality.prompts import DEFAULT_PROMPTS
     from ..tuning.target import Target
@@ -91,6 +95,8 @@ def tune(
     name, builtin, pipe = open_model(model, number, where, quiet=as_json)
     arguments = call_arguments(pipe, **asked.settings(pipe, builtin))
     pipe.set_progress_bar_config(disable=True)
+    if compiled:
+        compile_blocks(pipe)
     texts = prompts or DEFAULT_PROMPTS[:2]
     with progress_bar("tuning", quiet=as_json) as progress:
         found = run(
@@ -112,4 +118,6 @@ def tune(
         return
     print(found.table())
     print(f"{found.row.name}: {found.spelled(found.row.fidelity)} at {found.row.speedup:.2f}x, measured")
+    for note in found.notes:
+        print(f"note: {note}")
     print(f"{path}; use it with patch(pipe, {str(path)!r}) or --recipe {path}. {out / FRONT} has the whole front.")

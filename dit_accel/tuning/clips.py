@@ -36,12 +36,14 @@ class Clip:
         finite: whether all pixels were; those that were not are black.
         seconds: of its parts.
         trajectory: what its steps gave.
+        notes: of the patch's summary.
     """
 
     frames: torch.Tensor
     finite: bool
     seconds: RunSeconds
     trajectory: Trajectory
+    notes: tuple[str, ...] = ()
 
 
 def refuse_pipeline(pipe: Any, arguments: Mapping[str, Any]) -> None:
@@ -90,8 +92,7 @@ def make_clip(
     call = {**begin(arguments, seed), "output_type": "np", "callback_on_step_end": after}
     with ExitStack() as stack:
         stack.enter_context(torch.no_grad())
-        if recipe is not None:
-            stack.enter_context(patch(pipe, recipe))
+        handle = None if recipe is None else stack.enter_context(patch(pipe, recipe))
         first = stack.enter_context(_first_forward(pipe))
         noise = stack.enter_context(_first_sample(pipe.scheduler))
         if short is not None:
@@ -101,6 +102,7 @@ def make_clip(
         start = now(pipe)
         output = pipe(**call)
         end = now(pipe)
+        notes = () if handle is None else handle.summary().notes
     schedule = getattr(pipe.scheduler, "timesteps", ())
     if not marks or len(marks) != len(schedule):
         raise ValueError(
@@ -111,7 +113,7 @@ def make_clip(
     finite = bool(frames.isfinite().all())
     clip = to_uint8(as_video(frames if finite else frames.nan_to_num(0.0, 0.0, 0.0), "the pipeline's output"))
     seconds = RunSeconds(steps, first[0] - start + end - marks[-1])
-    return Clip(clip, finite, seconds, _trajectory(noise, latents, pipe.scheduler, len(steps)))
+    return Clip(clip, finite, seconds, _trajectory(noise, latents, pipe.scheduler, len(steps)), notes)
 
 
 def measured(dense: torch.Tensor, clip: Clip, metrics: tuple[str, ...]) -> dict[str, float]:

@@ -62,6 +62,7 @@ class Tuned:
         runs: all that was measured, from fast to slow.
         dense_seconds: of a dense run, the mean over prompts.
         num_steps, prompts: of the runs.
+        notes: what the patch of the recipe said.
     """
 
     target: Target
@@ -71,6 +72,7 @@ class Tuned:
     dense_seconds: float
     num_steps: int
     prompts: int
+    notes: tuple[str, ...] = ()
 
     @property
     def recipe(self) -> Recipe:
@@ -104,6 +106,7 @@ class Tuned:
             "prompts": self.prompts,
             "dense_seconds": self.dense_seconds,
             "found": self.row.to_dict(),
+            "notes": list(self.notes),
             "front": [row.to_dict() for row in self.front],
             "runs": [row.to_dict() for row in self.runs],
         }

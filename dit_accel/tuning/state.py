@@ -32,10 +32,12 @@ class Outcome:
     Attributes:
         seconds: of its parts.
         metrics: values to dense by name.
+        notes: of the patch's summary.
     """
 
     seconds: RunSeconds
     metrics: dict[str, float]
+    notes: tuple[str, ...] = ()
 
 
 @dataclass(eq=False)
@@ -148,9 +150,9 @@ class State:
 
 def _outcome_to_json(outcome: Outcome) -> dict[str, Any]:
     metrics = {name: number_to_json(value) for name, value in outcome.metrics.items()}
-    return {**asdict(outcome.seconds), "metrics": metrics}
+    return {**asdict(outcome.seconds), "metrics": metrics, "notes": list(outcome.notes)}
 
 
 def _outcome_from_json(data: Mapping[str, Any]) -> Outcome:
     metrics = {name: number_from_json(value) for name, value in data["metrics"].items()}
-    return Outcome(RunSeconds(tuple(data["steps"]), float(data["rest"])), metrics)
+    return Outcome(RunSeconds(tuple(data["steps"]), float(data["rest"])), metrics, tuple(data["notes"]))

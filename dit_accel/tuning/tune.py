@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import json
+import logging
 import platform
 import statistics
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -14,7 +16,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from .. import presets
+from .. import engine, presets
 from ..api import patch
 from ..calibration.calibrate import Progress
 from ..calibration.identity import describe, describe_pipeline
@@ -90,7 +92,8 @@ def tune(
     asked = _asked(pipe, prompts, numbers, generate_kwargs or {}, base)
     state = State.begin(None if out is None else Path(out), asked, start_over)
     runs = _Runs(pipe, base, goal, arguments, numbers, state, _Clock(progress))
-    found = runs.find(verify)
+    with _said_once():
+        found = runs.find(verify)
     if out is not None:
         write(found, Path(out))
     if not found.is_met:
@@ -148,6 +151,22 @@ def _asked(
         "compiled": compiles(pipe),
         "pipeline": describe_pipeline(pipe),
     }
+
+
+@contextmanager
+def _said_once() -> Iterator[None]:
+    """Every run is patched anew, and would warn anew."""
+    said: set[str] = set()
+
+    def is_new(record: logging.LogRecord) -> bool:
+        text = record.getMessage()
+        return text not in said and not said.add(text)  # type: ignore[func-returns-value]
+
+    engine.logger.addFilter(is_new)
+    try:
+        yield
+    finally:
+        engine.logger.removeFilter(is_new)
 
 
 @dataclass
@@ -232,7 +251,7 @@ class _Runs:
                 metrics = measured(self.state.dense_frames(number), clip, self._metrics())
             except ValueError as error:
                 raise ValueError(f"{choice.spelled(space.num_steps)}, prompt {number}: {error}") from error
-            self.state.add(recipe, Outcome(clip.seconds, metrics))
+            self.state.add(recipe, Outcome(clip.seconds, metrics, clip.notes))
             self.clock.made += 1
 
     def _metrics(self) -> tuple[str, ...]:
@@ -312,14 +331,16 @@ class _Runs:
 
         left = [point for point in ladder.expected() if point.choice not in ladder.measured]
         runs = sorted(ladder.measured.values(), key=lambda one: one.seconds)
+        found = row(ladder.best() or ladder.nearest())
         return Tuned(
             self.target,
-            row(ladder.best() or ladder.nearest()),
+            found,
             tuple(row(point) for point in front([*left, *runs])),
             tuple(row(point) for point in runs),
             ladder.dense_seconds,
             space.num_steps,
             len(self.arguments),
+            tuple(dict.fromkeys(note for one in self.state.runs[found.recipe] for note in one.notes)),
         )
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import json
 from pathlib import Path
 from typing import Any
@@ -9,9 +10,11 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from diffusers import WanPipeline
 
 from dit_accel import Recipe, patch, presets, tune
 from dit_accel.engine import Engine
+from dit_accel.patches.targets import root_hook
 from dit_accel.stages.reuse.listed import Listed
 from dit_accel.tuning import clips
 from dit_accel.tuning.result import Tuned
@@ -99,12 +102,14 @@ def decibels(recipe: Recipe, prompt: dict[str, Any], seed: int) -> float:
     return float("inf") if error == 0 else float(-10 * np.log10(error))
 
 
-def without_times(found: Tuned) -> Any:
+def as_read(found: Tuned) -> Any:
     return json.loads(json.dumps(found.to_dict()))
 
 
-def test_a_recipe_that_keeps_an_error_is_found_and_keeps_it(tmp_path, work):
+def test_a_recipe_that_keeps_an_error_is_found_and_keeps_it(tmp_path, work, caplog):
     found = run(work.of(pipeline()), tmp_path)
+    # Every run is patched anew, and all of them say this.
+    assert sum("may be slower" in record.message for record in caplog.records) == 1
     recipe = Recipe.load(tmp_path / "psnr-50.json")
     assert recipe == found.recipe
     assert found.row.is_measured
@@ -116,9 +121,10 @@ def test_a_recipe_that_keeps_an_error_is_found_and_keeps_it(tmp_path, work):
     kept = [row for row in found.runs if row.fidelity >= 50.0]
     assert min(kept, key=lambda row: row.seconds) == found.row
     data = json.loads((tmp_path / "front.json").read_text())
-    assert data == without_times(found)
+    assert data == as_read(found)
     assert data["found"]["name"] in found.table()
     assert (tmp_path / "front.png").read_bytes().startswith(b"\x89PNG")
+    assert found.row.recipe.select.is_dense or any("may be slower" in note for note in found.notes)
     fronts = [row.fidelity for row in found.front]
     assert fronts == sorted(fronts)
     assert [row.seconds for row in found.front] == sorted(row.seconds for row in found.front)
@@ -155,7 +161,7 @@ def test_an_interrupted_tuning_goes_on_to_the_same(tmp_path, work):
             run(work.of(pipeline()), folder, progress=interrupt)
         told: list[Any] = []
         again = run(work.of(pipeline()), folder, progress=told.append)
-        assert without_times(again) == without_times(whole)
+        assert as_read(again) == as_read(whole)
         assert len(told) == len(whole.runs) * 2 * STEPS + 2 * STEPS - (stop - 1) // STEPS * STEPS
         first = (stop - 1) // STEPS * STEPS + 1
         assert [state.done for state in told] == list(range(first, first + len(told)))
@@ -275,6 +281,37 @@ def test_refusals_are_one_sentence_before_the_first_run(name, monkeypatch):
     with pytest.raises((ValueError, RuntimeError), match=words) as caught:
         run(pipe, None, **changes)
     assert "\n" not in str(caught.value)
+
+
+def test_compiled_blocks_are_compiled_before_they_are_timed(monkeypatch):
+    """Patching discards compiled code."""
+    calls: list[str] = []
+    call = WanPipeline.__call__
+
+    @functools.wraps(call)
+    def noted(self: Any, *args: Any, **kwargs: Any) -> Any:
+        calls.append(kwargs["output_type"])
+        return call(self, *args, **kwargs)
+
+    def twice_as_slow_unpatched(pipe: Any) -> float:
+        times.append(2.0 if root_hook(pipe.transformer) is None else 1.0)
+        return sum(times)
+
+    times: list[float] = []
+    monkeypatch.setattr(WanPipeline, "__call__", noted)
+    monkeypatch.setattr(clips, "now", twice_as_slow_unpatched)
+    pipe = pipeline()
+    pipe.transformer.compile_repeated_blocks(fullgraph=True, backend="eager")
+    asked = {"target": "psnr=10", "prompts": prompts(count=1), "verify": 1}
+    compiled = run(pipe, None, **asked)
+    assert calls == ["latent", "np"] * (1 + len(compiled.runs))
+    calls.clear()
+    plain = run(pipeline(), None, **asked)
+    # Once dense, and once for each kind of attention.
+    assert calls.count("latent") == 2
+    assert calls.count("np") == 1 + len(plain.runs)
+    assert compiled.row.speedup == plain.row.speedup == 2.0
+    assert [row.fidelity for row in compiled.runs] == pytest.approx([row.fidelity for row in plain.runs], abs=0.1)
 
 
 def test_a_dense_run_with_nan_is_refused():
