@@ -200,6 +200,7 @@ def test_imports_come_before_anything_is_read(command: str, tmp_path: Path, monk
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(sys, "path", list(sys.path))
     more = ["--recipe", "not there"] if command != "info" else []
+    more += ["--prompt", "a cat"] if command == "inspect" else []  # which cannot do without
     found = CliRunner().invoke(app, [command, "--import", "breaks", *more])
     assert found.exit_code == 2
     assert found.stderr.strip() == "Error: --import breaks failed: ZeroDivisionError: division by zero"
