@@ -64,6 +64,7 @@ SLOW = frozenset(
         "patches/test_reuse_families",
         "patches/test_reuse_runs",
         "patches/test_run_identity",
+        "patches/test_ulysses",
         "pipelines/test_architectures",
         "pipelines/test_call_defaults",
         "pipelines/test_embedded",

@@ -16,6 +16,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from typer.main import get_command
 from typer.testing import CliRunner
 
 import dit_accel
@@ -32,6 +33,7 @@ from tests.tiny import TINY
 
 ROOT = Path(__file__).parent.parent
 EXAMPLE = ROOT / "examples" / "extending"
+COMMANDS = get_command(app).commands
 STAGES = {
     "order": ("serpentine", "order", "Serpentine"),
     "select": ("strided", "selection", "Strided"),
@@ -179,6 +181,29 @@ def test_an_import_that_fails_is_one_sentence(
     found = CliRunner().invoke(app, ["info", "--import", module])
     assert found.exit_code == 2
     assert found.stderr.strip() == sentence
+
+
+def takes(command: str, flag: str) -> bool:
+    return any(flag in one.opts for one in COMMANDS[command].params)
+
+
+def test_every_command_with_a_recipe_imports() -> None:
+    assert {name for name in COMMANDS if takes(name, "--import")} == {
+        *(name for name in COMMANDS if takes(name, "--recipe")),
+        "info",
+    }
+
+
+@pytest.mark.parametrize("command", [name for name in COMMANDS if takes(name, "--import")])
+def test_imports_come_before_anything_is_read(command: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "breaks.py").write_text("1 / 0\n")
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(sys, "path", list(sys.path))
+    more = ["--recipe", "not there"] if command != "info" else []
+    more += ["--prompt", "a cat"] if command == "inspect" else []  # which cannot do without
+    found = CliRunner().invoke(app, [command, "--import", "breaks", *more])
+    assert found.exit_code == 2
+    assert found.stderr.strip() == "Error: --import breaks failed: ZeroDivisionError: division by zero"
 
 
 def test_an_unknown_recipe_says_that_others_are_imported() -> None:

@@ -26,7 +26,7 @@ def run_arguments(
 
     Raises:
         ValueError: no prompts, a number of seeds that is another, seeds beside a generator, an argument that the
-            pipeline does not take, several sizes, or a pipeline that is patched already.
+            pipeline does not take, several sizes, or a pipeline that is patched or runs in parallel already.
     """
     if isinstance(prompts, (str, Mapping)) or not prompts:
         raise ValueError(f"prompts must be a non-empty sequence, got {prompts!r}.")
@@ -49,6 +49,12 @@ def run_arguments(
         values = {arguments.get(name) for arguments in runs}
         if len(values) > 1:
             raise ValueError(f"The prompts must share one {name}, got {', '.join(map(str, values))}.")
+    for name, component in getattr(pipe, "components", {}).items():
+        if getattr(component, "_parallel_config", None) is not None:
+            raise ValueError(
+                f"{name} shares its heads among processes, and each would measure its own alone: calibrate and search "
+                "in one process, before enable_parallelism. What they find holds for any number of processes."
+            )
     try:
         handle_of(pipe)
     except ValueError:

@@ -15,6 +15,7 @@ from torch import nn
 
 from ..call import AttentionInputs
 from ..heads import HeadShard
+from .forwards import in_backward
 from .reasons import PARALLEL_COMPILED, PARALLEL_RING, PARALLEL_UNKNOWN
 
 if TYPE_CHECKING:
@@ -55,6 +56,11 @@ def attend_in_parallel(
     engine = session.engine
     if not engine.switched_on and engine.output_tap is None:
         return dense()
+    if in_backward():
+        raise ValueError(
+            "Gradient checkpointing repeats a block inside a backward, which context parallelism of a patched model "
+            "does not know: disable_gradient_checkpointing()."
+        )
     _refuse(session)
     from diffusers.models.attention_dispatch import _templated_context_parallel_attention
 

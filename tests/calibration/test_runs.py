@@ -215,6 +215,13 @@ def test_a_patched_pipeline_is_not_searched():
         search(pipe, prompts(), Recipe(select=Pooled(block=(32, 32))), mean_density=0.5, generate_kwargs=KWARGS)
 
 
+def test_a_pipeline_in_parallel_is_not_searched():
+    pipe = pipeline()
+    pipe.transformer._parallel_config = object()
+    with pytest.raises(ValueError, match="transformer shares its heads among processes"):
+        search(pipe, prompts(), Recipe(select=Pooled(block=(32, 32))), mean_density=0.5, generate_kwargs=KWARGS)
+
+
 def test_a_search_finds_the_same_where_weights_are_offloaded():
     recipe = Recipe(select=Pooled(density=0.3, block=(32, 32)))
     options = {"mean_density": 0.7, "samples": 1, "densities": (0.3, 0.6), "generate_kwargs": KWARGS}

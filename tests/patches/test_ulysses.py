@@ -8,8 +8,16 @@ from typing import Any
 import pytest
 import torch
 
+import dit_accel
+from dit_accel.heads import HeadShard
+from dit_accel.layout import TokenLayout
+from dit_accel.plan import SequenceBlocks
+from dit_accel.stages.select.frozen import FrozenMasks
+from dit_accel.stages.select.protocol import shares_per_head
 from tests.patches import ulysses_ranks
 from tests.patches.ulysses_ranks import MODELS, SPARSE, ended, fail, patched, wan, wan_given, work
+from tests.recipes import POOLED
+from tests.tiny_registry import MODELS as REGISTRY
 
 
 @pytest.fixture(scope="module", params=[2, 3])
@@ -78,6 +86,37 @@ def test_ragged_lengths_and_heads_where_diffusers_shares_anything(ranks, recipe)
         out, sparse_calls, _ = found["anything", recipe]
         assert (out - alone).abs().max() < 1e-11 * alone.abs().max()
         assert sparse_calls == 2
+
+
+@pytest.mark.parametrize("name", ulysses_ranks.REGISTERED)
+def test_other_models_of_odd_lengths(ranks, name):
+    if len(ranks) == 3:
+        assert ("registered", name) not in ranks[0]  # two heads
+        return
+    tiny = REGISTRY[name]
+    model = tiny.build()
+    dense = tiny.run(model)
+    with dit_accel.patch(model, POOLED):
+        alone = tiny.run(model)
+    assert (alone - dense).abs().max() > 1e-4 * dense.abs().max()
+    for found in ranks:
+        equal, out = found["registered", name]
+        assert equal
+        assert (out - alone).abs().max() < 1e-11 * dense.abs().max()
+
+
+def test_calibrated_masks_and_densities_are_cut_to_the_heads():
+    layout = TokenLayout((1, 8, 8), 0, 64)
+    bits = torch.randint(0, 256, (1, 2, 6, 4, 1), dtype=torch.uint8, generator=torch.Generator().manual_seed(0))
+    masks = FrozenMasks(layout, (16, 16), (), bits)
+    blocks = SequenceBlocks(layout, None, 16, 16, torch.device("cpu"))
+    shard = HeadShard(2, 3, 6, lambda own: own)
+    whole = masks.mask(1, 0, blocks, None).to_dense()
+    assert torch.equal(masks.mask(1, 0, blocks, None, heads=shard).to_dense(), whole[:, 2:5])
+    shares = shares_per_head(((0.1, 0.2, 0.3, 0.4, 0.5, 0.6),), None, 3, torch.device("cpu"), shard)
+    assert torch.equal(shares, torch.tensor([[0.3, 0.4, 0.5]]))
+    with pytest.raises(ValueError, match="for 3 heads, the layer has 6"):
+        shares_per_head(((0.1, 0.2, 0.3),), None, 3, torch.device("cpu"), shard)
 
 
 def test_a_whole_run_is_what_one_process_gives(ranks):

@@ -25,6 +25,7 @@ from dit_accel.stages.select.pooled import Pooled
 from tests.peaked import BLOCK, RECIPES, peaked, peaked_pipeline, recipe_of
 from tests.recipes import POOLED, SMALL_TILES, WINDOW
 from tests.tiny import TINY
+from tests.tiny_registry import MODELS as REGISTRY
 
 TIMEOUT = 120.0
 SPARSE = {
@@ -241,6 +242,8 @@ def work(rank: int, world: int, path: Path) -> None:
         out, summary = patched(model, given, SPARSE[recipe])
         found["anything", recipe] = out, summary.sparse_calls, summary.parallel
     if world == 2:
+        for name in REGISTERED:
+            found["registered", name] = _registered(name, world)
         pipe = wan_pipeline()
         in_parallel(pipe.transformer, world)
         out, summary = run_pipeline(pipe)
@@ -249,6 +252,21 @@ def work(rank: int, world: int, path: Path) -> None:
     torch.save(found, path / f"{rank}.pt")
     dist.barrier()
     dist.destroy_process_group()
+
+
+# Of the other tiny models with a plan of diffusers: two heads, odd lengths, references.
+REGISTERED = ("chronoedit", "flux2", "minimax-h3")
+
+
+def _registered(name: str, world: int) -> tuple[bool, torch.Tensor]:
+    """Whether a patch with "dense" is equal to none, and the output of sparse attention."""
+    tiny = REGISTRY[name]
+    model = in_parallel(tiny.build(), world, ulysses_anything=True)
+    plain = tiny.run(model)
+    with dit_accel.patch(model, "dense"):
+        equal = torch.equal(tiny.run(model), plain)
+    with dit_accel.patch(model, POOLED):
+        return equal, tiny.run(model)
 
 
 # Heads and latent size that so many processes cannot share evenly.
