@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from dit_accel.patches.operator import CACHED, PASSED
+from dit_accel.patches.reasons import CACHED, PASSED
 
 ROOT = Path(__file__).parent.parent
 PACKAGE = ROOT / "dit_accel"

@@ -72,7 +72,7 @@ def test_another_number_of_steps_is_refused_until_the_folder_is_left(tmp_path, s
         (["--target", "vmaf=90"], "target must name one of psnr, ssim, lpips, speedup, got 'vmaf'."),
         (["--recipe", "auto"], "--recipe auto is chosen by the model; name a recipe with a density, such as mass."),
         (["--recipe", "sage"], "tune needs a recipe with a density to choose, got FullSelect."),
-        (["--recipe", "fast"], "tune chooses the steps to compute, and this recipe has FirstBlock."),
+        (["--recipe", "fast"], "tune chooses the steps to compute, and this recipe has Listed."),
     ],
 )
 def test_what_cannot_be_is_said_before_the_model_is_loaded(options, words, tmp_path):

@@ -201,15 +201,16 @@ def test_removal_leaves_no_trace(kind: str) -> None:
 
 @every_kind
 def test_a_run_that_has_ended_holds_no_results_of_blocks(kind: str) -> None:
-    pipe, held = build(), []
+    # Another test of the process may hold some.
+    pipe, held, others = build(), [], _tokens_alive()
 
     def count(_: Any, step: int, __: Any, values: dict[str, Any]) -> dict[str, Any]:
-        held.append(_tokens_alive())
+        held.append(_tokens_alive() - others)
         return values
 
     with dit_accel.patch(pipe, replace(POOLED, reuse=KINDS[kind])):
         TINY["wan"].run(pipe, steps=5, callback_on_step_end=count)
-        assert _tokens_alive() == 0
+        assert _tokens_alive() == others
     assert held[-2] > 0
     assert held[-1] == 0
 

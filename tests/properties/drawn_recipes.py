@@ -46,6 +46,7 @@ FIELDS: dict[str, st.SearchStrategy[Any]] = {
     "smooth_k": st.booleans(),
     "head_adaptive": st.booleans(),
     "recall_target": shares,
+    "query_stride": st.sampled_from((1, 2, 4)),
     "cache_lse": st.booleans(),
     "threshold": shares,
     "neighbours": st.integers(0, 2),
@@ -83,6 +84,7 @@ FIELDS: dict[str, st.SearchStrategy[Any]] = {
     "last": st.integers(0, 2),
     "power": st.sampled_from((1.0, 3.0)),
     "computed": st.lists(st.integers(0, 9), max_size=4).map(tuple),
+    "guided": st.lists(st.integers(0, 9), max_size=4).map(tuple),
     "num_steps": st.integers(1, 10),
 }
 
