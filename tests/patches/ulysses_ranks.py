@@ -27,7 +27,7 @@ from tests.recipes import POOLED, SMALL_TILES, WINDOW
 from tests.tiny import TINY
 from tests.tiny_registry import MODELS as REGISTRY
 
-TIMEOUT = 120.0
+TIMEOUT = 300.0
 SPARSE = {
     "pooled": POOLED,
     "mass": Recipe(SMALL_TILES, Mass(density=0.3, block=BLOCK)),
