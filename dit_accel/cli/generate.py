@@ -16,6 +16,7 @@ from .batch import Batch, Output, batch_folder
 from .console import plain_console
 from .errors import one_sentence_errors
 from .options import (
+    PROMPTS_FILE_HELP,
     BackendOption,
     DebugOption,
     DeviceOption,
@@ -25,7 +26,6 @@ from .options import (
     ImportOption,
     JsonOption,
     ModelArgument,
-    PromptsFileOption,
     SetOption,
     SizeOption,
     StepsOption,
@@ -52,7 +52,7 @@ if TYPE_CHECKING:
 def generate(
     model: ModelArgument = None,
     prompt: Annotated[str | None, typer.Option(help="What to generate.")] = None,
-    prompts_file: PromptsFileOption = None,
+    prompts_file: Annotated[Path | None, typer.Option("--prompts", "--prompts-file", help=PROMPTS_FILE_HELP)] = None,
     negative_prompt: Annotated[str | None, typer.Option(help="What to avoid.")] = None,
     size: SizeOption = None,
     frames: FramesOption = None,

@@ -26,12 +26,8 @@ ModelArgument = Annotated[
     typer.Argument(help="Hub id, local folder or built-in model. Default: the best built-in model."),
 ]
 PromptsOption = Annotated[list[str] | None, typer.Option(help="May be repeated. Default: two prompts.")]
-PromptsFileOption = Annotated[
-    Path | None,
-    typer.Option(
-        "--prompts-file", "--prompts", help="A UTF-8 text file, one prompt a line; blank lines and # comments are not."
-    ),
-]
+PROMPTS_FILE_HELP = "A UTF-8 text file, one prompt a line; blank lines and # comments are not."
+PromptsFileOption = Annotated[Path | None, typer.Option(help=PROMPTS_FILE_HELP)]
 SizeOption = Annotated[str | None, typer.Option(metavar="WxH", help="Pixels. Default: the model's.")]
 FramesOption = Annotated[int | None, typer.Option(min=1, max=100_000, help="Of a video. Default: the model's.")]
 StepsOption = Annotated[int | None, typer.Option(min=1, max=10_000, help="Denoising steps. Default: the model's.")]
