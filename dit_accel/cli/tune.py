@@ -15,6 +15,7 @@ from .options import (
     DtypeOption,
     FramesOption,
     GuidanceOption,
+    ImportOption,
     JsonOption,
     ModelArgument,
     PromptsFileOption,
@@ -22,6 +23,7 @@ from .options import (
     SetOption,
     SizeOption,
     StepsOption,
+    import_modules,
     quiet_libraries,
     read_device,
     read_dtype,
@@ -47,6 +49,7 @@ def tune(
     ] = "psnr=35",
     recipe: Annotated[str, typer.Option(help="Whose density and dense phase are chosen.")] = "mass",
     changes: SetOption = None,
+    imports: ImportOption = None,
     prompt: PromptsOption = None,
     prompts_file: PromptsFileOption = None,
     size: SizeOption = None,
@@ -74,6 +77,7 @@ def tune(
 ) -> None:
     """Choose dense phase, density and steps to compute together, for an error or a time; interrupted, it goes on."""
     quiet_libraries()
+    import_modules(imports)
     asked, seed = Asked.read(size, frames, steps, guidance), read_seed(seed)
     chosen = read_recipe(recipe, changes)
     if chosen is None:
