@@ -208,7 +208,7 @@ class Engine:
         begin = self.sparse_time.start(call.q.device)
         out, witness = compensate.attend(call, plan, sparse)
         with torch.no_grad():
-            nan, density = witness.detach().isnan().any(), compensate.density(plan)
+            largest, density = witness.detach().amax(), compensate.density(plan)  # NaN where one is
             if isinstance(call.layout, TokenLayout) and call.layout.queries is not None:
                 density = density * (call.layout.seq_len / call.layout.queries[1])  # of the pairs that there are
         if module is not None:
@@ -220,8 +220,8 @@ class Engine:
                 out = functional_call(module, given, inputs)
         self.sparse_time.stop(begin, call.q.device)
         with self._counting:
-            book.nan_calls = book.nan_calls + nan
-            book.density_sum = book.density_sum + density
+            book.largest.add(largest)
+            book.densities.add(density)
             book.sparse_calls += 1
         return out
 

@@ -36,6 +36,11 @@ class AttentionPlan:
     mask: BlockMask
     compensation: Any = None
 
+    @cached_property
+    def density(self) -> torch.Tensor:
+        """Kept share of the block pairs, a 0-d tensor; worked out once, for a plan that serves many steps."""
+        return self.mask.density()
+
 
 @dataclass
 class LayerMemory:

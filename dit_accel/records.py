@@ -3,12 +3,53 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 
 import torch
 
 from .kernels.common.choice import Choice, Operation, spelled
+
+# What a device has counted is put together before there is more than so much of it.
+KEPT_PARTS = 512
+
+
+class Tally:
+    """A sum of what lies on devices. An addition a call would cost the host more than to keep the parts; nothing waits
+    for a device before the sum is asked for."""
+
+    def __init__(self, count: Callable[[torch.Tensor], torch.Tensor]) -> None:
+        """``count`` makes a 0-d tensor from a tensor of parts ``[N]``."""
+        self._count = count
+        self._parts: list[torch.Tensor] = []
+        self._sums: dict[torch.device, torch.Tensor] = {}
+
+    def add(self, part: torch.Tensor) -> None:
+        """A 0-d tensor."""
+        self._parts.append(part)
+        if len(self._parts) >= KEPT_PARTS:
+            self._put_together()
+
+    def total(self) -> float:
+        """Of all parts; waits for their devices."""
+        self._put_together()
+        return sum((float(part) for part in self._sums.values()), 0.0)
+
+    def reset(self) -> None:
+        """Begin at nothing."""
+        self._parts.clear()
+        self._sums.clear()
+
+    def _put_together(self) -> None:
+        parts = self._parts[:]  # another thread may add to them meanwhile
+        for device in {part.device for part in parts}:
+            found = self._count(torch.stack([part for part in parts if part.device == device])).double()
+            self._sums[device] = found if device not in self._sums else self._sums[device] + found
+        del self._parts[: len(parts)]
+
+
+def _nans(x: torch.Tensor) -> torch.Tensor:
+    return x.isnan().sum()
 
 
 @dataclass
@@ -16,6 +57,8 @@ class LayerRecord:
     """What one self-attention layer did: counters, and tensors that are only read when asked for.
 
     Attributes:
+        densities: of the sparse calls.
+        largest: largest number of what shows a NaN in a sparse call's output, so NaN where there is one.
         compiled_dense: dense calls that compiled code counted by itself, int64 by reason; see
             :data:`dit_accel.patches.reasons.PASSED`.
     """
@@ -24,15 +67,26 @@ class LayerRecord:
     dense_calls: Counter[str] = field(default_factory=Counter)
     sparse_calls: int = 0
     plans_made: int = 0
-    density_sum: torch.Tensor | float = 0.0
-    nan_calls: torch.Tensor | int = 0
+    densities: Tally = field(default_factory=lambda: Tally(torch.sum))
+    largest: Tally = field(default_factory=lambda: Tally(_nans))
     compiled_dense: torch.Tensor | None = None
+
+    @property
+    def density_sum(self) -> float:
+        """Sum of the densities of the sparse calls; waits for the device."""
+        return self.densities.total()
+
+    @property
+    def nan_calls(self) -> int:
+        """Sparse calls whose output held a NaN; waits for the device."""
+        return int(self.largest.total())
 
     def reset(self) -> None:
         """Begin at nothing; compiled code goes on counting in the tensor that it knows."""
         self.dense_calls = Counter()
         self.sparse_calls = self.plans_made = 0
-        self.density_sum, self.nan_calls = 0.0, 0
+        self.densities.reset()
+        self.largest.reset()
         if self.compiled_dense is not None:
             self.compiled_dense.zero_()
 

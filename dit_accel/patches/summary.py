@@ -236,7 +236,7 @@ def _layer(prefix: str, record: LayerRecord) -> LayerSummary:
         sparse_calls=record.sparse_calls,
         dense_calls=dict(dense),
         plans_made=record.plans_made,
-        density=float(record.density_sum) / record.sparse_calls if record.sparse_calls else None,
-        nan_calls=int(record.nan_calls),
+        density=record.density_sum / record.sparse_calls if record.sparse_calls else None,
+        nan_calls=record.nan_calls,
         cached_calls=cached,
     )

@@ -26,8 +26,7 @@ def _mask_of(
     return BlockMask(counts, indices, fulls, block_q, block_k, q_len, kv_len, bit_rows, token_bits)
 
 
-@torch.library.custom_op("dit_accel::block_sparse_fwd", mutates_args=())
-def block_sparse_fwd(
+def _forward(
     q: torch.Tensor,
     k: torch.Tensor,
     v: torch.Tensor,
@@ -44,11 +43,28 @@ def block_sparse_fwd(
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """``out [B, Sq, H, D]`` and ``lse [B, H, Sq]``; the lists are those of a BlockMask."""
     mask = _mask_of(counts, indices, fulls, bit_rows, token_bits, block_q, block_k, q.shape[1], k.shape[1])
+    return _run(q, k, v, mask, rows, key_mask, scale)
+
+
+def _run(
+    q: torch.Tensor,
+    k: torch.Tensor,
+    v: torch.Tensor,
+    mask: BlockMask,
+    rows: torch.Tensor | None,
+    key_mask: torch.Tensor | None,
+    scale: float,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """A call by the kernel that takes it."""
     if why_not_hopper_half(q, k, v, mask, rows) is None:
         from .hopper.forward import hopper_forward
 
         return hopper_forward(q, k, v, mask, rows, key_mask, scale)
-    return forward(q, k, v, mask, rows, key_mask, scale)
+    with torch.cuda.device_of(q):
+        return forward(q, k, v, mask, rows, key_mask, scale)
+
+
+block_sparse_fwd = torch.library.custom_op("dit_accel::block_sparse_fwd", _forward, mutates_args=())
 
 
 @block_sparse_fwd.register_fake
@@ -79,7 +95,8 @@ def block_sparse_bwd(
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """Gradients of q, k and v."""
     mask = _mask_of(counts, indices, fulls, bit_rows, token_bits, block_q, block_k, q.shape[1], k.shape[1])
-    return backward(q, k, v, mask, rows, key_mask, scale, out, lse, grad, grad_lse)
+    with torch.cuda.device_of(q):
+        return backward(q, k, v, mask, rows, key_mask, scale, out, lse, grad, grad_lse)
 
 
 @block_sparse_bwd.register_fake
@@ -112,6 +129,18 @@ def _backward(ctx: Any, grad: torch.Tensor | None, grad_lse: torch.Tensor | None
 block_sparse_fwd.register_autograd(_backward, setup_context=_setup_context)
 
 
+def _is_plain(*tensors: torch.Tensor) -> bool:
+    """Whether a call needs nothing of an operator, which costs the host 60 us: no graph, no gradient, no tensor that
+    stands for others, no mode that looks at operators."""
+    return not (
+        torch.compiler.is_compiling()
+        or torch._C._len_torch_dispatch_stack()
+        or torch._C._are_functorch_transforms_active()
+        or any(type(x) is not torch.Tensor and not isinstance(x, torch.nn.Parameter) for x in tensors)
+        or (torch.is_grad_enabled() and any(x.requires_grad for x in tensors))
+    )
+
+
 def triton_attention(
     q: torch.Tensor,
     k: torch.Tensor,
@@ -126,6 +155,8 @@ def triton_attention(
 
     Arguments and results are those of :func:`dit_accel.kernels.block_sparse_attention` after validation.
     """
+    if _is_plain(q, k, v):
+        return _run(q, k, v, mask, rows, key_mask, scale)
     return block_sparse_fwd(
         q,
         k,

@@ -69,7 +69,7 @@ class BlockMask:
 
     def density(self) -> torch.Tensor:
         """Kept share of all block pairs as a 0-d float tensor on the mask's device (no host sync)."""
-        return self.kv_num_blocks.float().mean() / self.num_blocks[1]
+        return self.kv_num_blocks.mean(dtype=torch.float32) / self.num_blocks[1]
 
     @classmethod
     def from_dense(

@@ -106,18 +106,20 @@ def quantize_inputs(
     Arguments are those of :func:`quantized_block_sparse_attention`; block sizes are the mask's.
     """
     case = case_of(q, k, v, blocks=(block_q, block_k))
-    return _prologue(choose_quantized(case, precision, backend).name)(
-        q,
-        k,
-        v,
-        block_q,
-        block_k,
-        precision=precision,
-        rows=rows,
-        smooth_k=smooth_k,
-        smooth_q=smooth_q,
-        key_scales=key_scales,
-    )
+    prologue = _prologue(choose_quantized(case, precision, backend).name)
+    with torch.cuda.device_of(q):
+        return prologue(
+            q,
+            k,
+            v,
+            block_q,
+            block_k,
+            precision=precision,
+            rows=rows,
+            smooth_k=smooth_k,
+            smooth_q=smooth_q,
+            key_scales=key_scales,
+        )
 
 
 def why_not_quantized(case: Case, precision: str) -> str | None:
@@ -162,7 +164,8 @@ def _run_triton(
         return hopper_forward(q, k, v, mask, rows, key_mask, scale, quantized=quantized)
     from .triton.forward import quantized_forward
 
-    return quantized_forward(quantized, mask, rows, key_mask, scale, q.shape[2], q.dtype)
+    with torch.cuda.device_of(q):
+        return quantized_forward(quantized, mask, rows, key_mask, scale, q.shape[2], q.dtype)
 
 
 def _prologue(backend: str) -> Callable[..., QuantizedInputs]:

@@ -125,7 +125,9 @@ def pooled_scores(
         from .triton.pooling import pool_pair_triton
 
         q_mean, k_mean = pool_pair_triton(q, k, block_q, block_k, rows=rows, key_mask=key_mask, scale=scale)
-        return (q_mean @ k_mean.transpose(-1, -2))[..., : -(-k.shape[1] // block_k)]
+        # Without the views and copies that matmul considers.
+        scores = torch.bmm(q_mean.flatten(0, 1), k_mean.flatten(0, 1).mT)
+        return scores.view(*q_mean.shape[:3], -1)[..., : -(-k.shape[1] // block_k)]
     q_mean = pool_blocks(q, block_q, rows=rows, backend=backend) * scale
     k_mean = pool_blocks(k, block_k, rows=rows, key_mask=key_mask, backend=backend)
     return q_mean @ k_mean.transpose(-1, -2)

@@ -68,7 +68,7 @@ class Compensation(Protocol):
 
     def density(self, plan: AttentionPlan) -> torch.Tensor:
         """Share of the work of dense attention, a 0-d tensor: here that of the kept block pairs."""
-        return plan.mask.density()
+        return plan.density
 
     def build(self, heads: int, head_dim: int) -> LearnedCompensation:
         """The learned part of one layer, which adds to what :meth:`attend` returns."""

@@ -96,5 +96,5 @@ class PooledResidual(Compensation):
 
     def density(self, plan: AttentionPlan) -> torch.Tensor:
         """Kept share of all block pairs, and the means of the others counted as one key each."""
-        kept = plan.mask.density()
+        kept = plan.density
         return kept + (1.0 - kept) / plan.mask.block_k

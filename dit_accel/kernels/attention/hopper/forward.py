@@ -10,6 +10,7 @@ from triton.experimental.gluon import language as gl
 from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
 
 from ...common.capability import compute_capability, multiprocessors
+from ...common.compiled import CompiledVariants
 from ...common.launch import LOG2_E, int32_rows, list_strides
 from ...common.quantized_inputs import QuantizedInputs
 from ...mask.block_mask import BlockMask
@@ -20,6 +21,7 @@ _SHARED_BYTES = 224 << 10  # of 227 KiB: barriers and alignment take a little
 # What keys and values in order may take in a permuted call, of the bytes of q, k, v and the output. Two heads do where
 # all query blocks read alike; one that reads everything holds its head for long.
 RING_SHARE = 0.15
+_VARIANTS = CompiledVariants()
 
 
 @dataclass(frozen=True)
@@ -108,10 +110,15 @@ def _shared_layout(element_bytes: int, columns: int) -> gl.NVMMASharedLayout:
     return gl.NVMMASharedLayout(swizzle_byte_width=swizzle, element_bitwidth=8 * element_bytes, rank=2)
 
 
-def _side_by_side(x: torch.Tensor) -> torch.Tensor:
-    """``[S, H, D]`` with adjacent heads as the matrix ``[S, H * D]``."""
-    length, heads, dim = x.shape
-    return x.as_strided((length, heads * dim), (x.stride(0), 1))
+def _side_by_side(x: torch.Tensor, entry: int) -> torch.Tensor:
+    """An entry of ``[B, S, H, D]`` with adjacent heads as the matrix ``[S, H * D]``."""
+    _, length, heads, dim = x.shape
+    return x.as_strided((length, heads * dim), (x.stride(1), 1), x.storage_offset() + entry * x.stride(0))
+
+
+def _entry(x: torch.Tensor, entry: int) -> torch.Tensor:
+    """What the pointer of a batch entry is taken from; a batch of one, or one that serves all, needs no view."""
+    return x if x.shape[0] == 1 else x[entry]
 
 
 def _in_slot_order(key_mask: torch.Tensor, rows: torch.Tensor | None) -> torch.Tensor:
@@ -140,6 +147,21 @@ def hopper_forward(
     With ``quantized``, made from the same q, k, v and rows, the numbers come from there; q, k and v then only
     give shapes and the output dtype.
     """
+    with torch.cuda.device_of(q):
+        return _launch(q, k, v, mask, rows, key_mask, scale, quantized, config)
+
+
+def _launch(
+    q: torch.Tensor,
+    k: torch.Tensor,
+    v: torch.Tensor,
+    mask: BlockMask,
+    rows: torch.Tensor | None,
+    key_mask: torch.Tensor | None,
+    scale: float,
+    quantized: QuantizedInputs | None,
+    config: HopperConfig | None,
+) -> tuple[torch.Tensor, torch.Tensor]:
     batch, q_len, heads, dim = q.shape
     kv_len = k.shape[1]
     out = torch.empty((batch, q_len, heads, dim), dtype=q.dtype, device=q.device)
@@ -158,7 +180,8 @@ def hopper_forward(
     ring = min(config.ring or ring_heads(batch, heads), heads) if moved else heads
     if moved:
         in_order = torch.empty((2, kv_len, ring, dim), dtype=k.dtype, device=k.device)
-    counts, fulls, index = (x.contiguous() for x in (mask.kv_num_blocks, mask.kv_num_full, mask.kv_indices))
+    counts, fulls = mask.kv_num_blocks.contiguous(), mask.kv_num_full.contiguous()
+    index = mask.kv_indices.contiguous()
     bit_rows = index if mask.kv_bits is None else mask.kv_bits.contiguous()
     bits = index if mask.token_bits is None else mask.token_bits.contiguous()
     hidden = None if key_mask is None else _in_slot_order(key_mask, rows).view(torch.uint8)
@@ -166,50 +189,65 @@ def hopper_forward(
     # Of each batch entry: tiles that were taken (beyond the first of each program), and of a permuted call the pieces
     # of keys and values, and for every head the full and the empty semaphore of the ring.
     counters = torch.zeros((batch, 2 + 2 * heads if moved else 1), dtype=torch.int32, device=q.device)
+    constants = {
+        "BLOCK_K": mask.block_k,
+        "HEAD_DIM": dim,
+        "STAGES": config.stages,
+        "PERMUTED": rows is not None,
+        "HAS_BITS": has_bits,
+        "HAS_KEY_MASK": key_mask is not None,
+        "TAKE_TURNS": config.take_turns,
+        "QUANTIZED": quantized is not None,
+        "FP8": fp8,
+        "THREAD_SCALES": quantized is not None and quantized.scales_by_thread,
+    }
+    grid = (min(nq * heads, programs), 1, 1)
+    perm = index if rows is None else rows
+    key_mask_bytes = index if hidden is None else hidden
+    v_tile = (dim, mask.block_k) if fp8 else (mask.block_k, dim)
+    strides = (*q.stride()[1:3], k.stride(1), v.stride(1), k.stride(2), v.stride(2), *out.stride()[1:3])
     for b in range(batch):
-        mb = b if counts.shape[0] > 1 else 0
-        rb = b if rows is not None and rows.shape[0] > 1 else 0
+        q_in: torch.Tensor
         if quantized is None:
-            q_in = q[b]
-            keys = (k[b], v[b])
-            k_in, v_in = (_side_by_side(x) for x in (in_order if moved else keys))
-            q_tiles = _tiles(k_in if moved else _side_by_side(q_in), _ROWS, dim)
+            q_in = _entry(q, b)
+            keys = (_entry(k, b), _entry(v, b))
+            k_in, v_in = (
+                (_side_by_side(in_order, 0), _side_by_side(in_order, 1))
+                if moved
+                else (_side_by_side(k, b), _side_by_side(v, b))
+            )
+            q_tiles = _tiles(k_in if moved else _side_by_side(q, b), _ROWS, dim)
             scales = (lse, lse, lse, lse)
             planes = (0, 0, dim)
         else:
             q_in = quantized.q[b]
             k_in = quantized.k[b].flatten(0, 1)
-            v_in = quantized.v[b].flatten(0, 1) if fp8 else _side_by_side(values[b])
+            v_in = quantized.v[b].flatten(0, 1) if fp8 else _side_by_side(values, b)
             q_tiles = _tiles(q_in.flatten(0, 1), _ROWS, dim)
             keys = (q_in, q_in)
             v_scale = lse if quantized.v_scale is None else quantized.v_scale[b]
             scales = (quantized.q_scale[b], quantized.k_scale[b], v_scale, quantized.q_shift[b])
             planes = (nq * mask.block_q, nk * mask.block_k, 0)
-        v_tile = (dim, mask.block_k) if fp8 else (mask.block_k, dim)
-        hopper_fwd_kernel[(min(nq * heads, programs),)](
+        hidden_in = _entry(key_mask_bytes, b)
+        args = (
             q_tiles,
             _tiles(k_in, mask.block_k, dim),
             _tiles(v_in, *v_tile),
-            _tiles(_side_by_side(out[b]), _ROWS, dim),
+            _tiles(_side_by_side(out, b), _ROWS, dim),
             q_in,
             *keys,
-            out[b],
-            lse[b],
+            _entry(out, b),
+            _entry(lse, b),
             *scales,
-            counts[mb],
-            fulls[mb],
-            index[mb],
-            bit_rows[mb],
+            _entry(counts, b),
+            _entry(fulls, b),
+            _entry(index, b),
+            _entry(bit_rows, b),
             bits,
-            index if rows is None else rows[rb],
-            index if hidden is None else hidden[b if hidden.shape[0] > 1 else 0],
-            counters[b],
-            *q.stride()[1:3],
-            k.stride(1),
-            v.stride(1),
-            k.stride(2),
-            v.stride(2),
-            *out.stride()[1:3],
+            _entry(perm, b),
+            hidden_in,
+            _entry(counters, b),
+            *strides,
             perm_head_stride,
             nq,
             nq * heads,
@@ -220,16 +258,9 @@ def hopper_forward(
             q_len,
             kv_len,
             scale * LOG2_E,
-            BLOCK_K=mask.block_k,
-            HEAD_DIM=dim,
-            STAGES=config.stages,
-            PERMUTED=rows is not None,
-            HAS_BITS=has_bits,
-            HAS_KEY_MASK=key_mask is not None,
-            TAKE_TURNS=config.take_turns,
-            QUANTIZED=quantized is not None,
-            FP8=fp8,
-            THREAD_SCALES=quantized is not None and quantized.scales_by_thread,
-            num_warps=4,
         )
+        # Triton specialises on dtypes, strides and the alignment of what the kernel does not name as starting anywhere.
+        aligned = tuple(x.data_ptr() % 16 == 0 for x in (*scales, bits, hidden_in))
+        key = (q.device, q.dtype, strides, aligned, precision, *constants.values())
+        _VARIANTS.launch(hopper_fwd_kernel, grid, key, args, constants, num_warps=4)
     return out, lse

@@ -98,7 +98,6 @@ def pool_pair_fwd_kernel(
     q_ptr,
     k_ptr,
     rows_ptr,
-    k_rows_ptr,
     mask_ptr,
     q_out_ptr,
     k_out_ptr,
@@ -119,11 +118,8 @@ def pool_pair_fwd_kernel(
     stride_kd,
     stride_rb,
     stride_rh,
-    stride_krb,
-    stride_krh,
     stride_mb,
     HAS_ROWS: tl.constexpr,
-    HAS_K_ROWS: tl.constexpr,
     HAS_MASK: tl.constexpr,
     DIM: tl.constexpr,
     DIM_PAD: tl.constexpr,
@@ -142,9 +138,9 @@ def pool_pair_fwd_kernel(
         )  # fmt: skip
     else:
         pool_one(
-            k_ptr, k_rows_ptr, mask_ptr, k_out_ptr, pid - q_programs, kv_len, heads, nk, 1.0,
-            stride_kb, stride_ks, stride_kh, stride_kd, stride_krb, stride_krh, stride_mb,
-            HAS_K_ROWS, HAS_MASK, DIM, DIM_PAD, BLOCK_K, CHUNK_K,
+            k_ptr, rows_ptr, mask_ptr, k_out_ptr, pid - q_programs, kv_len, heads, nk, 1.0,
+            stride_kb, stride_ks, stride_kh, stride_kd, stride_rb, stride_rh, stride_mb,
+            HAS_ROWS, HAS_MASK, DIM, DIM_PAD, BLOCK_K, CHUNK_K,
         )  # fmt: skip
 
 
@@ -211,7 +207,6 @@ def pool_pair_triton(
             q,
             k,
             rows,
-            rows,
             key_mask,
             q_mean,
             k_mean,
@@ -225,10 +220,8 @@ def pool_pair_triton(
             *q.stride(),
             *k.stride(),
             *lead_strides(rows),
-            *lead_strides(rows),
             kv_len,
             HAS_ROWS=rows is not None,
-            HAS_K_ROWS=rows is not None,
             HAS_MASK=key_mask is not None,
             DIM=dim,
             DIM_PAD=dim_pad,

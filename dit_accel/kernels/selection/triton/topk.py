@@ -49,6 +49,7 @@ def select_fwd_kernel(
     stride_mb,
     stride_mh,
     HAS_FLAGS: tl.constexpr,
+    FLAG: tl.constexpr,
     HAS_FORCED_Q: tl.constexpr,
     BY_COUNT: tl.constexpr,
     BY_MASS: tl.constexpr,
@@ -77,7 +78,7 @@ def select_fwd_kernel(
     partial = (j + 1) * BLOCK_K > kv_len
     if HAS_FLAGS:
         p_f = flags_ptr + b.to(tl.int64) * stride_fb + h.to(tl.int64) * stride_fh + i.to(tl.int64) * stride_fq
-        flags = tl.load(p_f + j, mask=real, other=1).to(tl.int32)
+        flags = tl.load(p_f + j, mask=real, other=1).to(tl.int32) * FLAG
         alive = real & ((flags & 1) == 0)
         forced = alive & ((flags & 2) != 0)
         candidate = alive & ((flags & 2) == 0)
@@ -170,14 +171,22 @@ def block_flags(
     partial_k: torch.Tensor | None,
     empty_k: torch.Tensor | None,
     hidden: torch.Tensor | None,
-) -> torch.Tensor | None:
-    """The masks of key blocks, and of pairs, as bits of one uint8 tensor ``[B|1, H|1, nq|1, nk]``."""
+) -> tuple[torch.Tensor | None, int]:
+    """The masks of key blocks, and of pairs, as bits of one uint8 tensor ``[B|1, H|1, nq|1, nk]``, and what a bit of
+    the tensor stands for: 1, or where there is one mask, which needs no pass then, the mask's bit."""
+    masks = ((empty_k, EMPTY), (forced_k, FORCED), (partial_k, PARTIAL), (hidden, EMPTY))
+    given = [(mask if mask.dim() == 4 else mask[..., None, :], bit) for mask, bit in masks if mask is not None]
+    if not given:
+        return None, 1
+    if len(given) == 1:
+        mask, bit = given[0]
+        return mask.contiguous().view(torch.uint8), bit
     flags = None
-    for mask, bit in ((empty_k, EMPTY), (forced_k, FORCED), (partial_k, PARTIAL), (hidden, EMPTY)):
-        if mask is not None:
-            part = (mask if mask.dim() == 4 else mask[..., None, :]).to(torch.uint8) * bit
-            flags = part if flags is None else flags | part
-    return None if flags is None else flags.contiguous()
+    for mask, bit in given:
+        part = mask.to(torch.uint8) * bit
+        flags = part if flags is None else flags | part
+    assert flags is not None
+    return flags.contiguous(), 1
 
 
 def list_width(nk: int, count_ppm: int | torch.Tensor | None, own: int, any_row_full: bool) -> int:
@@ -208,8 +217,8 @@ def select_blocks_triton(
     if scores.stride(-1) != 1:
         scores = scores.contiguous()
     batch, heads, nq, nk = scores.shape
-    flags = block_flags(forced_k, partial_k, empty_k, hidden)
-    forced_q = None if forced_q is None else forced_q.to(torch.uint8).contiguous()
+    flags, flag = block_flags(forced_k, partial_k, empty_k, hidden)
+    forced_q = None if forced_q is None else forced_q.contiguous().view(torch.uint8)
     own = (block_q - 1) // block_k + 2 if keep_own else 0
     unbounded = forced_q is not None or forced_k is not None or mass_ppm is not None
     width = list_width(nk, count_ppm, own, unbounded)
@@ -243,6 +252,7 @@ def select_blocks_triton(
             *lead_strides(count_tensor),
             *lead_strides(mass_tensor),
             HAS_FLAGS=flags is not None,
+            FLAG=flag,
             HAS_FORCED_Q=forced_q is not None,
             BY_COUNT=count_ppm is not None,
             BY_MASS=mass_ppm is not None,
