@@ -261,6 +261,6 @@ def _launch(
         )
         # Triton specialises on dtypes, strides and the alignment of what the kernel does not name as starting anywhere.
         aligned = tuple(x.data_ptr() % 16 == 0 for x in (*scales, bits, hidden_in))
-        key = (q.device, q.dtype, strides, aligned, precision, *constants.values())
+        key = (q.device, q.dtype, strides, aligned, *constants.values())
         _VARIANTS.launch(hopper_fwd_kernel, grid, key, args, constants, num_warps=4)
     return out, lse

@@ -1,0 +1,126 @@
+"""Kept variants of compiled kernels: which launch goes where, and that a key decides what Triton would specialise on."""
+
+import itertools
+
+import pytest
+import torch
+
+from dit_accel.kernels import BlockMask
+from dit_accel.kernels.common.compiled import MOST_KEPT, CompiledVariants
+from dit_accel.kernels.common.quantized_inputs import reference_quantize
+
+
+class Variant:
+    packed_metadata = ()
+
+    def __init__(self):
+        self.launches = []
+
+    def __getitem__(self, grid):
+        return lambda *args: self.launches.append((grid, args))
+
+
+class Kernel:
+    """Stands for Triton's function of two arguments and two constants."""
+
+    arg_names = ["x", "n", "A", "B"]
+
+    def __init__(self, result=Variant):
+        self.launches, self.result, self.variants = [], result, []
+
+    def __getitem__(self, grid):
+        def launch(*args, **constants):
+            self.launches.append((grid, args, constants))
+            self.variants.append(self.result())
+            return self.variants[-1]
+
+        return launch
+
+
+def launch(variants, kernel, key, args=(1, 2), constants=None):
+    variants.launch(kernel, (3, 1, 1), key, args, constants or {"A": 4, "B": 5}, num_warps=4)
+
+
+def test_a_key_is_compiled_once_and_its_variant_gets_what_the_kernel_would():
+    kernel, variants = Kernel(), CompiledVariants()
+    launch(variants, kernel, "one")
+    launch(variants, kernel, "one", args=(6, 7))
+    launch(variants, kernel, "other")
+    assert [args for _, args, _ in kernel.launches] == [(1, 2), (1, 2)]
+    assert kernel.launches[0][2] == {"A": 4, "B": 5, "num_warps": 4}
+    assert kernel.variants[0].launches == [((3, 1, 1), (6, 7, 4, 5))]
+    assert kernel.variants[1].launches == []
+
+
+def test_what_only_interprets_or_compiles_is_never_kept():
+    kernel, variants = Kernel(result=lambda: None), CompiledVariants()
+    for _ in range(3):
+        launch(variants, kernel, "one")
+    assert len(kernel.launches) == 3
+
+
+def test_constants_in_another_order_are_refused():
+    with pytest.raises(TypeError, match="must be A, B, got B, A"):
+        launch(CompiledVariants(), Kernel(), "one", constants={"B": 5, "A": 4})
+
+
+def test_variants_do_not_pile_up():
+    kernel, variants = Kernel(), CompiledVariants()
+    for key in range(MOST_KEPT + 3):
+        launch(variants, kernel, key)
+    assert len(variants._kept) == 3
+
+
+def hopper_calls():
+    """Calls that differ in what Triton looks at: batch, heads, lengths, strides, alignment, masks, permutations."""
+    lead = itertools.product((1, 2), (1, 2, 3), (128, 200, 256), (64, 128), (64, 128))
+    for batch, heads, length, dim, block_k in lead:
+        nq, nk = -(-length // 128), -(-length // block_k)
+        keep = torch.ones(1, heads, nq, nk, dtype=torch.bool)
+        mask = BlockMask.from_dense(keep, 128, block_k, length, length)
+        plain = [torch.randn(batch, length, heads, dim, dtype=torch.float16) for _ in range(3)]
+        fused = torch.randn(batch, length, 3 * heads, dim, dtype=torch.float16)
+        # Tokens 8 numbers further apart than they need be.
+        apart = torch.randn(3, batch, length, heads * dim + 8, dtype=torch.float16)[..., :-8].unflatten(
+            -1, (heads, dim)
+        )
+        for tensors in (plain, [fused[:, :, n * heads : (n + 1) * heads] for n in range(3)], apart.unbind()):
+            for dtype, hidden, permuted in itertools.product((torch.float16, torch.bfloat16), (0, 1, 2), (0, 1)):
+                rows = torch.arange(length, dtype=torch.int32).expand(1, heads, length) if permuted else None
+                # A key mask that begins anywhere.
+                key_mask = (
+                    None if not hidden else torch.ones(batch, length + 3, dtype=torch.bool)[:, hidden:][:, :length]
+                )
+                yield [x.to(dtype) for x in tensors], mask, rows, key_mask
+
+
+def test_one_key_never_stands_for_two_of_tritons_variants(monkeypatch):
+    pytest.importorskip("triton.experimental.gluon.nvidia.hopper")
+    from triton.backends.compiler import GPUTarget
+    from triton.compiler import make_backend
+    from triton.runtime.jit import create_function_from_signature
+
+    from dit_accel.kernels.attention.hopper import forward
+
+    kernel = forward.hopper_fwd_kernel
+    specialise = create_function_from_signature(
+        kernel.signature, kernel.params, make_backend(GPUTarget("cuda", 90, 32))
+    )
+    found: dict[object, set[str]] = {}
+
+    class Recorder:
+        def launch(self, _kernel, _grid, key, args, constants, num_warps):
+            found.setdefault(key, set()).add(str(specialise(*args, **constants, num_warps=num_warps)[1]))
+
+    monkeypatch.setattr(forward, "_VARIANTS", Recorder())
+    monkeypatch.setattr(forward, "multiprocessors", lambda _index: 132)
+    for (q, k, v), mask, rows, key_mask in hopper_calls():
+        forward.hopper_forward(q, k, v, mask, rows, key_mask, 0.125)
+        for precision in ("int8", "int8_fp8") if q.shape[0] == 2 and q.dtype == torch.float16 else ():
+            for key_scales in ("block", "thread"):
+                quantized = reference_quantize(
+                    q, k, v, 128, mask.block_k, precision=precision, rows=rows, key_scales=key_scales
+                )
+                forward.hopper_forward(q, k, v, mask, rows, key_mask, 0.125, quantized=quantized)
+    assert len(found) > 50
+    assert all(len(variants) == 1 for variants in found.values())
