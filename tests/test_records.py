@@ -38,7 +38,8 @@ def test_calls_with_a_nan_are_counted_and_infinities_are_none():
         record.largest.add(torch.tensor([0.5, number, -1.0]).amax())
     assert record.nan_calls == 2
     record.reset()
-    assert record.nan_calls == 0 and record.density_sum == 0.0
+    assert record.nan_calls == 0
+    assert record.density_sum == 0.0
 
 
 def test_densities_of_a_record_outlive_nothing_but_reset():

@@ -1,4 +1,4 @@
-"""Kept variants of compiled kernels: which launch goes where, and that a key decides what Triton would specialise on."""
+"""Kept variants of compiled kernels: which launch goes where, and what a key must decide."""
 
 import itertools
 
@@ -23,9 +23,8 @@ class Variant:
 class Kernel:
     """Stands for Triton's function of two arguments and two constants."""
 
-    arg_names = ["x", "n", "A", "B"]
-
     def __init__(self, result=Variant):
+        self.arg_names = ["x", "n", "A", "B"]
         self.launches, self.result, self.variants = [], result, []
 
     def __getitem__(self, grid):
