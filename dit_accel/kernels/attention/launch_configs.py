@@ -7,6 +7,7 @@ launched and compares.
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
+from typing import Literal
 
 from ..mask.block_mask import BlockMask
 
@@ -63,36 +64,45 @@ class Work:
         return (tile_k, tile_q) if self.op == "backward_dkv" else (tile_q, tile_k)
 
 
-def shared_bytes(work: Work, config: LaunchConfig, buffers_ahead: bool = False) -> int:
+# Who multiplies a tile of rows by itself: a warp (mma.sync, or AMD's waves of 32), four of them (wgmma, tcgen05) that
+# read shared memory as they multiply, or AMD's waves.
+Unit = Literal["warp", "warpgroup", "wave32", "wave64"]
+
+
+def shared_bytes(work: Work, config: LaunchConfig, unit: Unit = "warp") -> int:
     """Bytes of shared memory that a launch needs at most.
 
-    Of ``n`` stages one is in registers, so that there are ``n - 1`` buffers of what is walked along; with
-    ``buffers_ahead`` products read it from shared memory (Hopper's and later ones), and there are ``n``.
+    Of ``n`` stages one is in registers, so that there are ``n - 1`` buffers of what is walked along; for warpgroups
+    there are ``n``. AMD's waves have what they keep in registers, and bring it there through the same memory first.
     """
     kept, walked = work.kept_and_walked(config)
     row = work.columns * work.element_bytes
-    buffers = max(1, config.num_stages - (not buffers_ahead))
     # Queries, or two of queries, gradients, keys and values.
-    need = (1 if work.op == "forward" else 2) * kept * row + 2 * buffers * walked * row
-    # Weights go through shared memory where warps share out columns: exactly where a tile has fewer rows than columns.
-    if kept < work.columns or work.element_bytes == 4 or buffers_ahead:
-        need += kept * walked * work.element_bytes
+    keeps = (1 if work.op == "forward" else 2) * kept * row
+    scores = kept * walked * work.element_bytes
+    if unit in ("wave32", "wave64"):
+        pipeline = (2 * max(1, config.num_stages - 1) + (config.num_stages > 2)) * walked * row
+        return max(keeps, pipeline) + scores + _TABLES[work.op]
+    need = keeps + 2 * max(1, config.num_stages - (unit == "warp")) * walked * row
+    # Weights go through shared memory where warps share out columns: where a tile has fewer rows than columns.
+    if kept < work.columns or work.element_bytes == 4 or unit == "warpgroup":
+        need += scores
     if work.has_bits:
         need += 4 * kept * walked
     return need + _TABLES[work.op]
 
 
-def lowered(work: Work, config: LaunchConfig, limit: int, buffers_ahead: bool = False) -> LaunchConfig:
+def lowered(work: Work, config: LaunchConfig, limit: int, unit: Unit = "warp") -> LaunchConfig:
     """The configuration, or the first of ever smaller ones that needs at most ``limit`` bytes of shared memory.
 
     Raises:
         ValueError: not even the smallest tiles fit.
     """
     at = config
-    while shared_bytes(work, at, buffers_ahead) > limit:
+    while shared_bytes(work, at, unit) > limit:
         smaller = _smaller(work, at)
         if smaller is None:
-            need = shared_bytes(work, at, buffers_ahead)
+            need = shared_bytes(work, at, unit)
             raise ValueError(
                 f"No launch of {work.op} with head dims of {work.columns} fits {limit} bytes of shared memory, the "
                 f"smallest takes {need}."

@@ -14,7 +14,7 @@ from ..common import capability
 from ..common.choice import Case
 from ..common.launch import padded_head_dim
 from ..mask.block_mask import BlockMask
-from .launch_configs import SMALLEST_TILE, LaunchConfig, Work, lowered
+from .launch_configs import SMALLEST_TILE, LaunchConfig, Unit, Work, lowered
 
 # Path of a table that ``dit-accel bench --kernels --out`` wrote; for GPUs of its name it replaces ours.
 TABLE_VARIABLE = "DIT_ACCEL_TUNING_TABLE"
@@ -107,26 +107,26 @@ def launch_config(op: str, q: torch.Tensor, mask: BlockMask, permuted: bool) -> 
 
 
 @cache
-def _matrix_unit(index: int) -> tuple[str, int]:
-    """Who multiplies matrices on a GPU, ``warp``, ``warpgroup`` or ``wave64``; and the bytes of its shared memory."""
+def _matrix_unit(index: int) -> tuple[Unit, int]:
+    """Who multiplies matrices on a GPU, and the bytes of its shared memory."""
     limit = capability.shared_memory(index)
     if capability.is_amd():
-        return ("wave64" if torch.cuda.get_device_properties(index).warp_size == 64 else "warp"), limit
+        return ("wave64" if torch.cuda.get_device_properties(index).warp_size == 64 else "wave32"), limit
     # wgmma of Hopper, tcgen05 of data-centre Blackwell; all others have mma.sync.
     return ("warpgroup" if capability.compute_capability(index)[0] in (9, 10, 11) else "warp"), limit
 
 
 @cache
-def _default(work: Work, unit: str, limit: int) -> LaunchConfig:
+def _default(work: Work, unit: Unit, limit: int) -> LaunchConfig:
     """A configuration for a kind of GPU that has no table, chosen by what compilers say of registers.
 
     Where it would take more than ``limit`` bytes of shared memory, :func:`~.launch_configs.lowered` takes less.
     """
     if work.element_bytes == 4:
-        return lowered(work, _float32(work), limit)
-    if unit == "warpgroup":
-        return lowered(work, _usual(work), limit, buffers_ahead=True)
-    return lowered(work, _by_warps(work, unit), limit)
+        config = _float32(work)
+    else:
+        config = _usual(work) if unit == "warpgroup" else _by_warps(work, unit)
+    return lowered(work, config, limit, unit)
 
 
 def _usual(work: Work) -> LaunchConfig:
@@ -143,7 +143,7 @@ def _few_warps(warps: int, rows: int, columns: int) -> int:
     return max(1, min(warps, rows * columns // 1024))
 
 
-def _by_warps(work: Work, unit: str) -> LaunchConfig:
+def _by_warps(work: Work, unit: Unit) -> LaunchConfig:
     """Where each warp multiplies 16 rows by itself: a warp for every 16 rows, and 64 rows of the other side.
 
     Twice as many rows a warp, or 128 rows of the other side, spill up to 3 KB a thread at head dim 128. Wide heads
