@@ -30,15 +30,18 @@ from triton.runtime.jit import JITFunction
 HALF, FULL = torch.bfloat16, torch.float32
 BATCH, HEADS = 2, 3
 Call = Callable[[], Any]
+Sizes = tuple[tuple[int, torch.dtype], ...]
 
 
 class StandIn:
-    """A driver of one GPU for Triton's compiler."""
+    """A driver of one GPU for Triton's compiler; ``target`` is 90 for compute capability 9.0, or a name of AMD's."""
 
-    def __init__(self, target: int) -> None:
+    def __init__(self, target: int | str) -> None:
         self.target = target
 
     def get_current_target(self) -> GPUTarget:
+        if isinstance(self.target, str):
+            return GPUTarget("hip", self.target, 64 if self.target.startswith("gfx9") else 32)
         return GPUTarget("cuda", self.target, 32)
 
     def get_current_device(self) -> int:
@@ -66,29 +69,47 @@ def parameters(source: Any) -> str:
     return "\n".join(f"// parameter {number}: {kind} {attrs}" for number, (kind, attrs) in enumerate(told))
 
 
-def launches() -> list[tuple[str, str, str]]:
-    """A list that every launch from now on is added to, as name, PTX and parameters, in place of running it."""
-    found: list[tuple[str, str, str]] = []
+def each_launch(told: Callable[[str, Any], object]) -> None:
+    """From now on compile every kernel in place of running it, and tell its name and what it compiled to."""
     run = JITFunction.run
 
     def compiled(self: Any, *args: Any, **settings: Any) -> Any:
         kernel = run(self, *args, **settings | {"warmup": True})
-        found.append((self.fn.__name__, kernel.asm["ptx"], parameters(kernel.src)))
+        told(self.fn.__name__, kernel)
         return kernel
 
     JITFunction.run = compiled
+
+
+def launches() -> list[tuple[str, str, str]]:
+    """A list that every launch from now on is added to, as name, PTX and parameters, in place of running it."""
+    found: list[tuple[str, str, str]] = []
+    each_launch(lambda name, kernel: found.append((name, kernel.asm["ptx"], parameters(kernel.src))))
     # What follows the PTX takes most of the time.
     CUDABackend.make_cubin = lambda *_: b""
     return found
 
 
-def stand_in(target: int) -> None:
-    """Let tensors of the CPU pass for tensors of a GPU of compute capability ``target``, such as 90."""
+def stand_in(target: int | str, shared_bytes: int = 227 << 10) -> None:
+    """Let tensors of the CPU pass for tensors of a GPU of compute capability ``target``, such as 90.
+
+    ``target`` may also be a name of AMD's, such as gfx942. A program of this GPU may have ``shared_bytes`` of shared
+    memory.
+    """
     from dit_accel.kernels.common import capability
 
     driver.set_active(StandIn(target))
-    found = SimpleNamespace(multi_processor_count=132, shared_memory_per_block_optin=227 << 10)
-    torch.cuda.get_device_capability = lambda *_: (target // 10, target % 10)
+    found = SimpleNamespace(
+        multi_processor_count=132,
+        shared_memory_per_block_optin=shared_bytes,
+        shared_memory_per_block=shared_bytes,
+        warp_size=StandIn(target).get_current_target().warp_size,
+    )
+    # AMD's gfx942 says 9.4, and gfx1100 11.0.
+    number = int(target.removeprefix("gfx")[:-1]) if isinstance(target, str) else target
+    torch.cuda.get_device_capability = lambda *_: (number // 10, number % 10)
+    if isinstance(target, str):
+        torch.version.hip = "stand-in"
     torch.cuda.get_device_properties = lambda *_: found
     torch.cuda.get_device_name = lambda *_: "stand-in"
     torch.cuda.current_stream = lambda *_: None
@@ -187,7 +208,7 @@ def attention_calls(target: int) -> Iterator[tuple[str, Call]]:
         yield " ".join(map(str, ("quantized", *eight))).strip(), lambda eight=eight: quantized(*eight)
 
 
-def selection_calls() -> Iterator[tuple[str, Call]]:
+def selection_calls(dims: Sizes = ((64, HALF), (96, FULL), (128, HALF))) -> Iterator[tuple[str, Call]]:
     from dit_accel.kernels import (
         BlockMask,
         add_pooled_compensation,
@@ -202,7 +223,7 @@ def selection_calls() -> Iterator[tuple[str, Call]]:
     from dit_accel.kernels.selection.rectified import pool_deviation
 
     backend = {"backend": "triton"}
-    for dim, dtype in ((64, HALF), (96, FULL), (128, HALF)):
+    for dim, dtype in dims:
         for extras in ("", "rows", "rows hidden"):
             q, k = tensors(2, 300, dim, dtype)
             here = {"rows": permutation(300) if "rows" in extras else None}
@@ -259,7 +280,7 @@ def selection_calls() -> Iterator[tuple[str, Call]]:
         )
 
 
-def linear_calls() -> Iterator[tuple[str, Call]]:
+def linear_calls(dims: Sizes = ((64, HALF), (128, HALF), (48, FULL))) -> Iterator[tuple[str, Call]]:
     from dit_accel.kernels import BlockMask, add_linear_branch, plus_linear_branch
     from dit_accel.kernels.linear.api import linear_branch
 
@@ -287,14 +308,14 @@ def linear_calls() -> Iterator[tuple[str, Call]]:
         made.sum().backward()
 
     forms = (("softmax", ""), ("softmax", "all hidden"), ("elu", "rows hidden"), ("relu", "negligible"))
-    for dim, dtype in ((64, HALF), (128, HALF), (48, FULL)):
+    for dim, dtype in dims:
         for kind, extras in forms:
             for form in ("branch", "inference", "training"):
                 arguments = (form, dim, dtype, kind, extras)
                 yield f"linear {' '.join(map(str, arguments))}".strip(), lambda arguments=arguments: call(*arguments)
 
 
-def pyramid_calls() -> Iterator[tuple[str, Call]]:
+def pyramid_calls(dims: Sizes = ((128, HALF), (64, HALF), (48, FULL))) -> Iterator[tuple[str, Call]]:
     from dit_accel.kernels import pyramid_attention
     from dit_accel.kernels.pyramid.levels import similarity_cap
 
@@ -308,7 +329,10 @@ def pyramid_calls() -> Iterator[tuple[str, Call]]:
         )
         out.sum().backward()
 
-    for arguments in ((128, HALF, 128, ""), (64, HALF, 64, "rows hidden"), (48, FULL, 64, "rows")):
+    for dim, dtype in dims:
+        arguments = (
+            (dim, dtype, 128, "") if dim >= 128 else (dim, dtype, 64, "rows" if dtype == FULL else "rows hidden")
+        )
         yield f"pyramid {' '.join(map(str, arguments))}".strip(), lambda arguments=arguments: call(*arguments)
     (k,) = tensors(1, 300, 128, HALF)
     for rows in (None, permutation(300)):

@@ -19,7 +19,8 @@ from ..common import capability
 from ..common.choice import case_of
 from ..mask.block_mask import BlockMask
 from .api import block_sparse_attention
-from .tuning import LaunchConfig, entry_key
+from .launch_configs import LaunchConfig
+from .tuning import entry_key
 
 BLOCKS = ((128, 128), (128, 64), (64, 64))
 # The density at which configurations are compared: between the sparsest and the densest in common use.

@@ -1,30 +1,23 @@
-"""Launch parameters of the Triton kernels: a checked-in table per GPU, a safe default elsewhere."""
+"""Launch parameters of the Triton kernels: a checked-in table per GPU, elsewhere what fits its shared memory."""
 
 from __future__ import annotations
 
 import json
 import os
-from dataclasses import dataclass
 from functools import cache
 from importlib import resources
 from typing import Any
 
 import torch
 
+from ..common import capability
 from ..common.choice import Case
 from ..common.launch import padded_head_dim
 from ..mask.block_mask import BlockMask
+from .launch_configs import SMALLEST_TILE, LaunchConfig, Unit, Work, lowered
 
 # Path of a table that ``dit-accel bench --kernels --out`` wrote; for GPUs of its name it replaces ours.
 TABLE_VARIABLE = "DIT_ACCEL_TUNING_TABLE"
-
-
-@dataclass(frozen=True)
-class LaunchConfig:
-    """Warps per program and software-pipelining depth of a launch."""
-
-    num_warps: int
-    num_stages: int
 
 
 @cache
@@ -82,13 +75,6 @@ def _device_name(index: int) -> str:
     return torch.cuda.get_device_name(index)
 
 
-@cache
-def _shared_memory(index: int) -> int:
-    """Bytes of shared memory that a program may have on a GPU."""
-    properties: Any = torch.cuda.get_device_properties(index)  # torch's own types leave this one out
-    return int(properties.shared_memory_per_block_optin)
-
-
 def _stage_bytes(q: torch.Tensor, mask: BlockMask) -> int:
     """Shared memory of a stage: a block of keys and one of values, and a word a pair of tokens where bits mask them."""
     bits = 0 if mask.token_bits is None else 4 * mask.block_q * mask.block_k
@@ -102,25 +88,87 @@ def entry_key(op: str, block_q: int, block_k: int, head_dim: int, permuted: bool
 
 
 def launch_config(op: str, q: torch.Tensor, mask: BlockMask, permuted: bool) -> LaunchConfig:
-    """The table's entry for a call, or a default that fits any GPU's shared memory."""
-    dim = q.shape[-1]
-    if q.is_cuda and q.dtype != torch.float32:
-        found = _table(_device_name(q.device.index or 0))["entries"].get(
-            entry_key(op, mask.block_q, mask.block_k, dim, permuted)
-        )
-        if found is not None:
-            warps, stages = found
-            if mask.token_bits is not None:  # the table was measured without
-                room = _shared_memory(q.device.index or 0) - mask.block_q * padded_head_dim(dim) * q.element_size()
-                stages = max(1, min(stages, room // _stage_bytes(q, mask)))
-            return LaunchConfig(warps, stages)
-    padded = padded_head_dim(dim)
-    warps = 8 if mask.block_q * padded >= 128 * 128 else 4
-    if max(mask.block_q, mask.block_k) <= 32:
-        # Each warp multiplies 16 rows at a time: more of them would share out columns, and wait for each other.
-        warps = max(1, min(warps, mask.block_q * padded // 1024))
-    stages = max(1, min(3, (96 << 10) // _stage_bytes(q, mask)))
+    """The table's entry for a call, or a default that fits the GPU's shared memory."""
+    dim, bits = q.shape[-1], mask.token_bits is not None
+    work = Work(op, mask.block_q, mask.block_k, padded_head_dim(dim), q.element_size(), bits)
+    if not q.is_cuda:  # interpreted
+        return _usual(work)
+    index = q.device.index or 0
+    found = None
+    if q.dtype != torch.float32:
+        found = _table(_device_name(index))["entries"].get(entry_key(op, mask.block_q, mask.block_k, dim, permuted))
+    if found is None:
+        return _default(work, *_matrix_unit(index))
+    warps, stages = found
+    if bits:  # the table was measured without
+        room = capability.shared_memory(index) - mask.block_q * padded_head_dim(dim) * q.element_size()
+        stages = max(1, min(stages, room // _stage_bytes(q, mask)))
     return LaunchConfig(warps, stages)
+
+
+@cache
+def _matrix_unit(index: int) -> tuple[Unit, int]:
+    """Who multiplies matrices on a GPU, and the bytes of its shared memory."""
+    limit = capability.shared_memory(index)
+    if capability.is_amd():
+        return ("wave64" if torch.cuda.get_device_properties(index).warp_size == 64 else "wave32"), limit
+    # wgmma of Hopper, tcgen05 of data-centre Blackwell; all others have mma.sync.
+    return ("warpgroup" if capability.compute_capability(index)[0] in (9, 10, 11) else "warp"), limit
+
+
+@cache
+def _default(work: Work, unit: Unit, limit: int) -> LaunchConfig:
+    """A configuration for a kind of GPU that has no table, chosen by what compilers say of registers.
+
+    Where it would take more than ``limit`` bytes of shared memory, :func:`~.launch_configs.lowered` takes less.
+    """
+    if work.element_bytes == 4:
+        config = _float32(work)
+    else:
+        config = _usual(work) if unit == "warpgroup" else _by_warps(work, unit)
+    return lowered(work, config, limit, unit)
+
+
+def _usual(work: Work) -> LaunchConfig:
+    """Whole blocks, and as many stages as 96 KiB hold."""
+    warps = 8 if work.block_q * work.columns >= 128 * 128 else 4
+    if max(work.block_q, work.block_k) <= 32:
+        warps = _few_warps(warps, work.block_q, work.columns)
+    stage = 2 * work.block_k * work.columns * work.element_bytes + 4 * work.block_q * work.block_k * work.has_bits
+    return LaunchConfig(warps, max(1, min(3, (96 << 10) // stage)))
+
+
+def _few_warps(warps: int, rows: int, columns: int) -> int:
+    """Each warp multiplies 16 rows at a time: more of them would share out columns, and wait for each other."""
+    return max(1, min(warps, rows * columns // 1024))
+
+
+def _by_warps(work: Work, unit: Unit) -> LaunchConfig:
+    """Where each warp multiplies 16 rows by itself: a warp for every 16 rows, and 64 rows of the other side.
+
+    Twice as many rows a warp, or 128 rows of the other side, spill up to 3 KB a thread at head dim 128. Wide heads
+    take half the rows for as many warps.
+    """
+    wide = work.columns >= 256
+    kept = min(work.block_k if work.op == "backward_dkv" else work.block_q, 64 if wide else 128)
+    if work.op == "backward_dkv":
+        kept = min(kept, 64)
+    walked = min(work.block_q if work.op == "backward_dkv" else work.block_k, 32 if wide else 64)
+    warps = 8 if wide or (work.op == "backward_dkv" and work.columns >= 128) else max(1, kept // SMALLEST_TILE)
+    if unit == "wave64":
+        warps = max(1, warps // 2)
+    if kept <= 32:
+        warps = _few_warps(4, kept, work.columns)
+    tile_q, tile_k = (walked, kept) if work.op == "backward_dkv" else (kept, walked)
+    return LaunchConfig(warps, 3, tile_q, tile_k)
+
+
+def _float32(work: Work) -> LaunchConfig:
+    """Exact products have no matrix unit, and a thread loads whole rows for each: four a thread spill little."""
+    tile_q, tile_k = min(work.block_q, 32), min(work.block_k, 16 if work.columns >= 256 else 32)
+    if work.op != "forward" and work.columns >= 256:
+        tile_q = SMALLEST_TILE
+    return LaunchConfig(max(1, tile_q * tile_k // 128), 1, tile_q, tile_k)
 
 
 def fa4_is_fastest(case: Case) -> bool:

@@ -9,6 +9,7 @@ import importlib.metadata
 import importlib.util
 import os
 from functools import cache
+from typing import Any
 
 import torch
 
@@ -46,6 +47,18 @@ def compute_capability(index: int) -> tuple[int, int]:
 def multiprocessors(index: int) -> int:
     """Multiprocessors of a GPU: the programs of a persistent launch."""
     return torch.cuda.get_device_properties(index).multi_processor_count
+
+
+@cache
+def shared_memory(index: int) -> int:
+    """Bytes of shared memory that a program may have on a GPU."""
+    properties: Any = torch.cuda.get_device_properties(index)  # torch's own types leave these out
+    return int(properties.shared_memory_per_block if is_amd() else properties.shared_memory_per_block_optin)
+
+
+def is_amd() -> bool:
+    """Whether torch's GPUs are AMD's, whose numbers of compute capability mean other things."""
+    return torch.version.hip is not None
 
 
 def interpreted() -> bool:

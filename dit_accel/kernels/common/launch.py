@@ -9,10 +9,14 @@ from typing import TYPE_CHECKING
 
 import torch
 
+from .capability import is_amd
+
 if TYPE_CHECKING:
     from ..mask.block_mask import BlockMask
 
 LOG2_E = 1.4426950408889634
+# Of products of float32, which TF32 would round to 11 bits; without meaning for the half formats, and known everywhere.
+DOT_PRECISION = "ieee"
 # Arguments that change with the sequence or the mask: no new compilation for another length.
 SIZES = (
     "heads",
@@ -31,9 +35,9 @@ def padded_head_dim(dim: int) -> int:
     return max(16, 1 << (dim - 1).bit_length())
 
 
-def dot_precision(dtype: torch.dtype) -> str:
-    """``ieee`` for float32, which TF32 would round to 11 bits; without meaning for the half formats."""
-    return "ieee" if dtype == torch.float32 else "tf32"
+def register_limit(registers: int | None) -> dict[str, int]:
+    """The option of a launch that limits registers a thread; none on AMD's GPUs, whose compiler does not know it."""
+    return {} if registers is None or is_amd() else {"maxnreg": registers}
 
 
 def unit_stride(x: torch.Tensor) -> torch.Tensor:

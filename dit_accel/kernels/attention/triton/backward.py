@@ -10,7 +10,7 @@ import torch
 import triton
 
 from ...common.launch import (
-    dot_precision,
+    DOT_PRECISION,
     int32_rows,
     list_strides,
     mask_constants,
@@ -22,12 +22,10 @@ from ...common.launch import (
 )
 from ...mask.block_mask import BlockMask
 from ...mask.transpose import TransposedMask, transpose_mask
-from ..tuning import LaunchConfig, launch_config
+from ..launch_configs import LaunchConfig
+from ..tuning import launch_config
 from .backward_kernels import block_sparse_bwd_dkv_kernel, block_sparse_bwd_dq_kernel, delta_bwd_kernel
 from .reorder import reorder_for_backward
-
-# Rows or columns of the other side taken at once; smaller than a block, to fit two score tiles in registers.
-_TILE = 64
 
 
 def _delta(out: torch.Tensor, grad: torch.Tensor, grad_lse: torch.Tensor) -> torch.Tensor:
@@ -83,14 +81,15 @@ def backward(
     shared = {
         "BLOCK_D": padded_head_dim(dim),
         "HEAD_DIM": dim,
-        "PRECISION": dot_precision(q.dtype),
+        "PRECISION": DOT_PRECISION,
         **mask_constants(mask, rows, key_mask),
     }
     lists = mask_tensors(mask, rows, key_mask)
     strides = token_strides(q, k, v, grad)
 
     config = config_dq or launch_config("backward_dq", q, mask, False)
-    block_sparse_bwd_dq_kernel[(nq, batch * heads)](
+    tile_q, tile_k = config.tiles(mask, "backward_dq")
+    block_sparse_bwd_dq_kernel[(nq * (mask.block_q // tile_q), batch * heads)](
         q,
         k,
         v,
@@ -108,7 +107,8 @@ def backward(
         q_len,
         kv_len,
         scale,
-        TILE_K=min(_TILE, mask.block_k),
+        TILE_Q=tile_q,
+        TILE_K=tile_k,
         num_warps=config.num_warps,
         num_stages=config.num_stages,
         **shared,
@@ -117,7 +117,8 @@ def backward(
     transposed = transposed or transpose_mask(mask)
     index = transposed.q_indices
     config = config_dkv or launch_config("backward_dkv", q, mask, False)
-    block_sparse_bwd_dkv_kernel[(nk, batch * heads)](
+    tile_q, tile_k = config.tiles(mask, "backward_dkv")
+    block_sparse_bwd_dkv_kernel[(nk * (mask.block_k // tile_k), batch * heads)](
         q,
         k,
         v,
@@ -140,7 +141,8 @@ def backward(
         q_len,
         kv_len,
         scale,
-        TILE_Q=min(_TILE, mask.block_q),
+        TILE_Q=tile_q,
+        TILE_K=tile_k,
         num_warps=config.num_warps,
         num_stages=config.num_stages,
         **shared,

@@ -87,6 +87,7 @@ def block_sparse_bwd_dq_kernel(
     scale,
     BLOCK_Q: tl.constexpr,
     BLOCK_K: tl.constexpr,
+    TILE_Q: tl.constexpr,
     TILE_K: tl.constexpr,
     BLOCK_D: tl.constexpr,
     HEAD_DIM: tl.constexpr,
@@ -95,11 +96,12 @@ def block_sparse_bwd_dq_kernel(
     HAS_KEY_MASK: tl.constexpr,
     PRECISION: tl.constexpr,
 ):
-    """dQ of one query block; each listed key block is walked in tiles of ``TILE_K`` keys.
+    """dQ of ``TILE_Q`` queries of a block; each listed key block is walked in tiles of ``TILE_K`` keys.
 
     Inputs are in the mask's order; with PERMUTED the gradient goes to the original rows.
     """
-    query_block = tl.program_id(0)
+    q_tiles: tl.constexpr = BLOCK_Q // TILE_Q
+    query_block = tl.program_id(0) // q_tiles
     batch = (tl.program_id(1) // heads).to(tl.int64)
     head = (tl.program_id(1) % heads).to(tl.int64)
     q_ptr += batch * stride_qb + head * stride_qh
@@ -115,7 +117,7 @@ def block_sparse_bwd_dq_kernel(
     index_ptr += mask_row * list_length
     bit_rows_ptr += mask_row * list_length
 
-    offs_m = tl.arange(0, BLOCK_Q)
+    offs_m = (tl.program_id(0) % q_tiles) * TILE_Q + tl.arange(0, TILE_Q)
     offs_d = tl.arange(0, BLOCK_D)
     slot = query_block * BLOCK_Q + offs_m
     wide = slot.to(tl.int64)[:, None]
@@ -127,7 +129,7 @@ def block_sparse_bwd_dq_kernel(
     # A row that saw nothing has weight 0 everywhere: exp2(x - inf).
     lse2 = tl.where(lse == float("-inf"), float("inf"), lse * LOG2_E_)
 
-    acc = tl.zeros([BLOCK_Q, BLOCK_D], tl.float32)
+    acc = tl.zeros([TILE_Q, BLOCK_D], tl.float32)
     count = tl.load(counts_ptr + mask_row)
     full = tl.load(fulls_ptr + mask_row)
     tiles: tl.constexpr = BLOCK_K // TILE_K
@@ -223,6 +225,7 @@ def block_sparse_bwd_dkv_kernel(
     BLOCK_Q: tl.constexpr,
     BLOCK_K: tl.constexpr,
     TILE_Q: tl.constexpr,
+    TILE_K: tl.constexpr,
     BLOCK_D: tl.constexpr,
     HEAD_DIM: tl.constexpr,
     PERMUTED: tl.constexpr,
@@ -230,11 +233,12 @@ def block_sparse_bwd_dkv_kernel(
     HAS_KEY_MASK: tl.constexpr,
     PRECISION: tl.constexpr,
 ):
-    """dK and dV of one key block over the query blocks that read it, in tiles of ``TILE_Q`` queries.
+    """dK and dV of ``TILE_K`` keys of a block over the query blocks that read it, in tiles of ``TILE_Q`` queries.
 
     Inputs are in the mask's order; with PERMUTED the gradients go to the original rows.
     """
-    key_block = tl.program_id(0)
+    k_tiles: tl.constexpr = BLOCK_K // TILE_K
+    key_block = tl.program_id(0) // k_tiles
     batch = (tl.program_id(1) // heads).to(tl.int64)
     head = (tl.program_id(1) % heads).to(tl.int64)
     q_ptr += batch * stride_qb + head * stride_qh
@@ -251,7 +255,7 @@ def block_sparse_bwd_dkv_kernel(
     index_ptr += mask_row * list_length
     bit_rows_ptr += mask_row * list_length
 
-    offs_n = tl.arange(0, BLOCK_K)
+    offs_n = (tl.program_id(0) % k_tiles) * TILE_K + tl.arange(0, TILE_K)
     offs_d = tl.arange(0, BLOCK_D)
     key_slot = key_block * BLOCK_K + offs_n
     key_row = key_slot
@@ -262,8 +266,8 @@ def block_sparse_bwd_dkv_kernel(
     k = tl.load(k_ptr + key_wide * stride_ks + offs_d[None, :], mask=key_live, other=0.0)
     v = tl.load(v_ptr + key_wide * stride_vs + offs_d[None, :], mask=key_live, other=0.0)
 
-    dk = tl.zeros([BLOCK_K, BLOCK_D], tl.float32)
-    dv = tl.zeros([BLOCK_K, BLOCK_D], tl.float32)
+    dk = tl.zeros([TILE_K, BLOCK_D], tl.float32)
+    dv = tl.zeros([TILE_K, BLOCK_D], tl.float32)
     count = tl.load(counts_ptr + mask_row)
     full = tl.load(fulls_ptr + mask_row)
     tiles: tl.constexpr = BLOCK_Q // TILE_Q

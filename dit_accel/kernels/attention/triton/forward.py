@@ -7,9 +7,9 @@ import triton
 import triton.language as tl
 
 from ...common.launch import (
+    DOT_PRECISION,
     LOG2_E,
     SIZES,
-    dot_precision,
     int32_rows,
     list_strides,
     mask_constants,
@@ -20,7 +20,8 @@ from ...common.launch import (
 )
 from ...common.primitives import LN_2_, key_visibility, online_softmax_update
 from ...mask.block_mask import BlockMask
-from ..tuning import LaunchConfig, launch_config
+from ..launch_configs import LaunchConfig
+from ..tuning import launch_config
 
 
 @triton.jit
@@ -42,8 +43,10 @@ def _attend(
     stride_ks,
     stride_vs,
     scale_log2,
+    offs_m,
     BLOCK_Q: tl.constexpr,
     BLOCK_K: tl.constexpr,
+    TILE_K: tl.constexpr,
     BLOCK_D: tl.constexpr,
     HEAD_DIM: tl.constexpr,
     PARTIAL: tl.constexpr,
@@ -52,11 +55,12 @@ def _attend(
     HAS_KEY_MASK: tl.constexpr,
     PRECISION: tl.constexpr,
 ):
-    """One pass of the online softmax over list entries ``begin`` to ``end``."""
-    offs_m = tl.arange(0, BLOCK_Q)
-    offs_n = tl.arange(0, BLOCK_K)
+    """One pass of the online softmax over list entries ``begin`` to ``end``, in tiles of ``TILE_K`` keys."""
     offs_d = tl.arange(0, BLOCK_D)
-    for entry in range(begin, end):
+    tiles: tl.constexpr = BLOCK_K // TILE_K
+    for step in range(begin * tiles, end * tiles):
+        entry = step // tiles
+        offs_n = (step % tiles) * TILE_K + tl.arange(0, TILE_K)
         block = tl.load(index_ptr + entry)
         slot = block * BLOCK_K + offs_n
         row = slot
@@ -144,6 +148,8 @@ def block_sparse_fwd_kernel(
     scale_log2,
     BLOCK_Q: tl.constexpr,
     BLOCK_K: tl.constexpr,
+    TILE_Q: tl.constexpr,
+    TILE_K: tl.constexpr,
     BLOCK_D: tl.constexpr,
     HEAD_DIM: tl.constexpr,
     PERMUTED: tl.constexpr,
@@ -151,8 +157,9 @@ def block_sparse_fwd_kernel(
     HAS_KEY_MASK: tl.constexpr,
     PRECISION: tl.constexpr,
 ):
-    """One query block of one head. Mask strides count query-block rows, rows strides count tokens."""
-    query_block = tl.program_id(0)
+    """``TILE_Q`` queries of a block of one head. Mask strides count query-block rows, rows strides count tokens."""
+    tiles: tl.constexpr = BLOCK_Q // TILE_Q
+    query_block = tl.program_id(0) // tiles
     batch = (tl.program_id(1) // heads).to(tl.int64)
     head = (tl.program_id(1) % heads).to(tl.int64)
     q_ptr += batch * stride_qb + head * stride_qh
@@ -167,16 +174,18 @@ def block_sparse_fwd_kernel(
     bit_rows_ptr += mask_row * list_length
 
     offs_d = tl.arange(0, BLOCK_D)
-    slot = query_block * BLOCK_Q + tl.arange(0, BLOCK_Q)
+    first = query_block * BLOCK_Q
+    offs_m = (tl.program_id(0) % tiles) * TILE_Q + tl.arange(0, TILE_Q)
+    slot = first + offs_m
     row = slot
     if PERMUTED:
         row = tl.load(rows_ptr + slot, mask=slot < q_len, other=0)
     live = (slot < q_len)[:, None] & (offs_d < HEAD_DIM)[None, :]
     q = tl.load(q_ptr + row.to(tl.int64)[:, None] * stride_qs + offs_d[None, :], mask=live, other=0.0)
 
-    acc = tl.zeros([BLOCK_Q, BLOCK_D], tl.float32)
-    row_max = tl.full([BLOCK_Q], float("-inf"), tl.float32)
-    row_sum = tl.zeros([BLOCK_Q], tl.float32)
+    acc = tl.zeros([TILE_Q, BLOCK_D], tl.float32)
+    row_max = tl.full([TILE_Q], float("-inf"), tl.float32)
+    row_sum = tl.zeros([TILE_Q], tl.float32)
     count = tl.load(counts_ptr + mask_row)
     full = tl.load(fulls_ptr + mask_row)
     for phase in tl.static_range(2):
@@ -198,8 +207,10 @@ def block_sparse_fwd_kernel(
             stride_ks,
             stride_vs,
             scale_log2,
+            offs_m,
             BLOCK_Q,
             BLOCK_K,
+            TILE_K,
             BLOCK_D,
             HEAD_DIM,
             phase == 1,
@@ -235,7 +246,8 @@ def forward(
     nq, _ = mask.num_blocks
     rows = int32_rows(rows)
     config = config or launch_config("forward", q, mask, rows is not None)
-    block_sparse_fwd_kernel[(nq, batch * heads)](
+    tile_q, tile_k = config.tiles(mask)
+    block_sparse_fwd_kernel[(nq * (mask.block_q // tile_q), batch * heads)](
         q,
         k,
         v,
@@ -250,9 +262,11 @@ def forward(
         q_len,
         k.shape[1],
         scale * LOG2_E,
+        TILE_Q=tile_q,
+        TILE_K=tile_k,
         BLOCK_D=padded_head_dim(dim),
         HEAD_DIM=dim,
-        PRECISION=dot_precision(q.dtype),
+        PRECISION=DOT_PRECISION,
         num_warps=config.num_warps,
         num_stages=config.num_stages,
         **mask_constants(mask, rows, key_mask),

@@ -15,7 +15,15 @@ from dataclasses import dataclass
 import torch
 import triton
 
-from ...common.launch import contiguous_key_mask, dot_precision, lead_strides, or_stand_in, padded_head_dim
+from ...common.capability import is_amd
+from ...common.launch import (
+    DOT_PRECISION,
+    contiguous_key_mask,
+    lead_strides,
+    or_stand_in,
+    padded_head_dim,
+    register_limit,
+)
 from ...mask.block_mask import BlockMask
 from .forward_kernels import (
     linear_combine_kernel,
@@ -68,7 +76,7 @@ class Shape:
     @property
     def constants(self) -> dict[str, int | str]:
         """Constexprs of every kernel with matrix products."""
-        return {"DIM": self.dim, "DIM_PAD": padded_head_dim(self.dim), "PRECISION": dot_precision(self.dtype)}
+        return {"DIM": self.dim, "DIM_PAD": padded_head_dim(self.dim), "PRECISION": DOT_PRECISION}
 
     def chunks(self, share: float, buffers: int) -> Iterator[tuple[slice, slice]]:
         """Batch and head ranges such that ``buffers`` pairs of states fit the memory share.
@@ -112,6 +120,14 @@ def scaled_map(critical: BlockMask, negligible: BlockMask | None, dtype: torch.d
 def map_scale(nk: int) -> float:
     """A power of two near 1 / nk: keeps sums of states in float16's range, and cancels in the quotient."""
     return 2.0 ** -max(0, nk.bit_length() - 1)
+
+
+def split_precision() -> str:
+    """Products of parts, on matrix units, that keep 21 bits or more of a state that is rounded to 11 or 8.
+
+    Exact float32 goes without them and spills 5 KB a thread at head dim 128. AMD's compilers know no parts in TF32.
+    """
+    return "bf16x6" if is_amd() else "tf32x3"
 
 
 def registers(shape: Shape) -> int | None:
@@ -166,7 +182,7 @@ def launch_states(
             TILE=shape.tile_k,
             num_warps=8 if shape.dim > 64 else 4,
             num_stages=STATE_STAGES - (weight is not None),
-            maxnreg=registers(shape),
+            **register_limit(registers(shape)),
             **shape.constants,
         )
 
@@ -236,9 +252,7 @@ def combine(
             ROWS=16,
             DIM=shape.dim,
             DIM_PAD=padded_head_dim(shape.dim),
-            # Three TF32 products keep 21 bits of a state that is rounded to 11 or 8, on tensor cores; exact float32
-            # goes without them and spills 5 KB a thread at head dim 128.
-            PRECISION="ieee" if shape.dtype == torch.float32 else "tf32x3",
+            PRECISION=DOT_PRECISION if shape.dtype == torch.float32 else split_precision(),
             num_warps=8 if weight is not None else 4,
         )
     return states

@@ -10,7 +10,7 @@ import torch
 import triton
 import triton.language as tl
 
-from ...common.launch import LOG2_E, dot_precision, lead_strides, padded_head_dim
+from ...common.launch import DOT_PRECISION, LOG2_E, lead_strides, padded_head_dim
 from ...common.tokens import gather_mask, gather_rows
 from ..levels import LEVELS, pool_level
 from .forward import TILE, level_lists, pyramid_attention_triton
@@ -220,7 +220,7 @@ def _backward(
     shared = {
         "DIM": dim,
         "DIM_PAD": padded_head_dim(dim),
-        "PRECISION": dot_precision(q.dtype),
+        "PRECISION": DOT_PRECISION,
         "num_warps": 4,
         "num_stages": 2,
     }

@@ -12,10 +12,10 @@ import triton
 import triton.language as tl
 
 from ...common.launch import (
+    DOT_PRECISION,
     LOG2_E,
     contiguous_key_mask,
     contiguous_rows,
-    dot_precision,
     lead_strides,
     or_stand_in,
     padded_head_dim,
@@ -324,7 +324,7 @@ def pyramid_attention_triton(
             TILE=TILE,
             DIM=dim,
             DIM_PAD=padded_head_dim(dim),
-            PRECISION=dot_precision(q.dtype),
+            PRECISION=DOT_PRECISION,
             num_warps=8 if tile_q >= 128 else 4,
             num_stages=2,
         )

@@ -14,7 +14,7 @@ import torch
 import triton
 
 from ...common.capability import multiprocessors
-from ...common.launch import int32_rows, list_strides, padded_head_dim, token_strides, unit_stride
+from ...common.launch import int32_rows, list_strides, padded_head_dim, register_limit, token_strides, unit_stride
 from ...common.quantized_inputs import KEY_GROUPS, KEY_TILE, QuantizedInputs, sampled_keys, validate_key_scales
 from .prologue_kernels import key_value_stats_kernel, quantize_kernel
 
@@ -186,6 +186,6 @@ def quantize_inputs(
         THREAD_SCALES=key_scales == "thread",
         STAGES=_stages(max(block_q, block_k) * block_d * q.element_size()),
         num_warps=_WARPS if block_d <= 128 else 2 * _WARPS,
-        maxnreg=_REGISTERS,
+        **register_limit(_REGISTERS),
     )
     return result

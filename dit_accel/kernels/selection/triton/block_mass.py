@@ -6,7 +6,7 @@ import torch
 import triton
 import triton.language as tl
 
-from ...common.launch import LOG2_E, contiguous_key_mask, dot_precision, lead_strides, or_stand_in
+from ...common.launch import DOT_PRECISION, LOG2_E, contiguous_key_mask, lead_strides, or_stand_in
 from ...common.tokens import gather_mask
 
 TILE_Q, TILE_K = 128, 64
@@ -262,7 +262,7 @@ def block_mass_triton(
                 FOLD_K=fold_k,
                 DIM=dim,
                 DIM_PAD=triton.next_power_of_2(dim),
-                PRECISION=dot_precision(q.dtype),
+                PRECISION=DOT_PRECISION,
                 num_warps=warps,
                 num_stages=stages,
             )

@@ -1,0 +1,129 @@
+"""What the portable kernels take of every card: registers, spills and shared memory, compiled without a GPU.
+
+    python -m benchmarks.cards                              # every call on every card; hours of one core
+    python -m benchmarks.cards --representative --jobs 2    # what each run of the tests compiles
+    python -m benchmarks.cards --card sm_89 --holds "forward 128"
+    python -m benchmarks.cards --out benchmarks/results/cards.json     # ... and what docs/hardware.md is written from
+
+The exit code is 1 where a launch needs more shared memory than its card has, where a forward kernel spills more than
+64 bytes a thread without being listed in :data:`KNOWN_SPILLS`, or where products of 16 or 8 bits miss the card's matrix
+unit.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import subprocess
+import sys
+import tempfile
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+from typing import Any
+
+from .card_list import CARDS, Card, card
+
+ROOT = Path(__file__).parent.parent
+MOST_SPILLED = 64
+TENSOR_COLUMNS = 512  # of tensor memory, which tcgen05 adds up in
+
+# Compiled in each run of the tests, by card; together about a minute and a half of one core.
+_ATTENTION = (
+    "forward 128 bfloat16 128x64 permuted",
+    "forward 128 bfloat16 128x128 permuted",
+    "forward 256 bfloat16 128x128 permuted",
+    "forward 256 float32 128x64 permuted",
+    "backward 128 bfloat16 128x64 in order",
+)
+_AMD = ("forward 128 bfloat16 128x64 permuted", "backward 128 float16 64x64 in order")
+REPRESENTATIVE: dict[str, tuple[str, ...]] = {
+    "sm_80": (*_ATTENTION, "pyramid 128 torch.bfloat16 128"),
+    "sm_86": (*_ATTENTION, "int8 128 bfloat16 128x64 permuted", "backward 256 float32 64x64 in order"),
+    "sm_89": (*_ATTENTION, "forward 72 float16 64x128 permuted", "int8_fp8 64 float16 128x128 permuted"),
+    "sm_90": (*_ATTENTION[:-1], "linear inference 128 torch.bfloat16 softmax"),
+    "sm_100": (*_ATTENTION, "block mass 128x64 128 torch.bfloat16 rows"),
+    "sm_120": (*_ATTENTION, "block mass 128x64 128 torch.bfloat16 rows", "deviation 128 torch.bfloat16 rows"),
+    "gfx942": (*_AMD, "linear inference 64 torch.bfloat16 softmax"),
+    "gfx1100": (*_AMD, "block mass 128x64 128 torch.bfloat16 rows"),
+}
+# Bytes that a thread spills in a forward kernel, by card, call and kernel: seen, and not mended yet.
+KNOWN_SPILLS: dict[tuple[str, str, str], int] = {}
+# Forward kernels whose products are of the inputs: the others have none, or of float32.
+_MULTIPLY = ("block_sparse_fwd_kernel", "block_sparse_bwd_dq_kernel", "block_sparse_bwd_dkv_kernel", "quantized_fwd_kernel",
+             "pyramid_fwd_kernel", "block_mass_fwd_kernel", "linear_state_fwd_kernel", "linear_out_fwd_kernel")  # fmt: skip
+
+Row = dict[str, Any]
+
+
+def compiled(on: Card, only: Sequence[str] = (), holds: str = "", jobs: int = 1) -> list[Row]:
+    """A row for every kernel that a card's calls launch, as ``card_calls.py`` prints it."""
+    command = [sys.executable, "-m", "benchmarks.card_calls", "--card", on.name, "--holds", holds]
+    command += [part for name in only for part in ("--only", name)]
+    path = os.pathsep.join([str(ROOT), *filter(None, [os.environ.get("PYTHONPATH")])])
+    with tempfile.TemporaryDirectory() as empty:
+        # A cache of its own: what is found in one was not assembled, and nothing is said of it.
+        env = {**os.environ, "PYTHONPATH": path, "TRITON_CACHE_DIR": empty, "TRITON_INTERPRET": "0"}
+        running = [
+            subprocess.Popen([*command, "--share", f"{n}/{jobs}"], cwd=ROOT, env=env, stdout=subprocess.PIPE, text=True)
+            for n in range(jobs)
+        ]
+        printed = [process.communicate()[0] for process in running]
+    if any(process.returncode for process in running):
+        raise RuntimeError(f"The calls of {on.name} did not run; the error is above.")
+    return [json.loads(line) for text in printed for line in text.splitlines()]
+
+
+def faults(rows: Iterable[Row], on: Card, known: dict[tuple[str, str, str], int] | None = None) -> list[str]:
+    """A sentence for every kernel that does not fit a card, spills in a forward, or misses the matrix unit."""
+    known = KNOWN_SPILLS if known is None else known
+    found = []
+    for row in rows:
+        where = f"{on.name}, {row['call']}"
+        if "error" in row:
+            found.append(f"{where}: does not compile ({row['error']}).")
+            continue
+        where += f", {row['kernel']}"
+        if row["shared"] > on.shared_kib << 10:
+            found.append(f"{where}: takes {row['shared']} bytes of shared memory of {on.shared_kib << 10}.")
+        if row["tensor_columns"] > TENSOR_COLUMNS:
+            found.append(f"{where}: takes {row['tensor_columns']} columns of tensor memory of {TENSOR_COLUMNS}.")
+        allowed = known.get((on.name, row["call"], row["kernel"]), MOST_SPILLED)
+        if "fwd" in row["kernel"] and row["spills"] > allowed:
+            found.append(f"{where}: spills {row['spills']} bytes a thread, {allowed} are allowed.")
+        if row["kernel"] in _MULTIPLY and "float32" not in row["call"]:
+            others = [name for name in row["products"] if not name.startswith(on.products)]
+            if others or not row["products"]:
+                found.append(f"{where}: multiplies by {', '.join(others) or 'no matrix unit'}, not {on.products}.")
+    return found
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--card", action="append", default=[], help="such as sm_89; more than once for several")
+    parser.add_argument("--holds", default="", help="what a call's name must hold")
+    parser.add_argument("--representative", action="store_true", help="what each run of the tests compiles")
+    parser.add_argument("--jobs", type=int, default=1, help="processes that compile at once")
+    parser.add_argument("--out", type=Path, help="where the rows go, as JSON")
+    asked = parser.parse_args()
+    if asked.jobs < 1:
+        parser.error(f"--jobs must be at least 1, got {asked.jobs}.")
+    rows: list[Row] = []
+    wrong: list[str] = []
+    for on in [card(name) for name in asked.card] or CARDS:
+        only = [name for name in REPRESENTATIVE[on.name] if asked.holds in name] if asked.representative else []
+        if asked.representative and not only:
+            continue
+        of_card = compiled(on, only, asked.holds, asked.jobs)
+        rows += of_card
+        wrong += faults(of_card, on)
+        print(f"{on.name}: {len(of_card)} kernels", flush=True)
+        if asked.out:
+            asked.out.write_text(json.dumps(rows, indent=1) + "\n", encoding="utf-8")
+    print("\n".join(wrong) or "Every kernel fits its card.")
+    if wrong:
+        raise SystemExit(1)
+
+
+if __name__ == "__main__":
+    main()
