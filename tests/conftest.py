@@ -86,6 +86,7 @@ SLOW = frozenset(
         "training/test_origin",
         "training/test_runs",
         "training/test_users_lora",
+        "training/test_vsa",
         "tuning/test_tune",
     )
 )

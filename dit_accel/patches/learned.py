@@ -41,7 +41,7 @@ def build(module: Any, compensate: Compensation) -> LearnedLayer:
     heads, head_dim = head_shape(module)
     if not compensate.reads_input:
         return compensate.build(heads, head_dim)
-    found = (getattr(module, name, None) for name in ("to_q", "to_qkv"))
+    found: tuple[Any, ...] = tuple(getattr(module, name, None) for name in ("to_q", "to_qkv"))
     width = next((linear.in_features for linear in found if hasattr(linear, "in_features")), None)
     if width is None:
         raise ValueError(f"{type(module).__name__} does not tell the width of its input.")

@@ -17,8 +17,11 @@ from dit_accel.kernels.coarse.api import block_means
 from dit_accel.layout import StepContext, TokenLayout
 from dit_accel.stages.order.cubes import Cubes, cube_slots
 from dit_accel.stages.select.pooled import Pooled
+from dit_accel.training.config import FinetuneConfig
+from dit_accel.training.finetune import finetune
 from tests.calls import attend
 from tests.tiny import TINY
+from tests.training.samples import samples, tiny_pipe
 
 SMALL = dit_accel.presets.vsa(density=0.3, cube=(2, 4, 4))
 
@@ -220,6 +223,28 @@ def test_gradients_of_the_gate_are_the_same_however_it_runs(how):
     assert other.keys() == plain.keys()
     for name, grad in plain.items():
         assert (other[name] - grad).abs().max() <= 1e-5 * grad.abs().max() + 1e-9, name
+
+
+def test_a_trained_gate_comes_back_from_its_adapter(tmp_path):
+    """Gates trained with the model by the fine-tuning loop, saved, and read back."""
+    pipe = tiny_pipe()
+    recipe = SMALL.with_fields({"select.density": 0.1})
+    config = FinetuneConfig(steps=12, learning_rate=5e-3, batch_size=2, train="all", evaluate_samples=1)
+    result = finetune(pipe, recipe, samples(), tmp_path, config)
+    losses = [entry["loss"] for entry in result.curves.steps]
+    assert sum(losses[-4:]) < 0.9 * sum(losses[:4])
+    own = {name: p.detach().clone() for name, p in pipe.transformer.named_parameters() if ".dit_accel." in name}
+    assert all(value.abs().max() > 0 for value in own.values())
+    wanted = TINY["wan"].run(pipe, steps=2)
+    pipe = tiny_pipe()
+    handle = dit_accel.load_adapter(pipe, tmp_path / "adapter")
+    assert handle.recipe == recipe
+    found = dict(pipe.transformer.named_parameters())
+    assert all(torch.equal(found[name], value) for name, value in own.items())
+    # Of the model's own weights there are differences, added again: one rounding each.
+    torch.testing.assert_close(TINY["wan"].run(pipe, steps=2), wanted, atol=1e-5, rtol=1e-4)
+    handle.remove()
+    assert not any(".dit_accel." in name for name, _ in pipe.transformer.named_parameters())
 
 
 def test_recipes_that_cannot_be_say_so():
