@@ -141,8 +141,8 @@ def test_another_base_is_refused_by_name_and_left_alone(name, tmp_path):
 def test_another_recipe_is_refused_by_name(tmp_path):
     folder = _saved(tmp_path)
     pipe = tiny_pipe()
-    with dit_accel.patch(pipe, SLA.with_fields({"select.density": 0.5})) as handle:
-        with pytest.raises(ValueError, match=r"another recipe: select\.density = 0\.3, got 0\.5"):
+    with dit_accel.patch(pipe, SLA.with_fields({"select.block": (64, 64)})) as handle:
+        with pytest.raises(ValueError, match=r"another recipe: select\.block is \(32, 32\) there, \(64, 64\) here"):
             dit_accel.load_adapter(pipe, folder)
         assert handle.active
     with dit_accel.patch(pipe, SLA):
