@@ -150,7 +150,7 @@ def test_another_recipe_is_refused_by_name(tmp_path):
 
 
 def test_broken_files_are_refused(tmp_path):
-    with pytest.raises(ValueError, match="holds no readable adapter"):
+    with pytest.raises(ValueError, match="There is no adapter or checkpoint at"):
         dit_accel.load_adapter(tiny_pipe(), tmp_path / "nowhere")
     folder = _saved(tmp_path)
     (folder / "adapter.safetensors").write_bytes(b"no tensors")
