@@ -52,6 +52,7 @@ class AttentionCall:
         pairs: bool ``[B|1, H|1, S, S]``, which key (last) each query sees, where not all see the same.
         seen: ``pairs`` cut into the blocks of a plan, while the plan is made.
         unread: why its attention mask cannot be read; such a call stays dense.
+        gate: ``[B, n, H, D]``, what a learned gate made of the layer's input; None where there is none.
         heads: which heads of the layer these are, where several processes share them; None for all.
         plan: what a sparse call ran; None for a dense one.
         choices: the backend of each of the recipe's operations; None outside an engine, where each chooses by itself.
@@ -72,6 +73,7 @@ class AttentionCall:
     pairs: torch.Tensor | None = None
     seen: PairMask | None = None
     unread: str | None = None
+    gate: torch.Tensor | None = None
     heads: HeadShard | None = None
     plan: AttentionPlan | None = None
     choices: Mapping[Operation, Choice] | None = None
@@ -123,9 +125,28 @@ class AttentionCall:
         if self.pairs is not None and self.pairs.shape[2] == number:
             self.pairs = F.pad(self.pairs, (0, 0, first, behind))
 
+    def pad(self, count: int, visible: torch.Tensor) -> None:
+        """Put tokens of padding behind all others: zeros, which nobody sees.
+
+        Args:
+            count: of tokens.
+            visible: bool ``[B, S + count]``, False for the padding alone; the key mask where the call has none.
+        """
+        assert isinstance(self.layout, TokenLayout)
+        self.layout = self.layout.padded(count)
+        self.q, self.k, self.v = (F.pad(x, (0, 0, 0, 0, 0, count)) for x in (self.q, self.k, self.v))
+        if self.pairs is not None:
+            self.pairs = F.pad(self.pairs, (0, count, 0, count))
+        else:
+            self.key_mask = visible if self.key_mask is None else F.pad(self.key_mask, (0, count))
+
     def of_queries(self, out: torch.Tensor) -> torch.Tensor:
-        """The output ``[B, S, H, D]`` of the tokens that query."""
-        if isinstance(self.layout, str) or self.layout.queries is None:
+        """The output ``[B, S, H, D]`` of the tokens that query, without padding."""
+        if isinstance(self.layout, str):
+            return out
+        if self.layout.padding:
+            out = out[:, : -self.layout.padding]
+        if self.layout.queries is None:
             return out
         first, number = self.layout.queries
         return out[:, first : first + number]

@@ -19,7 +19,7 @@ from .planner import Planner
 from .recipe import Recipe
 from .records import BackendsUsed, LayerRecord
 from .run import Run
-from .stages.compensate.learned import LearnedCompensation
+from .stages.compensate.learned import LearnedLayer
 from .timing import Stopwatch
 
 logger = logging.getLogger("dit_accel")
@@ -76,7 +76,7 @@ class Engine:
         self.observer: Callable[[AttentionCall], None] | None = None
         self.switched_on = True
         self.output_tap: OutputTap | None = None
-        self.learned: dict[int, LearnedCompensation] = {}
+        self.learned: dict[int, LearnedLayer] = {}
         self.notes: dict[str, bool] = {}
         self.parallel: dict[str, None] = {}
         self.run = Run()
@@ -98,7 +98,8 @@ class Engine:
         Args:
             dense: the model's own attention for this very call.
             learned: parameters to use in place of the layer's own, in the order of ``parameters()``: a
-                compiled graph hands them in so that they get their gradients.
+                compiled graph hands them in so that they get their gradients. Where they read the layer's input, in
+                their place what they made of it.
 
         Raises:
             ValueError: the backend was named and cannot run an operation of the recipe; nothing has run then.
@@ -177,6 +178,7 @@ class Engine:
         with autocast_done(call):
             call.repeat_heads()
             call.spread_queries()
+            self.planner.pad(call)
             call.backends_used = self.backends_used
             call.choices = self._choices_of(case_of(call.q, call.k, call.v, key_mask=call.key_mask))
             exact = self._searched_attention(call)
@@ -200,6 +202,12 @@ class Engine:
         if self.observer is not None:
             self.observer(call)
         compensate, module = self.recipe.compensate, self.learned.get(call.layer)
+        if compensate.reads_input:
+            if not learned:
+                raise RuntimeError(
+                    f"{type(compensate).__name__} needs the input of layer {call.layer}, which its hook has not seen."
+                )
+            call.gate, module = learned[0], None
 
         def sparse() -> tuple[torch.Tensor, torch.Tensor]:
             backend = self._attention_backend(call, plan)

@@ -47,6 +47,7 @@ class TokenLayout:
         seq_len: tokens in the whole sequence.
         references: grids of further latents (images to edit, earlier frames), in the order of the sequence.
         queries: first and number of the tokens that query, where others are keys alone; None where all query.
+        padding: tokens at the end of the sequence that stand for nothing and that nobody sees: they fill blocks.
     """
 
     grid: Grid
@@ -54,6 +55,7 @@ class TokenLayout:
     seq_len: int
     references: tuple[LatentGrid, ...] = ()
     queries: tuple[int, int] | None = None
+    padding: int = 0
 
     def __post_init__(self) -> None:
         end = 0
@@ -61,7 +63,7 @@ class TokenLayout:
             if part.start < end:
                 raise ValueError(f"A grid of {part.grid} starting at token {part.start} overlaps one before it.")
             end = part.stop
-            if end > self.seq_len:
+            if end > self.seq_len - self.padding:
                 raise ValueError(
                     f"A grid of {part.grid} starting at token {part.start} does not fit a sequence of "
                     f"{self.seq_len} tokens."
@@ -87,13 +89,13 @@ class TokenLayout:
 
     @property
     def num_extra(self) -> int:
-        """Tokens that are on no grid."""
-        return self.seq_len - self.num_on_grids
+        """Tokens that are on no grid, without padding."""
+        return self.seq_len - self.padding - self.num_on_grids
 
     @property
     def forced_share(self) -> float:
         """Share of all query-key pairs with a token that is on no grid: they are read in full."""
-        return 1.0 - (self.num_on_grids / self.seq_len) ** 2
+        return 1.0 - (self.num_on_grids / (self.seq_len - self.padding)) ** 2
 
     def to_numbers(self) -> list[int]:
         """Plain numbers for a file: grid, start, length, and four of each reference."""
@@ -118,6 +120,10 @@ class TokenLayout:
         frames, height, width = self.grid
         others = "".join(f", a reference of {'x'.join(map(str, part.grid))}" for part in self.references)
         return f"a latent grid of {frames}x{height}x{width} from token {self.latent_start} of {self.seq_len}{others}"
+
+    def padded(self, padding: int) -> TokenLayout:
+        """The same sequence with so many tokens of padding behind it."""
+        return replace(self, seq_len=self.seq_len + padding, padding=self.padding + padding)
 
     def without_references(self) -> TokenLayout:
         """The same sequence with references as other tokens, which read and are read in full."""

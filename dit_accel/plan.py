@@ -14,8 +14,9 @@ from .layout import TokenLayout
 
 
 def tokens_on_grids(layout: TokenLayout, device: torch.device) -> torch.Tensor:
-    """bool ``[S]``: whether a token lies on a grid, of what is generated or of a reference."""
+    """bool ``[S]``: whether a token lies on a grid, of what is generated or of a reference, or fills a block of one."""
     found = torch.zeros(layout.seq_len, dtype=torch.bool, device=device)
+    found[layout.seq_len - layout.padding :] = True
     for part in layout.grids:
         found[part.start : part.stop] = True
     return found

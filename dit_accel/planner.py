@@ -86,6 +86,7 @@ class Planner:
         self._prepared: Bounded[dict[Any, _Prepared]] = Bounded(KEPT_LAYOUTS)
         self._full_masks: Bounded[BlockMask] = Bounded(KEPT_LAYOUTS)
         self._order_tables: Bounded[Any] = Bounded(KEPT_LAYOUTS)
+        self._padding: Bounded[torch.Tensor] = Bounded(KEPT_LAYOUTS)
         self._lock = threading.Lock()
 
     def choices(self, case: Case, backend: str) -> dict[Operation, Choice]:
@@ -108,6 +109,20 @@ class Planner:
             alone = type(recipe.compensate).__name__
             raise refusal("attention", backend, f"{alone} attends by itself, and fa4 is for attention to kept blocks")
         return found
+
+    def pad(self, call: AttentionCall) -> None:
+        """Give a call the padding that the order expects."""
+        assert isinstance(call.layout, TokenLayout)
+        count = self.recipe.order.padding(call.layout)
+        if not count:
+            return
+        batch, device, length = call.q.shape[0], call.q.device, call.k.shape[1]
+
+        def visible() -> torch.Tensor:
+            return (torch.arange(length + count, device=device) < length).expand(batch, -1)
+
+        # The same tensor for all layers: what hides keys is compared by content once a forward.
+        call.pad(count, self._padding.get((length, count, batch, device), visible))
 
     def plan(self, call: AttentionCall, book: LayerRecord) -> tuple[StepContext, AttentionPlan]:
         """The plan of a call, and when it was made."""
@@ -260,6 +275,7 @@ class Planner:
         self._prepared.clear()
         self._order_tables.clear()
         self._full_masks.clear()
+        self._padding.clear()
 
     @staticmethod
     def _plan_key(call: AttentionCall) -> tuple[Any, ...]:

@@ -14,6 +14,7 @@ from typing import Any
 from .files import write_text
 from .names import MissingName, Names, home_of
 from .stages.compensate.agent import AgentTokens
+from .stages.compensate.coarse import CoarseBranch
 from .stages.compensate.linear import LinearBranch
 from .stages.compensate.none import NoCompensation
 from .stages.compensate.pooled_mass import PooledMass
@@ -21,6 +22,7 @@ from .stages.compensate.protocol import Compensation
 from .stages.compensate.pyramid import KeyPyramid
 from .stages.compensate.residual import PooledResidual
 from .stages.order.axes import AxisOrder, ChosenAxes, Chunks
+from .stages.order.cubes import Cubes
 from .stages.order.curve import Curve
 from .stages.order.protocol import Order
 from .stages.order.simple import Raster, Tiles
@@ -47,6 +49,7 @@ from .stages.select.static import DenseSelect, FullSelect, Window
 ORDERS: dict[str, type[Order]] = {
     "raster": Raster,
     "tiles": Tiles,
+    "cubes": Cubes,
     "axes": AxisOrder,
     "chunks": Chunks,
     "chosen_axes": ChosenAxes,
@@ -73,6 +76,7 @@ COMPENSATIONS: dict[str, type[Compensation]] = {
     "pooled_mass": PooledMass,
     "key_pyramid": KeyPyramid,
     "linear": LinearBranch,
+    "coarse": CoarseBranch,
     "agents": AgentTokens,
     "residual": PooledResidual,
 }

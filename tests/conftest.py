@@ -84,8 +84,10 @@ SLOW = frozenset(
         "training/test_lent",
         "training/test_linear_branch_stage",
         "training/test_origin",
+        "training/test_published",
         "training/test_runs",
         "training/test_users_lora",
+        "training/test_vsa",
         "tuning/test_tune",
     )
 )

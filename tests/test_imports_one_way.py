@@ -17,7 +17,7 @@ FLOORS = (
     ("kernels.common",),
     ("kernels.mask",),
     ("kernels.attention", "kernels.selection"),
-    ("kernels.linear", "kernels.quantized", "kernels.pyramid"),
+    ("kernels.linear", "kernels.quantized", "kernels.pyramid", "kernels.coarse"),
     ("kernels",),
     ("plan", "timing", "records"),
     ("run",),

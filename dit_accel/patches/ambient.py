@@ -57,12 +57,14 @@ class Eager(threading.local):
         layer: session and index of the attention layer that is running.
         attended: whether its attention call has come to the seam.
         branch: guidance branch as the pipeline names it.
+        learned: what a learned gate made of the layer's input; empty where there is none.
     """
 
     def __init__(self) -> None:
         self.layer: tuple[Session, int] | None = None
         self.attended = False
         self.branch: str | None = None
+        self.learned: tuple[torch.Tensor, ...] = ()
 
 
 class Traced:

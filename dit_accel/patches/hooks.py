@@ -8,7 +8,7 @@ import copyreg
 from collections.abc import Callable, Mapping
 from contextlib import contextmanager
 from functools import cache
-from typing import TYPE_CHECKING, Any, cast
+from typing import TYPE_CHECKING, Any, ClassVar, cast
 
 import torch
 from torch import nn
@@ -92,6 +92,8 @@ class PublishLayer(Hook):
         counts: of calls in compiled code that go past the session, by reason.
     """
 
+    with_kwargs: ClassVar[bool] = False
+
     def __init__(self, session: Session, layer: int, counts: torch.Tensor) -> None:
         self.announced = (session, layer)
         self.layer = torch.tensor([session.id, layer])
@@ -107,6 +109,29 @@ class PublishLayer(Hook):
             if not in_backward():
                 # Else the stack tells: a repetition may end without the hook behind.
                 EAGER.layer, EAGER.attended = self.announced, False
+
+
+class PublishGate(PublishLayer):
+    """Forward pre-hook of a self-attention module with a learned gate: what the gate makes of the module's input, which
+    the attention call does not see, goes along."""
+
+    with_kwargs: ClassVar[bool] = True
+
+    def __call__(self, module: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any] | None = None) -> None:
+        super().__call__(module, args)
+        learned = module._modules.get(CHILD)
+        if learned is None:  # a layer that is always dense
+            given: tuple[torch.Tensor, ...] = ()
+        else:
+            hidden = args[0] if args else (kwargs or {}).get("hidden_states")
+            if not isinstance(hidden, torch.Tensor):
+                raise ValueError(
+                    f"A learned gate reads the hidden_states of {type(module).__name__}, which it was not given."
+                )
+            given = (learned(hidden),)
+        # Also while a forward is repeated for its gradients, whose layer the stack tells.
+        ambience = TRACED if torch.compiler.is_compiling() else EAGER
+        ambience.learned = given
 
 
 # Hooks of diffusers by which an attention module may give an earlier output.
@@ -137,6 +162,7 @@ class ClearLayer(Hook):
             if EAGER.layer is not None and not EAGER.attended:
                 self.session.count_dense(self.index, _why_no_call(module))
             EAGER.layer = None
+            EAGER.learned = ()
 
 
 class EnterModule(Hook):
@@ -231,6 +257,7 @@ class ClearAll(Hook):
         TRACED.clear()
         if not torch.compiler.is_compiling():
             EAGER.layer = None
+            EAGER.learned = ()
             self.session.end_forward()
 
 

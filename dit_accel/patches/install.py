@@ -17,7 +17,7 @@ from . import hooks
 from .families import Family
 from .families.family import patch_size
 from .handle import PatchHandle
-from .learned import SaveWithoutLearned, attach, head_shape
+from .learned import SaveWithoutLearned, attach, build
 from .operator import new_counts
 from .processors import ProcessorWatch
 from .session import Session
@@ -77,13 +77,14 @@ def install(
         handle.record(partial(setattr, module, "__class__", type(module)))
         module.__class__ = hooks.patched_class(type(module))  # type: ignore[arg-type]
         counts = engine.records[index].compiled_dense = new_counts()
-        publish = hooks.PublishLayer(session, index, counts)
-        handle.record(module.register_forward_pre_hook(publish).remove)
+        compensate = handle.recipe.compensate
+        kind = hooks.PublishGate if compensate.reads_input else hooks.PublishLayer
+        publish = kind(session, index, counts)
+        handle.record(module.register_forward_pre_hook(publish, with_kwargs=kind.with_kwargs).remove)
         handle.record(module.register_forward_hook(hooks.ClearLayer(session, index)).remove)
         always_dense = handle.recipe.schedule.dense_reason(StepContext(), index, len(layers)) is not None
-        compensate = handle.recipe.compensate
         if compensate.is_learned and not always_dense:
-            learned = compensate.build(*head_shape(module))
+            learned = build(module, compensate)
             handle.record(attach(module, learned, model))
             engine.learned[index] = learned
     if engine.learned and hasattr(model, "save_pretrained"):

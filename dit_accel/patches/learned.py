@@ -9,7 +9,8 @@ from typing import Any
 import torch
 from torch import nn
 
-from ..stages.compensate.learned import LearnedCompensation
+from ..stages.compensate.learned import LearnedLayer
+from ..stages.compensate.protocol import Compensation
 from .in_place import InPlaceOf
 from .offloading import join_offloading
 
@@ -31,7 +32,23 @@ def head_shape(module: Any) -> tuple[int, int]:
     return int(heads), int(inner) // int(heads)
 
 
-def attach(module: nn.Module, learned: LearnedCompensation, model: nn.Module | None = None) -> Callable[[], None]:
+def build(module: Any, compensate: Compensation) -> LearnedLayer:
+    """The learned part of a compensation for an attention layer.
+
+    Raises:
+        ValueError: the module does not tell what size it is.
+    """
+    heads, head_dim = head_shape(module)
+    if not compensate.reads_input:
+        return compensate.build(heads, head_dim)
+    found: tuple[Any, ...] = tuple(getattr(module, name, None) for name in ("to_q", "to_qkv"))
+    width = next((linear.in_features for linear in found if hasattr(linear, "in_features")), None)
+    if width is None:
+        raise ValueError(f"{type(module).__name__} does not tell the width of its input.")
+    return compensate.build_gate(heads, head_dim, int(width))
+
+
+def attach(module: nn.Module, learned: LearnedLayer, model: nn.Module | None = None) -> Callable[[], None]:
     """Put parameters under an attention layer of a model, on its device. Returns the undo."""
     device = next((p.device for p in module.parameters() if p.device.type != "meta"), None)
     module.add_module(CHILD, learned if device is None else learned.to(device))

@@ -193,7 +193,8 @@ def _attend(
         )
         return out
     session, index = layer
-    return session.attend(index, AttentionInputs(query, key, value, attn_mask, scale), None, dense)
+    inputs = AttentionInputs(query, key, value, attn_mask, scale)
+    return session.attend(index, inputs, None, dense, EAGER.learned or None)
 
 
 def _dispatch_in_place_of(original: Callable[..., torch.Tensor]) -> Callable[..., torch.Tensor]:

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 from ..recipe import Recipe
+from ..stages.compensate.coarse import CoarseBranch
 from ..stages.compensate.linear import LinearBranch
+from ..stages.order.cubes import Cubes
 from ..stages.order.simple import Raster, Tiles
 from ..stages.select.pooled import Pooled
 
@@ -73,6 +75,29 @@ def ssa(density: float = 0.1, block: tuple[int, int] = (64, 64), tile: tuple[int
         tile: see :func:`sla`.
     """
     return Recipe(order=_order(tile), select=Pooled(density=density, block=block))
+
+
+def vsa(density: float = 0.1, cube: tuple[int, int, int] = (4, 4, 4)) -> Recipe:
+    """Video Sparse Attention (VSA, arXiv 2505.13389): cubes of tokens that attend among their means, and in full to the
+    best cubes.
+
+    Defaults of the paper and its released code: cubes of 4 x 4 x 4 tokens, each a block of 64 queries and 64 keys, the
+    best tenth of them by the product of cube means, sparse in every step. A cube at the far border of a grid has fewer
+    tokens. Without training the coarse branch adds nothing.
+
+    Deviations: text, which the released code does not know, reads and is read in full, and has no coarse branch; of the
+    paper's two gates there is one, as in the released code.
+
+    Args:
+        density: share of the cubes that a cube reads in full.
+        cube: latent tokens of a cube (frames, height, width), 16, 32, 64 or 128 in all.
+    """
+    volume = cube[0] * cube[1] * cube[2]
+    return Recipe(
+        order=Cubes(cube),
+        select=Pooled(density=density, block=(volume, volume), keep_own=False),
+        compensate=CoarseBranch(),
+    )
 
 
 def _order(tile: tuple[int, int, int] | None) -> Raster | Tiles:

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -17,10 +18,15 @@ from ..patches.handle import PatchHandle
 from ..patches.learned import is_learned
 from ..patches.targets import handle_of, self_attentions, transformers_of
 from ..patches.weights import plain_name, stored_parameters, unfused
-from ..plain_data import as_plain, first_difference
+from ..presets import resolve
+from ..recipe import Recipe
+from .accepted import other_recipe
 from .adapter_files import BACKBONES, AdapterFiles, read_adapter, to_integers, write_adapter
 from .adapter_load import LoadPlan
 from .lora import lora_state
+from .published.convert import as_adapter
+from .published.files import find_checkpoint, is_own, read_parts
+from .published.formats import Published, read_published
 
 
 @dataclass(frozen=True, eq=False)
@@ -129,32 +135,112 @@ def save_adapter(
     return folder
 
 
-def load_adapter(pipe: Any, folder: str | Path, *, backend: str = "auto") -> PatchHandle:
-    """Put an adapter into a pipeline: patch it with the adapter's recipe, and load what was trained.
+def load_adapter(
+    pipe: Any,
+    path_or_repo: str | Path,
+    *,
+    backend: str = "auto",
+    recipe: Recipe | str | None = None,
+    transformer: str | None = None,
+) -> PatchHandle:
+    """Put an adapter or a published checkpoint into a pipeline: patch it with its recipe, and load what was trained.
 
-    A pipeline that is patched already must have the adapter's recipe. Removing the patch also takes the
+    A pipeline that is patched already keeps its recipe. An adapter may run in another precision, at another density,
+    and with another schedule or reuse than it was trained with; the summary says so. Removing the patch also takes the
     adapter out: changed weights come back as the tensors they were.
 
+    Read are this package's own adapters, and by the names and shapes of their tensors FastWan's VSA gates
+    (github.com/hao-ai-lab/FastVideo), SLA's and TurboDiffusion's projections (github.com/thu-ml/SLA,
+    github.com/thu-ml/TurboDiffusion), LoRAs distilled to few steps or for sparse attention
+    (github.com/ModelTC/LightX2V), and whole models under Wan's own names (github.com/NVlabs/rcm). See
+    :mod:`dit_accel.training.published.formats`. Where the steps that a checkpoint was distilled to are known, the
+    pipeline gets a scheduler of them until the patch is removed. A checkpoint of whole weights keeps the former ones
+    beside them until then.
+
     Args:
-        pipe: the pipeline or transformer that the adapter was trained on.
-        folder: written by :func:`save_adapter`.
+        pipe: the pipeline or transformer that it was trained on.
+        path_or_repo: a folder written by :func:`save_adapter`, a file or folder of a published checkpoint, or a
+            repository on the Hugging Face hub, as ``owner/name`` or ``owner/name/file.safetensors``.
         backend: see :func:`~dit_accel.patch`; for a pipeline that is not patched yet.
+        recipe: in place of the adapter's own, a recipe or a preset's name. What runs a checkpoint that holds nothing
+            sparse; without it that is the model's own attention.
+        transformer: of a pipeline with two experts the one that a published checkpoint is for, where its files do not
+            say.
 
     Raises:
         ValueError: not an adapter, or one for another model, recipe or head count; the message names what
             differs. Nothing has been touched then.
     """
-    files = read_adapter(Path(folder))
+    path = find_checkpoint(path_or_repo)
+    chosen = None if recipe is None else resolve(recipe)
+    if not is_own(path):
+        return _load_published(pipe, path, str(path_or_repo), backend, chosen, transformer)
+    files = read_adapter(path)
     parts = _fitting_parts(pipe, files)
+    return _put_in(pipe, [(part, files) for part in parts], backend, files.recipe, chosen, f"The adapter in {path}")
+
+
+def _load_published(
+    pipe: Any, path: Path, name: str, backend: str, chosen: Recipe | None, transformer: str | None
+) -> PatchHandle:
+    parts = {part.name: part for part in _parts(pipe)}
+    found: list[tuple[_Part, Published]] = []
+    for saved_as, tensors in read_parts(path).items():
+        wanted = transformer or saved_as or (next(iter(parts)) if len(parts) == 1 else None)
+        if wanted is None:
+            raise ValueError(f"{name} does not say which of {', '.join(parts)} it is for, give transformer=.")
+        if wanted not in parts:
+            raise ValueError(f"{name} is for {wanted!r}, {type(pipe).__name__} has {', '.join(parts)}.")
+        found.append((parts[wanted], read_published(tensors, name)))
+    trained = next((published.recipe for _, published in found if published.recipe is not None), None)
+    own = trained or chosen or _recipe_of(pipe) or Recipe()
+    if chosen is not None and trained is None:
+        own = chosen
+    converted = [
+        (part, as_adapter(published, part.name, part.model, part.attentions, own, name)) for part, published in found
+    ]
+    handle = _put_in(pipe, converted, backend, own, chosen, name)
+    steps = next((published.steps for _, published in found if published.steps is not None), None)
+    if steps is not None and hasattr(pipe, "scheduler"):
+        from .published.scheduler import few_step_scheduler
+
+        before, pipe.scheduler = pipe.scheduler, few_step_scheduler(steps)
+        handle.schedules.add_begun(pipe)
+        handle.record_change(
+            partial(setattr, pipe, "scheduler", before),
+            f"{len(steps.sigmas)} steps at the noise levels {name} was distilled to; it needs no guidance.",
+        )
+    return handle
+
+
+def _recipe_of(pipe: Any) -> Recipe | None:
     try:
-        handle, patched_here = handle_of(pipe), False
+        return handle_of(pipe).recipe
     except ValueError:
-        handle, patched_here = patch(pipe, files.recipe, backend=backend), True
+        return None
+
+
+def _put_in(
+    pipe: Any,
+    adapters: Sequence[tuple[_Part, AdapterFiles]],
+    backend: str,
+    trained: Recipe,
+    chosen: Recipe | None,
+    name: str,
+) -> PatchHandle:
+    """Patch where nobody has, and load each transformer's adapter; nothing has been touched after an error."""
+    used = _recipe_of(pipe) or chosen or trained
+    refused, sentences = other_recipe(trained, used)
+    if chosen is not None and chosen != used:
+        raise ValueError("The pipeline is patched with another recipe than the one given; call unpatch(pipe) first.")
+    if refused is not None:
+        raise ValueError(f"{name} is for another recipe: {refused}.")
+    if _recipe_of(pipe) is None:
+        handle, patched_here = patch(pipe, used, backend=backend), True
+    else:
+        handle, patched_here = handle_of(pipe), False
     try:
-        if handle.recipe != files.recipe:
-            difference = first_difference(as_plain(files.recipe.to_dict()), as_plain(handle.recipe.to_dict()))
-            raise ValueError(f"The adapter in {folder} is for another recipe: {difference}.")
-        plans = [LoadPlan(part.name, part.model, files) for part in parts]
+        plans = [LoadPlan(part.name, part.model, files) for part, files in adapters]
         undo: list[Callable[[], None]] = []
         try:
             for plan in plans:
@@ -169,6 +255,7 @@ def load_adapter(pipe: Any, folder: str | Path, *, backend: str = "auto") -> Pat
         raise
     for step in undo:
         handle.record(step)
+    handle.changes.extend(sentences)
     return handle
 
 

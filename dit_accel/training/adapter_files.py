@@ -22,7 +22,7 @@ CARD, TENSORS = "adapter.json", "adapter.safetensors"
 FORMAT = 1
 BACKBONES = ("none", "full", "delta", "lora")
 # What a tensor is: a recipe's parameter, or by backbone a weight, a change of one, a layer beside one.
-KINDS = {"none": (), "full": ("full",), "delta": ("delta", "scale"), "lora": ("lora",)}
+KINDS = {"none": (), "full": ("full",), "delta": ("delta", "scale"), "lora": ("lora", "delta", "scale")}
 
 
 @dataclass(frozen=True, eq=False)

@@ -43,7 +43,9 @@ class LoadPlan:
             odd = sorted(wanted ^ set(learned))[0]
             raise ValueError(f"The adapter in {files.folder} and the recipe's parameters differ: {odd}.")
         self.learned = {n: (own[n], value) for n, value in learned.items()}
-        changed = unfused(model, {} if self.lora_settings else files.of_kind(name, files.backbone))
+        # Beside LoRA layers there may be differences, of biases and norms.
+        self.is_delta = files.backbone != "full"
+        changed = unfused(model, files.of_kind(name, "delta" if self.is_delta else "full"))
         scales = unfused(model, files.of_kind(name, "scale"))
         self.changes: dict[str, _Change] = {}
         for n, value in {**learned, **changed}.items():
@@ -54,7 +56,7 @@ class LoadPlan:
             if weight.why_fixed is not None:
                 raise ValueError(f"The adapter in {files.folder} changes {n}, which {weight.why_fixed}.")
             if n in changed:
-                self.changes[n] = _Change(weight, value, scales.get(n), is_delta=files.backbone == "delta")
+                self.changes[n] = _Change(weight, value, scales.get(n), is_delta=self.is_delta)
         if self.lora_settings is not None:
             why = why_not_lora(model, self.lora, self.lora_settings)
             if why is not None:

@@ -25,6 +25,7 @@ Operation = Literal[
     "gate",
     "block_mass",
     "linear_branch",
+    "coarse",
     "pyramid",
     "rectified",
     "residual",

@@ -1,4 +1,4 @@
-"""The learned part of a compensation in one attention layer."""
+"""What a recipe learns in one attention layer."""
 
 from __future__ import annotations
 
@@ -6,13 +6,32 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import nn
 
 from ...plan import AttentionPlan
 
 
-class LearnedCompensation(nn.Module):
-    """Parameters of one attention layer's compensation; :func:`dit_accel.patch` puts it under the layer."""
+class LearnedLayer(nn.Module):
+    """Parameters of one attention layer; :func:`dit_accel.patch` puts them under the layer."""
+
+    def _apply(self, fn: Callable[[torch.Tensor], torch.Tensor], recurse: bool = True) -> LearnedLayer:
+        # The parameters stay in full precision when a model is cast to half: steps of a fine-tuning are
+        # smaller than what half precision resolves.
+        def moved(tensor: torch.Tensor) -> torch.Tensor:
+            result = fn(tensor)
+            narrower = result.is_floating_point() and result.element_size() < tensor.element_size()
+            return tensor.to(result.device) if narrower else result
+
+        super()._apply(moved, recurse)
+        return self
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> None:
+        """Nothing: the copy of a patched model is not patched, and torch reads None as no module."""
+
+
+class LearnedCompensation(LearnedLayer):
+    """Parameters of one attention layer's compensation."""
 
     def forward(
         self,
@@ -30,16 +49,21 @@ class LearnedCompensation(nn.Module):
         """
         raise NotImplementedError
 
-    def _apply(self, fn: Callable[[torch.Tensor], torch.Tensor], recurse: bool = True) -> LearnedCompensation:
-        # The parameters stay in full precision when a model is cast to half: steps of a fine-tuning are
-        # smaller than what half precision resolves.
-        def moved(tensor: torch.Tensor) -> torch.Tensor:
-            result = fn(tensor)
-            narrower = result.is_floating_point() and result.element_size() < tensor.element_size()
-            return tensor.to(result.device) if narrower else result
 
-        super()._apply(moved, recurse)
-        return self
+class LearnedGate(LearnedLayer):
+    """A linear map of an attention layer's input to a number for every feature of every head.
 
-    def __deepcopy__(self, memo: dict[int, Any]) -> None:
-        """Nothing: the copy of a patched model is not patched, and torch reads None as no module."""
+    Parameters ``weight [H * D, C]`` and ``bias [H * D]``, zero at the start, which a compensation multiplies what it
+    adds by: untrained it adds nothing.
+    """
+
+    def __init__(self, heads: int, head_dim: int, width: int) -> None:
+        super().__init__()
+        self.heads = heads
+        self.weight = nn.Parameter(torch.zeros(heads * head_dim, width))
+        self.bias = nn.Parameter(torch.zeros(heads * head_dim))
+
+    def forward(self, hidden: torch.Tensor) -> torch.Tensor:
+        """``[B, n, H, D]`` of the layer's input ``[B, n, C]``, in its dtype."""
+        out = F.linear(hidden, self.weight.to(hidden.dtype), self.bias.to(hidden.dtype))
+        return out.unflatten(-1, (self.heads, -1))

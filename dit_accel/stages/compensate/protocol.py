@@ -12,7 +12,7 @@ from ...kernels import BlockMask
 from ...kernels.common.choice import Case, Choice, Operation
 from ...plan import AttentionPlan, LayerMemory, SequenceBlocks
 from ..select.protocol import Select
-from .learned import LearnedCompensation
+from .learned import LearnedCompensation, LearnedGate
 
 Attended = tuple[torch.Tensor, torch.Tensor]
 """Output (B, S, H, D), and a tensor with a NaN wherever the output has one."""
@@ -26,6 +26,8 @@ class Compensation(Protocol):
     Attributes:
         is_static: nothing has to be worked out from queries and keys.
         is_learned: it has parameters in each layer, see :meth:`build`.
+        reads_input: they are of the layer's input, see :meth:`build_gate`, and :meth:`attend` finds what they made of
+            it at the call's ``gate``.
         needs_lse: the second tensor of ``sparse()`` must be the log-sum-exp, float32 ``[B, H, S]``.
         attends_alone: ``sparse()`` is never called.
         allows_pairs: queries may see different keys; else such calls stay dense.
@@ -34,6 +36,7 @@ class Compensation(Protocol):
 
     is_static: ClassVar[bool] = False
     is_learned: ClassVar[bool] = False
+    reads_input: ClassVar[bool] = False
     needs_lse: ClassVar[bool] = False
     attends_alone: ClassVar[bool] = False
     allows_pairs: ClassVar[bool] = False
@@ -73,3 +76,7 @@ class Compensation(Protocol):
     def build(self, heads: int, head_dim: int) -> LearnedCompensation:
         """The learned part of one layer, which adds to what :meth:`attend` returns."""
         raise TypeError(f"{type(self).__name__} has nothing to learn.")
+
+    def build_gate(self, heads: int, head_dim: int, width: int) -> LearnedGate:
+        """The learned part of one layer whose input has ``width`` features, where :attr:`reads_input`."""
+        raise TypeError(f"{type(self).__name__} has no gate.")

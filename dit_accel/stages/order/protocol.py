@@ -22,12 +22,14 @@ class Order(Protocol):
         spans_references: it orders grids of references too; else these are other tokens.
         follows_call: it depends on queries and keys, see :meth:`rows_of_call`.
         needs_calibration: a calibration puts another order in its place.
+        pads: it fills blocks with padding, see :meth:`padding`.
     """
 
     permutes: ClassVar[bool] = True
     spans_references: ClassVar[bool] = True
     follows_call: ClassVar[bool] = False
     needs_calibration: ClassVar[bool] = False
+    pads: ClassVar[bool] = False
 
     def conflicts_with(self, select: Select) -> str | None:
         """A sentence that says why the order cannot serve a selection; None where it can."""
@@ -41,6 +43,10 @@ class Order(Protocol):
     def variant(self, layer: int) -> Hashable:
         """Layers with equal variants share their order."""
         return None
+
+    def padding(self, layout: TokenLayout) -> int:
+        """Tokens of padding that :meth:`rows` expects behind the sequence, to fill blocks."""
+        return 0
 
     def rows(self, layout: TokenLayout, device: torch.device, layer: int = 0) -> torch.Tensor | None:
         """int32 ``[S]``, or ``[H, S]`` with an order per head: the token at each slot; None for the order of

@@ -20,8 +20,10 @@ def whole_sequence(layout: TokenLayout, order_of: Callable[[Grid], torch.Tensor]
         order_of: raster indices ``[F * H * W]`` of a grid in their new order.
     """
     latents = [order_of(part.grid) + part.start for part in layout.grids]
-    others = (~tokens_on_grids(layout, latents[0].device)).nonzero()[:, 0]
-    return torch.cat([*latents, others]).to(torch.int32)
+    device = latents[0].device
+    others = (~tokens_on_grids(layout, device)).nonzero()[:, 0]
+    padding = torch.arange(layout.seq_len - layout.padding, layout.seq_len, device=device)
+    return torch.cat([*latents, others, padding]).to(torch.int32)
 
 
 @dataclass(frozen=True)

@@ -35,6 +35,7 @@ def keep_best(
     forced_q: torch.Tensor | None = None,
     forced_k: torch.Tensor | None = None,
     hidden: torch.Tensor | None = None,
+    keep_own: bool = True,
     backend: str = "auto",
 ) -> BlockMask:
     """Mask of the best key blocks by ``scores [B, H, nq, nk]``; text, own and forced blocks are always kept.
@@ -45,6 +46,7 @@ def keep_best(
         forced_q, forced_k: bool ``[B|1, H|1, nq]`` and ``[..., nk]``: further blocks that read everything,
             and that everything reads.
         hidden: bool ``[B|1, H|1, nq, nk]``: pairs of blocks that see nothing of each other, and are no choice.
+        keep_own: whether a block reads itself in any case.
         backend: of the choice, one of :data:`~dit_accel.kernels.BACKENDS`.
     """
     partial_k, empty_k = (None, None) if key_mask is None else blocks.hidden_k(key_mask)
@@ -57,6 +59,7 @@ def keep_best(
         partial_k=partial_k,
         empty_k=empty_k,
         hidden=hidden,
+        keep_own=keep_own,
         block_q=blocks.block_q,
         block_k=blocks.block_k,
         q_len=blocks.layout.seq_len,
@@ -128,6 +131,7 @@ class Pooled(Select):
         block: tokens in a query and in a key block.
         head_densities: in place of ``density``, a share per layer and in it per head; a single layer's entry
             serves all layers. :func:`~dit_accel.calibration.search.allocate` finds them.
+        keep_own: a block always reads itself, besides the best; False leaves that to its score.
     """
 
     density: float | None = 0.2
@@ -135,6 +139,7 @@ class Pooled(Select):
     sink_first_frame: bool = False
     block: tuple[int, int] = (128, 64)
     head_densities: HeadDensities = ()
+    keep_own: bool = True
     has_density: ClassVar[bool] = True
     has_head_densities: ClassVar[bool] = True
 
@@ -187,6 +192,7 @@ class Pooled(Select):
             density=shares_per_head(self.head_densities, self.density, scores.shape[1], scores.device, heads),
             top_p=self.top_p,
             forced_k=blocks.first_frame_k if self.sink_first_frame else None,
+            keep_own=self.keep_own,
             hidden=hidden,
             backend=backend,
         )

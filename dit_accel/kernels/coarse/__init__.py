@@ -1,0 +1,1 @@
+"""Attention among block means."""

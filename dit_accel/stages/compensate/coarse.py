@@ -1,0 +1,93 @@
+"""Attention among block means beside that over the kept blocks: Video Sparse Attention (arXiv 2505.13389)."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import ClassVar
+
+import torch
+
+from ...call import AttentionCall
+from ...kernels import BlockMask
+from ...kernels.coarse.api import add_coarse_attention, choose_coarse
+from ...kernels.common.choice import Case, Choice, Operation
+from ...plan import AttentionPlan, LayerMemory, SequenceBlocks
+from ..select.protocol import Select
+from .learned import LearnedGate
+from .protocol import Attended, Compensation
+
+
+@dataclass(frozen=True)
+class CoarseBranch(Compensation):
+    """Every block also attends among block means, through a learned gate (VSA, arXiv 2505.13389).
+
+    ``out = sparse + gate * coarse`` with ``coarse = softmax(Qc Kc^T / sqrt(D)) Vc`` of the means of each block, the
+    same for all of its tokens, and ``gate = W x + b`` of the attention layer's input ``x``, a number for every feature
+    of every head. The gate is zero at the start: an untrained branch adds nothing. As in the released code
+    (github.com/hao-ai-lab/FastVideo) the sparse branch has no gate of its own.
+
+    Blocks with a token that is no latent take no part, and their tokens get nothing. The gate has as many parameters as
+    the query projection, and stays in float32.
+    """
+
+    is_static: ClassVar[bool] = True
+    is_learned: ClassVar[bool] = True
+    reads_input: ClassVar[bool] = True
+    spans_references: ClassVar[bool] = False
+
+    def conflicts_with(self, select: Select) -> str | None:
+        """Queries and keys share their blocks."""
+        block_q, block_k = select.block
+        if block_q != block_k and not select.is_dense:
+            return f"CoarseBranch needs blocks of as many queries as keys, got select.block {select.block}."
+        return super().conflicts_with(select)
+
+    def choices(self, case: Case, backend: str) -> dict[Operation, Choice]:
+        """The coarse branch."""
+        return {"coarse": choose_coarse(case, backend)}
+
+    def prepare(
+        self,
+        blocks: SequenceBlocks,
+        _mask: BlockMask,
+        _call: AttentionCall,
+        _memory: LayerMemory | None = None,
+    ) -> torch.Tensor | None:
+        """Blocks with other tokens than latents, bool ``[B|1, H|1, nk]``; or None."""
+        return blocks.forced_k
+
+    def attend(self, call: AttentionCall, plan: AttentionPlan, sparse: Callable[[], Attended]) -> Attended:
+        """The sparse attention plus the gated coarse one."""
+        out, witness = sparse()
+        layout, gate = call.layout, call.gate
+        assert not isinstance(layout, str)
+        assert gate is not None
+        length = layout.seq_len - layout.padding
+        if gate.shape[1] not in (length, layout.num_latent):
+            raise ValueError(
+                f"The layer's input has {gate.shape[1]} tokens; a gate needs its {layout.num_latent} latents or the "
+                f"whole sequence of {length}."
+            )
+        if gate.shape[1] == length:
+            gate = gate[:, layout.latent_start : layout.latent_start + layout.num_latent]
+        call.backend("coarse")  # torch whatever its name: there is nothing to hand it to
+        out = add_coarse_attention(
+            out,
+            call.q,
+            call.k,
+            call.v,
+            gate,
+            block=plan.mask.block_k,
+            rows=plan.rows,
+            key_mask=call.key_mask,
+            closed=plan.compensation,
+            first=layout.latent_start,
+            scale=call.scale,
+            backend=call.backend("selection"),
+        )
+        return out, witness
+
+    def build_gate(self, heads: int, head_dim: int, width: int) -> LearnedGate:
+        """The gate of one layer, zero."""
+        return LearnedGate(heads, head_dim, width)
