@@ -25,6 +25,7 @@ NEWER = frozenset(
     (
         "AnyFlowTransformer3DModel",
         "BriaFibo2Transformer2DModel",
+        "Cosmos3OmniTransformer",
         "ErnieImageTransformer2DModel",
         "Flux3Transformer2DModel",
         "GlmImageTransformer2DModel",
@@ -39,6 +40,7 @@ NEWER = frozenset(
         "MiniMaxH3Transformer3DModel",
         "MotifVideoTransformer3DModel",
         "NucleusMoEImageTransformer2DModel",
+        "QwenImage21Transformer2DModel",
     )
 )
 PAGE = Path(__file__).parent.parent / "docs" / "families.md"

@@ -218,7 +218,7 @@ class Engine:
         with torch.no_grad():
             largest, density = witness.detach().amax(), compensate.density(plan)  # NaN where one is
             if isinstance(call.layout, TokenLayout) and call.layout.queries is not None:
-                density = density * (call.layout.seq_len / call.layout.queries[1])  # of the pairs that there are
+                density = density / (plan.mask.kv_num_blocks > 0).float().mean()  # of the rows of blocks that query
         if module is not None:
             inputs = (out, call.q, call.k, call.v, plan, call.key_mask, call.backend("linear_branch"))
             if learned is None:

@@ -69,7 +69,11 @@ class FrozenPlanner(Planner):
             prepared = self._prepare(call)
             blocks = prepared.blocks
             mask = self.masks.mask(call.layer, bucket, blocks, call.key_mask, call.backend("selection"), call.heads)
-            mask = self._shown(call, prepared, mask)
+            call.seen = self._cut(call, prepared)
+            try:
+                mask = self._shown(call, prepared, mask)
+            finally:
+                call.seen = None
             plan = AttentionPlan(blocks.kernel_rows, mask, compensate.prepare(blocks, mask, call))
         if not call.repeated:
             plans[place] = (version, KeptPlan.of(call, plan))

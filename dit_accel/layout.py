@@ -98,9 +98,9 @@ class TokenLayout:
         return 1.0 - (self.num_on_grids / (self.seq_len - self.padding)) ** 2
 
     def to_numbers(self) -> list[int]:
-        """Plain numbers for a file: grid, start, length, and four of each reference."""
+        """Plain numbers for a file: grid, start, length, four of each reference, two of queries where not all do."""
         references = [number for part in self.references for number in (*part.grid, part.start)]
-        return [*self.grid, self.latent_start, self.seq_len, *references]
+        return [*self.grid, self.latent_start, self.seq_len, *references, *(self.queries or ())]
 
     @classmethod
     def from_numbers(cls, numbers: Sequence[int]) -> TokenLayout:
@@ -109,17 +109,22 @@ class TokenLayout:
         Raises:
             ValueError: they are not such numbers.
         """
-        if len(numbers) < 5 or len(numbers) % 4 != 1 or any(type(n) is not int or n < 0 for n in numbers):
-            raise ValueError(f"A layout must be counts, five and four of each reference, got {list(numbers)}.")
-        frames, height, width, start, length, *rest = numbers
+        if len(numbers) < 5 or len(numbers) % 4 not in (1, 3) or any(type(n) is not int or n < 0 for n in numbers):
+            raise ValueError(
+                f"A layout must be counts, five, four of each reference, two of queries or none, got {list(numbers)}."
+            )
+        queries = (numbers[-2], numbers[-1]) if len(numbers) % 4 == 3 else None
+        frames, height, width, start, length, *rest = numbers[: len(numbers) - len(queries or ())]
         parts = zip(rest[::4], rest[1::4], rest[2::4], rest[3::4], strict=True)
         references = tuple(LatentGrid((f, h, w), at) for f, h, w, at in parts)
-        return cls((frames, height, width), start, length, references)
+        return cls((frames, height, width), start, length, references, queries)
 
     def __str__(self) -> str:
         frames, height, width = self.grid
         others = "".join(f", a reference of {'x'.join(map(str, part.grid))}" for part in self.references)
-        return f"a latent grid of {frames}x{height}x{width} from token {self.latent_start} of {self.seq_len}{others}"
+        asked = "" if self.queries is None else f", {self.queries[1]} queries from token {self.queries[0]}"
+        grid = f"a latent grid of {frames}x{height}x{width} from token {self.latent_start} of {self.seq_len}"
+        return f"{grid}{others}{asked}"
 
     def padded(self, padding: int) -> TokenLayout:
         """The same sequence with so many tokens of padding behind it."""

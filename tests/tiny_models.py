@@ -32,6 +32,7 @@ class TinyModel:
         offset: packed tokens before the grid.
         queries: first and number of the tokens that query, where not all do.
         unread: packed tokens at the begin whose output the pipeline drops, and which may be anything.
+        aside: why calls of a layer that hold no latents stay dense.
         dtype: of weights and inputs; float32 where the model cannot do without it.
     """
 
@@ -48,6 +49,7 @@ class TinyModel:
     offset: int = 0
     queries: tuple[int, int] | None = None
     unread: int = 0
+    aside: frozenset[str] = frozenset()
     dtype: torch.dtype = torch.float64
 
     @property

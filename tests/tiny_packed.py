@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import torch
 
+from dit_accel.patches.reasons import NO_LATENTS
 from tests.tiny_models import Inputs, TinyModel, key_mask, randn, time_of
 
 TEXT, SOUND = 9, 7
@@ -80,7 +81,93 @@ def _ideogram4(generator: torch.Generator) -> Inputs:
     }
 
 
+def _cosmos3(generator: torch.Generator) -> Inputs:
+    """A prompt, a video, and its sound."""
+    number = 3 * 12 * 14
+    rows = TEXT + torch.arange(number)
+    places = torch.arange(TEXT + number + SOUND, dtype=torch.float64).expand(3, -1).clone()
+    places[:, TEXT : TEXT + number] = _raster(VIDEO, float(TEXT)).T
+    return {
+        "input_ids": torch.arange(TEXT),
+        "text_indexes": torch.arange(TEXT),
+        "position_ids": places,
+        "und_len": TEXT,
+        "sequence_length": TEXT + number + SOUND,
+        "vision_tokens": [randn(generator, 1, 4, 3, 24, 28)],
+        "vision_token_shapes": [VIDEO],
+        "vision_sequence_indexes": rows,
+        "vision_mse_loss_indexes": rows,
+        "vision_timesteps": torch.full((number,), 500.0, dtype=torch.float64),
+        "vision_noisy_frame_indexes": [torch.arange(3)],
+        "sound_tokens": [randn(generator, 4, SOUND)],
+        "sound_token_shapes": [(SOUND, 1, 1)],
+        "sound_sequence_indexes": TEXT + number + torch.arange(SOUND),
+        "sound_mse_loss_indexes": TEXT + number + torch.arange(SOUND),
+        "sound_timesteps": torch.full((SOUND,), 500.0, dtype=torch.float64),
+        "sound_noisy_frame_indexes": [torch.arange(SOUND)],
+    }
+
+
+def qwen_image21(generator: torch.Generator) -> Inputs:
+    """A prompt of four tokens, an image of 4 x 6 tokens to edit, five more of the prompt, and the image."""
+    slots = torch.cat([torch.zeros(4), torch.ones(6), torch.zeros(5), torch.ones(42)]).bool()[None]
+    return {
+        "hidden_states": randn(generator, 1, 24 + 168, 4),
+        "encoder_hidden_states": randn(generator, 1, 4 + 6 + 5, 16),
+        "encoder_hidden_states_mask": key_mask(4 + 6 + 5, 2),
+        "timestep": time_of(0.5),
+        "img_shapes": [[(1, 4, 6), (1, 12, 14)]],
+        "img_mask": slots,
+    }
+
+
 PACKED_MODELS = {
+    "cosmos3": TinyModel(
+        kind="Cosmos3OmniTransformer",
+        config={
+            "head_dim": 16,
+            "hidden_size": 32,
+            "intermediate_size": 32,
+            "latent_channel": 4,
+            "patch_latent_dim": 16,
+            "num_attention_heads": 4,
+            "num_key_value_heads": 2,
+            "num_hidden_layers": 2,
+            "rope_axes_dim": [4, 2, 2],
+            "sound_gen": True,
+            "sound_dim": 4,
+            "vocab_size": 32,
+        },
+        inputs=_cosmos3,
+        grid=VIDEO,
+        start=TEXT,
+        seq_len=TEXT + 504 + SOUND,
+        queries=(TEXT, 504 + SOUND),
+        latents="vision_tokens",
+        patch=(1, 2, 2),
+        aside=frozenset(("causal attention",)),
+    ),
+    "qwen-image-2.1": TinyModel(
+        kind="QwenImage21Transformer2DModel",
+        config={
+            "in_channels": 4,
+            "out_channels": 4,
+            "num_layers": 2,
+            "attention_head_dim": 16,
+            "num_attention_heads": 2,
+            "context_in_dim": 16,
+            "axes_dims_rope": (4, 6, 6),
+        },
+        inputs=qwen_image21,
+        grid=(1, 12, 14),
+        start=9 + 24,
+        seq_len=9 + 24 + 168,
+        queries=(9 + 24, 168),
+        axes="bsc",
+        offset=24,
+        unread=9 + 24,
+        aside=frozenset((NO_LATENTS,)),
+    ),
     "ideogram4": TinyModel(
         kind="Ideogram4Transformer2DModel",
         config={

@@ -17,6 +17,7 @@ from ..api import patch
 from ..call import AttentionCall
 from ..files import refuse_unwritable
 from ..kernels.mask.packed import pack_bits
+from ..kernels.mask.pairs import PairMask
 from ..layout import TokenLayout
 from ..patches.artifact import CalibratedTransformer, CalibrationArtifact, read_tensors, write_tensors
 from ..patches.fingerprint import Fingerprint
@@ -34,6 +35,8 @@ from .identity import describe, describe_pipeline
 from .runs import begin, run_arguments
 
 AXIS_STEPS = 3
+# Ends of the names of sums that are not of block scores.
+_AXES, _SEEN = "axes", "seen"
 
 
 @dataclass(frozen=True)
@@ -272,9 +275,15 @@ class _Run:
         assert isinstance(call.layout, TokenLayout)
         assert self.axes is not None
         scores = measure_axes(
-            call.layout, call.q, call.k, key_mask=call.key_mask, scale=call.scale, tile=self.axes.tile
+            call.layout,
+            call.q,
+            call.k,
+            key_mask=call.key_mask,
+            pairs=call.pairs,
+            scale=call.scale,
+            tile=self.axes.tile,
         )
-        self._add(f"{name}/{call.layer}/axes", torch.stack([scores.sparse, scores.incoherence]))
+        self._add(f"{name}/{call.layer}/{_AXES}", torch.stack([scores.sparse, scores.incoherence]))
 
     def choose_axes(self) -> None:
         """Fill in the orders once their runs are done."""
@@ -284,7 +293,7 @@ class _Run:
         for name, layers in self.layers.items():
             axes = []
             for layer in range(layers):
-                total = self.sums.get(key := f"{name}/{layer}/axes")
+                total = self.sums.get(key := f"{name}/{layer}/{_AXES}")
                 # A layer that stays dense has no order of its own.
                 axes.append(("fhw",) if total is None else AxisScores(*(total / self.counts[key])).choose(weight))
             self.orders[name] = AxisOrder(tuple(axes))
@@ -298,7 +307,16 @@ class _Run:
         edges = bucket_edges(self.sigmas, self.buckets)
         bucket = sum((call.step.sigma or 0.0) < edge for edge in edges)
         blocks, tables = self._blocks_of(name, call)
-        self._add(f"{name}/{call.layer}/{bucket}", self.recipe.select.scores(blocks, tables, call).mean(0))
+        key = f"{name}/{call.layer}/{bucket}"
+        if call.pairs is None:
+            self._add(key, self.recipe.select.scores(blocks, tables, call).mean(0))
+            return
+        seen = call.seen = PairMask.of(call.pairs, blocks.kernel_rows, blocks.block_q, blocks.block_k)
+        try:
+            self._add(key, self.recipe.select.scores(blocks, tables, call).mean(0))
+        finally:
+            call.seen = None
+        self._add(f"{key}/{_SEEN}", seen.visible.float().mean(0))
 
     def _blocks_of(self, name: str, call: AttentionCall) -> tuple[SequenceBlocks, Any]:
         order, layout, device = self._order(name), call.layout, call.q.device
@@ -311,7 +329,7 @@ class _Run:
         return self._blocks[key]
 
     def _add(self, key: str, value: torch.Tensor) -> None:
-        value = value.to("cpu", torch.float64 if key.endswith("axes") else torch.float32)
+        value = value.to("cpu", torch.float64 if key.endswith(_AXES) else torch.float32)
         self.sums[key] = self.sums[key].add_(value) if key in self.sums else value.clone()
         self.counts[key] = self.counts.get(key, 0) + 1
 
@@ -347,12 +365,15 @@ class _Run:
         select, layout = self.recipe.select, self.layouts[name]
         device = torch.device("cpu")
         blocks = SequenceBlocks(layout, self._order(name).rows(layout, device, layer), *select.block, device)
-        heads = next(value.shape[0] for key, value in self.sums.items() if not key.endswith("axes"))
+        heads = next(value.shape[0] for key, value in self.sums.items() if not key.endswith((_AXES, _SEEN)))
         if not known:
             return pack_bits(torch.ones(heads, *blocks.num_blocks, dtype=torch.bool))
         key = f"{name}/{layer}/{min(known, key=lambda n: abs(n - bucket))}"
         mean = (self.sums[key] / self.counts[key])[None]
-        return pack_bits(select.of_layer(layer).chosen_by(blocks, mean)[0])
+        seen = self.sums.get(f"{key}/{_SEEN}")
+        if seen is None:
+            return pack_bits(select.of_layer(layer).chosen_by(blocks, mean)[0])
+        return pack_bits(select.of_layer(layer).chosen_by(blocks, mean, seen[None] == 0)[0])
 
     def save(self, path: Path) -> None:
         """Keep what is done."""

@@ -76,6 +76,7 @@ class CalibrationArtifact:
                     "latent_start": part.masks.layout.latent_start,
                     "seq_len": part.masks.layout.seq_len,
                     "references": [[*part.grid, part.start] for part in part.masks.layout.references],
+                    "queries": part.masks.layout.queries,
                     "block": part.masks.block,
                     "edges": part.masks.edges,
                 }
@@ -192,9 +193,10 @@ def _part(data: Mapping[str, Any], bits: torch.Tensor) -> CalibratedTransformer:
     block_q, block_k = numbers = data["block"]
     if any(type(number) is not int or number < 1 for number in numbers):
         raise ValueError(f"block must be counts of at least 1, got {numbers}.")
-    # Files from before references have none.
+    # Files from before references and queries have none.
     references = [number for part in data.get("references", []) for number in part]
-    layout = TokenLayout.from_numbers([*data["grid"], data["latent_start"], data["seq_len"], *references])
+    queries = data.get("queries") or ()
+    layout = TokenLayout.from_numbers([*data["grid"], data["latent_start"], data["seq_len"], *references, *queries])
     edges = tuple(map(float, data["edges"]))
     if not all(left > right for left, right in pairwise(edges)):
         raise ValueError(f"edges must fall, got {edges}.")

@@ -24,6 +24,7 @@ from .forwards import KEPT_FORWARDS, Forward, KeptForwards, addresses_of, in_bac
 from .masks import is_of_pairs, key_mask_of_pairs
 from .parallel import splits_text
 from .progress import PipelineSchedules, RunTracker, running_pipeline
+from .reasons import NO_LATENTS
 
 if TYPE_CHECKING:
     from .reuse.tracker import ReuseTracker
@@ -174,7 +175,9 @@ class Session:
             return self.pass_by(layer, "keys and queries differ in number", dense)
         if forward is None:
             return self.pass_by(layer, "called outside a forward of its transformer", dense)
-        ordinal = forward.ordinal(layer, repeated)
+        # A call without the latents, as of a prompt before its keys are cached, is no sample of its layer.
+        placed = isinstance(self._layout(forward, kv_len, inputs.attn_mask is not None), TokenLayout)
+        ordinal = forward.ordinal(layer, repeated) if placed else 0
         self._thread.served = (forward.number, ordinal)
         call = self._call(forward, ordinal, layer, inputs, repeated)
         call.heads = heads
@@ -326,6 +329,8 @@ class Session:
             # Layers of the latents alone, before their stream meets its references.
             return TokenLayout((latents.grid[0], latents.grid[1], latents.grid[2]), 0, seq_len)
         extra = seq_len - latents.tokens
+        if extra < 0 and self.family.latents_query:
+            return NO_LATENTS
         if len(latents.grid) != 3 or extra < 0:
             return f"{seq_len} tokens do not hold the latent grid {latents.grid}"
         if extra and self.family.alone:

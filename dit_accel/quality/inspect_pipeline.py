@@ -66,7 +66,9 @@ def inspect_pipeline(
             key = (transformer, call.layer, index, name)
             if key not in seen:
                 with torch.no_grad():
-                    pattern = block_pattern(call.q, call.k, key_mask=call.key_mask, scale=call.scale, **view)
+                    pattern = block_pattern(
+                        call.q, call.k, key_mask=call.key_mask, pairs=call.pairs, scale=call.scale, **view
+                    )
                 seen[key] = Observation(call.layer, index, name, pattern, call.step.sigma)
 
     with patch(pipe, recipe) as handle, handle.observe(observer):

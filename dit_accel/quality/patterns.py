@@ -38,6 +38,7 @@ def block_pattern(
     rows: torch.Tensor | None = None,
     mask: BlockMask | None = None,
     key_mask: torch.Tensor | None = None,
+    pairs: torch.Tensor | None = None,
     scale: float | None = None,
 ) -> BlockPattern:
     """Exact softmax mass per block, one query block at a time: linear memory in the sequence length.
@@ -50,6 +51,7 @@ def block_pattern(
             None is the model's order.
         mask: whose recall to measure, on the sequence permuted by ``rows``.
         key_mask: bool ``[B, S]``, False for keys that attention must not see, in the model's order.
+        pairs: bool ``[B|1, H|1, S, S]``, which keys (last) each query sees, in place of ``key_mask``.
         scale: of the scores; ``1 / sqrt(D)`` if None.
 
     Raises:
@@ -68,6 +70,7 @@ def block_pattern(
         raise ValueError(f"the mask is for {mask.q_len} queries and {mask.kv_len} keys, got {q_len} and {kv_len}.")
     block_q, block_k = (block, block) if mask is None else (mask.block_q, mask.block_k)
     visible = None if key_mask is None else key_mask[:, None].expand(batch, heads, kv_len)
+    order = None
     if rows is not None:
         if q_len != kv_len:
             raise ValueError(f"rows permute self-attention only, got {q_len} queries and {kv_len} keys.")
@@ -82,7 +85,11 @@ def block_pattern(
         scores = (q[:, :, start : start + block_q].float() @ k.float().transpose(-1, -2)) * scale
         if visible is not None:
             scores = scores.masked_fill(~visible[:, :, None], -torch.inf)
-        share = scores.softmax(dim=-1)
+        if pairs is not None:
+            seen = _of_slots(pairs, order, start, start + scores.shape[2])
+            scores = scores.masked_fill(~seen, -torch.inf)
+        # A query that sees nothing, as of padding, has no mass.
+        share = scores.softmax(dim=-1).nan_to_num(0.0) if pairs is not None else scores.softmax(dim=-1)
         masses.append(_by_block(share, block_k).sum(-1).mean(2))
         if mask is not None:
             seen = _visible_tokens(mask, i)[:, :, : share.shape[2]]
@@ -141,6 +148,14 @@ def _head_first(x: torch.Tensor) -> torch.Tensor:
     if x.ndim != 4:
         raise ValueError(f"q and k must be [B, S, H, D], got {list(x.shape)}.")
     return x.detach().transpose(1, 2)
+
+
+def _of_slots(pairs: torch.Tensor, order: torch.Tensor | None, start: int, stop: int) -> torch.Tensor:
+    """bool ``[B|1, H|1, stop - start, S]``: what the queries of some slots of an order ``[B, H, S]`` see."""
+    if order is None:
+        return pairs[:, :, start:stop]
+    pairs = pairs.expand(*order.shape[:2], -1, -1)
+    return pairs.take_along_dim(order[:, :, start:stop, None], 2).take_along_dim(order[:, :, None], 3)
 
 
 def _by_block(share: torch.Tensor, block: int) -> torch.Tensor:

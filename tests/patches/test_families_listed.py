@@ -108,6 +108,11 @@ def test_an_unknown_class_is_refused_with_what_was_looked_for():
         dit_accel.patch(torch.nn.Linear(1, 1))
 
 
+def test_the_readme_counts_the_classes():
+    text = (PAGE.parent.parent / "README.md").read_text(encoding="utf-8")
+    assert int(re.search(r"(\d+) transformer classes", text)[1]) == len(_declared())
+
+
 def test_the_page_of_families_is_what_the_registry_says():
     text = PAGE.read_text(encoding="utf-8")
     if diffusers.__version__ != _documented():

@@ -119,8 +119,11 @@ def test_images_of_a_qwen_edit_are_grids():
 
 
 def test_a_layout_survives_a_file():
-    layout = TokenLayout((1, 4, 5), 3, 60, (LatentGrid((1, 2, 3), 30), LatentGrid((2, 2, 2), 40)))
-    assert TokenLayout.from_numbers(layout.to_numbers()) == layout
+    references = (LatentGrid((1, 2, 3), 30), LatentGrid((2, 2, 2), 40))
+    for queries in (None, (3, 20)):
+        layout = TokenLayout((1, 4, 5), 3, 60, references, queries)
+        assert TokenLayout.from_numbers(layout.to_numbers()) == layout
+    assert str(layout).endswith(", 20 queries from token 3")
     for damaged in (layout.to_numbers()[:-1], [*layout.to_numbers()[:-1], -1], [1, 4, 5, 3]):
         with pytest.raises(ValueError, match="A layout must be counts"):
             TokenLayout.from_numbers(damaged)

@@ -32,15 +32,19 @@ KINDS: dict[str, Reuse] = {
 STREAMS_JOIN = ("first_block", "energy")
 REFUSED: dict[str, tuple[str, ...]] = {
     # Blocks that pass more than two streams on, or whose latents change between them.
-    **dict.fromkeys(("ltx2", "kandinsky6", "motif", "consisid", "wan-animate", "hunyuan-dit"), tuple(KINDS)),
+    **dict.fromkeys(
+        ("ltx2", "kandinsky6", "motif", "consisid", "wan-animate", "hunyuan-dit", "qwen-image-2.1"), tuple(KINDS)
+    ),
     # Lists of blocks of other names, or of one block in these tiny models.
     **dict.fromkeys(("flux3", "hidream", "joy-image", "joy-image-plus", "aura-flow"), tuple(KINDS)),
     **dict.fromkeys(("flux2", "chroma", "bria-fibo"), STREAMS_JOIN),
     **dict.fromkeys(("kandinsky5", "z-image", "bria-fibo2", "bria-fibo2-batch", "ernie-image"), ("first_block",)),
+    # Blocks that call their streams otherwise.
+    "cosmos3": ("first_block", "magnitude"),
     "mochi": ("first_block", "forecast", "energy"),
 }
 # They show SeaCache no latents, and say so when they run.
-WITHOUT_LATENTS = ("z-image", "minimax-h3")
+WITHOUT_LATENTS = ("z-image", "minimax-h3", "cosmos3")
 
 
 class Loop:

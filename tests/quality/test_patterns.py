@@ -66,6 +66,22 @@ def test_permutation_hidden_keys_and_shared_heads() -> None:
         torch.testing.assert_close(pattern.mass[:, h].double(), expected, atol=2e-6, rtol=0)
 
 
+@pytest.mark.parametrize("permuted", [False, True])
+def test_hidden_pairs_have_no_mass(permuted: bool) -> None:
+    q, k = _qk(100)
+    heads = q.shape[2]
+    generator = torch.Generator().manual_seed(7)
+    pairs = torch.rand(2, 1, 100, 100, generator=generator) > 0.4
+    pairs[0, 0, 17] = False  # a query of padding
+    order = torch.randperm(100, generator=generator) if permuted else torch.arange(100)
+    pattern = block_pattern(q, k, block=32, rows=order if permuted else None, pairs=pairs)
+    logits = torch.einsum("bihd,bjhd->bhij", q.double(), k.double()) / q.shape[-1] ** 0.5
+    share = logits.masked_fill(~pairs, -torch.inf).softmax(-1).nan_to_num(0.0)
+    expected = _block_means(share[:, :, order][:, :, :, order], 32, 32)
+    assert expected.shape[1] == heads
+    torch.testing.assert_close(pattern.mass.double(), expected, atol=2e-6, rtol=0)
+
+
 def test_one_order_for_all_heads() -> None:
     q, k = _qk(96)
     rows = torch.randperm(96, generator=torch.Generator().manual_seed(5))

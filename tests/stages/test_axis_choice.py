@@ -12,13 +12,18 @@ from tests.stages.block_oracle import LAYOUTS, half_hidden, inputs
 
 
 @pytest.mark.parametrize("name", LAYOUTS)
-@pytest.mark.parametrize("hidden", [False, True])
-def test_figures(name, hidden):
+@pytest.mark.parametrize("hidden", ["nothing", "keys", "pairs"])
+def test_figures(name, hidden, monkeypatch):
     layout, tile = LAYOUTS[name], 32
     q, k = inputs(layout)
     q = q * 2
-    key_mask = half_hidden(layout) if hidden else None
-    found = measure_axes(layout, q, k, key_mask=key_mask, tile=tile, negligible=4e-3, share=0.75)
+    monkeypatch.setattr("dit_accel.stages.order.axis_choice.LOGITS_AT_ONCE", 3 * tile * 2 * 3 * layout.seq_len)
+    key_mask = half_hidden(layout) if hidden == "keys" else None
+    pairs = None
+    if hidden == "pairs":
+        pairs = torch.rand(2, 1, layout.seq_len, layout.seq_len, generator=torch.Generator().manual_seed(5)) > 0.4
+        pairs[:, :, layout.latent_start + 3] = False  # a query of padding
+    found = measure_axes(layout, q, k, key_mask=key_mask, pairs=pairs, tile=tile, negligible=4e-3, share=0.75)
     assert 0 < float(found.sparse.mean()) < 1, "thresholds that tell nothing apart"
     latent = np.arange(layout.num_latent).reshape(layout.grid)
     for h in range(3):
@@ -27,10 +32,12 @@ def test_figures(name, hidden):
             sparse, ratios = [], []
             for b in range(2):
                 logits = q[b, :, h].double().numpy() @ k[b, :, h].double().numpy().T / 4.0
-                if hidden:
-                    logits[:, ~key_mask[b].numpy()] = -np.inf
                 weights = np.exp(logits - logits.max(1, keepdims=True))
-                prob = (weights / weights.sum(1, keepdims=True))[np.ix_(order, order)]
+                if hidden == "keys":
+                    weights[:, ~key_mask[b].numpy()] = 0
+                if hidden == "pairs":
+                    weights[~pairs[b, 0].numpy()] = 0
+                prob = (weights / np.maximum(weights.sum(1, keepdims=True), 1e-300))[np.ix_(order, order)]
                 for i in range(0, len(order), tile):
                     for j in range(0, len(order), tile):
                         part = prob[i : i + tile, j : j + tile]

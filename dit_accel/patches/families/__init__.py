@@ -12,7 +12,7 @@ from .aura_flow import AURA_FLOW
 from .bria_fibo2 import BRIA_FIBO2
 from .cogvideox import COGVIDEOX
 from .cogview import COGVIEW
-from .cosmos import COSMOS
+from .cosmos import COSMOS, COSMOS3
 from .easyanimate import EASYANIMATE
 from .ernie_image import ERNIE_IMAGE
 from .excluded import EXCLUDED
@@ -35,6 +35,7 @@ from .omnigen import OMNIGEN
 from .pixart import PIXART
 from .prx import NUCLEUS_MOE, PRX
 from .qwen_image import QWEN_IMAGE
+from .qwen_image21 import QWEN_IMAGE_21
 from .registry import register_family, registered
 from .sd3 import SD3
 from .wan import ANYFLOW, WAN
@@ -51,6 +52,7 @@ FAMILIES: tuple[Family, ...] = (
     LTX2,
     LTX,
     COSMOS,
+    COSMOS3,
     COGVIDEOX,
     KANDINSKY5,
     KANDINSKY6,
@@ -64,6 +66,7 @@ FAMILIES: tuple[Family, ...] = (
     FLUX2,
     FLUX3,
     QWEN_IMAGE,
+    QWEN_IMAGE_21,
     Z_IMAGE,
     SD3,
     KREA2,

@@ -9,11 +9,8 @@ _NO_GRID = "Its tokens are no grid of latents."
 _UNET = "It is a block of a U-Net, whose sequences are short."
 
 EXCLUDED: Mapping[str, str] = {
-    # a layout that is more than one grid among other tokens
-    "QwenImage21Transformer2DModel": "Its prefix lies in a cache of keys, so that it has fewer queries than keys.",
-    "Cosmos3OmniTransformer": "Its queries are grouped, and fewer than its keys, which are the prompt's too.",
+    # sparse or linear already, or under masks of their own
     "Kandinsky6SRTransformer3DModel": "Its self-attention is sparse already: sliding tiles and NABLA.",
-    # queries and keys that differ in number, or that no dense call ever sees
     "AnyFlowFARTransformer3DModel": "It attends to chunks in a cache of keys, under block masks of its own.",
     "WanAnimate2Transformer3DModel": "It attends to packed keys of its references, under a block mask of its own.",
     "SanaTransformer2DModel": _LINEAR,

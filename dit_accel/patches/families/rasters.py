@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+from itertools import accumulate
+from math import prod
+
 import torch
 
 from ...layout import Grid, LatentGrid
@@ -85,3 +89,38 @@ def _is_along(values: torch.Tensor, axis: int) -> bool:
     """Whether values ``[F, H, W]`` grow along one axis and are equal along the others."""
     along = values.movedim(axis, 0)
     return bool((along == along[:, :1, :1]).all() and (along[1:, 0, 0] > along[:-1, 0, 0]).all())
+
+
+def ends_of(indices: torch.Tensor, shapes: Sequence[Sequence[int]]) -> torch.Tensor:
+    """Where items of a packed sequence lie, as a tensor, without waiting for the device.
+
+    Args:
+        indices: place in the sequence of each token ``[N]``, item after item.
+        shapes: frames, rows and columns of each item in tokens.
+
+    Returns:
+        ``[items, 5]``: first place, last place, frames, rows, columns.
+    """
+    stops = list(accumulate(prod(shape) for shape in shapes))
+    tokens = [prod(shape) for shape in shapes]
+    first = indices[[stop - number for stop, number in zip(stops, tokens, strict=True)]]
+    last = indices[[stop - 1 for stop in stops]]
+    return torch.cat([torch.stack([first, last], 1), first.new_tensor([list(shape) for shape in shapes])], 1)
+
+
+def items(ends: torch.Tensor) -> list[LatentGrid]:
+    """The grids that :func:`ends_of` describes: the last item, which is what is generated, then those before it.
+
+    Raises:
+        ValueError: the tokens of the last item do not follow each other. An item before it of which that is so, or of
+            fewer than :data:`LEAST_REFERENCE` tokens, is no grid.
+    """
+    *before, generated = ends.tolist()
+    found: list[LatentGrid] = []
+    for first, last, frames, height, width in (generated, *before):
+        grid = LatentGrid((frames, height, width), first)
+        if last == grid.stop - 1 and (not found or grid.tokens >= LEAST_REFERENCE):
+            found.append(grid)
+        elif not found:
+            raise ValueError(f"{grid.tokens} latents of {grid.grid} lie from token {first} to token {last}.")
+    return found

@@ -9,7 +9,7 @@ from diffusers.hooks.hooks import HookRegistry
 from torch import nn
 
 from ...stages.reuse.protocol import Reuse
-from .streams import LATENTS, known_class, known_names, names_of, streams_of
+from .streams import LATENTS, OTHER, known_class, known_names, names_of, streams_of
 
 Blocks = list[tuple[str, nn.Module, type[nn.Module]]]
 """Path, block and the class by which diffusers knows it."""
@@ -20,6 +20,7 @@ _UNFIT = {
     "WanAnimateTransformer3DModel": "what it knows of a face is added to the latents between its blocks",
     "ConsisIDTransformer3DModel": "what it knows of a face is added to the latents between its blocks",
     "HunyuanDiT2DModel": "later blocks are given what earlier ones returned",
+    "QwenImage21Transformer2DModel": "they fill a cache of keys, and have other tokens once it is full",
 }
 # Hooks by which diffusers' caches are known on a module.
 _CACHES = ("cache", "fbc_", "pyramid_attention_broadcast", "text_kv")
@@ -69,6 +70,10 @@ def refuse_stage(model: nn.Module, blocks: Blocks, stage: Reuse) -> None:
         raise ValueError(
             f"{cache} finds no latents in the blocks of {name}, which do not call them {LATENTS}; reuse listed, "
             "magnitude and forecast do."
+        )
+    if stage.needs_usual_prompt and any(len(names_of(one)) > 1 and OTHER not in names_of(one) for one in (first, last)):
+        raise ValueError(
+            f"{cache} cannot skip blocks of {name}, which do not call the prompt {OTHER}; reuse listed and forecast do."
         )
     joined = first.return_encoder_hidden_states_index is not None and last.return_encoder_hidden_states_index is None
     # As some last blocks of joint attention do, whose prompt nobody reads any more.

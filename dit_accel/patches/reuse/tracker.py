@@ -22,7 +22,19 @@ if TYPE_CHECKING:
     from ..session import Session
 
 # Beginnings of the names of arguments that hold what a prompt or a picture says, the same at every step.
-_CONDITIONS = ("encoder_", "pooled_", "text", "txt", "prompt", "cap", "image_embeds", "attention_kwargs", "joint_", "y")
+_CONDITIONS = (
+    "encoder_",
+    "pooled_",
+    "text",
+    "txt",
+    "prompt",
+    "cap",
+    "image_embeds",
+    "attention_kwargs",
+    "joint_",
+    "input_ids",
+    "y",
+)
 
 
 _NESTS = (list, tuple, dict)

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
+from itertools import repeat
 
 import torch
 import torch.nn.functional as F
@@ -62,6 +63,7 @@ def measure_axes(
     k: torch.Tensor,
     *,
     key_mask: torch.Tensor | None = None,
+    pairs: torch.Tensor | None = None,
     scale: float | None = None,
     tile: int = 64,
     negligible: float = 1e-3,
@@ -72,6 +74,7 @@ def measure_axes(
     Args:
         q, k: ``[B, S, H, D]``; the batch is averaged over.
         key_mask: bool ``[B, S]``, visible keys.
+        pairs: bool ``[B|1, H|1, S, S]``, visible keys of each query, in place of ``key_mask``.
         scale: softmax scale, ``D ** -0.5`` if None.
         tile: tokens of a square tile; tiles at the end of the latents may be smaller.
         negligible: a probability below this is negligible.
@@ -82,6 +85,8 @@ def measure_axes(
     queries = q[:, latents].transpose(1, 2).float() * scale
     keys = k.transpose(1, 2).float().transpose(-1, -2)
     hidden = None if key_mask is None else ~key_mask[:, None, None]
+    if pairs is not None:
+        hidden = ~pairs[:, :, latents]
     batch, heads = queries.shape[:2]
     rows = max(1, LOGITS_AT_ONCE // (batch * heads * layout.seq_len * tile)) * tile
 
@@ -89,15 +94,25 @@ def measure_axes(
         found = part @ columns
         return found if mask is None else found.masked_fill(mask, -torch.inf)
 
-    lse = torch.cat([logits(part, keys, hidden).logsumexp(-1) for part in queries.split(rows, 2)], 2)
+    def parts(mask: torch.Tensor | None) -> Iterable[torch.Tensor | None]:
+        return repeat(mask) if mask is None or mask.shape[2] == 1 else mask.split(rows, 2)
+
+    pieces = zip(queries.split(rows, 2), parts(hidden), strict=False)
+    lse = torch.cat([logits(part, keys, mask).logsumexp(-1) for part, mask in pieces], 2)
+    lse = lse.masked_fill(lse == -torch.inf, 0.0)  # of a query that sees nothing
     sparse, incoherence = [], []
     for name in AXIS_ORDERS:
         order = axis_order(layout.grid, name, q.device)
         columns = keys[..., latents][..., order]
-        mask = None if hidden is None else hidden[..., latents][..., order]
+        of_order = None if hidden is None else hidden[..., latents][..., order]
+        if pairs is not None and of_order is not None:
+            of_order = of_order[:, :, order]
+        in_order = zip(
+            queries[:, :, order].split(rows, 2), lse[:, :, order].split(rows, 2), parts(of_order), strict=False
+        )
         found = [
             _tile_figures(torch.exp(logits(part, columns, mask) - norm[..., None]), tile, negligible, share)
-            for part, norm in zip(queries[:, :, order].split(rows, 2), lse[:, :, order].split(rows, 2), strict=True)
+            for part, norm, mask in in_order
         ]
         sparse.append(torch.cat([figures[0] for figures in found], 2).mean((0, 2, 3)))
         incoherence.append(torch.cat([figures[1] for figures in found], 2).mean((0, 2, 3)))

@@ -30,6 +30,7 @@ class Magnitude(Reuse):
     """
 
     takes_dropped_stream: ClassVar[bool] = True
+    needs_usual_prompt: ClassVar[bool] = True
 
     threshold: float = 0.06
     max_skipped: int = 3

@@ -36,6 +36,7 @@ class Reuse(Protocol):
         needs_all_streams: the last block must return the prompt apart from the latents, where the first does.
         takes_dropped_stream: the last block may return nothing of the prompt.
         needs_usual_names: blocks must call the latents ``hidden_states``.
+        needs_usual_prompt: blocks that return the prompt must call it ``encoder_hidden_states``.
         shares_guidance: in some steps one guidance branch takes from another what its blocks add.
     """
 
@@ -44,6 +45,7 @@ class Reuse(Protocol):
     needs_all_streams: ClassVar[bool] = False
     takes_dropped_stream: ClassVar[bool] = False
     needs_usual_names: ClassVar[bool] = False
+    needs_usual_prompt: ClassVar[bool] = False
 
     @property
     def shares_guidance(self) -> bool:

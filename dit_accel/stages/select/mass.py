@@ -104,9 +104,11 @@ class Mass(Select):
         """Block masses."""
         return self._mass(blocks, call, None)[0]
 
-    def chosen_by(self, blocks: SequenceBlocks, scores: torch.Tensor) -> torch.Tensor:
+    def chosen_by(
+        self, blocks: SequenceBlocks, scores: torch.Tensor, hidden: torch.Tensor | None = None
+    ) -> torch.Tensor:
         """What one call with these masses would keep."""
-        return self._keep(blocks, scores).to_dense()
+        return self._keep(blocks, scores, hidden=hidden).to_dense()
 
     def _mass(
         self, blocks: SequenceBlocks, call: AttentionCall, lse: torch.Tensor | None

@@ -169,12 +169,17 @@ class Pooled(Select):
         return self._keep(blocks, scores, call.key_mask, call.hidden_blocks, call.backend("selection"), call.heads)
 
     def scores(self, blocks: SequenceBlocks, _tables: None, call: AttentionCall) -> torch.Tensor:
-        """Softmax of the pooled scores."""
-        return pooled_scores_of(blocks, call, call.scale).softmax(-1)
+        """Softmax of the pooled scores of what is seen."""
+        scores = pooled_scores_of(blocks, call, call.scale)
+        if call.hidden_blocks is not None:
+            scores = scores.masked_fill(call.hidden_blocks, torch.finfo(scores.dtype).min)
+        return scores.softmax(-1)
 
-    def chosen_by(self, blocks: SequenceBlocks, scores: torch.Tensor) -> torch.Tensor:
+    def chosen_by(
+        self, blocks: SequenceBlocks, scores: torch.Tensor, hidden: torch.Tensor | None = None
+    ) -> torch.Tensor:
         """What one call with this softmax would keep."""
-        return self._keep(blocks, scores.clamp_min(1e-38).log()).to_dense()
+        return self._keep(blocks, scores.clamp_min(1e-38).log(), hidden=hidden).to_dense()
 
     def _keep(
         self,

@@ -113,8 +113,13 @@ class Select(Protocol):
         """What a calibration averages over calls, float ``[B, H, nq, nk]``: here whether a block is kept."""
         return self.select(blocks, tables, call).to_dense().float()
 
-    def chosen_by(self, blocks: SequenceBlocks, scores: torch.Tensor) -> torch.Tensor:
-        """bool ``[B, H, nq, nk]``: the blocks to keep by means of :meth:`scores`; here what half the calls kept."""
+    def chosen_by(
+        self, blocks: SequenceBlocks, scores: torch.Tensor, _hidden: torch.Tensor | None = None
+    ) -> torch.Tensor:
+        """bool ``[B, H, nq, nk]``: the blocks to keep by means of :meth:`scores`; here what half the calls kept.
+
+        Blocks of ``hidden``, bool of the same shape, were seen in no call.
+        """
         return scores >= 0.5
 
 
