@@ -45,7 +45,7 @@ $(VENV)/.torch: constraints.txt
 	touch $@
 
 $(VENV)/.package: $(VENV)/.torch pyproject.toml
-	$(INSTALL) -e .
+	$(INSTALL) -e ".[cli]"
 	touch $@
 
 $(VENV)/.dev: $(VENV)/.torch pyproject.toml

@@ -13,6 +13,7 @@ ELSEWHERE = {
     "design.md": "DESIGN.md",
     "contributing.md": "CONTRIBUTING.md",
     "changelog.md": "CHANGELOG.md",
+    "comfyui.md": "integrations/comfyui/README.md",
     "train_embedded.md": "examples/train_embedded/README.md",
 }
 PAGE_OF = {source: page for page, source in ELSEWHERE.items()}

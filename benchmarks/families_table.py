@@ -1,4 +1,4 @@
-"""The table of docs/families.md: what can be patched, and which of diffusers' pipelines run it.
+"""The tables of docs/families.md and of the README: what can be patched, and which of diffusers' pipelines run it.
 
     python benchmarks/families_table.py [--check]
 
@@ -43,7 +43,8 @@ NEWER = frozenset(
         "QwenImage21Transformer2DModel",
     )
 )
-PAGE = Path(__file__).parent.parent / "docs" / "families.md"
+ROOT = Path(__file__).parent.parent
+PAGE, README = ROOT / "docs" / "families.md", ROOT / "README.md"
 BEGIN, END = "<!-- table: benchmarks/families_table.py -->\n", "<!-- end of table -->\n"
 
 
@@ -81,20 +82,32 @@ def table() -> str:
     return "\n".join(lines) + "\n"
 
 
-def page(text: str) -> str:
+def short_table() -> str:
+    """Markdown, the families alone: of videos those whose classes say so."""
+    videos, images = [], []
+    for family in FAMILIES:
+        of_video = any("3D" in kind or "Video" in kind for kind in family.transformers) and "Image" not in family.name
+        (videos if of_video else images).append(family.name)
+    return f"| makes | families |\n|---|---|\n| videos | {', '.join(videos)} |\n| images | {', '.join(images)} |\n"
+
+
+def page(text: str, now: str | None = None) -> str:
     """The page with its table as it is now."""
     before, rest = text.split(BEGIN)
-    return before + BEGIN + table() + END + rest.split(END)[1]
+    return before + BEGIN + (table() if now is None else now) + END + rest.split(END)[1]
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--check", action="store_true")
-    text = PAGE.read_text(encoding="utf-8")
-    now = page(text)
-    if parser.parse_args().check:
-        raise SystemExit(0 if now == text else f"{PAGE.name} is not what the registry says: run this script.")
-    PAGE.write_text(now, encoding="utf-8")
+    asked = parser.parse_args()
+    for file, made in ((PAGE, table()), (README, short_table())):
+        text = file.read_text(encoding="utf-8")
+        now = page(text, made)
+        if asked.check and now != text:
+            raise SystemExit(f"{file.name} is not what the registry says: run this script.")
+        if not asked.check:
+            file.write_text(now, encoding="utf-8")
 
 
 if __name__ == "__main__":

@@ -20,10 +20,12 @@ if TYPE_CHECKING:
     from .patches.families import Family, register_family
     from .patches.handle import PatchHandle
     from .recipe import Recipe
+    from .runner import AttentionRunner
     from .training.adapter import load_adapter, save_adapter
     from .tuning.tune import tune
 
 _HOME = {
+    "AttentionRunner": "runner",
     "accelerate": "acceleration.api",
     "patch": "api",
     "unpatch": "api",
@@ -41,6 +43,7 @@ _HOME = {
 }
 
 __all__ = [
+    "AttentionRunner",
     "CalibrationArtifact",
     "Family",
     "PatchHandle",

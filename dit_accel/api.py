@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -61,7 +60,7 @@ def patch(
     if backend not in BACKENDS:
         raise ValueError(f"Unknown backend {backend!r}; known are {', '.join(BACKENDS)}.")
     transformers = transformers_of(target)
-    chosen, note = _choose(recipe, options, in_pipeline=not isinstance(target, nn.Module))
+    chosen, note = presets.choose(recipe, options, in_pipeline=not isinstance(target, nn.Module))
     for name, model, _ in transformers:
         if root_hook(model) is not None:
             raise ValueError(
@@ -96,14 +95,6 @@ def unpatch(target: Any) -> None:
         raise ValueError(f"{type(target).__name__} is not patched.")
     for handle in handles.values():
         handle.remove()
-
-
-def _choose(recipe: Recipe | str | None, options: Mapping[str, Any], in_pipeline: bool) -> tuple[Recipe, str | None]:
-    if recipe is not None:
-        return presets.resolve(recipe, **options), None
-    chosen = presets.automatic(in_pipeline, **options)
-    score = "exact block mass" if in_pipeline else "pooled scores"
-    return chosen, f"no recipe was given: {score}, dense where a sequence is too short to gain"
 
 
 def _calibrated(

@@ -37,6 +37,7 @@ SLOW = frozenset(
         "cli/test_output",
         "cli/test_tune",
         "cli/test_waiting",
+        "integrations/test_comfyui",
         "kernels/test_against",
         "kernels/test_block_mass",
         "kernels/test_fuzz_operator",

@@ -29,7 +29,7 @@ FLOORS = (
     ("planner",),
     ("engine", "frozen_planner"),
     ("patches",),
-    ("api",),
+    ("api", "runner"),
     ("acceleration",),
     ("pipelines",),
     ("calibration", "training"),

@@ -74,7 +74,7 @@ def refuse_format(kind: str) -> None:
     if kind not in FORMATS:
         raise ValueError(f"linear must be one of {', '.join(FORMATS)}, or None, got {kind!r}.")
     if find_spec("torchao") is None:
-        raise ValueError(f"linear={kind!r} needs torchao, which is not installed: pip install 'dit-accel[linear]'.")
+        raise ValueError(f"linear={kind!r} needs torchao, which is not installed: pip install 'dit-accel[compile]'.")
 
 
 def _linears_of_blocks(model: nn.Module) -> list[tuple[str, nn.Linear]]:

@@ -6,14 +6,17 @@ from collections import Counter
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, replace
 from textwrap import fill
-from typing import Any
+from typing import TYPE_CHECKING, Any, Protocol
 
 from ..presets.spelling import short_line
 from ..recipe import Recipe
 from ..records import BackendsUsed, LayerRecord, backend_lines
 from .reasons import CACHED, PASSED
-from .session import Session
 from .summary_html import as_html
+
+if TYPE_CHECKING:
+    from ..engine import Engine
+    from .reuse.tracker import ReuseTracker
 
 # Of a terminal.
 COLUMNS = 80
@@ -167,8 +170,18 @@ def _wrapped(line: str) -> str:
     return fill(line, COLUMNS, subsequent_indent=after, break_long_words=False, break_on_hyphens=False)
 
 
+class Recorded(Protocol):
+    """What holds the records of one transformer."""
+
+    @property
+    def engine(self) -> Engine: ...
+
+    @property
+    def reuse(self) -> ReuseTracker | None: ...
+
+
 def summarise(
-    recipe: Recipe, note: str | None, sessions: Mapping[str, Session], changes: tuple[str, ...] = ()
+    recipe: Recipe, note: str | None, sessions: Mapping[str, Recorded], changes: tuple[str, ...] = ()
 ) -> PatchSummary:
     """Read the records of a patch's engines, by transformer name."""
     engines = {name: session.engine for name, session in sessions.items()}

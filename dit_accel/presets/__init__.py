@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any
 
 from ..names import Names
@@ -78,6 +78,19 @@ def automatic(in_pipeline: bool = True, **options: Any) -> Recipe:
         ValueError: an option that the preset lacks.
     """
     return resolve("mass" if in_pipeline else "pooled", **({"density": AUTOMATIC_DENSITY} | options))
+
+
+def choose(recipe: Recipe | str | None, options: Mapping[str, Any], in_pipeline: bool) -> tuple[Recipe, str | None]:
+    """What :func:`resolve` gives, or :func:`automatic` without a recipe and a note that says so.
+
+    Raises:
+        ValueError, TypeError: as of :func:`resolve`.
+    """
+    if recipe is not None:
+        return resolve(recipe, **options), None
+    score = "exact block mass" if in_pipeline else "pooled scores"
+    note = f"no recipe was given: {score}, dense where a sequence is too short to gain"
+    return automatic(in_pipeline, **options), note
 
 
 PRESETS: dict[str, Callable[..., Recipe]] = {

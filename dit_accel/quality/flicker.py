@@ -143,5 +143,5 @@ def _opencv() -> Any:
     try:
         import cv2
     except ImportError as error:
-        raise MetricUnavailable("Flicker by flow needs OpenCV: pip install opencv-python-headless.") from error
+        raise MetricUnavailable("Flicker by flow needs OpenCV: pip install 'dit-accel[quality]'.") from error
     return cv2

@@ -101,7 +101,7 @@ def test_an_unknown_format_is_refused(kind):
 
 def test_without_torchao_one_sentence_says_what_to_install(monkeypatch):
     monkeypatch.setattr("dit_accel.acceleration.linears.find_spec", lambda name: None)
-    with pytest.raises(ValueError, match=r"needs torchao, which is not installed: pip install 'dit-accel\[linear\]'"):
+    with pytest.raises(ValueError, match=r"needs torchao, which is not installed: pip install 'dit-accel\[compile\]'"):
         dit_accel.accelerate(TINY["wan"].build(), POOLED, linear="int8")
 
 

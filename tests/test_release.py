@@ -1,0 +1,69 @@
+"""What a release is made of says one version, and names what it needs."""
+
+from __future__ import annotations
+
+import re
+from importlib.util import find_spec
+from pathlib import Path
+
+import pytest
+
+import dit_accel
+
+if find_spec("tomllib") is None:
+    import tomli as tomllib
+else:
+    import tomllib
+
+ROOT = Path(__file__).parent.parent
+PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]
+
+
+def _text(name: str) -> str:
+    return (ROOT / name).read_text(encoding="utf-8")
+
+
+def test_one_version_everywhere() -> None:
+    comfyui = tomllib.loads(_text("integrations/comfyui/pyproject.toml"))["project"]["version"]
+    (cited,) = re.findall(r"^version: (\S+)$", _text("CITATION.cff"), re.MULTILINE)
+    assert PROJECT["version"] == dit_accel.__version__ == comfyui == cited
+
+
+def test_the_changelog_has_the_version_and_its_date() -> None:
+    headings = re.findall(r"^## (.+)$", _text("CHANGELOG.md"), re.MULTILINE)
+    assert headings[0] == "Unreleased"
+    version, date = headings[1].split(" - ")
+    assert version == PROJECT["version"]
+    assert f'date-released: "{date}"' in _text("CITATION.cff")
+    kinds = set(re.findall(r"^### (.+)$", _text("CHANGELOG.md"), re.MULTILINE))
+    assert kinds <= {"Added", "Changed", "Deprecated", "Removed", "Fixed", "Security"}
+
+
+def test_core_dependencies_are_what_patch_needs() -> None:
+    names = {re.match(r"[\w-]+", one)[0] for one in PROJECT["dependencies"]}  # type: ignore[index]
+    assert names == {"torch", "diffusers", "numpy", "safetensors", "triton"}
+    (triton,) = (one for one in PROJECT["dependencies"] if one.startswith("triton"))
+    assert "platform_system == 'Linux'" in triton
+    assert {"cli", "quality", "train", "compile", "fa4"} <= set(PROJECT["optional-dependencies"])
+
+
+@pytest.mark.parametrize("page", ["README.md", "docs/install.md", "docs/whole_runs.md", "docs/tune.md", "Dockerfile"])
+def test_extras_that_are_named_exist(page: str) -> None:
+    text = _text(page)
+    named = {one for found in re.findall(r"(?:dit-accel|\.|\{wheel\})\[([\w,]+)\]", text) for one in found.split(",")}
+    assert named <= set(PROJECT["optional-dependencies"])
+    if page == "docs/install.md":
+        table = set(re.findall(r"^\| `(\w+)` \|", text, re.MULTILINE))
+        assert table == set(PROJECT["optional-dependencies"]) - {"dev", "docs"}
+
+
+def test_each_python_is_named() -> None:
+    lowest = int(PROJECT["requires-python"].rpartition(".")[2])
+    for minor in range(lowest, 14):
+        assert f"Programming Language :: Python :: 3.{minor}" in PROJECT["classifiers"]
+
+
+def test_the_image_copies_what_may_be_copied() -> None:
+    copied = re.findall(r"^COPY (.+) \S+$", _text("Dockerfile"), re.MULTILINE)
+    allowed = {line.removeprefix("!") for line in _text(".dockerignore").splitlines() if line.startswith("!")}
+    assert set(copied[0].split()) == allowed
