@@ -43,6 +43,8 @@ class Found:
     error: torch.Tensor
     dropped: torch.Tensor
     reference: torch.Tensor
+    rms: torch.Tensor
+    distance: torch.Tensor
 
     @classmethod
     def of(cls, head: Head) -> Found:
@@ -52,7 +54,20 @@ class Found:
         share = (head.terms / head.total[:, None]).unflatten(0, (nq, -1)).sum(1)
         missed = (share.unflatten(1, (nk, -1)) * left_out[..., None]).sum(0).flatten()
         pooled = means(head, head.block_k)
-        return cls(head.mass, head.shares(pooled[0]), missed, effect(head, pooled), effect(head, None), keep)
+        return cls(head.mass, head.shares(pooled[0]), missed, effect(head, pooled), effect(head, None), keep, *extras(head))
+
+
+def extras(head: Head) -> tuple[torch.Tensor, torch.Tensor]:
+    """``[nq, nk]``: root mean square of a block's mass over its queries, and how far mean values are from mean outputs."""
+    rms = (head.exact[0] / head.total[:, None]).square().unflatten(0, (-1, head.block_q)).mean(1).sqrt()
+    values = head.v_blocks.mean(1)
+    return rms, torch.cdist(head.mass @ values, values)
+
+
+def rowwise(scores: torch.Tensor, power: float, found: Found) -> torch.Tensor:
+    """Scores times a power of what a tenth of each row leaves out."""
+    left = torch.where(found.reference, 0.0, scores).sum(-1, keepdim=True)
+    return scores * left**power
 
 
 def effect(head: Head, estimate: Estimate | None) -> torch.Tensor:
@@ -104,6 +119,17 @@ SELECTIONS = (
     Selection("mass/layer", "layer", ONCE, lambda found: found.mass),
     Selection("error/row", "row", ONCE, lambda found: found.dropped),
     Selection("error/layer", "layer", ONCE, lambda found: found.dropped),
+    Selection("rms mass/layer", "layer", ONCE, lambda found: found.rms),
+    Selection("mass x distance/row", "row", ONCE, lambda found: found.mass * found.distance),
+    Selection("mass x distance/head", "head", ONCE, lambda found: found.mass * found.distance),
+    Selection("mass x distance/layer", "layer", ONCE, lambda found: found.mass * found.distance),
+    Selection("rms x distance/layer", "layer", ONCE, lambda found: found.rms * found.distance),
+    Selection("error, row^.5/layer", "layer", ONCE, lambda found: rowwise(found.dropped, 0.5, found)),
+    Selection("error, row^1/layer", "layer", ONCE, lambda found: rowwise(found.dropped, 1.0, found)),
+    Selection("mass x distance, row^.5/layer", "layer", ONCE, lambda found: rowwise(found.mass * found.distance, 0.5, found)),
+    Selection("mass x distance, row^1/layer", "layer", ONCE, lambda found: rowwise(found.mass * found.distance, 1.0, found)),
+    Selection("mass, row^.5/layer", "layer", ONCE, lambda found: rowwise(found.mass, 0.5, found)),
+    Selection("mass, row^1/layer", "layer", ONCE, lambda found: rowwise(found.mass, 1.0, found)),
     Selection("error of mean/row", "row", ONCE, lambda found: found.error),
     Selection("error of mean/layer", "layer", ONCE, lambda found: found.error),
     Selection("mass, each step", "row", BLOCK_MASS, scores=lambda head: head.mass),
