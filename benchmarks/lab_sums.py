@@ -109,7 +109,12 @@ def weighted_means(head: Head, weight: torch.Tensor, bias: torch.Tensor | None =
 
 
 def columns(
-    head: Head, k: torch.Tensor, v: torch.Tensor, log_count: torch.Tensor, per_block: int, bias: torch.Tensor | None = None
+    head: Head,
+    k: torch.Tensor,
+    v: torch.Tensor,
+    log_count: torch.Tensor,
+    per_block: int,
+    bias: torch.Tensor | None = None,
 ) -> Estimate:
     """Sums of extra key columns ``[nk * per_block, D]``."""
     logits = head.q @ k.T * head.scale + log_count

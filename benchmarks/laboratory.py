@@ -27,7 +27,18 @@ from typing import Any
 
 import torch
 from lab_cost import CostModel
-from lab_rows import SELECTIONS, STANDS, Found, Selection, Stand, best_of_rows, keep_by, own_keys
+from lab_rows import (
+    MEMORIES,
+    SELECTIONS,
+    STANDS,
+    Carried,
+    Found,
+    Memory,
+    Selection,
+    Stand,
+    keep_by,
+    own_keys,
+)
 from lab_sums import Head, added
 from recorded_calls import Recorded, read, record
 from reuse_front import TUNING_PROMPTS
@@ -56,7 +67,9 @@ def main() -> None:
     parser.add_argument("--stands", nargs="+", help="names of what stands in; default: all")
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--dtype", default="float32", choices=["float32", "float64"], help="of the methods' sums")
-    parser.add_argument("--at", type=float, default=0.1, help="the time of `mass` alone at this density is that of the table")
+    parser.add_argument(
+        "--at", type=float, default=0.1, help="the time of `mass` alone at this density is that of the table"
+    )
     parser.add_argument("--show", type=Path, help="print the table of a file")
     parser.add_argument("--out", type=Path)
     args = parser.parse_args()
@@ -72,7 +85,7 @@ def main() -> None:
         record(args.folder, prompts, (SEARCH, *LATER), NUM_STEPS, args.device, dtype)
         return
     selections = [s for s in SELECTIONS if args.selections is None or s.name in args.selections]
-    stands = [s for s in STANDS if args.stands is None or s.name in args.stands]
+    stands = [s for s in (*STANDS, *MEMORIES) if args.stands is None or s.name in args.stands]
     result = measure(args, numbers, selections, stands)
     if args.out:
         args.out.write_text(json.dumps(result, indent=1) + "\n")
@@ -91,13 +104,14 @@ class Sums:
 
 
 def measure(
-    args: argparse.Namespace, numbers: list[int], selections: list[Selection], stands: list[Stand]
+    args: argparse.Namespace, numbers: list[int], selections: list[Selection], stands: list[Stand | Memory]
 ) -> dict[str, Any]:
     """All rows, over all calls that were asked for."""
     begin = time.perf_counter()
     sums: dict[tuple[str, str, float], Sums] = defaultdict(Sums)
     searches: dict[tuple[int, str, int], list[Found]] = {}
     plans: dict[tuple[int, str, int], dict[tuple[str, float], torch.Tensor]] = {}
+    carried: dict[tuple[int, str, int], list[Carried]] = defaultdict(list)
     calls = 0
     for call in read(args.folder, numbers):
         if call.layer not in args.layers or call.branch not in args.branches:
@@ -107,8 +121,19 @@ def measure(
             heads = heads_of(call, args, 1)
             searches[place] = [Found.of(head) for head in heads]
             plans[place] = searched_plans(searches[place], own_keys(heads[0]), selections, args.densities)
+            if any(isinstance(stand, Memory) for stand in stands):
+                carried[place] = carried_of(heads_of(call, args, args.every), plans[place])
         elif call.step in args.steps:
-            score(heads_of(call, args, args.every), args, searches[place], plans[place], selections, stands, sums)
+            score(
+                heads_of(call, args, args.every),
+                args,
+                searches[place],
+                plans[place],
+                carried[place],
+                selections,
+                stands,
+                sums,
+            )
             calls += 1
             print(f"\r{calls} calls, {time.perf_counter() - begin:.0f} s", end="", file=sys.stderr, flush=True)
     model = CostModel.measured()
@@ -156,7 +181,7 @@ def heads_of(call: Recorded, args: argparse.Namespace, every: int) -> list[Head]
     dtype = getattr(torch, args.dtype)
     q, k, v = (x if rows is None else x[:, rows.long()] for x in (call.q, call.k, call.v))
     q, k, v = (x.to(args.device, dtype) for x in (q, k, v))
-    blocks = torch.arange(call.step % every, q.shape[1] // args.block[0], every, device=q.device)
+    blocks = torch.arange(every // 2, q.shape[1] // args.block[0], every, device=q.device)
     q = q.unflatten(1, (-1, args.block[0]))[:, blocks].flatten(1, 2)
     return [Head(*one, *args.block, blocks) for one in zip(q, k, v)]
 
@@ -174,6 +199,12 @@ def searched_plans(
     return plans
 
 
+def carried_of(heads: list[Head], plans: dict[tuple[str, float], torch.Tensor]) -> list[Carried]:
+    """Of all plans of a search, for each head."""
+    keep = torch.stack(list(plans.values()))[:, :, heads[0].blocks]
+    return [Carried.of(head, keep[:, n]) for n, head in enumerate(heads)]
+
+
 def dense(head: Head) -> torch.Tensor:
     """The reference, in float64."""
     q, k, v = (x.double() for x in (head.q, head.k, head.v))
@@ -185,8 +216,9 @@ def score(
     args: argparse.Namespace,
     searches: list[Found],
     plans: dict[tuple[str, float], torch.Tensor],
+    carried: list[Carried],
     selections: list[Selection],
-    stands: list[Stand],
+    stands: list[Stand | Memory],
     sums: dict[tuple[str, str, float], Sums],
 ) -> None:
     """Add the errors of one call to those of its rows."""
@@ -197,7 +229,7 @@ def score(
         for density in args.densities:
             keys.append((selection.name, density))
             known = plans[selection.name, density][:, blocks] if scores is None else None
-            keeps.append(best_of_rows(scores, density, own) if known is None else known)
+            keeps.append(keep_by(selection.budget, scores, density, own) if scores is not None else known)
     keep = torch.stack(keeps)  # [R, H, nq, nk]
     error = torch.zeros(len(stands), len(keys), dtype=torch.float64)
     norm, mass = 0.0, torch.zeros(len(keys), dtype=torch.float64)
@@ -208,6 +240,13 @@ def score(
         mass += (head.mass * keep[:, n]).sum((1, 2)).double().cpu() / (len(blocks) * len(heads))
         for s, stand in enumerate(stands):
             weight, value = kept
+            if isinstance(stand, Memory):
+                # Plans of searches come first.
+                known = carried[n].difference.shape[0]
+                out = stand.apply(carried[n], (value / weight[..., None])[:known])
+                error[s, :known] += (out - exact.to(value.dtype)).square().sum((1, 2)).double().cpu()
+                error[s, known:] = math.nan
+                continue
             if stand.estimate is not None:
                 other = added(stand.estimate(found, head), ~keep[:, n])
                 weight, value = weight + other[0], value + other[1]

@@ -1,7 +1,7 @@
 """Queries, keys and values of the embedded model's self-attention, kept in files: what the laboratory works on.
 
-A file is of one prompt: every layer and guidance branch at some steps of a dense run. Tensors are kept in half precision,
-so that what was rounded there is an exact input of every method and of its reference.
+A file is of one prompt: every layer and guidance branch at some steps of a dense run. Tensors are kept in half
+precision: what was rounded there is an exact input of every method and of its reference.
 """
 
 from __future__ import annotations

@@ -18,7 +18,7 @@ def best_of_all(
     density: float | torch.Tensor,
     across_heads: bool,
 ) -> torch.Tensor:
-    """The pairs with the largest scores, as many as :func:`~dit_accel.kernels.selection.api.select_blocks` takes row by row.
+    """The pairs with the largest scores, as many as ``select_blocks`` takes row by row.
 
     Pairs that are ``always`` kept count in the budget, and so does the best pair of each row, which is kept too: no
     row is left with nothing to read. Ties go to the lower head, row and column. Nothing waits for the device, and

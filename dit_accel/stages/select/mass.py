@@ -51,9 +51,9 @@ class Mass(Select):
         score: "mass", or "error": the mass times the distance between the mean value of the key block and the mean
             output of the query block, which is about what leaving the pair out changes in the output. Error-aware
             routing (SVG-EAR, arXiv 2603.08982) ranks by an estimate of the same.
-        budget: "row": every query block reads as many key blocks; "head", "layer": as many pairs in all, chosen among all
-            rows of a head or of all heads, with each row's own blocks and its best one. Not the paper's. A process
-            that has a part of the heads shares a budget among these.
+        budget: "row": every query block reads as many key blocks; "head", "layer": as many pairs in all, chosen among
+            all rows of a head or of all heads, with each row's own blocks and its best one. Not the paper's. A
+            process that has a part of the heads shares a budget among these.
         query_stride: every n-th query of a block stands for all: a search takes about so much less time. It must divide
             a query block. Not the paper's, whose masses are of all queries.
     """
@@ -217,9 +217,13 @@ def error_of(blocks: SequenceBlocks, call: AttentionCall, mass: torch.Tensor) ->
     total = mass.sum(-1, keepdim=True).clamp_min(torch.finfo(mass.dtype).tiny)
     outputs = mass @ values / total
     squares = outputs.square().sum(-1)[..., None] + values.square().sum(-1)[..., None, :]
-    return mass * torch.baddbmm(
-        squares.flatten(0, 1), outputs.flatten(0, 1), values.flatten(0, 1).transpose(1, 2), alpha=-2.0
-    ).view_as(mass).clamp_min(0.0).sqrt()
+    return (
+        mass
+        * torch.baddbmm(squares.flatten(0, 1), outputs.flatten(0, 1), values.flatten(0, 1).transpose(1, 2), alpha=-2.0)
+        .view_as(mass)
+        .clamp_min(0.0)
+        .sqrt()
+    )
 
 
 def pairs_to_choose(
