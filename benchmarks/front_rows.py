@@ -40,8 +40,8 @@ SCORES = (
     *(f"pooled:density={density}" for density in (0.1, 0.2)),
 )
 
-# The dense phase: its length, later searches (each a dense step), a density that falls, dense layers. Shares of 30 steps:
-# 1, 2, 3, 4 of them dense; a fifth is in the set of scores.
+# The dense phase: its length, later searches (each a dense step), a density that falls, dense layers. Of 30 steps the shares
+# make 1, 2, 3 and 4 dense; a fifth is in the set of scores.
 SHARES = (0.034, 0.067, 0.1, 0.134)
 LATER = "@schedule.refresh_at=(0.0,{})"
 # Early steps at a higher density in place of dense ones, planned anew at a fifth and at half of the run.

@@ -20,7 +20,7 @@ BLOCK = (32, 32)
 
 
 def _errors(view, v):
-    """[nq, nk]: mass times the distance of a key block's mean value from a query block's mean output, from equations."""
+    """[nq, nk]: mass times the distance of a key block's mean value from a query block's mean output."""
     mass = view.block_sums(view.probabilities())
     value = np.array([v[tokens].mean(0) if tokens else np.zeros(v.shape[1]) for tokens in view.alive])
     out = (mass[:, :, None] * value).sum(1) / mass.sum(1)[:, None]
