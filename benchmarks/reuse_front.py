@@ -2,11 +2,12 @@
 
 Every prompt is generated dense once, then under each row, with the same seed. A row is a preset, or one with a reuse:
 
-    PRESET[:OPTION=VALUE,...][+REUSE[:FIELD=VALUE,...]]
+    PRESET[:OPTION=VALUE,...][@FIELD=VALUE,...][+REUSE[:FIELD=VALUE,...]]
 
     python benchmarks/reuse_front.py --prompts 16 --steps 30 --out front.json
     python benchmarks/reuse_front.py --rows dense+first_block:threshold=.12 "mass:density=.3+listed:computed=(0,3)"
     python benchmarks/reuse_front.py --magnitudes --prompts 4 --steps 30    # ratios for reuse magnitude
+    python benchmarks/reuse_front.py --set scores --tuning --prompts 8 --shards 8 --out scores.json   # front_rows.py
     python benchmarks/reuse_front.py --show front.json
 
 A run that was broken off goes on where it was: the file and the dense clips beside it are read. PSNR is of 8-bit frames
@@ -20,13 +21,14 @@ import argparse
 import ast
 import json
 import platform
-import re
+import subprocess
 import sys
 from collections import Counter
 from pathlib import Path
 from typing import Any
 
 import torch
+from front_rows import SETS
 
 from dit_accel import Recipe, patch, presets
 from dit_accel.pipelines import load
@@ -50,31 +52,13 @@ TUNING_PROMPTS = (
     "three orange birds flying left in a cloudy sky",
 )
 METRICS = ("psnr", "ssim", "latent_mse")
-ROWS = (
-    "mass:density=.3",
-    "mass:density=.3,dense_fraction=.1",
-    *(f"dense+first_block:threshold={threshold}" for threshold in (0.05, 0.08, 0.12, 0.2)),
-    "dense+energy:threshold=.15",
-    "dense+energy:threshold=.3",
-    "dense+energy:threshold=.5,max_skipped=3",
-    "dense+forecast:interval=2",
-    "dense+forecast:interval=3",
-    "dense+listed:computed=(0,1,2,3,4,6,8,11,14,17,20,23,26,29),order=1",
-    "dense+listed:computed=(0,1,2,4,7,10,14,18,22,26,29),order=1",
-    "dense+listed:computed=(0,1,2,5,9,14,19,24,29),order=1",
-    "mass:density=.3,dense_fraction=.1+energy:threshold=.3",
-    "mass:density=.3,dense_fraction=.1+energy:threshold=.5,max_skipped=3",
-    "balanced",
-    "fast",
-    "max",
-    "balanced:threshold=.2",
-    "fast:threshold=.45",
-)
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--rows", nargs="+", default=list(ROWS), help="default: a list of caches, recipes and profiles")
+    parser.add_argument("--rows", nargs="+", help="in place of a set")
+    parser.add_argument("--set", default="reuse", choices=list(SETS), help="rows of front_rows.py")
+    parser.add_argument("--shards", type=int, help="so many processes, each with its share of the prompts")
     parser.add_argument("--prompts", type=int, default=len(DEFAULT_PROMPTS), help="how many, each with its own seed")
     parser.add_argument("--first", type=int, default=0, help="number of the first prompt and seed")
     parser.add_argument("--tuning", action="store_true", help="take prompts and seeds that no table reports")
@@ -91,7 +75,10 @@ def main() -> None:
     if args.show:
         show(json.loads(args.show.read_text()))
         return
-    recipes = {row: recipe_of(row) for row in args.rows}  # a mistake is found before the first clip
+    recipes = {row: recipe_of(row) for row in args.rows or SETS[args.set]}  # a mistake is found before the first clip
+    if args.shards:
+        show(in_shards(args))
+        return
     pipe = load("embedded", dtype=getattr(torch, args.dtype), device=torch.device(args.device))
     pipe.set_progress_bar_config(disable=True)
     if args.magnitudes:
@@ -107,18 +94,52 @@ def recipe_of(row: str) -> Recipe:
         ValueError: what a row or a value does not allow.
     """
     named, _, reuse = row.partition("+")
+    named, _, changed = named.partition("@")
     name, _, options = named.partition(":")
     recipe = presets.resolve(name, **{key: ast.literal_eval(value) for key, value in pairs(options)})
+    recipe = recipe.with_fields(dict(pairs(changed)))
     if not reuse:
         return recipe
     kind, _, fields = reuse.partition(":")
     return recipe.with_fields({"reuse": kind} | {f"reuse.{key}": value for key, value in pairs(fields)})
 
 
+def in_shards(args: argparse.Namespace) -> dict[str, Any]:
+    """One process a share of the prompts, then one file of what they left; a prompt's shard goes on where it was."""
+    own = {"--shards", "--out", "--first", "--prompts"}
+    given = [a for n, a in enumerate(sys.argv[1:], 1) if a not in own and sys.argv[n - 1] not in own]
+    each = -(-args.prompts // args.shards)
+    parts, children = [], []
+    for first in range(args.first, args.first + args.prompts, each):
+        number = min(each, args.first + args.prompts - first)
+        parts.append(args.out.with_suffix(f".from{first}.json"))
+        shard = ["--first", str(first), "--prompts", str(number), "--out", str(parts[-1])]
+        children.append(subprocess.Popen([sys.executable, __file__, *given, *shard], stdout=subprocess.DEVNULL))
+    codes = [child.wait() for child in children]
+    if any(codes):
+        raise SystemExit(f"Shards ended with {codes}; the same command goes on where they were.")
+    found = [json.loads(part.read_text()) for part in parts]
+    result = found[0]
+    result["facts"]["command"] = " ".join(["python", *sys.argv])
+    for other in found[1:]:
+        result["dense_seconds"] |= other["dense_seconds"]
+        for row, known in other["rows"].items():
+            result["rows"][row]["clips"] |= known["clips"]
+    args.out.write_text(json.dumps(result, indent=1) + "\n")
+    return result
+
+
 def pairs(text: str) -> list[tuple[str, str]]:
     """``a=1,b=(2,3)`` as pairs: commas within parentheses part nothing."""
-    parts = re.split(r",(?![^(]*\))", text) if text else []
-    return [(name.strip(), value.strip()) for name, _, value in (part.partition("=") for part in parts)]
+    parts, depth = [""], 0
+    for letter in text:
+        depth += (letter == "(") - (letter == ")")
+        if letter == "," and not depth:
+            parts.append("")
+        else:
+            parts[-1] += letter
+    split = [part.partition("=") for part in parts if part]
+    return [(name.strip(), value.strip()) for name, _, value in split]
 
 
 def numbered_prompts(args: argparse.Namespace) -> list[tuple[int, str]]:

@@ -22,6 +22,8 @@ def mass(
     density: float = 0.2,
     dense_fraction: float = 0.2,
     block: tuple[int, int] = (128, 64),
+    score: str = "mass",
+    budget: str = "row",
 ) -> Recipe:
     """Key blocks by their exact attention mass, searched once a run; AdaSpa's search (arXiv 2502.21079) in 3-D tiles.
 
@@ -38,10 +40,11 @@ def mass(
         dense_fraction: share of the denoising steps that stay dense at the start, the search's with them: at least
             one step is dense.
         block: tokens in a query and in a key block.
+        score, budget: see :class:`~dit_accel.stages.select.mass.Mass`.
     """
     return Recipe(
         order=Tiles(),
-        select=Mass(density=density, head_adaptive=False, block=block),
+        select=Mass(density=density, head_adaptive=False, block=block, score=score, budget=budget),
         schedule=Schedule(
             dense_fraction=dense_fraction,
             refresh_at=(0.0,),  # a run has passed it before its first plan, so that one is all

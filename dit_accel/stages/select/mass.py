@@ -13,10 +13,12 @@ from ...kernels import BlockMask, block_sparse_attention
 from ...kernels.common.choice import Case, Choice, Operation, case_of
 from ...kernels.common.tokens import gather_mask
 from ...kernels.mask.pairs import PairMask
+from ...kernels.selection.api import own_blocks, pool_blocks
 from ...kernels.selection.block_mass import block_mass, choose_block_mass, strided_block_mass
+from ...kernels.selection.shared_budget import best_of_all
 from ...layout import TokenLayout
 from ...plan import LayerMemory, SequenceBlocks
-from .pooled import keep_best
+from .pooled import candidates, keep_best, keep_chosen
 from .protocol import (
     HeadDensities,
     Select,
@@ -30,7 +32,7 @@ from .protocol import (
 
 @dataclass(frozen=True)
 class Mass(Select):
-    """Keep the key blocks with the largest softmax mass, every row of a head the same number (AdaSpa).
+    """Keep the key blocks with the largest softmax mass (AdaSpa), or those whose absence would change the output most.
 
     The mass of a block pair is the sum of the exact attention probabilities in it (arXiv 2502.21079). The
     first search of a run takes the log-sum-exp of every query from the dense attention of its step, or computes
@@ -46,6 +48,12 @@ class Mass(Select):
         block: tokens in a query and in a key block.
         head_densities: in place of ``density`` and of ``head_adaptive``, see
             :class:`~dit_accel.stages.select.pooled.Pooled`.
+        score: "mass", or "error": the mass times the distance between the mean value of the key block and the mean
+            output of the query block, which is about what leaving the pair out changes in the output. Error-aware
+            routing (SVG-EAR, arXiv 2603.08982) ranks by an estimate of the same.
+        budget: "row": every query block reads as many key blocks; "head", "layer": as many pairs in all, chosen among
+            all rows of a head or of all heads, with each row's own blocks and its best one. Not the paper's. A
+            process that has a part of the heads shares a budget among these.
         query_stride: every n-th query of a block stands for all: a search takes about so much less time. It must divide
             a query block. Not the paper's, whose masses are of all queries.
     """
@@ -57,12 +65,25 @@ class Mass(Select):
     block: tuple[int, int] = (64, 64)
     head_densities: HeadDensities = ()
     query_stride: int = 1
+    score: str = "mass"
+    budget: str = "row"
     has_density: ClassVar[bool] = True
     has_head_densities: ClassVar[bool] = True
 
     def __post_init__(self) -> None:
         check_share("density", self.density)
         check_share("recall_target", self.recall_target)
+        if self.score not in ("mass", "error"):
+            raise ValueError(f"select.score must be mass or error, got {self.score!r}.")
+        if self.budget not in ("row", "head", "layer"):
+            raise ValueError(f"select.budget must be row, head or layer, got {self.budget!r}.")
+        if self.budget != "row" and self.head_adaptive:
+            raise ValueError(
+                f"select.head_adaptive moves blocks between heads whose rows are alike; it needs select.budget row, "
+                f"got {self.budget}."
+            )
+        if self.budget == "layer" and self.head_densities:
+            raise ValueError("select.head_densities give each head a budget of its own; select.budget layer has one.")
         check_block(self.block)
         check_head_densities(self.head_densities)
         if self.query_stride < 1 or self.block[0] % self.query_stride:
@@ -98,11 +119,14 @@ class Mass(Select):
         mass, lse = self._mass(blocks, call, known)
         if memory is not None and self.cache_lse and lse is not None:
             memory.lse = lse
+        if self.score == "error":
+            mass = error_of(blocks, call, mass)
         return self._keep(blocks, mass, call.key_mask, call.hidden_blocks, call.backend("selection"), call.heads)
 
     def scores(self, blocks: SequenceBlocks, _tables: None, call: AttentionCall) -> torch.Tensor:
-        """Block masses."""
-        return self._mass(blocks, call, None)[0]
+        """Block masses, or the errors."""
+        mass = self._mass(blocks, call, None)[0]
+        return mass if self.score == "mass" else error_of(blocks, call, mass)
 
     def chosen_by(
         self, blocks: SequenceBlocks, scores: torch.Tensor, hidden: torch.Tensor | None = None
@@ -126,6 +150,15 @@ class Mass(Select):
         heads: HeadShard | None = None,
     ) -> BlockMask:
         shares = shares_per_head(self.head_densities, self.density, mass.shape[1], mass.device, heads)
+        assert shares is not None
+        if self.budget != "row":
+            chosen = best_of_all(
+                mass,
+                *pairs_to_choose(blocks, key_mask, hidden),
+                density=shares,
+                across_heads=self.budget == "layer",
+            )
+            return keep_chosen(blocks, chosen, key_mask, backend)
         mask = keep_best(blocks, mass, key_mask, density=shares, hidden=hidden, backend=backend)
         if not self.head_adaptive or self.head_densities or (mass.shape[1] if heads is None else heads.total) < 2:
             return mask
@@ -170,6 +203,43 @@ def mass_of_call(
     if query_stride > 1:
         return strided_block_mass(call.q, call.k, query_stride=query_stride, **given), lse
     return block_mass(call.q, call.k, **given)
+
+
+def error_of(blocks: SequenceBlocks, call: AttentionCall, mass: torch.Tensor) -> torch.Tensor:
+    """Mass times the distance between a key block's mean value and a query block's mean output, ``[B, H, nq, nk]``.
+
+    The output without a pair of blocks moves, to first order, by its mass times that distance. Mean outputs are
+    those of the masses and the mean values.
+    """
+    values = pool_blocks(
+        call.v, blocks.block_k, rows=blocks.kernel_rows, key_mask=call.key_mask, backend=call.backend("selection")
+    )
+    # Distances of centred vectors: what all values have in common would cost digits.
+    values = values - values.mean(2, keepdim=True)
+    total = mass.sum(-1, keepdim=True).clamp_min(torch.finfo(mass.dtype).tiny)
+    outputs = mass @ values / total
+    squares = outputs.square().sum(-1)[..., None] + values.square().sum(-1)[..., None, :]
+    return (
+        mass
+        * torch.baddbmm(squares.flatten(0, 1), outputs.flatten(0, 1), values.flatten(0, 1).transpose(1, 2), alpha=-2.0)
+        .view_as(mass)
+        .clamp_min(0.0)
+        .sqrt()
+    )
+
+
+def pairs_to_choose(
+    blocks: SequenceBlocks, key_mask: torch.Tensor | None, hidden: torch.Tensor | None
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """bool ``[B|1, H|1, nq, nk]``: pairs of latent blocks to choose from, and those of them that share tokens."""
+    allowed = candidates(blocks, key_mask)[..., None, :]
+    if blocks.forced_q is not None:
+        allowed = allowed & ~blocks.forced_q[..., None]
+    if hidden is not None:
+        allowed = allowed & ~hidden
+    seq_len = blocks.layout.seq_len
+    own = own_blocks(blocks.block_q, blocks.block_k, seq_len, seq_len, blocks.device)
+    return allowed, own[None, None] & allowed
 
 
 def recall(mass: torch.Tensor, mask: BlockMask) -> torch.Tensor:

@@ -1,0 +1,68 @@
+"""Rows of whole runs of the embedded model, for reuse_front.py: each set answers one question."""
+
+from __future__ import annotations
+
+from itertools import product
+
+REUSE = (
+    "mass:density=.3",
+    "mass:density=.3,dense_fraction=.1",
+    *(f"dense+first_block:threshold={threshold}" for threshold in (0.05, 0.08, 0.12, 0.2)),
+    "dense+energy:threshold=.15",
+    "dense+energy:threshold=.3",
+    "dense+energy:threshold=.5,max_skipped=3",
+    "dense+forecast:interval=2",
+    "dense+forecast:interval=3",
+    "dense+listed:computed=(0,1,2,3,4,6,8,11,14,17,20,23,26,29),order=1",
+    "dense+listed:computed=(0,1,2,4,7,10,14,18,22,26,29),order=1",
+    "dense+listed:computed=(0,1,2,5,9,14,19,24,29),order=1",
+    "mass:density=.3,dense_fraction=.1+energy:threshold=.3",
+    "mass:density=.3,dense_fraction=.1+energy:threshold=.5,max_skipped=3",
+    "balanced",
+    "fast",
+    "max",
+    "balanced:threshold=.2",
+    "fast:threshold=.45",
+)
+
+# What ranks pairs of blocks, and which rows share a budget; the laboratory's best, with and without block means.
+BEST = "mass:density={},score='error',budget='layer'"
+SCORES = (
+    *(f"mass:density={density}" for density in (0.1, 0.12, 0.15, 0.2)),
+    *(BEST.format(density) for density in (0.1, 0.12, 0.15, 0.2)),
+    *(f"mass:density={density},score='error'" for density in (0.1, 0.2)),
+    *(f"mass:density={density},budget='layer'" for density in (0.1, 0.2)),
+    *(f"mass:density={density},score='error',budget='head'" for density in (0.1, 0.2)),
+    *(f"mass:density={density}@compensate=residual" for density in (0.1, 0.2)),
+    *(BEST.format(density) + "@compensate=residual" for density in (0.1, 0.15, 0.2)),
+    *(f"mass:density={density},block=(64,64)" for density in (0.1, 0.2)),
+    *(BEST.format(density) + ",block=(64,64)" for density in (0.08, 0.1, 0.2)),
+    *(f"pooled:density={density}" for density in (0.1, 0.2)),
+)
+
+# The dense phase: its length, later searches (each a dense step), a density that falls, dense layers. Of 30 steps the shares
+# make 1, 2, 3 and 4 dense; a fifth is in the set of scores.
+SHARES = (0.034, 0.067, 0.1, 0.134)
+LATER = "@schedule.refresh_at=(0.0,{})"
+# Early steps at a higher density in place of dense ones, planned anew at a fifth and at half of the run.
+FALLING = ("((0.0,0.5),(0.19,0.5),(0.2,0.15),(0.5,0.1))", "((0.0,0.4),(0.19,0.4),(0.2,0.2),(0.5,0.1))")
+DENSE_PHASE = (
+    *(BEST.format(density) + f",dense_fraction={share}" for density, share in product((0.1, 0.2), SHARES)),
+    *(BEST.format(0.3) + f",dense_fraction={share}" for share in SHARES[:3]),
+    *(
+        BEST.format(density) + f",dense_fraction={share}" + LATER.format(later)
+        for density, share in product((0.1, 0.2), (0.034, 0.1))
+        for later in ("0.2", "0.4", "0.2,0.5")
+    ),
+    *(
+        BEST.format(0.1) + f",dense_fraction={share}" + LATER.format("0.2,0.5") + f",schedule.density_points={points}"
+        for share, points in product((0.034, 0.1), FALLING)
+    ),
+    *(
+        BEST.format(density) + f",dense_fraction=.1@schedule.dense_layers={layers}"
+        for density, layers in product((0.1, 0.2), ("(0,)", "(-1,)"))
+    ),
+    *(f"mass:density={density},dense_fraction=.1" for density in (0.1, 0.2, 0.3)),
+)
+
+SETS = {"reuse": REUSE, "scores": SCORES, "dense_phase": DENSE_PHASE}
