@@ -18,7 +18,7 @@ an H200, and so were tiles of 64 queries (8.5 ms for 7.5 at 32,768 tokens)."""
 def tile_logits(
     b_q,
     k_ptr,
-    k_rows_ptr,
+    rows_ptr,
     mask_ptr,
     start,
     kv_len,
@@ -39,7 +39,7 @@ def tile_logits(
     valid = slot < kv_len
     row = slot
     if HAS_ROWS:
-        row = tl.load(k_rows_ptr + slot, mask=valid, other=0)
+        row = tl.load(rows_ptr + slot, mask=valid, other=0)
     p_k = k_ptr + row.to(tl.int64)[None, :] * stride_ks + o_d[:, None] * stride_kd
     if TAIL:
         b_k = tl.load(p_k, mask=valid[None, :] & (o_d < DIM)[:, None], other=0.0)
@@ -85,7 +85,6 @@ def block_mass_fwd_kernel(
     q_ptr,
     k_ptr,
     rows_ptr,
-    k_rows_ptr,
     mask_ptr,
     clean_ptr,
     lse_ptr,
@@ -107,14 +106,11 @@ def block_mass_fwd_kernel(
     stride_kd,
     stride_rb,
     stride_rh,
-    stride_krb,
-    stride_krh,
     stride_mb,
     stride_cb,
     stride_ch,
     WRITE_LSE: tl.constexpr,
-    HAS_Q_ROWS: tl.constexpr,
-    HAS_K_ROWS: tl.constexpr,
+    HAS_ROWS: tl.constexpr,
     HAS_MASK: tl.constexpr,
     TILE_Q: tl.constexpr,
     TILE_K: tl.constexpr,
@@ -134,11 +130,11 @@ def block_mass_fwd_kernel(
     slot = i * TILE_Q + tl.arange(0, TILE_Q)
     in_q = slot < q_len
     row = slot
-    if HAS_Q_ROWS:
-        row = tl.load(rows_ptr + b * stride_rb + h * stride_rh + slot, mask=in_q, other=0)
+    rows_ptr += b * stride_rb + h * stride_rh
+    if HAS_ROWS:
+        row = tl.load(rows_ptr + slot, mask=in_q, other=0)
     q_ptr += b.to(tl.int64) * stride_qb + h.to(tl.int64) * stride_qh
     k_ptr += b.to(tl.int64) * stride_kb + h.to(tl.int64) * stride_kh
-    k_rows_ptr += b * stride_krb + h * stride_krh
     mask_ptr += b * stride_mb
     p_q = q_ptr + row.to(tl.int64)[:, None] * stride_qs + o_d[None, :] * stride_qd
     b_q = tl.load(p_q, mask=in_q[:, None] & (o_d < DIM)[None, :], other=0.0)
@@ -154,8 +150,8 @@ def block_mass_fwd_kernel(
         total = tl.zeros([TILE_Q], tl.float32)
         for j in range(0, clean):
             s = tile_logits(
-                b_q, k_ptr, k_rows_ptr, mask_ptr, j * TILE_K, kv_len, stride_ks, stride_kd, scale, o_d,
-                HAS_K_ROWS, False, False, TILE_K, DIM, DIM_PAD, PRECISION,
+                b_q, k_ptr, rows_ptr, mask_ptr, j * TILE_K, kv_len, stride_ks, stride_kd, scale, o_d,
+                HAS_ROWS, False, False, TILE_K, DIM, DIM_PAD, PRECISION,
             )  # fmt: skip
             new = tl.maximum(top, tl.max(s, 1))
             total = total * tl.exp2(top - new) + tl.sum(tl.exp2(s - new[:, None]), 1)
@@ -163,16 +159,16 @@ def block_mass_fwd_kernel(
         if HAS_MASK:
             for j in range(clean, full):
                 s = tile_logits(
-                    b_q, k_ptr, k_rows_ptr, mask_ptr, j * TILE_K, kv_len, stride_ks, stride_kd, scale, o_d,
-                    HAS_K_ROWS, HAS_MASK, False, TILE_K, DIM, DIM_PAD, PRECISION,
+                    b_q, k_ptr, rows_ptr, mask_ptr, j * TILE_K, kv_len, stride_ks, stride_kd, scale, o_d,
+                    HAS_ROWS, HAS_MASK, False, TILE_K, DIM, DIM_PAD, PRECISION,
                 )  # fmt: skip
                 new = tl.maximum(top, tl.max(s, 1))
                 total = total * tl.exp2(top - new) + tl.sum(tl.exp2(s - new[:, None]), 1)
                 top = new
         if full * TILE_K < kv_len:
             s = tile_logits(
-                b_q, k_ptr, k_rows_ptr, mask_ptr, full * TILE_K, kv_len, stride_ks, stride_kd, scale, o_d,
-                HAS_K_ROWS, HAS_MASK, True, TILE_K, DIM, DIM_PAD, PRECISION,
+                b_q, k_ptr, rows_ptr, mask_ptr, full * TILE_K, kv_len, stride_ks, stride_kd, scale, o_d,
+                HAS_ROWS, HAS_MASK, True, TILE_K, DIM, DIM_PAD, PRECISION,
             )  # fmt: skip
             new = tl.maximum(top, tl.max(s, 1))
             total = total * tl.exp2(top - new) + tl.sum(tl.exp2(s - new[:, None]), 1)
@@ -186,23 +182,23 @@ def block_mass_fwd_kernel(
         p_mass = mass_ptr + (b.to(tl.int64) * heads + h) * nq * nk
         for j in range(0, clean):
             s = tile_logits(
-                b_q, k_ptr, k_rows_ptr, mask_ptr, j * TILE_K, kv_len, stride_ks, stride_kd, scale, o_d,
-                HAS_K_ROWS, False, False, TILE_K, DIM, DIM_PAD, PRECISION,
+                b_q, k_ptr, rows_ptr, mask_ptr, j * TILE_K, kv_len, stride_ks, stride_kd, scale, o_d,
+                HAS_ROWS, False, False, TILE_K, DIM, DIM_PAD, PRECISION,
             )  # fmt: skip
             p = tl.exp2(s - lse[:, None])
             store_masses(p_mass, p, i * FOLD_Q, j * FOLD_K, nq, nk, FOLD_Q, FOLD_K, TILE_Q, TILE_K)
         if HAS_MASK:
             for j in range(clean, full):
                 s = tile_logits(
-                    b_q, k_ptr, k_rows_ptr, mask_ptr, j * TILE_K, kv_len, stride_ks, stride_kd, scale, o_d,
-                    HAS_K_ROWS, HAS_MASK, False, TILE_K, DIM, DIM_PAD, PRECISION,
+                    b_q, k_ptr, rows_ptr, mask_ptr, j * TILE_K, kv_len, stride_ks, stride_kd, scale, o_d,
+                    HAS_ROWS, HAS_MASK, False, TILE_K, DIM, DIM_PAD, PRECISION,
                 )  # fmt: skip
                 p = tl.exp2(s - lse[:, None])
                 store_masses(p_mass, p, i * FOLD_Q, j * FOLD_K, nq, nk, FOLD_Q, FOLD_K, TILE_Q, TILE_K)
         if full * TILE_K < kv_len:
             s = tile_logits(
-                b_q, k_ptr, k_rows_ptr, mask_ptr, full * TILE_K, kv_len, stride_ks, stride_kd, scale, o_d,
-                HAS_K_ROWS, HAS_MASK, True, TILE_K, DIM, DIM_PAD, PRECISION,
+                b_q, k_ptr, rows_ptr, mask_ptr, full * TILE_K, kv_len, stride_ks, stride_kd, scale, o_d,
+                HAS_ROWS, HAS_MASK, True, TILE_K, DIM, DIM_PAD, PRECISION,
             )  # fmt: skip
             p = tl.exp2(s - lse[:, None])
             store_masses(p_mass, p, i * FOLD_Q, full * FOLD_K, nq, nk, FOLD_Q, FOLD_K, TILE_Q, TILE_K)
@@ -235,7 +231,6 @@ def block_mass_triton(
                 q,
                 k,
                 or_stand_in(rows, q),
-                or_stand_in(rows, q),
                 or_stand_in(key_mask, q),
                 or_stand_in(clean, q),
                 lse,
@@ -249,12 +244,10 @@ def block_mass_triton(
                 *q.stride(),
                 *k.stride(),
                 *lead_strides(rows),
-                *lead_strides(rows),
                 kv_len if key_mask is not None else 0,
                 *lead_strides(clean),
                 WRITE_LSE=write_lse,
-                HAS_Q_ROWS=rows is not None,
-                HAS_K_ROWS=rows is not None,
+                HAS_ROWS=rows is not None,
                 HAS_MASK=key_mask is not None,
                 TILE_Q=tile_q,
                 TILE_K=tile_k,
