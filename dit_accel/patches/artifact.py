@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
@@ -132,8 +132,7 @@ class CalibrationArtifact:
     def recipe_for(self, part: CalibratedTransformer, asked: Recipe, rederive: bool) -> tuple[Recipe, bool]:
         """The recipe to run, and whether the masks hold for it.
 
-        Order and selection make the masks and must be the calibrated ones; precision, compensation and schedule
-        may differ.
+        Order and selection make the masks and must be the calibrated ones; the other axes may differ.
 
         Raises:
             ValueError: they are others, and ``rederive`` is not set; the message names the first.
@@ -153,7 +152,7 @@ class CalibrationArtifact:
                 raise ValueError("The calibration has no axis orders for this recipe.")
             order = part.recipe.order
         select = part.recipe.select if differs is None else asked.select
-        return Recipe(order, select, asked.compensate, asked.precision, asked.schedule), differs is None
+        return replace(asked, order=order, select=select), differs is None
 
 
 def write_tensors(path: Path, tensors: Mapping[str, torch.Tensor], header: Mapping[str, Any]) -> None:
