@@ -72,7 +72,7 @@ def why_not_kernels(case: Case) -> str | None:
         return "triton is not installed"
     if case.device.type == "cuda":
         major, minor = compute_capability(case.device.index or 0)
-        if major < 8:
+        if major < 8 and not is_amd():
             return f"the triton kernels need compute capability 8.0 or newer, got {major}.{minor}"
     elif not interpreted():
         return f"the triton kernels need a CUDA device, got {case.device.type}"
@@ -119,6 +119,8 @@ def why_not_fa4(case: Case) -> str | None:
         return "flash-attn-4 is not installed (pip install dit-accel[fa4])"
     if case.device.type != "cuda":
         return f"flash-attn-4 needs a CUDA device, got {case.device.type}"
+    if is_amd():
+        return "flash-attn-4 is for NVIDIA's GPUs"
     major, minor = compute_capability(case.device.index or 0)
     if (major, minor) != (9, 0):
         return f"flash-attn-4's block lists are translated for compute capability 9.0, got {major}.{minor}"
