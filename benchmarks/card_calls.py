@@ -40,6 +40,7 @@ DIMS = (64, 72, 96, 128, 256)
 DTYPES = (torch.bfloat16, torch.float16, torch.float32)
 BLOCKS = ((128, 128), (128, 64), (64, 128), (64, 64), (32, 32), (16, 16))
 LENGTH = 256
+SIZES_OF_TILES = ("BLOCK_Q", "BLOCK_K", "TILE_Q", "TILE_K", "BLOCK_D")
 Call = Callable[[], Any]
 
 
@@ -97,9 +98,11 @@ def facts(kernel: Any, logs: dict[str, str]) -> dict[str, Any]:
         found = amd_facts(assembly["amdgcn"])
     else:
         found = nvidia_facts(assembly["ptx"], logs[assembly["ptx"]])
-    metadata = kernel.metadata
+    metadata, names = kernel.metadata, kernel.src.fn.arg_names
+    constants = {names[place[0]]: value for place, value in kernel.src.constants.items()}
     return {
         **found,
+        "tiles": {name: constants[name] for name in SIZES_OF_TILES if name in constants},
         "shared": metadata.shared,
         "tensor_columns": getattr(metadata, "tmem_size", None) or 0,
         "warps": metadata.num_warps,
@@ -174,10 +177,11 @@ def main() -> None:
     parser.add_argument("--share", default="0/1", help="which of how many shares of the calls")
     parser.add_argument("--only", action="append", default=[], help="a call's whole name; more than once for several")
     parser.add_argument("--holds", default="", help="what a call's name must hold")
+    parser.add_argument("--pretend-kib", type=int, help="what launchers are told of the card's shared memory")
     asked = parser.parse_args()
     share, shares = map(int, asked.share.split("/"))
     on = card(asked.card)
-    stand_in(on.target, on.shared_kib << 10)
+    stand_in(on.target, (asked.pretend_kib or on.shared_kib) << 10)
     logs = assembler_logs()
     seen: set[int] = set()
     running = ""

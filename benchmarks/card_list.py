@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+from dit_accel.kernels.attention.launch_configs import Unit
+
 
 @dataclass(frozen=True)
 class Card:
@@ -21,6 +23,12 @@ class Card:
     examples: str
     shared_kib: int
     products: str
+
+    @property
+    def unit(self) -> Unit:
+        """Who multiplies a tile of rows by itself."""
+        units: dict[str, Unit] = {"mma.sync": "warp", "v_mfma": "wave64", "v_wmma": "wave32"}
+        return units.get(self.products, "warpgroup")
 
     @property
     def name(self) -> str:

@@ -41,6 +41,7 @@ def info(
 
 def collect(device: torch.device) -> dict[str, Any]:
     """Everything the command shows, as plain data."""
+    from ..kernels.common.support import support
     from ..patches.families import FAMILIES, registered
     from ..pipelines.architectures import ARCHITECTURES
     from ..pipelines.builtin import builtins
@@ -49,6 +50,7 @@ def collect(device: torch.device) -> dict[str, Any]:
 
     return {
         **environment(device),
+        "support": support(device),
         "backends": _backends(device),
         "operations": _operations(device),
         "families": [
@@ -158,6 +160,7 @@ def _show(data: dict[str, Any]) -> None:
     facts = f"{device['name']} ({', '.join(f'{k} {v}' for k, v in device.items())})"
     for title, text in (
         ("Device", facts),
+        ("Kernels", data["support"]),
         ("Versions", ", ".join(f"{k} {v}" for k, v in data["versions"].items())),
     ):
         console.print(Text(title, style="bold"), text)

@@ -36,6 +36,7 @@ def test_info_lists_everything() -> None:
     data = run_json("info", "--device", "cpu")
     assert data["device"]["type"] == "cpu"
     assert {"torch", "diffusers", "dit-accel"} <= set(data["versions"])
+    assert data["support"] == "tested: the torch backend"
     assert [row["name"] for row in data["backends"]] == list(BACKENDS)
     assert all(row["available"] or row["reason"] for row in data["backends"])
     operations = {row["name"]: row for row in data["operations"]}

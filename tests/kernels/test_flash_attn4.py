@@ -140,11 +140,12 @@ def test_the_predicate_names_what_is_missing(monkeypatch):
     ("change", "message"),
     [
         ({}, None),
-        ({"arch": (10, 0)}, "capability 9.0"),
+        ({"arch": (12, 0)}, "9.0 and 10.x, got 12.0"),
+        ({"arch": (8, 9)}, "9.0 and 10.x, got 8.9"),
         ({"dtype": torch.float32}, "float16 or bfloat16"),
         ({"dim": 100}, "multiples of 8"),
         ({"dim": 256}, "up to 128"),
-        ({"block": (32, 64)}, "blocks of 64 and 128"),
+        ({"block": (32, 64)}, "blocks of 64 or 128 queries"),
         ({"rows": True}, "reordered copies"),
         ({"key_mask": True}, "key mask"),
         ({"bits": True}, "token bits"),
@@ -167,6 +168,44 @@ def test_the_predicate_on_hopper(change, message, monkeypatch):
     )
     reason = capability.why_not_fa4(case)
     assert reason is None if message is None else message in reason
+
+
+@pytest.mark.parametrize(
+    ("blocks", "recorded", "message"),
+    [
+        ((256, 128), False, None),
+        ((256, 256), False, None),
+        ((128, 128), False, "blocks of 256 queries and 128 or 256 keys here, got 128x128"),
+        ((256, 64), False, "got 256x64"),
+        # Gradients are our kernel's, which has no such blocks.
+        ((256, 128), True, "block_q and block_k in"),
+    ],
+)
+def test_the_predicate_on_blackwell(blocks, recorded, message, monkeypatch):
+    monkeypatch.setattr(capability, "_FA4_INSTALLED", True)
+    monkeypatch.setattr(capability, "compute_capability", lambda index: (10, 0))
+    reason = capability.why_not_fa4(Case(torch.device("cuda", 0), torch.bfloat16, 128, blocks, recorded))
+    assert reason is None if message is None else message in reason
+
+
+@pytest.mark.parametrize("case", [{}, {"length": 700}, {"batch": 2, "lead": (2, 3), "length": 900}])
+def test_lists_of_blackwells_blocks_say_what_the_mask_says(case, stub, monkeypatch):
+    """Its interface takes lists there of a multiple of two tiles of 128 queries and of one of 128 keys."""
+    pytest.importorskip("triton")
+    from dit_accel.kernels.attention.flash_attn4 import fa4_attention
+
+    def on_blackwell(*args, block_sparse_tensors, **settings):
+        lists, length = block_sparse_tensors, args[0].shape[1]
+        assert lists.block_size[0] % 256 == lists.block_size[1] % 128 == 0
+        assert lists.mask_block_cnt.shape[2] == lists.full_block_cnt.shape[2] == -(-length // lists.block_size[0])
+        return stand_in(*args, block_sparse_tensors=lists, **settings)
+
+    monkeypatch.setattr(sys.modules["flash_attn.cute"], "flash_attn_func", on_blackwell)
+    q, k, v, mask, _, _, visible = build(**{"block": (256, 128), "length": 512, **case}, dtype=torch.float64)
+    exact, exact_lse = dense_attention(q, k, v, visible)
+    out, lse = fa4_attention(q, k, v, mask, scale=q.shape[-1] ** -0.5)
+    torch.testing.assert_close(out, exact, rtol=0, atol=1e-12)
+    torch.testing.assert_close(lse, exact_lse, rtol=0, atol=1e-12)
 
 
 def test_auto_takes_it_only_where_the_table_says_so(monkeypatch):

@@ -1,4 +1,4 @@
-"""Launch configurations: tiles of a block give the block's result, and what does not fit a GPU is lowered until it does."""
+"""Launch configurations: tiles give the result of whole blocks, and what does not fit a GPU is lowered."""
 
 import itertools
 
@@ -122,10 +122,10 @@ def gpu(monkeypatch):
         monkeypatch.setattr(capability, "compute_capability", lambda index: capability_of)
         monkeypatch.setattr(capability, "shared_memory", lambda index: kib * KIB)
         monkeypatch.setattr(tuning, "_device_name", lambda index: name)
-        tuning._matrix_unit.cache_clear()
+        tuning.matrix_unit.cache_clear()
 
     yield here
-    tuning._matrix_unit.cache_clear()
+    tuning.matrix_unit.cache_clear()
 
 
 def mask_of(block_q, block_k):

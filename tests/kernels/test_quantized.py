@@ -8,7 +8,9 @@ import torch
 pytest.importorskip("triton")
 
 from dit_accel.kernels import quantize_inputs, quantized_block_sparse_attention
+from dit_accel.kernels.attention.launch_configs import LaunchConfig
 from dit_accel.kernels.common.quantized_inputs import KEY_PLACE, dequantize, reference_quantize
+from dit_accel.kernels.quantized.triton import forward as portable
 from dit_accel.kernels.quantized.triton.prologue import quantize_inputs as prologue
 
 from .oracle import UNIT_ROUNDOFF, assert_close, dense_attention, on_cpu
@@ -286,6 +288,16 @@ def test_int8_matches_dequantised_attention(case, key_scales, device):
 @pytest.mark.parametrize("case", ["ragged", "rows_key_mask"])
 def test_fp8_matches_dequantised_attention(case, key_scales, device):
     check(device, "int8_fp8", torch.float16, "triton", key_scales, **CASES[case])
+
+
+@pytest.mark.parametrize(
+    ("precision", "key_scales", "case"),
+    [("int8", "thread", "ragged"), ("int8", "block", "bits"), ("int8_fp8", "thread", "rows_key_mask")],
+)
+def test_tiles_of_a_block_match_too(precision, key_scales, case, device, monkeypatch):
+    """As GPUs have them on which each warp multiplies by itself."""
+    monkeypatch.setattr(portable, "_config", lambda mask, columns, q: LaunchConfig(4, 1, 32, 32))
+    check(device, precision, torch.float16, "triton", key_scales, **CASES[case])
 
 
 @pytest.mark.gpu

@@ -49,6 +49,8 @@ class Work:
         columns: of a tile, the head dim as it is padded.
         element_bytes: of queries, keys and values.
         has_bits: whether blocks are masked by token.
+        permuted: whether rows are gathered.
+        padded: whether the head dim is less than ``columns``, so that every read is masked.
     """
 
     op: str
@@ -57,6 +59,8 @@ class Work:
     columns: int
     element_bytes: int
     has_bits: bool = False
+    permuted: bool = False
+    padded: bool = False
 
     def kept_and_walked(self, config: LaunchConfig) -> tuple[int, int]:
         """Rows of the tile that a program keeps, and of those that it walks along: keys for dK and dV, else queries."""

@@ -90,7 +90,8 @@ def entry_key(op: str, block_q: int, block_k: int, head_dim: int, permuted: bool
 def launch_config(op: str, q: torch.Tensor, mask: BlockMask, permuted: bool) -> LaunchConfig:
     """The table's entry for a call, or a default that fits the GPU's shared memory."""
     dim, bits = q.shape[-1], mask.token_bits is not None
-    work = Work(op, mask.block_q, mask.block_k, padded_head_dim(dim), q.element_size(), bits)
+    columns = padded_head_dim(dim)
+    work = Work(op, mask.block_q, mask.block_k, columns, q.element_size(), bits, permuted, columns != dim)
     if not q.is_cuda:  # interpreted
         return _usual(work)
     index = q.device.index or 0
@@ -98,7 +99,7 @@ def launch_config(op: str, q: torch.Tensor, mask: BlockMask, permuted: bool) -> 
     if q.dtype != torch.float32:
         found = _table(_device_name(index))["entries"].get(entry_key(op, mask.block_q, mask.block_k, dim, permuted))
     if found is None:
-        return _default(work, *_matrix_unit(index))
+        return _default(work, *matrix_unit(index))
     warps, stages = found
     if bits:  # the table was measured without
         room = capability.shared_memory(index) - mask.block_q * padded_head_dim(dim) * q.element_size()
@@ -107,7 +108,7 @@ def launch_config(op: str, q: torch.Tensor, mask: BlockMask, permuted: bool) -> 
 
 
 @cache
-def _matrix_unit(index: int) -> tuple[Unit, int]:
+def matrix_unit(index: int) -> tuple[Unit, int]:
     """Who multiplies matrices on a GPU, and the bytes of its shared memory."""
     limit = capability.shared_memory(index)
     if capability.is_amd():
@@ -150,25 +151,35 @@ def _by_warps(work: Work, unit: Unit) -> LaunchConfig:
     take half the rows for as many warps.
     """
     wide = work.columns >= 256
-    kept = min(work.block_k if work.op == "backward_dkv" else work.block_q, 64 if wide else 128)
     if work.op == "backward_dkv":
-        kept = min(kept, 64)
-    walked = min(work.block_q if work.op == "backward_dkv" else work.block_k, 32 if wide else 64)
-    warps = 8 if wide or (work.op == "backward_dkv" and work.columns >= 128) else max(1, kept // SMALLEST_TILE)
-    if unit == "wave64":
-        warps = max(1, warps // 2)
+        kept, walked = min(work.block_k, 64), min(work.block_q, 32 if wide else 64)
+        warps = 8 if work.columns >= 128 else 4
+    else:
+        kept, walked = min(work.block_q, 64 if wide else 128), min(work.block_k, 32 if wide else 64)
+        warps = 8 if wide else kept // SMALLEST_TILE
+    stages = 3
+    if work.op == "forward" and work.permuted and work.columns == 128:
+        # Of rows that are gathered the compiler keeps one buffer also in three stages, which spill 36 bytes (8.0 to
+        # 8.9) or 160 (12.0) for it.
+        stages = 2
+        if work.padded:
+            stages, warps = 3, 8
+            walked = min(walked, 32 if kept == 128 else 64)
     if kept <= 32:
         warps = _few_warps(4, kept, work.columns)
+    if unit == "wave64":
+        warps = max(1, warps // 2)
     tile_q, tile_k = (walked, kept) if work.op == "backward_dkv" else (kept, walked)
-    return LaunchConfig(warps, 3, tile_q, tile_k)
+    return LaunchConfig(warps, stages, tile_q, tile_k)
 
 
 def _float32(work: Work) -> LaunchConfig:
-    """Exact products have no matrix unit, and a thread loads whole rows for each: four a thread spill little."""
-    tile_q, tile_k = min(work.block_q, 32), min(work.block_k, 16 if work.columns >= 256 else 32)
-    if work.op != "forward" and work.columns >= 256:
+    """Exact products have no matrix unit, and a thread loads whole rows for each: few a thread spill little."""
+    wide = work.columns >= 256
+    tile_q, tile_k = min(work.block_q, 32), min(work.block_k, 16 if wide else 32)
+    if work.op != "forward" and wide:
         tile_q = SMALLEST_TILE
-    return LaunchConfig(max(1, tile_q * tile_k // 128), 1, tile_q, tile_k)
+    return LaunchConfig(max(1, min(8, tile_q * tile_k // (64 if wide else 128))), 1, tile_q, tile_k)
 
 
 def fa4_is_fastest(case: Case) -> bool:

@@ -7,6 +7,7 @@ from functools import cache
 
 import torch
 
+from ..common.capability import is_amd
 from ..common.choice import Choice
 from ..mask.block_mask import BlockMask
 
@@ -47,6 +48,8 @@ def why_not_hopper_quantized(q: torch.Tensor, mask: BlockMask, smooth_q: bool) -
 def _why_not_gluon(q: torch.Tensor) -> str | None:
     if not q.is_cuda or os.environ.get("TRITON_INTERPRET", "0") == "1":
         return "it needs a GPU"
+    if is_amd():
+        return "it is for NVIDIA's GPUs"
     return _why_not_this_triton()
 
 

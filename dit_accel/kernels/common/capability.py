@@ -18,7 +18,9 @@ from .choice import Case, Choice, choose
 TRITON_BLOCKS_Q = (16, 32, 64, 128)
 TRITON_BLOCKS_K = (16, 32, 64, 128)
 TRITON_MAX_HEAD_DIM = 256
-FA4_BLOCKS = (64, 128)
+# Query and key blocks of flash-attn-4's lists (4.0.0b36), by compute capability: on Blackwell a program takes two tiles
+# of 128 queries, so that lists are of 256, and tiles of 128 keys. It refuses lists on 8.x and 12.x.
+FA4_BLOCKS = {9: ((64, 128), (64, 128)), 10: ((256,), (128, 256))}
 
 
 # Looked up once, without importing it; a cached function would make torch.compile warn.
@@ -72,7 +74,7 @@ def why_not_kernels(case: Case) -> str | None:
         return "triton is not installed"
     if case.device.type == "cuda":
         major, minor = compute_capability(case.device.index or 0)
-        if major < 8:
+        if major < 8 and not is_amd():
             return f"the triton kernels need compute capability 8.0 or newer, got {major}.{minor}"
     elif not interpreted():
         return f"the triton kernels need a CUDA device, got {case.device.type}"
@@ -119,15 +121,21 @@ def why_not_fa4(case: Case) -> str | None:
         return "flash-attn-4 is not installed (pip install dit-accel[fa4])"
     if case.device.type != "cuda":
         return f"flash-attn-4 needs a CUDA device, got {case.device.type}"
+    if is_amd():
+        return "flash-attn-4 is for NVIDIA's GPUs"
     major, minor = compute_capability(case.device.index or 0)
-    if (major, minor) != (9, 0):
-        return f"flash-attn-4's block lists are translated for compute capability 9.0, got {major}.{minor}"
+    if major not in FA4_BLOCKS:
+        return f"flash-attn-4 has block lists on compute capability 9.0 and 10.x, got {major}.{minor}"
     if case.dtype not in (None, torch.float16, torch.bfloat16):
         return f"flash-attn-4 takes float16 or bfloat16, got {case.dtype}"
     if case.head_dim is not None and (case.head_dim % 8 or case.head_dim > 128):
         return f"flash-attn-4 takes head dims that are multiples of 8, up to 128 with block lists, got {case.head_dim}"
-    if case.blocks is not None and any(n not in FA4_BLOCKS for n in case.blocks):
-        return f"flash-attn-4 takes blocks of 64 and 128 tokens here, got {_spell(case.blocks)}"
+    of_queries, of_keys = FA4_BLOCKS[major]
+    if case.blocks is not None and not (case.blocks[0] in of_queries and case.blocks[1] in of_keys):
+        return (
+            f"flash-attn-4 takes blocks of {' or '.join(map(str, of_queries))} queries and "
+            f"{' or '.join(map(str, of_keys))} keys here, got {_spell(case.blocks)}"
+        )
     if case.permuted:
         return "flash-attn-4 reads rows in order; a permutation would need reordered copies of q, k, v and the output"
     if case.hidden:

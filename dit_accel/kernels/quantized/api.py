@@ -131,7 +131,9 @@ def why_not_quantized(case: Case, precision: str) -> str | None:
         reason = f"8-bit products need blocks of at least 32, got {case.blocks[0]}x{case.blocks[1]}"
     if reason is None and precision == "int8_fp8" and case.device.type == "cuda":
         major, minor = capability.compute_capability(case.device.index or 0)
-        if (major, minor) < (8, 9):
+        if capability.is_amd():
+            reason = "FP8 is for NVIDIA's GPUs, whose format the values have"
+        elif (major, minor) < (8, 9):
             reason = f"FP8 needs compute capability 8.9 or newer, got {major}.{minor}"
     return reason
 

@@ -6,6 +6,8 @@ import torch
 import triton
 import triton.language as tl
 
+from ...attention.launch_configs import LaunchConfig
+from ...attention.tuning import matrix_unit
 from ...common.launch import (
     LOG2_E,
     SIZES,
@@ -59,6 +61,8 @@ def quantized_fwd_kernel(
     scale_log2,
     BLOCK_Q: tl.constexpr,
     BLOCK_K: tl.constexpr,
+    TILE_Q: tl.constexpr,
+    TILE_K: tl.constexpr,
     BLOCK_D: tl.constexpr,
     HEAD_DIM: tl.constexpr,
     PERMUTED: tl.constexpr,
@@ -69,8 +73,13 @@ def quantized_fwd_kernel(
     THREAD_SCALES: tl.constexpr,
     HALF_TYPE: tl.constexpr,
 ):
-    """One query block of one head of a QuantizedInputs; output and LSE go to the original rows."""
-    query_block = tl.program_id(0)
+    """``TILE_Q`` queries of a block of one head of a QuantizedInputs, against ``TILE_K`` keys at a time.
+
+    Output and LSE go to the original rows.
+    """
+    q_tiles: tl.constexpr = BLOCK_Q // TILE_Q
+    k_tiles: tl.constexpr = BLOCK_K // TILE_K
+    query_block = tl.program_id(0) // q_tiles
     plane = tl.program_id(1).to(tl.int64)
     batch, head = plane // heads, plane % heads
     rows_ptr += batch * rows_batch_stride + head * rows_head_stride
@@ -79,8 +88,7 @@ def quantized_fwd_kernel(
     index_ptr += mask_row * list_length
     bit_rows_ptr += mask_row * list_length
 
-    offs_m = tl.arange(0, BLOCK_Q)
-    offs_n = tl.arange(0, BLOCK_K)
+    offs_m = (tl.program_id(0) % q_tiles) * TILE_Q + tl.arange(0, TILE_Q)
     offs_d = tl.arange(0, BLOCK_D)
     column = offs_d < HEAD_DIM
     slot = query_block * BLOCK_Q + offs_m
@@ -91,12 +99,14 @@ def quantized_fwd_kernel(
         q_mean_ptr += (plane * (q_padded // BLOCK_Q) + query_block) * HEAD_DIM
         q_mean = tl.load(q_mean_ptr + offs_d, mask=column, other=0.0) * scale_log2
 
-    acc = tl.zeros([BLOCK_Q, BLOCK_D], tl.float32)
-    row_max = tl.full([BLOCK_Q], float("-inf"), tl.float32)
-    row_sum = tl.zeros([BLOCK_Q], tl.float32)
+    acc = tl.zeros([TILE_Q, BLOCK_D], tl.float32)
+    row_max = tl.full([TILE_Q], float("-inf"), tl.float32)
+    row_sum = tl.zeros([TILE_Q], tl.float32)
     count = tl.load(counts_ptr + mask_row)
     full = tl.load(fulls_ptr + mask_row)
-    for entry in range(0, count):
+    for step in range(0, count * k_tiles):
+        entry = step // k_tiles
+        offs_n = (step % k_tiles) * TILE_K + tl.arange(0, TILE_K)
         block = tl.load(index_ptr + entry)
         key_slot = block * BLOCK_K + offs_n
         key_at = plane * kv_padded + key_slot
@@ -169,6 +179,16 @@ def quantized_fwd_kernel(
 _TRITON_TYPES = {torch.float16: tl.float16, torch.bfloat16: tl.bfloat16, torch.float32: tl.float32}
 
 
+def _config(mask: BlockMask, columns: int, q: torch.Tensor) -> LaunchConfig:
+    """Whole blocks, or where each warp multiplies by itself tiles that fit 64 KiB and its registers."""
+    stages = 3 if columns <= 128 else 2
+    if not q.is_cuda or matrix_unit(q.device.index or 0)[0] == "warpgroup":
+        return LaunchConfig(8 if mask.block_q * columns >= 128 * 128 else 4, stages)
+    wide = columns > 128
+    tile_q, tile_k = min(mask.block_q, 64 if wide else 128), min(mask.block_k, 32 if wide else 64)
+    return LaunchConfig(8 if wide or tile_q == 128 else 4, stages, tile_q, tile_k)
+
+
 def quantized_forward(
     quantized: QuantizedInputs,
     mask: BlockMask,
@@ -187,7 +207,9 @@ def quantized_forward(
     nq, _ = mask.num_blocks
     rows = int32_rows(rows)
     block_d = max(32, padded_head_dim(dim))  # 8-bit products take at least 32 columns at once
-    quantized_fwd_kernel[(nq, batch * heads)](
+    config = _config(mask, block_d, quantized.q)
+    tile_q, tile_k = config.tiles(mask)
+    quantized_fwd_kernel[(nq * (mask.block_q // tile_q), batch * heads)](
         quantized.q,
         quantized.k,
         quantized.v,
@@ -209,14 +231,16 @@ def quantized_forward(
         q_padded,
         kv_padded,
         scale * LOG2_E,
+        TILE_Q=tile_q,
+        TILE_K=tile_k,
         BLOCK_D=block_d,
         HEAD_DIM=dim,
         SMOOTH_Q=quantized.smooth_q,
         FP8=quantized.v_scale is not None,
         THREAD_SCALES=quantized.scales_by_thread,
         HALF_TYPE=_TRITON_TYPES[dtype],
-        num_warps=8 if mask.block_q * block_d >= 128 * 128 else 4,
-        num_stages=3 if block_d <= 128 else 2,
+        num_warps=config.num_warps,
+        num_stages=config.num_stages,
         **mask_constants(mask, rows, key_mask),
     )
     return out, lse
