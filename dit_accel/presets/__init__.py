@@ -15,7 +15,7 @@ from ..stages.select.static import Window
 from .grid import clear, dina, gna, na, radial, sta
 from .profiles import balanced, fast, maximal
 from .searched import adaspa, mass, paro, pbs, psa, rectified, sparge, sparsed, vmoba
-from .trained import sla, sparge2, ssa, vsa
+from .trained import seer, sla, sparge2, ssa, vsa
 from .whole import agent, sage
 
 
@@ -105,6 +105,7 @@ PRESETS: dict[str, Callable[..., Recipe]] = {
     "sparge2": sparge2,
     "ssa": ssa,
     "vsa": vsa,
+    "seer": seer,
     "balanced": balanced,
     "fast": fast,
     "max": maximal,
