@@ -1,12 +1,10 @@
 """How much of the exact attention mass a learned gate keeps, beside pooled scores and the exact choice.
 
-For each sparse call of runs of the built-in model, at one density: the exact mass that the gate's blocks hold, that those of
-pooled scores hold, and that the best blocks by that mass hold, all with the blocks that are read in any case. The recall is
-the gate's share of the last. The adapter comes from
+For each sparse call of runs of the built-in model, at one density: the exact mass that the gate's blocks hold, that
+those of pooled scores hold, and that the best blocks by that mass hold, all with the blocks that are read in any case.
+The recall is the gate's share of the last. The prompts are those of the fidelity comparison; train the gate on others, with
 
-    dit-accel finetune embedded --recipe seer --objective gate --train learned --steps 300 --learning-rate 2e-3 --out gate
-
-and the prompts are those of the fidelity comparison, which the fine-tuning's own prompts do not hold.
+    dit-accel finetune embedded --recipe seer --objective gate --train learned --prompts-file others.txt --out gate
 
     python benchmarks/gate_recall.py --adapter gate/adapter --density 0.1 --clips 4 --out recall.json
 """
@@ -26,6 +24,7 @@ from dit_accel.call import AttentionCall
 from dit_accel.layout import TokenLayout
 from dit_accel.pipelines.embedded_model import SETTINGS, load_embedded
 from dit_accel.quality.prompts import DEFAULT_PROMPTS
+from dit_accel.stages.select.learned import Learned
 from dit_accel.stages.select.pooled import keep_best, pooled_scores_of
 from dit_accel.training.gate import blocks_of, exact_mass
 
@@ -33,8 +32,9 @@ from dit_accel.training.gate import blocks_of, exact_mass
 class Recall:
     """Sums of the mass that each choice keeps."""
 
-    def __init__(self, density: float) -> None:
+    def __init__(self, density: float, select: Learned) -> None:
         self.density = density
+        self.select = select
         self.sums: dict[str, float] = {"gate": 0.0, "pooled": 0.0, "exact": 0.0}
         self.by_layer: dict[int, list[float]] = {}
         self.calls = 0
@@ -47,9 +47,11 @@ class Recall:
         blocks = blocks_of(call, self.select)
         mass = exact_mass(call, blocks)
         mass = mass / mass.sum(-1, keepdim=True).clamp_min(1e-30)
-        options = {"density": self.density}
-        pooled = keep_best(blocks, pooled_scores_of(blocks, call, call.scale), call.key_mask, **options)
-        exact = keep_best(blocks, mass.clamp_min(1e-38).log(), call.key_mask, **options)
+        by_means = pooled_scores_of(blocks, call, call.scale)
+        pooled, exact = (
+            keep_best(blocks, scores, call.key_mask, density=self.density)
+            for scores in (by_means, mass.clamp_min(1e-38).log())
+        )
         kept = {"gate": call.plan.mask, "pooled": pooled, "exact": exact}
         shares = {name: float((mass * mask.to_dense()).sum(-1).mean()) for name, mask in kept.items()}
         for name, share in shares.items():
@@ -87,8 +89,8 @@ def main() -> None:
         trained = read_adapter(args.adapter).recipe
         recipe = replace(trained, select=trained.select.with_density(args.density))
         handle = dit_accel.load_adapter(pipe, args.adapter, recipe=recipe)
-    recall, begin = Recall(args.density), time.monotonic()
-    recall.select = recipe.select
+    assert isinstance(recipe.select, Learned)
+    recall, begin = Recall(args.density, recipe.select), time.monotonic()
     with handle.observe(recall.see), torch.no_grad():
         for number, prompt in enumerate(DEFAULT_PROMPTS[: args.clips]):
             generator = torch.Generator("cpu").manual_seed(number)
