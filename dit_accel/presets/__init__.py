@@ -12,7 +12,7 @@ from ..stages.order.simple import Tiles
 from ..stages.schedule import Schedule
 from ..stages.select.pooled import Pooled
 from ..stages.select.static import Window
-from .grid import clear, dina, gna, na, radial, sta
+from .grid import clear, dina, gna, na, patterns, radial, sta
 from .profiles import balanced, fast, maximal
 from .searched import adaspa, mass, paro, pbs, psa, rectified, sparge, sparsed, vmoba
 from .trained import seer, sla, sparge2, ssa, vsa
@@ -101,6 +101,7 @@ PRESETS: dict[str, Callable[..., Recipe]] = {
     "agent": agent,
     "sage": sage,
     "radial": radial,
+    "patterns": patterns,
     "sla": sla,
     "sparge2": sparge2,
     "ssa": ssa,

@@ -35,6 +35,7 @@ class Select(Protocol):
         has_density: it has a share of blocks to keep, see :meth:`with_density`.
         has_head_densities: it has one per layer and head too.
         is_learned: it has parameters in each layer, see :meth:`build`.
+        per_head: static patterns differ by layer and head.
     """
 
     is_dense: ClassVar[bool] = False
@@ -43,6 +44,7 @@ class Select(Protocol):
     has_density: ClassVar[bool] = False
     has_head_densities: ClassVar[bool] = False
     is_learned: ClassVar[bool] = False
+    per_head: ClassVar[bool] = False
 
     @property
     def block(self) -> tuple[int, int]:
