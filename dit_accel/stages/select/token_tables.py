@@ -83,7 +83,7 @@ def token_tables(blocks: SequenceBlocks, sees: Sees, sink_first_frame: bool = Fa
 
 
 def seen_blocks(blocks: SequenceBlocks, sees: Sees, sink_first_frame: bool = False) -> torch.Tensor:
-    """bool ``[H|1, nq, nk]``: pairs with any visible token pair, see :func:`token_tables`; blocks may be of any size."""
+    """bool ``[H|1, nq, nk]``: pairs with any visible token pair, see :func:`token_tables`, of blocks of any size."""
     sink_first_frame = sink_first_frame and blocks.layout.grid[0] > 1
     if blocks.rows is None or blocks.rows.dim() == 1:
         return torch.cat([chunk.any(3).any(1) for _, chunk in _token_chunks(blocks, sees, sink_first_frame)])[None]
