@@ -78,13 +78,12 @@ def search(
     quiet_libraries()
     import_modules(imports)
     asked, seed = Asked.read(size, frames, steps, guidance), read_seed(seed)
-    chosen = read_recipe(recipe, changes)
+    # The default is of the other kind of search.
+    chosen = read_recipe("patterns" if rules and recipe == "pooled" else recipe, changes)
     if rules and (density is None or order):
         raise ValueError("--rules goes with --density and without --order: a pattern is in one order.")
     if transformer is not None and not rules:
         raise ValueError("--transformer goes with --rules.")
-    if rules and recipe == "pooled":
-        chosen = read_recipe("patterns", changes)
     if chosen is None:
         raise ValueError("--recipe auto has no selection to share out; name a recipe, such as pooled.")
     if (density is None) == (max_error is None):
