@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple
@@ -53,6 +53,7 @@ class AttentionCall:
         seen: ``pairs`` cut into the blocks of a plan, while the plan is made.
         unread: why its attention mask cannot be read; such a call stays dense.
         gate: ``[B, n, H, D]``, what a learned gate made of the layer's input; None where there is none.
+        router: what a learned selection has in this layer; None where there is none.
         heads: which heads of the layer these are, where several processes share them; None for all.
         plan: what a sparse call ran; None for a dense one.
         choices: the backend of each of the recipe's operations; None outside an engine, where each chooses by itself.
@@ -74,6 +75,7 @@ class AttentionCall:
     seen: PairMask | None = None
     unread: str | None = None
     gate: torch.Tensor | None = None
+    router: Callable[..., torch.Tensor] | None = None
     heads: HeadShard | None = None
     plan: AttentionPlan | None = None
     choices: Mapping[Operation, Choice] | None = None

@@ -19,7 +19,7 @@ from .planner import Planner
 from .recipe import Recipe
 from .records import BackendsUsed, LayerRecord
 from .run import Run
-from .stages.compensate.learned import LearnedLayer
+from .stages.learned_layer import LearnedLayer
 from .timing import Stopwatch
 
 logger = logging.getLogger("dit_accel")
@@ -53,6 +53,7 @@ class Engine:
         planner: of the plans of sparse calls.
         output_tap: sees, and may replace, every output; for losses on attention outputs.
         learned: learned compensation of each layer by index; empty for recipes without parameters.
+        routers: what a learned selection has in each layer by index; likewise.
         backends_used: which backends ran each operation so far, and why.
         notes: what a user should know of the calls so far, a sentence each, in the order of events, and whether it
             outlives :meth:`reset`.
@@ -77,6 +78,7 @@ class Engine:
         self.switched_on = True
         self.output_tap: OutputTap | None = None
         self.learned: dict[int, LearnedLayer] = {}
+        self.routers: dict[int, LearnedLayer] = {}
         self.notes: dict[str, bool] = {}
         self.parallel: dict[str, None] = {}
         self.run = Run()
@@ -178,6 +180,7 @@ class Engine:
         with autocast_done(call):
             call.repeat_heads()
             call.spread_queries()
+            call.router = self.routers.get(call.layer)
             self.planner.pad(call)
             call.backends_used = self.backends_used
             call.choices = self._choices_of(case_of(call.q, call.k, call.v, key_mask=call.key_mask))

@@ -38,6 +38,8 @@ from .stages.reuse.protocol import Reuse
 from .stages.schedule import SCHEDULES, Schedule
 from .stages.select.gate import GlobalGate
 from .stages.select.grid import Circle, Radial, TileWindow
+from .stages.select.head_rules import HeadRules
+from .stages.select.learned import Learned
 from .stages.select.mass import FrozenMass, Mass
 from .stages.select.pooled import Pooled
 from .stages.select.protocol import Select
@@ -61,6 +63,7 @@ SELECTS: dict[str, type[Select]] = {
     "full": FullSelect,
     "window": Window,
     "pooled": Pooled,
+    "learned": Learned,
     "gated_pooled": GatedPooled,
     "mass": Mass,
     "frozen_mass": FrozenMass,
@@ -68,6 +71,7 @@ SELECTS: dict[str, type[Select]] = {
     "reallocated": Reallocated,
     "sampled": Sampled,
     "tile_window": TileWindow,
+    "head_rules": HeadRules,
     "circle": Circle,
     "radial": Radial,
 }

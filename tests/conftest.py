@@ -85,6 +85,7 @@ SLOW = frozenset(
         "training/test_finetune",
         "training/test_gradients",
         "training/test_lent",
+        "training/test_learned_gate",
         "training/test_linear_branch_stage",
         "training/test_origin",
         "training/test_published",

@@ -73,12 +73,17 @@ def inputs(device: torch.device, dtype: torch.dtype, layout: TokenLayout = LAYOU
 def run(engine: Engine, device: torch.device, dtype: torch.dtype, steps=range(10), layout=LAYOUT) -> None:
     """Steps of the last layer; each dense call is the value itself."""
     q, k, v = inputs(device, dtype, layout, 16 if device.type == "cpu" else 64)
-    if engine.recipe.compensate.is_learned:
-        engine.learned[2] = engine.recipe.compensate.build(2, q.shape[-1]).to(device)
+    recipe, given = engine.recipe, None
+    if recipe.compensate.reads_input:
+        given = [torch.ones_like(q)]
+    elif recipe.compensate.is_learned:
+        engine.learned[2] = recipe.compensate.build(2, q.shape[-1]).to(device)
+    if recipe.select.is_learned:
+        engine.routers[2] = recipe.select.build(2, q.shape[-1]).to(device)
     with torch.no_grad():
         for index in steps:
             step = StepContext(index=index, num_steps=10, sigma=1 - index / 10, forward_id=index)
-            attend(engine, 2, AttentionInputs(q, k, v), layout, step, lambda: v)
+            attend(engine, 2, AttentionInputs(q, k, v), layout, step, lambda: v, given)
 
 
 @pytest.fixture

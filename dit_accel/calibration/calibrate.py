@@ -154,6 +154,9 @@ def refuse_calibration(recipe: Recipe, out: Path | None) -> None:
     if recipe.order.follows_call:
         name = type(recipe.order).__name__
         raise ValueError(f"{name} orders each call anew: masks made for one call mean nothing in another.")
+    if recipe.select.is_learned:
+        name = type(recipe.select).__name__
+        raise ValueError(f"{name} chooses by a gate of each layer, which a calibration does not know.")
     if recipe.order.pads:
         name = type(recipe.order).__name__
         raise ValueError(f"{name} fills blocks with padding, which a calibration does not know.")

@@ -11,7 +11,7 @@ if TYPE_CHECKING:
 
 
 def find_adapter(name_or_path: str, builtin: Builtin | None) -> Path:
-    """The folder of an adapter: one that comes with a built-in model, or the user's own.
+    """An adapter: one that comes with a built-in model, or the user's own, or a published checkpoint.
 
     Raises:
         ValueError: there is none.
@@ -20,18 +20,23 @@ def find_adapter(name_or_path: str, builtin: Builtin | None) -> Path:
     if name_or_path in offered:
         return offered[name_or_path]
     folder = Path(name_or_path)
-    if not folder.is_dir():
+    if not folder.exists():
         known = f"the model's own are {', '.join(offered)}" if offered else "the model comes with none"
         raise ValueError(f"There is no adapter {name_or_path!r}: it is no folder, and {known}.")
     return folder
 
 
 def adapter_recipe(folder: Path) -> Recipe:
-    """The recipe of an adapter, whose card and tensors are looked at without the model.
+    """The recipe of an adapter, whose card and tensors are looked at without the model; dense for a published
+    checkpoint, which is told by the model.
 
     Raises:
         ValueError: they are missing or damaged.
     """
+    from ..recipe import Recipe
     from ..training.adapter_files import read_adapter
+    from ..training.published.files import is_own
 
+    if not is_own(folder):
+        return Recipe()
     return read_adapter(folder).recipe

@@ -52,6 +52,12 @@ def search(
         list[str] | None,
         typer.Option(help="An order that heads may choose: fhw, fwh, hfw, hwf, wfh, whf or tiles. May be repeated."),
     ] = None,
+    rules: Annotated[
+        bool, typer.Option("--rules", help="A static pattern for each head in place of a density; needs --density.")
+    ] = False,
+    transformer: Annotated[
+        str | None, typer.Option(help="With --rules, of two experts the one to search: transformer or transformer_2.")
+    ] = None,
     samples: Annotated[int, typer.Option(min=1, help="Denoising steps of each prompt to measure heads at.")] = 3,
     prompt: PromptsOption = None,
     prompts_file: PromptsFileOption = None,
@@ -72,7 +78,12 @@ def search(
     quiet_libraries()
     import_modules(imports)
     asked, seed = Asked.read(size, frames, steps, guidance), read_seed(seed)
-    chosen = read_recipe(recipe, changes)
+    # The default is of the other kind of search.
+    chosen = read_recipe("patterns" if rules and recipe == "pooled" else recipe, changes)
+    if rules and (density is None or order):
+        raise ValueError("--rules goes with --density and without --order: a pattern is in one order.")
+    if transformer is not None and not rules:
+        raise ValueError("--transformer goes with --rules.")
     if chosen is None:
         raise ValueError("--recipe auto has no selection to share out; name a recipe, such as pooled.")
     if (density is None) == (max_error is None):
@@ -90,12 +101,19 @@ def search(
     from ..quality.prompts import DEFAULT_PROMPTS
     from .model import open_model
 
-    refuse_search(chosen, mean_density=density, max_error=max_error, orders=tuple(order or ()))
+    if not rules:
+        refuse_search(chosen, mean_density=density, max_error=max_error, orders=tuple(order or ()))
     path = out or free_name(DEFAULT)
     refuse_unwritable(path)
     name, builtin, pipe = open_model(model, number, target, quiet=as_json)
     arguments = call_arguments(pipe, **asked.settings(pipe, builtin))
     pipe.set_progress_bar_config(disable=True)
+    if rules:
+        assert density is not None
+        _search_rules(
+            pipe, prompts or DEFAULT_PROMPTS[:2], chosen, density, transformer, samples, seed, arguments, path, as_json
+        )
+        return
     with progress_bar("searching", quiet=as_json) as progress:
         found = run(
             pipe,
@@ -141,3 +159,51 @@ def search(
 
 def _count(axes: tuple[tuple[str, ...], ...], name: str) -> int:
     return sum(layer.count(name) for layer in axes)
+
+
+def _search_rules(
+    pipe: Any,
+    prompts: Any,
+    recipe: Any,
+    density: float,
+    transformer: str | None,
+    samples: int,
+    seed: int,
+    arguments: dict[str, Any],
+    path: Path,
+    as_json: bool,
+) -> None:
+    from ..calibration.patterns import search_rules
+
+    with progress_bar("searching", quiet=as_json) as progress:
+        found = search_rules(
+            pipe,
+            prompts,
+            recipe,
+            mean_density=density,
+            transformer=transformer,
+            samples=samples,
+            seed=seed,
+            generate_kwargs=arguments,
+            progress=progress,
+        )
+    found.recipe.save(path)
+    chosen = found.recipe.to_dict()["select"]["rules"]
+    counts = {rule: _count(chosen, rule) for rule in found.errors.rules}
+    report = {
+        "recipe": found.recipe.to_dict(),
+        "file": str(path),
+        "density": found.density,
+        "error": found.error,
+        "best_single": found.best_single,
+        "error_single": found.error_single,
+        "heads": counts,
+    }
+    if as_json:
+        print(json.dumps(report, indent=2))
+        return
+    print(f"density {found.density:.3f}; error of a layer's output {found.error:.4f}")
+    if found.best_single is not None:
+        print(f"with {found.best_single!r} for all heads {found.error_single:.4f}")
+    print("heads by rule: " + ", ".join(f"{rule} {count}" for rule, count in counts.items() if count))
+    print(f"{path}; use it with patch(pipe, {str(path)!r}) or --recipe {path}")

@@ -17,7 +17,7 @@ from . import hooks
 from .families import Family
 from .families.family import patch_size
 from .handle import PatchHandle
-from .learned import SaveWithoutLearned, attach, build
+from .learned import ROUTER, SaveWithoutLearned, attach, build, head_shape
 from .operator import new_counts
 from .processors import ProcessorWatch
 from .session import Session
@@ -87,7 +87,11 @@ def install(
             learned = build(module, compensate)
             handle.record(attach(module, learned, model))
             engine.learned[index] = learned
-    if engine.learned and hasattr(model, "save_pretrained"):
+        select = handle.recipe.select
+        if select.is_learned and not always_dense:
+            router = engine.routers[index] = select.build(*head_shape(module))
+            handle.record(attach(module, router, model, ROUTER))
+    if (engine.learned or engine.routers) and hasattr(model, "save_pretrained"):
         saver = SaveWithoutLearned(model.save_pretrained)  # type: ignore[arg-type]
         handle.record(replace_method(model, "save_pretrained", saver))
     if hasattr(model, "cache_context"):

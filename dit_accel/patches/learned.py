@@ -9,13 +9,15 @@ from typing import Any
 import torch
 from torch import nn
 
-from ..stages.compensate.learned import LearnedLayer
 from ..stages.compensate.protocol import Compensation
+from ..stages.learned_layer import LearnedLayer
 from .in_place import InPlaceOf
 from .offloading import join_offloading
 
 CHILD = "dit_accel"
-"""Name of the module under an attention layer."""
+"""Name of the module under an attention layer, of a compensation."""
+ROUTER = "dit_accel_router"
+"""The same of a selection."""
 
 
 def head_shape(module: Any) -> tuple[int, int]:
@@ -48,15 +50,17 @@ def build(module: Any, compensate: Compensation) -> LearnedLayer:
     return compensate.build_gate(heads, head_dim, int(width))
 
 
-def attach(module: nn.Module, learned: LearnedLayer, model: nn.Module | None = None) -> Callable[[], None]:
+def attach(
+    module: nn.Module, learned: LearnedLayer, model: nn.Module | None = None, name: str = CHILD
+) -> Callable[[], None]:
     """Put parameters under an attention layer of a model, on its device. Returns the undo."""
     device = next((p.device for p in module.parameters() if p.device.type != "meta"), None)
-    module.add_module(CHILD, learned if device is None else learned.to(device))
+    module.add_module(name, learned if device is None else learned.to(device))
     learned.register_forward_pre_hook(_follow_data)
     leave = None if model is None else join_offloading(model, learned)
 
     def undo() -> None:
-        module._modules.pop(CHILD, None)
+        module._modules.pop(name, None)
         if leave is not None:
             leave()
 
@@ -72,7 +76,7 @@ def _follow_data(module: nn.Module, args: tuple[Any, ...]) -> None:
 
 def is_learned(name: str) -> bool:
     """Whether a parameter's name is that of a recipe's parameter, not of the model's own."""
-    return f".{CHILD}." in f".{name}"
+    return any(f".{child}." in f".{name}" for child in (CHILD, ROUTER))
 
 
 class SaveWithoutLearned(InPlaceOf):

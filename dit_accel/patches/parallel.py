@@ -219,9 +219,9 @@ def _refuse(session: Session) -> None:
         raise ValueError(
             "reuse decides on each device by itself, and devices in parallel might differ: patch with reuse none."
         )
-    if engine.learned:
+    if engine.learned or engine.routers:
         raise ValueError(
-            "A learned compensation belongs to all heads of a layer, and context parallelism shares them out: "
+            "What a recipe has learned belongs to all heads of a layer, and context parallelism shares them out: "
             "generate in one process, or patch without the compensation."
         )
     if engine.recipe.schedule.drift_bound is not None:

@@ -12,10 +12,10 @@ from ..stages.order.simple import Tiles
 from ..stages.schedule import Schedule
 from ..stages.select.pooled import Pooled
 from ..stages.select.static import Window
-from .grid import clear, dina, gna, na, radial, sta
+from .grid import clear, dina, gna, na, patterns, radial, sta
 from .profiles import balanced, fast, maximal
 from .searched import adaspa, mass, paro, pbs, psa, rectified, sparge, sparsed, vmoba
-from .trained import sla, sparge2, ssa, vsa
+from .trained import seer, sla, sparge2, ssa, vsa
 from .whole import agent, sage
 
 
@@ -114,10 +114,12 @@ PRESETS: dict[str, Callable[..., Recipe]] = {
     "agent": agent,
     "sage": sage,
     "radial": radial,
+    "patterns": patterns,
     "sla": sla,
     "sparge2": sparge2,
     "ssa": ssa,
     "vsa": vsa,
+    "seer": seer,
     "balanced": balanced,
     "fast": fast,
     "max": maximal,

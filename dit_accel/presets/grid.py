@@ -6,6 +6,7 @@ from ..recipe import Recipe
 from ..stages.order.simple import Tiles
 from ..stages.schedule import Schedule
 from ..stages.select.grid import Circle, Radial, TileWindow
+from ..stages.select.head_rules import HeadRules
 from ..stages.select.static import Window
 
 Sizes = tuple[int | float, int | float, int | float]
@@ -145,4 +146,27 @@ def radial(
     return Recipe(
         select=Radial(decay=decay, min_width=min_width),
         schedule=Schedule(dense_fraction=dense_fraction, dense_layers=dense_layers),
+    )
+
+
+def patterns(
+    rules: tuple[tuple[str, ...], ...] = (("window 1.0 0.5 0.5",),),
+    dense_fraction: float = 0.2,
+    block: tuple[int, int] = (128, 64),
+) -> Recipe:
+    """A static pattern for each head, found offline (MoA, DuoAttention).
+
+    Windows of several sizes, bands of rows and columns, frames near in time, strided shards, or everything, in 3-D
+    tiles; planning costs nothing. ``dit-accel search --rules`` finds a rule for each head by its measured error. The
+    default is one window for all.
+
+    Args:
+        rules: per layer and head, see :class:`~dit_accel.stages.select.head_rules.HeadRules`.
+        dense_fraction: share of the denoising steps that stay dense at the start.
+        block: tokens in a query and in a key block.
+    """
+    return Recipe(
+        order=Tiles(),
+        select=HeadRules(rules=rules, block=block),
+        schedule=Schedule(dense_fraction=dense_fraction),
     )

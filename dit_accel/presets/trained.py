@@ -7,6 +7,7 @@ from ..stages.compensate.coarse import CoarseBranch
 from ..stages.compensate.linear import LinearBranch
 from ..stages.order.cubes import Cubes
 from ..stages.order.simple import Raster, Tiles
+from ..stages.select.learned import Learned
 from ..stages.select.pooled import Pooled
 
 
@@ -75,6 +76,22 @@ def ssa(density: float = 0.1, block: tuple[int, int] = (64, 64), tile: tuple[int
         tile: see :func:`sla`.
     """
     return Recipe(order=_order(tile), select=Pooled(density=density, block=block))
+
+
+def seer(density: float = 0.1, rank: int = 24, block: tuple[int, int] = (128, 64)) -> Recipe:
+    """Key blocks by a gate that learns the exact attention mass (SeerAttention, arXiv 2410.13276).
+
+    A gate of each head scores pairs of 3-D tiles by pooled queries and keys, through projections of a low rank that
+    know where tiles lie on the grid, in every step. Without training it chooses as ``pooled`` does. Train it with the
+    "gate" objective, which leaves the model as it is: ``--objective gate --train learned``.
+
+    Deviations: the scores of pooled queries and keys are added; queries and keys come with their own rotary embedding,
+    before which the paper pools; a query block always reads its own tokens; text is always read.
+
+    Args:
+        density, rank, block: see :class:`~dit_accel.stages.select.learned.Learned`.
+    """
+    return Recipe(order=Tiles(), select=Learned(density=density, rank=rank, block=block))
 
 
 def vsa(density: float = 0.1, cube: tuple[int, int, int] = (4, 4, 4)) -> Recipe:

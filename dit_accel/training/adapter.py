@@ -194,8 +194,6 @@ def _load_published(
         found.append((parts[wanted], read_published(tensors, name)))
     trained = next((published.recipe for _, published in found if published.recipe is not None), None)
     own = trained or chosen or _recipe_of(pipe) or Recipe()
-    if chosen is not None and trained is None:
-        own = chosen
     converted = [
         (part, as_adapter(published, part.name, part.model, part.attentions, own, name)) for part, published in found
     ]

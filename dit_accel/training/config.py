@@ -111,5 +111,9 @@ class FinetuneConfig:
                 raise ValueError(f"{name} must be one of {', '.join(allowed)}, got {getattr(self, name)!r}.")
         if self.lora_rank and self.train != "attention":
             raise ValueError(f"LoRA is for train = 'attention', got {self.train!r}.")
+        if self.objective.gate and self.train != "learned":
+            raise ValueError(f"objective.gate trains gates alone, with train = 'learned', got {self.train!r}.")
+        if self.objective.gate and self.gradient_checkpointing:
+            raise ValueError("gradient_checkpointing is of no use with objective.gate, whose backbone has no gradient.")
         if self.adapter_dtype == "int8" and (self.lora_rank or self.train == "learned"):
             raise ValueError("adapter_dtype 'int8' is for differences of weights, which this training has none of.")

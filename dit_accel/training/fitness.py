@@ -40,6 +40,8 @@ def refuse_unfit(
         raise ValueError(f"precision 'no' trains float32 models, the transformer is {model.dtype}; use 'bf16'.")
     if config.density_start is not None and recipe.select.density is None:
         raise ValueError(f"density_start needs a recipe with a density, got {recipe.select!r}.")
+    if config.objective.gate and not recipe.select.is_learned:
+        raise ValueError(f"objective.gate trains a learned selection, got {type(recipe.select).__name__}.")
     if patch_of(pipe, recipe) is None:
         with patch(pipe, recipe, backend=backend):
             if config.train == "learned" and not any(is_learned(name) for name, _ in model.named_parameters()):

@@ -11,6 +11,7 @@ import torch
 import torch.nn.functional as F
 
 from ..patches.handle import PatchHandle
+from .gate import gate_losses
 
 
 @dataclass(frozen=True)
@@ -25,6 +26,8 @@ class Objective:
             dense model, mean over layers (CLEAR, arXiv 2412.16112).
         align: SmoothL1 between sparse and full attention of the same layer inputs, each in turn held fixed,
             mean over layers (SSA, arXiv 2511.20102).
+        gate: divergence of a learned selection's softmax from the exact block mass of the dense model, mean over
+            layers (SeerAttention, arXiv 2410.13276). It reaches the gates alone.
         full_stream: probability that a step goes on with the full outputs instead of the sparse ones (SSA).
     """
 
@@ -32,6 +35,7 @@ class Objective:
     velocity: float = 0.0
     outputs: float = 0.0
     align: float = 0.0
+    gate: float = 0.0
     full_stream: float = 0.0
 
     def __post_init__(self) -> None:
@@ -41,8 +45,10 @@ class Objective:
                 raise ValueError(
                     f"objective.{field.name} must not be negative, nor a probability above 1, got {value}."
                 )
-        if not any((self.flow, self.velocity, self.outputs, self.align)):
+        if not any((self.flow, self.velocity, self.outputs, self.align, self.gate)):
             raise ValueError("The objective needs at least one term with a weight above 0.")
+        if self.gate and any((self.flow, self.velocity, self.outputs, self.align)):
+            raise ValueError("objective.gate goes alone: it trains gates on the dense model, which the others change.")
         if self.full_stream and not self.align:
             raise ValueError(
                 f"objective.full_stream = {self.full_stream} without align would train the dense model alone."
@@ -59,13 +65,15 @@ OBJECTIVES: dict[str, Objective] = {
     "distill": Objective(flow=0.0, velocity=1.0),
     "clear": Objective(flow=1.0, velocity=0.5, outputs=0.5),
     "ssa": Objective(flow=1.0, align=10.0, full_stream=0.5),
+    "gate": Objective(flow=0.0, gate=1.0),
 }
-"""By name: plain flow matching, velocity distillation (SpargeAttention2, TurboDiffusion), CLEAR's, SSA's."""
+"""By name: plain flow matching, velocity distillation (SpargeAttention2, TurboDiffusion), CLEAR's, SSA's, and
+SeerAttention's."""
 
 
 def objective_for(recipe_name: str) -> str:
     """The objective that a recipe's authors train it with."""
-    return {"sparge2": "distill", "clear": "clear", "ssa": "ssa"}.get(recipe_name, "flow")
+    return {"sparge2": "distill", "clear": "clear", "ssa": "ssa", "seer": "gate"}.get(recipe_name, "flow")
 
 
 @dataclass(frozen=True, eq=False)
@@ -121,6 +129,12 @@ def losses(
         teacher: context in which ``model`` is the dense teacher.
         full_stream: go on with full attention's outputs in this batch.
     """
+    if objective.gate:
+        with gate_losses(handle) as found:
+            velocity(model, batch)
+        mean = torch.stack([torch.stack(of_layer).mean() for of_layer in found.values()]).mean()
+        yield Losses(objective.gate * mean, {"gate": mean.detach()})
+        return
     taught = _Outputs()
     with torch.no_grad(), teacher():
         if objective.outputs:

@@ -32,6 +32,19 @@ def test_search_and_generate(tmp_path):
     assert made["summary"]["density"] == pytest.approx(0.6, abs=0.15)
 
 
+def test_search_for_rules_and_generate(tmp_path):
+    path = tmp_path / "rules.json"
+    blocks = ["--set", "select.block=(16,16)", "--set", "order.shape=(2,2,4)"]
+    data = run_json("search", *MODEL, *SMALL, *blocks, *ONE, "--rules", "--density", "0.6", "--out", str(path))
+    recipe = Recipe.load(path)
+    assert Recipe.from_dict(data["recipe"]) == recipe
+    assert sum(data["heads"].values()) == sum(map(len, recipe.select.rules))
+    assert data["density"] <= 0.6
+    assert data["error"] <= data["error_single"]
+    with patch(TINY["wan"].build(2), str(path)) as handle:
+        assert handle.recipe == recipe
+
+
 def test_an_error_bound_as_text(tmp_path):
     path = tmp_path / "found.json"
     result = run("search", *MODEL, *SMALL, *BLOCKS, *ONE, "--max-error", "0.01", "--out", str(path))
@@ -53,6 +66,9 @@ def test_an_error_bound_as_text(tmp_path):
         (["--density", "1.3"], "mean_density must lie in (0, 1]"),
         ([*BLOCKS, "--density", "0.6", "--order", "xyz"], "order.axes must hold fhw"),
         (["--density", "0.3", "--recipe", "nowhere.json"], "There is no recipe file nowhere.json"),
+        (["--rules", "--max-error", "0.1"], "--rules goes with --density and without --order"),
+        (["--rules", "--density", "0.3", "--order", "fhw"], "--rules goes with --density and without --order"),
+        (["--density", "0.3", "--transformer", "transformer"], "--transformer goes with --rules"),
     ],
 )
 def test_bad_requests_are_sentences(arguments, words):

@@ -137,7 +137,7 @@ def test_what_cannot_be_shared_is_refused(ranks):
         assert "heads cannot be shared evenly by ulysses_degree" in said["heads"]
         assert "drift_bound decides by all heads" in said["drift"]
         assert "reuse decides on each device" in said["reuse"]
-        assert "learned compensation belongs to all heads" in said["learned"]
+        assert "has learned belongs to all heads" in said["learned"]
 
 
 @pytest.mark.parametrize("kind", ["killed", "raised"])

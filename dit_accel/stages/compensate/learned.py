@@ -2,32 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from typing import Any
-
 import torch
 import torch.nn.functional as F
 from torch import nn
 
 from ...plan import AttentionPlan
-
-
-class LearnedLayer(nn.Module):
-    """Parameters of one attention layer; :func:`dit_accel.patch` puts them under the layer."""
-
-    def _apply(self, fn: Callable[[torch.Tensor], torch.Tensor], recurse: bool = True) -> LearnedLayer:
-        # The parameters stay in full precision when a model is cast to half: steps of a fine-tuning are
-        # smaller than what half precision resolves.
-        def moved(tensor: torch.Tensor) -> torch.Tensor:
-            result = fn(tensor)
-            narrower = result.is_floating_point() and result.element_size() < tensor.element_size()
-            return tensor.to(result.device) if narrower else result
-
-        super()._apply(moved, recurse)
-        return self
-
-    def __deepcopy__(self, memo: dict[int, Any]) -> None:
-        """Nothing: the copy of a patched model is not patched, and torch reads None as no module."""
+from ..learned_layer import LearnedLayer
 
 
 class LearnedCompensation(LearnedLayer):

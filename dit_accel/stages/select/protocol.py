@@ -12,6 +12,7 @@ from ...kernels import BlockMask
 from ...kernels.common.choice import Case, Choice, Operation
 from ...layout import TokenLayout
 from ...plan import LayerMemory, SequenceBlocks
+from ..learned_layer import LearnedLayer
 
 BLOCK_SIZES = (32, 64, 128)
 # Where whole blocks are chosen; token bits come in words of 32 keys.
@@ -33,6 +34,8 @@ class Select(Protocol):
         hides_tokens: single tokens of blocks that are kept may be hidden.
         has_density: it has a share of blocks to keep, see :meth:`with_density`.
         has_head_densities: it has one per layer and head too.
+        is_learned: it has parameters in each layer, see :meth:`build`.
+        per_head: static patterns differ by layer and head.
     """
 
     is_dense: ClassVar[bool] = False
@@ -40,6 +43,8 @@ class Select(Protocol):
     hides_tokens: ClassVar[bool] = False
     has_density: ClassVar[bool] = False
     has_head_densities: ClassVar[bool] = False
+    is_learned: ClassVar[bool] = False
+    per_head: ClassVar[bool] = False
 
     @property
     def block(self) -> tuple[int, int]:
@@ -75,6 +80,10 @@ class Select(Protocol):
     def prepare(self, blocks: SequenceBlocks) -> Any:
         """What can be worked out once for a layout; given back to :meth:`select` as ``tables``."""
         return None
+
+    def build(self, heads: int, head_dim: int) -> LearnedLayer:
+        """The learned part of one layer, which :meth:`select` finds at the call's ``router``."""
+        raise TypeError(f"{type(self).__name__} has nothing to learn.")
 
     def choices(self, case: Case, backend: str) -> dict[Operation, Choice]:
         """The backend of each operation that :meth:`select` runs besides ``"selection"``, which every plan needs.

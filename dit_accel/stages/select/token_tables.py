@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 
@@ -80,6 +80,16 @@ def token_tables(blocks: SequenceBlocks, sees: Sees, sink_first_frame: bool = Fa
     distinct, head_to_order = blocks.rows.unique(dim=0, return_inverse=True)
     orders = [SequenceBlocks(blocks.layout, rows, blocks.block_q, blocks.block_k, blocks.device) for rows in distinct]
     return _tables_of(orders, sees, sink_first_frame, head_to_order)
+
+
+def seen_blocks(blocks: SequenceBlocks, sees: Sees, sink_first_frame: bool = False) -> torch.Tensor:
+    """bool ``[H|1, nq, nk]``: pairs with any visible token pair, see :func:`token_tables`, of blocks of any size."""
+    sink_first_frame = sink_first_frame and blocks.layout.grid[0] > 1
+    if blocks.rows is None or blocks.rows.dim() == 1:
+        return torch.cat([chunk.any(3).any(1) for _, chunk in _token_chunks(blocks, sees, sink_first_frame)])[None]
+    distinct_rows, of_head = blocks.rows.unique(dim=0, return_inverse=True)
+    found = [seen_blocks(replace(blocks, rows=rows), sees, sink_first_frame)[0] for rows in distinct_rows]
+    return torch.stack(found)[of_head]
 
 
 def _tables_of(

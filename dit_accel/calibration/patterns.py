@@ -1,0 +1,239 @@
+"""A static pattern for every head, from errors measured on the model itself (MoA, DuoAttention)."""
+
+from __future__ import annotations
+
+import heapq
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, replace
+from functools import partial
+from itertools import product
+from typing import Any
+
+import torch
+from torch import nn
+
+from .. import presets
+from ..api import patch
+from ..call import AttentionCall
+from ..engine import Engine, OutputTap
+from ..patches.targets import transformers_of
+from ..recipe import Recipe
+from ..stages.select.head_rules import RULES, HeadRules, check_rule
+from .calibrate import Progress
+from .hull import Point, lower_hull, slope
+from .recording import first_forwards, record_inputs
+from .runs import begin, run_arguments
+
+
+@dataclass(frozen=True, eq=False)
+class RuleErrors:
+    """What each rule leaves of each head's output.
+
+    Attributes:
+        rules: that were measured.
+        kept: float64 ``[layers, heads, rules]``: share of the block pairs that is read.
+        error: float64 ``[layers, heads, rules]``: mean squared error of the head's output against dense, as a share of
+            the whole layer's squared output.
+    """
+
+    rules: tuple[str, ...]
+    kept: torch.Tensor
+    error: torch.Tensor
+
+
+@dataclass(frozen=True, eq=False)
+class FoundRules:
+    """What :func:`search_rules` found.
+
+    Attributes:
+        recipe: with a rule per layer and head.
+        errors: what was measured; further targets need only :func:`allocate_rules`.
+        density: mean share of the blocks that it keeps.
+        error: mean relative error of a layer's output, root of the mean square.
+        best_single: the rule of the least error that keeps no more, for all heads alike; None if none does.
+        error_single: its error.
+    """
+
+    recipe: Recipe
+    errors: RuleErrors
+    density: float
+    error: float
+    best_single: str | None
+    error_single: float | None
+
+
+@torch.no_grad()
+def measure_rules(
+    model: nn.Module,
+    recipe: Recipe,
+    inputs: Sequence[dict[str, Any]],
+    rules: Sequence[str] = RULES,
+    progress: Callable[[int, int], None] = lambda _done, _total: None,
+) -> RuleErrors:
+    """Measure every rule on every head, each on the dense model's queries and keys: one forward an input.
+
+    Args:
+        model: a transformer, not patched.
+        recipe: whose order, blocks and precision are used; its selection and schedule are left out.
+        inputs: keyword arguments of forwards along the trajectory.
+        rules: see :class:`~dit_accel.stages.select.head_rules.HeadRules`.
+        progress: told forwards done and their number.
+    """
+    found: dict[int, list[tuple[torch.Tensor, torch.Tensor]]] = {}
+    plain = recipe.with_fields({"schedule": "schedule"})
+    with patch(model, "dense") as handle:
+        (session,) = handle.sessions.values()
+        names = [record.name for record in session.engine.records]
+        engines = [Engine(_with_rules(plain, ((rule,),)), names, "auto", 0) for rule in rules]
+        tap = _measuring_tap(session.engine, engines, found)
+        with handle.tap_outputs(tap):
+            for done, arguments in enumerate(inputs):
+                model(**arguments)
+                progress(done + 1, len(inputs))
+    kept = torch.stack([torch.stack([k for k, _ in found[layer]]).mean(0) for layer in range(len(names))])
+    error = torch.stack([torch.stack([e for _, e in found[layer]]).mean(0) for layer in range(len(names))])
+    return RuleErrors(tuple(rules), kept, error)
+
+
+def allocate_rules(errors: RuleErrors, mean_density: float) -> tuple[tuple[str, ...], ...]:
+    """A rule per layer and head with the least summed error: greedy on each head's convex hull.
+
+    Raises:
+        ValueError: the mean density is below what the leanest rules keep, or not in (0, 1].
+    """
+    layers, heads, _ = errors.error.shape
+    hulls: dict[tuple[int, int], list[Point]] = {}
+    for place in product(range(layers), range(heads)):
+        kept, error = errors.kept[place].tolist(), errors.error[place].tolist()
+        order = sorted(range(len(kept)), key=lambda n, kept=kept, error=error: (kept[n], error[n]))  # type: ignore[misc]
+        hulls[place] = lower_hull(order, [kept[n] for n in order], [error[n] for n in order])
+    lowest = sum(hull[0].kept for hull in hulls.values()) / len(hulls)
+    if not lowest <= mean_density <= 1.0:
+        raise ValueError(f"mean_density must lie in [{lowest:.4f}, 1], got {mean_density}: these rules keep no less.")
+    chosen = dict.fromkeys(hulls, 0)
+    budget = (mean_density - lowest) * layers * heads
+    queue = [(slope(hull, 0), place, 0) for place, hull in hulls.items() if len(hull) > 1]
+    heapq.heapify(queue)
+    while queue:
+        _, place, at = heapq.heappop(queue)
+        here, there = hulls[place][at : at + 2]
+        if there.kept - here.kept > budget + 1e-12:
+            continue  # another head may have a step that still fits
+        budget -= there.kept - here.kept
+        chosen[place] = at + 1
+        if at + 2 < len(hulls[place]):
+            heapq.heappush(queue, (slope(hulls[place], at + 1), place, at + 1))
+    return tuple(
+        tuple(errors.rules[int(hulls[layer, head][chosen[layer, head]].asked)] for head in range(heads))
+        for layer in range(layers)
+    )
+
+
+def search_rules(
+    pipe: Any,
+    prompts: Sequence[Any],
+    recipe: Recipe | str = "patterns",
+    *,
+    mean_density: float,
+    rules: Sequence[str] = RULES,
+    transformer: str | None = None,
+    samples: int = 3,
+    seed: int = 0,
+    generate_kwargs: Mapping[str, Any] | None = None,
+    progress: Callable[[Progress], None] = lambda _state: None,
+) -> FoundRules:
+    """Find a static pattern for every head of a pipeline's transformer.
+
+    Dense runs of the prompts give the forwards that heads are measured on; each rule is measured on all heads of a
+    forward at once. Rules are of the grid: what is found at one size runs at others.
+
+    Args:
+        pipe: a diffusers pipeline, not patched.
+        prompts: texts, or arguments of the pipeline's call in place of one.
+        recipe: a :class:`~dit_accel.Recipe` or a preset's name, of which all but the selection's pattern is used.
+        mean_density: to come down to, on average of all heads.
+        rules: to choose among, see :class:`~dit_accel.stages.select.head_rules.HeadRules`.
+        transformer: of a pipeline with two experts the one to search, "transformer" or "transformer_2".
+        samples: denoising steps measured of each prompt, spread over those after the recipe's dense phase.
+        seed: of the first prompt's run; each further one adds 1.
+        generate_kwargs: further arguments of the pipeline's call, such as size and steps.
+        progress: told after every run and every forward.
+
+    Raises:
+        ValueError: two transformers of which none is named, no prompts, an unknown rule, or a mean density that the
+            rules do not reach.
+    """
+    for rule in rules:
+        check_rule(rule)
+    if not 0.0 < mean_density <= 1.0:
+        raise ValueError(f"mean_density must lie in (0, 1], got {mean_density}.")
+    if samples < 1:
+        raise ValueError(f"samples must be at least 1, got {samples}.")
+    chosen, runs = presets.resolve(recipe), run_arguments(pipe, prompts, generate_kwargs, None)
+    models = {name: model for name, model, _ in transformers_of(pipe)}
+    if transformer is None and len(models) > 1:
+        raise ValueError(f"{type(pipe).__name__} has {', '.join(models)}, name the one to search.")
+    name = transformer or next(iter(models))
+    if name not in models:
+        raise ValueError(f"{type(pipe).__name__} has no {name!r}; it has {', '.join(models)}.")
+    model, inputs = models[name], []
+    for number, arguments in enumerate(runs):
+        progress(Progress(number, len(runs), None, "dense runs"))
+        keep = first_forwards(pipe, samples, chosen.schedule.dense_fraction)
+        inputs += record_inputs(model, partial(pipe, **begin(arguments, seed + number)), keep)
+    errors = measure_rules(
+        model, chosen, inputs, rules, lambda done, total: progress(Progress(done, total, None, "rules"))
+    )
+    found = allocate_rules(errors, mean_density)
+    kept, error = _of_choice(errors, found)
+    alike = [(float(errors.error[..., n].sum(1).mean()), n) for n in range(len(rules)) if _mean(errors, n) <= kept]
+    least, single = min(alike, default=(None, None))
+    return FoundRules(
+        _with_rules(chosen, found),
+        errors,
+        kept,
+        error,
+        None if single is None else errors.rules[single],
+        None if least is None else least**0.5,
+    )
+
+
+def _mean(errors: RuleErrors, rule: int) -> float:
+    return float(errors.kept[..., rule].mean())
+
+
+def _of_choice(errors: RuleErrors, chosen: Sequence[Sequence[str]]) -> tuple[float, float]:
+    """Mean density and error of a rule per head."""
+    places = torch.tensor([[errors.rules.index(rule) for rule in layer] for layer in chosen])[..., None]
+    kept, error = (values.gather(2, places)[..., 0] for values in (errors.kept, errors.error))
+    return float(kept.mean()), float(error.sum(1).mean()) ** 0.5
+
+
+def _with_rules(recipe: Recipe, rules: tuple[tuple[str, ...], ...]) -> Recipe:
+    return replace(recipe, select=HeadRules(rules=rules, block=recipe.select.block))
+
+
+def _measuring_tap(
+    dense: Engine, sparse: Sequence[Engine], found: dict[int, list[tuple[torch.Tensor, torch.Tensor]]]
+) -> OutputTap:
+    """Leaves outputs as they are; ``found`` gets each layer's ``[heads, rules]`` of kept shares and of errors."""
+    calls: dict[int, AttentionCall] = {}
+    for engine in (dense, *sparse):
+        engine.observer = lambda call: calls.__setitem__(call.layer, call)
+
+    def tap(layer: int, out: torch.Tensor, _model_own: Callable[[], torch.Tensor] | None) -> torch.Tensor:
+        call = calls.pop(layer)
+        whole = out.double().square().sum().clamp_min(1e-30)
+        shares, errors = [], []
+        for engine in sparse:
+            other = engine.attend(replace(call, run=engine.run, used={}), lambda: out)
+            plan = calls.pop(layer).plan
+            if plan is None:
+                raise ValueError(f"self-attention layer {layer} ran dense: a search needs all of them sparse.")
+            counts = plan.mask.kv_num_blocks.double().mean((0, 2)) / plan.mask.num_blocks[1]
+            shares.append(counts.expand(out.shape[2]).cpu())
+            errors.append(((other.double() - out.double()).square().sum((0, 1, 3)) / whole).cpu())
+        found.setdefault(layer, []).append((torch.stack(shares, -1), torch.stack(errors, -1)))
+        return out
+
+    return tap

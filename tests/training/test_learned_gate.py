@@ -1,0 +1,195 @@
+"""A learned selection: its equations in float64, what it chooses untrained, and its training on the dense model."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import replace
+from itertools import product
+
+import pytest
+import torch
+
+import dit_accel
+from dit_accel.calibration.calibrate import refuse_calibration
+from dit_accel.plan import SequenceBlocks
+from dit_accel.stages.select.learned import Learned, gate_divergence
+from dit_accel.stages.select.pooled import Pooled
+from dit_accel.training.config import FinetuneConfig
+from dit_accel.training.finetune import finetune
+from dit_accel.training.gate import gate_losses
+from dit_accel.training.objective import OBJECTIVES, NoisyBatch, Objective, losses
+from tests.calls import call_of
+from tests.recipes import SMALL_TILES
+from tests.tiny import TINY
+from tests.training.samples import samples, tiny_pipe
+from tests.training.test_linear_branch_stage import LAYOUTS
+
+GATE = Learned(density=0.3, rank=12, block=(32, 32))
+SEER = dit_accel.Recipe(order=SMALL_TILES, select=GATE)
+
+
+def definition(q, k, layout, rows, block, project_q, project_k, key_mask):
+    """Scores of block pairs from the equations, block by block, in the dtype of the projections."""
+    batch, seq_len, heads, dim = q.shape
+    kind, rank = project_q.dtype, project_q.shape[-1]
+    blocks = [rows[i : i + block] for i in range(0, seq_len, block)]
+
+    def place(tokens):
+        on_grid = [t - layout.latent_start for t in tokens if 0 <= t - layout.latent_start < layout.num_latent]
+        _, height, width = layout.grid
+        axes = [[t // (height * width), t // width % height, t % width] for t in on_grid]
+        return torch.tensor([sum(c) / len(axes) for c in zip(*axes)] if axes else [0.0] * 3, dtype=kind)
+
+    def turned(x, where):
+        half, out = rank // 2, x.clone()
+        for pair in range(half):
+            axis, number = divmod(pair, rank // 6)
+            angle = where[axis] * 100.0 ** (-number / (rank // 6))
+            a, b = x[pair], x[pair + half]
+            out[pair] = a * angle.cos() - b * angle.sin()
+            out[pair + half] = a * angle.sin() + b * angle.cos()
+        return out
+
+    scores = torch.zeros(batch, heads, len(blocks), len(blocks), dtype=kind)
+    for b, h, i, j in product(range(batch), range(heads), range(len(blocks)), range(len(blocks))):
+        seen = [t for t in blocks[j] if key_mask is None or key_mask[b, t]]
+        asked = q[b, blocks[i], h].to(kind).mean(0)
+        keys = k[b, seen, h].to(kind)
+        parts = [keys.mean(0), keys.amax(0), keys.amin(0)] if seen else [torch.zeros(dim, dtype=kind)] * 3
+        low_q = turned(asked @ project_q[h], place(blocks[i]))
+        low_k = turned(torch.cat(parts) @ project_k[h], place(blocks[j]))
+        scores[b, h, i, j] = dim**-0.5 * asked @ parts[0] + low_q @ low_k
+    return scores
+
+
+@pytest.mark.parametrize("name", ["alone", "text first", "text last"])
+def test_scores_divergence_and_gradients_against_the_definition(name):
+    layout, dim = LAYOUTS[name], 64
+    generator = torch.Generator().manual_seed(2)
+    q, k = (torch.randn(1, layout.seq_len, 2, dim, generator=generator) for _ in range(2))
+    key_mask = None
+    if name == "text last":
+        key_mask = torch.ones(1, layout.seq_len, dtype=torch.bool)
+        key_mask[0, layout.seq_len - 2 :] = False
+    rows = SMALL_TILES.rows(layout, q.device)
+    blocks = SequenceBlocks(layout, rows, 32, 32, q.device)
+    call = call_of(q, k, key_mask=key_mask)
+    gate = call.router = GATE.build(2, dim)
+    with torch.no_grad():
+        gate.project_q += torch.randn(gate.project_q.shape, generator=generator) * 0.3
+    tables = GATE.prepare(blocks)
+    scores = GATE.scores(blocks, tables, call)
+    twins = [p.detach().double().requires_grad_() for p in (gate.project_q, gate.project_k)]
+    wanted = definition(q, k, layout, rows.tolist(), 32, *twins, key_mask)
+    # A few dozen float32 roundings, and angles of up to ten.
+    assert (scores - wanted).abs().max() <= 1e-5 * wanted.abs().max()
+
+    mass = torch.rand(scores.shape, generator=generator)
+    loss = gate_divergence(blocks, tables, GATE, call, mass)
+    total, count = torch.zeros((), dtype=torch.float64), 0
+    text = [
+        any(not 0 <= t - layout.latent_start < layout.num_latent for t in part)
+        for part in (rows.tolist()[i : i + 32] for i in range(0, layout.seq_len, 32))
+    ]
+    free = [j for j, is_text in enumerate(text) if not is_text]
+    for h, i in product(range(2), range(len(text))):
+        if not text[i]:
+            target = mass[0, h, i, free].double() / mass[0, h, i, free].double().sum()
+            total = total + (target * (target.log() - wanted[0, h, i, free].log_softmax(-1))).sum()
+            count += 1
+    assert abs(float(loss) - float(total / count)) <= 1e-5 * float(total / count)
+    grads = torch.autograd.grad(loss, list(gate.parameters()))
+    for grad, want in zip(grads, torch.autograd.grad(total / count, twins)):
+        assert (grad - want).abs().max() <= 2e-5 * want.abs().max()
+
+
+@pytest.mark.parametrize("family", ["wan", "hunyuan"])
+def test_an_untrained_gate_chooses_as_pooled_scores_do(family):
+    tiny = TINY[family]
+    pipe = tiny.build()
+    with dit_accel.patch(pipe, SEER) as handle:
+        out = tiny.run(pipe, steps=2)
+        assert handle.summary().density < 0.9
+        for name, parameter in pipe.transformer.named_parameters():
+            if name.endswith("router.project_q"):
+                parameter.data.normal_(std=3.0)
+        other = tiny.run(pipe, steps=2)
+    with dit_accel.patch(pipe, replace(SEER, select=Pooled(density=0.3, block=(32, 32)))):
+        assert torch.equal(tiny.run(pipe, steps=2), out)
+    assert not torch.equal(out, other)
+
+
+def sharp_pipe():
+    """A pipeline whose heads prefer some blocks, or a gate has nothing to learn."""
+    pipe = tiny_pipe()
+    torch.manual_seed(5)
+    for block in pipe.transformer.blocks:
+        block.attn1.norm_q.weight.data *= 4
+        block.attn1.norm_k.weight.data *= 4
+    return pipe
+
+
+def test_training_brings_the_gate_to_the_exact_mass_and_leaves_the_model_alone(tmp_path):
+    pipe = sharp_pipe()
+    before = {name: value.clone() for name, value in pipe.transformer.state_dict().items()}
+    config = FinetuneConfig(
+        steps=30, learning_rate=2e-2, batch_size=2, train="learned", objective=OBJECTIVES["gate"], evaluate_samples=1
+    )
+    result = finetune(pipe, SEER, samples(), tmp_path, config)
+    found = [entry["gate"] for entry in result.curves.steps]
+    assert sum(found[-5:]) < 0.8 * sum(found[:5])
+    own = pipe.transformer.state_dict()
+    assert all(torch.equal(own[name], value) for name, value in before.items())
+    gates = {n: p.detach().clone() for n, p in pipe.transformer.named_parameters() if ".dit_accel_router." in n}
+    assert len(gates) == 4
+    wanted = TINY["wan"].run(pipe, steps=2)
+    result.handle.remove()
+    assert not any("dit_accel" in name for name, _ in pipe.transformer.named_parameters())
+    with dit_accel.load_adapter(pipe, tmp_path / "adapter") as handle:
+        assert handle.recipe == SEER
+        loaded = dict(pipe.transformer.named_parameters())
+        assert all(torch.equal(loaded[name], value) for name, value in gates.items())
+        assert torch.equal(TINY["wan"].run(pipe, steps=2), wanted)
+
+
+def test_the_loss_is_of_the_dense_models_own_trajectory():
+    """Whatever the gate chooses, later layers see what they would without a patch."""
+    pipe = sharp_pipe()
+    sample = samples(1)[0]
+    batch = NoisyBatch(sample.latents, sample.latents, torch.tensor([500.0]), sample.condition)
+
+    def terms(density: float) -> torch.Tensor:
+        recipe = SEER.with_fields({"select.density": density})
+        with (
+            dit_accel.patch(pipe, recipe) as handle,
+            torch.no_grad(),
+            losses(pipe.transformer, handle, OBJECTIVES["gate"], batch, handle.disabled) as found,
+        ):
+            return found.total
+
+    assert torch.equal(terms(0.05), terms(1.0))
+    assert math.isfinite(float(terms(0.3)))
+
+
+def test_what_cannot_be_says_so(tmp_path):
+    with pytest.raises(ValueError, match="multiple of 6, got 8"):
+        Learned(rank=8)
+    with pytest.raises(ValueError, match=r"select\.density must lie in"):
+        Learned(density=0.0)
+    with pytest.raises(ValueError, match="gate goes alone"):
+        Objective(flow=1.0, gate=1.0)
+    with pytest.raises(ValueError, match="trains gates alone, with train = 'learned', got 'attention'"):
+        FinetuneConfig(objective=OBJECTIVES["gate"])
+    with pytest.raises(ValueError, match="a calibration does not know"):
+        refuse_calibration(SEER, None)
+    config = FinetuneConfig(train="learned", objective=OBJECTIVES["gate"])
+    pooled = replace(SEER, select=Pooled(block=(32, 32)))
+    with pytest.raises(ValueError, match=r"objective\.gate trains a learned selection, got Pooled"):
+        finetune(tiny_pipe(), pooled, samples(), tmp_path, config)
+    pipe = tiny_pipe()
+    with (
+        dit_accel.patch(pipe, pooled) as handle,
+        pytest.raises(ValueError, match="for a learned selection"),
+        gate_losses(handle),
+    ):
+        pass
