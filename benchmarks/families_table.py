@@ -17,7 +17,7 @@ from pathlib import Path
 
 import diffusers
 
-from dit_accel.patches.families import EXCLUDED, FAMILIES
+from dit_accel.patches.families import CONTROLS, EXCLUDED, FAMILIES
 
 # The oldest diffusers that pyproject.toml allows, and the classes of the registry that it lacks; .ci/run tests with it.
 OLDEST = "0.36"
@@ -77,6 +77,8 @@ def table() -> str:
             names = ", ".join(known.get(kind, [])) or "modular"
             versions = diffusers.__version__ if kind in NEWER else f"{OLDEST}, {diffusers.__version__}"
             lines.append(f"| {family.name} | `{kind}` | {names} | {family.min_tokens:,} tokens | {versions} |")
+    lines += ["", "Control networks:", "", "| family | network |", "|---|---|"]
+    lines += [f"| {family.name} | `{kind}` |" for family in CONTROLS for kind in family.transformers]
     lines += ["", "Left alone, and why:", "", "| transformer | reason |", "|---|---|"]
     lines += [f"| `{kind}` | {reason} |" for kind, reason in EXCLUDED.items()]
     return "\n".join(lines) + "\n"

@@ -7,7 +7,7 @@ from typing import Any
 
 from torch import nn
 
-from .families import EXCLUDED, FAMILIES, Family, family_of
+from .families import EXCLUDED, FAMILIES, Family, control_family_of, family_of
 from .families.general import EXAMPLE, general_family
 from .handle import PatchHandle
 from .hooks import PublishLatents
@@ -23,6 +23,8 @@ def transformers_of(target: Any) -> list[tuple[str, nn.Module, Family]]:
         raise ValueError(f"patch takes a diffusers pipeline or transformer, got {type(target).__name__}.")
     models = {name: _unwrap(value) for name, value in components.items() if isinstance(value, nn.Module)}
     found = [(name, model, family) for name, model in models.items() if (family := family_of(model))]
+    if not found and isinstance(target, nn.Module) and (family := control_family_of(models[""])):
+        found = [("", models[""], family)]
     if found:
         return found
     candidates = {n: m for n, m in models.items() if n == "" or n.startswith(("transformer", "unet"))}
@@ -39,6 +41,20 @@ def transformers_of(target: Any) -> list[tuple[str, nn.Module, Family]]:
         raise ValueError(
             f"{error} `dit-accel info` lists the known ones; a family of your own is declared so:\n{EXAMPLE}"
         ) from error
+
+
+def controls_of(target: Any) -> list[tuple[str, nn.Module, Family]]:
+    """Name, module and family of every control network of a pipeline, also of several in one."""
+    found = []
+    for name, value in getattr(target, "components", {}).items():
+        whole = _unwrap(value)
+        several = getattr(whole, "nets", None)
+        parts = {f"{name}.nets.{n}": one for n, one in enumerate(several)} if isinstance(several, nn.ModuleList) else {}
+        for path, part in (parts or {name: whole}).items():
+            model = _unwrap(part)
+            if isinstance(model, nn.Module) and (family := control_family_of(model)):
+                found.append((path, model, family))
+    return found
 
 
 def _unwrap(model: nn.Module) -> nn.Module:
