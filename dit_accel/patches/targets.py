@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterator, Mapping
 from typing import Any
 
@@ -67,6 +68,13 @@ def self_attentions(model: nn.Module, family: Family) -> Iterator[tuple[str, Any
     for path, module in model.named_modules():
         if family.has_self_attention(path) and hasattr(module, "processor"):
             yield path, module
+
+
+def other_attentions(model: nn.Module, family: Family) -> tuple[str, ...]:
+    """Paths of what else attends, a number in a path as *: to a prompt, in windows, over text or sound, linearly."""
+    paths = [path for path, module in model.named_modules() if path and hasattr(module, "processor")]
+    others = (path for path in paths if not family.has_self_attention(path))
+    return tuple(dict.fromkeys(re.sub(r"(?<![^.])\d+(?![^.])", "*", path) for path in others))
 
 
 def repeated_blocks(model: nn.Module, family: Family | None = None) -> list[nn.Module]:
