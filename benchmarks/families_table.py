@@ -17,7 +17,7 @@ from pathlib import Path
 
 import diffusers
 
-from dit_accel.patches.families import EXCLUDED, FAMILIES
+from dit_accel.patches.families import CONTROLS, EXCLUDED, FAMILIES
 
 # The oldest diffusers that pyproject.toml allows, and the classes of the registry that it lacks; .ci/run tests with it.
 OLDEST = "0.36"
@@ -71,23 +71,32 @@ def table() -> str:
     """Markdown, a row for each class."""
     known = pipelines()
     lines = [f"With diffusers {diffusers.__version__}:", ""]
-    lines += ["| family | transformer | pipelines | default sparse from | tested with |", "|---|---|---|---|---|"]
+    lines += [
+        "| family | transformer | pipelines | several GPUs | default sparse from | tested with |",
+        "|---|---|---|---|---|---|",
+    ]
     for family in FAMILIES:
         for kind in family.transformers:
             names = ", ".join(known.get(kind, [])) or "modular"
             versions = diffusers.__version__ if kind in NEWER else f"{OLDEST}, {diffusers.__version__}"
-            lines.append(f"| {family.name} | `{kind}` | {names} | {family.min_tokens:,} tokens | {versions} |")
+            # Of a model without a plan diffusers splits no sequence.
+            planned = bool(getattr(getattr(diffusers, kind), "_cp_plan", None))
+            shared = "Ulysses" if planned else "-"
+            lines.append(
+                f"| {family.name} | `{kind}` | {names} | {shared} | {family.min_tokens:,} tokens | {versions} |"
+            )
+    lines += ["", "Control networks:", "", "| family | network |", "|---|---|"]
+    lines += [f"| {family.name} | `{kind}` |" for family in CONTROLS for kind in family.transformers]
     lines += ["", "Left alone, and why:", "", "| transformer | reason |", "|---|---|"]
     lines += [f"| `{kind}` | {reason} |" for kind, reason in EXCLUDED.items()]
     return "\n".join(lines) + "\n"
 
 
 def short_table() -> str:
-    """Markdown, the families alone: of videos those whose classes say so."""
-    videos, images = [], []
-    for family in FAMILIES:
-        of_video = any("3D" in kind or "Video" in kind for kind in family.transformers) and "Image" not in family.name
-        (videos if of_video else images).append(family.name)
+    """Markdown, the families alone, in the registry's order: videos first."""
+    names = [family.name for family in FAMILIES]
+    first_image = names.index("FLUX.1")
+    videos, images = names[:first_image], names[first_image:]
     return f"| makes | families |\n|---|---|\n| videos | {', '.join(videos)} |\n| images | {', '.join(images)} |\n"
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -14,9 +15,10 @@ from .patches.artifact import CalibrationArtifact
 from .patches.families import Family
 from .patches.handle import PatchHandle
 from .patches.install import forget_compiled_code, install
-from .patches.targets import root_hook, self_attentions, transformers_of
+from .patches.targets import controls_of, root_hook, self_attentions, transformers_of
 from .recipe import Recipe
 from .stages.order.axes import MISSING
+from .stages.reuse.none import NoReuse
 from .stages.select.frozen import FrozenMasks
 
 
@@ -36,6 +38,10 @@ def patch(
     out, :func:`~dit_accel.save_adapter` saves them. The calls of a
     step are decided when they run, so the patch works under torch.compile, offloading, LoRA and caching,
     whether those came before or come after.
+
+    Control networks attend over the same latents, and run the recipe too, without its reuse. Where a recipe holds what
+    was made for a transformer's own layers (a calibration, densities or orders per head, what was learned) they stay
+    dense, and the summary says so.
 
     Args:
         target: a diffusers pipeline, every known transformer of which is patched, or one transformer.
@@ -61,7 +67,8 @@ def patch(
         raise ValueError(f"Unknown backend {backend!r}; known are {', '.join(BACKENDS)}.")
     transformers = transformers_of(target)
     chosen, note = presets.choose(recipe, options, in_pipeline=not isinstance(target, nn.Module))
-    for name, model, _ in transformers:
+    controls = controls_of(target)
+    for name, model, _ in (*transformers, *controls):
         if root_hook(model) is not None:
             raise ValueError(
                 f"{name or type(model).__name__} is patched already; "
@@ -77,6 +84,13 @@ def patch(
             engine = install(handle, name, model, family, backend, recipe is None, own)
             if masks is not None:
                 engine.planner = FrozenPlanner(own, masks, rederive)
+        for name, model, family in controls:
+            if artifact is None and not chosen.is_of_one_model:
+                install(handle, name, model, family, backend, recipe is None, replace(chosen, reuse=NoReuse()))
+            else:
+                engine.note(
+                    f"{name} stays dense: the recipe holds what was made for a transformer's layers.", lasting=True
+                )
     except BaseException:
         handle.remove()
         raise

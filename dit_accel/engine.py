@@ -58,6 +58,7 @@ class Engine:
         notes: what a user should know of the calls so far, a sentence each, in the order of events, and whether it
             outlives :meth:`reset`.
         parallel: how processes shared the calls, a sentence each; empty in one process.
+        left_alone: paths of the model's other attention modules, for the summary.
         run: for the calls of an engine that is used without a session.
     """
 
@@ -80,6 +81,7 @@ class Engine:
         self.learned: dict[int, LearnedLayer] = {}
         self.routers: dict[int, LearnedLayer] = {}
         self.notes: dict[str, bool] = {}
+        self.left_alone: tuple[str, ...] = ()
         self.parallel: dict[str, None] = {}
         self.run = Run()
         self._choices: dict[Case, dict[Operation, Choice]] = {}

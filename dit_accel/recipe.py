@@ -193,6 +193,11 @@ class Recipe:
         stages = (self.order, self.compensate)
         return not self.select.is_static and all(stage.spans_references for stage in stages)
 
+    @property
+    def is_of_one_model(self) -> bool:
+        """Whether it holds what was made for the layers of a certain model."""
+        return self.order.is_of_one_model or bool(self.select.head_densities) or self.compensate.is_learned
+
     def with_fields(self, changes: Mapping[str, Any]) -> Recipe:
         """A copy with single fields changed, by dotted name, e.g. ``{"select.density": 0.1}``.
 

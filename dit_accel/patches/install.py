@@ -21,7 +21,7 @@ from .learned import ROUTER, SaveWithoutLearned, attach, build, head_shape
 from .operator import new_counts
 from .processors import ProcessorWatch
 from .session import Session
-from .targets import self_attentions
+from .targets import other_attentions, self_attentions
 
 
 def install(
@@ -53,6 +53,7 @@ def install(
     watch = ProcessorWatch(model, [module for _, module in layers], handle.record)
     pipe = None if handle.target is model else handle.target
     engine = Engine(recipe, [path for path, _ in layers], backend, family.min_tokens, automatic)
+    engine.left_alone = other_attentions(model, family)
     if family.alone:
         engine.note(
             f"{type(model).__name__} is of no known family: calls that hold its latents and nothing else run sparse. "

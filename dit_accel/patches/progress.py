@@ -179,9 +179,18 @@ def running_pipeline(model: nn.Module) -> Any | None:
         for name in ("self", "components"):
             owner = frame_locals.get(name)
             held = getattr(owner, "__dict__", {})
-            if "scheduler" in held and any(getattr(part, "_orig_mod", part) is model for part in held.values()):
+            if "scheduler" in held and any(_is_or_holds(part, model) for part in held.values()):
                 return owner
     return None
+
+
+def _is_or_holds(part: Any, model: nn.Module) -> bool:
+    """Whether a component is the model, compiled or not, or several control networks with it among them."""
+    part = getattr(part, "_orig_mod", part)
+    if part is model:
+        return True
+    several = getattr(part, "nets", None)
+    return isinstance(several, nn.ModuleList) and any(getattr(one, "_orig_mod", one) is model for one in several)
 
 
 def _calls_below() -> Iterator[dict[str, Any]]:

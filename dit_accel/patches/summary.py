@@ -61,6 +61,8 @@ class PatchSummary:
         parallel: how processes shared the calls, a sentence each; all counts are this process' own.
         changes: what :func:`~dit_accel.accelerate` changed beside attention, a sentence each.
         short_recipe: the nearest preset, and what differs from it.
+        left_alone: other attention modules, which run as the model has them: to a prompt, in windows, over text or
+            sound, linear. A number in a path is *.
     """
 
     recipe: str
@@ -76,6 +78,7 @@ class PatchSummary:
     changes: tuple[str, ...] = ()
     short_recipe: str = ""
     parallel: tuple[str, ...] = ()
+    left_alone: tuple[str, ...] = ()
 
     @property
     def computed_share(self) -> float | None:
@@ -153,6 +156,8 @@ class PatchSummary:
         lines += [f"  dense calls: {count} ({reason})" for reason, count in self.dense_calls.items()]
         if self.cached_calls:
             lines.append(f"  answered by a cache: {self.cached_calls}")
+        if self.left_alone:
+            lines.append(f"  left alone: {', '.join(self.left_alone)}")
         lines += [f"  {line}" for line in backend_lines(self.backends)]
         lines.append(
             f"  time: {self.sparse_seconds:.3f} s sparse, {self.dense_seconds:.3f} s dense, "
@@ -187,11 +192,13 @@ def summarise(
     engines = {name: session.engine for name, session in sessions.items()}
     reused = [session.reuse for session in sessions.values() if session.reuse is not None]
     layers: list[LayerSummary] = []
+    left_alone: list[str] = []
     backends = BackendsUsed()
     plan = sparse = dense = 0.0
     for name, engine in engines.items():
         prefix = f"{name}." if len(engines) > 1 else ""
         layers += [_layer(prefix, record) for record in engine.records]
+        left_alone += [f"{prefix}{path}" for path in engine.left_alone]
         backends.update(engine.backends_used)
         plan += engine.plan_time.seconds()
         sparse += engine.sparse_time.seconds()
@@ -211,6 +218,7 @@ def summarise(
         skipped_forwards=sum(one.skipped for one in reused),
         changes=changes,
         parallel=tuple(dict.fromkeys(one for engine in engines.values() for one in engine.parallel)),
+        left_alone=tuple(left_alone),
     )
     raised = _why_denser(recipe, summary.density)
     return summary if raised is None else replace(summary, notes=(*notes, raised))

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterator, Mapping
 from typing import Any
 
 from torch import nn
 
-from .families import EXCLUDED, FAMILIES, Family, family_of
+from .families import EXCLUDED, FAMILIES, Family, control_family_of, family_of
 from .families.general import EXAMPLE, general_family
 from .handle import PatchHandle
 from .hooks import PublishLatents
@@ -23,6 +24,8 @@ def transformers_of(target: Any) -> list[tuple[str, nn.Module, Family]]:
         raise ValueError(f"patch takes a diffusers pipeline or transformer, got {type(target).__name__}.")
     models = {name: _unwrap(value) for name, value in components.items() if isinstance(value, nn.Module)}
     found = [(name, model, family) for name, model in models.items() if (family := family_of(model))]
+    if not found and isinstance(target, nn.Module) and (family := control_family_of(models[""])):
+        found = [("", models[""], family)]
     if found:
         return found
     candidates = {n: m for n, m in models.items() if n == "" or n.startswith(("transformer", "unet"))}
@@ -41,6 +44,20 @@ def transformers_of(target: Any) -> list[tuple[str, nn.Module, Family]]:
         ) from error
 
 
+def controls_of(target: Any) -> list[tuple[str, nn.Module, Family]]:
+    """Name, module and family of every control network of a pipeline, also of several in one."""
+    found = []
+    for name, value in getattr(target, "components", {}).items():
+        whole = _unwrap(value)
+        several = getattr(whole, "nets", None)
+        parts = {f"{name}.nets.{n}": one for n, one in enumerate(several)} if isinstance(several, nn.ModuleList) else {}
+        for path, part in (parts or {name: whole}).items():
+            model = _unwrap(part)
+            if isinstance(model, nn.Module) and (family := control_family_of(model)):
+                found.append((path, model, family))
+    return found
+
+
 def _unwrap(model: nn.Module) -> nn.Module:
     """The module inside torch.compile's wrapper."""
     return getattr(model, "_orig_mod", model)
@@ -51,6 +68,13 @@ def self_attentions(model: nn.Module, family: Family) -> Iterator[tuple[str, Any
     for path, module in model.named_modules():
         if family.has_self_attention(path) and hasattr(module, "processor"):
             yield path, module
+
+
+def other_attentions(model: nn.Module, family: Family) -> tuple[str, ...]:
+    """Paths of what else attends, a number in a path as *: to a prompt, in windows, over text or sound, linearly."""
+    paths = [path for path, module in model.named_modules() if path and hasattr(module, "processor")]
+    others = (path for path in paths if not family.has_self_attention(path))
+    return tuple(dict.fromkeys(re.sub(r"(?<![^.])\d+(?![^.])", "*", path) for path in others))
 
 
 def repeated_blocks(model: nn.Module, family: Family | None = None) -> list[nn.Module]:

@@ -77,7 +77,8 @@ class Inputs:
                     f"{type(pipe).__name__} takes no {kind}; it takes {' and '.join(known) or 'a prompt alone'}. "
                     "Another pipeline over the same weights may: --pipeline CLASS."
                 )
-            found[name] = value
+            # A call that names it so wants a mask for each frame.
+            found[name] = [value] * len(self.video) if name == "mask" and self.video else value
         return found
 
 

@@ -13,7 +13,7 @@ from diffusers.models.modeling_utils import ModelMixin
 from packaging.version import Version
 
 import dit_accel
-from benchmarks.families_table import NEWER, OLDEST, PAGE, page
+from benchmarks.families_table import NEWER, OLDEST, PAGE, README, page, short_table
 from dit_accel.patches.families import EXCLUDED, FAMILIES
 from tests.tiny import TINY
 from tests.tiny_registry import MODELS
@@ -108,8 +108,9 @@ def test_an_unknown_class_is_refused_with_what_was_looked_for():
         dit_accel.patch(torch.nn.Linear(1, 1))
 
 
-def test_the_readme_counts_the_classes():
-    text = (PAGE.parent.parent / "README.md").read_text(encoding="utf-8")
+def test_the_readme_and_the_changelog_are_what_the_registry_says():
+    assert page(text := README.read_text(encoding="utf-8"), short_table()) == text, "run benchmarks/families_table.py"
+    text = (README.parent / "CHANGELOG.md").read_text(encoding="utf-8")
     assert int(re.search(r"(\d+) transformer classes", text)[1]) == len(_declared())
 
 

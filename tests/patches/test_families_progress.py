@@ -228,7 +228,7 @@ def test_compiled_samples_that_attend_one_by_one_get_their_gradients():
         assert (eager - compiled).abs().max() <= 1e-9 * eager.abs().max()
 
 
-@pytest.mark.parametrize("name", ["framepack", "hunyuan-1.5", "ltx2", "flux3", "z-image", "joy-image-plus", "hidream"])
+@pytest.mark.parametrize("name", MODELS)
 def test_a_compiled_transformer_finds_its_latents(name):
     tiny = MODELS[name]
     model = tiny.build()

@@ -73,6 +73,31 @@ def test_ltx2_leaves_sound_alone():
     assert layers == ["transformer_blocks.0.attn1", "transformer_blocks.1.attn1"]
 
 
+@pytest.mark.parametrize(
+    ("name", "others"),
+    [
+        ("ltx2", ("attn2", "audio_attn1", "audio_attn2", "audio_to_video_attn", "video_to_audio_attn")),
+        ("cosmos", ("attn2",)),
+        ("allegro", ("attn2",)),
+    ],
+)
+def test_other_attention_is_left_alone_and_named(name, others):
+    model = MODELS[name].build()
+    with dit_accel.patch(model, FULL) as handle:
+        summary = handle.summary()
+    assert set(summary.left_alone) == {f"transformer_blocks.*.{other}" for other in others}
+    assert "left alone: transformer_blocks.*." in str(summary)
+    taken = {layer.name for layer in summary.layers}
+    assert all(hasattr(model.get_submodule(path.replace("*", "0")), "processor") for path in summary.left_alone)
+    assert not taken & {path.replace("*", "0") for path in summary.left_alone}
+
+
+def test_where_all_attention_is_of_the_latents_nothing_is_left_alone():
+    with dit_accel.patch(MODELS["chroma"].build(), FULL) as handle:
+        assert handle.summary().left_alone == ()
+        assert "left alone" not in str(handle.summary())
+
+
 # FLUX and its kin
 
 

@@ -7,11 +7,14 @@ families.
 
 from __future__ import annotations
 
+from collections.abc import Iterable
+
 from .allegro import ALLEGRO
 from .aura_flow import AURA_FLOW
 from .bria_fibo2 import BRIA_FIBO2
 from .cogvideox import COGVIDEOX
 from .cogview import COGVIEW
+from .controls import CONTROLS
 from .cosmos import COSMOS, COSMOS3
 from .easyanimate import EASYANIMATE
 from .ernie_image import ERNIE_IMAGE
@@ -93,11 +96,26 @@ FAMILIES: tuple[Family, ...] = (
 
 def family_of(model: object) -> Family | None:
     """The family of a transformer, by the name of its class or of a base class; None if unknown."""
+    return _named(model, (*registered(), *FAMILIES))
+
+
+def control_family_of(model: object) -> Family | None:
+    """How a control network is read, by the name of its class or of a base class; None if unknown."""
+    return _named(model, CONTROLS)
+
+
+def _named(model: object, families: Iterable[Family]) -> Family | None:
     names = [cls.__name__ for cls in type(model).__mro__]
-    for family in (*registered(), *FAMILIES):
-        if any(name in family.transformers for name in names):
-            return family
-    return None
+    return next((family for family in families if any(name in family.transformers for name in names)), None)
 
 
-__all__ = ["EXCLUDED", "FAMILIES", "Family", "family_of", "register_family", "registered"]
+__all__ = [
+    "CONTROLS",
+    "EXCLUDED",
+    "FAMILIES",
+    "Family",
+    "control_family_of",
+    "family_of",
+    "register_family",
+    "registered",
+]

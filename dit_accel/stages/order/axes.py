@@ -46,6 +46,10 @@ class AxisOrder(Order):
             if name not in HEAD_ORDERS:
                 raise ValueError(f"order.axes must hold {', '.join(HEAD_ORDERS)}, got {name!r}.")
 
+    @property
+    def is_of_one_model(self) -> bool:
+        return len(self.axes) > 1 or len(self.axes[0]) > 1
+
     def variant(self, layer: int) -> Hashable:
         return self._heads(layer)
 

@@ -31,6 +31,11 @@ class Order(Protocol):
     needs_calibration: ClassVar[bool] = False
     pads: ClassVar[bool] = False
 
+    @property
+    def is_of_one_model(self) -> bool:
+        """Whether it names the layers or heads of a certain model."""
+        return self.needs_calibration
+
     def conflicts_with(self, select: Select) -> str | None:
         """A sentence that says why the order cannot serve a selection; None where it can."""
         if self.follows_call and select.is_static:
