@@ -19,9 +19,11 @@ from .options import (
     DebugOption,
     DeviceOption,
     DtypeOption,
+    FramesOption,
     ImportOption,
     JsonOption,
     SetOption,
+    SizeOption,
     import_modules,
     quiet_libraries,
     read_device,
@@ -34,8 +36,8 @@ from .options import (
 @one_sentence_errors
 def bench(
     arch: Annotated[str, typer.Option(help="Architecture; see `dit-accel info`.")] = "wan2.1-1.3b",
-    size: Annotated[str | None, typer.Option(metavar="WxH", help="Pixels. Default: the model's.")] = None,
-    frames: Annotated[int | None, typer.Option(help="Frames. Default: the model's.")] = None,
+    size: SizeOption = None,
+    frames: FramesOption = None,
     layers: Annotated[int | None, typer.Option(help="Blocks to keep. Default: all.")] = None,
     batch: Annotated[int, typer.Option(help="Samples in a forward; 2 is a batched guidance pair.")] = 1,
     recipe: Annotated[str, typer.Option(help="A name from `dit-accel info`, or `auto`.")] = "pooled",
@@ -112,6 +114,19 @@ def bench(
         "compiled": compiled,
         "recipe": chosen.to_dict() if chosen is not None else "auto",
     }
+    # What a forward and a whole run are measured under alike.
+    shared: dict[str, Any] = {
+        "width": width,
+        "height": height,
+        "frames": length,
+        "recipe": chosen,
+        "dtype": number,
+        "device": target,
+        "layers": layers,
+        "backend": backend,
+        "dense_backend": dense_backend,
+        "compiler": "inductor" if compiled else None,
+    }
     if pipeline:
         if batch != 1:
             raise ValueError(f"--pipeline runs one clip, got --batch {batch}.")
@@ -121,19 +136,10 @@ def bench(
         with _status(quiet=as_json) as progress:
             run = bench_run(
                 known,
-                width=width,
-                height=height,
-                frames=length,
-                recipe=chosen,
-                dtype=number,
-                device=target,
+                **shared,
                 num_steps=30 if steps is None else steps,
-                layers=layers,
                 dense_steps=dense_steps,
                 repeats=1 if repeats is None else repeats,
-                backend=backend,
-                dense_backend=dense_backend,
-                compiler="inductor" if compiled else None,
                 linear=linear,
                 vae=vae,
                 progress=progress,
@@ -145,20 +151,7 @@ def bench(
 
     with _status(quiet=as_json) as progress:
         report = bench_forward(
-            known,
-            width=width,
-            height=height,
-            frames=length,
-            recipe=chosen,
-            dtype=number,
-            device=target,
-            batch=batch,
-            layers=layers,
-            repeats=5 if repeats is None else repeats,
-            backend=backend,
-            dense_backend=dense_backend,
-            compiler="inductor" if compiled else None,
-            progress=progress,
+            known, **shared, batch=batch, repeats=5 if repeats is None else repeats, progress=progress
         )
     _give_out({**facts, **report.to_dict()}, target, out, as_json, _show)
 

@@ -25,14 +25,12 @@ from .options import (
     StepsOption,
     import_modules,
     quiet_libraries,
-    read_device,
-    read_dtype,
-    read_prompts,
     read_recipe,
 )
 from .output import free_name
 from .progress import progress_bar
 from .settings import Asked
+from .workload import Workload
 
 DEFAULT = Path("outputs/calibration.safetensors")
 
@@ -65,35 +63,28 @@ def calibrate(
     chosen = read_recipe(recipe, changes)
     if chosen is None:
         raise ValueError("--recipe auto has nothing to calibrate; name a recipe, such as paro.")
-    prompts = read_prompts(prompt, prompts_file)
-    target = read_device(device)
-    number = read_dtype(dtype, target)
+    work = Workload.read(prompt, prompts_file, asked, device, dtype)
 
     from ..calibration.calibrate import calibrate as run
     from ..calibration.calibrate import refuse_calibration
-    from ..pipelines.generate import call_arguments
-    from ..quality.prompts import DEFAULT_PROMPTS
-    from .model import open_model
 
     path = out or free_name(DEFAULT)
     refuse_calibration(chosen, path)
-    name, builtin, pipe = open_model(model, number, target, quiet=as_json)
-    arguments = call_arguments(pipe, **asked.settings(pipe, builtin))
-    pipe.set_progress_bar_config(disable=True)
+    opened = work.open(model, quiet=as_json)
     with progress_bar("calibrating", quiet=as_json) as progress:
         artifact = run(
-            pipe,
-            prompts or DEFAULT_PROMPTS[:2],
+            opened.pipe,
+            opened.prompts,
             chosen,
             out=path,
             buckets=buckets,
             axis_prompts=axis_prompts,
-            generate_kwargs=arguments,
+            generate_kwargs=opened.arguments,
             resume=resume,
             progress=progress,
         )
     report: dict[str, Any] = {
-        "model": name,
+        "model": opened.name,
         "recipe": chosen.to_dict(),
         "file": str(path),
         "megabytes": path.stat().st_size / 1e6,

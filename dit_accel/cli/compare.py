@@ -68,10 +68,6 @@ def compare(
     """Judge recipes against dense attention: fidelity per clip, density, time; JSON, film and page.
 
     Dense and the recipes take turns, clip by clip, after an untimed warm-up of each; every run is patched anew.
-
-    Example:
-
-    dit-accel compare --recipe auto --recipe "pooled;select.density=0.1" --count 4
     """
     quiet_libraries()
     import_modules(imports)

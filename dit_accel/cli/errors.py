@@ -10,6 +10,8 @@ from typing import Any
 
 import typer
 
+from .console import warnings_on_stderr
+
 # How the library says what to change in a call of Python.
 _KEYWORD = re.compile(r"\b(?P<verb>pass|patch with|give|set) (?P<name>[a-z_]+) ?= ?(?P<value>True|False|'[^']*'|\d+)")
 
@@ -35,7 +37,8 @@ def one_sentence_errors(command: Callable[..., None]) -> Callable[..., None]:
     @functools.wraps(command)
     def run(*args: Any, **kwargs: Any) -> None:
         try:
-            command(*args, **kwargs)
+            with warnings_on_stderr():
+                command(*args, **kwargs)
         except typer.Exit:
             raise
         except (ValueError, TypeError, RuntimeError, OSError, ImportError, MemoryError, ArithmeticError) as error:

@@ -13,6 +13,7 @@ from .compare import compare
 from .console import speak_utf8
 from .finetune import finetune
 from .generate import generate
+from .help import Command
 from .info import info
 from .inspect import inspect
 from .search import search
@@ -44,15 +45,8 @@ def main(
     wait_passively()
 
 
-app.command()(generate)
-app.command()(compare)
-app.command()(inspect)
-app.command()(calibrate)
-app.command()(search)
-app.command()(tune)
-app.command()(finetune)
-app.command()(bench)
-app.command()(info)
+for command in (generate, compare, inspect, calibrate, search, tune, finetune, bench, info):
+    app.command(cls=Command)(command)
 
 if __name__ == "__main__":
     app()

@@ -25,15 +25,13 @@ from .options import (
     StepsOption,
     import_modules,
     quiet_libraries,
-    read_device,
-    read_dtype,
-    read_prompts,
     read_recipe,
     read_seed,
 )
 from .output import free_name
 from .progress import progress_bar
 from .settings import Asked
+from .workload import Opened, Workload
 
 DEFAULT = Path("outputs/found.json")
 
@@ -90,45 +88,36 @@ def search(
         raise ValueError(f"--density or --max-error is the target, got {density} and {max_error}.")
     if out is not None and out.suffix != ".json":
         raise ValueError(f"--out must end in .json, got {str(out)!r}.")
-    prompts = read_prompts(prompt, prompts_file)
-    target = read_device(device)
-    number = read_dtype(dtype, target)
+    work = Workload.read(prompt, prompts_file, asked, device, dtype)
 
     from ..calibration.search import refuse_search
     from ..calibration.search import search as run
     from ..files import refuse_unwritable
-    from ..pipelines.generate import call_arguments
-    from ..quality.prompts import DEFAULT_PROMPTS
-    from .model import open_model
 
     if not rules:
         refuse_search(chosen, mean_density=density, max_error=max_error, orders=tuple(order or ()))
     path = out or free_name(DEFAULT)
     refuse_unwritable(path)
-    name, builtin, pipe = open_model(model, number, target, quiet=as_json)
-    arguments = call_arguments(pipe, **asked.settings(pipe, builtin))
-    pipe.set_progress_bar_config(disable=True)
+    opened = work.open(model, quiet=as_json)
     if rules:
         assert density is not None
-        _search_rules(
-            pipe, prompts or DEFAULT_PROMPTS[:2], chosen, density, transformer, samples, seed, arguments, path, as_json
-        )
+        _search_rules(opened, chosen, density, transformer, samples, seed, path, as_json)
         return
     with progress_bar("searching", quiet=as_json) as progress:
         found = run(
-            pipe,
-            prompts or DEFAULT_PROMPTS[:2],
+            opened.pipe,
+            opened.prompts,
             chosen,
             mean_density=density,
             max_error=max_error,
             orders=tuple(order or ()),
             samples=samples,
             seed=seed,
-            generate_kwargs=arguments,
+            generate_kwargs=opened.arguments,
             progress=progress,
         )
     report: dict[str, Any] = {
-        "model": name,
+        "model": opened.name,
         "recipe": found.recipe.to_dict(),
         "file": str(path),
         "density": found.density,
@@ -162,14 +151,12 @@ def _count(axes: tuple[tuple[str, ...], ...], name: str) -> int:
 
 
 def _search_rules(
-    pipe: Any,
-    prompts: Any,
+    opened: Opened,
     recipe: Any,
     density: float,
     transformer: str | None,
     samples: int,
     seed: int,
-    arguments: dict[str, Any],
     path: Path,
     as_json: bool,
 ) -> None:
@@ -177,14 +164,14 @@ def _search_rules(
 
     with progress_bar("searching", quiet=as_json) as progress:
         found = search_rules(
-            pipe,
-            prompts,
+            opened.pipe,
+            opened.prompts,
             recipe,
             mean_density=density,
             transformer=transformer,
             samples=samples,
             seed=seed,
-            generate_kwargs=arguments,
+            generate_kwargs=opened.arguments,
             progress=progress,
         )
     found.recipe.save(path)

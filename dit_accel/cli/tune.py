@@ -25,14 +25,12 @@ from .options import (
     StepsOption,
     import_modules,
     quiet_libraries,
-    read_device,
-    read_dtype,
-    read_prompts,
     read_recipe,
     read_seed,
 )
 from .progress import progress_bar
 from .settings import Asked
+from .workload import Workload
 
 DEFAULT = Path("outputs/tune")
 
@@ -82,42 +80,34 @@ def tune(
     chosen = read_recipe(recipe, changes)
     if chosen is None:
         raise ValueError("--recipe auto is chosen by the model; name a recipe with a density, such as mass.")
-    prompts = read_prompts(prompt, prompts_file)
-    where = read_device(device)
-    number = read_dtype(dtype, where)
+    work = Workload.read(prompt, prompts_file, asked, device, dtype)
 
     from ..acceleration.compiled import compile_blocks
-    from ..pipelines.generate import call_arguments
-    from ..quality.prompts import DEFAULT_PROMPTS
     from ..tuning.target import Target
     from ..tuning.tune import FRONT, recipe_path, refuse_tuning
     from ..tuning.tune import tune as run
-    from .model import open_model
 
     goal = Target.read(target)
     refuse_tuning(goal, chosen, verify, out)
-    name, builtin, pipe = open_model(model, number, where, quiet=as_json)
-    arguments = call_arguments(pipe, **asked.settings(pipe, builtin))
-    pipe.set_progress_bar_config(disable=True)
+    opened = work.open(model, quiet=as_json)
     if compiled:
-        compile_blocks(pipe)
-    texts = prompts or DEFAULT_PROMPTS[:2]
+        compile_blocks(opened.pipe)
     with progress_bar("tuning", quiet=as_json) as progress:
         found = run(
-            pipe,
-            texts,
+            opened.pipe,
+            opened.prompts,
             goal,
             recipe=chosen,
             out=out,
-            seeds=range(seed, seed + len(texts)),
-            generate_kwargs=arguments,
+            seeds=range(seed, seed + len(opened.prompts)),
+            generate_kwargs=opened.arguments,
             verify=verify,
             start_over=start_over,
             progress=progress,
         )
     path = recipe_path(out, goal)
     if as_json:
-        report: dict[str, Any] = {"model": name, "file": str(path), **found.to_dict()}
+        report: dict[str, Any] = {"model": opened.name, "file": str(path), **found.to_dict()}
         print(json.dumps(report, indent=2))
         return
     print(found.table())

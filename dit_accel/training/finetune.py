@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
+import logging
 import math
-import sys
 import time
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager, ExitStack
@@ -31,6 +31,8 @@ from .lent import lent
 from .objective import NoisyBatch, annealed_density, losses, velocity
 from .tracking import Tracking, has_tensorboard
 from .trainables import Trainables
+
+logger = logging.getLogger("dit_accel")
 
 ADAPTER = "adapter"
 RUN_FILES = (checkpoints.FOLDER, tracking.FOLDER, ADAPTER, JSON_NAME, PNG_NAME)
@@ -209,7 +211,7 @@ class _Loop:
             self.output.mkdir(parents=True, exist_ok=True)
             earlier = set_aside(self.output, RUN_FILES) if fresh else None
             if earlier is not None:
-                print(f"An earlier training in {self.output} was moved to {earlier}.", file=sys.stderr)
+                logger.warning("An earlier training in %s was moved to %s.", self.output, earlier)
         self.accelerator.wait_for_everyone()
         self.tracking.open()
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-import sys
+import logging
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -13,6 +13,8 @@ import torch
 from safetensors import SafetensorError, safe_open
 
 from ..tensor_files import write_tensors
+
+logger = logging.getLogger("dit_accel")
 
 
 @dataclass(frozen=True, eq=False)
@@ -135,11 +137,11 @@ class LatentFolder:
 
 
 def report_skipped(skipped: Sequence[Skipped], total: int) -> None:
-    """Name what was left out, with the count last, on stderr."""
+    """Name what was left out, with the count last, as warnings."""
     for item in skipped:
-        print(f"Skipped {item.name}: {item.reason}", file=sys.stderr)
+        logger.warning("Skipped %s: %s", item.name, item.reason)
     if skipped:
-        print(f"Skipped {len(skipped)} of {total} files.", file=sys.stderr)
+        logger.warning("Skipped %d of %d files.", len(skipped), total)
 
 
 def collate(samples: Sequence[Sample], device: torch.device) -> tuple[torch.Tensor, dict[str, Any]]:

@@ -15,6 +15,7 @@ from dit_accel.kernels import BACKENDS
 from dit_accel.patches.families import FAMILIES
 from dit_accel.pipelines.builtin import builtins
 from dit_accel.presets import PRESETS
+from tests.cli.documented import documented_keys
 
 BENCH = ["bench", "--layers", "1", "--size", "64x64", "--frames", "5", "--device", "cpu", "--repeats", "2"]
 GENERATE = ["generate", "random-wan", "--prompt", "a cat", "--device", "cpu"]
@@ -29,6 +30,7 @@ def run_json(*arguments: str) -> dict[str, Any]:
     result = run(*arguments, "--json")
     assert result.exit_code == 0, result.stderr
     data: dict[str, Any] = json.loads(result.stdout)
+    assert sorted(data) == sorted(documented_keys(arguments)), "docs/cli.md"
     return data
 
 

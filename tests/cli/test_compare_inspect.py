@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 import json
+from dataclasses import fields
 
 import pytest
 
+from dit_accel.quality.inspection import Inspection
+from tests.cli.documented import documented_keys
 from tests.cli.test_commands import SMALL, run
 
 MODEL = ["random-wan", "--device", "cpu"]
@@ -29,6 +32,7 @@ def test_compare_writes_a_report(tmp_path):
     )
     assert result.exit_code == 0, result.stderr
     data = json.loads(result.stdout)
+    assert sorted(data) == sorted(documented_keys(["compare"]))
     assert data["recipes"] == [RECIPE]
     assert data == json.loads((tmp_path / "report.json").read_text())
     assert (tmp_path / "index.html").exists()
@@ -53,10 +57,15 @@ def test_auto_is_the_patch_without_a_recipe(tmp_path):
     result = run("compare", *asked, "--json")
     assert result.exit_code == 0, result.stderr
     data = json.loads(result.stdout)
+    assert sorted(data) == sorted(documented_keys(["compare"]))
     assert data["recipes"] == ["auto"]
     assert data["descriptions"] == {"auto": "patch(pipe) without a recipe"}
     assert data["summaries"][1]["density"]["mean"] == 1
     assert any("too few to gain" in note for note in data["notes"])
+
+
+def test_the_json_of_inspect_is_what_the_page_says():
+    assert sorted(documented_keys(["inspect"])) == sorted(one.name for one in fields(Inspection))
 
 
 def test_the_table_fits_80_columns(tmp_path, monkeypatch):

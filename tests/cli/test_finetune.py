@@ -15,6 +15,7 @@ from typer.testing import CliRunner
 import dit_accel
 from dit_accel.cli.main import app
 from dit_accel.pipelines.random_wan import build_random_wan
+from tests.cli.documented import documented_keys
 from tests.training.samples import files_up_to
 
 SMALL = ["--size", "64x64", "--frames", "5", "--generate-steps", "2", "--device", "cpu"]
@@ -39,6 +40,7 @@ def test_self_generated_data_to_adapter_and_on_from_a_checkpoint(tmp_path: Path)
     first = run(*common, "--steps", "2", "--learning-rate", "1e-3")
     assert first.exit_code == 0, first.stderr
     report = json.loads(first.stdout)
+    assert sorted(report) == sorted(documented_keys(["finetune"]))
     assert report["samples"] == 3
     assert report["objective"] == "flow"
     assert report["last"]["step"] == 2

@@ -124,7 +124,7 @@ def test_a_picture_is_no_video_and_a_broken_one_no_picture(tmp_path):
             read_video(tmp_path / name, 32, 32, 1)
 
 
-def test_what_cannot_be_used_is_named_so_that_a_user_understands(clips, tmp_path, pipe, capsys):
+def test_what_cannot_be_used_is_named_so_that_a_user_understands(clips, tmp_path, pipe, caplog):
     add(clips, "good.png")
     add(clips, "gray.png", image=red().convert("LA"))
     add(clips, "twin.jpg")
@@ -145,7 +145,7 @@ def test_what_cannot_be_used_is_named_so_that_a_user_understands(clips, tmp_path
     assert reasons["empty.png"] == "its caption is empty"
     assert "no UTF-8 text" in reasons["latin.png"]
     assert "it cannot be read: cannot identify image file" in reasons["broken.png"]
-    said = capsys.readouterr().err
+    said = caplog.text
     assert "Skipped twin.png: twin.jpg has the same name" in said
     assert "Skipped 6 of 9 files." in said
     assert [sample.name for sample in LatentFolder(tmp_path / "out")] == ["good", "gray", "twin"]

@@ -52,7 +52,7 @@ def test_samples_that_are_there_are_kept(tmp_path):
     assert len(LatentFolder(tmp_path)) == 2
 
 
-def test_clips_with_captions(tmp_path, capsys):
+def test_clips_with_captions(tmp_path, caplog):
     clips = tmp_path / "clips"
     clips.mkdir()
     rng = np.random.default_rng(0)
@@ -69,7 +69,7 @@ def test_clips_with_captions(tmp_path, capsys):
     assert "2 frames, 5 are needed" in reasons["short.mp4"]
     assert "caption is missing" in reasons["mute.mp4"]
     assert "clip is missing" in reasons["lost.txt"]
-    said = capsys.readouterr().err
+    said = caplog.text
     assert all(item.name in said for item in skipped)
     assert "Skipped 4 of 5 files." in said
     (sample,) = list(LatentFolder(tmp_path / "latents"))
@@ -150,14 +150,14 @@ def test_image_models_take_one_frame(tmp_path):
         capture_call(TINY["flux"].build(), {"prompt": "a fish", "num_frames": 5})
 
 
-def test_broken_samples_are_named_and_skipped(tmp_path, capsys):
+def test_broken_samples_are_named_and_skipped(tmp_path, caplog):
     sample = Sample("one", torch.randn(1, 4), 1000.0, {"text": torch.randn(1, 3), "size": (4, 5)})
     save_sample(sample, tmp_path / "one.safetensors")
     (tmp_path / "two.safetensors").write_bytes(b"nothing")
     data = LatentFolder(tmp_path)
     assert len(data) == 1
     assert [item.name for item in data.skipped] == ["two.safetensors"]
-    said = capsys.readouterr().err
+    said = caplog.text
     assert "two.safetensors" in said
     assert "Skipped 1 of 2 files." in said
     (tmp_path / "one.safetensors").unlink()

@@ -40,7 +40,7 @@ def rates(out: Path) -> dict[str, float]:
 
 
 @pytest.mark.parametrize("steps", [1, 4])
-def test_a_new_training_keeps_its_own_checkpoints_and_sets_the_old_ones_aside(steps, tmp_path, capsys):
+def test_a_new_training_keeps_its_own_checkpoints_and_sets_the_old_ones_aside(steps, tmp_path, caplog):
     train(tmp_path, steps=3)
     old = {name: content for name, content in contents(tmp_path).items() if "tfevents" not in name}
     train(tmp_path, steps=steps, learning_rate=1e-2)
@@ -49,7 +49,7 @@ def test_a_new_training_keeps_its_own_checkpoints_and_sets_the_old_ones_aside(st
     assert len(json.loads((tmp_path / "curves.json").read_text())["steps"]) == steps
     assert contents(tmp_path / "earlier-1").items() >= old.items()
     assert len(list(tmp_path.glob("tensorboard/events*"))) == 1
-    assert f"An earlier training in {tmp_path} was moved to {tmp_path / 'earlier-1'}." in capsys.readouterr().err
+    assert f"An earlier training in {tmp_path} was moved to {tmp_path / 'earlier-1'}." in caplog.text
     # --resume goes on from the new one, and not from the old one.
     resumed = train(tmp_path, steps=steps + 1, learning_rate=1e-2, resume=True)
     assert [entry["learning_rate"] for entry in resumed.curves.steps] == [1e-2] * (steps + 1)
