@@ -26,13 +26,13 @@ REUSE = (
 )
 
 # What ranks pairs of blocks, and which rows share a budget; the laboratory's best, with and without block means.
-BEST = "mass:density={},score='error',budget='layer'"
+BEST = "ear:density={}"
 SCORES = (
     *(f"mass:density={density}" for density in (0.1, 0.12, 0.15, 0.2)),
     *(BEST.format(density) for density in (0.1, 0.12, 0.15, 0.2)),
-    *(f"mass:density={density},score='error'" for density in (0.1, 0.2)),
-    *(f"mass:density={density},budget='layer'" for density in (0.1, 0.2)),
-    *(f"mass:density={density},score='error',budget='head'" for density in (0.1, 0.2)),
+    *(f"ear:density={density},budget='row'" for density in (0.1, 0.2)),
+    *(f"mass:density={density}@select.budget=layer" for density in (0.1, 0.2)),
+    *(f"ear:density={density},budget='head'" for density in (0.1, 0.2)),
     *(f"mass:density={density}@compensate=residual" for density in (0.1, 0.2)),
     *(BEST.format(density) + "@compensate=residual" for density in (0.1, 0.15, 0.2)),
     *(f"mass:density={density},block=(64,64)" for density in (0.1, 0.2)),
@@ -40,8 +40,8 @@ SCORES = (
     *(f"pooled:density={density}" for density in (0.1, 0.2)),
 )
 
-# The dense phase: its length, later searches (each a dense step), a density that falls, dense layers. Of 30 steps the shares
-# make 1, 2, 3 and 4 dense; a fifth is in the set of scores.
+# The dense phase: its length, later searches (each a dense step), a density that falls, dense layers. Of 30 steps the
+# shares make 1, 2, 3 and 4 dense; a fifth is in the set of scores.
 SHARES = (0.034, 0.067, 0.1, 0.134)
 LATER = "@schedule.refresh_at=(0.0,{})"
 # Early steps at a higher density in place of dense ones, planned anew at a fifth and at half of the run.

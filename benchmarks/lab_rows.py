@@ -46,6 +46,8 @@ class Found:
     reference: torch.Tensor
     rms: torch.Tensor
     distance: torch.Tensor
+    logits: torch.Tensor
+    cells: torch.Tensor
 
     @classmethod
     def of(cls, head: Head) -> Found:
@@ -56,7 +58,15 @@ class Found:
         missed = (share.unflatten(1, (nk, -1)) * left_out[..., None]).sum(0).flatten()
         pooled = means(head, head.block_k)
         return cls(
-            head.mass, head.shares(pooled[0]), missed, effect(head, pooled), effect(head, None), keep, *extras(head)
+            head.mass,
+            head.shares(pooled[0]),
+            missed,
+            effect(head, pooled),
+            effect(head, None),
+            keep,
+            *extras(head),
+            pooled_logits(head, head.block_q, head.block_k),
+            pooled_logits(head, 16, 16),
         )
 
 
@@ -97,7 +107,7 @@ class Selection:
     budget: str
     plan: float
     searched: Callable[[Found], torch.Tensor] | None = None
-    scores: Callable[[Head], torch.Tensor] | None = None
+    scores: Callable[[Found, Head], torch.Tensor] | None = None
 
 
 def pooled_logits(head: Head, group_q: int, group_k: int) -> torch.Tensor:
@@ -129,6 +139,17 @@ def pooled_error(head: Head, group_q: int, group_k: int) -> torch.Tensor:
     return mass * torch.cdist(mass @ values, values)
 
 
+def drifted_error(found: Found, head: Head, power: float, cells: bool) -> torch.Tensor:
+    """``[nq, nk]``: the search's mass moved by the change of pooled logits since, times the distance now."""
+    if cells:
+        change = pooled_logits(head, 16, 16) - found.cells[head.blocks]
+    else:
+        change = pooled_logits(head, head.block_q, head.block_k) - found.logits[head.blocks]
+    mass = ((found.mass[head.blocks] + 1e-6).log() + power * change).softmax(-1)
+    values = head.v_blocks.mean(1)
+    return mass * torch.cdist(mass @ values, values)
+
+
 ONCE = BLOCK_MASS / STEPS_SERVED
 SELECTIONS = (
     Selection("mass", "row", ONCE, lambda found: found.mass),
@@ -153,17 +174,20 @@ SELECTIONS = (
     Selection("mass, row^1/layer", "layer", ONCE, lambda found: rowwise(found.mass, 1.0, found)),
     Selection("error of mean/row", "row", ONCE, lambda found: found.error),
     Selection("error of mean/layer", "layer", ONCE, lambda found: found.error),
-    Selection("mass, each step", "row", BLOCK_MASS, scores=lambda head: head.mass),
-    Selection("mass x distance/layer, each step", "layer", BLOCK_MASS, scores=lambda head: sampled_error(head, 1)),
-    Selection("the same of every 8th query", "layer", BLOCK_MASS / 4, scores=lambda head: sampled_error(head, 8)),
-    Selection("the same of every 16th query", "layer", BLOCK_MASS / 8, scores=lambda head: sampled_error(head, 16)),
+    Selection("mass, each step", "row", BLOCK_MASS, scores=lambda _, head: head.mass),
+    Selection("mass x distance/layer, each step", "layer", BLOCK_MASS, scores=lambda _, head: sampled_error(head, 1)),
+    Selection("the same of every 8th query", "layer", BLOCK_MASS / 4, scores=lambda _, head: sampled_error(head, 8)),
+    Selection("the same of every 16th query", "layer", BLOCK_MASS / 8, scores=lambda _, head: sampled_error(head, 16)),
     Selection(
-        "pooled x distance/layer", "layer", POOLED, scores=lambda head: pooled_error(head, head.block_q, head.block_k)
+        "pooled x distance/layer",
+        "layer",
+        POOLED,
+        scores=lambda _, head: pooled_error(head, head.block_q, head.block_k),
     ),
-    Selection("cells of 16 x distance/layer", "layer", CELLS, scores=lambda head: pooled_error(head, 16, 16)),
-    Selection("pooled", "row", POOLED, scores=lambda head: pooled_logits(head, head.block_q, head.block_k)),
-    Selection("cells of 16", "row", CELLS, scores=lambda head: pooled_logits(head, 16, 16)),
-    Selection("pooled + spread", "row", POOLED, scores=spread_logits),
+    Selection("cells of 16 x distance/layer", "layer", CELLS, scores=lambda _, head: pooled_error(head, 16, 16)),
+    Selection("pooled", "row", POOLED, scores=lambda _, head: pooled_logits(head, head.block_q, head.block_k)),
+    Selection("cells of 16", "row", CELLS, scores=lambda _, head: pooled_logits(head, 16, 16)),
+    Selection("pooled + spread", "row", POOLED, scores=lambda _, head: spread_logits(head)),
 )
 
 

@@ -225,7 +225,11 @@ def score(
     own, blocks = own_keys(heads[0]), heads[0].blocks
     keys, keeps = [], []
     for selection in selections:
-        scores = None if selection.scores is None else torch.stack([selection.scores(head) for head in heads])
+        scores = (
+            None
+            if selection.scores is None
+            else torch.stack([selection.scores(*pair) for pair in zip(searches, heads)])
+        )
         for density in args.densities:
             keys.append((selection.name, density))
             known = plans[selection.name, density][:, blocks] if scores is None else None

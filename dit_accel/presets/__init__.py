@@ -14,7 +14,7 @@ from ..stages.select.pooled import Pooled
 from ..stages.select.static import Window
 from .grid import clear, dina, gna, na, radial, sta
 from .profiles import balanced, fast, maximal
-from .searched import adaspa, mass, paro, pbs, psa, rectified, sparge, sparsed, vmoba
+from .searched import adaspa, ear, mass, paro, pbs, psa, rectified, sparge, sparsed, vmoba
 from .trained import sla, sparge2, ssa
 from .whole import agent, sage
 
@@ -85,6 +85,7 @@ PRESETS: dict[str, Callable[..., Recipe]] = {
     "window": window,
     "pooled": pooled,
     "mass": mass,
+    "ear": ear,
     "adaspa": adaspa,
     "paro": paro,
     "sparsed": sparsed,
