@@ -65,4 +65,12 @@ DENSE_PHASE = (
     *(f"mass:density={density},dense_fraction=.1" for density in (0.1, 0.2, 0.3)),
 )
 
-SETS = {"reuse": REUSE, "scores": SCORES, "dense_phase": DENSE_PHASE}
+# Windows of about 0.28 of the blocks, exact to the token, in whole blocks, and with means of what they leave out.
+FAR = ("", "@select.whole=True", *(f"@select.whole=True,compensate=residual,compensate.tokens={n}" for n in (0, 16, 8)))
+WINDOWS = tuple(
+    name + far
+    for name in ("gna:window=(1.0,.4,.4)", "clear:radius=4.5,dense_fraction=.2", "sta:tile=(4,4,4),window=(2,3,3)")
+    for far in FAR
+)
+
+SETS = {"reuse": REUSE, "scores": SCORES, "dense_phase": DENSE_PHASE, "windows": WINDOWS}

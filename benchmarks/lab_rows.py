@@ -176,6 +176,16 @@ SELECTIONS = (
     Selection("error of mean/layer", "layer", ONCE, lambda found: found.error),
     Selection("mass, each step", "row", BLOCK_MASS, scores=lambda _, head: head.mass),
     Selection("mass x distance/layer, each step", "layer", BLOCK_MASS, scores=lambda _, head: sampled_error(head, 1)),
+    *(
+        Selection(
+            f"drifted^{power}{', cells' if cells else ''}",
+            "layer",
+            ONCE + (CELLS if cells else POOLED),
+            scores=lambda found, head, power=power, cells=cells: drifted_error(found, head, power, cells),
+        )
+        for power in (0.0, 0.25, 0.5, 0.75, 1.0)
+        for cells in (False, True)
+    ),
     Selection("the same of every 8th query", "layer", BLOCK_MASS / 4, scores=lambda _, head: sampled_error(head, 8)),
     Selection("the same of every 16th query", "layer", BLOCK_MASS / 8, scores=lambda _, head: sampled_error(head, 16)),
     Selection(

@@ -101,6 +101,7 @@ class Sums:
     relative: list[float] = field(default_factory=list)
     mass: list[float] = field(default_factory=list)
     density: list[float] = field(default_factory=list)
+    layers: dict[int, list[float]] = field(default_factory=lambda: defaultdict(list))
 
 
 def measure(
@@ -125,6 +126,7 @@ def measure(
                 carried[place] = carried_of(heads_of(call, args, args.every), plans[place])
         elif call.step in args.steps:
             score(
+                call.layer,
                 heads_of(call, args, args.every),
                 args,
                 searches[place],
@@ -151,6 +153,7 @@ def measure(
                 "mass": sum(one.mass) / len(one.mass),
                 "error": math.sqrt(one.error / one.norm),
                 "mean_error": sum(one.relative) / len(one.relative),
+                "mean_error_of_layers": {layer: sum(found) / len(found) for layer, found in one.layers.items()},
                 "milliseconds": model.milliseconds(density, columns, plan, args.block[0]),
             }
         )
@@ -212,6 +215,7 @@ def dense(head: Head) -> torch.Tensor:
 
 
 def score(
+    layer: int,
     heads: list[Head],
     args: argparse.Namespace,
     searches: list[Found],
@@ -262,6 +266,7 @@ def score(
             one.error += float(error[s, r])
             one.norm += norm
             one.relative.append(math.sqrt(float(error[s, r]) / norm))
+            one.layers[layer].append(one.relative[-1])
             one.mass.append(float(mass[r]))
             one.density.append(density[r])
 

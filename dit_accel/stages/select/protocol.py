@@ -30,16 +30,19 @@ class Select(Protocol):
     Attributes:
         is_dense: nothing is chosen: calls go to the model's own attention, untouched.
         is_static: the choice depends on the layout alone.
-        hides_tokens: single tokens of blocks that are kept may be hidden.
         has_density: it has a share of blocks to keep, see :meth:`with_density`.
         has_head_densities: it has one per layer and head too.
     """
 
     is_dense: ClassVar[bool] = False
     is_static: ClassVar[bool] = False
-    hides_tokens: ClassVar[bool] = False
     has_density: ClassVar[bool] = False
     has_head_densities: ClassVar[bool] = False
+
+    @property
+    def hides_tokens(self) -> bool:
+        """Whether single tokens of blocks that are kept may be hidden."""
+        return False
 
     @property
     def block(self) -> tuple[int, int]:
