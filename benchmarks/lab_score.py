@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections import defaultdict
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -72,17 +72,20 @@ class Laboratory:
     dtype: torch.dtype
     with_window: bool = True
 
-    def run(self, calls: Iterable[Recorded]) -> Iterator[dict[tuple[Key, str], Sums]]:
-        """The sums so far, after each call that was scored."""
+    def run(self, calls: Iterable[Recorded], progress: Callable[[int], None]) -> dict[tuple[Key, str], Sums]:
+        """The sums of all rows; ``progress`` is told how many calls were scored."""
         sums: dict[tuple[Key, str], Sums] = defaultdict(Sums)
         searches: dict[tuple[int, str, int], Searched] = {}
+        scored = 0
         for call in calls:
             place = (call.prompt, call.branch, call.layer)
             if call.step == self.search_step:
                 searches[place] = self.search(call)
             else:
                 self.score(call, searches[place], sums)
-                yield sums
+                scored += 1
+                progress(scored)
+        return sums
 
     def search(self, call: Recorded) -> Searched:
         """All that a search of a call knows."""

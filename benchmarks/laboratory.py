@@ -2,9 +2,9 @@
 
 Calls of the embedded model are recorded once (dense runs; prompts and seeds that no table reports) and kept in a folder
 that git ignores. Plans of a search are of the recorded step before all others, as the preset ``mass`` makes them; those
-of a call's own scores are of the call itself. For each row: relative L2 error of the attention output to dense attention
-in float64 (root of the summed squares over calls), the attention mass that is kept, the density, and a time by
-``lab_cost.py``. Errors at equal time are interpolated in the logarithm between densities. ``lab_selections.py`` and
+of a call's own scores are of the call itself. For each row: relative L2 error of the attention output to dense
+attention in float64 (root of the summed squares over calls), the attention mass that is kept, the density, and a time
+by ``lab_cost.py``. Errors at equal time are interpolated in the logarithm between densities. ``lab_selections.py`` and
 ``lab_stands.py`` have the rows; a window of the grid in whole blocks is one more selection, at its own density.
 
     python benchmarks/laboratory.py --record --prompts 2              # minutes a prompt on a CPU, seconds on a GPU
@@ -97,16 +97,16 @@ def measure(args: argparse.Namespace, numbers: list[int]) -> dict[str, Any]:
         for call in read(args.folder, numbers)
         if call.layer in args.layers and call.branch in args.branches and call.step in wanted
     )
-    count, sums = 0, {}
-    for sums in laboratory.run(calls):
-        count += 1
-        print(f"\r{count} calls, {time.perf_counter() - begin:.0f} s", end="", file=sys.stderr, flush=True)
-    print(file=sys.stderr)
+
+    def progress(scored: int) -> None:
+        print(f"{scored} calls, {time.perf_counter() - begin:.0f} s", file=sys.stderr, flush=True)
+
+    sums = laboratory.run(calls, progress)
     facts = {
         "command": " ".join(["python", *sys.argv]),
         "prompts": [TUNING_PROMPTS[n - FIRST_SEED] for n in numbers],
         "seeds": numbers,
-        "calls": count,
+        "calls": len(next(iter(sums.values())).relative),
         "heads": 4,
         "search_step": SEARCH,
         "num_steps": NUM_STEPS,

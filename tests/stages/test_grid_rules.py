@@ -33,7 +33,8 @@ def _check(select, layout, order, expected):
     mask = select.select(blocks, tables, call_of(q, q))
     assert torch.equal(mask.to_tokens()[0, 0], expected[slots][:, slots])
     read_whole = replace(select, whole=True)
-    assert select.hides_tokens and not read_whole.hides_tokens
+    assert select.hides_tokens
+    assert not read_whole.hides_tokens
     whole = read_whole.select(blocks, read_whole.prepare(blocks), call_of(q, q))
     assert torch.equal(whole.to_dense(), mask.to_dense())
     block_of = [torch.arange(layout.seq_len) // size for size in select.block]
