@@ -73,4 +73,14 @@ WINDOWS = tuple(
     for far in FAR
 )
 
-SETS = {"reuse": REUSE, "scores": SCORES, "dense_phase": DENSE_PHASE, "windows": WINDOWS}
+# Blocks chosen anew between searches, from the search's masses moved by pooled scores.
+ANEW = (
+    *(BEST.format(density) for density in (0.1, 0.2)),
+    *(BEST.format(density) + f"@schedule.choose_every={n}" for density, n in product((0.1, 0.2), (1, 2, 4, 8))),
+    *(f"mass:density={density}@schedule.choose_every={n}" for density, n in product((0.1, 0.2), (1, 4))),
+    *(BEST.format(density) + "@schedule.choose_every=4,compensate=residual" for density in (0.1, 0.2)),
+    *(BEST.format(density) + ",block=(64,64)@schedule.choose_every=4" for density in (0.1, 0.2)),
+    *(BEST.format(density) + ",dense_fraction=.1@schedule.choose_every=4" for density in (0.1, 0.2)),
+)
+
+SETS = {"reuse": REUSE, "scores": SCORES, "dense_phase": DENSE_PHASE, "windows": WINDOWS, "anew": ANEW}

@@ -32,12 +32,14 @@ class Select(Protocol):
         is_static: the choice depends on the layout alone.
         has_density: it has a share of blocks to keep, see :meth:`with_density`.
         has_head_densities: it has one per layer and head too.
+        can_choose_anew: a later step can choose from what a search found, see :meth:`choose_anew`.
     """
 
     is_dense: ClassVar[bool] = False
     is_static: ClassVar[bool] = False
     has_density: ClassVar[bool] = False
     has_head_densities: ClassVar[bool] = False
+    can_choose_anew: ClassVar[bool] = False
 
     @property
     def hides_tokens(self) -> bool:
@@ -111,6 +113,14 @@ class Select(Protocol):
             memory: what the layer keeps from one search to the next; None keeps nothing.
         """
         ...
+
+    def choose_anew(self, blocks: SequenceBlocks, call: AttentionCall, memory: LayerMemory) -> BlockMask:
+        """Mask of a call from what an earlier search left in ``memory.base``, without another search.
+
+        Raises:
+            TypeError: it cannot.
+        """
+        raise TypeError(f"{type(self).__name__} cannot choose anew without a search.")
 
     def scores(self, blocks: SequenceBlocks, tables: Any, call: AttentionCall) -> torch.Tensor:
         """What a calibration averages over calls, float ``[B, H, nq, nk]``: here whether a block is kept."""
