@@ -71,6 +71,7 @@ def _agent_tiles(_grid: tuple[int, int, int], density: float) -> list[object]:
 
 METHODS = (
     Method("mass", lambda x: presets.mass(density=x, dense_fraction=DENSE)),
+    Method("ear", lambda x: presets.ear(density=x, dense_fraction=DENSE)),
     Method("pooled", lambda x: presets.pooled(density=x, dense_fraction=DENSE)),
     Method("adaspa", lambda x: presets.adaspa(density=x, search_at=(SEARCH,)), note="one search"),
     Method("sparsed", lambda x: presets.sparsed(density=x, search_at=SEARCH)),

@@ -26,13 +26,13 @@ REUSE = (
 )
 
 # What ranks pairs of blocks, and which rows share a budget; the laboratory's best, with and without block means.
-BEST = "mass:density={},score='error',budget='layer'"
+BEST = "ear:density={}"
 SCORES = (
     *(f"mass:density={density}" for density in (0.1, 0.12, 0.15, 0.2)),
     *(BEST.format(density) for density in (0.1, 0.12, 0.15, 0.2)),
-    *(f"mass:density={density},score='error'" for density in (0.1, 0.2)),
-    *(f"mass:density={density},budget='layer'" for density in (0.1, 0.2)),
-    *(f"mass:density={density},score='error',budget='head'" for density in (0.1, 0.2)),
+    *(f"ear:density={density},budget='row'" for density in (0.1, 0.2)),
+    *(f"mass:density={density}@select.budget=layer" for density in (0.1, 0.2)),
+    *(f"ear:density={density},budget='head'" for density in (0.1, 0.2)),
     *(f"mass:density={density}@compensate=residual" for density in (0.1, 0.2)),
     *(BEST.format(density) + "@compensate=residual" for density in (0.1, 0.15, 0.2)),
     *(f"mass:density={density},block=(64,64)" for density in (0.1, 0.2)),
@@ -40,8 +40,8 @@ SCORES = (
     *(f"pooled:density={density}" for density in (0.1, 0.2)),
 )
 
-# The dense phase: its length, later searches (each a dense step), a density that falls, dense layers. Of 30 steps the shares
-# make 1, 2, 3 and 4 dense; a fifth is in the set of scores.
+# The dense phase: its length, later searches (each a dense step), a density that falls, dense layers. Of 30 steps the
+# shares make 1, 2, 3 and 4 dense; a fifth is in the set of scores.
 SHARES = (0.034, 0.067, 0.1, 0.134)
 LATER = "@schedule.refresh_at=(0.0,{})"
 # Early steps at a higher density in place of dense ones, planned anew at a fifth and at half of the run.
@@ -65,4 +65,22 @@ DENSE_PHASE = (
     *(f"mass:density={density},dense_fraction=.1" for density in (0.1, 0.2, 0.3)),
 )
 
-SETS = {"reuse": REUSE, "scores": SCORES, "dense_phase": DENSE_PHASE}
+# Windows of about 0.28 of the blocks, exact to the token, in whole blocks, and with means of what they leave out.
+FAR = ("", "@select.whole=True", *(f"@select.whole=True,compensate=residual,compensate.tokens={n}" for n in (0, 16, 8)))
+WINDOWS = tuple(
+    name + far
+    for name in ("gna:window=(1.0,.4,.4)", "clear:radius=4.5,dense_fraction=.2", "sta:tile=(4,4,4),window=(2,3,3)")
+    for far in FAR
+)
+
+# Blocks chosen anew between searches, from the search's masses moved by pooled scores.
+ANEW = (
+    *(BEST.format(density) for density in (0.1, 0.2)),
+    *(BEST.format(density) + f"@schedule.choose_every={n}" for density, n in product((0.1, 0.2), (1, 2, 4, 8))),
+    *(f"mass:density={density}@schedule.choose_every={n}" for density, n in product((0.1, 0.2), (1, 4))),
+    *(BEST.format(density) + "@schedule.choose_every=4,compensate=residual" for density in (0.1, 0.2)),
+    *(BEST.format(density) + ",block=(64,64)@schedule.choose_every=4" for density in (0.1, 0.2)),
+    *(BEST.format(density) + ",dense_fraction=.1@schedule.choose_every=4" for density in (0.1, 0.2)),
+)
+
+SETS = {"reuse": REUSE, "scores": SCORES, "dense_phase": DENSE_PHASE, "windows": WINDOWS, "anew": ANEW}

@@ -1,8 +1,8 @@
 """Exact and estimated sums of the softmax over blocks of keys, for one attention head.
 
 Every estimate is a pair: weights ``[n, nk]`` and weighted values ``[nk, n, D]``, for each query and key block, both
-over the exponential of the query's largest logit. A method keeps some blocks exactly and takes others from an estimate, so
-that its output is a quotient of sums over blocks, whatever it keeps: that is what makes hundreds of rows cheap.
+over the exponential of the query's largest logit. A method keeps some blocks exactly and takes others from an
+estimate, so that its output is a quotient of sums over blocks, whatever it keeps. Hundreds of rows are cheap that way.
 """
 
 from __future__ import annotations

@@ -49,11 +49,15 @@ class LayerMemory:
 
     Attributes:
         lse: float32 ``[B, H, S]``, log-sum-exp of the queries at an earlier search, in the model's order.
+        keeps_base: whether a search is to leave ``base``.
+        base: float16 ``[B, H, nq, nk]``, of the last search: what a selection chooses from anew in later steps.
         found: what the selection worked out on its way, for the compensation of the same plan; the engine drops
             it when the plan is made.
     """
 
     lse: torch.Tensor | None = None
+    keeps_base: bool = False
+    base: torch.Tensor | None = None
     found: Any = None
 
 

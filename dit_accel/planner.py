@@ -5,7 +5,7 @@ from __future__ import annotations
 import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import partial
 from typing import Any
 
@@ -42,7 +42,8 @@ class _Prepared:
 
 @dataclass(frozen=True, eq=False)
 class KeptPlan:
-    """A plan, when it was made, and of which queries and keys where the schedule guards against drift.
+    """A plan, when it was made, and of which queries and keys where the schedule guards against drift; when its blocks
+    were chosen, where that was later.
 
     The mask of a single layer is packed: the lists of all layers and branches of a large model are gigabytes.
     """
@@ -52,6 +53,7 @@ class KeptPlan:
     mask: BlockMask | PackedBlockMask
     compensation: Any
     means: BlockMeans | None = None
+    chosen: StepContext | None = None
 
     @classmethod
     def of(cls, call: AttentionCall, plan: AttentionPlan, means: BlockMeans | None = None) -> KeptPlan:
@@ -172,6 +174,8 @@ class Planner:
         means = None
         with torch.no_grad():
             if kept is not None and not schedule.needs_plan(call.step, kept.made):
+                if schedule.chooses_anew(call.step, kept.chosen or kept.made):
+                    return self._chosen_anew(call, select, kept, book)
                 if kept.means is None or call.step.forward_id == kept.made.forward_id:
                     return self._reused(call, kept)
                 means = BlockMeans.of(call, select.block)
@@ -179,6 +183,7 @@ class Planner:
                 if bool(means.change_since(kept.means) <= schedule.drift_bound):
                     return self._reused(call, kept)
             memory = self._memory(call)
+            memory.keeps_base = schedule.choose_every > 0 and keep
             with self._timed("order", call.q.device):
                 prepared = self._prepare(call)
             mask, state = self._make(call, select, prepared, memory)
@@ -193,20 +198,49 @@ class Planner:
             call.used[call.layer] = plans[key] = KeptPlan.of(call, plan, means)
         return call.step, plan
 
+    def _chosen_anew(
+        self, call: AttentionCall, select: Select, kept: KeptPlan, book: LayerRecord
+    ) -> tuple[StepContext, AttentionPlan]:
+        """A kept plan with blocks chosen for this call from what its search found; it keeps its age."""
+        memory = self._memory(call)
+        if memory.base is None:
+            return self._reused(call, kept)
+        if self.recipe.order.follows_call:
+            assert isinstance(call.layout, TokenLayout)
+            prepared = _Prepared(SequenceBlocks(call.layout, kept.rows, *select.block, call.q.device), None)
+        else:
+            prepared = self._prepare(call)
+        mask, state = self._make(call, select, prepared, memory, anew=True)
+        memory.found = None
+        book.plans_made += 1
+        plan = AttentionPlan(prepared.blocks.kernel_rows, mask, state)
+        chosen = replace(KeptPlan.of(call, plan), made=kept.made, chosen=call.step)
+        call.used[call.layer] = self._kept(call).plans[self._plan_key(call)] = chosen
+        return kept.made, plan
+
     @staticmethod
     def _reused(call: AttentionCall, kept: KeptPlan) -> tuple[StepContext, AttentionPlan]:
         call.used[call.layer] = kept
         return kept.made, kept.plan
 
     def _make(
-        self, call: AttentionCall, select: Select, prepared: _Prepared, memory: LayerMemory | None
+        self,
+        call: AttentionCall,
+        select: Select,
+        prepared: _Prepared,
+        memory: LayerMemory | None,
+        anew: bool = False,
     ) -> tuple[BlockMask, Any]:
-        """A block mask, and what the compensation works out for it."""
+        """A block mask, and what the compensation works out for it; ``anew``: from what a search found."""
         with self._timed("select", call.q.device):
             # Before the selection, whose scores and numbers are of what is seen.
             call.seen = self._cut(call, prepared)
             try:
-                mask = select.select(prepared.blocks, prepared.tables, call, memory)
+                if anew:
+                    assert memory is not None
+                    mask = select.choose_anew(prepared.blocks, call, memory)
+                else:
+                    mask = select.select(prepared.blocks, prepared.tables, call, memory)
                 mask = self._shown(call, prepared, mask)
             finally:
                 call.seen = None

@@ -14,7 +14,7 @@ from ..stages.select.pooled import Pooled
 from ..stages.select.static import Window
 from .grid import clear, dina, gna, na, patterns, radial, sta
 from .profiles import balanced, fast, maximal
-from .searched import adaspa, mass, paro, pbs, psa, rectified, sparge, sparsed, vmoba
+from .searched import adaspa, ear, mass, paro, pbs, psa, rectified, sparge, sparsed, vmoba
 from .trained import seer, sla, sparge2, ssa, vsa
 from .whole import agent, sage
 
@@ -98,6 +98,7 @@ PRESETS: dict[str, Callable[..., Recipe]] = {
     "window": window,
     "pooled": pooled,
     "mass": mass,
+    "ear": ear,
     "adaspa": adaspa,
     "paro": paro,
     "sparsed": sparsed,

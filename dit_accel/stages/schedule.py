@@ -30,6 +30,9 @@ class Schedule:
             own. A position is a progress in [0, 1) or a sigma, see ``density_over``.
         density_over: "progress" or "sigma". Without a sigma (a scheduler that has none, a bare transformer)
             the selection's own density holds.
+        choose_every: between plans, choose the blocks anew every so many steps that ran all blocks, from what the last
+            search found, as far as the selection can (:class:`~dit_accel.stages.select.mass.Mass`); 0: never. Such a
+            step is not dense. Acts in a pipeline only.
         drift_bound: reuse a plan while the mean query and key of every block have changed by at most this
             share since it was made (see :class:`~dit_accel.stages.drift.BlockMeans`), and make it again when
             they have. ``refresh_every`` above 1 and ``refresh_at`` still limit its age. Costs one read of
@@ -45,6 +48,7 @@ class Schedule:
     density_points: tuple[tuple[float, float], ...] = ()
     density_over: str = "progress"
     drift_bound: float | None = None
+    choose_every: int = 0
 
     def __post_init__(self) -> None:
         if not 0.0 <= self.dense_fraction <= 1.0:
@@ -67,6 +71,12 @@ class Schedule:
             )
         if self.drift_bound is not None and self.drift_bound <= 0.0:
             raise ValueError(f"schedule.drift_bound must be above 0, got {self.drift_bound}.")
+        if self.choose_every < 0:
+            raise ValueError(f"schedule.choose_every must be at least 0 steps, got {self.choose_every}.")
+        if self.choose_every and self.drift_bound is not None:
+            raise ValueError(
+                "schedule.choose_every and schedule.drift_bound both say when a kept plan changes: give one."
+            )
 
     def conflicts_with(self, select: Select) -> str | None:
         """A sentence that says why a selection cannot follow this schedule; None where it can."""
@@ -74,6 +84,8 @@ class Schedule:
             return "schedule.density_points and select.head_densities both set the density: give one."
         if self.density_points and not select.has_density:
             return f"schedule.density_points need a selection with a density, got {type(select).__name__}."
+        if self.choose_every and not select.can_choose_anew:
+            return f"schedule.choose_every needs a selection that remembers a search, got {type(select).__name__}."
         return None
 
     @property
@@ -123,6 +135,14 @@ class Schedule:
         if step.computed is not None and made.computed is not None:
             return self._too_old(step.computed - made.computed)
         return self._too_old(step.index - made.index)
+
+    def chooses_anew(self, step: StepContext, chosen: StepContext) -> bool:
+        """Whether blocks chosen at ``chosen`` are to be chosen anew at ``step``."""
+        if not self.choose_every or step.index is None or chosen.index is None:
+            return False
+        if step.computed is not None and chosen.computed is not None:
+            return step.computed - chosen.computed >= self.choose_every
+        return step.index - chosen.index >= self.choose_every
 
     def plans_now(self, step: StepContext, made: StepContext | None, num_layers: int) -> bool:
         """Whether layers make plans at ``step`` that are kept, the last of a run having been made at ``made``."""

@@ -109,10 +109,12 @@ def _over_means(head: _Head, runs: list[tuple[int, int, torch.Tensor]]) -> torch
     return torch.cat(logits, 1).softmax(-1).nan_to_num(0.0) @ torch.cat(values)
 
 
-def _residual(compensate: object, head: _Head) -> torch.Tensor:
+def _residual(compensate: PooledResidual, head: _Head) -> torch.Tensor:
     block = head.plan.mask.block_k
+    size = compensate.tokens or block
     left_out = head.rows_of(~head.kept)
-    return _over_means(head, [(j * block, block, left_out[:, j]) for j in range(left_out.shape[1])])
+    runs = [(first, size, left_out[:, first // block]) for first in range(0, left_out.shape[1] * block, size)]
+    return _over_means(head, runs)
 
 
 def _pyramid(compensate: object, head: _Head) -> torch.Tensor:

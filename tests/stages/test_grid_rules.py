@@ -2,6 +2,7 @@
 
 import itertools
 import math
+from dataclasses import replace
 
 import pytest
 import torch
@@ -31,8 +32,19 @@ def _check(select, layout, order, expected):
     q = torch.empty(2, layout.seq_len, 2, 8)
     mask = select.select(blocks, tables, call_of(q, q))
     assert torch.equal(mask.to_tokens()[0, 0], expected[slots][:, slots])
+    read_whole = replace(select, whole=True)
+    assert select.hides_tokens
+    assert not read_whole.hides_tokens
+    whole = read_whole.select(blocks, read_whole.prepare(blocks), call_of(q, q))
+    assert torch.equal(whole.to_dense(), mask.to_dense())
+    block_of = [torch.arange(layout.seq_len) // size for size in select.block]
+    assert torch.equal(whole.to_tokens()[0, 0], mask.to_dense()[0, 0][block_of[0]][:, block_of[1]])
     if layout.num_extra:
         key_mask = half_hidden(layout)
+        whole = read_whole.select(blocks, read_whole.prepare(blocks), call_of(q, q, key_mask=key_mask))
+        alive = key_mask[:, slots]
+        some = torch.stack([alive[:, block_of[1] == j].any(1) for j in range(whole.num_blocks[1])], 1)
+        assert torch.equal(whole.to_dense()[:, 0], mask.to_dense()[:, 0] & some[:, None])
         hidden = select.select(blocks, tables, call_of(q, q, key_mask=key_mask))
         seen = hidden.to_tokens()[:, 0] & key_mask[:, None, slots]
         assert torch.equal(seen, expected[slots][:, slots] & key_mask[:, None, slots])

@@ -32,17 +32,22 @@ def _run(recipe, layout, q, k, v, key_mask=None):
     return out, calls[0].plan, engine
 
 
+@pytest.mark.parametrize("select", [Pooled(density=0.3, block=BLOCK), "window"], ids=["pooled", "window"])
+@pytest.mark.parametrize("size", [0, 8], ids=["block means", "means of 8"])
 @pytest.mark.parametrize("order", ORDERS, ids=["raster", "tiles", "axes"])
 @pytest.mark.parametrize("hidden", [False, True])
 @pytest.mark.parametrize("name", LAYOUTS)
-def test_residual(name, hidden, order, monkeypatch):
+def test_residual(name, hidden, order, size, select, monkeypatch):
     monkeypatch.setattr(compensate_residual, "LOGITS_AT_ONCE", 4000)  # several pieces
     layout = LAYOUTS[name]
     q, k = inputs(layout)
     v = torch.randn(q.shape, generator=torch.Generator().manual_seed(5))
     key_mask = half_hidden(layout) if hidden else None
-    recipe = Recipe(order=order, select=Pooled(density=0.3, block=BLOCK), compensate=PooledResidual())
+    if select == "window":
+        select = Window(window=(1, 2, 2), block=BLOCK, whole=True)
+    recipe = Recipe(order=order, select=select, compensate=PooledResidual(size))
     out, plan, engine = _run(recipe, layout, q, k, v, key_mask)
+    assert plan.mask.token_bits is None or not (plan.mask.kv_bits >= 0).any()
     kept = plan.mask.to_dense().expand(2, 3, -1, -1)
     rows = torch.arange(layout.seq_len).expand(1, 1, -1) if plan.rows is None else plan.rows.long()
     rows = rows.expand(2, 3, -1)
@@ -52,23 +57,31 @@ def test_residual(name, hidden, order, monkeypatch):
         visible = torch.ones(layout.seq_len, dtype=torch.bool) if key_mask is None else key_mask[b]
         for i, tokens in enumerate(order_of.split(BLOCK[0])):
             logits, told = [], []
-            for j, members in enumerate(order_of.split(BLOCK[1])):
-                members = members[visible[members]]
-                if not len(members):
-                    continue
-                if kept[b, h, i, j]:
-                    logits.append(queries[tokens] @ keys[members].T / 4)
-                    told.append(values[members])
-                else:
-                    left_out += 1
-                    mean = keys[members].mean(0)
-                    logits.append((queries[tokens] @ mean / 4 + math.log(len(members)))[:, None])
-                    told.append(values[members].mean(0, keepdim=True))
+            for j, block in enumerate(order_of.split(BLOCK[1])):
+                runs = [block] if kept[b, h, i, j] else block.split(size or BLOCK[1])
+                for members in (run[visible[run]] for run in runs):
+                    if not len(members):
+                        continue
+                    if kept[b, h, i, j]:
+                        logits.append(queries[tokens] @ keys[members].T / 4)
+                        told.append(values[members])
+                    else:
+                        left_out += 1
+                        mean = keys[members].mean(0)
+                        logits.append((queries[tokens] @ mean / 4 + math.log(len(members)))[:, None])
+                        told.append(values[members].mean(0, keepdim=True))
             expected = torch.cat(logits, 1).softmax(-1) @ torch.cat(told)
             assert (out[b, tokens, h].double() - expected).abs().max() <= 4e-6 * expected.abs().max()
     assert left_out > 5
     density = float(plan.mask.density())
-    assert float(engine.records[0].density_sum) == pytest.approx(density + (1 - density) / 32)
+    assert float(engine.records[0].density_sum) == pytest.approx(density + (1 - density) / (size or 32))
+
+
+def test_means_must_fit_a_block():
+    with pytest.raises(ValueError, match=r"compensate\.tokens must divide a key block of 32 tokens, got 24"):
+        Recipe(select=Pooled(block=BLOCK), compensate=PooledResidual(24))
+    with pytest.raises(ValueError, match="at least 0 tokens, got -1"):
+        PooledResidual(-1)
 
 
 def test_nothing_left_out_changes_nothing():
@@ -108,5 +121,5 @@ def test_nan_is_passed_on_and_gradients_are_refused():
 
 def test_token_masks_are_refused():
     """A pair that a window hides in part is kept, and its hidden keys are in no mean."""
-    with pytest.raises(ValueError, match="PooledResidual"):
+    with pytest.raises(ValueError, match=r"PooledResidual.*select\.whole=True"):
         Recipe(select=Window(), compensate=PooledResidual())

@@ -131,6 +131,7 @@ def test_what_cannot_be(fields, sentence):
         Mass(**({"head_adaptive": False} | fields))
 
 
-def test_the_preset_passes_them_on():
-    select = presets.mass(score="error", budget="layer").select
-    assert (select.score, select.budget) == ("error", "layer")
+def test_error_aware_routing_is_mass_but_for_score_and_budget():
+    mass, ear = presets.mass(density=0.1), presets.ear(density=0.1)
+    assert (ear.select.score, ear.select.budget) == ("error", "layer")
+    assert ear.with_fields({"select.score": "mass", "select.budget": "row"}) == mass

@@ -1,3 +1,5 @@
+from dataclasses import replace
+
 import pytest
 import torch
 
@@ -40,6 +42,16 @@ def test_the_mask_is_exact_to_the_token(window, stride, dilation, layout, order)
     permuted = torch.arange(layout.seq_len) if rows is None else rows.long()
     expected = window_tokens(layout, window, stride, dilation)[permuted][:, permuted]
     assert torch.equal(mask.to_tokens()[0, 0], expected)
+    read_whole = replace(select, whole=True)
+    assert select.hides_tokens
+    assert not read_whole.hides_tokens
+    whole = read_whole.select(blocks, read_whole.prepare(blocks), call_of(q, q))
+    first_q, first_k = (torch.arange(layout.seq_len) // size for size in select.block)
+    touched = [
+        [bool(expected[first_q == i][:, first_k == j].any()) for j in range(whole.num_blocks[1])]
+        for i in range(whole.num_blocks[0])
+    ]
+    assert torch.equal(whole.to_tokens()[0, 0], torch.tensor(touched)[first_q][:, first_k])
 
 
 def test_first_frame_sink():

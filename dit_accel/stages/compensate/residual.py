@@ -1,4 +1,4 @@
-"""Blocks left out still count by their mean: one softmax over the kept keys and the others' block means."""
+"""Blocks left out still count by their means: one softmax over the kept keys and the others' means."""
 
 from __future__ import annotations
 
@@ -23,13 +23,23 @@ LOGITS_AT_ONCE = 1 << 27
 
 @dataclass(frozen=True)
 class PooledResidual(Compensation):
-    """Every query attends the mean key and mean value of each block left out, in one softmax with the kept keys.
+    """Every query attends mean keys and mean values of the blocks left out, in one softmax with the kept keys.
 
-    A block of n tokens has the logit ``scale * q . mean(k) + log n``, as the coarsest level of a pyramid of keys
+    A mean of n tokens has the logit ``scale * q . mean(k) + log n``, as the coarsest level of a pyramid of keys
     (PSA) and the centroids of SVG-EAR have. By Jensen's inequality that is at most what its tokens have together,
     so that a block left out never weighs too much. Two partial softmaxes are merged by their log-sum-exps.
-    Costs the products of tokens times blocks. Inference only.
+    Costs the products of tokens times means. Inference only.
+
+    Attributes:
+        tokens: neighbours in a block that share a mean, a divisor of a key block; 0: one mean for all of them. Windows,
+            which leave out much, gain from 16 (docs/laboratory.md).
     """
+
+    tokens: int = 0
+
+    def __post_init__(self) -> None:
+        if self.tokens < 0:
+            raise ValueError(f"compensate.tokens must be at least 0 tokens, got {self.tokens}.")
 
     is_static: ClassVar[bool] = True
     needs_lse: ClassVar[bool] = True
@@ -40,41 +50,45 @@ class PooledResidual(Compensation):
         if select.hides_tokens:
             return (
                 f"PooledResidual stands in for whole blocks, and {type(select).__name__} also hides single tokens of "
-                "blocks that it keeps."
+                "blocks that it keeps. Some selections can be told to read their blocks whole: select.whole=True."
+            )
+        if self.tokens and select.block[1] % self.tokens:
+            return (
+                f"compensate.tokens must divide a key block of {select.block[1]} tokens, got {self.tokens}: a mean is "
+                "of one block."
             )
         return super().conflicts_with(select)
 
     def choices(self, case: Case, backend: str) -> dict[Operation, Choice]:
-        """The attention over block means."""
+        """The attention over means."""
         return {"residual": choose("residual", backend, case, "there is no Triton kernel for it")}
 
     def attend(self, call: AttentionCall, plan: AttentionPlan, sparse: Callable[[], Attended]) -> Attended:
-        """Sparse attention and the block means, merged."""
+        """Sparse attention and the means, merged."""
         q, k, v, key_mask = call.q, call.k, call.v, call.key_mask
         if torch.is_grad_enabled() and any(x.requires_grad for x in (q, k, v)):
             raise RuntimeError("PooledResidual has no gradient; train with another compensation or without one.")
         out, lse = sparse()
         mask = plan.mask
+        size = self.tokens or mask.block_k
         call.backend("residual")  # torch whatever its name: there is nothing to hand it to
         batch, length, heads, _ = q.shape
         slots = None if plan.rows is None else plan.rows.long().expand(batch, heads, length)
         queries = gather_rows(q, plan.rows)
         backend = call.backend("selection")
-        mean_k, mean_v = (
-            pool_blocks(x, mask.block_k, rows=plan.rows, key_mask=key_mask, backend=backend) for x in (k, v)
-        )
+        mean_k, mean_v = (pool_blocks(x, size, rows=plan.rows, key_mask=key_mask, backend=backend) for x in (k, v))
         if key_mask is None:
             key_mask = torch.ones(1, length, dtype=torch.bool, device=q.device)
-        visible = F.pad(gather_mask(key_mask, plan.rows), (0, -length % mask.block_k))
-        # A block without visible keys has no weight: log 0.
-        bias = visible.unflatten(2, (-1, mask.block_k)).sum(3, dtype=torch.float32).log()
-        left_out = ~mask.to_dense()
+        visible = F.pad(gather_mask(key_mask, plan.rows), (0, -length % size))
+        # A mean without visible keys has no weight: log 0.
+        bias = visible.unflatten(2, (-1, size)).sum(3, dtype=torch.float32).log()
+        kept = mask.to_dense().repeat_interleave(mask.block_k // size, 3)[..., : mean_k.shape[2]]
         rest, rest_lse = torch.empty_like(out), torch.empty_like(lse)
-        group = max(1, LOGITS_AT_ONCE // (batch * heads * mask.block_q * mask.num_blocks[1]))
+        group = max(1, LOGITS_AT_ONCE // (batch * heads * mask.block_q * mean_k.shape[2]))
         for first in range(0, mask.num_blocks[0], group):
             part = slice(first * mask.block_q, min((first + group) * mask.block_q, length))
             rows = queries[:, :, part].float()
-            hidden = ~left_out[:, :, first : first + group].repeat_interleave(mask.block_q, 2)[:, :, : rows.shape[2]]
+            hidden = kept[:, :, first : first + group].repeat_interleave(mask.block_q, 2)[:, :, : rows.shape[2]]
             logits = rows @ mean_k.transpose(-1, -2) * call.scale + bias[:, :, None]
             logits = logits.masked_fill(hidden, -math.inf)
             total = logits.logsumexp(-1)
@@ -97,4 +111,4 @@ class PooledResidual(Compensation):
     def density(self, plan: AttentionPlan) -> torch.Tensor:
         """Kept share of all block pairs, and the means of the others counted as one key each."""
         kept = plan.density
-        return kept + (1.0 - kept) / plan.mask.block_k
+        return kept + (1.0 - kept) / (self.tokens or plan.mask.block_k)

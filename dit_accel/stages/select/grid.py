@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import ClassVar
 
 import torch
@@ -18,10 +18,19 @@ from .token_tables import Coordinates, TokenTables, separable, token_tables
 
 @dataclass(frozen=True)
 class _GridRule(Select):
-    """What the selections here share: tables worked out once, and nothing read from queries and keys."""
+    """What the selections here share: tables worked out once, and nothing read from queries and keys.
 
+    Attributes:
+        whole: read every block that holds a visible token in full: it is loaded in any case.
+    """
+
+    whole: bool = field(default=False, kw_only=True)
     is_static: ClassVar[bool] = True
-    hides_tokens: ClassVar[bool] = True
+
+    @property
+    def hides_tokens(self) -> bool:
+        """Whether single tokens of blocks that are kept may be hidden."""
+        return not self.whole
 
     def select(
         self,
@@ -31,6 +40,7 @@ class _GridRule(Select):
         _memory: LayerMemory | None = None,
     ) -> BlockMask:
         """Mask of a layout, ``[1, H|1, nq, nk]``, or ``[B, H|1, nq, nk]`` where a key mask hides keys."""
+        tables = tables.whole() if self.whole else tables
         return tables.mask(blocks, call.key_mask, call.backend("selection"))
 
 
@@ -47,6 +57,7 @@ class TileWindow(_GridRule):
         tile: latent tokens of a tile per dimension; an image folds it as the order does.
         sink_first_frame: always read the whole first latent frame.
         block: tokens in a query and in a key block.
+        whole: read every block that holds a visible token in full: it is loaded in any case.
     """
 
     window: tuple[int, int, int] = (3, 3, 3)
@@ -88,6 +99,7 @@ class Circle(_GridRule):
         radius: in latent tokens; a key at exactly this distance is not seen.
         sink_first_frame: always read the whole first latent frame.
         block: tokens in a query and in a key block.
+        whole: read every block that holds a visible token in full: it is loaded in any case.
     """
 
     radius: float = 16.0
@@ -126,6 +138,7 @@ class Radial(_GridRule):
             for it.
         sink_first_frame: always read the whole first latent frame.
         block: tokens in a query and in a key block.
+        whole: read every block that holds a visible token in full: it is loaded in any case.
     """
 
     decay: float = 0.2

@@ -111,9 +111,11 @@ class Learned(Select):
             q_mean, k_parts = pooled_parts(blocks, call)
         return call.router(q_mean, k_parts, tables.q, tables.k, call.scale)
 
-    def chosen_by(self, blocks: SequenceBlocks, scores: torch.Tensor) -> torch.Tensor:
+    def chosen_by(
+        self, blocks: SequenceBlocks, scores: torch.Tensor, hidden: torch.Tensor | None = None
+    ) -> torch.Tensor:
         """What one call with these mean logits would keep."""
-        return keep_best(blocks, scores, None, density=self.density).to_dense()
+        return keep_best(blocks, scores, None, density=self.density, hidden=hidden).to_dense()
 
 
 class LearnedGateScores(LearnedLayer):

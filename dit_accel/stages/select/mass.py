@@ -18,7 +18,7 @@ from ...kernels.selection.block_mass import block_mass, choose_block_mass, strid
 from ...kernels.selection.shared_budget import best_of_all
 from ...layout import TokenLayout
 from ...plan import LayerMemory, SequenceBlocks
-from .pooled import candidates, keep_best, keep_chosen
+from .pooled import candidates, keep_best, keep_chosen, pooled_scores_of
 from .protocol import (
     HeadDensities,
     Select,
@@ -28,6 +28,12 @@ from .protocol import (
     density_of_layer,
     shares_per_head,
 )
+
+MOVED_BY = 0.5
+"""Power of the change of pooled weights that a search's masses are moved by: the best of 0, .25, .5, .75 and 1 on
+recorded calls (docs/laboratory.md)."""
+LEAST_SHARE = 1e-6
+"""Of a row's mass: what a block without any is given, so that it can be moved."""
 
 
 @dataclass(frozen=True)
@@ -69,6 +75,7 @@ class Mass(Select):
     budget: str = "row"
     has_density: ClassVar[bool] = True
     has_head_densities: ClassVar[bool] = True
+    can_choose_anew: ClassVar[bool] = True
 
     def __post_init__(self) -> None:
         check_share("density", self.density)
@@ -119,6 +126,24 @@ class Mass(Select):
         mass, lse = self._mass(blocks, call, known)
         if memory is not None and self.cache_lse and lse is not None:
             memory.lse = lse
+        if memory is not None and memory.keeps_base:
+            share = mass / mass.sum(-1, keepdim=True).clamp_min(torch.finfo(mass.dtype).tiny)
+            memory.base = ((share + LEAST_SHARE).log() - MOVED_BY * pooled_scores_of(blocks, call, call.scale)).half()
+        return self._chosen(blocks, call, mass)
+
+    def choose_anew(self, blocks: SequenceBlocks, call: AttentionCall, memory: LayerMemory) -> BlockMask:
+        """Mask of a call by the masses of the last search, moved by what the scores of block means changed since.
+
+        A mass is multiplied by the square root of the change of its pooled weight, and a row's masses are made to add
+        up to its queries again: what a head reads changes little between steps, and pooled scores tell some of it.
+        """
+        assert memory.base is not None
+        moved = memory.base.float() + MOVED_BY * pooled_scores_of(blocks, call, call.scale)
+        first = torch.arange(blocks.num_blocks[0], device=blocks.device) * blocks.block_q
+        queries = (blocks.layout.seq_len - first).clamp(max=blocks.block_q)
+        return self._chosen(blocks, call, moved.softmax(-1) * queries[:, None])
+
+    def _chosen(self, blocks: SequenceBlocks, call: AttentionCall, mass: torch.Tensor) -> BlockMask:
         if self.score == "error":
             mass = error_of(blocks, call, mass)
         return self._keep(blocks, mass, call.key_mask, call.hidden_blocks, call.backend("selection"), call.heads)

@@ -31,20 +31,25 @@ class Select(Protocol):
     Attributes:
         is_dense: nothing is chosen: calls go to the model's own attention, untouched.
         is_static: the choice depends on the layout alone.
-        hides_tokens: single tokens of blocks that are kept may be hidden.
         has_density: it has a share of blocks to keep, see :meth:`with_density`.
         has_head_densities: it has one per layer and head too.
         is_learned: it has parameters in each layer, see :meth:`build`.
         per_head: static patterns differ by layer and head.
+        can_choose_anew: a later step can choose from what a search found, see :meth:`choose_anew`.
     """
 
     is_dense: ClassVar[bool] = False
     is_static: ClassVar[bool] = False
-    hides_tokens: ClassVar[bool] = False
     has_density: ClassVar[bool] = False
     has_head_densities: ClassVar[bool] = False
     is_learned: ClassVar[bool] = False
     per_head: ClassVar[bool] = False
+    can_choose_anew: ClassVar[bool] = False
+
+    @property
+    def hides_tokens(self) -> bool:
+        """Whether single tokens of blocks that are kept may be hidden."""
+        return False
 
     @property
     def block(self) -> tuple[int, int]:
@@ -117,6 +122,14 @@ class Select(Protocol):
             memory: what the layer keeps from one search to the next; None keeps nothing.
         """
         ...
+
+    def choose_anew(self, blocks: SequenceBlocks, call: AttentionCall, memory: LayerMemory) -> BlockMask:
+        """Mask of a call from what an earlier search left in ``memory.base``, without another search.
+
+        Raises:
+            TypeError: it cannot.
+        """
+        raise TypeError(f"{type(self).__name__} cannot choose anew without a search.")
 
     def scores(self, blocks: SequenceBlocks, tables: Any, call: AttentionCall) -> torch.Tensor:
         """What a calibration averages over calls, float ``[B, H, nq, nk]``: here whether a block is kept."""

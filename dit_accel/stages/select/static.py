@@ -81,6 +81,7 @@ class Window(Select):
         dilation: distance between the keys of a window, per dimension.
         sink_first_frame: always read the whole first latent frame.
         block: tokens in a query and in a key block.
+        whole: read every block that holds a visible token in full: it is loaded in any case.
     """
 
     window: tuple[int | float, int | float, int | float] = (1.0, 0.4, 0.4)
@@ -88,8 +89,8 @@ class Window(Select):
     dilation: tuple[int, int, int] = (1, 1, 1)
     sink_first_frame: bool = False
     block: tuple[int, int] = (128, 64)
+    whole: bool = False
     is_static: ClassVar[bool] = True
-    hides_tokens: ClassVar[bool] = True
 
     def __post_init__(self) -> None:
         for name in ("window", "stride", "dilation"):
@@ -106,6 +107,11 @@ class Window(Select):
             if min(getattr(self, name)) < 1:
                 raise ValueError(f"select.{name} must be at least 1 per dimension, got {getattr(self, name)}.")
         check_block(self.block)
+
+    @property
+    def hides_tokens(self) -> bool:
+        """Whether single tokens of blocks that are kept may be hidden."""
+        return not self.whole
 
     def visibility(self, grid: tuple[int, int, int]) -> list[torch.Tensor]:
         """Per dimension a bool ``[L, L]``: whether a query coordinate sees a key coordinate."""
@@ -142,6 +148,7 @@ class Window(Select):
         _memory: LayerMemory | None = None,
     ) -> BlockMask:
         """Mask of a layout, ``[1, H|1, nq, nk]``, or ``[B, H|1, nq, nk]`` where a key mask hides keys."""
+        tables = tables.whole() if self.whole else tables
         return tables.mask(blocks, call.key_mask, call.backend("selection"))
 
     @staticmethod

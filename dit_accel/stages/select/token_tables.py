@@ -37,6 +37,12 @@ class TokenTables:
     bit_rows: torch.Tensor
     token_bits: torch.Tensor
 
+    def whole(self) -> TokenTables:
+        """The same pairs of blocks, each read in full."""
+        return TokenTables(
+            self.keep, self.keep, torch.full_like(self.bit_rows, -1), torch.zeros_like(self.token_bits[:1])
+        )
+
     def mask(self, blocks: SequenceBlocks, key_mask: torch.Tensor | None, backend: str = "auto") -> BlockMask:
         """Mask of a layout, ``[1, H|1, nq, nk]``, or ``[B, H|1, nq, nk]`` where ``key_mask`` hides keys."""
         keep, partial = self.keep[None], ~self.full[None]
