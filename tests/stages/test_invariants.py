@@ -27,7 +27,15 @@ SMALL = {
     "min_width": 8,
 }
 # Fields at which something is left out there.
-SPARSE = {**SMALL, "top_p": 0.4, "similarity": 0.0, "neighbours": 0, "stride": (1, 2, 2), "sink_first_frame": False}
+SPARSE = {
+    **SMALL,
+    "top_p": 0.4,
+    "similarity": 0.0,
+    "neighbours": 0,
+    "stride": (1, 2, 2),
+    "sink_first_frame": False,
+    "rules": (("strided 2",),),
+}
 KINDS = [name for name in SELECTS if name != "dense"]
 
 
