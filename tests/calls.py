@@ -10,6 +10,7 @@ from dit_accel.call import AttentionCall, AttentionInputs
 from dit_accel.engine import Engine
 from dit_accel.layout import StepContext, TokenLayout
 from dit_accel.run import Run
+from dit_accel.stages.select.protocol import Select
 
 
 def call_of(
@@ -22,6 +23,20 @@ def call_of(
     """A call of (B, S, H, D) tensors with the default scale, for which every operation chooses its backend."""
     inputs = AttentionInputs(q, k, k if v is None else v, key_mask, scale)
     return AttentionCall.of(0, inputs, "no layout", StepContext(), Run())
+
+
+def gated(call: AttentionCall, select: Select) -> AttentionCall:
+    """The call with an untrained gate where a selection is learned."""
+    if select.is_learned:
+        call.router = select.build(call.q.shape[2], call.q.shape[3])
+    return call
+
+
+def give_gates(engine: Engine, heads: int, head_dim: int) -> None:
+    """Untrained gates for every layer of an engine whose selection is learned."""
+    if engine.recipe.select.is_learned:
+        for layer in range(len(engine.records)):
+            engine.routers[layer] = engine.recipe.select.build(heads, head_dim)
 
 
 def attend(

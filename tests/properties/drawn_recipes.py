@@ -39,6 +39,11 @@ FIELDS: dict[str, st.SearchStrategy[Any]] = {
     "decay": shares,
     "min_width": st.integers(1, 9),
     "density": shares,
+    "rank": st.sampled_from((6, 24, 7)),
+    "rules": st.sampled_from(
+        ((("full",),), (("window 1.0 0.5 0.5", "strided 3"),), (("window 1 2 0.5 sink",),), (("none",),))
+    ),
+    "keep_own": st.booleans(),
     "top_p": shares,
     "sink_first_frame": st.booleans(),
     "head_densities": densities,

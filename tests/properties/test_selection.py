@@ -19,7 +19,7 @@ from dit_accel.layout import TokenLayout
 from dit_accel.plan import LayerMemory, SequenceBlocks
 from dit_accel.recipe import SELECTS
 from dit_accel.stages.select.grid import TileWindow
-from tests.calls import call_of
+from tests.calls import call_of, gated
 from tests.kernels.selection_oracle import assert_lists, at, loop_select
 from tests.properties.drawn import booleans, layouts, normal, odd_numbers, scores, seeds, times
 
@@ -165,7 +165,7 @@ def test_every_selection_survives_odd_numbers(
         key_mask = torch.ones(2, layout.seq_len, dtype=torch.bool)
         key_mask[1, seed % layout.seq_len :] = False
     blocks = SequenceBlocks(layout, None, *select.block, CPU)
-    mask = select.select(blocks, select.prepare(blocks), call_of(q, k, key_mask=key_mask), LayerMemory())
+    mask = select.select(blocks, select.prepare(blocks), gated(call_of(q, k, key_mask=key_mask), select), LayerMemory())
     keep = mask.to_dense().expand(2, 2, -1, -1)
     empty = (
         torch.zeros(2, 1, blocks.num_blocks[1], dtype=torch.bool) if key_mask is None else blocks.hidden_k(key_mask)[1]
@@ -187,6 +187,6 @@ def test_what_hidden_keys_hold_does_not_matter(kind: type[Any], layout: TokenLay
     key_mask = normal(seed, 2, layout.seq_len) > -0.5
     odd_k = torch.where(key_mask[..., None, None], k, odd)
     blocks = SequenceBlocks(layout, None, *select.block, CPU)
-    calls = [call_of(q, one, key_mask=key_mask) for one in (k, odd_k)]
+    calls = [gated(call_of(q, one, key_mask=key_mask), select) for one in (k, odd_k)]
     found = [select.select(blocks, select.prepare(blocks), call, LayerMemory()) for call in calls]
     assert_same(*found)

@@ -13,7 +13,7 @@ from dit_accel.plan import SequenceBlocks
 from dit_accel.recipe import SELECTS
 from dit_accel.stages.order.simple import Raster, Tiles
 from dit_accel.stages.select.static import FullSelect
-from tests.calls import attend, call_of
+from tests.calls import attend, call_of, gated, give_gates
 from tests.stages.block_oracle import CPU, LAYOUTS, half_hidden, inputs
 from tests.stages.oracle import masked_attention
 from tests.stages.plan_oracle import assert_attends
@@ -27,7 +27,15 @@ SMALL = {
     "min_width": 8,
 }
 # Fields at which something is left out there.
-SPARSE = {**SMALL, "top_p": 0.4, "similarity": 0.0, "neighbours": 0, "stride": (1, 2, 2), "sink_first_frame": False}
+SPARSE = {
+    **SMALL,
+    "top_p": 0.4,
+    "similarity": 0.0,
+    "neighbours": 0,
+    "stride": (1, 2, 2),
+    "sink_first_frame": False,
+    "rules": (("strided 2",),),
+}
 KINDS = [name for name in SELECTS if name != "dense"]
 
 
@@ -39,7 +47,7 @@ def _small(name: str):
 def _mask(select, layout, rows, key_mask=None):
     q, k = inputs(layout)
     blocks = SequenceBlocks(layout, rows, *select.block, CPU)
-    mask = select.select(blocks, select.prepare(blocks), call_of(q, k, key_mask=key_mask))
+    mask = select.select(blocks, select.prepare(blocks), gated(call_of(q, k, key_mask=key_mask), select))
     tokens = mask.to_tokens().expand(2, 3, -1, -1)
     if rows is None:
         return mask, tokens
@@ -93,6 +101,7 @@ def test_the_engine_computes_softmax_over_what_the_mask_shows(kind, order):
     key_mask[0, :5] = False
     _, tokens = _mask(select, layout, order.rows(layout, CPU), key_mask)
     engine = Engine(Recipe(order=order, select=select), ["layer"], "auto", 0)
+    give_gates(engine, 3, q.shape[-1])
 
     def dense():
         raise AssertionError("fell back to dense attention")
@@ -103,7 +112,7 @@ def test_the_engine_computes_softmax_over_what_the_mask_shows(kind, order):
 
 
 @pytest.mark.parametrize("hidden", [False, True], ids=["all seen", "some hidden"])
-@pytest.mark.parametrize("preset", [name for name in presets.PRESETS if name not in ("dense", "paro")])
+@pytest.mark.parametrize("preset", [name for name in presets.PRESETS if name not in ("dense", "paro", "vsa")])
 @pytest.mark.parametrize("name", ["text last", "image"])
 def test_every_preset_computes_what_its_plan_says_along_a_trajectory(preset, name, hidden):
     layout, recipe = LAYOUTS[name], presets.resolve(preset)
@@ -113,6 +122,7 @@ def test_every_preset_computes_what_its_plan_says_along_a_trajectory(preset, nam
     v = torch.randn(q.shape, generator=torch.Generator().manual_seed(9))
     key_mask = half_hidden(layout) if hidden else None
     engine = Engine(recipe, ["first", "second", "third"], "auto", 0)
+    give_gates(engine, 3, q.shape[-1])
     calls, left_out = [], []
     engine.observer = calls.append
     for index in range(0, 10, 3):
