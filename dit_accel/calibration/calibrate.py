@@ -257,6 +257,8 @@ class _Run:
         return self.sigmas
 
     def _counts_here(self, name: str, call: AttentionCall) -> bool:
+        if name not in self.layers:
+            return False  # a control network has no part in it
         sigmas = self._sparse_sigmas(call)
         if isinstance(call.layout, str) or call.step.sigma is None or call.step.sigma > sigmas[0] * (1 + 1e-6):
             return False

@@ -11,6 +11,7 @@ import torch
 from ..api import patch
 from ..call import AttentionCall
 from ..layout import TokenLayout
+from ..patches.targets import transformers_of
 from ..recipe import Recipe
 from ..stages.order.simple import Raster, Tiles
 from .inspection import Inspection, Observation, write_inspection
@@ -46,6 +47,7 @@ def inspect_pipeline(
     Raises:
         ValueError: nothing was observed at those steps and layers.
     """
+    transformers = {name for name, _, _ in transformers_of(pipe)}  # control networks are not looked at
     seen: dict[tuple[str, int, int, str], Observation] = {}
 
     def observer(transformer: str, call: AttentionCall) -> None:
@@ -54,7 +56,7 @@ def inspect_pipeline(
             return
         if branch is not None and call.step.branch != branch:
             return
-        if not isinstance(call.layout, TokenLayout):
+        if not isinstance(call.layout, TokenLayout) or transformer not in transformers:
             return
         views: dict[str, dict[str, Any]] = {
             name: {"rows": order.rows(call.layout, call.q.device)} for name, order in ORDERS.items()

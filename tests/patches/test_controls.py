@@ -16,9 +16,10 @@ from diffusers.models.controlnets import controlnet_flux
 from diffusers.models.modeling_utils import ModelMixin
 
 import dit_accel
-from dit_accel import Recipe, presets
+from dit_accel import Recipe, calibrate, presets
 from dit_accel.layout import TokenLayout
 from dit_accel.patches.families import CONTROLS
+from dit_accel.quality.inspect_pipeline import inspect_pipeline
 from dit_accel.stages.order.simple import Tiles
 from dit_accel.stages.reuse.listed import Listed
 from dit_accel.stages.schedule import Schedule
@@ -201,3 +202,20 @@ def test_what_was_made_for_a_transformers_layers_leaves_control_networks_dense()
         assert set(handle.sessions) == {"transformer"}
         run()
         assert any("controlnet stays dense" in note for note in handle.summary().notes)
+
+
+def test_calibrations_and_inspections_are_of_the_transformer(tmp_path):
+    pipe, run = _pipeline()
+    call = TINY["flux"].call(torch.Generator().manual_seed(0)) | {"height": 24, "width": 40}
+    call["control_image"] = torch.rand(1, 3, 24, 40, generator=torch.Generator().manual_seed(5))
+    artifact = calibrate(pipe, [call], RECIPE, buckets=1, generate_kwargs={"num_inference_steps": 4})
+    assert set(artifact.transformers) == {"transformer"}
+    with dit_accel.patch(pipe, RECIPE, calibration=artifact) as handle:
+        run()
+        assert set(handle.sessions) == {"transformer"}
+        assert any("controlnet stays dense" in note for note in handle.summary().notes)
+        assert handle.summary().sparse_calls
+    seen = inspect_pipeline(pipe, run, tmp_path, recipe=RECIPE, steps=[1])
+    layers = len(pipe.transformer.transformer_blocks) + len(pipe.transformer.single_transformer_blocks)
+    assert {found.layer for found in seen.findings} == set(range(layers))
+    assert len(seen.findings) == len({(found.layer, found.head, found.order) for found in seen.findings})
