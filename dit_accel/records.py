@@ -58,7 +58,7 @@ class LayerRecord:
 
     Attributes:
         densities: of the sparse calls.
-        hidden: what masks of tokens hide of the kept blocks, as a share of all pairs, of the calls that have such a mask.
+        hidden: what masks of tokens hide of the kept blocks, as a share of all pairs, in calls with such a mask.
         largest: largest number of what shows a NaN in a sparse call's output, so NaN where there is one.
         compiled_dense: dense calls that compiled code counted by itself, int64 by reason; see
             :data:`dit_accel.patches.reasons.PASSED`.
