@@ -222,8 +222,11 @@ class Engine:
         out, witness = compensate.attend(call, plan, sparse)
         with torch.no_grad():
             largest, density = witness.detach().amax(), compensate.density(plan)  # NaN where one is
+            # A mask of tokens within blocks sees less than the blocks that it keeps.
+            seen = None if plan.mask.token_bits is None else plan.mask.token_density
             if isinstance(call.layout, TokenLayout) and call.layout.queries is not None:
-                density = density / (plan.mask.kv_num_blocks > 0).float().mean()  # of the rows of blocks that query
+                querying = (plan.mask.kv_num_blocks > 0).float().mean()  # of the rows of blocks that query
+                density, seen = density / querying, None if seen is None else seen / querying
         if module is not None:
             inputs = (out, call.q, call.k, call.v, plan, call.key_mask, call.backend("linear_branch"))
             if learned is None:
@@ -235,6 +238,8 @@ class Engine:
         with self._counting:
             book.largest.add(largest)
             book.densities.add(density)
+            if seen is not None:
+                book.hidden.add(density - seen)
             book.sparse_calls += 1
         return out
 

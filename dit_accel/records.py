@@ -58,6 +58,7 @@ class LayerRecord:
 
     Attributes:
         densities: of the sparse calls.
+        hidden: what masks of tokens hide of the kept blocks, as a share of all pairs, in calls with such a mask.
         largest: largest number of what shows a NaN in a sparse call's output, so NaN where there is one.
         compiled_dense: dense calls that compiled code counted by itself, int64 by reason; see
             :data:`dit_accel.patches.reasons.PASSED`.
@@ -68,6 +69,7 @@ class LayerRecord:
     sparse_calls: int = 0
     plans_made: int = 0
     densities: Tally = field(default_factory=lambda: Tally(torch.sum))
+    hidden: Tally = field(default_factory=lambda: Tally(torch.sum))
     largest: Tally = field(default_factory=lambda: Tally(_nans))
     compiled_dense: torch.Tensor | None = None
 
@@ -75,6 +77,11 @@ class LayerRecord:
     def density_sum(self) -> float:
         """Sum of the densities of the sparse calls; waits for the device."""
         return self.densities.total()
+
+    @property
+    def seen_sum(self) -> float:
+        """Sum of the shares of token pairs that the sparse calls saw; waits for the device."""
+        return self.densities.total() - self.hidden.total()
 
     @property
     def nan_calls(self) -> int:
@@ -86,6 +93,7 @@ class LayerRecord:
         self.dense_calls = Counter()
         self.sparse_calls = self.plans_made = 0
         self.densities.reset()
+        self.hidden.reset()
         self.largest.reset()
         if self.compiled_dense is not None:
             self.compiled_dense.zero_()

@@ -33,6 +33,7 @@ class LayerSummary:
         density: mean kept share of block pairs over the sparse calls; None without any.
         cached_calls: calls of the module that a cache of diffusers answered.
         nan_calls: sparse calls whose output held a NaN.
+        token_density: the same of pairs of tokens: less than the density where a window ends inside of blocks.
     """
 
     name: str
@@ -42,6 +43,7 @@ class LayerSummary:
     density: float | None
     nan_calls: int
     cached_calls: int = 0
+    token_density: float | None = None
 
 
 @dataclass(frozen=True)
@@ -116,6 +118,14 @@ class PatchSummary:
         return sum((layer.density or 0.0) * layer.sparse_calls for layer in self.layers) / calls
 
     @property
+    def token_density(self) -> float | None:
+        """Mean seen share of token pairs over all sparse calls; None without any."""
+        calls = self.sparse_calls
+        if not calls:
+            return None
+        return sum((layer.token_density or 0.0) * layer.sparse_calls for layer in self.layers) / calls
+
+    @property
     def mean_density(self) -> float | None:
         """The same over all calls, dense ones counted as 1; None without any call."""
         dense = sum(self.dense_calls.values())
@@ -130,6 +140,7 @@ class PatchSummary:
             "cached_calls": self.cached_calls,
             "nan_calls": self.nan_calls,
             "density": self.density,
+            "token_density": self.token_density,
             "mean_density": self.mean_density,
             "computed_share": self.computed_share,
         }
@@ -152,7 +163,10 @@ class PatchSummary:
         lines += self.changes
         lines += self.parallel
         density = "-" if self.density is None else f"{self.density:.3f}"
-        lines.append(f"attention: {self.sparse_calls} sparse calls at density {density}")
+        seen = ""
+        if self.density is not None and self.token_density is not None and self.token_density < 0.99 * self.density:
+            seen = f", of which token masks show {self.token_density / self.density:.3f}"
+        lines.append(f"attention: {self.sparse_calls} sparse calls at density {density}{seen}")
         lines += [f"  dense calls: {count} ({reason})" for reason, count in self.dense_calls.items()]
         if self.cached_calls:
             lines.append(f"  answered by a cache: {self.cached_calls}")
@@ -258,6 +272,7 @@ def _layer(prefix: str, record: LayerRecord) -> LayerSummary:
         dense_calls=dict(dense),
         plans_made=record.plans_made,
         density=record.density_sum / record.sparse_calls if record.sparse_calls else None,
+        token_density=record.seen_sum / record.sparse_calls if record.sparse_calls else None,
         nan_calls=record.nan_calls,
         cached_calls=cached,
     )

@@ -15,7 +15,7 @@ from tests.cli.test_commands import run
 @pytest.mark.parametrize(
     ("raised", "code"),
     [(None, 0), (KeyError("a"), 1), (ValueError("Not this."), 2), (KeyboardInterrupt(), 130)],
-    ids=str,
+    ids=["done", "a fault", "refused", "interrupted"],
 )
 def test_codes(raised: BaseException | None, code: int, monkeypatch: pytest.MonkeyPatch) -> None:
     def fail() -> None:

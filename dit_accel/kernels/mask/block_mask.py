@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
+from functools import cached_property
 from typing import Any
 
 import torch
 
 from ..common.capability import choose_selection
 from ..common.choice import Case
+from .token_bits import unpack_tokens
 
 
 @dataclass(frozen=True, eq=False)
@@ -70,6 +72,31 @@ class BlockMask:
     def density(self) -> torch.Tensor:
         """Kept share of all block pairs as a 0-d float tensor on the mask's device (no host sync)."""
         return self.kv_num_blocks.mean(dtype=torch.float32) / self.num_blocks[1]
+
+    @cached_property
+    def token_density(self) -> torch.Tensor:
+        """Share of all pairs of tokens that are seen, as a 0-d float tensor on the mask's device (no host sync): of a
+        kept block the pairs that its token mask shows. Keys that a call's key mask hides count as seen."""
+        nq, nk = self.num_blocks
+        device = self.kv_indices.device
+        # Only the last blocks may be short.
+        short_q, short_k = self.q_len - (nq - 1) * self.block_q, self.kv_len - (nk - 1) * self.block_k
+        rows, keys = torch.full((nq,), self.block_q, device=device), torch.full((nk,), self.block_k, device=device)
+        rows[-1], keys[-1] = short_q, short_k
+        # Entries behind the listed ones are undefined.
+        block = self.kv_indices.long().clamp(0, nk - 1)
+        seen = rows[:, None] * keys[block]
+        slot = torch.arange(self.kv_indices.shape[-1], device=device)
+        if self.token_bits is not None and self.kv_bits is not None:
+            tokens = unpack_tokens(self.token_bits)
+            # Of each token mask what it shows in a block that is whole, or short in keys, in queries, or in both.
+            parts = [tokens[:, :m, :n].sum((1, 2)) for m in (self.block_q, short_q) for n in (self.block_k, short_k)]
+            which = 2 * (torch.arange(nq, device=device) == nq - 1).int()[:, None] + (block == nk - 1).int()
+            masked = (slot >= self.kv_num_full[..., None]) & (self.kv_bits >= 0)
+            row = self.kv_bits.long().clamp(0, len(tokens) - 1)
+            seen = torch.where(masked, torch.stack(parts)[which, row], seen)
+        listed = slot < self.kv_num_blocks[..., None]
+        return (seen * listed).float().sum((2, 3)).mean() / (self.q_len * self.kv_len)
 
     @classmethod
     def from_dense(
