@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import Any, ClassVar
 
@@ -177,15 +176,17 @@ class Mass(Select):
         shares = shares_per_head(self.head_densities, self.density, mass.shape[1], mass.device, heads)
         assert shares is not None
         if self.budget != "row":
-            pairs: Sequence[torch.Tensor] = pairs_to_choose(blocks, key_mask, hidden)
+            allowed, own = pairs_to_choose(blocks, key_mask, hidden)
             if self.budget == "head":
-                chosen = best_of_all(mass, *pairs, shares, across_heads=False)
+                chosen = best_of_all(mass, allowed, own, shares, across_heads=False)
             elif heads is None:
-                chosen = best_of_all(mass, *pairs, shares, across_heads=True)
+                chosen = best_of_all(mass, allowed, own, shares, across_heads=True)
             else:  # the layer's heads share one budget, whoever attends them
                 if blocks.rows is not None and blocks.rows.dim() > 1:
-                    pairs = [heads.gather(one.expand(-1, heads.number, -1, -1).float()) > 0 for one in pairs]
-                chosen = heads.own(best_of_all(heads.gather(mass), *pairs, shares, across_heads=True), 1)
+                    allowed, own = (
+                        heads.gather(one.expand(-1, heads.number, -1, -1).float()) > 0 for one in (allowed, own)
+                    )
+                chosen = heads.own(best_of_all(heads.gather(mass), allowed, own, shares, across_heads=True), 1)
             return keep_chosen(blocks, chosen, key_mask, backend)
         mask = keep_best(blocks, mass, key_mask, density=shares, hidden=hidden, backend=backend)
         if not self.head_adaptive or self.head_densities or (mass.shape[1] if heads is None else heads.total) < 2:
