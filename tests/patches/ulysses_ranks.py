@@ -31,6 +31,7 @@ TIMEOUT = 300.0
 SPARSE = {
     "pooled": POOLED,
     "mass": Recipe(SMALL_TILES, Mass(density=0.3, block=BLOCK)),
+    "one budget": Recipe(SMALL_TILES, Mass(0.3, False, block=BLOCK, score="error", budget="layer")),
     "window": WINDOW,
     "densities per head": Recipe(SMALL_TILES, Pooled(head_densities=((0.2, 0.3, 0.4, 0.5, 0.6, 0.9),), block=BLOCK)),
     "axes per head": Recipe(AxisOrder((("fhw", "hwf", "wfh", "fwh", "hfw", "whf"),)), Pooled(density=0.4, block=BLOCK)),

@@ -10,6 +10,7 @@ import torch
 from dit_accel import presets
 from dit_accel.heads import HeadShard
 from dit_accel.plan import SequenceBlocks
+from dit_accel.stages.order.axes import AxisOrder
 from dit_accel.stages.order.simple import Raster, Tiles
 from dit_accel.stages.select.mass import Mass
 from tests.calls import call_of
@@ -107,14 +108,41 @@ def test_values_that_all_keys_share_change_nothing():
     )  # rounding of 1000 would show: 1e-4 of a value
 
 
-def test_a_process_shares_a_budget_among_its_own_heads():
-    layout = LAYOUTS["alone"]
+@pytest.mark.parametrize("name", ["alone", "text first"])
+@pytest.mark.parametrize("budget", ["head", "layer"])
+@pytest.mark.parametrize("orders", ["one", "an order per head"])
+def test_processes_with_some_heads_each_choose_what_one_does(name, budget, orders):
+    layout = LAYOUTS[name]
     q, k = inputs(layout, heads=4)
     v = inputs(layout, heads=4, seed=5)[1]
-    select = Mass(density=0.3, head_adaptive=False, block=BLOCK, score="error", budget="layer")
-    two = [x[:, :, 2:] for x in (q, k, v)]
-    shard = HeadShard(2, 2, 4, lambda x: pytest.fail("nothing is gathered"))
-    assert torch.equal(_kept(select, layout, None, *two, None, shard), _kept(select, layout, None, *two, None))
+    rows = None
+    if orders != "one":
+        rows = AxisOrder((("fhw", "whf", "hfw", "fwh"),)).rows(layout, CPU)
+    select = Mass(density=0.3, head_adaptive=False, block=BLOCK, score="error", budget=budget)
+    whole = _kept(select, layout, rows, q, k, v, None)
+    parts = [(0, 1), (1, 3)]  # first and number of heads
+    asked = [[], []]
+
+    def kept(part, gather):
+        first, number = parts[part]
+        own = slice(first, first + number)
+        shard = HeadShard(first, number, 4, gather)
+        mine = rows if rows is None else rows[own]
+        return _kept(select, layout, mine, *(x[:, :, own] for x in (q, k, v)), None, shard)
+
+    # What every process hands in, in turn; then all get all of it.
+    for part in (0, 1):
+        kept(part, lambda x, part=part: asked[part].append(x) or _of_all(x))
+    for part, (first, number) in enumerate(parts):
+        turns = iter(zip(*asked, strict=True))
+        found = kept(part, lambda x, turns=turns: torch.cat(next(turns), 1))
+        assert torch.equal(found, whole[:, first : first + number])
+    assert len(asked[0]) == {"head": 0, "layer": 1 if rows is None else 3}[budget]
+
+
+def _of_all(own):
+    """Something in the shape of what four heads have."""
+    return own[:, :1].expand(-1, 4, *own.shape[2:])
 
 
 @pytest.mark.parametrize(

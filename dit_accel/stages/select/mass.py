@@ -58,8 +58,7 @@ class Mass(Select):
             output of the query block, which is about what leaving the pair out changes in the output. Error-aware
             routing (SVG-EAR, arXiv 2603.08982) ranks by an estimate of the same.
         budget: "row": every query block reads as many key blocks; "head", "layer": as many pairs in all, chosen among
-            all rows of a head or of all heads, with each row's own blocks and its best one. Not the paper's. A
-            process that has a part of the heads shares a budget among these.
+            all rows of a head or of all heads, with each row's own blocks and its best one. Not the paper's.
         query_stride: every n-th query of a block stands for all: a search takes about so much less time. It must divide
             a query block. Not the paper's, whose masses are of all queries.
     """
@@ -177,12 +176,17 @@ class Mass(Select):
         shares = shares_per_head(self.head_densities, self.density, mass.shape[1], mass.device, heads)
         assert shares is not None
         if self.budget != "row":
-            chosen = best_of_all(
-                mass,
-                *pairs_to_choose(blocks, key_mask, hidden),
-                density=shares,
-                across_heads=self.budget == "layer",
-            )
+            allowed, own = pairs_to_choose(blocks, key_mask, hidden)
+            if self.budget == "head":
+                chosen = best_of_all(mass, allowed, own, shares, across_heads=False)
+            elif heads is None:
+                chosen = best_of_all(mass, allowed, own, shares, across_heads=True)
+            else:  # the layer's heads share one budget, whoever attends them
+                if blocks.rows is not None and blocks.rows.dim() > 1:
+                    allowed, own = (
+                        heads.gather(one.expand(-1, heads.number, -1, -1).float()) > 0 for one in (allowed, own)
+                    )
+                chosen = heads.own(best_of_all(heads.gather(mass), allowed, own, shares, across_heads=True), 1)
             return keep_chosen(blocks, chosen, key_mask, backend)
         mask = keep_best(blocks, mass, key_mask, density=shares, hidden=hidden, backend=backend)
         if not self.head_adaptive or self.head_densities or (mass.shape[1] if heads is None else heads.total) < 2:
