@@ -9,6 +9,7 @@ import pytest
 import torch
 
 from dit_accel.benchmarking.context_parallel import Shared, refuse
+from tests.cli.documented import documented_keys
 from tests.cli.test_commands import run
 
 SMALL = ["bench", "--layers", "1", "--size", "64x64", "--frames", "9", "--device", "cpu", "--repeats", "1"]
@@ -17,9 +18,11 @@ BLOCKS = ["--set", "select.block=[16,16]", "--set", "select.density=0.3", "--dty
 
 def test_two_processes_and_a_table(tmp_path: Path) -> None:
     out = tmp_path / "found.json"
-    result = run(*SMALL, *BLOCKS, "--context-parallel", "2", "--ring", "2", "--out", str(out))
+    arguments = [*SMALL, *BLOCKS, "--context-parallel", "2", "--ring", "2"]
+    result = run(*arguments, "--out", str(out))
     assert result.exit_code == 0, result.stderr
     data = json.loads(out.read_text(encoding="utf-8"))
+    assert list(data) == documented_keys(arguments)
     assert data["context_parallel"] == {"processes": 2, "ring": 2, "ulysses": 1}
     assert [row["rank"] for row in data["ranks"]] == [0, 1]
     for row in data["ranks"]:
