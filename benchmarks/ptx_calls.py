@@ -339,11 +339,24 @@ def pyramid_calls(dims: Sizes = ((128, HALF), (64, HALF), (48, FULL))) -> Iterat
         yield f"similarity cap {rows is not None}", lambda rows=rows: similarity_cap(k, 64, rows=rows, backend="triton")
 
 
+def merge_calls(dims: Sizes = ((64, HALF), (96, FULL), (128, HALF))) -> Iterator[tuple[str, Call]]:
+    """Attention to parts of the keys put together, of every head dim."""
+    from dit_accel.kernels.attention.merge import merge_attention
+
+    for dim, dtype in dims:
+        out, part = (tensors(1, 300, dim, kind)[0] for kind in (FULL, dtype))
+        lse = torch.zeros(BATCH, HEADS, 300)
+        yield (
+            f"merge {dim} {dtype}",
+            lambda out=out, part=part, lse=lse: merge_attention(out, lse, part, lse.clone(), "triton"),
+        )
+
+
 def calls(target: int) -> dict[str, Call]:
     """Calls by name, for GPUs of compute capability ``target``; the kernels of Hopper are of 90 alone."""
     found = dict(attention_calls(target))
     if target == 80:
-        found |= {**dict(selection_calls()), **dict(linear_calls()), **dict(pyramid_calls())}
+        found |= {**dict(selection_calls()), **dict(linear_calls()), **dict(pyramid_calls()), **dict(merge_calls())}
     return found
 
 

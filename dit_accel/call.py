@@ -17,6 +17,7 @@ from .kernels.mask.pairs import PairMask
 from .layout import StepContext, TokenLayout
 from .plan import AttentionPlan
 from .records import BackendsUsed
+from .ring import RingPart, RingShard
 from .run import Run
 
 
@@ -55,6 +56,8 @@ class AttentionCall:
         gate: ``[B, n, H, D]``, what a learned gate made of the layer's input; None where there is none.
         router: what a learned selection has in this layer; None where there is none.
         heads: which heads of the layer these are, where several processes share them; None for all.
+        ring: which tokens of the sequence these are, where several processes share them; None for all.
+        part: which slots of the permuted sequence, once tokens were exchanged; the key mask stays that of the whole.
         plan: what a sparse call ran; None for a dense one.
         choices: the backend of each of the recipe's operations; None outside an engine, where each chooses by itself.
         backends_used: where the backends that ran are recorded; None outside an engine.
@@ -77,6 +80,8 @@ class AttentionCall:
     gate: torch.Tensor | None = None
     router: Callable[..., torch.Tensor] | None = None
     heads: HeadShard | None = None
+    ring: RingShard | None = None
+    part: RingPart | None = None
     plan: AttentionPlan | None = None
     choices: Mapping[Operation, Choice] | None = None
     backends_used: BackendsUsed | None = None
@@ -91,14 +96,18 @@ class AttentionCall:
         run: Run,
         used: dict[int, Any] | None = None,
         repeated: bool = False,
+        ring: RingShard | None = None,
     ) -> AttentionCall:
-        """The call of these inputs, its mask read and its scale known."""
+        """The call of these inputs, its mask read and its scale known; the mask is of the whole sequence."""
         q, k, v, attn_mask, scale = inputs
-        key_mask, pairs, unread = (None, None, None) if attn_mask is None else _read_mask(attn_mask, q, k)
+        seq_len = k.shape[1] if ring is None else ring.total
+        key_mask, pairs, unread = (None, None, None) if attn_mask is None else _read_mask(attn_mask, q, seq_len)
+        if ring is not None and pairs is not None:
+            unread = "a mask of token pairs under ring attention"
         used = {} if used is None else used
         scale = scale_of(q, scale)
         return cls(
-            layer, step, q, k, v, key_mask, scale, layout, run, used, repeated, pairs, unread=unread
+            layer, step, q, k, v, key_mask, scale, layout, run, used, repeated, pairs, unread=unread, ring=ring
         )  # fmt: skip
 
     @property
@@ -142,8 +151,17 @@ class AttentionCall:
         else:
             self.key_mask = visible if self.key_mask is None else F.pad(self.key_mask, (0, count))
 
+    def deal(self, part: RingPart) -> None:
+        """Exchange tokens with the other processes of a ring for those of this process' slots. All must call it."""
+        self.part = part
+        self.q = part.queries.there(self.q)
+        keys = part.keys.there(torch.cat([self.k, self.v], -1))
+        self.k, self.v = (x.contiguous() for x in keys.split(self.k.shape[-1], -1))
+
     def of_queries(self, out: torch.Tensor) -> torch.Tensor:
-        """The output ``[B, S, H, D]`` of the tokens that query, without padding."""
+        """The output ``[B, S, H, D]`` of the tokens that query, where the model left them, without padding."""
+        if self.part is not None:
+            return self.part.queries.back(out)
         if isinstance(self.layout, str):
             return out
         if self.layout.padding:
@@ -152,6 +170,14 @@ class AttentionCall:
             return out
         first, number = self.layout.queries
         return out[:, first : first + number]
+
+    def of_all(self, own: torch.Tensor) -> torch.Tensor:
+        """``own [n]`` summed over the processes that share this call; all must call it, and all get the same."""
+        if self.heads is not None:
+            own = self.heads.of_ranks(own).sum(0)
+        if self.part is not None:
+            own = self.part.ring.gather(own[None], 0, [1] * self.part.ring.size).sum(0)
+        return own
 
     def backend(self, operation: Operation) -> str:
         """The name of the backend that an operation of this call runs on, recorded as used."""
@@ -184,12 +210,11 @@ def dtype_of_attention(device: torch.device, dtype: torch.dtype) -> torch.dtype:
 
 
 def _read_mask(
-    attn_mask: torch.Tensor, q: torch.Tensor, k: torch.Tensor
+    attn_mask: torch.Tensor, q: torch.Tensor, seq_len: int
 ) -> tuple[torch.Tensor | None, torch.Tensor | None, str | None]:
     """What an attention mask stands for: a bool ``[B, Sk]`` key mask, a bool ``[B|1, H|1, Sq, Sk]`` mask of pairs, or
     the reason why it is neither."""
     batch, q_len, heads = q.shape[:3]
-    seq_len = k.shape[1]
     if attn_mask.dtype != torch.bool:
         return None, None, f"additive attention mask ({attn_mask.dtype})"
     shape = tuple(attn_mask.shape)

@@ -17,7 +17,8 @@ from .layout import TokenLayout
 from .plan import AttentionPlan
 from .planner import Planner
 from .recipe import Recipe
-from .records import BackendsUsed, LayerRecord
+from .records import BackendsUsed, LayerRecord, SharedWork
+from .ring_attention import attend_around
 from .run import Run
 from .stages.learned_layer import LearnedLayer
 from .timing import Stopwatch
@@ -59,6 +60,7 @@ class Engine:
             outlives :meth:`reset`.
         parallel: how processes shared the calls, a sentence each; empty in one process.
         left_alone: paths of the model's other attention modules, for the summary.
+        shared: what the processes kept, that shared the sparse calls.
         run: for the calls of an engine that is used without a session.
     """
 
@@ -83,6 +85,7 @@ class Engine:
         self.notes: dict[str, bool] = {}
         self.left_alone: tuple[str, ...] = ()
         self.parallel: dict[str, None] = {}
+        self.shared = SharedWork()
         self.run = Run()
         self._choices: dict[Case, dict[Operation, Choice]] = {}
         self._allowed: set[tuple[torch.device, torch.dtype | None, int | None, bool]] = set()
@@ -152,7 +155,7 @@ class Engine:
                 record.reset()
             for watch in (self.plan_time, self.sparse_time, self.dense_time, *self.planner.parts.values()):
                 watch.reset()
-            self.backends_used = BackendsUsed()
+            self.backends_used, self.shared = BackendsUsed(), SharedWork()
             self.notes = {sentence: lasting for sentence, lasting in self.notes.items() if lasting}
             self._seen_layouts.clear()
 
@@ -186,6 +189,8 @@ class Engine:
             self.planner.pad(call)
             call.backends_used = self.backends_used
             call.choices = self._choices_of(case_of(call.q, call.k, call.v, key_mask=call.key_mask))
+            if call.ring is not None:
+                self.planner.deal(call)
             exact = self._searched_attention(call)
             begin = self.plan_time.start(call.q.device)
             made, plan = self.planner.plan(call, book)
@@ -214,16 +219,21 @@ class Engine:
                 )
             call.gate, module = learned[0], None
 
-        def sparse() -> tuple[torch.Tensor, torch.Tensor]:
-            backend = self._attention_backend(call, plan)
-            return self.recipe.precision.attend(call, plan, backend, compensate.needs_lse)
+        def kernel(call: AttentionCall, plan: AttentionPlan) -> tuple[torch.Tensor, torch.Tensor]:
+            backend, with_lse = self._attention_backend(call, plan), parts is not None or compensate.needs_lse
+            return self.recipe.precision.attend(call, plan, backend, with_lse)
 
+        def sparse() -> tuple[torch.Tensor, torch.Tensor]:
+            return kernel(call, plan) if parts is None else attend_around(call, parts, kernel)
+
+        parts = None if call.part is None else self.planner.masks_around(call, plan)
         begin = self.sparse_time.start(call.q.device)
         out, witness = compensate.attend(call, plan, sparse)
         with torch.no_grad():
-            largest, density = witness.detach().amax(), compensate.density(plan)  # NaN where one is
-            # A mask of tokens within blocks sees less than the blocks that it keeps.
-            seen = None if plan.mask.token_bits is None else plan.mask.token_density
+            largest, density = witness.detach().amax(), self._density(call, plan)  # NaN where one is
+            # A mask of tokens within blocks sees less than the blocks that it keeps. Around a ring it is not told.
+            hides = plan.mask.token_bits is not None and call.part is None
+            seen = plan.mask.token_density if hides else None
             if isinstance(call.layout, TokenLayout) and call.layout.queries is not None:
                 querying = (plan.mask.kv_num_blocks > 0).float().mean()  # of the rows of blocks that query
                 density, seen = density / querying, None if seen is None else seen / querying
@@ -243,13 +253,37 @@ class Engine:
             book.sparse_calls += 1
         return out
 
+    def _density(self, call: AttentionCall, plan: AttentionPlan) -> torch.Tensor:
+        """This process' share of the work of dense attention, a 0-d tensor; that of the others is recorded."""
+        density = self.recipe.compensate.density(plan)
+        if call.heads is None and call.part is None:
+            return density
+        blocks_q, blocks_k = plan.mask.num_blocks
+        each, rows = density[None], [blocks_q]
+        if call.part is not None:
+            counts = plan.mask.kv_num_blocks.float().mean((0, 1)) / blocks_k
+            rows = call.part.q_counts
+            each = torch.stack([part.mean() for part in counts.split(rows)])
+            density = each[call.part.ring.rank]
+        pairs = torch.tensor(rows, device=each.device, dtype=each.dtype)
+        if call.heads is not None:
+            heads = torch.tensor(call.heads.numbers, device=each.device, dtype=each.dtype)
+            # The ranks of a mesh of rings: first those that share a ring's place.
+            each, pairs = call.heads.of_ranks(each).T.flatten(), (pairs[:, None] * heads).flatten()
+        if not call.repeated:
+            with self._counting:
+                self.shared.add(each, pairs)
+        return density
+
     def _searched_attention(self, call: AttentionCall) -> torch.Tensor | None:
         """Dense attention of a search step by this package's kernel, for its log-sum-exp, which the search needs:
         a pass of its own for that takes half as long as the attention itself. None where it is of no use."""
         memory = self.planner.memory_of_search(call)
         if memory is None:
             return None
-        mask, operation = self.planner.full_mask(call), _SEARCH
+        operation = _SEARCH
+        parts = None if call.part is None else self.planner.full_masks_around(call)
+        mask = self.planner.full_mask(call) if parts is None else parts[0]
         choice = choose_backend(
             call.q, call.k, call.v, mask, key_mask=call.key_mask, backend=self.backend, operation=operation
         )
@@ -257,10 +291,20 @@ class Engine:
         if choice.name in ("reference", "torch"):
             return None
         self.backends_used.add(operation, choice)
+
+        def kernel(call: AttentionCall, plan: AttentionPlan) -> tuple[torch.Tensor, torch.Tensor]:
+            key_mask, scale, name = call.key_mask, call.scale, choice.name
+            attended = block_sparse_attention(
+                call.q, call.k, call.v, plan.mask, key_mask=key_mask, scale=scale, return_lse=True, backend=name
+            )
+            assert isinstance(attended, tuple)
+            return attended
+
         begin = self.dense_time.start(call.q.device)
-        out, memory.lse = block_sparse_attention(
-            call.q, call.k, call.v, mask, key_mask=call.key_mask, scale=call.scale, return_lse=True, backend=choice.name
-        )
+        if parts is None:
+            out, memory.lse = kernel(call, AttentionPlan(None, mask))
+        else:
+            out, memory.lse = attend_around(call, parts, kernel)
         self.dense_time.stop(begin, call.q.device)
         return out
 

@@ -27,6 +27,11 @@ class FrozenPlanner(Planner):
         self.masks = masks
         self.rederive = rederive
 
+    @property
+    def goes_round(self) -> bool:
+        """Whether processes around a ring can plan together: masks that were made need no queries and keys."""
+        return not self.rederive or super().goes_round
+
     def is_search(self, _call: AttentionCall, _made: StepContext) -> bool:
         """Never: there is nothing to search."""
         return False

@@ -16,17 +16,30 @@ class HeadShard:
         first, number: of this process.
         total: heads of the layer.
         gather: ``[B, number, ...]`` of every process to ``[B, total, ...]``, the same in all. All must call it.
+        ranks: processes.
     """
 
     first: int
     number: int
     total: int
     gather: Callable[[torch.Tensor], torch.Tensor]
+    ranks: int = 1
 
     @property
     def place(self) -> tuple[int, int, int]:
         """What tells one shard from another: first, number and total."""
         return self.first, self.number, self.total
+
+    @property
+    def numbers(self) -> list[int]:
+        """Heads of each process."""
+        each = -(-self.total // self.ranks)
+        return [min(each, self.total - rank * each) for rank in range(self.ranks)]
+
+    def of_ranks(self, own: torch.Tensor) -> torch.Tensor:
+        """``[ranks, n]``: what each process has, from ``own [n]``. All must call it."""
+        each = -(-self.total // self.ranks)
+        return self.gather(own[None, None].expand(1, self.number, -1))[0, ::each]
 
     def own(self, of_all: torch.Tensor, dim: int) -> torch.Tensor:
         """This process' part of something that has an entry per head, or one for all, along ``dim``.

@@ -15,12 +15,14 @@ from .call import AttentionCall
 from .kernels import BlockMask
 from .kernels.common.capability import choose_selection
 from .kernels.common.choice import Case, Choice, Operation, refusal
+from .kernels.common.tokens import hidden_blocks
 from .kernels.mask.packed import PackedBlockMask
 from .kernels.mask.pairs import PairMask
 from .layout import StepContext, TokenLayout
 from .plan import AttentionPlan, LayerMemory, SequenceBlocks
 from .recipe import Recipe
 from .records import LayerRecord
+from .ring import RingPart, RingShard
 from .run import Bounded, Kept
 from .stages.drift import BlockMeans
 from .stages.select.protocol import Select
@@ -32,12 +34,14 @@ from .timing import Stopwatch
 class _Prepared:
     """What a layout needs once: its blocks, and what a static selection worked out for them.
 
-    ``plans`` are those of static selections, which every run may use; one of a key mask belongs to its run.
+    ``plans`` are those of static selections, which every run may use; one of a key mask belongs to its run. ``parts``
+    are shares of the processes around a ring.
     """
 
     blocks: SequenceBlocks
     tables: Any
     plans: dict[Select, KeptPlan] = field(default_factory=dict)
+    parts: dict[Any, RingPart] = field(default_factory=dict)
 
 
 @dataclass(frozen=True, eq=False)
@@ -113,11 +117,20 @@ class Planner:
         return found
 
     def pad(self, call: AttentionCall) -> None:
-        """Give a call the padding that the order expects."""
+        """Give a call the padding that the order expects.
+
+        Raises:
+            ValueError: it expects some where processes around a ring share the tokens.
+        """
         assert isinstance(call.layout, TokenLayout)
         count = self.recipe.order.padding(call.layout)
         if not count:
             return
+        if call.ring is not None:
+            raise ValueError(
+                f"{type(self.recipe.order).__name__} pads the sequence by {count} tokens, which ring attention shares "
+                "out: use ulysses_degree in place of ring_degree, or another order."
+            )
         batch, device, length = call.q.shape[0], call.q.device, call.k.shape[1]
 
         def visible() -> torch.Tensor:
@@ -125,6 +138,40 @@ class Planner:
 
         # The same tensor for all layers: what hides keys is compared by content once a forward.
         call.pad(count, self._padding.get((length, count, batch, device), visible))
+
+    @property
+    def goes_round(self) -> bool:
+        """Whether processes around a ring can plan together."""
+        return self.recipe.select.is_static or self.recipe.select.goes_round
+
+    def deal(self, call: AttentionCall) -> None:
+        """Exchange a call's tokens with the other processes of its ring for those of this process' slots.
+
+        Raises:
+            ValueError: there are fewer blocks than processes, or keys are hidden and each head has an order of its own.
+        """
+        ring = call.ring
+        assert ring is not None
+        with torch.no_grad(), torch.inference_mode(False), self._timed("order", call.q.device):
+            prepared = self._prepare(call)
+            part = prepared.parts.get(ring.key)
+            if part is None:
+                part = prepared.parts[ring.key] = self._part(ring, prepared.blocks)
+            if call.key_mask is not None and part.slots is not None and part.slots.dim() > 1:
+                raise ValueError(
+                    "Under ring attention an order per head knows no mask of keys: use ulysses_degree in place of "
+                    "ring_degree, or an order that heads share."
+                )
+        call.deal(part)
+
+    def _part(self, ring: RingShard, blocks: SequenceBlocks) -> RingPart:
+        work = torch.ones(blocks.num_blocks[0])
+        if blocks.forced_q is not None:
+            # Others keep a share of what rows of text read; where a rule decides, about what it mostly does.
+            select = self.recipe.select
+            shares = [share for layer in select.head_densities for share in layer] or [select.density or 0.3]
+            work[blocks.forced_q[0, 0].cpu()] = len(shares) / sum(shares)
+        return RingPart.of(ring, blocks.rows, work, (blocks.block_q, blocks.block_k), blocks.device)
 
     def plan(self, call: AttentionCall, book: LayerRecord) -> tuple[StepContext, AttentionPlan]:
         """The plan of a call, and when it was made."""
@@ -180,7 +227,7 @@ class Planner:
                     return self._reused(call, kept)
                 means = BlockMeans.of(call, select.block)
                 assert schedule.drift_bound is not None
-                if bool(means.change_since(kept.means) <= schedule.drift_bound):
+                if bool(means.change_since(kept.means, call) <= schedule.drift_bound):
                     return self._reused(call, kept)
             memory = self._memory(call)
             memory.keeps_base = schedule.choose_every > 0 and keep
@@ -306,6 +353,31 @@ class Planner:
         if call.key_mask is not None:
             return make()
         return self._full_masks.get((call.layout, call.q.device), make)
+
+    @staticmethod
+    def masks_around(call: AttentionCall, plan: AttentionPlan) -> list[BlockMask]:
+        """A plan's blocks of this process' queries and of each process' keys around a ring."""
+        part = call.part
+        assert part is not None
+        spans = [part.k_span(rank) for rank in range(part.ring.size)]
+        return plan.mask.parts(part.q_span(), spans, call.backend("selection"))
+
+    @staticmethod
+    def full_masks_around(call: AttentionCall) -> list[BlockMask]:
+        """All blocks of this process' queries and of each process' keys around a ring."""
+        part, block = call.part, 128
+        assert part is not None
+        masks = []
+        for rank in range(part.ring.size):
+            sizes = (block, block, call.q.shape[1], part.key_slots(rank))
+            keep = torch.ones(1, 1, *(-(-size // block) for size in sizes[2:]), dtype=torch.bool, device=call.q.device)
+            partial = None
+            visible = part.key_mask_of(rank, call.key_mask)
+            if visible is not None:
+                empty, partial = hidden_blocks(visible, block)
+                keep, partial = keep & ~empty[..., None, :], partial[..., None, :]
+            masks.append(BlockMask.from_dense(keep, *sizes, partial=partial, backend=call.backend("selection")))
+        return masks
 
     def forget(self) -> None:
         """Drop every cached table; plans are dropped with their runs."""

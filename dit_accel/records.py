@@ -99,6 +99,42 @@ class LayerRecord:
             self.compiled_dense.zero_()
 
 
+@dataclass
+class SharedWork:
+    """Sparse calls that processes shared: what each of them kept, known to all.
+
+    Attributes:
+        calls: counted.
+        density: sum over the calls, float ``[ranks]``: kept share of the block pairs of a process.
+        work: the same of its kept block pairs, as a share of those of all processes.
+    """
+
+    calls: int = 0
+    density: torch.Tensor | float = 0.0
+    work: torch.Tensor | float = 0.0
+
+    def add(self, density: torch.Tensor, pairs: torch.Tensor) -> None:
+        """Take in a call: float ``[ranks]`` densities, and block pairs of which these are shares."""
+        kept = density * pairs
+        self.calls += 1
+        self.density = self.density + density
+        self.work = self.work + kept / kept.sum().clamp_min(torch.finfo(kept.dtype).tiny)
+
+    def update(self, other: SharedWork) -> None:
+        """Take in what another record holds."""
+        self.calls += other.calls
+        self.density = self.density + other.density
+        self.work = self.work + other.work
+
+    def densities(self) -> tuple[float, ...]:
+        """Mean density of each process; empty where nothing was shared."""
+        return tuple((self.density / self.calls).tolist()) if isinstance(self.density, torch.Tensor) else ()
+
+    def imbalance(self) -> float | None:
+        """Work of the busiest process over the mean of all; None where nothing was shared."""
+        return float(self.work.max() / self.work.mean()) if isinstance(self.work, torch.Tensor) else None
+
+
 class BackendsUsed:
     """Which backends ran each operation, and why; in the order of first use."""
 

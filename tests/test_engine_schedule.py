@@ -235,7 +235,7 @@ def test_block_means_ignore_hidden_keys():
     before = BlockMeans.of(call_of(q, k, key_mask=key_mask), (32, 32))
     k = k.clone()
     k[:, 250:] = torch.nan
-    assert float(BlockMeans.of(call_of(q, k, key_mask=key_mask), (32, 32)).change_since(before)) == 0.0
+    assert float(BlockMeans.of(call_of(q, k, key_mask=key_mask), (32, 32)).change_since(before, call_of(q, k))) == 0.0
 
 
 def test_density_points_are_interpolated_and_reach_the_mask():

@@ -12,7 +12,7 @@ PACKAGE = Path(__file__).parent.parent / "dit_accel"
 
 # From the ground up. Rooms in one line do not import each other.
 FLOORS = (
-    ("files", "heads", "layout", "names", "plain_data"),
+    ("files", "heads", "layout", "names", "plain_data", "ring"),
     ("tensor_files",),
     ("kernels.common",),
     ("kernels.mask",),
@@ -22,6 +22,7 @@ FLOORS = (
     ("plan", "timing", "records"),
     ("run",),
     ("call",),
+    ("ring_attention",),
     ("stages",),
     ("recipe",),
     ("presets",),

@@ -6,16 +6,18 @@ import json
 import re
 import sys
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from ..files import refuse_unwritable_folder, write_text
+from .processes import Processes
 
 if TYPE_CHECKING:
     from .against_dense import SideRun
 
 RECORD = "settings.json"
+RESULTS = "results.json"
 # Of a prompt in a file's name: at four bytes a character it still leaves room below the 255 of file systems.
 LONGEST_SLUG = 48
 
@@ -66,19 +68,27 @@ class Batch:
         folder: of the outputs, and of the settings that made them (``settings.json``).
         seed: of the first prompt.
         settings: plain data; outputs of other settings are never taken for one's own.
+        processes: that share the prompts out.
     """
 
     prompts: Sequence[str]
     folder: Path
     seed: int
     settings: Mapping[str, Any]
+    processes: Processes = field(default_factory=Processes)
 
     def claim(self, suffix: str) -> list[Output]:
         """Keep the settings in the folder, which is made if it is missing, and say which outputs are finished.
 
+        Where processes share the prompts the first of them does so for all.
+
         Raises:
             ValueError: the folder cannot be written, or holds outputs of other settings.
         """
+        outputs = self._claim(suffix) if self.processes.is_first else None
+        return self.processes.from_first(outputs)
+
+    def _claim(self, suffix: str) -> list[Output]:
         from ..plain_data import first_difference
 
         refuse_unwritable_folder(self.folder)
@@ -100,45 +110,60 @@ class Batch:
         return outputs
 
     def make(self, outputs: Sequence[Output], run: Callable[[Output], SideRun], quiet: bool) -> dict[str, Any]:
-        """Make what is missing, in order, and save each before the next.
+        """Make what is missing, in order, and save each before the next; each process its share of that.
 
         Args:
             run: makes one, freshly patched.
             quiet: print no lines.
 
         Returns:
-            The settings, a row for each output (``made`` is None where it was finished before), and the summary of
-            the last patch.
+            The settings, a row for each output of all processes (``made`` is None where it was finished before), and
+            the summary of this process' last patch. Of many processes the first writes that to the folder too
+            (``results.json``).
         """
         from ..pipelines.generate import save
 
-        rows, summary = [], None
-        for output in outputs:
+        rows: list[dict[str, Any]] = []
+        summary = None
+        # As the first process found them: others may have finished some since.
+        missing = self.processes.from_first([output for output in outputs if not output.is_finished])
+        mine = self.processes.share(missing)
+        finished = [output for output in outputs if output not in missing] if self.processes.is_first else []
+        for output in sorted([*finished, *mine], key=lambda output: output.number):
             made = None
-            if not output.is_finished:
+            if output in mine:
                 side = run(output)
                 save(side.made, output.file)
                 summary = side.summary
                 made = _facts(side)
-            row = {
+            row: dict[str, Any] = {
                 "number": output.number,
                 "prompt": output.prompt,
                 "seed": output.seed,
                 "file": str(output.file),
                 "made": made,
             }
+            if self.processes.number > 1:
+                row["process"] = None if made is None else self.processes.rank
             rows.append(row)
             if not quiet:
                 spent = "finished" if made is None else f"{made['seconds']:.2f} s"
                 print(f"{output.number:>4} of {len(outputs)} {spent:>12}   {output.file}", flush=True)
-        if not quiet and summary is not None:
+        rows = sorted(self.processes.all_of(rows), key=lambda row: row["number"])
+        if not quiet and summary is not None and self.processes.is_first:
             print(f"the last of them:\n{summary}")
-        return {
+        report = {
             **self.settings,
             "folder": str(self.folder),
             "outputs": rows,
             "summary": None if summary is None else summary.to_dict(),
         }
+        if self.processes.number > 1:
+            report["processes"] = self.processes.number
+            if self.processes.is_first:
+                write_text(self.folder / RESULTS, json.dumps(report, indent=1, ensure_ascii=False) + "\n")
+            self.processes.end()
+        return report
 
 
 def batch_folder(out: Path | None, model: str, seed: int) -> Path:

@@ -66,6 +66,13 @@ def bench(
     vae: Annotated[
         str | None, typer.Option(metavar="SETTINGS", help="With --pipeline: as `dit-accel generate --vae`.")
     ] = None,
+    context_parallel: Annotated[
+        int | None,
+        typer.Option("--context-parallel", metavar="N", help="Share a forward out among N processes, by torchrun."),
+    ] = None,
+    ring: Annotated[
+        int | None, typer.Option(help="With --context-parallel: processes around a ring. Default: 1, Ulysses alone.")
+    ] = None,
     kernels: Annotated[
         bool,
         typer.Option("--kernels", help="Tune the attention kernels for this GPU instead; --out is then the table."),
@@ -86,6 +93,12 @@ def bench(
     alone = [flag for flag, value in given.items() if value is not None]
     if alone and not pipeline:
         raise ValueError(f"{alone[0]} goes with --pipeline, got it without.")
+    if ring is not None and context_parallel is None:
+        raise ValueError("--ring goes with --context-parallel, got it without.")
+    if context_parallel is not None and (pipeline or kernels):
+        raise ValueError(
+            f"--context-parallel times a forward, and does not go with {'--pipeline' if pipeline else '--kernels'}."
+        )
     if out is not None:
         refuse_unwritable(out)
     if kernels:
@@ -114,6 +127,30 @@ def bench(
         "compiled": compiled,
         "recipe": chosen.to_dict() if chosen is not None else "auto",
     }
+    if context_parallel is not None:
+        from ..benchmarking.context_parallel import Shared, bench_shared
+        from .bench_shared import degrees, show_shared
+
+        around, heads = degrees(context_parallel, ring)
+        among = Shared(
+            arch,
+            width,
+            height,
+            length,
+            around,
+            heads,
+            None if chosen is None else chosen.to_dict(),
+            str(number).removeprefix("torch."),
+            target.type,
+            batch,
+            layers,
+            5 if repeats is None else repeats,
+            backend,
+            dense_backend or ("native" if target.type == "cpu" else "_native_cudnn"),
+            compiled,
+        )
+        _give_out({**facts, **bench_shared(among)}, target, out, as_json, show_shared)
+        return
     # What a forward and a whole run are measured under alike.
     shared: dict[str, Any] = {
         "width": width,

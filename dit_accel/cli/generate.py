@@ -39,6 +39,7 @@ from .options import (
     read_seed,
 )
 from .output import free_name
+from .processes import Processes
 from .settings import Asked
 
 if TYPE_CHECKING:
@@ -137,6 +138,12 @@ def generate(
         raise ValueError(f"--repeat goes with --compare-dense, got --repeat {repeat} alone.")
     chosen = read_recipe(recipe, changes)
     target = read_device(device)
+    processes = Processes.launched(target)
+    if processes.number > 1 and prompts_file is None:
+        raise ValueError(
+            f"{processes.number} processes were started, which share a file of prompts: give --prompts, or start one."
+        )
+    target = processes.device(target)
 
     from ..pipelines.inputs import Inputs
 
@@ -188,7 +195,7 @@ def generate(
             "vae": vae,
             "dtype": str(number).removeprefix("torch."),
         }
-        batch = Batch(prompts, batch_folder(out, name, seed), seed, as_plain(what_decides))
+        batch = Batch(prompts, batch_folder(out, name, seed), seed, as_plain(what_decides), processes)
 
     def planned(is_video: bool) -> list[Output]:
         """What to write, which nothing but the disk will be in the way of."""
@@ -233,7 +240,7 @@ def generate(
     if offload is not None:
         refuse_offload(offload, target)
     if batch is not None and outputs is not None and all(output.is_finished for output in outputs):
-        _print_report(batch.make(outputs, fast_side, as_json), target, as_json)
+        _print_report(batch.make(outputs, fast_side, as_json), target, as_json and processes.is_first)
         return  # nothing is left to load a model for
     _, _, pipe = open_model(name, number, torch.device("cpu") if offload else target, quiet=as_json)
     pipe = prepared(pipe, pipeline, scheduler, lora or (), offload, compiled, target)
@@ -245,7 +252,7 @@ def generate(
     with accelerated():
         pass  # what cannot be patched is refused before anything has run
     if batch is not None:
-        _print_report(batch.make(outputs, fast_side, as_json), target, as_json)
+        _print_report(batch.make(outputs, fast_side, as_json), target, as_json and processes.is_first)
         return
 
     sides = {"accelerated": lambda short: fast_side(outputs[0], short)}

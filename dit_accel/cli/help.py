@@ -17,7 +17,10 @@ _GROUPS: Mapping[str, str] = {
         "recipe changes imports calibration rederive adapter backend density max_error order target buckets "
         "axis_prompts samples"
     ),
-    "Measuring": "compare_dense dense_backend dense_steps repeat repeats metrics verify kernels seconds layer at_step",
+    "Measuring": (
+        "compare_dense dense_backend dense_steps repeat repeats metrics verify kernels seconds layer at_step "
+        "context_parallel ring"
+    ),
     "Machine": "dtype device",
     "Output": "out start_over resume as_json debug help",
 }
@@ -56,6 +59,7 @@ EXAMPLES: Mapping[str, tuple[str, ...]] = {
     "bench": (
         "dit-accel bench --arch wan2.1-1.3b --size 832x480 --frames 81",
         "dit-accel bench --pipeline --arch wan2.1-1.3b --compile --recipe fast",
+        "dit-accel bench --arch wan2.1-14b --layers 4 --context-parallel 2",
     ),
     "info": ("dit-accel info --json",),
 }

@@ -5,6 +5,7 @@ their order."""
 from __future__ import annotations
 
 import copyreg
+import sys
 from collections.abc import Callable, Mapping
 from contextlib import contextmanager
 from functools import cache
@@ -253,12 +254,13 @@ class ClearAll(Hook):
     def __init__(self, session: Session) -> None:
         self.session = session
 
-    def __call__(self, _module: nn.Module, _args: tuple[Any, ...], _output: Any) -> None:
+    def __call__(self, _module: nn.Module, _args: tuple[Any, ...], output: Any) -> None:
         TRACED.clear()
         if not torch.compiler.is_compiling():
             EAGER.layer = None
             EAGER.learned = ()
-            self.session.end_forward()
+            # torch calls it while it handles an exception, in which case there is no output.
+            self.session.end_forward(sys.exc_info()[1] if output is None else None)
 
 
 class BranchContext(InPlaceOf):

@@ -14,6 +14,7 @@ import torch
 
 from ..call import AttentionInputs
 from .ambient import LatentTokens
+from .parallel import attend_in_parallel
 from .reasons import PASSED
 from .session import session_of
 
@@ -27,12 +28,14 @@ def _dense(
     enable_gqa: bool,
     backend: str | None,
     through_dispatch: bool,
+    parallel_config: Any = None,
 ) -> torch.Tensor:
     if through_dispatch:
         from diffusers.models.attention_dispatch import AttentionBackendName, dispatch_attention_fn
 
         name = None if backend is None else AttentionBackendName(backend)
-        return dispatch_attention_fn(q, k, v, attn_mask=attn_mask, scale=scale, enable_gqa=enable_gqa, backend=name)
+        given: dict[str, Any] = {"scale": scale, "enable_gqa": enable_gqa, "backend": name}
+        return dispatch_attention_fn(q, k, v, attn_mask=attn_mask, parallel_config=parallel_config, **given)
     q, k, v = (tensor.transpose(1, 2) for tensor in (q, k, v))
     out = torch.nn.functional.scaled_dot_product_attention(q, k, v, attn_mask, scale=scale, enable_gqa=enable_gqa)
     return out.transpose(1, 2)
@@ -52,16 +55,27 @@ def _run(
     enable_gqa: bool,
     backend: str | None,
     through_dispatch: bool,
+    parallel: bool,
     served: tuple[int, int] | None = None,
 ) -> torch.Tensor:
-    def dense() -> torch.Tensor:
-        return _dense(q, k, v, attn_mask, scale, enable_gqa, backend, through_dispatch)
-
     session_id, index = layer.tolist()
     session = session_of(session_id)
+    config = session.parallel_config if session is not None and parallel else None
+
+    def dense() -> torch.Tensor:
+        return _dense(q, k, v, attn_mask, scale, enable_gqa, backend, through_dispatch, config)
+
     if session is None:
+        if parallel:
+            raise RuntimeError("Code that was compiled for a patched model in parallel outlived the patch.")
         return dense()
     inputs = AttentionInputs(q, k, v, attn_mask, scale)
+    if config is not None:
+
+        def gathered(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, mask: torch.Tensor | None) -> torch.Tensor:
+            return _dense(q, k, v, mask, scale, enable_gqa, backend, through_dispatch)
+
+        return attend_in_parallel(session, index, inputs, config, gathered, dense)
     if served is not None:
         return session.repeat(*served, index, inputs, dense, learned or None)
     latents = LatentTokens.of_places(places, count, ids) if count else None
@@ -88,6 +102,7 @@ def attention_op(
     enable_gqa: bool,
     backend: str | None,
     through_dispatch: bool,
+    parallel: bool,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Attention of the announced layer, (B, S, H, D), contiguous, and the number of its forward and of the call within
     it, int64 [2], by which the gradient finds what this call used."""
@@ -107,6 +122,7 @@ def attention_op(
             enable_gqa,
             backend,
             through_dispatch,
+            parallel,
         )
     served = (-1, 0) if session is None else session.served()
     # Whatever the default device is.
@@ -145,6 +161,7 @@ def attention_backward_op(
     enable_gqa: bool,
     backend: str | None,
     through_dispatch: bool,
+    parallel: bool,
 ) -> list[torch.Tensor]:
     """Gradients of queries, keys, values and learned parameters."""
     with _recording():
@@ -163,6 +180,7 @@ def attention_backward_op(
             enable_gqa,
             backend,
             through_dispatch,
+            parallel,
             (int(forward[0]), int(forward[1])),
         )
         inputs = (q, k, v, *learned)

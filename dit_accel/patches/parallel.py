@@ -1,4 +1,4 @@
-"""Attention whose heads several processes share: Ulysses, as diffusers' context parallelism has it.
+"""Attention that several processes share; here by heads: Ulysses, as diffusers' context parallelism has it.
 
 Each process holds a part of the sequence. diffusers exchanges queries, keys and values so that each process has the
 whole sequence of some heads, attends, and exchanges the output back (arXiv 2309.14509). A plan of a head needs that
@@ -11,12 +11,13 @@ from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
 import torch
-from torch import nn
 
 from ..call import AttentionInputs
 from ..heads import HeadShard
 from .forwards import in_backward
-from .reasons import PARALLEL_COMPILED, PARALLEL_RING, PARALLEL_UNKNOWN
+from .parallel_ring import attend_around
+from .reasons import PARALLEL_UNKNOWN
+from .shards import gather_heads, places_of, split
 
 if TYPE_CHECKING:
     from .session import Session
@@ -27,12 +28,10 @@ Gathered = Callable[[torch.Tensor, torch.Tensor, torch.Tensor, "torch.Tensor | N
 
 def why_not_parallel(parallel_config: Any) -> str | None:
     """Why a call under context parallelism cannot be taken: one of the seam's reasons, or None."""
-    if torch.compiler.is_compiling():
-        return PARALLEL_COMPILED
     config = getattr(parallel_config, "context_parallel_config", None)
     if config is None:
         return PARALLEL_UNKNOWN
-    return PARALLEL_RING if config.ring_degree > 1 else None
+    return None
 
 
 def attend_in_parallel(
@@ -43,7 +42,7 @@ def attend_in_parallel(
     gathered: Gathered,
     dense: Callable[[], torch.Tensor],
 ) -> torch.Tensor:
-    """One intercepted call under Ulysses, (B, S, H, D): S tokens of this process, all H heads.
+    """One intercepted call under context parallelism, (B, S, H, D): S tokens of this process, all H heads.
 
     Args:
         inputs: of this process' tokens.
@@ -58,10 +57,31 @@ def attend_in_parallel(
         return dense()
     if in_backward():
         raise ValueError(
-            "Gradient checkpointing repeats a block inside a backward, which context parallelism of a patched model "
-            "does not know: disable_gradient_checkpointing()."
+            "A block is repeated inside a backward, as by gradient checkpointing and for the gradients of compiled "
+            "code, which context parallelism of a patched model does not know: disable_gradient_checkpointing(), and "
+            "train in eager code."
         )
     _refuse(session)
+    watch = session.watch_others()
+    try:
+        return _attend(session, layer, inputs, parallel_config, gathered, dense)
+    except RuntimeError as error:
+        explained = watch.explained(error)
+        if explained is error:
+            raise
+        raise explained from error
+
+
+def _attend(
+    session: Session,
+    layer: int,
+    inputs: AttentionInputs,
+    parallel_config: Any,
+    gathered: Gathered,
+    dense: Callable[[], torch.Tensor],
+) -> torch.Tensor:
+    if parallel_config.context_parallel_config.ring_degree > 1:
+        return attend_around(session, layer, inputs, parallel_config.context_parallel_config, gathered, dense)
     from diffusers.models.attention_dispatch import _templated_context_parallel_attention
 
     shared = _Shared(session, layer, inputs, parallel_config.context_parallel_config, gathered)
@@ -153,79 +173,40 @@ class _Shared:
     def _places(self, seq_len: int, attn_mask: torch.Tensor | None) -> tuple[torch.Tensor, torch.Tensor] | str | None:
         """Where each token of the model's sequence lies in the gathered one, and the inverse; None where they are the
         same, else the reason why that is not known.
-
-        Where a model splits text and latents each by itself, a process holds a part of either, and the gathered
-        sequence has the first text, the first latents, the second text, and so on.
         """
         streams = self.session.streams(self.layer, seq_len, attn_mask is not None)
         if isinstance(streams, str):
             return streams
-        lengths = [_split(stream, self.ranks) for stream in streams]
+        lengths = [split(stream, self.ranks) for stream in streams]
         if sum(stream[self.rank] for stream in lengths) != self.local_len:
             return f"{self.local_len} of {seq_len} tokens in this process are no equal part of text and latents"
         if len(streams) == 1:
             return None
         if attn_mask is not None and attn_mask.ndim > 1 and attn_mask.shape[-2] not in (1, attn_mask.shape[0]):
             return "a mask of token pairs under context parallelism of text and latents"
-        return _places_of(tuple(streams), self.ranks)
+        return places_of(tuple(streams), self.ranks)
 
     def _heads(self, number: int) -> HeadShard:
         each = -(-self.total // self.ranks)
-        shard = HeadShard(self.rank * each, number, self.total, self._gather)
+        shard = HeadShard(
+            self.rank * each,
+            number,
+            self.total,
+            lambda own: gather_heads(own, self.total, self.ranks, self.group),
+            self.ranks,
+        )
         self.session.engine.parallel[
             f"context parallel: Ulysses over {self.ranks} ranks, this rank's heads {shard.first} to "
             f"{shard.first + number - 1} of {self.total}"
         ] = None
         return shard
 
-    def _gather(self, own: torch.Tensor) -> torch.Tensor:
-        """``[B, h, ...]`` of every process to ``[B, H, ...]``; the last may have fewer heads."""
-        each = -(-self.total // self.ranks)
-        padded = own.new_zeros(own.shape[0], each, *own.shape[2:])
-        padded[:, : own.shape[1]] = own
-        parts = [torch.empty_like(padded) for _ in range(self.ranks)]
-        torch.distributed.all_gather(parts, padded, group=self.group)
-        return torch.cat(parts, 1)[:, : self.total]
-
-
-def splits_text(model: nn.Module) -> bool:
-    """Whether diffusers' context parallelism splits a prompt's tokens by themselves, apart from the latents."""
-    for module in model.modules():
-        registry: Any = getattr(module, "_diffusers_hook", None)
-        for name, hook in {} if registry is None else registry.hooks.items():
-            if name.startswith("cp_input---") and "encoder_hidden_states" in hook.metadata:
-                return True
-    return False
-
-
-def _split(tokens: int, ranks: int) -> list[int]:
-    """Tokens of each rank, as ``torch.tensor_split`` and an even split have them."""
-    each, more = divmod(tokens, ranks)
-    return [each + (rank < more) for rank in range(ranks)]
-
-
-def _places_of(streams: tuple[int, ...], ranks: int) -> tuple[torch.Tensor, torch.Tensor]:
-    """int64 ``[S]`` twice: of each token in the model's sequence its place in the gathered one, and the inverse."""
-    starts = [sum(streams[:n]) for n in range(len(streams))]
-    parts = [(start + torch.arange(length)).tensor_split(ranks) for start, length in zip(starts, streams, strict=True)]
-    back = torch.cat([part[rank] for rank in range(ranks) for part in parts])
-    return back.argsort(), back
-
 
 def _refuse(session: Session) -> None:
     """Raise where a recipe decides or learns for all heads of a layer together."""
     engine = session.engine
-    if session.reuse is not None:
-        raise ValueError(
-            "reuse decides on each device by itself, and devices in parallel might differ: patch with reuse none."
-        )
     if engine.learned or engine.routers:
         raise ValueError(
             "What a recipe has learned belongs to all heads of a layer, and context parallelism shares them out: "
             "generate in one process, or patch without the compensation."
-        )
-    if engine.recipe.schedule.drift_bound is not None:
-        raise ValueError(
-            "schedule.drift_bound decides by all heads of a layer, and processes in parallel might differ: "
-            f"patch without it, got {engine.recipe.schedule.drift_bound:g}."
         )

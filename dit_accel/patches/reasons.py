@@ -6,8 +6,6 @@ NO_LATENTS = "a call without the latents: the prompt's own"
 # Not dense: a cache of diffusers gave an earlier output, and nothing attended.
 CACHED = "a cache answered"
 # Of diffusers' context parallelism.
-PARALLEL_RING = "ring attention"
-PARALLEL_COMPILED = "context parallelism in compiled code"
 PARALLEL_UNKNOWN = "context parallelism of an unknown kind"
 # Why compiled code may go past the session; a graph counts by index.
 PASSED = (
@@ -18,7 +16,5 @@ PASSED = (
     "a torch function mode watches attention",
     NO_CALL,
     CACHED,
-    PARALLEL_RING,
-    PARALLEL_COMPILED,
     PARALLEL_UNKNOWN,
 )

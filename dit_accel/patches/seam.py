@@ -172,6 +172,7 @@ def _attend(
     backend: str | None,
     through_dispatch: bool,
     dense: Callable[[], torch.Tensor],
+    parallel: bool = False,
 ) -> torch.Tensor:
     if not isinstance(layer, tuple):  # a trace
         latents = LatentTokens((), 0) if TRACED.latents is None else TRACED.latents
@@ -190,6 +191,7 @@ def _attend(
             enable_gqa,
             backend,
             through_dispatch,
+            parallel,
         )
         return out
     session, index = layer
@@ -233,7 +235,8 @@ def _dispatch_in_place_of(original: Callable[..., torch.Tensor]) -> Callable[...
         reason = _why_not(attn_mask, dropout_p, is_causal, attention_kwargs, parallel_config)
         if reason is not None:
             return _pass_by(layer, reason, dense)
-        if parallel_config is not None:
+        name = None if backend is None else getattr(backend, "value", backend)
+        if parallel_config is not None and isinstance(layer, tuple):
 
             def gathered(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, mask: torch.Tensor | None) -> torch.Tensor:
                 return original(q, k, v, mask, scale=scale, enable_gqa=enable_gqa, backend=backend)
@@ -241,8 +244,8 @@ def _dispatch_in_place_of(original: Callable[..., torch.Tensor]) -> Callable[...
             inputs = AttentionInputs(query, key, value, attn_mask, scale)
             session, index = layer
             return attend_in_parallel(session, index, inputs, parallel_config, gathered, dense)
-        name = None if backend is None else getattr(backend, "value", backend)
-        return _attend(layer, query, key, value, attn_mask, scale, enable_gqa, name, True, dense)
+        parallel = parallel_config is not None
+        return _attend(layer, query, key, value, attn_mask, scale, enable_gqa, name, True, dense, parallel)
 
     return dispatch_attention_fn
 

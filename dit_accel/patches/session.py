@@ -18,13 +18,15 @@ from ..call import AttentionCall, AttentionInputs
 from ..engine import Engine
 from ..heads import HeadShard
 from ..layout import LatentGrid, TokenLayout
+from ..ring import RingShard
 from .ambient import EAGER, LatentTokens
 from .families import Family
 from .forwards import KEPT_FORWARDS, Forward, KeptForwards, addresses_of, in_backward
 from .masks import is_of_pairs, key_mask_of_pairs
-from .parallel import splits_text
+from .parallel_watch import Watch
 from .progress import PipelineSchedules, RunTracker, running_pipeline
 from .reasons import NO_LATENTS
+from .shards import heads_of_tensor_parallel, splits_text
 
 if TYPE_CHECKING:
     from .reuse.tracker import ReuseTracker
@@ -86,6 +88,7 @@ class Session:
         self._forwards = KeptForwards()
         # Of which configuration diffusers' hooks were looked at, and what they split.
         self._split: tuple[Any, bool] | None = None
+        self._watch: Watch | None = None
         _sessions[self.id] = self
 
     def begin_forward(
@@ -131,8 +134,18 @@ class Session:
         model = self._origin[0]()
         return None if model is None else running_pipeline(model)
 
-    def end_forward(self) -> None:
+    def watch_others(self) -> Watch:
+        """Called by a call that processes share: whether another of them fails in this forward."""
+        if self._watch is None:
+            self._watch = Watch(str(self.id))
+        if not self._watch.watching:
+            self._watch.enter()
+        return self._watch
+
+    def end_forward(self, error: BaseException | None = None) -> None:
         """Called when an eager forward of the transformer ends, also by an exception."""
+        if self._watch is not None:
+            self._watch.leave(error)
         self._thread.forward = self._thread.whole = None
 
     def enter_module(self, tensor: torch.Tensor | None) -> None:
@@ -161,14 +174,19 @@ class Session:
         dense: Callable[[], torch.Tensor],
         learned: Sequence[torch.Tensor] | None = None,
         heads: HeadShard | None = None,
+        ring: RingShard | None = None,
     ) -> torch.Tensor:
         """One intercepted call, (B, S, H, D); see :meth:`dit_accel.engine.Engine.attend`.
 
         ``latents`` are what a graph of the whole transformer holds; None in eager code and in compiled blocks, whose
-        transformer's hook has said where the latents are. ``heads`` are those of the call, of a layer that several
-        processes share.
+        transformer's hook has said where the latents are. ``heads`` and ``ring`` are those of the call, where
+        several processes share a layer's heads or tokens; a mask is of all tokens, in the model's order.
         """
         q_len, kv_len = inputs.q.size(1), inputs.k.size(1)
+        if ring is not None:
+            q_len = kv_len = ring.total
+        if heads is None and ring is None:
+            heads = self._heads_of_tensor_parallel(inputs.q.size(2))
         forward, repeated = self._forward(layer, kv_len, latents)
         self._thread.served = None
         if q_len != kv_len and not (self.family.latents_query and q_len < kv_len and heads is None):
@@ -179,7 +197,7 @@ class Session:
         placed = isinstance(self._layout(forward, kv_len, inputs.attn_mask is not None), TokenLayout)
         ordinal = forward.ordinal(layer, repeated) if placed else 0
         self._thread.served = (forward.number, ordinal)
-        call = self._call(forward, ordinal, layer, inputs, repeated)
+        call = self._call(forward, ordinal, layer, inputs, repeated, ring)
         call.heads = heads
         return self.engine.attend(call, dense, learned)
 
@@ -195,13 +213,35 @@ class Session:
             return "a mask moves the text under context parallelism"
         return (text, latents.tokens) if self.family.text_first else (latents.tokens, text)
 
+    @property
+    def parallel_config(self) -> Any | None:
+        """diffusers' ``ParallelConfig`` of the transformer."""
+        return getattr(self._origin[0](), "_parallel_config", None)
+
     def _splits_text(self) -> bool:
-        model = self._origin[0]()
+        model, config = self._origin[0](), self.parallel_config
         assert model is not None
-        config = getattr(model, "_parallel_config", None)
         if self._split is None or self._split[0] is not config or config is None:
             self._split = (config, splits_text(model))
         return self._split[1]
+
+    def _heads_of_tensor_parallel(self, number: int) -> HeadShard | None:
+        config = self.parallel_config
+        if config is None:
+            return None
+        of_model = getattr(self._origin[0](), "config", None)
+        shard = heads_of_tensor_parallel(config, number, getattr(of_model, "num_attention_heads", None))
+        if shard is not None:
+            if self.engine.learned or self.engine.routers:
+                raise ValueError(
+                    "What a recipe has learned belongs to all heads of a layer, and tensor parallelism shares them "
+                    "out: generate in one process, or patch without the compensation."
+                )
+            self.engine.parallel[
+                f"tensor parallel: {shard.ranks} ranks, this rank's heads {shard.first} to "
+                f"{shard.first + number - 1} of {shard.total}"
+            ] = None
+        return shard
 
     def pass_by(self, layer: int, reason: str, dense: Callable[[], torch.Tensor]) -> torch.Tensor:
         """A call that no plan can serve, by the model's own attention, counted with the reason."""
@@ -252,6 +292,9 @@ class Session:
         self.engine.run.forget()
         self._forwards.clear()
         self._split = None
+        if self._watch is not None:
+            self._watch.close()
+            self._watch = None
         self._thread = _Thread(*self._origin)
 
     def _forward(self, layer: int, seq_len: int, latents: LatentTokens | None) -> tuple[Forward | None, bool]:
@@ -274,10 +317,18 @@ class Session:
         return in_backward() and (forward is None or forward.traced)
 
     def _call(
-        self, forward: Forward, ordinal: int, layer: int, inputs: AttentionInputs, repeated: bool
+        self,
+        forward: Forward,
+        ordinal: int,
+        layer: int,
+        inputs: AttentionInputs,
+        repeated: bool,
+        ring: RingShard | None = None,
     ) -> AttentionCall:
         """A layer's call number ``ordinal`` of a forward."""
         q_len, kv_len = inputs.q.size(1), inputs.k.size(1)
+        if ring is not None:
+            q_len = kv_len = ring.total
         layout = self._layout(forward, kv_len, inputs.attn_mask is not None)
         if isinstance(layout, TokenLayout):
             if q_len < kv_len:
@@ -291,7 +342,7 @@ class Session:
             # Another sample: nothing of the first one's holds for it.
             step = replace(step, branch=f"{step.branch or ''}[{ordinal}]")
             used = forward.used_later.setdefault(ordinal, {})
-        return AttentionCall.of(layer, inputs, layout, step, forward.run, used, repeated)
+        return AttentionCall.of(layer, inputs, layout, step, forward.run, used, repeated, ring)
 
     @staticmethod
     def _of_keys(forward: Forward, mask: torch.Tensor, layout: TokenLayout) -> torch.Tensor:

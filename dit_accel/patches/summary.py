@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any, Protocol
 
 from ..presets.spelling import short_line
 from ..recipe import Recipe
-from ..records import BackendsUsed, LayerRecord, backend_lines
+from ..records import BackendsUsed, LayerRecord, SharedWork, backend_lines
 from .reasons import CACHED, PASSED
 from .summary_html import as_html
 
@@ -61,6 +61,8 @@ class PatchSummary:
         computed_forwards, skipped_forwards: of recipes with reuse, the transformers' forwards that ran all blocks, and
             those that took an earlier one's result for some; 0 without reuse.
         parallel: how processes shared the calls, a sentence each; all counts are this process' own.
+        rank_densities: of such calls, the density of each process; empty where they are not known to all.
+        imbalance: kept block pairs of the busiest of them over the mean of all; None where none was shared.
         changes: what :func:`~dit_accel.accelerate` changed beside attention, a sentence each.
         short_recipe: the nearest preset, and what differs from it.
         left_alone: other attention modules, which run as the model has them: to a prompt, in windows, over text or
@@ -81,6 +83,8 @@ class PatchSummary:
     short_recipe: str = ""
     parallel: tuple[str, ...] = ()
     left_alone: tuple[str, ...] = ()
+    rank_densities: tuple[float, ...] = ()
+    imbalance: float | None = None
 
     @property
     def computed_share(self) -> float | None:
@@ -167,6 +171,9 @@ class PatchSummary:
         if self.density is not None and self.token_density is not None and self.token_density < 0.99 * self.density:
             seen = f", of which token masks show {self.token_density / self.density:.3f}"
         lines.append(f"attention: {self.sparse_calls} sparse calls at density {density}{seen}")
+        if self.imbalance is not None:
+            each = ", ".join(f"{density:.3f}" for density in self.rank_densities)
+            lines.append(f"  by rank: density {each}; the busiest has {self.imbalance:.2f} times the mean work")
         lines += [f"  dense calls: {count} ({reason})" for reason, count in self.dense_calls.items()]
         if self.cached_calls:
             lines.append(f"  answered by a cache: {self.cached_calls}")
@@ -217,6 +224,9 @@ def summarise(
         plan += engine.plan_time.seconds()
         sparse += engine.sparse_time.seconds()
         dense += engine.dense_time.seconds()
+    shared = SharedWork()
+    for engine in engines.values():
+        shared.update(engine.shared)
     notes = dict.fromkeys(note for engine in engines.values() for note in engine.notes)
     summary = PatchSummary(
         recipe=repr(recipe),
@@ -233,6 +243,8 @@ def summarise(
         changes=changes,
         parallel=tuple(dict.fromkeys(one for engine in engines.values() for one in engine.parallel)),
         left_alone=tuple(left_alone),
+        rank_densities=shared.densities(),
+        imbalance=shared.imbalance(),
     )
     raised = _why_denser(recipe, summary.density)
     return summary if raised is None else replace(summary, notes=(*notes, raised))

@@ -8,6 +8,7 @@ import torch
 
 from ..call import AttentionCall
 from ..kernels.selection.api import pool_blocks
+from .select.means import own_key_mask
 
 
 @dataclass(frozen=True, eq=False)
@@ -31,13 +32,19 @@ class BlockMeans:
         backend = call.backend("selection")
         return cls(
             pool_blocks(call.q, block[0], backend=backend),
-            pool_blocks(call.k, block[1], key_mask=call.key_mask, backend=backend),
+            pool_blocks(call.k, block[1], key_mask=own_key_mask(call), backend=backend),
         )
 
-    def change_since(self, earlier: BlockMeans) -> torch.Tensor:
-        """The larger of the relative changes of q and of k, a 0-d tensor on the device."""
-        changes = [
-            (now - then).abs().sum() / then.abs().sum().clamp_min(torch.finfo(then.dtype).tiny)
-            for now, then in ((self.q, earlier.q), (self.k, earlier.k))
-        ]
-        return torch.maximum(*changes)
+    def change_since(self, earlier: BlockMeans, call: AttentionCall) -> torch.Tensor:
+        """The larger of the relative changes of q and of k, a 0-d tensor on the device; of all heads and tokens of the
+        call, whichever processes have them."""
+        sums = call.of_all(
+            torch.stack(
+                [
+                    part.abs().sum()
+                    for now, then in ((self.q, earlier.q), (self.k, earlier.k))
+                    for part in (now - then, then)
+                ]
+            )
+        ).view(2, 2)
+        return (sums[:, 0] / sums[:, 1].clamp_min(torch.finfo(sums.dtype).tiny)).max()

@@ -13,6 +13,7 @@ _OTHERS = {
     "--prompts": "--prompts",
     "--prompts-file": "--prompts",
     "--pipeline": "--pipeline",
+    "--context-parallel": "--context-parallel",
 }
 
 

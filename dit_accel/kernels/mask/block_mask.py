@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import Any
@@ -203,6 +204,38 @@ class BlockMask:
             kv_indices=self.kv_indices.expand(*lead, -1).contiguous(),
             kv_bits=None if self.kv_bits is None else self.kv_bits.expand(*lead, -1).contiguous(),
         )
+
+    def parts(self, queries: slice, keys: Sequence[slice], backend: str = "auto") -> list[BlockMask]:
+        """The masks of a run of query blocks and, one each, of runs of key blocks; a run has at least one block.
+
+        Args:
+            queries, keys: first block, and the one behind the last.
+            backend: see :meth:`from_dense`.
+        """
+        q_len = min(queries.stop * self.block_q, self.q_len) - queries.start * self.block_q
+        rows = replace(
+            self,
+            kv_num_blocks=self.kv_num_blocks[..., queries],
+            kv_num_full=self.kv_num_full[..., queries],
+            kv_indices=self.kv_indices[..., queries, :],
+            kv_bits=None if self.kv_bits is None else self.kv_bits[..., queries, :],
+            q_len=q_len,
+        )
+        keep, partial, bits = rows.to_dense(), rows.partial_to_dense(), rows.bit_rows_to_dense()
+        return [
+            BlockMask.from_dense(
+                keep[..., span],
+                self.block_q,
+                self.block_k,
+                q_len,
+                min(span.stop * self.block_k, self.kv_len) - span.start * self.block_k,
+                partial=partial[..., span],
+                bit_rows=None if bits is None else bits[..., span],
+                token_bits=self.token_bits,
+                backend=backend,
+            )
+            for span in keys
+        ]
 
     def trimmed(self) -> BlockMask:
         """The same mask with lists no longer than its longest row, for a mask that is kept; waits for the device."""

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import weakref
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from typing import Any
 
 from torch import nn
@@ -42,9 +43,37 @@ class HostedHook(Hook):
         if now is None:
             return self.original.__call__(block, *args, **kwargs)
         before = now.calls
-        output = self.hook.new_forward(block, *args, **kwargs)
+        # A cache compares what goes in with what comes out, which is of this process' tokens alone.
+        splits = _splits_of(block)
+        for split in splits:
+            args, kwargs = split.pre_forward(block, *args, **kwargs)
+        with _done(splits):
+            output = self.hook.new_forward(block, *args, **kwargs)
         now.skipped |= now.calls == before
         return output
+
+
+def _splits_of(block: nn.Module) -> list[Any]:
+    """diffusers' hooks of context parallelism that split what a block is given: in some models the first does so."""
+    registry: Any = getattr(block, "_diffusers_hook", None)
+    hooks = {} if registry is None else registry.hooks
+    return [hook for name, hook in hooks.items() if name.startswith("cp_input---")]
+
+
+@contextmanager
+def _done(splits: list[Any]) -> Iterator[None]:
+    """While open, hooks that have split do not split again."""
+    for split in splits:
+        split.fn_ref.pre_forward = _as_given
+    try:
+        yield
+    finally:
+        for split in splits:
+            split.fn_ref.pre_forward = split.pre_forward
+
+
+def _as_given(_block: nn.Module, *args: Any, **kwargs: Any) -> tuple[tuple[Any, ...], dict[str, Any]]:
+    return args, kwargs
 
 
 def _call_of(original: type[nn.Module]) -> Callable[..., Any]:

@@ -54,10 +54,6 @@ def refuse(target: Any, model: nn.Module, stage: Reuse) -> None:
             f"{type(model).__name__} has a cache already ({users}), and two would answer for each other: disable it, "
             "or patch with reuse none."
         )
-    if getattr(model, "_parallel_config", None) is not None:
-        raise ValueError(
-            "reuse decides on each device by itself, and devices in parallel might differ: patch with reuse none."
-        )
     components = getattr(target, "components", {}).values() if not isinstance(target, nn.Module) else (target,)
     if any(part is not model and getattr(part, "_orig_mod", None) is model for part in components):
         raise ValueError(WHOLE_COMPILED)

@@ -17,6 +17,7 @@ from ...stages.reuse.protocol import Reuse, Surroundings
 from ..ambient import LatentTokens
 from ..families.family import PatchSize
 from ..forwards import Forward
+from .together import Together
 
 if TYPE_CHECKING:
     from ..session import Session
@@ -102,6 +103,8 @@ class ForwardReuse:
         leading: what it keeps, where it was given the same latents; None for that branch itself.
         forced: it runs all blocks, whatever the cache would decide.
         plans: layers make plans that are kept.
+        together: processes that must skip the same blocks.
+        device: where these speak to each other.
         latents: what is denoised, for caches that look at it.
         begun: managers whose states have been told of it.
         calls: blocks that ran.
@@ -114,6 +117,8 @@ class ForwardReuse:
     step: StepContext
     forced: bool
     plans: bool
+    together: Together
+    device: torch.device
     latents: list[torch.Tensor] | None = None
     begun: set[int] = field(default_factory=set)
     calls: int = 0
@@ -138,7 +143,12 @@ class ReuseTracker:
         self.computed = 0
         self.skipped = 0
         self.root_hooks: list[Any] = []
-        self.around = Surroundings(step=lambda: self._now().step, latents=lambda: self._now().latents)
+        self.around = Surroundings(
+            step=lambda: self._now().step,
+            latents=lambda: self._now().latents,
+            total=lambda own: self._now().together.total(own),
+            any=lambda own: self._now().together.any(own, self._now().device),
+        )
         self._counting = threading.Lock()
 
     @property
@@ -159,7 +169,7 @@ class ReuseTracker:
         if why_not is not None:
             engine.note(f"Nothing is reused across steps: {why_not}")
             return
-        forward.reuse = self._of_branch(forward, arguments)
+        forward.reuse = self._of_branch(forward, arguments, Together.of(model))
         forward.reuse.latents = latents
         for hook in self.root_hooks:
             hook.pre_forward(model)
@@ -208,7 +218,7 @@ class ReuseTracker:
             return "it needs to see the latents, and does not know where this model's are."
         return self.stage.not_at(forward.step)
 
-    def _of_branch(self, forward: Forward, arguments: Mapping[str, Any]) -> ForwardReuse:
+    def _of_branch(self, forward: Forward, arguments: Mapping[str, Any], together: Together) -> ForwardReuse:
         step, recipe = forward.step, self.session.engine.recipe
         grid = None if forward.latents is None else forward.latents.grid
         shapes = _shapes(arguments.get("hidden_states"))
@@ -227,7 +237,10 @@ class ReuseTracker:
         if self.stage.shares_guidance:
             first = forward.run.reused(("leading", grid, shapes), LeadingBranch)
             leading = self._leading(first, branch, arguments)
-        return ForwardReuse(branch, first, leading, step, forced=plans or not branch.states, plans=plans)
+        device = next((one.device for one in _tensors(arguments.get("hidden_states"))), torch.device("cpu"))
+        # A process that found its state stale must not be alone with that.
+        forced = together.any(plans or not branch.states, device)
+        return ForwardReuse(branch, first, leading, step, forced, plans, together, device)
 
     def _leading(self, first: LeadingBranch, branch: BranchReuse, arguments: Mapping[str, Any]) -> BranchReuse | None:
         """The branch from which this one may take in its step; the first of a step becomes that."""

@@ -14,3 +14,4 @@ class NoCompensation(Compensation):
 
     is_static: ClassVar[bool] = True
     allows_pairs: ClassVar[bool] = True
+    goes_round: ClassVar[bool] = True

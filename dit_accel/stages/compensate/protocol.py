@@ -32,6 +32,7 @@ class Compensation(Protocol):
         attends_alone: ``sparse()`` is never called.
         allows_pairs: queries may see different keys; else such calls stay dense.
         spans_references: it knows grids of references too; else these read and are read in full.
+        goes_round: it needs no more than the kernel's output where processes around a ring share the tokens.
     """
 
     is_static: ClassVar[bool] = False
@@ -41,6 +42,7 @@ class Compensation(Protocol):
     attends_alone: ClassVar[bool] = False
     allows_pairs: ClassVar[bool] = False
     spans_references: ClassVar[bool] = True
+    goes_round: ClassVar[bool] = False
 
     def conflicts_with(self, select: Select) -> str | None:
         """A sentence that says why it cannot stand in for what a selection leaves out; None where it can."""

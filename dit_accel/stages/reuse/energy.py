@@ -70,7 +70,7 @@ class Energy(Reuse):
             raw_vision_callback=lambda module, args, kwargs: around.latents(),  # noqa: ARG005
         )
         apply_sea_cache(stand_in, config)
-        shared = _of_threads()
+        shared = _of_threads(around)
         for module in stand_in.modules():
             registry: Any = getattr(module, "_diffusers_hook", None)
             for hook in registry.hooks.values() if registry is not None else ():
@@ -80,14 +80,21 @@ class Energy(Reuse):
         state.previous_indicator = None  # nothing to compare with: diffusers then computes
 
 
-def _of_threads() -> Any:
-    """diffusers' shared state of a transformer's hooks, of which each thread sees its own forward."""
+def _of_threads(around: Surroundings) -> Any:
+    """diffusers' shared state of a transformer's hooks, of which each thread sees its own forward. Processes that share
+    one run all blocks where any of them would."""
     from diffusers.hooks.sea_cache import SeaCacheSharedState
 
     class OfThreads(SeaCacheSharedState):
         def __init__(self) -> None:
             self._seen = threading.local()
             super().__init__()
+
+        def resolve_gate(self, state: Any, *given: Any) -> bool:
+            computes: bool = around.any(super().resolve_gate(state, *given))
+            if computes and not state.gate_should_compute:
+                state.gate_should_compute, state.accumulated_distance = True, 0.0
+            return computes
 
         @property
         def forward_metadata(self) -> Any:

@@ -17,10 +17,15 @@ class Surroundings(NamedTuple):
     Attributes:
         step: of the forward.
         latents: what is denoised, one tensor (C, F, H, W) for each sample; None where the family shows none.
+        total: a tensor summed over the processes that share the forward, up to a factor; as it is in one process. What
+            decides by a process' own tokens must ask, and all must ask alike.
+        any: whether any of these processes says so.
     """
 
     step: Callable[[], StepContext]
     latents: Callable[[], list[torch.Tensor] | None]
+    total: Callable[[torch.Tensor], torch.Tensor]
+    any: Callable[[bool], bool]
 
 
 class Reuse(Protocol):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import ClassVar
 
 import torch
 
@@ -34,6 +35,7 @@ class GlobalGate(Select):
 
     threshold: float = 0.25
     block: tuple[int, int] = (128, 64)
+    goes_round: ClassVar[bool] = True
 
     def __post_init__(self) -> None:
         check_share("threshold", self.threshold)

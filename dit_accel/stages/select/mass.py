@@ -13,11 +13,13 @@ from ...kernels import BlockMask, block_sparse_attention
 from ...kernels.common.choice import Case, Choice, Operation, case_of
 from ...kernels.common.tokens import gather_mask
 from ...kernels.mask.pairs import PairMask
-from ...kernels.selection.api import own_blocks, pool_blocks
+from ...kernels.selection.api import own_blocks
 from ...kernels.selection.block_mass import block_mass, choose_block_mass, strided_block_mass
 from ...kernels.selection.shared_budget import best_of_all
 from ...layout import TokenLayout
 from ...plan import LayerMemory, SequenceBlocks
+from ...ring import RingPart
+from .means import value_means
 from .pooled import candidates, keep_best, keep_chosen, pooled_scores_of
 from .protocol import (
     HeadDensities,
@@ -75,6 +77,7 @@ class Mass(Select):
     has_density: ClassVar[bool] = True
     has_head_densities: ClassVar[bool] = True
     can_choose_anew: ClassVar[bool] = True
+    goes_round: ClassVar[bool] = True
 
     def __post_init__(self) -> None:
         check_share("density", self.density)
@@ -213,6 +216,8 @@ def mass_of_call(
 
     With a ``query_stride`` above 1 the log-sum-exp is the one that was given: a sample knows only its own.
     """
+    if call.part is not None:
+        return _mass_around(blocks, call, call.part, lse, key_mask, query_stride)
     rows, backend = blocks.kernel_rows, call.backend("block_mass")
     case = case_of(call.q, call.k, blocks=(blocks.block_q // query_stride, blocks.block_k))
     if seen is not None and lse is None and choose_block_mass(case, backend).name == "triton":
@@ -240,9 +245,7 @@ def error_of(blocks: SequenceBlocks, call: AttentionCall, mass: torch.Tensor) ->
     The output without a pair of blocks moves, to first order, by its mass times that distance. Mean outputs are
     those of the masses and the mean values.
     """
-    values = pool_blocks(
-        call.v, blocks.block_k, rows=blocks.kernel_rows, key_mask=call.key_mask, backend=call.backend("selection")
-    )
+    values = value_means(blocks, call)
     # Distances of centred vectors: what all values have in common would cost digits.
     values = values - values.mean(2, keepdim=True)
     total = mass.sum(-1, keepdim=True).clamp_min(torch.finfo(mass.dtype).tiny)
@@ -269,6 +272,41 @@ def pairs_to_choose(
     seq_len = blocks.layout.seq_len
     own = own_blocks(blocks.block_q, blocks.block_k, seq_len, seq_len, blocks.device)
     return allowed, own[None, None] & allowed
+
+
+def _mass_around(
+    blocks: SequenceBlocks,
+    call: AttentionCall,
+    part: RingPart,
+    lse: torch.Tensor | None,
+    key_mask: torch.Tensor | None,
+    query_stride: int,
+) -> tuple[torch.Tensor, torch.Tensor | None]:
+    """:func:`mass_of_call` where processes around a ring share the tokens: keys go round, and masses are gathered.
+
+    The log-sum-exp is of this process' queries.
+    """
+    sizes: dict[str, Any] = {
+        "block_q": blocks.block_q,
+        "block_k": blocks.block_k,
+        "scale": call.scale,
+        "backend": call.backend("block_mass"),
+    }
+    known = lse
+    if known is None:
+        for rank, keys in part.around(call.k):
+            _, found = block_mass(call.q, keys, key_mask=part.key_mask_of(rank, key_mask), **sizes)
+            known = found if known is None else torch.logaddexp(known, found)
+    masses: dict[int, torch.Tensor] = {}
+    for rank, keys in part.around(call.k):
+        given = {"lse": known, "key_mask": part.key_mask_of(rank, key_mask), **sizes}
+        if query_stride > 1:
+            masses[rank] = strided_block_mass(call.q, keys, query_stride=query_stride, **given)
+        else:
+            masses[rank], _ = block_mass(call.q, keys, **given)
+    own = torch.cat([masses[rank] for rank in range(part.ring.size)], -1)
+    # All come to the same plan: budgets are of whole heads.
+    return part.ring.gather(own, 2, part.q_counts), known if query_stride == 1 else lse
 
 
 def recall(mass: torch.Tensor, mask: BlockMask) -> torch.Tensor:
@@ -308,6 +346,7 @@ class FrozenMass(Select):
     density: float = 0.3
     block: tuple[int, int] = (128, 128)
     has_density: ClassVar[bool] = True
+    goes_round: ClassVar[bool] = True
 
     def __post_init__(self) -> None:
         check_share("density", self.density)

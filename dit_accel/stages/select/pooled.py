@@ -13,6 +13,7 @@ from ...kernels import BlockMask
 from ...kernels.selection.api import own_blocks, pooled_scores, select_blocks
 from ...kernels.selection.pairs import pooled_scores_under
 from ...plan import LayerMemory, SequenceBlocks
+from .means import key_means, query_means
 from .protocol import (
     WHOLE_BLOCK_SIZES,
     HeadDensities,
@@ -70,6 +71,8 @@ def keep_best(
 
 def pooled_scores_of(blocks: SequenceBlocks, call: AttentionCall, scale: float) -> torch.Tensor:
     """Logits of the block means of a call, float32 ``[B, H, nq, nk]``."""
+    if call.part is not None:
+        return (query_means(blocks, call) * scale) @ key_means(blocks, call).transpose(-1, -2)
     scores = pooled_scores(
         call.q,
         call.k,
@@ -142,6 +145,7 @@ class Pooled(Select):
     keep_own: bool = True
     has_density: ClassVar[bool] = True
     has_head_densities: ClassVar[bool] = True
+    goes_round: ClassVar[bool] = True
 
     def __post_init__(self) -> None:
         if self.density is None and self.top_p is None:

@@ -36,6 +36,8 @@ class Select(Protocol):
         is_learned: it has parameters in each layer, see :meth:`build`.
         per_head: static patterns differ by layer and head.
         can_choose_anew: a later step can choose from what a search found, see :meth:`choose_anew`.
+        goes_round: it can plan where processes around a ring share the tokens of a call; all come to the same mask. A
+            static choice always can.
     """
 
     is_dense: ClassVar[bool] = False
@@ -45,6 +47,7 @@ class Select(Protocol):
     is_learned: ClassVar[bool] = False
     per_head: ClassVar[bool] = False
     can_choose_anew: ClassVar[bool] = False
+    goes_round: ClassVar[bool] = False
 
     @property
     def hides_tokens(self) -> bool:

@@ -5,13 +5,11 @@ from __future__ import annotations
 from dataclasses import dataclass, replace
 from typing import ClassVar
 
-import torch
-
 from ...call import AttentionCall
 from ...kernels import BlockMask
-from ...kernels.selection.api import pool_blocks, self_similarity
 from ...kernels.selection.pairs import pooled_scores_under
 from ...plan import LayerMemory, SequenceBlocks
+from .means import key_means, key_similarity, mean_key, query_means, query_similarity
 from .pooled import keep_best
 from .protocol import Select, check_block, check_share
 
@@ -41,6 +39,7 @@ class GatedPooled(Select):
     sink_first_frame: bool = False
     block: tuple[int, int] = (128, 64)
     has_density: ClassVar[bool] = True
+    goes_round: ClassVar[bool] = True
 
     def __post_init__(self) -> None:
         if self.density is None and self.top_p is None:
@@ -62,25 +61,22 @@ class GatedPooled(Select):
         _memory: LayerMemory | None = None,
     ) -> BlockMask:
         """Mask of one call from its queries and keys."""
-        q, k, key_mask, rows = call.q, call.k, call.key_mask, blocks.kernel_rows
         backend = call.backend("selection")
-        q_mean = pool_blocks(q, blocks.block_q, rows=rows, backend=backend)
-        k_mean = pool_blocks(k, blocks.block_k, rows=rows, key_mask=key_mask, backend=backend)
-        centre = _mean_token(k, key_mask) if self.smooth_k else None
+        q_mean, k_mean = query_means(blocks, call), key_means(blocks, call)
+        centre = mean_key(call) if self.smooth_k else None
         if centre is not None:
             k_mean = k_mean - centre[:, :, None]
         forced_q = forced_k = None
         if self.similarity > -1.0:
-            forced_q = self_similarity(q, blocks.block_q, rows=rows, backend=backend) <= self.similarity
-            similar = self_similarity(k, blocks.block_k, rows=rows, key_mask=key_mask, centre=centre, backend=backend)
-            forced_k = similar <= self.similarity
+            forced_q = query_similarity(blocks, call) <= self.similarity
+            forced_k = key_similarity(blocks, call, centre) <= self.similarity
         if self.sink_first_frame:
             first = blocks.first_frame_k
             forced_k = first if forced_k is None else forced_k | first
         scores = (q_mean * call.scale) @ k_mean.transpose(-1, -2)
         if call.seen is not None:
-            keys = k if centre is None else k - centre[:, None].to(k.dtype)
-            scores = pooled_scores_under(scores, q, keys, call.seen, rows=rows, scale=call.scale)
+            keys = call.k if centre is None else call.k - centre[:, None].to(call.k.dtype)
+            scores = pooled_scores_under(scores, call.q, keys, call.seen, rows=blocks.kernel_rows, scale=call.scale)
         return keep_best(
             blocks,
             scores,
@@ -92,13 +88,3 @@ class GatedPooled(Select):
             hidden=call.hidden_blocks,
             backend=backend,
         )
-
-
-def _mean_token(k: torch.Tensor, key_mask: torch.Tensor | None) -> torch.Tensor:
-    """Mean over the visible tokens, float32 ``[B, H, D]``."""
-    if key_mask is None:
-        return k.mean(1, dtype=torch.float32)
-    visible = key_mask[:, :, None, None]
-    # where, not a product: a padded prompt may hold NaN.
-    total = torch.where(visible, k, 0).sum(1, dtype=torch.float32)
-    return total / visible.sum(1).clamp_min(1)

@@ -1,0 +1,68 @@
+"""How diffusers' context parallelism shares tokens and heads out."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import nn
+
+from ..heads import HeadShard
+
+
+def splits_text(model: nn.Module) -> bool:
+    """Whether diffusers' context parallelism splits a prompt's tokens by themselves, apart from the latents."""
+    for module in model.modules():
+        registry: Any = getattr(module, "_diffusers_hook", None)
+        for name, hook in {} if registry is None else registry.hooks.items():
+            given, _, where = name.partition("---")
+            # Before the model, or where its text has been embedded.
+            if given == "cp_input" and ("encoder_hidden_states" in hook.metadata or where == "context_embedder"):
+                return True
+    return False
+
+
+def split(tokens: int, ranks: int) -> list[int]:
+    """Tokens of each rank, as ``torch.tensor_split`` and an even split have them."""
+    each, more = divmod(tokens, ranks)
+    return [each + (rank < more) for rank in range(ranks)]
+
+
+def places_of(streams: tuple[int, ...], ranks: int) -> tuple[torch.Tensor, torch.Tensor]:
+    """int64 ``[S]`` twice: of each token in the model's sequence its place in the gathered one, and the inverse.
+
+    Where a model splits text and latents each by itself, a process holds a part of either, and the gathered sequence
+    has the first text, the first latents, the second text, and so on.
+    """
+    starts = [sum(streams[:n]) for n in range(len(streams))]
+    parts = [(start + torch.arange(length)).tensor_split(ranks) for start, length in zip(starts, streams, strict=True)]
+    back = torch.cat([part[rank] for rank in range(ranks) for part in parts])
+    return back.argsort(), back
+
+
+def heads_of_tensor_parallel(config: Any, number: int, total: int | None) -> HeadShard | None:
+    """Which heads a call has where diffusers' tensor parallelism shares a layer's weights out; None for all.
+
+    Args:
+        config: diffusers' ``ParallelConfig``.
+        number: heads of the call.
+        total: of the model.
+    """
+    config = getattr(config, "tensor_parallel_config", None)
+    if config is None or total is None or total != number * config._tp_degree:
+        return None
+    mesh, ranks = config._mesh, config._tp_degree
+    group = mesh.get_group()
+    return HeadShard(
+        mesh.get_local_rank() * number, number, total, lambda own: gather_heads(own, total, ranks, group), ranks
+    )
+
+
+def gather_heads(own: torch.Tensor, total: int, ranks: int, group: Any) -> torch.Tensor:
+    """``[B, h, ...]`` of every process to ``[B, total, ...]``; the last may have fewer heads."""
+    each = -(-total // ranks)
+    padded = own.new_zeros(own.shape[0], each, *own.shape[2:])
+    padded[:, : own.shape[1]] = own
+    parts = [torch.empty_like(padded) for _ in range(ranks)]
+    torch.distributed.all_gather(parts, padded, group=group)
+    return torch.cat(parts, 1)[:, :total]

@@ -1,0 +1,291 @@
+"""A sequence whose tokens several processes share: which slots each attends, and how tokens come there and back.
+
+Ring attention (arXiv 2310.01889): each process keeps its queries, and keys and values go round. Blocks of a permuted
+sequence hold tokens of several processes, so that tokens first go to the process that attends their block.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from itertools import accumulate, pairwise
+from typing import Any
+
+import torch
+import torch.distributed as dist
+
+
+@dataclass(frozen=True, eq=False)
+class RingShard:
+    """The tokens that this process holds, of a sequence whose others the ring's other processes hold.
+
+    Attributes:
+        group: of the ring.
+        rank: of this process in it.
+        lengths: tokens of each process.
+        places: int64 ``[S]`` on the CPU: of each token in the model's order its place when the processes' tokens follow
+            each other; None where these are the same.
+        key: what tells one such shard from another.
+    """
+
+    group: Any
+    rank: int
+    lengths: tuple[int, ...]
+    places: torch.Tensor | None
+    key: Any
+
+    @property
+    def size(self) -> int:
+        """Processes around the ring."""
+        return len(self.lengths)
+
+    @property
+    def total(self) -> int:
+        """Tokens of the whole sequence."""
+        return sum(self.lengths)
+
+    def gather(self, own: torch.Tensor, dim: int, lengths: Sequence[int]) -> torch.Tensor:
+        """Every process' part along ``dim``, one after another; process ``r`` has ``lengths[r]``. All must call it."""
+        longest = max(lengths)
+        padded = own.new_zeros(*own.shape[:dim], longest, *own.shape[dim + 1 :])
+        padded.narrow(dim, 0, own.shape[dim]).copy_(own)
+        parts = [torch.empty_like(padded) for _ in lengths]
+        dist.all_gather(parts, padded, group=self.group)
+        return torch.cat([part.narrow(dim, 0, length) for part, length in zip(parts, lengths, strict=True)], dim)
+
+    def gather_with_gradient(self, own: torch.Tensor) -> torch.Tensor:
+        """Every process' tokens, ``[B, s, H, D]`` to ``[B, S, H, D]`` in the processes' order. All must call it."""
+        out: torch.Tensor = _Gather.apply(own, self)
+        return out
+
+    def send(self, own: torch.Tensor, tokens: int, dim: int = 1) -> Passing:
+        """Begin to send a tensor to the next process, and to receive one like it of ``tokens`` along ``dim`` from the
+        one before."""
+        own = own.contiguous()
+        shape = [*own.shape]
+        shape[dim] = tokens
+        received = own.new_empty(shape)
+        after, before = ((self.rank + step) % self.size for step in (1, -1))
+        sends = dist.P2POp(dist.isend, own, dist.get_global_rank(self.group, after), self.group)
+        receives = dist.P2POp(dist.irecv, received, dist.get_global_rank(self.group, before), self.group)
+        return Passing(own, received, dist.batch_isend_irecv([sends, receives]))
+
+    def holder(self, step: int) -> int:
+        """Whose keys are here after ``step`` passings."""
+        return (self.rank - step) % self.size
+
+
+@dataclass(frozen=True, eq=False)
+class Passing:
+    """A tensor under way around the ring; what is sent must not change before it has arrived."""
+
+    sent: torch.Tensor
+    received: torch.Tensor
+    works: list[Any]
+
+    def arrived(self) -> torch.Tensor:
+        """What came from the process before."""
+        for work in self.works:
+            work.wait()
+        return self.received
+
+
+class Exchange:
+    """Tokens from the processes that hold them to those that attend their slots, and back.
+
+    Args:
+        ring: who holds which tokens.
+        places: int64 ``[G, S]`` on the CPU: place, in the processes' order, of the token at each slot; ``G`` is 1, or
+            the heads where each has an order of its own.
+        bounds: process ``r`` attends the slots from ``bounds[r]`` to ``bounds[r + 1]``.
+    """
+
+    def __init__(self, ring: RingShard, places: torch.Tensor, bounds: Sequence[int], device: torch.device) -> None:
+        self._group = ring.group
+        self._orders = places.shape[0]
+        self._tokens = ring.lengths[ring.rank]
+        self._slots = bounds[ring.rank + 1] - bounds[ring.rank]
+        starts = [0, *accumulate(ring.lengths)]
+        owner = torch.bucketize(places, torch.tensor(starts[1:]), right=True)
+        # A unit is what an order moves as one: a token, or a token's vector of one head.
+        unit = (places - starts[ring.rank]) * self._orders + torch.arange(self._orders)[:, None]
+        spans = [slice(first, last) for first, last in pairwise(bounds)]
+        sent = [unit[:, span][owner[:, span] == ring.rank] for span in spans]
+        mine = owner[:, spans[ring.rank]].flatten()
+        came = [(mine == rank).nonzero()[:, 0] for rank in range(ring.size)]
+        self._sent_counts, self._came_counts = ([len(part) for part in parts] for parts in (sent, came))
+        self._sent, self._came = (torch.cat(parts).to(device) for parts in (sent, came))
+        self._back, self._there = self._sent.argsort(), self._came.argsort()
+        # Every process decides alike: all look at the whole sequence.
+        stays = torch.equal(places[0], torch.arange(places.shape[1])) and list(bounds) == starts
+        self.moves = not (stays and self._orders == 1)
+
+    def there(self, x: torch.Tensor) -> torch.Tensor:
+        """``[B, s, H, D]`` of this process' tokens to ``[B, n, H, D]`` of its slots."""
+        if not self.moves:
+            return x
+        batch, tokens, heads, dim = x.shape
+        units = x.permute(1, 2, 0, 3).reshape(tokens * self._orders, -1).index_select(0, self._sent)
+        units = _all_to_all(units, self._came_counts, self._sent_counts, self._group).index_select(0, self._there)
+        units = units.view(self._orders, self._slots, heads // self._orders, batch, dim)
+        return units.permute(3, 1, 0, 2, 4).reshape(batch, self._slots, heads, dim)
+
+    def back(self, x: torch.Tensor) -> torch.Tensor:
+        """``[B, n, H, D]`` of this process' slots to ``[B, s, H, D]`` of its tokens."""
+        if not self.moves:
+            return x
+        batch, slots, heads, dim = x.shape
+        units = x.reshape(batch, slots, self._orders, -1, dim).permute(2, 1, 3, 0, 4)
+        units = units.reshape(self._orders * slots, -1).index_select(0, self._came)
+        units = _all_to_all(units, self._sent_counts, self._came_counts, self._group).index_select(0, self._back)
+        units = units.view(self._tokens, self._orders, heads // self._orders, batch, dim)
+        return units.permute(3, 0, 1, 2, 4).reshape(batch, self._tokens, heads, dim)
+
+
+@dataclass(frozen=True, eq=False)
+class RingPart:
+    """The blocks of a permuted sequence that each process of a ring attends and keeps keys of.
+
+    Attributes:
+        ring: who holds which tokens.
+        q_blocks, k_blocks: process ``r`` has blocks from entry ``r`` up to entry ``r + 1``.
+        block_q, block_k: tokens in a block.
+        queries, keys: the exchanges.
+        slots: int ``[S]``, or ``[H, S]`` with an order per head: token at each slot, in the model's order; None for the
+            same.
+    """
+
+    ring: RingShard
+    q_blocks: tuple[int, ...]
+    k_blocks: tuple[int, ...]
+    block_q: int
+    block_k: int
+    queries: Exchange
+    keys: Exchange
+    slots: torch.Tensor | None
+
+    @classmethod
+    def of(
+        cls,
+        ring: RingShard,
+        slots: torch.Tensor | None,
+        work: torch.Tensor,
+        blocks: tuple[int, int],
+        device: torch.device,
+    ) -> RingPart:
+        """Share blocks out: keys evenly, queries by work.
+
+        Args:
+            slots: token at each slot, int ``[S]`` or ``[H, S]``, or None.
+            work: float ``[nq]``: expected work of each query block.
+            blocks: tokens in a query and in a key block.
+
+        Raises:
+            ValueError: there are fewer blocks than processes.
+        """
+        block_q, block_k = blocks
+        number_k = -(-ring.total // block_k)
+        if min(len(work), number_k) < ring.size:
+            raise ValueError(
+                f"A sequence of {len(work)} query and {number_k} key blocks cannot be shared by ring_degree="
+                f"{ring.size} processes: choose smaller blocks, or ulysses_degree."
+            )
+        q_blocks, k_blocks = shared_out(work, ring.size), shared_out(torch.ones(number_k), ring.size)
+        order = torch.arange(ring.total) if slots is None else slots.long().cpu()
+        places = (order if ring.places is None else ring.places[order]).reshape(-1, ring.total)
+        queries, keys = (
+            Exchange(ring, places, [min(bound * block, ring.total) for bound in bounds], device)
+            for bounds, block in ((q_blocks, block_q), (k_blocks, block_k))
+        )
+        return cls(ring, q_blocks, k_blocks, block_q, block_k, queries, keys, slots)
+
+    @cached_property
+    def q_counts(self) -> list[int]:
+        """Query blocks of each process."""
+        return [last - first for first, last in pairwise(self.q_blocks)]
+
+    @cached_property
+    def k_counts(self) -> list[int]:
+        """Key blocks of each process."""
+        return [last - first for first, last in pairwise(self.k_blocks)]
+
+    def q_span(self) -> slice:
+        """Query blocks of this process."""
+        return slice(self.q_blocks[self.ring.rank], self.q_blocks[self.ring.rank + 1])
+
+    def k_span(self, rank: int) -> slice:
+        """Key blocks of a process."""
+        return slice(self.k_blocks[rank], self.k_blocks[rank + 1])
+
+    def keys_of(self, rank: int) -> slice:
+        """Slots of a process' keys."""
+        first, last = (min(bound * self.block_k, self.ring.total) for bound in self.k_blocks[rank : rank + 2])
+        return slice(first, last)
+
+    def key_slots(self, rank: int) -> int:
+        """How many keys a process has."""
+        span = self.keys_of(rank)
+        return span.stop - span.start
+
+    def around(self, own: torch.Tensor, dim: int = 1) -> Iterator[tuple[int, torch.Tensor]]:
+        """Rank and keys, along ``dim``, of every process, this one's first. Each is sent on before it is used."""
+        for step in range(self.ring.size):
+            passing = None
+            if step + 1 < self.ring.size:
+                passing = self.ring.send(own, self.key_slots(self.ring.holder(step + 1)), dim)
+            yield self.ring.holder(step), own
+            if passing is not None:
+                own = passing.arrived()
+
+    def key_mask_of(self, rank: int, key_mask: torch.Tensor | None) -> torch.Tensor | None:
+        """Which keys of a process are visible, bool ``[B, n]`` from ``[B, S]`` in the model's order; where heads share
+        an order."""
+        if key_mask is None:
+            return None
+        span = self.keys_of(rank)
+        return (key_mask[:, span] if self.slots is None else key_mask[:, self.slots[span].long()]).contiguous()
+
+
+def shared_out(work: torch.Tensor, parts: int) -> tuple[int, ...]:
+    """Bounds of ``parts`` runs of ``work [n]`` with about the same sum each, and one entry at least."""
+    sums = torch.cat([work.new_zeros(1), work.cumsum(0)]).double()
+    bounds = [0]
+    for part in range(1, parts):
+        nearest = int((sums - sums[-1] * part / parts).abs().argmin())
+        bounds.append(min(max(nearest, bounds[-1] + 1), len(work) - parts + part))
+    return (*bounds, len(work))
+
+
+class _AllToAll(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x: torch.Tensor, came: list[int], sent: list[int], group: Any) -> torch.Tensor:
+        ctx.counts, ctx.group = (sent, came), group
+        out = x.new_empty(sum(came), *x.shape[1:])
+        dist.all_to_all_single(out, x.contiguous(), came, sent, group=group)
+        return out
+
+    @staticmethod
+    def backward(ctx: Any, grad: torch.Tensor) -> tuple[Any, ...]:
+        return _AllToAll.apply(grad, *ctx.counts, ctx.group), None, None, None
+
+
+def _all_to_all(x: torch.Tensor, came: list[int], sent: list[int], group: Any) -> torch.Tensor:
+    """Rows of ``x``, ``sent[r]`` to each process in turn, for ``came[r]`` of each; with gradients."""
+    out: torch.Tensor = _AllToAll.apply(x, came, sent, group)
+    return out
+
+
+class _Gather(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, own: torch.Tensor, ring: RingShard) -> torch.Tensor:
+        ctx.ring = ring
+        return ring.gather(own, 1, ring.lengths)
+
+    @staticmethod
+    def backward(ctx: Any, grad: torch.Tensor) -> tuple[torch.Tensor, None]:
+        ring: RingShard = ctx.ring
+        # Every process has gradients of all tokens, each of its own queries.
+        grad = grad.contiguous().clone()
+        dist.all_reduce(grad, group=ring.group)
+        return grad.narrow(1, sum(ring.lengths[: ring.rank]), ring.lengths[ring.rank]), None

@@ -1,0 +1,31 @@
+"""Who attends which blocks around a ring."""
+
+from __future__ import annotations
+
+from itertools import pairwise
+
+import pytest
+import torch
+
+from dit_accel.ring import RingPart, RingShard, shared_out
+
+
+@pytest.mark.parametrize("parts", [1, 2, 3, 8])
+def test_work_is_shared_out_evenly_and_nobody_is_left_out(parts):
+    generator = torch.Generator().manual_seed(parts)
+    work = torch.rand(40, generator=generator)
+    work[-3:] = 8.0  # rows of text
+    bounds = shared_out(work, parts)
+    assert bounds[0] == 0
+    assert bounds[-1] == 40
+    shares = [float(work[first:last].sum()) for first, last in pairwise(bounds)]
+    assert all(share > 0 for share in shares)
+    # A bound is the nearest: a share misses its part by one block's work at most.
+    assert max(shares) - float(work.sum()) / parts <= float(work.max()) + 1e-5
+    assert shared_out(torch.tensor([100.0, 0.0, 0.0]), 3) == (0, 1, 2, 3)
+
+
+def test_a_ring_of_more_processes_than_blocks_is_refused():
+    ring = RingShard(None, 0, (16, 16, 16), None, "test")
+    with pytest.raises(ValueError, match="1 query and 2 key blocks cannot be shared by ring_degree=3"):
+        RingPart.of(ring, None, torch.ones(1), (64, 32), torch.device("cpu"))
