@@ -55,7 +55,6 @@ KNOWN_SPILLS: dict[tuple[str, str, str], int] = {
     ("sm_90", "forward 256 bfloat16 128x128 permuted", "block_sparse_fwd_kernel"): 240,
     ("sm_90", "linear inference 128 torch.bfloat16 softmax", "linear_state_fwd_kernel"): 156,
     ("sm_100", "forward 256 bfloat16 128x128 permuted", "block_sparse_fwd_kernel"): 340,
-    ("gfx1100", "forward 128 bfloat16 128x64 permuted", "block_sparse_fwd_kernel"): 596,
     ("gfx1100", "block mass 128x64 128 torch.bfloat16 rows", "block_mass_fwd_kernel"): 1256,
 }
 OPERATIONS = {
