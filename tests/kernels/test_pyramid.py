@@ -146,6 +146,48 @@ def test_triton_gradients(batch, seq, heads, dim, block_q, block_k, lead, permut
         assert (actual.cpu() - want).abs().max() <= limit
 
 
+@pytest.fixture
+def small_tiles(monkeypatch):
+    """As on a GPU with little shared memory: tiles of 16 rows, and all keys of a block where one program has them."""
+    from dit_accel.kernels.pyramid.triton import backward, forward
+
+    def smallest(x, kept, walked, kinds, *, least_kept=16):
+        return max(least_kept, 16), min(walked, 16)
+
+    for module in (forward, backward):
+        monkeypatch.setattr(module, "fitting_tiles", smallest)
+
+
+def test_small_tiles_give_the_same(small_tiles, device):
+    test_pyramid_attention("triton", 2, 101, 2, 16, 32, 32, (1, 2), True, True, torch.float32, device)
+    test_triton_gradients(1, 203, 2, 64, 128, 64, (1, 2), True, False, torch.float32, device)
+
+
+@pytest.mark.parametrize("kib", [99, 163, 227])
+@pytest.mark.parametrize("kinds", [1, 2])
+@pytest.mark.parametrize("dtype", [torch.float16, torch.float32])
+@pytest.mark.parametrize("dim", [64, 96, 128, 256])
+def test_tiles_fit_the_devices_shared_memory(dim, dtype, kinds, kib, monkeypatch):
+    from dit_accel.kernels.pyramid.triton import forward
+
+    class Rows:
+        is_cuda = True
+        device = torch.device("cuda", 0)
+        shape = (1, 1, 1, dim)
+
+        def element_size(self):
+            return dtype.itemsize
+
+    monkeypatch.setattr(forward, "shared_memory", lambda index: kib << 10)
+    kept, walked = forward.fitting_tiles(Rows(), 128, 64, kinds)
+    row = (128 if dim == 96 else dim) * dtype.itemsize
+    assert kinds * kept * row + 2 * walked * row + kept * walked * dtype.itemsize < kib << 10
+    assert 128 % kept == 64 % walked == 0
+    assert min(kept, walked) >= 16
+    # Nothing is halved without need.
+    assert (kept, walked) == (128, 64) or (kinds * 128 + 128) * row + 128 * 64 * dtype.itemsize + 2048 > kib << 10
+
+
 def test_level_assignment():
     gen = torch.Generator().manual_seed(0)
     importance = torch.rand(2, 2, 3, 40, generator=gen)

@@ -165,6 +165,10 @@ def _by_warps(work: Work, unit: Unit) -> LaunchConfig:
         if work.padded:
             stages, warps = 3, 8
             walked = min(walked, 32 if kept == 128 else 64)
+    if unit == "wave32" and work.columns >= 128:
+        # 256 registers a lane: twice the tile spills 600 bytes.
+        kept, walked, stages = min(kept, 64), min(walked, 32), 1
+        warps = max(1, kept // SMALLEST_TILE)
     if kept <= 32:
         warps = _few_warps(4, kept, work.columns)
     if unit == "wave64":

@@ -13,7 +13,7 @@ import triton.language as tl
 from ...common.launch import DOT_PRECISION, LOG2_E, lead_strides, padded_head_dim
 from ...common.tokens import gather_mask, gather_rows
 from ..levels import LEVELS, pool_level
-from .forward import TILE, level_lists, pyramid_attention_triton
+from .forward import TILE, fitting_tiles, level_lists, pyramid_attention_triton
 
 _TILE_Q = 64
 
@@ -216,7 +216,7 @@ def _backward(
     # A row that read nothing has weight 0 everywhere: exp2(x - inf).
     lse2 = torch.where(lse == -torch.inf, torch.inf, lse * LOG2_E).contiguous()
     nq, nk = levels.shape[2:]
-    tile_q = min(block_q, _TILE_Q)
+    tile_q, tile = fitting_tiles(q, min(block_q, _TILE_Q), TILE, 2)
     shared = {
         "DIM": dim,
         "DIM_PAD": padded_head_dim(dim),
@@ -253,12 +253,15 @@ def _backward(
             BLOCK_Q=block_q,
             BLOCK_K=block_k,
             TILE_Q=tile_q,
-            TILE=TILE,
+            TILE=tile,
             **shared,
         )
         lists, num = level_lists(levels.transpose(-1, -2))
         for step, level in enumerate(LEVELS):
             runs = block_k // level
+            runs_pad = max(16, triton.next_power_of_2(runs))
+            # A program has all keys of a block; queries alone may come in fewer rows.
+            _, walked = fitting_tiles(q, runs_pad, min(block_q, _TILE_Q), 2, least_kept=runs_pad)
             pyramid_bwd_dkv_kernel[(batch * heads * nk,)](
                 q,
                 k,
@@ -283,9 +286,9 @@ def _backward(
                 *lead_strides(num),
                 STEP=step,
                 RUNS=runs,
-                RUNS_PAD=max(16, triton.next_power_of_2(runs)),
+                RUNS_PAD=runs_pad,
                 BLOCK_Q=block_q,
-                TILE_Q=tile_q,
+                TILE_Q=walked,
                 **shared,
             )
     return dq, dk, dv

@@ -11,6 +11,7 @@ import torch
 import triton
 import triton.language as tl
 
+from ...common.capability import shared_memory
 from ...common.launch import (
     DOT_PRECISION,
     LOG2_E,
@@ -24,6 +25,7 @@ from ...common.primitives import online_softmax_update, slot_rows
 from ..levels import LEVELS
 
 TILE = 64
+TABLE_BYTES = 2048  # of shared memory: counts, rows and sums
 
 
 @triton.jit
@@ -213,6 +215,30 @@ def pyramid_fwd_kernel(
     tl.store(p_lse, tl.where(some, lse, float("-inf")), mask=in_q)
 
 
+def fitting_tiles(x: torch.Tensor, kept: int, walked: int, kinds: int, *, least_kept: int = 16) -> tuple[int, int]:
+    """Rows of a tile that a program keeps, and of one that it walks along, in the shared memory of a GPU.
+
+    Args:
+        x: ``[..., D]``, of the dtype and the device of all tiles.
+        kept, walked: what both are where they fit; smaller ones are halves.
+        kinds: tensors of which rows are kept; two are walked along.
+        least_kept: below this many no half is taken.
+    """
+    if not x.is_cuda:  # interpreted
+        return kept, walked
+    limit, element = shared_memory(x.device.index or 0), x.element_size()
+    row = padded_head_dim(x.shape[-1]) * element
+    for least in (32, 16):
+        while kinds * kept * row + 2 * walked * row + kept * walked * element + TABLE_BYTES > limit:
+            if walked > least:
+                walked //= 2
+            elif kept > max(least, least_kept):
+                kept //= 2
+            else:
+                break
+    return kept, walked
+
+
 def pool_pyramid(
     x: torch.Tensor, rows: torch.Tensor | None, key_mask: torch.Tensor | None
 ) -> tuple[torch.Tensor, torch.Tensor, tuple[int, int]]:
@@ -280,7 +306,7 @@ def pyramid_attention_triton(
     k_pool, count, (start4, start8) = pool_pyramid(k, rows, key_mask)
     v_pool, _, _ = pool_pyramid(v, rows, key_mask)
     lists, num = level_lists(levels)
-    tile_q = min(block_q, 128)
+    tile_q, tile = fitting_tiles(q, min(block_q, 128), TILE, 1)
     tiles = triton.cdiv(q_len, tile_q)
     out = torch.empty(q.shape, dtype=q.dtype, device=q.device)
     lse = torch.empty(batch, heads, q_len, dtype=torch.float32, device=q.device)
@@ -321,11 +347,11 @@ def pyramid_attention_triton(
             BLOCK_Q=block_q,
             BLOCK_K=block_k,
             TILE_Q=tile_q,
-            TILE=TILE,
+            TILE=tile,
             DIM=dim,
             DIM_PAD=padded_head_dim(dim),
             PRECISION=DOT_PRECISION,
-            num_warps=8 if tile_q >= 128 else 4,
+            num_warps=8 if min(block_q, 128) >= 128 else 4,
             num_stages=2,
         )
     return out, lse
