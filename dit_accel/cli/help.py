@@ -14,7 +14,7 @@ _GROUPS: Mapping[str, str] = {
     ),
     "Pipeline": "pipeline scheduler lora offload compiled linear vae arch layers batch",
     "Recipe": (
-        "recipe changes imports calibration rederive adapter backend density max_error order target buckets "
+        "recipe changes imports calibration rederive adapter backend density max_error order rules transformer target buckets "
         "axis_prompts samples"
     ),
     "Measuring": (
