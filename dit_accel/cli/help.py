@@ -14,8 +14,8 @@ _GROUPS: Mapping[str, str] = {
     ),
     "Pipeline": "pipeline scheduler lora offload compiled linear vae arch layers batch",
     "Recipe": (
-        "recipe changes imports calibration rederive adapter backend density max_error order target buckets "
-        "axis_prompts samples"
+        "recipe changes imports calibration rederive adapter backend density max_error order rules transformer target "
+        "buckets axis_prompts samples"
     ),
     "Measuring": (
         "compare_dense dense_backend dense_steps repeat repeats metrics verify kernels seconds layer at_step "

@@ -14,13 +14,14 @@ _OTHERS = {
     "--prompts-file": "--prompts",
     "--pipeline": "--pipeline",
     "--context-parallel": "--context-parallel",
+    "--rules": "--rules",
 }
 
 
 def documented_keys(arguments: Sequence[str]) -> list[str]:
     """The keys for a call of the command line."""
     command = arguments[0]
-    flags = [_OTHERS[one] for one in arguments if one in _OTHERS] if command in ("generate", "bench") else []
+    flags = [_OTHERS[one] for one in arguments if one in _OTHERS] if command in ("generate", "bench", "search") else []
     # Of generate `--pipeline` is another pipeline, which prints the same.
     flags = [flag for flag in flags if (command, flag) != ("generate", "--pipeline")]
     rows = dict(
