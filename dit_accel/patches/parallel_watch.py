@@ -109,6 +109,7 @@ class Watch:
         begin = time.monotonic()
         while self._key == key:
             if time.monotonic() - begin > _LAST_RESORT:
+                logger.critical("%s This process still waits for it, and ends.", failure)
                 os._exit(1)
             time.sleep(_PAUSE)
 
