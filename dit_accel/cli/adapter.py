@@ -28,15 +28,16 @@ def find_adapter(name_or_path: str, builtin: Builtin | None) -> Path:
 
 def adapter_recipe(folder: Path) -> Recipe:
     """The recipe of an adapter, whose card and tensors are looked at without the model; dense for a published
-    checkpoint, which is told by the model.
+    checkpoint, which is told by the model and of which only the files are looked at.
 
     Raises:
         ValueError: they are missing or damaged.
     """
     from ..recipe import Recipe
     from ..training.adapter_files import read_adapter
-    from ..training.published.files import is_own
+    from ..training.published.files import is_own, refuse_unreadable
 
     if not is_own(folder):
+        refuse_unreadable(folder)
         return Recipe()
     return read_adapter(folder).recipe

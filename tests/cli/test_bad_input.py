@@ -33,6 +33,7 @@ def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     (tmp_path / "file").write_text("in the way")
     (tmp_path / "latin.txt").write_bytes("ein grünes Haus\n".encode("latin-1"))
     (tmp_path / "empty.txt").write_text("\n  \n")
+    (tmp_path / "broken.safetensors").write_text("no head")
     (tmp_path / "empty.json").write_text("{}")
     (tmp_path / "list.json").write_text("[1]")
     (tmp_path / "odd.json").write_text('{"select": {"kind": "pooled", "speed": 3}}')
@@ -123,7 +124,8 @@ WITHOUT_A_MODEL = [
     ([*GENERATE, "--calibration", "file"], "file is no calibration file"),
     ([*GENERATE, "--adapter", "gone"], "There is no adapter 'gone'"),
     ([*GENERATE, "--adapter", "dir"], "dir holds no readable adapter"),
-    ([*GENERATE, "--adapter", "file"], "There is no adapter 'file'"),
+    ([*GENERATE, "--adapter", "file"], "file is no checkpoint: the name of one ends in .safetensors, .pth"),
+    ([*GENERATE, "--adapter", "broken.safetensors"], "broken.safetensors cannot be read"),
     # Where it runs.
     ([*GENERATE, "--device", "cuda:x"], "--device must be cpu, cuda or cuda:N, got 'cuda:x'"),
     ([*GENERATE, "--device", "cpu:5"], "--device must be cpu, cuda or cuda:N, got 'cpu:5'"),

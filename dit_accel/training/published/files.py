@@ -8,7 +8,7 @@ from collections.abc import Mapping
 from pathlib import Path
 
 import torch
-from safetensors import SafetensorError
+from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file
 
 from ..adapter_files import CARD, TENSORS
@@ -58,6 +58,25 @@ def is_own(path: Path) -> bool:
     """Whether it is an adapter of this package."""
     named = (path / CARD).exists() or (path / TENSORS).exists()
     return path.is_dir() and (named or not any(_weights(path, inside) for inside in ("", *TRANSFORMERS)))
+
+
+def refuse_unreadable(path: Path) -> None:
+    """Look at the files of a checkpoint before a model is loaded for it: at names, and at the heads of safetensors.
+
+    Raises:
+        ValueError: it is no file with weights, or a damaged one.
+    """
+    files = [path] if path.is_file() else [file for inside in ("", *TRANSFORMERS) for file in _weights(path, inside)]
+    for file in files:
+        if file.suffix == ".safetensors":
+            try:
+                with safe_open(file, framework="pt"):
+                    pass
+            except (OSError, SafetensorError) as error:
+                raise ValueError(f"{file} cannot be read: {str(error).splitlines()[0]}.") from error
+        elif file.suffix not in PICKLED:
+            kinds = ", ".join((".safetensors", *PICKLED))
+            raise ValueError(f"{file} is no checkpoint: the name of one ends in {kinds}.")
 
 
 def read_parts(path: Path) -> dict[str | None, dict[str, torch.Tensor]]:
