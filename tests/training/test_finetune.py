@@ -14,14 +14,16 @@ import torch
 from safetensors.torch import load_file
 
 import dit_accel
+from dit_accel.stages.select.learned import Learned
 from dit_accel.training.config import FinetuneConfig
 from dit_accel.training.finetune import TrainingStopped, finetune, rate_factor
 from dit_accel.training.objective import OBJECTIVES, Objective, annealed_density, objective_for
-from tests.recipes import POOLED
+from tests.recipes import POOLED, SMALL_TILES
 from tests.tiny import TINY
 from tests.training.samples import SLA, samples, tiny_pipe
 from tests.training.test_gradients import RECIPES
 
+SEER = dit_accel.Recipe(order=SMALL_TILES, select=Learned(density=0.3, rank=12, block=(32, 32)))
 FAST = FinetuneConfig(steps=4, learning_rate=1e-3, evaluate_samples=1)
 
 
@@ -87,22 +89,27 @@ def test_distillation_brings_the_sparse_model_back_to_dense(tmp_path):
     assert last["dense_flow_loss"] == first["dense_flow_loss"]
 
 
-@pytest.mark.parametrize("name", OBJECTIVES)
-@pytest.mark.parametrize("checkpointing", [False, True], ids=["kept", "checkpointed"])
+@pytest.mark.parametrize(
+    ("name", "checkpointing"),
+    # A gate's backbone has no gradient, and refuses it.
+    [(name, again) for name in OBJECTIVES for again in (False, True) if not (again and name == "gate")],
+)
 def test_objectives_train_and_checkpointing_changes_nothing(name, checkpointing, tmp_path):
     objective = replace(OBJECTIVES[name], full_stream=1.0 if name == "ssa" else 0.0)
     pipe = tiny_pipe()
-    config = replace(FAST, steps=2, objective=objective, gradient_checkpointing=checkpointing)
-    result = finetune(pipe, SLA, samples(2), tmp_path / "a", config)
+    # Gates are of a learned selection, and are trained alone.
+    recipe, train = (SEER, "learned") if name == "gate" else (SLA, FAST.train)
+    config = replace(FAST, steps=2, objective=objective, gradient_checkpointing=checkpointing, train=train)
+    result = finetune(pipe, recipe, samples(2), tmp_path / "a", config)
     assert not pipe.transformer.is_gradient_checkpointing
     for entry in result.curves.steps:
-        terms = [n for n in ("flow", "velocity", "outputs", "align") if getattr(objective, n)]
+        terms = [n for n in ("flow", "velocity", "outputs", "align", "gate") if getattr(objective, n)]
         total = sum(getattr(objective, n) * entry[n] for n in terms)
         assert entry["loss"] == pytest.approx(total, rel=1e-5)
         assert all(entry[n] > 0 for n in terms)
     if checkpointing:
         other = tiny_pipe()
-        finetune(other, SLA, samples(2), tmp_path / "b", replace(config, gradient_checkpointing=False))
+        finetune(other, recipe, samples(2), tmp_path / "b", replace(config, gradient_checkpointing=False))
         for name, value in trained(pipe).items():
             assert torch.equal(value, dict(other.transformer.named_parameters())[name]), name
 
