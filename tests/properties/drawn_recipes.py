@@ -44,6 +44,10 @@ FIELDS: dict[str, st.SearchStrategy[Any]] = {
         ((("full",),), (("window 1.0 0.5 0.5", "strided 3"),), (("window 1 2 0.5 sink",),), (("none",),))
     ),
     "keep_own": st.booleans(),
+    "whole": st.booleans(),
+    "score": st.sampled_from(("mass", "error")),
+    "budget": st.sampled_from(("row", "head", "layer")),
+    "tokens": st.sampled_from((0, 8, 16)),
     "top_p": shares,
     "sink_first_frame": st.booleans(),
     "head_densities": densities,
@@ -75,6 +79,7 @@ FIELDS: dict[str, st.SearchStrategy[Any]] = {
     "plan_in_dense_phase": st.booleans(),
     "density_points": points,
     "density_over": st.sampled_from(("progress", "sigma")),
+    "choose_every": st.integers(0, 2),
     "drift_bound": st.sampled_from((None, 0.1)),
     "FirstBlock.threshold": st.sampled_from((0.0, 0.05, 2.0)),
     "Magnitude.threshold": st.sampled_from((0.0, 0.06)),

@@ -193,3 +193,8 @@ def test_what_cannot_be_says_so(tmp_path):
         gate_losses(handle),
     ):
         pass
+
+
+def test_checkpointing_is_refused_with_gates():
+    with pytest.raises(ValueError, match=r"gradient_checkpointing is of no use with objective\.gate"):
+        FinetuneConfig(objective=OBJECTIVES["gate"], train="learned", gradient_checkpointing=True)
