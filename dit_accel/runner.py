@@ -146,7 +146,9 @@ class AttentionRunner:
 
         Args:
             layer: its index in ``layers``.
-            q, k, v: (B, S, H, D), after norms and rotary embedding; keys and values may have fewer heads.
+            q: (B, S, H, D), after norms and rotary embedding.
+            k: the same of the keys, of as many heads or fewer.
+            v: (B, S, H, D) of the values, of as many heads as the keys.
             dense: the program's own attention for this very call, (B, S, H, D), which runs where the recipe is dense.
             attn_mask: bool, True where a key is seen: (B, S) of keys, or one of pairs that broadcasts to
                 (B, H, S, S).
