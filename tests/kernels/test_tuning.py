@@ -115,6 +115,9 @@ def test_a_written_table_is_read_for_its_gpu_only(name, read, table, tmp_path, m
         shape = (1, 64, 1, 16)
         device = torch.device("cuda", 0)
 
+        def element_size(self):
+            return 2
+
     mask = BlockMask.from_dense(torch.ones(1, 1, 2, 2, dtype=torch.bool), 32, 32, 64, 64)
     tuning._table.cache_clear()
     if read:
