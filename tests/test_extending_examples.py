@@ -75,7 +75,7 @@ def test_a_file_names_the_module_that_is_missing(example: Any, tmp_path: Path) -
     result = python(code, EXAMPLE)
     assert result.returncode != 0
     assert (
-        "Unknown order 'serpentine'; known are raster, tiles, axes, chunks, chosen_axes, curve, sorted. "
+        "Unknown order 'serpentine'; known are raster, tiles, cubes, axes, chunks, chosen_axes, curve, sorted. "
         "my_attention.order registers it: import that module first (--import my_attention.order)."
     ) in result.stderr
     assert python(f"import my_attention; {code}", EXAMPLE).returncode == 0
