@@ -11,7 +11,7 @@ import torch
 from .kernels.common.choice import Choice, Operation, spelled
 
 # What a device has counted is put together before there is more than so much of it.
-KEPT_PARTS = 512
+KEPT_PARTS = 32
 
 
 class Tally:

@@ -69,7 +69,7 @@ def test_without_libvmaf_there_is_a_reason(monkeypatch: pytest.MonkeyPatch) -> N
 def test_without_opencv_there_is_a_reason(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(__import__("sys").modules, "cv2", None)
     clip = moving_clip(2)
-    with pytest.raises(MetricUnavailable, match="opencv-python-headless"):
+    with pytest.raises(MetricUnavailable, match=r"OpenCV: pip install 'dit-accel\[quality\]'"):
         FlickerFlow()(ClipPair(clip, clip))
 
 
