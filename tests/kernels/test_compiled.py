@@ -9,8 +9,6 @@ from dit_accel.kernels import BlockMask
 from dit_accel.kernels.common.compiled import MOST_KEPT, CompiledVariants
 from dit_accel.kernels.common.quantized_inputs import reference_quantize
 
-pytestmark = pytest.mark.slow
-
 
 class Variant:
     packed_metadata = ()

@@ -16,7 +16,6 @@ from tests.patches.test_reuse import KINDS, build, every_kind
 from tests.recipes import POOLED
 from tests.tiny import TINY
 
-pytestmark = pytest.mark.slow
 PARO = presets.paro(density=0.4, precision="model", dense_fraction=0.2, block=(32, 32))
 LISTED = Listed((0, 1, 2, 4, 6), 7, order=1)
 
