@@ -30,6 +30,7 @@ settings.load_profile("ci" if os.environ.get("CI") else "usual")
 SLOW = frozenset(
     (
         "cli/test_bad_input",
+        "cli/test_batch",
         "cli/test_bench_shared",
         "cli/test_calibrate",
         "cli/test_commands",
@@ -86,6 +87,7 @@ SLOW = frozenset(
         "properties/test_runs",
         "quality/test_compare",
         "stages/test_grid_rules",
+        "stages/test_head_rules",
         "stages/test_invariants",
         "stages/test_window",
         "test_backends",
