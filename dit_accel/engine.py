@@ -235,8 +235,8 @@ class Engine:
             hides = plan.mask.token_bits is not None and call.part is None
             seen = plan.mask.token_density if hides else None
             if isinstance(call.layout, TokenLayout) and call.layout.queries is not None:
-                querying = (plan.mask.kv_num_blocks > 0).float().mean()  # of the rows of blocks that query
-                density, seen = density / querying, None if seen is None else seen / querying
+                density = density / plan.querying  # of the rows of blocks that query
+                seen = None if seen is None else seen / plan.querying
         if module is not None:
             inputs = (out, call.q, call.k, call.v, plan, call.key_mask, call.backend("linear_branch"))
             if learned is None:

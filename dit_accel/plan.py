@@ -42,6 +42,11 @@ class AttentionPlan:
         """Kept share of the block pairs, a 0-d tensor; worked out once, for a plan that serves many steps."""
         return self.mask.density()
 
+    @cached_property
+    def querying(self) -> torch.Tensor:
+        """Share of the query blocks that read anything, a 0-d tensor: the others hold no token that queries."""
+        return (self.mask.kv_num_blocks > 0).float().mean()
+
 
 @dataclass
 class LayerMemory:

@@ -19,19 +19,19 @@ def query_means(blocks: SequenceBlocks, call: AttentionCall) -> torch.Tensor:
 
 def key_means(blocks: SequenceBlocks, call: AttentionCall) -> torch.Tensor:
     """Mean visible key of every block of the sequence, float32 ``[B, H, nk, D]``."""
-    backend, part = call.backend("selection"), call.part
-    if part is None:
-        return pool_blocks(call.k, blocks.block_k, rows=blocks.kernel_rows, key_mask=call.key_mask, backend=backend)
-    own = pool_blocks(call.k, blocks.block_k, key_mask=own_key_mask(call), backend=backend)
-    return part.ring.gather(own, 2, part.k_counts)
+    return _of_key_blocks(call.k, blocks, call)
 
 
 def value_means(blocks: SequenceBlocks, call: AttentionCall) -> torch.Tensor:
     """Mean value of the visible keys of every block of the sequence, float32 ``[B, H, nk, D]``."""
+    return _of_key_blocks(call.v, blocks, call)
+
+
+def _of_key_blocks(x: torch.Tensor, blocks: SequenceBlocks, call: AttentionCall) -> torch.Tensor:
     backend, part = call.backend("selection"), call.part
     if part is None:
-        return pool_blocks(call.v, blocks.block_k, rows=blocks.kernel_rows, key_mask=call.key_mask, backend=backend)
-    own = pool_blocks(call.v, blocks.block_k, key_mask=own_key_mask(call), backend=backend)
+        return pool_blocks(x, blocks.block_k, rows=blocks.kernel_rows, key_mask=call.key_mask, backend=backend)
+    own = pool_blocks(x, blocks.block_k, key_mask=own_key_mask(call), backend=backend)
     return part.ring.gather(own, 2, part.k_counts)
 
 
