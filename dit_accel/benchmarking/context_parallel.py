@@ -25,6 +25,7 @@ from torch import nn
 from ..api import patch
 from ..patches.targets import repeated_blocks
 from ..pipelines.architectures import architecture
+from ..process_group import load_group_defaults
 from ..quality.turns import in_turns, speed_up
 from ..recipe import Recipe
 from .forward import Variant, dense_attention, restored_dense_backend, share_weights
@@ -250,6 +251,7 @@ def main(settings: str, found: str) -> None:
     else:
         # diffusers divides by it, and a CPU has none.
         torch.accelerator.device_count = lambda: shared.processes
+    load_group_defaults()
     dist.init_process_group("nccl" if shared.device == "cuda" else "gloo")
     data = measure(shared)
     if dist.get_rank() == 0:

@@ -29,6 +29,7 @@ from .options import (
     read_recipe,
     read_seed,
 )
+from .processes import accelerate_state
 from .samples import COUNT, SamplesAsked
 from .settings import Asked
 
@@ -113,8 +114,6 @@ def finetune(
     target = read_device(device)
     number = read_dtype(dtype, target)
 
-    from accelerate import PartialState
-
     from ..files import refuse_unwritable_folder
     from ..training.config import FinetuneConfig
     from ..training.finetune import finetune as run
@@ -152,7 +151,7 @@ def finetune(
     samples, prompts = asked.check()
     refuse_backend(backend, number, target, chosen)
     refuse_unwritable_folder(out)
-    state = PartialState(cpu=target.type == "cpu")
+    state = accelerate_state(target)
     unused = asked.unused()
     if unused is not None and state.is_main_process:
         print(unused, file=sys.stderr)

@@ -7,10 +7,21 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, TypeVar
 
+from ..process_group import load_group_defaults
+
 if TYPE_CHECKING:
     import torch
+    from accelerate import PartialState
 
 ItemT = TypeVar("ItemT")
+
+
+def accelerate_state(target: torch.device) -> PartialState:
+    """Accelerate's view of the processes, joined where a launcher started several; on a CPU they speak by gloo."""
+    load_group_defaults()
+    from accelerate import PartialState
+
+    return PartialState(cpu=target.type == "cpu")
 
 
 @dataclass(frozen=True)
@@ -37,9 +48,7 @@ class Processes:
         number = int(os.environ.get("WORLD_SIZE", "1"))
         if number < 2:
             return cls()
-        from accelerate import PartialState
-
-        state = PartialState(cpu=target.type == "cpu")
+        state = accelerate_state(target)
         return cls(state.num_processes, state.process_index, state.local_process_index)
 
     @property

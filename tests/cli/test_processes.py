@@ -8,6 +8,8 @@ import subprocess
 import sys
 from pathlib import Path
 
+import pytest
+
 from tests.cli.test_commands import run
 
 LAUNCH = ["-m", "accelerate.commands.launch", "--multi_gpu", "--num_processes", "2", "--num_machines", "1"]
@@ -61,3 +63,25 @@ def test_one_prompt_is_not_for_many(monkeypatch) -> None:
     result = run("generate", "random-wan", "--prompt", "a cat", "--device", "cpu")
     assert result.exit_code != 0
     assert "2 processes were started, which share a file of prompts: give --prompts, or start one." in result.stderr
+
+
+ENDS = """
+import os
+import torch
+from dit_accel.cli.processes import Processes
+processes = Processes.launched(torch.device("cpu"))
+import torch.distributed.nn.functional
+assert processes.all_of([processes.rank]) == [0, 1]
+processes.end()
+names = [open(f"/proc/self/task/{task}/comm").read().strip() for task in os.listdir("/proc/self/task")]
+assert not [name for name in names if "gloo" in name], names
+"""
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="threads are read from /proc")
+def test_no_thread_of_the_process_group_is_left(tmp_path: Path) -> None:
+    """One that ran on would now and then abort the process where it ends."""
+    script = tmp_path / "ends.py"
+    script.write_text(ENDS, encoding="utf-8")
+    done = subprocess.run([sys.executable, *LAUNCH, *QUIET, str(script)], capture_output=True, text=True, timeout=200)
+    assert done.returncode == 0, done.stderr

@@ -2,7 +2,6 @@
 
 import inspect
 import itertools
-import sys
 
 import pytest
 import torch
@@ -13,6 +12,7 @@ from dit_accel.layout import TokenLayout
 from dit_accel.patches.reasons import NO_LATENTS
 from dit_accel.stages.order.simple import Tiles
 from dit_accel.stages.select.static import FullSelect, Window
+from tests.patches.symbols import replaced_symbols
 from tests.tiny_models import TinyModel
 from tests.tiny_registry import MODELS
 
@@ -33,10 +33,7 @@ def _footprint(model):
             table = value[0] if isinstance(value, list) and value else value
             if not isinstance(table, torch.Tensor):
                 seen[path, key] = dict(value) if isinstance(value, dict) and "hook" in key else id(value)
-    for name, module in list(sys.modules.items()):
-        if name.startswith("diffusers.models"):
-            seen[name] = [id(vars(module).get(symbol)) for symbol in ("dispatch_attention_fn", "F")]
-    return seen
+    return seen | replaced_symbols()
 
 
 def _calls(handle, run):

@@ -13,6 +13,7 @@ import torch
 
 import dit_accel
 from dit_accel.patches import seam, session
+from tests.patches.symbols import replaced_symbols
 from tests.recipes import POOLED, WINDOW
 from tests.tiny import TINY
 
@@ -43,12 +44,7 @@ def _footprint(pipe: object) -> dict[str, object]:
                     seen[f"{name}.{path}.{key}"] = dict(value) if isinstance(value, dict) else value
                 else:
                     seen[f"{name}.{path}.{key}"] = id(value)
-    for module_name, module in list(sys.modules.items()):
-        if module_name.startswith("diffusers.models"):
-            for symbol in ("dispatch_attention_fn", "F"):
-                if symbol in vars(module):
-                    seen[f"{module_name}.{symbol}"] = id(vars(module)[symbol])
-    return seen
+    return seen | replaced_symbols()
 
 
 @pytest.mark.parametrize("family", TINY)
