@@ -83,4 +83,28 @@ ANEW = (
     *(BEST.format(density) + ",dense_fraction=.1@schedule.choose_every=4" for density in (0.1, 0.2)),
 )
 
-SETS = {"reuse": REUSE, "scores": SCORES, "dense_phase": DENSE_PHASE, "windows": WINDOWS, "anew": ANEW}
+# Fewer dense steps at the start and some later, whose difference to sparse attention is added after them; and the same
+# without it. Of 30 steps the shares make 1, 2 and 3 dense, each point one more. Windows likewise.
+POINTS = ("0.2,0.5", "0.2,0.35,0.55,0.75", "0.13,0.23,0.36,0.53,0.73")
+_LATER = "schedule.dense_refresh=True,schedule.plan_in_dense_phase=True,schedule.refresh_at=(0.0,{})"
+CARRIED = (
+    *(
+        BEST.format(density) + f",dense_fraction={share}@schedule.refresh_at=(0.0,{points}){more}"
+        for density, share, points in product((0.1, 0.2), (0.034, 0.067, 0.1), POINTS)
+        for more in (",compensate=carried", "")
+    ),
+    *(BEST.format(density) + ",dense_fraction=.2@compensate=carried" for density in (0.1, 0.2)),
+    *(
+        f"gna:window=(1.0,.4,.4),dense_fraction={share}@{_LATER.format(points)},compensate=carried"
+        for share, points in product((0.067, 0.1), POINTS)
+    ),
+)
+
+SETS = {
+    "reuse": REUSE,
+    "scores": SCORES,
+    "dense_phase": DENSE_PHASE,
+    "windows": WINDOWS,
+    "anew": ANEW,
+    "carried": CARRIED,
+}

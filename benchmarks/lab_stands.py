@@ -141,6 +141,8 @@ class Memory:
 
 MEMORIES = (
     Memory("carried difference", 1.0, 1, 0.006),
+    Memory("three quarters of it", 0.75, 1, 0.006),
     Memory("half the difference", 0.5, 1, 0.006),
+    Memory("a quarter of it", 0.25, 1, 0.006),
     Memory("half of 16 queries' mean", 0.5, 16, 0.004),
 )

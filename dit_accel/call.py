@@ -15,7 +15,7 @@ from .kernels.common.choice import Choice, Operation
 from .kernels.common.scale import scale_of
 from .kernels.mask.pairs import PairMask
 from .layout import StepContext, TokenLayout
-from .plan import AttentionPlan
+from .plan import AttentionPlan, LeftOut
 from .records import BackendsUsed
 from .ring import RingPart, RingShard
 from .run import Run
@@ -58,6 +58,7 @@ class AttentionCall:
         heads: which heads of the layer these are, where several processes share them; None for all.
         ring: which tokens of the sequence these are, where several processes share them; None for all.
         part: which slots of the permuted sequence, once tokens were exchanged; the key mask stays that of the whole.
+        left_out: what the plan left out of the run's last dense step, where a compensation asks; None before it.
         plan: what a sparse call ran; None for a dense one.
         choices: the backend of each of the recipe's operations; None outside an engine, where each chooses by itself.
         backends_used: where the backends that ran are recorded; None outside an engine.
@@ -82,6 +83,7 @@ class AttentionCall:
     heads: HeadShard | None = None
     ring: RingShard | None = None
     part: RingPart | None = None
+    left_out: LeftOut | None = None
     plan: AttentionPlan | None = None
     choices: Mapping[Operation, Choice] | None = None
     backends_used: BackendsUsed | None = None

@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 import threading
 from collections.abc import Callable, Sequence
+from functools import partial
 
 import torch
 from torch.func import functional_call
@@ -20,6 +21,7 @@ from .recipe import Recipe
 from .records import BackendsUsed, LayerRecord, SharedWork
 from .ring_attention import attend_around
 from .run import Run
+from .stages.compensate.protocol import Attended
 from .stages.learned_layer import LearnedLayer
 from .timing import Stopwatch
 
@@ -197,10 +199,25 @@ class Engine:
             self.plan_time.stop(begin, call.q.device)
             if not self.planner.is_search(call, made):
                 call.plan = plan
+                call.left_out = self.planner.left_out(call)
                 return call.of_queries(self._run_sparse(call, plan, learned, book)), False
-        return self._run_dense(
-            call, "search step", dense if exact is None else lambda: call.of_queries(exact), book
-        ), True
+        out = self._run_dense(call, "search step", dense if exact is None else lambda: call.of_queries(exact), book)
+        if self.recipe.compensate.watches_dense:
+            self._watch(call, plan, out)
+        return out, True
+
+    def _watch(self, call: AttentionCall, plan: AttentionPlan, dense: torch.Tensor) -> None:
+        """Let the compensation compare a dense step with what the plan of that step would have given."""
+        with torch.no_grad(), torch.inference_mode(False), autocast_done(call):
+            begin = self.sparse_time.start(call.q.device)
+            left_out = self.recipe.compensate.left_out(call, dense, lambda: self._kernel(call, plan))
+            self.sparse_time.stop(begin, call.q.device)
+            self.planner.keep_left_out(call, left_out)
+
+    def _kernel(self, call: AttentionCall, plan: AttentionPlan, with_lse: bool = False) -> Attended:
+        """Attention over the kept blocks alone."""
+        backend = self._attention_backend(call, plan)
+        return self.recipe.precision.attend(call, plan, backend, with_lse or self.recipe.compensate.needs_lse)
 
     def _run_sparse(
         self,
@@ -219,12 +236,10 @@ class Engine:
                 )
             call.gate, module = learned[0], None
 
-        def kernel(call: AttentionCall, plan: AttentionPlan) -> tuple[torch.Tensor, torch.Tensor]:
-            backend, with_lse = self._attention_backend(call, plan), parts is not None or compensate.needs_lse
-            return self.recipe.precision.attend(call, plan, backend, with_lse)
-
-        def sparse() -> tuple[torch.Tensor, torch.Tensor]:
-            return kernel(call, plan) if parts is None else attend_around(call, parts, kernel)
+        def sparse() -> Attended:
+            if parts is None:
+                return self._kernel(call, plan)
+            return attend_around(call, parts, partial(self._kernel, with_lse=True))
 
         parts = None if call.part is None else self.planner.masks_around(call, plan)
         begin = self.sparse_time.start(call.q.device)

@@ -23,6 +23,11 @@ class FrozenPlanner(Planner):
     """
 
     def __init__(self, recipe: Recipe, masks: FrozenMasks, rederive: bool = False) -> None:
+        if recipe.compensate.watches_dense:
+            raise ValueError(
+                f"{type(recipe.compensate).__name__} keeps something of dense steps that make plans, and a calibration "
+                "has made its plans: give another compensation."
+            )
         super().__init__(recipe)
         self.masks = masks
         self.rederive = rederive

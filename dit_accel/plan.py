@@ -10,7 +10,7 @@ import torch
 import torch.nn.functional as F
 
 from .kernels import BlockMask
-from .layout import TokenLayout
+from .layout import StepContext, TokenLayout
 
 
 def tokens_on_grids(layout: TokenLayout, device: torch.device) -> torch.Tensor:
@@ -48,6 +48,26 @@ class AttentionPlan:
         return (self.mask.kv_num_blocks > 0).float().mean()
 
 
+@dataclass(frozen=True, eq=False)
+class LeftOut:
+    """What a plan left out of a dense step.
+
+    Attributes:
+        made: the step.
+        difference: ``[B, S, H, D]``, dense less sparse attention of the tokens that query, in the call's dtype.
+        witness: 0-d, zero, or NaN where the difference holds one.
+    """
+
+    made: StepContext
+    difference: torch.Tensor
+    witness: torch.Tensor
+
+    @classmethod
+    def of(cls, made: StepContext, difference: torch.Tensor) -> LeftOut:
+        """A difference of this step."""
+        return cls(made, difference, difference.sum(dtype=torch.float32) * 0.0)
+
+
 @dataclass
 class LayerMemory:
     """What one layer remembers of one guidance branch between plans; the engine keeps one per trajectory.
@@ -58,12 +78,14 @@ class LayerMemory:
         base: float16 ``[B, H, nq, nk]``, of the last search: what a selection chooses from anew in later steps.
         found: what the selection worked out on its way, for the compensation of the same plan; the engine drops
             it when the plan is made.
+        left_out: of the last dense step that a compensation watched.
     """
 
     lse: torch.Tensor | None = None
     keeps_base: bool = False
     base: torch.Tensor | None = None
     found: Any = None
+    left_out: LeftOut | None = None
 
 
 @dataclass(frozen=True, eq=False)

@@ -19,7 +19,7 @@ from .kernels.common.tokens import hidden_blocks
 from .kernels.mask.packed import PackedBlockMask
 from .kernels.mask.pairs import PairMask
 from .layout import StepContext, TokenLayout
-from .plan import AttentionPlan, LayerMemory, SequenceBlocks
+from .plan import AttentionPlan, LayerMemory, LeftOut, SequenceBlocks
 from .recipe import Recipe
 from .records import LayerRecord
 from .ring import RingPart, RingShard
@@ -319,10 +319,28 @@ class Planner:
         return call.seen.over(mask, call.backend("selection"))
 
     def is_search(self, call: AttentionCall, made: StepContext) -> bool:
-        """Whether a plan made at ``made`` is of a search in this very forward, whose attention the recipe has dense."""
+        """Whether a plan made at ``made`` is of a search in this very forward, whose attention the recipe has dense.
+
+        Static plans have such a step where the compensation watches it.
+        """
+        schedule, compensate = self.recipe.schedule, self.recipe.compensate
         # A bare transformer has no trajectory, and a forward of it would search each time.
-        fresh = call.step.index is not None and made.forward_id == call.step.forward_id
-        return self.recipe.schedule.dense_refresh and fresh and not self.recipe.select.is_static
+        if not schedule.dense_refresh or call.step.index is None:
+            return False
+        if not self.recipe.select.is_static:
+            return made.forward_id == call.step.forward_id
+        if not compensate.watches_dense or call.repeated:
+            return False
+        kept = self._memory(call).left_out
+        return kept is None or schedule.needs_plan(call.step, kept.made)
+
+    def left_out(self, call: AttentionCall) -> LeftOut | None:
+        """What the last dense step of the call's layer and branch kept for the compensation."""
+        return self._memory(call).left_out if self.recipe.compensate.watches_dense else None
+
+    def keep_left_out(self, call: AttentionCall, left_out: LeftOut) -> None:
+        """Keep it for later calls of the same run."""
+        self._memory(call).left_out = left_out
 
     def memory_of_search(self, call: AttentionCall) -> LayerMemory | None:
         """Where a coming search looks for the log-sum-exp of its step's attention; None where none is of use."""

@@ -14,6 +14,7 @@ from typing import Any
 from .files import write_text
 from .names import MissingName, Names, home_of
 from .stages.compensate.agent import AgentTokens
+from .stages.compensate.carried import Carried
 from .stages.compensate.coarse import CoarseBranch
 from .stages.compensate.linear import LinearBranch
 from .stages.compensate.none import NoCompensation
@@ -83,6 +84,7 @@ COMPENSATIONS: dict[str, type[Compensation]] = {
     "coarse": CoarseBranch,
     "agents": AgentTokens,
     "residual": PooledResidual,
+    "carried": Carried,
 }
 REUSES: dict[str, type[Reuse]] = {
     "none": NoReuse,
@@ -181,7 +183,7 @@ class Recipe:
             self.order.conflicts_with(self.select),
             self.compensate.conflicts_with(self.select),
             self.precision.conflicts_with(self.select, self.compensate),
-            self.schedule.conflicts_with(self.select),
+            self.schedule.conflicts_with(self.select, self.compensate),
         )
         for conflict in conflicts:
             if conflict is not None:

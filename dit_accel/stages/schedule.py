@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from itertools import pairwise
 
 from ..layout import StepContext
+from .compensate.protocol import Compensation
 from .select.protocol import Select
 
 
@@ -78,8 +79,17 @@ class Schedule:
                 "schedule.choose_every and schedule.drift_bound both say when a kept plan changes: give one."
             )
 
-    def conflicts_with(self, select: Select) -> str | None:
-        """A sentence that says why a selection cannot follow this schedule; None where it can."""
+    def conflicts_with(self, select: Select, compensate: Compensation) -> str | None:
+        """A sentence that says why a selection or compensation cannot follow this schedule; None where they can."""
+        if compensate.watches_dense:
+            name = type(compensate).__name__
+            if not self.dense_refresh or not self.keeps_plans:
+                return (
+                    f"{name} needs dense steps now and then: schedule.dense_refresh=True, and when "
+                    "(schedule.refresh_at or schedule.refresh_every above 1)."
+                )
+            if self.choose_every:
+                return f"{name} adds what a plan left out, and schedule.choose_every changes the plan: give one."
         if self.density_points and select.head_densities:
             return "schedule.density_points and select.head_densities both set the density: give one."
         if self.density_points and not select.has_density:

@@ -48,6 +48,7 @@ FIELDS: dict[str, st.SearchStrategy[Any]] = {
     "score": st.sampled_from(("mass", "error")),
     "budget": st.sampled_from(("row", "head", "layer")),
     "tokens": st.sampled_from((0, 8, 16)),
+    "lasts": st.sampled_from((0.1, 0.8, 1.0)),
     "top_p": shares,
     "sink_first_frame": st.booleans(),
     "head_densities": densities,

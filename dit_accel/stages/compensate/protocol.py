@@ -10,7 +10,7 @@ import torch
 from ...call import AttentionCall
 from ...kernels import BlockMask
 from ...kernels.common.choice import Case, Choice, Operation
-from ...plan import AttentionPlan, LayerMemory, SequenceBlocks
+from ...plan import AttentionPlan, LayerMemory, LeftOut, SequenceBlocks
 from ..select.protocol import Select
 from .learned import LearnedCompensation, LearnedGate
 
@@ -32,6 +32,7 @@ class Compensation(Protocol):
         attends_alone: ``sparse()`` is never called.
         allows_pairs: queries may see different keys; else such calls stay dense.
         spans_references: it knows grids of references too; else these read and are read in full.
+        watches_dense: it keeps something of the dense steps in which plans are made, see :meth:`left_out`.
         goes_round: it needs no more than the kernel's output where processes around a ring share the tokens.
     """
 
@@ -42,6 +43,7 @@ class Compensation(Protocol):
     attends_alone: ClassVar[bool] = False
     allows_pairs: ClassVar[bool] = False
     spans_references: ClassVar[bool] = True
+    watches_dense: ClassVar[bool] = False
     goes_round: ClassVar[bool] = False
 
     def conflicts_with(self, select: Select) -> str | None:
@@ -70,6 +72,13 @@ class Compensation(Protocol):
     def attend(self, call: AttentionCall, plan: AttentionPlan, sparse: Callable[[], Attended]) -> Attended:
         """Attention of a call; ``sparse`` computes that over the kept blocks alone."""
         return sparse()
+
+    def left_out(self, call: AttentionCall, dense: torch.Tensor, sparse: Callable[[], Attended]) -> LeftOut:
+        """What later calls of the layer and branch find at their ``left_out``, where :attr:`watches_dense`.
+
+        ``dense`` is the attention of the tokens that query, and ``sparse`` computes that over the kept blocks.
+        """
+        raise TypeError(f"{type(self).__name__} does not watch dense steps.")
 
     def density(self, plan: AttentionPlan) -> torch.Tensor:
         """Share of the work of dense attention, a 0-d tensor: here that of the kept block pairs."""

@@ -1,0 +1,67 @@
+"""What a plan left out where it was made, added again in later steps."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import ClassVar
+
+import torch
+
+from ...call import AttentionCall
+from ...plan import AttentionPlan, LeftOut
+from ..select.protocol import Select
+from .protocol import Attended, Compensation
+
+
+@dataclass(frozen=True)
+class Carried(Compensation):
+    """The difference of dense and sparse attention in the last dense step, added to sparse attention after it.
+
+    It is the residual of DiTFastAttn's window attention (arXiv 2406.08552), for any selection, and weighs less with
+    age: ``1 - age / lasts``. The schedule says when there is a dense step (``dense_refresh``; also static selections
+    have one there). Each layer and guidance branch keeps a tensor like its output: 0.1 GB for 32,760 tokens of 12 heads
+    of 128. A bare transformer has no dense step, and carries nothing. Inference only.
+
+    Attributes:
+        lasts: share of the run's steps after which nothing is added.
+    """
+
+    lasts: float = 0.8
+
+    is_static: ClassVar[bool] = True
+    allows_pairs: ClassVar[bool] = True
+    watches_dense: ClassVar[bool] = True
+
+    def __post_init__(self) -> None:
+        if not 0.0 < self.lasts <= 1.0:
+            raise ValueError(f"compensate.lasts must be a share of the steps in (0, 1], got {self.lasts}.")
+
+    def conflicts_with(self, select: Select) -> str | None:
+        if select.is_dense:
+            return "Carried adds what a selection leaves out, and a dense selection leaves nothing out."
+        return super().conflicts_with(select)
+
+    def left_out(self, call: AttentionCall, dense: torch.Tensor, sparse: Callable[[], Attended]) -> LeftOut:
+        """What a dense step keeps for :meth:`attend`."""
+        return LeftOut.of(call.step, dense - call.of_queries(sparse()[0]))
+
+    def attend(self, call: AttentionCall, _plan: AttentionPlan, sparse: Callable[[], Attended]) -> Attended:
+        """Sparse attention and a share of the difference."""
+        out, witness = sparse()
+        share = 0.0 if call.left_out is None else self._share(call, call.left_out)
+        if share > 0.0:
+            assert call.left_out is not None
+            if torch.is_grad_enabled() and out.requires_grad:
+                raise RuntimeError("Carried has no gradient; train with another compensation or without one.")
+            # In place: padding and tokens that do not query have no difference.
+            call.of_queries(out).add_(call.left_out.difference, alpha=share)
+            if witness is not out:
+                witness = witness + call.left_out.witness
+        return out, witness
+
+    def _share(self, call: AttentionCall, kept: LeftOut) -> float:
+        now, then = call.step.progress, kept.made.progress
+        if now is None or then is None:
+            return 0.0
+        return 1.0 - (now - then) / self.lasts
