@@ -22,8 +22,8 @@ class Listed(Reuse):
 
     Attributes:
         computed: the steps that run all blocks, from 0, in rising order. The first step of a run always does.
-        num_steps: of the run that the list is for. In a run of another number the computed steps lie as on the list; see
-            :meth:`of_run` for how many there are.
+        num_steps: of the run that the list is for. In a run of another number the computed steps lie as on the list;
+            :meth:`of_run` says how many there are.
         order: 1 continues what the blocks added in the last two computed steps in a straight line, 0 repeats the last.
         guided: those of the computed steps at which every guidance branch runs all blocks; empty for all of them. At
             the others the first branch alone does, mostly that of the prompt. What the blocks add in another one is
