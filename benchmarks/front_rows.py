@@ -25,6 +25,23 @@ REUSE = (
     "fast:threshold=.45",
 )
 
+PROFILES = ("balanced", "fast", "max")
+
+# The front of the docs: steps skipped alone, sparse attention alone, both. Lists are of 30 steps, and serve 10 too.
+FAST_LIST = "listed:computed=(0,1,2,4,6,9,12,16,20,24,27,29),order=1"
+FRONT = (
+    "mass:density=.3",
+    "mass:density=.25,dense_fraction=.1",
+    "mass:density=.15,dense_fraction=.1",
+    "dense+first_block:threshold=.05",
+    "dense+first_block:threshold=.12",
+    "dense+energy:threshold=.3",
+    f"dense+{FAST_LIST}",
+    "mass:density=.25,dense_fraction=.1+first_block:threshold=.12",
+    "mass:density=.25,dense_fraction=.1+energy:threshold=.3",
+    *PROFILES,
+)
+
 # What ranks pairs of blocks, and which rows share a budget; the laboratory's best, with and without block means.
 BEST = "ear:density={}"
 SCORES = (
@@ -102,6 +119,8 @@ CARRIED = (
 
 SETS = {
     "reuse": REUSE,
+    "profiles": PROFILES,
+    "front": FRONT,
     "scores": SCORES,
     "dense_phase": DENSE_PHASE,
     "windows": WINDOWS,

@@ -9,10 +9,12 @@ Every prompt is generated dense once, then under each row, with the same seed. A
     python benchmarks/reuse_front.py --magnitudes --prompts 4 --steps 30    # ratios for reuse magnitude
     python benchmarks/reuse_front.py --set scores --tuning --prompts 8 --shards 8 --out scores.json   # front_rows.py
     python benchmarks/reuse_front.py --show front.json
+    python benchmarks/reuse_front.py --docs front10.json front30.json       # tables and picture of docs/fidelity.md
 
-A run that was broken off goes on where it was: the file and the dense clips beside it are read. PSNR is of 8-bit frames
-to the dense clip, the mean over prompts with a 95% bootstrap interval, of fewer than ten prompts the range. Seconds are
-of whole calls one after the other, and mean little on a busy machine.
+A run that was broken off goes on where it was: the file and the dense clips beside it are read. With --minutes it ends
+by itself, between two clips, and the same command goes on; shards go on from the one file of all where theirs are gone.
+PSNR is of 8-bit frames to the dense clip, the mean over prompts with a 95% bootstrap interval, of fewer than ten the
+range. Seconds are of whole calls one after the other, and mean little on a busy machine.
 """
 
 from __future__ import annotations
@@ -23,11 +25,13 @@ import json
 import platform
 import subprocess
 import sys
+import time
 from collections import Counter
 from pathlib import Path
 from typing import Any
 
 import torch
+from front_report import PAGE, PICTURE, write_docs
 from front_rows import SETS
 
 from dit_accel import Recipe, patch, presets
@@ -51,7 +55,7 @@ TUNING_PROMPTS = (
     "an owl flying up in space",
     "three orange birds flying left in a cloudy sky",
 )
-METRICS = ("psnr", "ssim", "latent_mse")
+METRICS = ("psnr", "ssim", "lpips", "flicker", "latent_mse")
 
 
 def main() -> None:
@@ -69,11 +73,20 @@ def main() -> None:
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--dtype", default="float32", choices=["bfloat16", "float32", "float16"])
     parser.add_argument("--magnitudes", action="store_true", help="print the ratios that reuse magnitude needs")
+    parser.add_argument("--minutes", type=float, help="make no further clip after so many")
     parser.add_argument("--show", type=Path, help="print the table of a file")
+    parser.add_argument("--docs", type=Path, nargs="+", help="write the tables and the picture of these files")
+    parser.add_argument("--page", type=Path, default=PAGE, help="where --docs writes the tables")
+    parser.add_argument(
+        "--picture", type=Path, default=PICTURE, help="where --docs draws, in a folder below the page's"
+    )
     parser.add_argument("--out", type=Path, default=Path("reuse_front.json"))
     args = parser.parse_args()
     if args.show:
         show(json.loads(args.show.read_text()))
+        return
+    if args.docs:
+        write_docs(args.docs, args.page, args.picture)
         return
     recipes = {row: recipe_of(row) for row in args.rows or SETS[args.set]}  # a mistake is found before the first clip
     if args.shards:
@@ -109,23 +122,53 @@ def in_shards(args: argparse.Namespace) -> dict[str, Any]:
     own = {"--shards", "--out", "--first", "--prompts"}
     given = [a for n, a in enumerate(sys.argv[1:], 1) if a not in own and sys.argv[n - 1] not in own]
     each = -(-args.prompts // args.shards)
+    together = json.loads(args.out.read_text()) if args.out.exists() else None
     parts, children = [], []
     for first in range(args.first, args.first + args.prompts, each):
         number = min(each, args.first + args.prompts - first)
         parts.append(args.out.with_suffix(f".from{first}.json"))
+        if together is not None and not parts[-1].exists():
+            seeds = {str(seed) for seed, _ in numbered_prompts(args)[first - args.first :][:number]}
+            parts[-1].write_text(json.dumps(part_of(together, seeds), indent=1) + "\n")
         shard = ["--first", str(first), "--prompts", str(number), "--out", str(parts[-1])]
         children.append(subprocess.Popen([sys.executable, __file__, *given, *shard], stdout=subprocess.DEVNULL))
     codes = [child.wait() for child in children]
+    result = merged([json.loads(part.read_text()) for part in parts if part.exists()])
+    result["facts"]["command"] = " ".join(["python", *sys.argv])
+    args.out.write_text(json.dumps(result, indent=1) + "\n")
     if any(codes):
         raise SystemExit(f"Shards ended with {codes}; the same command goes on where they were.")
-    found = [json.loads(part.read_text()) for part in parts]
-    result = found[0]
-    result["facts"]["command"] = " ".join(["python", *sys.argv])
-    for other in found[1:]:
-        result["dense_seconds"] |= other["dense_seconds"]
-        for row, known in other["rows"].items():
-            result["rows"][row]["clips"] |= known["clips"]
-    args.out.write_text(json.dumps(result, indent=1) + "\n")
+    return result
+
+
+def part_of(result: dict[str, Any], seeds: set[str]) -> dict[str, Any]:
+    """What a file has of some prompts."""
+
+    def only(clips: dict[str, Any]) -> dict[str, Any]:
+        return {seed: clip for seed, clip in clips.items() if seed in seeds}
+
+    rows = {name: row | {"clips": only(row["clips"])} for name, row in result["rows"].items()}
+    return result | {"dense_seconds": only(result["dense_seconds"]), "rows": rows}
+
+
+def merged(parts: list[dict[str, Any]]) -> dict[str, Any]:
+    """One file of several, of the same settings and recipes.
+
+    Raises:
+        SystemExit: there is none, or they differ.
+    """
+    if not parts:
+        raise SystemExit("No shard made a clip.")
+    result = {**parts[0], "dense_seconds": {}, "rows": {}}
+    for part in parts:
+        if part["settings"] != result["settings"]:
+            raise SystemExit(f"Shards of {part['settings']} and {result['settings']} are not of one run.")
+        result["dense_seconds"] |= part["dense_seconds"]
+        for name, row in part["rows"].items():
+            known = result["rows"].setdefault(name, {"recipe": row["recipe"], "clips": {}})
+            if known["recipe"] != row["recipe"]:
+                raise SystemExit(f"Shards have {name} of two versions.")
+            known["clips"] |= row["clips"]
     return result
 
 
@@ -153,6 +196,7 @@ class Front:
 
     def __init__(self, pipe: Any, args: argparse.Namespace) -> None:
         self.pipe, self.args = pipe, args
+        self.end = float("inf") if args.minutes is None else time.monotonic() + 60 * args.minutes
         self.metrics = find_metrics(METRICS)
         self.arguments = call_arguments(
             pipe, width=args.size, height=args.size, frames=args.frames, steps=args.steps, guidance=args.guidance
@@ -167,6 +211,8 @@ class Front:
         result = self.begin()
         self.folder.mkdir(parents=True, exist_ok=True)
         for number, prompt in self.prompts:
+            if time.monotonic() > self.end:
+                break
             dense = self.dense(number, prompt)
             result["dense_seconds"][str(number)] = dense.seconds
             for row, recipe in recipes.items():
@@ -174,7 +220,7 @@ class Front:
                 known = result["rows"].setdefault(row, {"recipe": as_data, "clips": {}})
                 if known["recipe"] != as_data:
                     raise SystemExit(f"{self.args.out} has {row} of another version; give another --out.")
-                if str(number) in known["clips"]:
+                if str(number) in known["clips"] or time.monotonic() > self.end:
                     continue
                 clip = known["clips"][str(number)] = self.clip(recipe, number, prompt, dense)
                 print(
@@ -186,6 +232,8 @@ class Front:
     def begin(self) -> dict[str, Any]:
         """An empty result, or that of the run that was broken off."""
         facts = {"torch": torch.__version__, "machine": platform.machine(), "command": " ".join(["python", *sys.argv])}
+        if self.args.device.startswith("cuda"):
+            facts["device"] = torch.cuda.get_device_name()
         fresh = {"settings": self.settings, "facts": facts, "dense_seconds": {}, "rows": {}}
         if not self.args.out.exists():
             return fresh
@@ -212,7 +260,8 @@ class Front:
             count.remove()
             summary = handle.summary()
         pair = ClipPair(dense.frames, made.frames, 16.0, dense.latents, made.latents)
-        values = {name: number_to_json(found.value) for name, found in measure(pair, self.metrics).items()}
+        measured = measure(pair, self.metrics)
+        values = {name: None if one.value is None else number_to_json(one.value) for name, one in measured.items()}
         return values | {
             "seconds": made.seconds,
             "computed_share": 1.0 if summary.computed_share is None else summary.computed_share,
@@ -221,7 +270,7 @@ class Front:
             "mean_density": summary.mean_density,
             "plan_seconds": summary.plan_seconds,
             "nan_calls": summary.nan_calls,
-            "notes": list(summary.notes),
+            "notes": [*summary.notes, *(one.reason for one in measured.values() if one.reason)],
         }
 
 

@@ -217,6 +217,10 @@ class Planner:
         keep = schedule.keeps_plans and not call.repeated
         plans = self._kept(call).plans if keep else {}
         key = self._plan_key(call)
+        if keep and call.step.index is not None and call.step.computed is None:
+            # Another package's cache may skip some blocks of a forward, and tells nobody.
+            before = self._kept(call).forwards_before(key, call.step.forward_id)
+            call.step = replace(call.step, computed=before)
         kept = plans.get(key)
         means = None
         with torch.no_grad():
@@ -324,8 +328,7 @@ class Planner:
         Static plans have such a step where the compensation watches it.
         """
         schedule, compensate = self.recipe.schedule, self.recipe.compensate
-        # A bare transformer has no trajectory, and a forward of it would search each time.
-        if not schedule.dense_refresh or call.step.index is None:
+        if not schedule.searches_densely(call.step):
             return False
         if not self.recipe.select.is_static:
             return made.forward_id == call.step.forward_id
@@ -345,7 +348,7 @@ class Planner:
     def memory_of_search(self, call: AttentionCall) -> LayerMemory | None:
         """Where a coming search looks for the log-sum-exp of its step's attention; None where none is of use."""
         schedule, select = self.recipe.schedule, self.recipe.select
-        if not schedule.dense_refresh or call.step.index is None or call.pairs is not None:
+        if not schedule.searches_densely(call.step) or call.pairs is not None:
             return None
         assert isinstance(call.layout, TokenLayout)
         if not select.uses_lse(call.layout, call.key_mask) or any(x.requires_grad for x in (call.q, call.k, call.v)):

@@ -45,11 +45,27 @@ class Bounded(Generic[KeptT]):
 
 
 @dataclass(eq=False)
+class _Ran:
+    """The latest forward in which a layer ran, and how many it ran in before."""
+
+    latest: int
+    before: int = 0
+
+
+@dataclass(eq=False)
 class Kept:
     """What calls of one layout under one key mask keep within a run, by layer and guidance branch."""
 
     plans: dict[Hashable, Any] = field(default_factory=dict)
     memories: dict[Hashable, LayerMemory] = field(default_factory=dict)
+    ran: dict[Hashable, _Ran] = field(default_factory=dict)
+
+    def forwards_before(self, layer: Hashable, forward_id: int) -> int:
+        """In how many forwards before this one the layer ran, in a branch: a cache may have skipped it in others."""
+        ran = self.ran.setdefault(layer, _Ran(forward_id))
+        if ran.latest != forward_id:
+            ran.latest, ran.before = forward_id, ran.before + 1
+        return ran.before
 
 
 @dataclass(eq=False)

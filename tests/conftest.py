@@ -29,6 +29,7 @@ settings.load_profile("ci" if os.environ.get("CI") else "usual")
 # Files whose tests take ten seconds or more in all, on one core; `make check` leaves them out.
 SLOW = frozenset(
     (
+        "benchmarking/test_reuse_front",
         "cli/test_bad_input",
         "cli/test_batch",
         "cli/test_bench_shared",

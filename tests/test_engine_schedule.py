@@ -78,7 +78,7 @@ def test_adaspa_searches_twice_densely_and_remembers_the_lse():
 
 def test_mass_searches_in_the_last_dense_step_and_keeps_its_plan_in_bits():
     recipe = presets.mass(density=0.3, block=(32, 32))
-    for steps, dense in ((30, range(6)), (10, range(2)), (4, range(1)), (1, range(1))):
+    for steps, dense in ((30, range(6)), (10, range(2)), (9, range(2))):
         engine = Engine(recipe, ["layer"], "auto", 0)
         for start in (0, steps):
             did = _run(engine, _inputs(start), steps, start=start)
@@ -91,6 +91,39 @@ def test_mass_searches_in_the_last_dense_step_and_keeps_its_plan_in_bits():
     blocks = SequenceBlocks(LAYOUT, recipe.order.rows(LAYOUT, q.device, 0), 32, 32, q.device)
     alone = recipe.select.select(blocks, None, call_of(q, k))
     assert torch.equal(kept.plan.mask.to_dense(), alone.to_dense())
+
+
+@pytest.mark.parametrize("steps", [8, 4, 1])
+def test_of_few_steps_none_is_dense(steps):
+    """The first step searches, exactly as a dense one would, and its plan serves it."""
+    recipe = presets.mass(density=0.3, block=(32, 32))
+    engine = Engine(recipe, ["layer"], "auto", 0)
+    q, k, v = _inputs()
+    outs = []
+    for index in range(steps):
+        step = StepContext(index=index, num_steps=steps, forward_id=index)
+        call = call_of(q, k)
+        call.step, call.layout = step, LAYOUT
+        # On a GPU a dense search runs dense attention for its log-sum-exp: here nobody would take its output.
+        assert engine.planner.memory_of_search(call) is None
+        outs.append(attend(engine, 0, AttentionInputs(q, k, v), LAYOUT, step, lambda: torch.full_like(v, torch.nan)))
+    assert (engine.records[0].sparse_calls, dict(engine.records[0].dense_calls)) == (steps, {})
+    assert engine.records[0].plans_made == 1
+    rows = recipe.order.rows(LAYOUT, q.device, 0)
+    blocks = SequenceBlocks(LAYOUT, rows, 32, 32, q.device)
+    mask = recipe.select.select(blocks, None, call_of(q, k))
+    assert torch.equal(_plan(engine).plan.mask.to_dense(), mask.to_dense())
+    permuted = [x[:, rows].double() for x in (q, k, v)]
+    keep = mask.to_dense().repeat_interleave(32, 2).repeat_interleave(32, 3)
+    expected = torch.empty_like(permuted[2])
+    expected[:, rows] = masked_attention(*permuted, keep)[0]
+    for out in outs:
+        torch.testing.assert_close(out.double(), expected, atol=1e-5, rtol=1e-5)
+
+
+def test_few_steps_can_have_a_dense_phase_where_a_recipe_asks_for_it():
+    recipe = presets.mass(density=0.3, block=(32, 32)).with_fields({"schedule.few_steps": 0})
+    assert _run(Engine(recipe, ["layer"], "auto", 0), _inputs(), 4) == ["dense", "sparse", "sparse", "sparse"]
 
 
 def test_a_repeated_forward_repeats_its_dense_search():

@@ -28,8 +28,8 @@ from ..recipe import Recipe
 from .block_clock import timed_blocks
 from .forward import dense_attention, fastest_dense_backend, restored_dense_backend, share_weights
 
-# A warm-up is short, and long enough that a recipe's dense steps end and computed ones are followed by skipped ones.
-WARM_UP_STEPS = 6
+# A warm-up is short, and long enough that a recipe has dense steps, ends them, and skips some behind computed ones.
+WARM_UP_STEPS = 10
 TEXT_REPEATS = 3
 
 

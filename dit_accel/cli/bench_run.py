@@ -38,7 +38,22 @@ def show_run(data: dict[str, Any]) -> None:
     summary = data["summary"]
     density = "-" if summary["mean_density"] is None else f"{summary['mean_density']:.3f}"
     console.print(f"speed-up {data['speedup']:.2f}x ({ends}); mean density of all attention calls {density}")
+    for line in _inside(summary):
+        console.print(line)
     for line in (*summary["changes"], *summary["notes"]):
         console.print(line)
     for note in data["notes"]:
         console.print(f"note: {note}")
+
+
+def _inside(summary: dict[str, Any]) -> list[str]:
+    """Where the accelerated side's time went, as far as the patch knows."""
+    lines = []
+    if summary["computed_share"] is not None:
+        lines.append(f"accelerated side: {summary['computed_share']:.2f} of the forwards ran all blocks")
+    seconds = {name: summary[f"{name}_seconds"] for name in ("sparse", "dense", "plan")}
+    lines.append(
+        f"its attention, in all runs and the warm-up: {seconds['sparse']:.2f} s sparse, {seconds['dense']:.2f} s "
+        f"dense, {seconds['plan']:.2f} s planning"
+    )
+    return lines

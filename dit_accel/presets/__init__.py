@@ -14,7 +14,7 @@ from ..stages.select.pooled import Pooled
 from ..stages.select.static import Window
 from .grid import clear, dina, gna, na, patterns, radial, sta
 from .profiles import balanced, fast, maximal
-from .searched import adaspa, ear, mass, paro, pbs, psa, rectified, sparge, sparsed, vmoba
+from .searched import FEW_STEPS, adaspa, ear, mass, paro, pbs, psa, rectified, sparge, sparsed, vmoba
 from .trained import seer, sla, sparge2, ssa, vsa
 from .whole import agent, sage
 
@@ -54,13 +54,13 @@ def pooled(
 
     Args:
         density, top_p: see :class:`~dit_accel.stages.select.pooled.Pooled`.
-        dense_fraction: share of the denoising steps that stay dense at the start.
+        dense_fraction: share of the denoising steps that stay dense at the start; none in a run of at most eight.
         refresh_every: denoising steps that share one plan.
     """
     return Recipe(
         order=Tiles(),
         select=Pooled(density=density, top_p=top_p),
-        schedule=Schedule(dense_fraction=dense_fraction, refresh_every=refresh_every),
+        schedule=Schedule(dense_fraction=dense_fraction, refresh_every=refresh_every, few_steps=FEW_STEPS),
     )
 
 

@@ -13,7 +13,7 @@ from .searched import mass
 # model that no table reports (docs/reuse.md).
 NUM_STEPS = 30
 BALANCED_STEPS = (0, 1, 2, 3, 4, 5, 6, 8, 10, 12, 14, 17, 20, 23, 26, 28, 29)
-FAST_STEPS = (0, 1, 2, 3, 5, 8, 11, 14, 17, 20, 23, 26, 29)
+FAST_STEPS = (0, 1, 2, 4, 6, 9, 12, 16, 20, 24, 27, 29)
 MAX_STEPS = (0, 1, 2, 4, 7, 11, 17, 23, 29)
 
 
@@ -31,8 +31,8 @@ def balanced(density: float = 0.3, dense_fraction: float = 0.2, threshold: float
     return _profile(density, dense_fraction, threshold, BALANCED_STEPS)
 
 
-def fast(density: float = 0.3, dense_fraction: float = 0.1, threshold: float | None = None) -> Recipe:
-    """A whole run of 13 steps of 30, with sparse attention behind the third.
+def fast(density: float = 0.25, dense_fraction: float = 0.1, threshold: float | None = None) -> Recipe:
+    """A whole run of 12 steps of 30, with sparse attention behind the third.
 
     Args:
         density, dense_fraction, threshold: see :func:`balanced`.
@@ -41,7 +41,7 @@ def fast(density: float = 0.3, dense_fraction: float = 0.1, threshold: float | N
 
 
 def maximal(density: float = 0.25, dense_fraction: float = 0.034, threshold: float | None = None) -> Recipe:
-    """A whole run for the least time, where a draft is enough: 9 steps of 30, of which one has dense attention.
+    """A whole run for the least time, where a draft is enough: 9 steps of 30, of which two have dense attention.
 
     Args:
         density, dense_fraction, threshold: see :func:`balanced`.

@@ -17,6 +17,9 @@ from ..stages.select.rectified import Reallocated
 from ..stages.select.sampled import Sampled
 from ..stages.select.similarity_gate import GatedPooled
 
+# Of a run of so many, a dense step is an eighth at least; distilled models take four to eight.
+FEW_STEPS = 8
+
 
 def mass(
     density: float = 0.2,
@@ -36,7 +39,7 @@ def mass(
     Args:
         density: kept share of the latent blocks.
         dense_fraction: share of the denoising steps that stay dense at the start, the search's with them: at least
-            one step is dense.
+            one step is dense, and none in a run of at most eight steps, whose first step searches and is sparse.
         block: tokens in a query and in a key block.
     """
     return Recipe(
@@ -48,6 +51,7 @@ def mass(
             dense_refresh=True,
             plan_in_dense_phase=True,
             refresh_every=_forwards_of_a_plan(dense_fraction, 1),
+            few_steps=FEW_STEPS,
         ),
     )
 

@@ -34,6 +34,8 @@ class Schedule:
         choose_every: between plans, choose the blocks anew every so many steps that ran all blocks, from what the last
             search found, as far as the selection can (:class:`~dit_accel.stages.select.mass.Mass`); 0: never. Such a
             step is not dense. Acts in a pipeline only.
+        few_steps: runs of at most so many steps have no dense step, neither a dense phase nor a dense search: a plan
+            then serves the very step that makes it. 0: no run has few steps.
         drift_bound: reuse a plan while the mean query and key of every block have changed by at most this
             share since it was made (see :class:`~dit_accel.stages.drift.BlockMeans`), and make it again when
             they have. ``refresh_every`` above 1 and ``refresh_at`` still limit its age. Costs one read of
@@ -50,6 +52,7 @@ class Schedule:
     density_over: str = "progress"
     drift_bound: float | None = None
     choose_every: int = 0
+    few_steps: int = 0
 
     def __post_init__(self) -> None:
         if not 0.0 <= self.dense_fraction <= 1.0:
@@ -74,6 +77,8 @@ class Schedule:
             raise ValueError(f"schedule.drift_bound must be above 0, got {self.drift_bound}.")
         if self.choose_every < 0:
             raise ValueError(f"schedule.choose_every must be at least 0 steps, got {self.choose_every}.")
+        if self.few_steps < 0:
+            raise ValueError(f"schedule.few_steps must be at least 0 steps, got {self.few_steps}.")
         if self.choose_every and self.drift_bound is not None:
             raise ValueError(
                 "schedule.choose_every and schedule.drift_bound both say when a kept plan changes: give one."
@@ -112,11 +117,15 @@ class Schedule:
         """Why this call stays dense, or None if it may run sparse."""
         if layer in self.dense_layers or layer - num_layers in self.dense_layers:
             return "dense layer"
-        if step.index is not None and step.num_steps:
+        if step.index is not None and step.num_steps and not self._has_few_steps(step):
             ahead = step.index + (1 if self.plan_in_dense_phase else 0)
             if ahead / step.num_steps < self.dense_fraction:
                 return "dense phase"
         return None
+
+    def searches_densely(self, step: StepContext) -> bool:
+        """Whether a step that makes a plan is dense. A bare transformer has no steps, and would search each time."""
+        return self.dense_refresh and step.index is not None and not self._has_few_steps(step)
 
     def density(self, step: StepContext) -> float | None:
         """Density of a plan made at ``step``; None where the selection's own holds."""
@@ -165,6 +174,9 @@ class Schedule:
         if not self.refresh_at or step.progress is None:
             return True
         return any(point > step.progress for point in self.refresh_at)
+
+    def _has_few_steps(self, step: StepContext) -> bool:
+        return step.num_steps is not None and step.num_steps <= self.few_steps
 
     def _too_old(self, age: int) -> bool:
         if self.drift_bound is not None and self.refresh_every == 1:

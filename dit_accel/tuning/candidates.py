@@ -41,7 +41,9 @@ class Choice:
         chosen = Recipe()
         if self.density is not None:
             fraction = self.dense_steps / num_steps
-            chosen = base.with_fields({"select.density": self.density, "schedule.dense_fraction": fraction})
+            # The dense phase is chosen here, of few steps too.
+            phase = {"schedule.dense_fraction": fraction, "schedule.few_steps": 0}
+            chosen = base.with_fields({"select.density": self.density, **phase})
         if self.computed is None:
             return chosen
         return chosen.with_fields(

@@ -7,8 +7,10 @@ from dataclasses import replace
 import pytest
 import torch
 
+from dit_accel import presets
 from dit_accel.benchmarking.block_clock import timed_blocks
 from dit_accel.benchmarking.whole_run import RunTimes, bench_run
+from dit_accel.cli.bench_run import _inside
 from dit_accel.pipelines import whole
 from dit_accel.pipelines.architectures import ARCHITECTURES
 from tests.recipes import POOLED
@@ -88,6 +90,66 @@ def test_both_sides_of_a_tiny_run(tiny_architecture):
     assert data["speedup"] == pytest.approx(report.speedup.median)
     assert [run["total"] for run in data["fast"]["whole"]] == [times.total for times in report.whole(report.fast)]
     assert len(data["notes"]) == 2
+
+
+def _narrow(encoder, **changes):
+    settings = {"vocab_size": 50, "hidden_size": 32, "intermediate_size": 16, "num_hidden_layers": 1}
+    return replace(encoder, settings={**encoder.settings, **settings, **changes})
+
+
+@pytest.fixture
+def tiny_hunyuan(monkeypatch):
+    """HunyuanVideo as it is published, but narrow, and its text encoders likewise."""
+    hunyuan, whole_one = ARCHITECTURES["hunyuanvideo"], whole.WHOLE_PIPELINES["hunyuanvideo"]
+    narrow = {
+        "num_attention_heads": 2,
+        "attention_head_dim": 16,
+        "rope_axes_dim": (4, 6, 6),
+        "num_layers": 1,
+        "num_single_layers": 2,
+        "num_refiner_layers": 1,
+    }
+    encoders = (
+        _narrow(whole._LLAMA_8B, num_attention_heads=2, num_key_value_heads=1),
+        _narrow(whole._CLIP_L, num_attention_heads=2),
+    )
+    monkeypatch.setitem(whole.WHOLE_PIPELINES, "tiny-hunyuan", replace(whole_one, encoders=encoders))
+    return replace(hunyuan, name="tiny-hunyuan", config={**hunyuan.config, **narrow})
+
+
+@pytest.mark.parametrize("name", ["wan", "hunyuan"])
+def test_the_profile_fast_runs_from_text_to_frames(name, request):
+    architecture = request.getfixturevalue({"wan": "tiny_architecture", "hunyuan": "tiny_hunyuan"}[name])
+    report = bench_run(architecture, **SIZE, recipe=presets.fast(), num_steps=12, dense_steps=2)
+    assert [len(times.steps) for times in report.fast] == [12]
+    assert report.finite
+    data = report.to_dict()["summary"]
+    # Of twelve steps nine run all blocks, of the ten of the warm-up eight.
+    assert data["computed_share"] == pytest.approx((9 + 8) / (12 + 10))
+    assert report.summary.dense_calls["search step"]
+    text = "\n".join(_inside(data))
+    assert "accelerated side: 0.77 of the forwards ran all blocks" in text
+    assert all(word in text for word in ("s sparse", "s dense", "s planning"))
+
+
+@pytest.mark.parametrize("linear", ["int8", "fp8"])
+def test_the_profile_fast_with_linear_layers_in_8_bits(tiny_architecture, linear):
+    pytest.importorskip("torchao", reason="the extra dit-accel[compile] is not installed")
+    wide = {"num_attention_heads": 4, "attention_head_dim": 128, "ffn_dim": 512, "num_layers": 2}
+    architecture = replace(tiny_architecture, config={**tiny_architecture.config, **wide})
+    report = bench_run(
+        architecture,
+        **(SIZE | {"dtype": torch.bfloat16}),
+        recipe=presets.fast(),
+        num_steps=9,
+        dense_steps=1,
+        linear=linear,
+    )
+    assert report.finite
+    assert report.summary.skipped_forwards
+    (change,) = report.summary.changes
+    # Two attentions of four layers each and a feed-forward of two, in two blocks.
+    assert change.startswith(f"linear layers: 20 in {linear}")
 
 
 @pytest.mark.parametrize(

@@ -257,7 +257,7 @@ def test_the_compared_clip_is_what_a_fresh_patch_gives(recipe: str, tmp_path: Pa
     from dit_accel.pipelines.generate import generate, save
 
     # Plans are made at step 2 or 3, in a warm-up of two steps at 0 or 1: they would serve the run after it.
-    changes = ["select.density=0.1", "schedule.dense_fraction=0.5"]
+    changes = ["select.density=0.1", "schedule.dense_fraction=0.5", "schedule.few_steps=0"]
     asked = [
         "--size",
         "96x96",

@@ -346,8 +346,9 @@ def test_clips_are_what_a_first_run_gives(compiled: bool, tmp_path: Path) -> Non
     import dit_accel
     from dit_accel import presets
 
-    kept = presets.pooled(density=0.3, dense_fraction=0.2).with_fields({"schedule.refresh_every": 100})
-    recipes = {"search": presets.mass(density=0.3, dense_fraction=0.4), "kept": kept}
+    phase = {"schedule.few_steps": 0}
+    kept = presets.pooled(density=0.3, dense_fraction=0.2).with_fields({"schedule.refresh_every": 100, **phase})
+    recipes = {"search": presets.mass(density=0.3, dense_fraction=0.4).with_fields(phase), "kept": kept}
     pipe = _real_pipe()
     if compiled:
         for block in pipe.transformer.blocks:

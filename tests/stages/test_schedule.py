@@ -32,6 +32,17 @@ def test_the_first_plan_may_be_made_in_the_last_dense_step():
         Schedule(plan_in_dense_phase=True)
 
 
+def test_of_few_steps_none_is_dense():
+    schedule = Schedule(dense_fraction=0.9, dense_refresh=True, few_steps=8)
+    for count, dense in ((1, 0), (8, 0), (9, 9), (10, 9)):
+        steps = [StepContext(index=index, num_steps=count) for index in range(count)]
+        assert sum(schedule.dense_reason(step, 0, 4) == "dense phase" for step in steps) == dense
+        assert all(schedule.searches_densely(step) == (count > 8) for step in steps)
+    assert not schedule.searches_densely(StepContext()), "a bare transformer would search each time"
+    named = Schedule(dense_layers=(1,), few_steps=8)
+    assert named.dense_reason(StepContext(index=0, num_steps=4), 1, 4) == "dense layer"
+
+
 def test_whether_a_run_plans_again():
     steps = [StepContext(index=index, num_steps=10) for index in range(10)]
     schedule = Schedule(refresh_at=(0.2, 0.6))
@@ -73,6 +84,7 @@ def test_without_a_pipeline_plans_age_by_forwards():
     [
         ({"dense_fraction": 1.5}, r"dense_fraction must lie in \[0, 1\], got 1.5"),
         ({"refresh_every": 0}, "refresh_every must be at least 1 step, got 0"),
+        ({"few_steps": -1}, "few_steps must be at least 0 steps, got -1"),
         ({"refresh_at": (1.0,)}, "refresh_at must hold progress values"),
     ],
 )

@@ -162,6 +162,11 @@ class ReuseTracker:
         forward, engine = self.session.forward, self.session.engine
         if forward is None or not engine.switched_on:
             return
+        if getattr(model, "_is_cached", False):  # cache-dit's mark: patching refuses it, and it may come later
+            raise ValueError(
+                f"A cache of another package was enabled on {type(model).__name__} beside the recipe's own reuse, and "
+                "two would answer for each other: disable it, or patch with reuse none."
+            )
         latents = None
         if self.stage.needs_latents:
             latents = _latents(self.session.patch_size, forward.latents, arguments.get("hidden_states"))

@@ -22,8 +22,8 @@ class Listed(Reuse):
 
     Attributes:
         computed: the steps that run all blocks, from 0, in rising order. The first step of a run always does.
-        num_steps: of the run that the list is for. A run of another number computes about the same share of every
-            part of the trajectory.
+        num_steps: of the run that the list is for. In a run of another number the computed steps lie as on the list;
+            :meth:`of_run` says how many there are.
         order: 1 continues what the blocks added in the last two computed steps in a straight line, 0 repeats the last.
         guided: those of the computed steps at which every guidance branch runs all blocks; empty for all of them. At
             the others the first branch alone does, mostly that of the prompt. What the blocks add in another one is
@@ -59,28 +59,36 @@ class Listed(Reuse):
         """Whether a step of a run is listed."""
         if step.index is None or not step.num_steps:
             return True
-        return self._has(self.computed, step.index, step.index, step.num_steps)
+        return step.index in self.of_run(step.num_steps)
 
     def guides(self, step: StepContext) -> bool:
         """Whether all branches run all blocks, at a step that is listed."""
         if not self.guided or step.index is None or not step.num_steps:
             return True
-        first = step.index
-        # In a shorter run a guided step may fall on one that is not computed; the next one takes its part.
-        while first > 0 and not self._has(self.computed, first - 1, first - 1, step.num_steps):
-            first -= 1
-        return self._has(self.guided, first, step.index, step.num_steps)
+        run = self.of_run(step.num_steps)
+        # Where a run computes fewer steps than are listed, one may take the part of two.
+        behind = (len(run) - 1) / max(len(self.computed) - 1, 1)
+        return step.index in {run[ceil(self.computed.index(one) * behind)] for one in self.guided}
 
-    def _has(self, listed: tuple[int, ...], first: int, last: int, num_steps: int) -> bool:
-        """Whether one of the steps from ``first`` to ``last`` of a run is of those listed."""
-        if num_steps >= self.num_steps:
-            return any(step * self.num_steps // num_steps in listed for step in range(first, last + 1))
-        return self._begun(listed, last + 1, num_steps) > self._begun(listed, first, num_steps)
+    def of_run(self, num_steps: int) -> tuple[int, ...]:
+        """The steps to compute of a run of any number of steps, the first and the last of the list's kept.
 
-    def _begun(self, listed: tuple[int, ...], steps: int, num_steps: int) -> int:
-        """How many of the first ``steps`` of a shorter run are of those listed: their share until there."""
-        begun = sum(one * num_steps < steps * self.num_steps for one in listed)
-        return ceil(begun * num_steps / self.num_steps)
+        What a skipped step misses grows with how far the computed ones lie apart on the trajectory, so that a run of a
+        third of the steps computes more than a third as many: their number goes with the cube root.
+        """
+        listed = self.computed
+        wanted = round(len(listed) * (num_steps / self.num_steps) ** (1 / 3))
+        count = 1 if len(listed) == 1 else min(max(wanted, 2), num_steps)
+        scale = (num_steps - 1) / max(self.num_steps - 1, 1)
+        found: list[int] = []
+        for number in range(count):
+            place = number * (len(listed) - 1) / max(count - 1, 1)
+            before, behind = listed[int(place)], listed[ceil(place)]
+            step = round((before + (behind - before) * (place % 1)) * scale)
+            # A step of its own, and one left for each that comes.
+            least = found[-1] + 1 if found else 0
+            found.append(min(max(step, least), num_steps - count + number))
+        return tuple(found)
 
     def apply(self, stand_in: nn.Module, blocks: Sequence[str], around: Surroundings) -> None:
         from .added import apply_added

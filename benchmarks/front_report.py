@@ -1,0 +1,169 @@
+"""What reuse_front.py measured as a table in Markdown and a picture, and both in a page of the docs."""
+
+from __future__ import annotations
+
+import html
+import json
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from dit_accel.quality.bootstrap import Interval, bootstrap_mean, range_of
+
+ROOT = Path(__file__).parent.parent
+PAGE = ROOT / "docs" / "fidelity.md"
+PICTURE = ROOT / "docs" / "images" / "reuse_front.png"
+BEGIN, END = "<!-- front: benchmarks/reuse_front.py --docs -->\n", "<!-- end of front -->\n"
+
+KINDS = {"cache": "steps skipped", "sparse": "sparse attention", "both": "both"}
+# Column, digits, and whether more is better.
+SHOWN = {"ssim": ("SSIM", 4), "lpips": ("LPIPS", 4), "flicker": ("flicker", 2)}
+
+
+@dataclass(frozen=True)
+class Row:
+    """One row of one number of steps.
+
+    Attributes:
+        name: as it was given.
+        kind: a key of :data:`KINDS`.
+        computed: share of the forwards that ran all blocks.
+        density: mean over these, dense steps with them.
+        speed: seconds of the dense clips over those of the row's, prompt by prompt.
+        metrics: means over clips; what could not be measured is missing.
+    """
+
+    name: str
+    kind: str
+    computed: float
+    density: float
+    speed: Interval
+    metrics: dict[str, Interval]
+
+    @classmethod
+    def of(cls, name: str, row: dict[str, Any], dense_seconds: dict[str, float]) -> Row:
+        """Of a row that has a clip."""
+        clips = row["clips"].values()
+        speeds = [dense_seconds[number] / clip["seconds"] for number, clip in row["clips"].items()]
+        metrics = {}
+        for metric in ("psnr", *SHOWN):
+            values = [clip.get(metric) for clip in clips]
+            if None not in values:
+                metrics[metric] = bootstrap_mean([float(value) for value in values])
+        return cls(
+            name,
+            kind_of(row["recipe"]),
+            sum(clip["computed_share"] for clip in clips) / len(clips),
+            sum(clip["mean_density"] for clip in clips) / len(clips),
+            range_of(speeds) if len(speeds) == 1 else bootstrap_mean(speeds),
+            metrics,
+        )
+
+    @property
+    def work(self) -> float:
+        """Of dense attention's, the share that was done."""
+        return self.computed * self.density
+
+
+def kind_of(recipe: dict[str, Any]) -> str:
+    """What a recipe, as plain data, saves."""
+    skips = recipe.get("reuse", {}).get("kind", "none") != "none"
+    dense = recipe.get("select", {}).get("kind", "dense") == "dense"
+    return "cache" if skips and dense else "both" if skips else "sparse"
+
+
+def rows_of(result: dict[str, Any]) -> list[Row]:
+    """The most faithful row first."""
+    rows = [Row.of(name, row, result["dense_seconds"]) for name, row in result["rows"].items() if row["clips"]]
+    return sorted(rows, key=lambda row: -row.metrics["psnr"].mean)
+
+
+def table(result: dict[str, Any]) -> str:
+    """Every row of one number of steps, with what its intervals are."""
+    settings, rows = result["settings"], rows_of(result)
+    if not rows:
+        raise SystemExit("No clip was made yet.")
+    counts = sorted({row.metrics["psnr"].count for row in rows})
+    kinds = sorted({row.metrics["psnr"].kind for row in rows})
+    clips = f"{counts[0]} clips" if len(counts) == 1 else f"{counts[0]} to {counts[-1]} clips"
+    facts = result["facts"]
+    lines = [
+        f"{settings['steps']} steps, {settings['frames']} frames of {settings['size']} x {settings['size']}, guidance "
+        f"{settings['guidance']:g}, {settings['dtype']}, {facts.get('device', settings['device'])}, torch "
+        f"{facts['torch']}; {clips} a row; in brackets the {' or '.join(kinds)} over clips.",
+        "",
+        "| what | row | computed | density | work | time | PSNR, dB | SSIM | LPIPS | flicker |",
+        "|---|---|---|---|---|---|---|---|---|---|",
+    ]
+    for row in rows:
+        cells = [
+            KINDS[row.kind],
+            f"`{row.name}`",
+            f"{row.computed:.2f}",
+            f"{row.density:.3f}",
+            f"{row.work:.3f}",
+            spelled(row.speed, 2, "x"),
+            spelled(row.metrics["psnr"], 1),
+            *(spelled(row.metrics.get(name), digits) for name, (_, digits) in SHOWN.items()),
+        ]
+        lines.append("| " + " | ".join(cells) + " |")
+    return "\n".join(lines) + "\n"
+
+
+def spelled(interval: Interval | None, digits: int, unit: str = "") -> str:
+    """``36.0 (34.1 to 37.9)``; a dash where nothing was measured."""
+    if interval is None:
+        return "-"
+    mean = f"{interval.mean:.{digits}f}{unit}"
+    return mean if interval.count < 2 else f"{mean} ({interval.low:.{digits}f} to {interval.high:.{digits}f})"
+
+
+def draw(results: Sequence[dict[str, Any]], picture: Path) -> None:
+    """PSNR against the speed of the clips, a panel for each number of steps."""
+    import matplotlib
+
+    matplotlib.use("agg")
+    from matplotlib import pyplot
+
+    figure, panels = pyplot.subplots(1, len(results), figsize=(5.2 * len(results), 4.2), squeeze=False, sharey=True)
+    colours = dict(zip(KINDS, ("#4477aa", "#ccbb44", "#aa3377"), strict=True))
+    for panel, result in zip(panels[0], results, strict=True):
+        rows = rows_of(result)
+        for kind, label in KINDS.items():
+            some = sorted((row for row in rows if row.kind == kind), key=lambda row: row.speed.mean)
+            psnr = [row.metrics["psnr"] for row in some]
+            bars = [[one.mean - one.low for one in psnr], [one.high - one.mean for one in psnr]]
+            if some:
+                speeds, means = [row.speed.mean for row in some], [one.mean for one in psnr]
+                panel.errorbar(speeds, means, bars, fmt="o", ms=4, lw=0.8, color=colours[kind], label=label)
+        panel.set_title(f"{result['settings']['steps']} steps")
+        panel.set_xlabel("times faster than dense")
+        panel.grid(alpha=0.3)
+    panels[0][0].set_ylabel("PSNR to dense, dB")
+    panels[0][-1].legend(frameon=False)
+    picture.parent.mkdir(parents=True, exist_ok=True)
+    figure.savefig(picture, dpi=130, bbox_inches="tight")
+    pyplot.close(figure)
+
+
+def page(text: str, results: Sequence[dict[str, Any]], link: str) -> str:
+    """A page with its tables and its picture as these results are.
+
+    Raises:
+        SystemExit: the page has no place for them.
+    """
+    if BEGIN not in text or END not in text:
+        raise SystemExit(f"The page lacks the lines {BEGIN.strip()} and {END.strip()}.")
+    before, rest = text.split(BEGIN)
+    commands = "".join(f"`{html.unescape(result['facts']['command'])}`\n\n" for result in results)
+    body = f"![PSNR against speed]({link})\n\n" + "\n".join(table(result) for result in results) + f"\n{commands}"
+    return before + BEGIN + body + END + rest.split(END)[1]
+
+
+def write_docs(files: Sequence[Path], to: Path, picture: Path) -> None:
+    """Tables and picture of these files, into a page."""
+    results = sorted((json.loads(file.read_text()) for file in files), key=lambda one: one["settings"]["steps"])
+    draw(results, picture)
+    link = picture.resolve().relative_to(to.resolve().parent).as_posix()
+    to.write_text(page(to.read_text(encoding="utf-8"), results, link), encoding="utf-8")

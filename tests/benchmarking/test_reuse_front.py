@@ -1,0 +1,163 @@
+"""The front of whole runs: a tiny run of all kinds of rows, shards that go on, tables and a picture from the file."""
+
+from __future__ import annotations
+
+import json
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+BENCHMARKS = Path(__file__).parents[2] / "benchmarks"
+ROWS = ["mass:density=.3", "dense+listed:computed=(0,2),num_steps=3", "pooled+listed:computed=(0,2),num_steps=3"]
+SMALL = ["--steps", "3", "--frames", "5", "--size", "48", "--device", "cpu", "--guidance", "1"]
+
+
+@pytest.fixture(scope="module")
+def front() -> Any:
+    with pytest.MonkeyPatch.context() as patched:
+        patched.syspath_prepend(BENCHMARKS)
+        import reuse_front
+
+        yield reuse_front
+
+
+def _main(front: Any, monkeypatch: pytest.MonkeyPatch, *arguments: str) -> None:
+    monkeypatch.setattr(sys, "argv", ["reuse_front.py", *arguments])
+    front.main()
+
+
+@pytest.fixture(scope="module")
+def made(front: Any, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    out: Path = tmp_path_factory.mktemp("front") / "front.json"
+    with pytest.MonkeyPatch.context() as patched:
+        _main(front, patched, "--rows", *ROWS, *SMALL, "--prompts", "2", "--out", str(out))
+    return out
+
+
+def test_a_run_has_what_the_table_needs(front: Any, made: Path) -> None:
+    result = json.loads(made.read_text())
+    assert list(result["rows"]) == ROWS
+    assert list(result["dense_seconds"]) == ["0", "1"]
+    for row in result["rows"].values():
+        for clip in row["clips"].values():
+            assert clip["psnr"] is not None
+            assert clip["ssim"] <= 1.0
+            assert clip["seconds"] > 0
+            assert clip["lpips"] is None or clip["lpips"] >= 0.0
+    report = sys.modules["front_report"]
+    kinds = {row.name: (row.kind, row.computed) for row in report.rows_of(result)}
+    assert kinds == dict(zip(ROWS, [("sparse", 1.0), ("cache", 2 / 3), ("both", 2 / 3)], strict=True))
+
+
+def test_what_is_made_is_not_made_again(front: Any, made: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    before = made.read_text()
+    monkeypatch.setattr(front, "generate_clip", None)
+    _main(front, monkeypatch, "--rows", *ROWS, *SMALL, "--prompts", "2", "--out", str(made))
+    assert json.loads(before)["rows"] == json.loads(made.read_text())["rows"]
+
+
+def test_no_clip_is_begun_after_its_minutes(
+    front: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    out = tmp_path / "front.json"
+    monkeypatch.setattr(front, "generate_clip", None)
+    _main(front, monkeypatch, "--rows", *ROWS, *SMALL, "--minutes", "-1", "--out", str(out))
+    assert not out.exists()
+    assert "PSNR" in capsys.readouterr().out
+
+
+def test_shards_go_on_from_the_file_of_all(
+    front: Any, made: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Of three prompts two are known; their clips are taken over, and one shard makes the third."""
+    out = tmp_path / "front.json"
+    out.write_text(made.read_text())
+    commands = []
+
+    class InThisProcess:
+        def __init__(self, command: list[str], **_: Any) -> None:
+            commands.append(command[2:])
+            _main(front, monkeypatch, *command[2:])
+
+        def wait(self) -> int:
+            return 0
+
+    monkeypatch.setattr(front.subprocess, "Popen", InThisProcess)
+    given = ["--rows", *ROWS, *SMALL, "--prompts", "3", "--shards", "2", "--out", str(out)]
+    _main(front, monkeypatch, *given)
+    before, after = json.loads(made.read_text()), json.loads(out.read_text())
+    assert list(after["dense_seconds"]) == ["0", "1", "2"]
+    for name in ROWS:
+        clips = after["rows"][name]["clips"]
+        assert sorted(clips) == ["0", "1", "2"]
+        for number in ("0", "1"):
+            assert clips[number] == before["rows"][name]["clips"][number]
+    assert [command[command.index("--first") + 1] for command in commands] == ["0", "2"]
+    assert not any("--shards" in command for command in commands)
+
+
+def test_parts_make_the_whole(front: Any, made: Path) -> None:
+    result = json.loads(made.read_text())
+    parts = [front.part_of(result, {seed}) for seed in ("1", "0")]
+    assert front.merged(parts)["rows"] == result["rows"]
+    other = parts[0] | {"settings": {**result["settings"], "steps": 4}}
+    with pytest.raises(SystemExit, match="are not of one run"):
+        front.merged([parts[1], other])
+    changed = json.loads(json.dumps(parts[0]))
+    changed["rows"][ROWS[0]]["recipe"]["select"]["density"] = 0.5
+    with pytest.raises(SystemExit, match=r"mass:density=\.3 of two versions"):
+        front.merged([parts[1], changed])
+    with pytest.raises(SystemExit, match="No shard made a clip"):
+        front.merged([])
+
+
+def test_the_docs_are_written_from_the_files(
+    front: Any, made: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    report = sys.modules["front_report"]
+    many = json.loads(made.read_text())
+    many["settings"]["steps"] = 30
+    many["facts"]["device"] = "NVIDIA <H200>"
+    for number, row in enumerate(many["rows"].values()):
+        some = next(iter(row["clips"].values()))
+        row["clips"] = {
+            str(seed): some | {"psnr": 30.0 + number + seed % 2, "lpips": 0.05, "seconds": 2.0} for seed in range(16)
+        }
+    many["dense_seconds"] = {str(seed): 6.0 for seed in range(16)}
+    file = tmp_path / "thirty.json"
+    file.write_text(json.dumps(many))
+    page, picture = tmp_path / "page.md", tmp_path / "images" / "front.png"
+    page.write_text(f"# Before\n{report.BEGIN}old\n{report.END}behind\n")
+    for _ in range(2):
+        _main(front, monkeypatch, "--docs", str(file), str(made), "--page", str(page), "--picture", str(picture))
+        text = page.read_text()
+        assert text.startswith("# Before\n")
+        assert text.endswith("behind\n")
+        assert "old" not in text
+    assert "](images/front.png)" in text
+    assert picture.stat().st_size > 1000
+    few, of_many = text.split("30 steps,")
+    assert "2 clips a row; in brackets the range over clips" in few
+    assert "16 clips a row; in brackets the 95% over clips" in of_many
+    first = next(line for line in of_many.splitlines() if line.startswith("| both"))
+    assert f"| both | `{ROWS[2]}` | 0.67 |" in first
+    assert "| 3.00x (3.00 to 3.00) | 32.5 (32." in first
+    assert "| 0.0500 (0.0500 to 0.0500) |" in first
+    with pytest.raises(SystemExit, match="The page lacks the lines"):
+        report.page("# Nothing\n", [many], "images/front.png")
+
+
+def test_the_page_has_a_place(front: Any) -> None:
+    report = sys.modules["front_report"]
+    text = report.PAGE.read_text(encoding="utf-8")
+    assert text.count(report.BEGIN) == text.count(report.END) == 1
+
+
+@pytest.mark.parametrize("name", ["front", "profiles", "reuse"])
+def test_rows_of_a_set_are_recipes(front: Any, name: str) -> None:
+    kinds = set()
+    for row in front.SETS[name]:
+        kinds.add(sys.modules["front_report"].kind_of(front.recipe_of(row).to_dict()))
+    assert kinds == ({"both"} if name == "profiles" else {"cache", "sparse", "both"})
