@@ -8,6 +8,7 @@ import triton.language as tl
 
 from ...attention.launch_configs import LaunchConfig
 from ...attention.tuning import matrix_unit
+from ...common.compiled import KeptKernel
 from ...common.launch import (
     LOG2_E,
     SIZES,
@@ -189,6 +190,9 @@ def _config(mask: BlockMask, columns: int, q: torch.Tensor) -> LaunchConfig:
     return LaunchConfig(8 if wide or tile_q == 128 else 4, stages, tile_q, tile_k)
 
 
+_FORWARD = KeptKernel(quantized_fwd_kernel)
+
+
 def quantized_forward(
     quantized: QuantizedInputs,
     mask: BlockMask,
@@ -209,7 +213,7 @@ def quantized_forward(
     block_d = max(32, padded_head_dim(dim))  # 8-bit products take at least 32 columns at once
     config = _config(mask, block_d, quantized.q)
     tile_q, tile_k = config.tiles(mask)
-    quantized_fwd_kernel[(nq * (mask.block_q // tile_q), batch * heads)](
+    _FORWARD[(nq * (mask.block_q // tile_q), batch * heads)](
         quantized.q,
         quantized.k,
         quantized.v,

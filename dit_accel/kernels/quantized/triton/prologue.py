@@ -11,13 +11,23 @@ import math
 from functools import cache
 
 import torch
-import triton
 
 from ...common.capability import multiprocessors
-from ...common.launch import int32_rows, list_strides, padded_head_dim, register_limit, token_strides, unit_stride
+from ...common.compiled import KeptKernel
+from ...common.launch import (
+    ceil_div,
+    int32_rows,
+    list_strides,
+    padded_head_dim,
+    power_of_two,
+    register_limit,
+    token_strides,
+    unit_stride,
+)
 from ...common.quantized_inputs import KEY_GROUPS, KEY_TILE, QuantizedInputs, sampled_keys, validate_key_scales
 from .prologue_kernels import key_value_stats_kernel, quantize_kernel
 
+_STATS, _QUANTIZE = KeptKernel(key_value_stats_kernel), KeptKernel(quantize_kernel)
 _K_CHUNKS, _V_CHUNKS = 16, 32  # at most; each program adds them all up
 _CHUNK_PROGRAMS = 264  # two on each of an H200's multiprocessors
 _WARPS, _REGISTERS = 4, 255  # eight warps of half the registers took 11 to 28 % more time on an H200
@@ -102,8 +112,8 @@ def quantize_inputs(
         return torch.empty((batch, heads, *shape), dtype=dtype, device=device)
 
     k_step, sampled = sampled_keys(kv_len)
-    tiles, wanted = triton.cdiv(kv_len, KEY_TILE), max(1, _CHUNK_PROGRAMS // planes)
-    k_chunks = min(_K_CHUNKS, triton.cdiv(tiles, k_step), wanted)
+    tiles, wanted = ceil_div(kv_len, KEY_TILE), max(1, _CHUNK_PROGRAMS // planes)
+    k_chunks = min(_K_CHUNKS, ceil_div(tiles, k_step), wanted)
     v_chunks = min(_V_CHUNKS, tiles, wanted) if fp8 else 0
     groups = (KEY_GROUPS,) if key_scales == "thread" else ()
     shapes = [(nq * block_q,), (nk, *groups), (nq, dim), (nk, dim), (nq * block_q,), (k_chunks, dim)]
@@ -111,7 +121,7 @@ def quantize_inputs(
     q_scale, k_scale, q_mean, k_mean, q_shift, k_sum, *of_v = _carve(batch, heads, shapes, device)
     v_max, v_scale = of_v if fp8 else (k_sum, None)
     if smooth_k or fp8:
-        key_value_stats_kernel[(max(k_chunks, v_chunks), planes, 2 if fp8 else 1)](
+        _STATS[(max(k_chunks, v_chunks), planes, 2 if fp8 else 1)](
             k,
             v,
             k_sum,
@@ -147,7 +157,7 @@ def quantize_inputs(
     )
     rows = int32_rows(rows)
     kinds = 3 if fp8 or rows is not None else 2
-    quantize_kernel[(_shares(max(nq, nk), planes * kinds, _slots(device)), planes, kinds)](
+    _QUANTIZE[(_shares(max(nq, nk), planes * kinds, _slots(device)), planes, kinds)](
         q,
         k,
         v,
@@ -177,8 +187,8 @@ def quantize_inputs(
         BLOCK_K=block_k,
         BLOCK_D=block_d,
         HEAD_DIM=dim,
-        K_CHUNKS=max(2, triton.next_power_of_2(k_chunks)),
-        V_CHUNKS=max(2, triton.next_power_of_2(v_chunks)),
+        K_CHUNKS=max(2, power_of_two(k_chunks)),
+        V_CHUNKS=max(2, power_of_two(v_chunks)),
         PERMUTED=rows is not None,
         SMOOTH_K=smooth_k,
         SMOOTH_Q=smooth_q,
