@@ -13,6 +13,7 @@ def sage(
     values: str = "model",
     smooth_q: bool = False,
     key_scales: str = "block",
+    rotate: bool = False,
     dense_fraction: float = 0.0,
     block: tuple[int, int] = (128, 64),
 ) -> Recipe:
@@ -29,14 +30,14 @@ def sage(
     Args:
         values: "model" or "fp8", the numbers of values and weights.
         smooth_q: see :class:`~dit_accel.stages.precision.Int8`.
-        key_scales: likewise.
+        key_scales, rotate: likewise.
         dense_fraction: share of the denoising steps, from the first, that stay in the model's numbers.
         block: tokens in a query and in a key block.
     """
     if values not in ("model", "fp8"):
         raise ValueError(f'sage: values must be "model" or "fp8", got {values!r}.')
     numbers = Int8 if values == "model" else Int8Fp8
-    precision = numbers(smooth_q=smooth_q, key_scales=key_scales)
+    precision = numbers(smooth_q=smooth_q, key_scales=key_scales, rotate=rotate)
     return Recipe(select=FullSelect(block), precision=precision, schedule=Schedule(dense_fraction=dense_fraction))
 
 
