@@ -25,7 +25,8 @@ def sage(
 
     Deviations: queries have a scale per token (the papers: per block, or per group of threads); keys have one
     per block, or the second paper's four a block with ``key_scales="thread"``; weights and values accumulate
-    in float32 throughout; INT4 is not offered.
+    in float32, on GeForce cards in float16 over a tile of keys; INT4 is not offered. ``rotate=True`` is QuaRot's
+    (arXiv 2404.00456).
 
     Args:
         values: "model" or "fp8", the numbers of values and weights.

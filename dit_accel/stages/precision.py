@@ -135,8 +135,8 @@ class Int8(Precision):
         """Quantised attention; an automatic choice does not leave a GPU's kernels for the emulation.
 
         Raises:
-            ValueError: gradients are asked for, heads cannot be rotated, or the kernels, meant by name or by a GPU, cannot
-                run the case.
+            ValueError: gradients are asked for, heads cannot be rotated, or the kernels, meant by name or by a GPU,
+                cannot run the case.
         """
         if case.recorded:
             raise ValueError(

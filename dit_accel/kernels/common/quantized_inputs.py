@@ -182,7 +182,7 @@ def rotation(dim: int) -> torch.Tensor:
     """
     place = torch.arange(dim)
     shared = place[:, None] & place
-    for step in (64, 32, 16, 8, 4, 2, 1):
+    for step in (16, 8, 4, 2, 1):
         shared = shared ^ (shared >> step)
     return (1.0 - 2.0 * (shared & 1)) * dim**-0.5
 

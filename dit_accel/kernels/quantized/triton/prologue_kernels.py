@@ -122,8 +122,8 @@ def _turned(x, DIM: tl.constexpr):
     :func:`~dit_accel.kernels.common.quantized_inputs.rotation`; float32."""
     row, column = tl.arange(0, DIM), tl.arange(0, DIM)
     shared = row[:, None] & column[None, :]
-    for step in tl.static_range(7):
-        shared = shared ^ (shared >> (64 >> step))
+    for step in tl.static_range(3):
+        shared = shared ^ (shared >> (4 >> step))  # the parity of eight bits
     sign = (1 - 2 * (shared & 1)).to(x.dtype)  # exact in any dtype
     return tl.dot(x, sign, input_precision="ieee") * tl.rsqrt(tl.full([], DIM, tl.float32))
 
@@ -133,8 +133,8 @@ def _turned_vector(x, DIM: tl.constexpr):
     """The same of one float32 vector, exactly."""
     row, column = tl.arange(0, DIM), tl.arange(0, DIM)
     shared = row[:, None] & column[None, :]
-    for step in tl.static_range(7):
-        shared = shared ^ (shared >> (64 >> step))
+    for step in tl.static_range(3):
+        shared = shared ^ (shared >> (4 >> step))  # the parity of eight bits
     turned = tl.sum(tl.where((shared & 1) == 0, x[:, None], -x[:, None]), 0)
     return turned * tl.rsqrt(tl.full([], DIM, tl.float32))
 
