@@ -142,18 +142,22 @@ def quantized_cases(fp8: bool) -> Iterator[tuple[str, Call]]:
     from dit_accel.kernels import BlockMask, quantize_inputs
     from dit_accel.kernels.quantized.triton.forward import quantized_forward
 
-    def call(precision: str, dim: int, dtype: torch.dtype, blocks: tuple[int, int], permuted: bool) -> None:
+    def call(
+        precision: str, dim: int, dtype: torch.dtype, blocks: tuple[int, int], permuted: bool, rotate: bool = False
+    ) -> None:
         q, k, v = tensors(3, LENGTH, dim, dtype)
         keep = torch.ones(1, HEADS, *(LENGTH // n for n in blocks), dtype=torch.bool)
         mask = BlockMask.from_dense(keep, *blocks, LENGTH, LENGTH, backend="torch")
         rows = permutation(LENGTH) if permuted else None
-        ready = quantize_inputs(q, k, v, *blocks, precision=precision, rows=rows, backend="triton")
+        ready = quantize_inputs(q, k, v, *blocks, precision=precision, rows=rows, rotate=rotate, backend="triton")
         quantized_forward(ready, mask, rows, None, 0.1, HEADS, dtype)
 
     precisions = ("int8", "int8_fp8") if fp8 else ("int8",)
     blocks = [pair for pair in BLOCKS if min(pair) >= 32]
     for arguments in itertools.product(precisions, DIMS, DTYPES[:2], blocks, (False, True)):
         yield attention_name(*arguments), lambda arguments=arguments: call(*arguments)
+    for arguments in itertools.product(("int8",), (64, 128), DTYPES[:2], blocks, (False, True)):
+        yield f"{attention_name(*arguments)} rotated", lambda arguments=arguments: call(*arguments, rotate=True)
 
 
 def cases(on: Card) -> dict[str, Call]:

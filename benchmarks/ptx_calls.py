@@ -73,10 +73,10 @@ def each_launch(told: Callable[[str, Any], object]) -> None:
     """From now on compile every kernel in place of running it, and tell its name and what it compiled to."""
     run = JITFunction.run
 
-    def compiled(self: Any, *args: Any, **settings: Any) -> Any:
+    def compiled(self: Any, *args: Any, **settings: Any) -> None:
         kernel = run(self, *args, **settings | {"warmup": True})
         told(self.fn.__name__, kernel)
-        return kernel
+        # Nothing to keep and launch the next time.
 
     JITFunction.run = compiled
 

@@ -23,7 +23,7 @@ from .ring_attention import attend_around
 from .run import Run
 from .stages.compensate.protocol import Attended
 from .stages.learned_layer import LearnedLayer
-from .timing import Stopwatch
+from .timing import Moment, Stopwatch, is_captured
 
 logger = logging.getLogger("dit_accel")
 
@@ -196,11 +196,11 @@ class Engine:
             exact = self._searched_attention(call)
             begin = self.plan_time.start(call.q.device)
             made, plan = self.planner.plan(call, book)
-            self.plan_time.stop(begin, call.q.device)
+            planned = self.plan_time.stop(begin, call.q.device)
             if not self.planner.is_search(call, made):
                 call.plan = plan
                 call.left_out = self.planner.left_out(call)
-                return call.of_queries(self._run_sparse(call, plan, learned, book)), False
+                return call.of_queries(self._run_sparse(call, plan, learned, book, planned)), False
         out = self._run_dense(call, "search step", dense if exact is None else lambda: call.of_queries(exact), book)
         if self.recipe.compensate.watches_dense:
             self._watch(call, plan, out)
@@ -225,9 +225,11 @@ class Engine:
         plan: AttentionPlan,
         learned: Sequence[torch.Tensor] | None,
         book: LayerRecord,
+        begin: Moment,
     ) -> torch.Tensor:
         if self.observer is not None:
             self.observer(call)
+            begin = self.sparse_time.start(call.q.device)
         compensate, module = self.recipe.compensate, self.learned.get(call.layer)
         if compensate.reads_input:
             if not learned:
@@ -242,16 +244,9 @@ class Engine:
             return attend_around(call, parts, partial(self._kernel, with_lse=True))
 
         parts = None if call.part is None else self.planner.masks_around(call, plan)
-        begin = self.sparse_time.start(call.q.device)
         out, witness = compensate.attend(call, plan, sparse)
-        with torch.no_grad():
-            largest, density = witness.detach().amax(), self._density(call, plan)  # NaN where one is
-            # A mask of tokens within blocks sees less than the blocks that it keeps. Around a ring it is not told.
-            hides = plan.mask.token_bits is not None and call.part is None
-            seen = plan.mask.token_density if hides else None
-            if isinstance(call.layout, TokenLayout) and call.layout.queries is not None:
-                density = density / plan.querying  # of the rows of blocks that query
-                seen = None if seen is None else seen / plan.querying
+        if not is_captured(call.q.device):  # a graph's tensors are its own, and what they hold changes with a replay
+            self._count(call, plan, witness, book)
         if module is not None:
             inputs = (out, call.q, call.k, call.v, plan, call.key_mask, call.backend("linear_branch"))
             if learned is None:
@@ -260,13 +255,24 @@ class Engine:
                 given = dict(zip((name for name, _ in module.named_parameters()), learned, strict=True))
                 out = functional_call(module, given, inputs)
         self.sparse_time.stop(begin, call.q.device)
+        return out
+
+    @torch.no_grad()
+    def _count(self, call: AttentionCall, plan: AttentionPlan, witness: torch.Tensor, book: LayerRecord) -> None:
+        """Record a sparse call: what it kept, and whether its output holds a NaN."""
+        largest, density = witness.amax(), self._density(call, plan)  # NaN where one is
+        # A mask of tokens within blocks sees less than the blocks that it keeps. Around a ring it is not told.
+        hides = plan.mask.token_bits is not None and call.part is None
+        seen = plan.mask.token_density if hides else None
+        if isinstance(call.layout, TokenLayout) and call.layout.queries is not None:
+            density = density / plan.querying  # of the rows of blocks that query
+            seen = None if seen is None else seen / plan.querying
         with self._counting:
             book.largest.add(largest)
             book.densities.add(density)
             if seen is not None:
                 book.hidden.add(density - seen)
             book.sparse_calls += 1
-        return out
 
     def _density(self, call: AttentionCall, plan: AttentionPlan) -> torch.Tensor:
         """This process' share of the work of dense attention, a 0-d tensor; that of the others is recorded."""

@@ -31,16 +31,18 @@ class AttentionPlan:
             order.
         mask: kept blocks of the permuted sequence.
         compensation: what the recipe's compensation worked out for the blocks left out.
+        share: :attr:`density` where it is known, of a plan that serves many steps.
     """
 
     rows: torch.Tensor | None
     mask: BlockMask
     compensation: Any = None
+    share: torch.Tensor | None = None
 
     @cached_property
     def density(self) -> torch.Tensor:
-        """Kept share of the block pairs, a 0-d tensor; worked out once, for a plan that serves many steps."""
-        return self.mask.density()
+        """Kept share of the block pairs, a 0-d tensor."""
+        return self.mask.density() if self.share is None else self.share
 
     @cached_property
     def querying(self) -> torch.Tensor:

@@ -24,6 +24,7 @@ from .recipe import Recipe
 from .records import LayerRecord
 from .ring import RingPart, RingShard
 from .run import Bounded, Kept
+from .stages.compensate.protocol import Compensation
 from .stages.drift import BlockMeans
 from .stages.select.protocol import Select
 from .stages.select.static import FullSelect
@@ -50,12 +51,14 @@ class KeptPlan:
     were chosen, where that was later.
 
     The mask of a single layer is packed: the lists of all layers and branches of a large model are gigabytes.
+    ``share`` is the mask's density, worked out once.
     """
 
     made: StepContext
     rows: torch.Tensor | None
     mask: BlockMask | PackedBlockMask
     compensation: Any
+    share: torch.Tensor
     means: BlockMeans | None = None
     chosen: StepContext | None = None
 
@@ -65,12 +68,12 @@ class KeptPlan:
         mask: BlockMask | PackedBlockMask = plan.mask
         if plan.mask.token_bits is None:
             mask = PackedBlockMask.of(plan.mask, call.key_mask is not None, call.backend("selection"))
-        return cls(call.step, plan.rows, mask, plan.compensation, means)
+        return cls(call.step, plan.rows, mask, plan.compensation, plan.density, means)
 
     @property
     def plan(self) -> AttentionPlan:
         mask = self.mask.lists() if isinstance(self.mask, PackedBlockMask) else self.mask
-        return AttentionPlan(self.rows, mask, self.compensation)
+        return AttentionPlan(self.rows, mask, self.compensation, self.share)
 
 
 # A server sees any number of sizes; the tables of this many stay.
@@ -152,11 +155,12 @@ class Planner:
         """
         ring = call.ring
         assert ring is not None
-        with torch.no_grad(), torch.inference_mode(False), self._timed("order", call.q.device):
+        with torch.no_grad(), torch.inference_mode(False):
             prepared = self._prepare(call)
             part = prepared.parts.get(ring.key)
             if part is None:
-                part = prepared.parts[ring.key] = self._part(ring, prepared.blocks)
+                with self._timed("order", call.q.device):
+                    part = prepared.parts[ring.key] = self._part(ring, prepared.blocks)
             if call.key_mask is not None and part.slots is not None and part.slots.dim() > 1:
                 raise ValueError(
                     "Under ring attention an order per head knows no mask of keys: use ulysses_degree in place of "
@@ -205,7 +209,7 @@ class Planner:
                 if select.per_head and mask.token_bits is None:
                     # One for each layer, as those that follow the call.
                     kept_mask = PackedBlockMask.of(mask, call.key_mask is not None, call.backend("selection"))
-                plans[key] = KeptPlan(call.step, prepared.blocks.kernel_rows, kept_mask, state)
+                plans[key] = KeptPlan(call.step, prepared.blocks.kernel_rows, kept_mask, state, mask.density())
                 book.plans_made += 1
         return plans[key].made, plans[key].plan
 
@@ -235,8 +239,7 @@ class Planner:
                     return self._reused(call, kept)
             memory = self._memory(call)
             memory.keeps_base = schedule.choose_every > 0 and keep
-            with self._timed("order", call.q.device):
-                prepared = self._prepare(call)
+            prepared = self._prepare(call)
             mask, state = self._make(call, select, prepared, memory)
             memory.found = None
             if not schedule.plans_after(call.step):
@@ -295,8 +298,11 @@ class Planner:
                 mask = self._shown(call, prepared, mask)
             finally:
                 call.seen = None
+        compensate = self.recipe.compensate
+        if type(compensate).prepare is Compensation.prepare:  # which makes nothing: two events of the host saved
+            return mask, None
         with self._timed("compensate", call.q.device):
-            state = self.recipe.compensate.prepare(prepared.blocks, mask, call, memory)
+            state = compensate.prepare(prepared.blocks, mask, call, memory)
         return mask, state
 
     def _cut(self, call: AttentionCall, prepared: _Prepared) -> PairMask | None:
@@ -444,23 +450,28 @@ class Planner:
         layout, device, order, select = call.layout, call.q.device, self.recipe.order, self.recipe.select
         if order.follows_call:
             # Nothing to keep but the plan, and what the order worked out for the layout.
-            tables = self._order_tables.get((layout, device), lambda: order.prepare(layout, device))
-            rows = order.rows_of_call(layout, call, tables)
-            blocks = SequenceBlocks(layout, rows, *select.block, device)
-            return _Prepared(blocks, select.prepare(blocks))
+            with self._timed("order", device):
+                tables = self._order_tables.get((layout, device), lambda: order.prepare(layout, device))
+                rows = order.rows_of_call(layout, call, tables)
+                blocks = SequenceBlocks(layout, rows, *select.block, device)
+                return _Prepared(blocks, select.prepare(blocks))
         variant = (order.variant(call.layer), None if call.heads is None else call.heads.place)
         # Two threads may run one transformer; the tables are built once.
         with self._lock:
             variants = self._prepared.get((layout, device), dict)
             if variant not in variants:
-                fixed = order.rows(layout, device, call.layer)
-                heads = call.q.shape[2] if call.heads is None else call.heads.total
-                if fixed is not None and fixed.dim() == 2 and fixed.shape[0] not in (1, heads):
-                    raise ValueError(
-                        f"The order of layer {call.layer} is for {fixed.shape[0]} heads, the layer has {heads}."
-                    )
-                if fixed is not None and fixed.dim() == 2 and call.heads is not None:
-                    fixed = call.heads.own(fixed, 0)
-                blocks = SequenceBlocks(layout, fixed, *select.block, device)
-                variants[variant] = _Prepared(blocks, select.prepare(blocks))
+                with self._timed("order", device):
+                    variants[variant] = self._prepare_anew(call)
             return variants[variant]
+
+    def _prepare_anew(self, call: AttentionCall) -> _Prepared:
+        assert isinstance(call.layout, TokenLayout)
+        layout, device, order, select = call.layout, call.q.device, self.recipe.order, self.recipe.select
+        fixed = order.rows(layout, device, call.layer)
+        heads = call.q.shape[2] if call.heads is None else call.heads.total
+        if fixed is not None and fixed.dim() == 2 and fixed.shape[0] not in (1, heads):
+            raise ValueError(f"The order of layer {call.layer} is for {fixed.shape[0]} heads, the layer has {heads}.")
+        if fixed is not None and fixed.dim() == 2 and call.heads is not None:
+            fixed = call.heads.own(fixed, 0)
+        blocks = SequenceBlocks(layout, fixed, *select.block, device)
+        return _Prepared(blocks, select.prepare(blocks))

@@ -13,6 +13,7 @@ import torch
 
 from .layout import TokenLayout
 from .plan import LayerMemory
+from .timing import is_captured
 
 KeptT = TypeVar("KeptT")
 
@@ -75,7 +76,7 @@ class _SeenMask:
     number: int
     content: torch.Tensor
     held: torch.Tensor
-    place: Hashable
+    place: tuple[Hashable, ...]
 
 
 class Run:
@@ -96,6 +97,9 @@ class Run:
 
         Waits for the device once a forward where keys are masked: two prompts may hide different keys, and a plan
         must not serve both.
+
+        Raises:
+            RuntimeError: a CUDA graph is captured, and the mask is a tensor that was not seen before.
         """
         number = 0 if key_mask is None else self._number(key_mask, forward_id)
         return self._kept.get((layout, number), Kept)
@@ -113,9 +117,15 @@ class Run:
     def _number(self, mask: torch.Tensor, forward_id: int) -> int:
         # A held mask's memory does not become another's, and nobody changes it within a forward.
         place = (forward_id, mask.data_ptr(), mask.shape, mask.stride())
+        captured = is_captured(mask.device)
         for seen in self._masks:
-            if seen.place == place:
+            if seen.place == place or (captured and seen.place[1:] == place[1:]):
                 return seen.number
+        if captured:
+            raise RuntimeError(
+                "While a CUDA graph is captured, a key mask must be the tensor that an earlier call had: its content "
+                "cannot be looked at."
+            )
         for seen in self._masks:
             same_kind = seen.content.shape == mask.shape and seen.content.device == mask.device
             if same_kind and torch.equal(seen.content, mask):

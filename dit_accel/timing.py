@@ -10,28 +10,42 @@ import torch
 # A training makes millions of events; those that are long past are summed up before there are more than so many.
 KEPT_EVENTS = 2048
 
+# Where a region begins or ends; None while a CUDA graph is captured.
+Moment = float | torch.cuda.Event | None
+
+
+def is_captured(device: torch.device) -> bool:
+    """Whether what is launched on a device now goes into a CUDA graph: nothing may be read then, or waited for."""
+    return device.type == "cuda" and torch.cuda.is_current_stream_capturing()
+
 
 class Stopwatch:
-    """Adds up the time of code regions: wall-clock on the CPU, events on a GPU."""
+    """Adds up the time of code regions: wall-clock on the CPU, events on a GPU. A CUDA graph that is captured has no
+    time; its replays are not seen."""
 
     def __init__(self) -> None:
         self._seconds = 0.0
         self._events: list[tuple[torch.cuda.Event, torch.cuda.Event]] = []
 
-    def start(self, device: torch.device) -> float | torch.cuda.Event:
+    def start(self, device: torch.device) -> Moment:
         """Begin a region; give the result to :meth:`stop`. A region that raises is simply never stopped."""
         if device.type != "cuda":
             return time.perf_counter()
-        return _event(device)
+        return None if is_captured(device) else _event(device)
 
-    def stop(self, begin: float | torch.cuda.Event, device: torch.device) -> None:
-        """End a region."""
+    def stop(self, begin: Moment, device: torch.device) -> Moment:
+        """End a region; the result may begin the next one."""
+        if begin is None:
+            return None
         if isinstance(begin, float):
-            self._seconds += time.perf_counter() - begin
-        else:
-            self._events.append((begin, _event(device)))
-            if len(self._events) > KEPT_EVENTS:
-                self._add_up(KEPT_EVENTS // 2)
+            now = time.perf_counter()
+            self._seconds += now - begin
+            return now
+        end = _event(device)
+        self._events.append((begin, end))
+        if len(self._events) > KEPT_EVENTS:
+            self._add_up(KEPT_EVENTS // 2)
+        return end
 
     def seconds(self) -> float:
         """Total so far; waits for the device."""

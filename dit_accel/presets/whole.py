@@ -13,6 +13,7 @@ def sage(
     values: str = "model",
     smooth_q: bool = False,
     key_scales: str = "block",
+    rotate: bool = False,
     dense_fraction: float = 0.0,
     block: tuple[int, int] = (128, 64),
 ) -> Recipe:
@@ -24,19 +25,20 @@ def sage(
 
     Deviations: queries have a scale per token (the papers: per block, or per group of threads); keys have one
     per block, or the second paper's four a block with ``key_scales="thread"``; weights and values accumulate
-    in float32 throughout; INT4 is not offered.
+    in float32, on GeForce cards in float16 over a tile of keys; INT4 is not offered. ``rotate=True`` is QuaRot's
+    (arXiv 2404.00456).
 
     Args:
         values: "model" or "fp8", the numbers of values and weights.
         smooth_q: see :class:`~dit_accel.stages.precision.Int8`.
-        key_scales: likewise.
+        key_scales, rotate: likewise.
         dense_fraction: share of the denoising steps, from the first, that stay in the model's numbers.
         block: tokens in a query and in a key block.
     """
     if values not in ("model", "fp8"):
         raise ValueError(f'sage: values must be "model" or "fp8", got {values!r}.')
     numbers = Int8 if values == "model" else Int8Fp8
-    precision = numbers(smooth_q=smooth_q, key_scales=key_scales)
+    precision = numbers(smooth_q=smooth_q, key_scales=key_scales, rotate=rotate)
     return Recipe(select=FullSelect(block), precision=precision, schedule=Schedule(dense_fraction=dense_fraction))
 
 

@@ -12,7 +12,7 @@ from ..kernels import block_sparse_attention, choose_backend, quantized_block_sp
 from ..kernels.attention.api import choose_attention
 from ..kernels.attention.variants import kernel_of, why_not_hopper_quantized
 from ..kernels.common.choice import Case, Choice, Operation, case_of
-from ..kernels.common.quantized_inputs import INTEGER_VALUES, KEY_SCALES
+from ..kernels.common.quantized_inputs import INTEGER_VALUES, KEY_SCALES, validate_rotation
 from ..kernels.quantized.api import choose_quantized, why_not_quantized
 from ..plan import AttentionPlan
 from .compensate.protocol import Compensation
@@ -101,17 +101,22 @@ class Int8(Precision):
             (SageAttention2, arXiv 2411.10958).
         key_scales: ``"block"``, or ``"thread"``: four scales a key block, for the keys that one thread of the
             matrix unit holds (SageAttention2's per-thread quantisation).
+        rotate: turn queries and keys by a Hadamard matrix first, which spreads channels that stand out over all (as
+            QuaRot, arXiv 2404.00456); for head dims that are a power of two, and without ``smooth_q``.
     """
 
     smooth_k: bool = True
     smooth_q: bool = False
     key_scales: str = "block"
+    rotate: bool = False
     operation: ClassVar[Operation] = "quantized_attention"
     _kernel: ClassVar[str] = "int8"
 
     def __post_init__(self) -> None:
         if self.key_scales not in KEY_SCALES:
             raise ValueError(f"key_scales must be one of {', '.join(KEY_SCALES)}, got {self.key_scales!r}.")
+        if self.rotate and self.smooth_q:
+            raise ValueError("precision.rotate and precision.smooth_q both spread out queries: give one of them.")
 
     def conflicts_with(self, select: Select, compensate: Compensation) -> str | None:
         if compensate.attends_alone:
@@ -130,13 +135,16 @@ class Int8(Precision):
         """Quantised attention; an automatic choice does not leave a GPU's kernels for the emulation.
 
         Raises:
-            ValueError: gradients are asked for, or the kernels, meant by name or by a GPU, cannot run the case.
+            ValueError: gradients are asked for, heads cannot be rotated, or the kernels, meant by name or by a GPU,
+                cannot run the case.
         """
         if case.recorded:
             raise ValueError(
                 f"precision {self._kernel!r} cannot run this call: 8-bit attention has no gradient; use precision "
                 "'model'."
             )
+        if case.head_dim is not None:
+            validate_rotation(self.rotate, self.smooth_q, case.head_dim)
         if backend == "auto" and case.device.type == "cuda" and self._kernel not in INTEGER_VALUES:
             reason = why_not_quantized(case, self._kernel)
             if reason is not None:
@@ -168,6 +176,7 @@ class Int8(Precision):
             smooth_k=self.smooth_k,
             smooth_q=self.smooth_q,
             key_scales=self.key_scales,
+            rotate=self.rotate,
             return_lse=True,
             backend=backend,
         )

@@ -5,9 +5,11 @@ import itertools
 import pytest
 import torch
 
-from dit_accel.kernels import BlockMask
-from dit_accel.kernels.common.compiled import MOST_KEPT, CompiledVariants
+from dit_accel.kernels import BlockMask, pool_blocks, pooled_scores, quantize_inputs, select_blocks
+from dit_accel.kernels.common.compiled import MOST_KEPT, CompiledVariants, KeptKernel
 from dit_accel.kernels.common.quantized_inputs import reference_quantize
+from dit_accel.kernels.mask.packed import PackedBlockMask
+from dit_accel.kernels.selection.block_mass import block_mass
 
 
 class Variant:
@@ -123,3 +125,95 @@ def test_one_key_never_stands_for_two_of_tritons_variants(monkeypatch):
                 forward.hopper_forward(q, k, v, mask, rows, key_mask, 0.125, quantized=quantized)
     assert len(found) > 50
     assert all(len(variants) == 1 for variants in found.values())
+
+
+def test_a_kept_kernel_hands_its_variant_the_constants_in_the_kernels_order():
+    x, kernel = torch.zeros(4), Kernel()
+    kept = KeptKernel(kernel)
+    for _ in range(2):
+        kept[(3,)](x, 2, B=5, A=4, num_warps=1)
+    assert kernel.launches == [((3,), (x, 2), {"A": 4, "B": 5, "num_warps": 1})]
+    assert kernel.variants[0].launches == [((3, 1, 1), (x, 2, 4, 5))]
+
+
+@pytest.mark.parametrize(
+    ("args", "named"),
+    [
+        ((torch.zeros(4), 3), {}),
+        ((torch.zeros(4).half(), 2), {}),
+        ((torch.zeros(5)[1:], 2), {}),
+        ((torch.zeros(4), None), {}),
+        ((torch.zeros(4), 2), {"A": 6}),
+        ((torch.zeros(4), 2), {"num_warps": 2}),
+    ],
+    ids=["number", "dtype", "alignment", "none", "constant", "option"],
+)
+def test_what_triton_may_look_at_parts_the_launches_of_a_kept_kernel(args, named):
+    kernel = Kernel()
+    kept = KeptKernel(kernel)
+    settings = {"A": 4, "B": 5, "num_warps": 1}
+    kept[(3,)](torch.zeros(4), 2, **settings)
+    kept[(3,)](*args, **settings | named)
+    assert len(kernel.launches) == 2
+
+
+def test_what_only_compiles_is_not_kept_by_a_kept_kernel_either():
+    kernel = Kernel(result=lambda: None)
+    kept = KeptKernel(kernel)
+    for _ in range(3):
+        kept[(3,)](torch.zeros(4), 2, A=4, B=5)
+    assert len(kernel.launches) == 3
+
+
+def planning_calls():
+    """Calls that differ in batch, heads, lengths, head dims, strides, alignment, masks and permutations."""
+    for batch, heads, length, dim, block_k in itertools.product((1, 2), (1, 3), (200, 256), (64, 96), (16, 64)):
+        fused = torch.randn(batch, length, 3 * heads, dim, dtype=torch.float16)
+        plain = [torch.randn(batch, length, heads, dim, dtype=torch.float16) for _ in range(3)]
+        for q, k, v in (plain, [fused[:, :, n * heads : (n + 1) * heads] for n in range(3)]):
+            for hidden, permuted in ((0, False), (1, True), (2, False)):
+                rows = torch.arange(length, dtype=torch.int32).expand(1, heads, length) if permuted else None
+                key_mask = (
+                    None if not hidden else torch.ones(batch, length + 3, dtype=torch.bool)[:, hidden:][:, :length]
+                )
+                yield q, k, v, block_k, {"rows": rows, "key_mask": key_mask}
+
+
+def test_one_key_of_a_kept_kernel_never_stands_for_two_of_tritons_variants(monkeypatch):
+    pytest.importorskip("triton")
+    from triton.backends.compiler import GPUTarget
+    from triton.compiler import make_backend
+    from triton.runtime.jit import JITFunction, create_function_from_signature
+
+    backend = make_backend(GPUTarget("cuda", 90, 32))
+    specialisers, found = {}, {}
+
+    def recorded(self, _grid, *args, **named):
+        name = self.kernel.fn.__name__
+        if name not in specialisers:
+            plain = JITFunction(self.kernel.fn)
+            specialisers[name] = create_function_from_signature(plain.signature, plain.params, backend)
+        variant = str(specialisers[name](*args, **named)[1:])
+        found.setdefault(name, {}).setdefault(self.key(args, named), set()).add(variant)
+
+    monkeypatch.setattr(KeptKernel, "_launch", recorded)
+    here = {"backend": "triton"}
+    for q, k, v, block_k, settings in planning_calls():
+        nq, nk = -(-q.shape[1] // 128), -(-q.shape[1] // block_k)
+        geometry = {"block_q": 128, "block_k": block_k, "q_len": q.shape[1], "kv_len": q.shape[1]}
+        pool_blocks(k, block_k, **settings, **here)
+        scores = pooled_scores(q, k, 128, block_k, **settings, **here)
+        text = torch.zeros(nk, dtype=torch.bool)
+        for more in ({}, {"forced_k": text, "forced_q": torch.zeros(nq, dtype=torch.bool)}, {"partial_k": text}):
+            mask = select_blocks(scores, density=0.3, **geometry, **more, **here)
+            select_blocks(scores, top_p=0.3, **geometry, **more, **here)
+        block_mass(q, k, block_q=128, block_k=block_k, **settings, **here)
+        PackedBlockMask.of(mask, False, "triton")
+        if block_k >= 32:
+            quantize_inputs(q, k, v, 128, block_k, rows=settings["rows"], **here)
+    assert set(found) >= {
+        "pool_fwd_kernel", "pool_pair_fwd_kernel", "select_fwd_kernel", "block_mass_fwd_kernel", "pack_fwd_kernel",
+        "key_value_stats_kernel", "quantize_kernel",
+    }  # fmt: skip
+    assert all(len(variants) == 1 for keys in found.values() for variants in keys.values())
+    assert sum(len(keys) for keys in found.values()) > 300

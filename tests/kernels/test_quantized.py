@@ -9,7 +9,7 @@ pytest.importorskip("triton")
 
 from dit_accel.kernels import quantize_inputs, quantized_block_sparse_attention
 from dit_accel.kernels.attention.launch_configs import LaunchConfig
-from dit_accel.kernels.common.quantized_inputs import KEY_PLACE, dequantize, reference_quantize
+from dit_accel.kernels.common.quantized_inputs import KEY_PLACE, dequantize, reference_quantize, rotation
 from dit_accel.kernels.quantized.triton import forward as portable
 from dit_accel.kernels.quantized.triton.prologue import quantize_inputs as prologue
 
@@ -296,7 +296,7 @@ def test_fp8_matches_dequantised_attention(case, key_scales, device):
 )
 def test_tiles_of_a_block_match_too(precision, key_scales, case, device, monkeypatch):
     """As GPUs have them on which each warp multiplies by itself."""
-    monkeypatch.setattr(portable, "_config", lambda mask, columns, q: LaunchConfig(4, 1, 32, 32))
+    monkeypatch.setattr(portable, "quantized_launch", lambda *_: LaunchConfig(4, 1, 32, 32))
     check(device, precision, torch.float16, "triton", key_scales, **CASES[case])
 
 
@@ -341,6 +341,119 @@ def test_channel_outliers(precision, smooth_q, device):
         )
         errors[smooth] = (plain.cpu().double() - exact).norm() / exact.norm()
     assert errors[False] > 2 * errors[True]
+
+
+def outliers(q, k):
+    """Channels of queries and keys that stand out, with a sign of their own in each token, so that no mean shows it."""
+    for x, channel in ((q, 17), (q, 40), (k, 5), (k, 41)):
+        x[..., channel] *= 25
+    return q / 12, k / 12
+
+
+@pytest.mark.parametrize("rows", [None, (1, 3)], ids=["in_order", "permuted"])
+@pytest.mark.parametrize("dim", [64, 128])
+@pytest.mark.parametrize("block", [(128, 64), (64, 64)], ids=str)
+@pytest.mark.parametrize("stands_out", [False, True], ids=["normal", "outliers"])
+def test_sums_in_half_precision_and_rotation_keep_the_error(stands_out, block, dim, rows, device):
+    """As GeForce cards run INT8: relative error at most 2e-2, with a tile of keys summed in float16."""
+    q, k, v, mask, order, _, visible = build(length=300, dim=dim, block=block, dtype=torch.float16, rows=rows)
+    if stands_out:
+        q, k = outliers(q, k)
+    exact, exact_lse = dense_attention(q, k, v, visible, order)
+    q, k, v, mask, order = moved(device, q, k, v, mask, order)
+    ready = prologue(q, k, v, *block, rows=order, rotate=stands_out, key_scales="thread", half_sums=True)
+    config = LaunchConfig(4, 2, *block)
+    out, lse = portable.quantized_forward(ready, mask, order, None, dim**-0.5, q.shape[2], q.dtype, config=config)
+    assert (out.cpu().double() - exact).norm() <= 2e-2 * exact.norm()
+    assert (lse.cpu() - exact_lse).abs().max() <= 0.05
+
+
+@pytest.mark.parametrize("precision", ["int8", "int8_fp8"])
+def test_rotation_spreads_outliers_that_have_no_mean(precision, device):
+    """Against the same call without: smoothing cannot take away what has no mean."""
+    q, k, v, mask, _, _, visible = build(length=300, dim=128, block=(64, 64), dtype=torch.float16)
+    q, k = outliers(q, k)
+    exact, exact_lse = dense_attention(q, k, v, visible)
+    q, k, v, mask = moved(device, q, k, v, mask)
+    errors = {}
+    for rotate in (False, True):
+        plain = quantized_block_sparse_attention(
+            q, k, v, mask, precision="int8", rotate=rotate, return_lse=True, backend="reference"
+        )
+        errors[rotate] = float((plain[0].cpu().double() - exact).norm() / exact.norm())
+    out, lse = quantized_block_sparse_attention(
+        q, k, v, mask, precision=precision, rotate=True, return_lse=True, backend="triton"
+    )
+    error = (out.cpu().double() - exact).norm() / exact.norm()
+    assert error <= (4e-2 + LOST_CARRY if precision == "int8_fp8" else 2e-2)
+    assert (lse.cpu() - exact_lse).abs().max() <= 0.05
+    assert errors[False] > 1.5 * errors[True], errors
+
+
+@pytest.mark.parametrize("dim", [16, 64, 128])
+def test_the_rotation_is_orthonormal_and_the_kernels_own(dim, device):
+    turn = rotation(dim).double()
+    assert torch.allclose(turn @ turn.T, torch.eye(dim).double(), atol=1e-6)
+    torch.manual_seed(4)
+    q, k, v = (torch.randn(2, 203, 3, dim).half() + 1.5 for _ in range(3))
+    rows = torch.rand(2, 3, 203).argsort(-1)
+    expected = reference_quantize(q, k, v, 64, 64, rows=rows, rotate=True, key_scales="thread")
+    actual = prologue(*moved(device, q, k, v), 64, 64, rows=rows.to(device), rotate=True, key_scales="thread")
+    for name in ("q_scale", "k_scale", "q_mean", "k_mean", "q_shift"):
+        mine, theirs = getattr(actual, name).cpu(), getattr(expected, name)
+        torch.testing.assert_close(mine, theirs, rtol=1e-4, atol=3e-4 if name == "q_shift" else 1e-5)
+    for name in ("q", "k"):
+        difference = (getattr(actual, name).cpu().int() - getattr(expected, name).int()).abs()
+        assert difference.max() <= 1
+        assert difference.float().mean() < 5e-3
+
+
+def test_a_large_value_does_not_overflow_a_sum_in_half_precision(device):
+    q, k, v, mask, _, _, visible = build(length=300, dim=64, block=(64, 64), dtype=torch.float16)
+    q.zero_()  # all weights alike: the largest sums of a tile
+    v = v.abs() * 0.01 + 60_000
+    exact, _ = dense_attention(q, k, v, visible)
+    q, k, v, mask = moved(device, q, k, v, mask)
+    ready = prologue(q, k, v, 64, 64, half_sums=True)
+    out, _ = portable.quantized_forward(ready, mask, None, None, 0.125, q.shape[2], q.dtype)
+    assert out.isfinite().all()
+    assert (out.cpu().double() - exact).norm() <= 1e-2 * exact.norm()
+
+
+@pytest.mark.parametrize("permuted", [False, True])
+def test_values_of_another_dtype_are_rewritten_for_sums_in_half_precision(permuted, device):
+    torch.manual_seed(7)
+    q, k, v = (torch.randn(2, 203, 3, 64, device=device) for _ in range(3))
+    rows = torch.rand(2, 3, 203).argsort(-1).to(device) if permuted else None
+    made = prologue(q, k, v, 64, 64, rows=rows, half_sums=True)
+    expected = reference_quantize(q.cpu(), k.cpu(), v.cpu(), 64, 64, rows=None if rows is None else rows.cpu()).v
+    assert made.half_sums
+    assert made.v.dtype == torch.float16
+    assert torch.equal(made.v.cpu(), expected.half())
+    half = prologue(q.half(), k.half(), v.half(), 64, 64, half_sums=True)
+    assert half.half_sums
+    assert half.v.dtype == torch.float16
+
+
+@pytest.mark.parametrize(
+    ("capability", "expected"),
+    [((8, 0), False), ((8, 6), True), ((8, 9), True), ((9, 0), False), ((10, 0), False), ((12, 0), True)],
+    ids=str,
+)
+def test_cards_that_sum_twice_as_fast_in_half_are_known(capability, expected, monkeypatch):
+    from dit_accel.kernels.common import capability as module
+
+    monkeypatch.setattr(module, "compute_capability", lambda _index: capability)
+    assert module.sums_twice_as_fast_in_half(0) is expected
+
+
+def test_what_cannot_be_rotated_is_refused():
+    q = torch.randn(1, 64, 2, 40)
+    with pytest.raises(ValueError, match="rotate needs a head dim that is a power of two from 16, got 40"):
+        quantize_inputs(q, q, q, 32, 32, rotate=True)
+    q = torch.randn(1, 64, 2, 32)
+    with pytest.raises(ValueError, match="rotate and smooth_q"):
+        quantize_inputs(q, q, q, 32, 32, rotate=True, smooth_q=True)
 
 
 def test_prepared_inputs_are_reused_and_the_default_runs_anywhere():

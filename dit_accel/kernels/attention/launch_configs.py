@@ -133,3 +133,14 @@ def _smaller(work: Work, config: LaunchConfig) -> LaunchConfig | None:
 def _with_tiles(work: Work, config: LaunchConfig, kept: int, walked: int) -> LaunchConfig:
     tile_q, tile_k = (walked, kept) if work.op == "backward_dkv" else (kept, walked)
     return replace(config, tile_q=tile_q, tile_k=tile_k)
+
+
+def quantized_launch(block_q: int, block_k: int, columns: int, unit: Unit) -> LaunchConfig:
+    """Of the 8-bit forward: whole blocks, or where each warp multiplies by itself tiles that fit 64 KiB and its
+    registers."""
+    stages = 3 if columns <= 128 else 2
+    if unit == "warpgroup":
+        return LaunchConfig(8 if block_q * columns >= 128 * 128 else 4, stages)
+    wide = columns > 128
+    tile_q, tile_k = min(block_q, 64 if wide else 128), min(block_k, 32 if wide else 64)
+    return LaunchConfig(8 if wide or tile_q == 128 else 4, stages, tile_q, tile_k)

@@ -58,6 +58,12 @@ def shared_memory(index: int) -> int:
     return int(properties.shared_memory_per_block if is_amd() else properties.shared_memory_per_block_optin)
 
 
+def sums_twice_as_fast_in_half(index: int) -> bool:
+    """Whether a GPU adds up products of float16 twice as fast in float16 as in float32: GeForce and what is built of
+    its chips (8.6, 8.9 and 12.x). Data-centre GPUs do not."""
+    return not is_amd() and compute_capability(index) in ((8, 6), (8, 9), (12, 0), (12, 1))
+
+
 def is_amd() -> bool:
     """Whether torch's GPUs are AMD's, whose numbers of compute capability mean other things."""
     return torch.version.hip is not None

@@ -7,8 +7,11 @@ key under which the variant is kept.
 
 from __future__ import annotations
 
-from collections.abc import Hashable, Sequence
+from collections.abc import Callable, Hashable, Sequence
+from functools import partial
 from typing import Any
+
+import torch
 
 MOST_KEPT = 4096
 """Variants that a kernel keeps; where there are more, it begins anew."""
@@ -51,3 +54,46 @@ class CompiledVariants:
         if len(self._kept) >= MOST_KEPT:
             self._kept.clear()
         self._kept[key] = variant
+
+
+def _fact(x: Any) -> Hashable:
+    return (x.dtype, x.data_ptr() % 16 == 0) if isinstance(x, torch.Tensor) else x
+
+
+class KeptKernel:
+    """A kernel that is launched as Triton's own is, ``kernel[grid](*args, CONSTANT=..., num_warps=...)``.
+
+    Constants and options go by name, all else by place. The key is made of all that Triton could look at: a tensor's
+    dtype and whether it begins at 16 bytes, and of other arguments the values themselves. So two launches of one key
+    are of one variant, whatever Triton specialises on; the price is a key for each length, of which few are in use.
+    """
+
+    def __init__(self, kernel: Any) -> None:
+        self.kernel = kernel
+        self._kept: dict[Hashable, tuple[Any, list[str]]] = {}
+
+    def __getitem__(self, grid: tuple[int, ...]) -> Callable[..., None]:
+        return partial(self._launch, grid)
+
+    def _launch(self, grid: tuple[int, ...], *args: Any, **named: Any) -> None:
+        if torch.compiler.is_compiling():  # a trace knows Triton's own kernels, and keeps them itself
+            self.kernel[grid](*args, **named)
+            return
+        key = self.key(args, named)
+        kept = self._kept.get(key)
+        if kept is not None:
+            variant, constants = kept
+            variant[(*grid, 1, 1)[:3]](*args, *[named[name] for name in constants])
+            return
+        variant = self.kernel[grid](*args, **named)
+        if not hasattr(variant, "packed_metadata"):  # the interpreter's, or a stand-in's that only compiles
+            return
+        if len(self._kept) >= MOST_KEPT:
+            self._kept.clear()
+        self._kept[key] = variant, self.kernel.arg_names[len(args) :]
+
+    @staticmethod
+    def key(args: Sequence[Any], named: dict[str, Any]) -> Hashable:
+        """What decides the variant: the device of the first argument, a tensor, and facts of each argument."""
+        facts = [x if type(x) is int else _fact(x) for x in args]
+        return (args[0].device, *facts, *named, *named.values())

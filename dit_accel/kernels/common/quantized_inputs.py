@@ -50,6 +50,8 @@ class QuantizedInputs:
             the row, before the softmax scale; zero without smoothing.
         smooth_q: whether the block mean was taken from q before quantising. The kernel then adds
             ``q_mean . k`` of the dequantised keys back to the logits.
+        half_sums: whether the kernel sums weights and values in float16, tile by tile; ``v`` is then float16.
+            Values beyond 65,504 become infinite.
     """
 
     q: torch.Tensor
@@ -62,6 +64,7 @@ class QuantizedInputs:
     k_mean: torch.Tensor
     q_shift: torch.Tensor
     smooth_q: bool
+    half_sums: bool = False
 
     @property
     def scales_by_thread(self) -> bool:
@@ -81,11 +84,13 @@ def reference_quantize(
     smooth_k: bool = True,
     smooth_q: bool = False,
     key_scales: str = "block",
+    rotate: bool = False,
 ) -> QuantizedInputs:
     """:class:`QuantizedInputs` of ``[B, S, H, D]`` inputs in plain torch, on any device."""
     if precision not in PRECISIONS:
         raise ValueError(f"precision must be one of {', '.join(PRECISIONS)}, got {precision!r}.")
     validate_key_scales(key_scales, block_k)
+    validate_rotation(rotate, smooth_q, q.shape[-1])
     qh, kh, vh = (x.transpose(1, 2) for x in (q, k, v))
     if rows is not None:
         index = rows.long().expand(qh.shape[:3])[..., None].expand_as(qh)
@@ -104,6 +109,9 @@ def reference_quantize(
     kf = (kf - center[:, :, None, None]) * k_real[..., None]
     if smooth_q:
         qf = (qf - q_mean[:, :, :, None]) * q_real[..., None]
+    if rotate:
+        turn = rotation(q.shape[-1]).to(q.device)
+        qf, kf = qf @ turn, kf @ turn
     q_peak = qf.abs().amax(-1).clamp_min(1e-12)
     k_peak = kf.abs().amax(-1)
     k_peak = _thread_groups(k_peak).amax((-1, -3)) if key_scales == "thread" else k_peak.amax(-1)
@@ -156,6 +164,27 @@ def validate_key_scales(key_scales: str, block_k: int) -> None:
         raise ValueError(f"key_scales must be one of {', '.join(KEY_SCALES)}, got {key_scales!r}.")
     if key_scales == "thread" and block_k % 8:
         raise ValueError(f"key_scales 'thread' needs block_k to be a multiple of 8, got {block_k}.")
+
+
+def validate_rotation(rotate: bool, smooth_q: bool, dim: int) -> None:
+    """Raise a ValueError unless queries and keys can be rotated before they are quantised."""
+    if rotate and (dim < 16 or dim & (dim - 1)):
+        raise ValueError(f"rotate needs a head dim that is a power of two from 16, got {dim}.")
+    if rotate and smooth_q:
+        raise ValueError("rotate and smooth_q both spread out what stands out in queries: give one of them.")
+
+
+def rotation(dim: int) -> torch.Tensor:
+    """Orthonormal Hadamard matrix, float32 ``[D, D]``; ``dim`` is a power of two.
+
+    An entry's sign is the parity of the bits that row and column share (Sylvester). Turned by it, a channel that stands
+    out is spread over all, and no product of a query and a key changes (QuaRot, arXiv 2404.00456).
+    """
+    place = torch.arange(dim)
+    shared = place[:, None] & place
+    for step in (16, 8, 4, 2, 1):
+        shared = shared ^ (shared >> step)
+    return (1.0 - 2.0 * (shared & 1)) * dim**-0.5
 
 
 def _thread_groups(x: torch.Tensor) -> torch.Tensor:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
+from functools import cached_property
 
 import torch
 import torch.nn.functional as F
@@ -66,20 +67,24 @@ class PackedBlockMask:
                 partial = pack_bits(keep & ~replace(mask, kv_num_blocks=mask.kv_num_full).to_dense())
         return cls(kept, partial, longest, arrived, mask.block_q, mask.block_k, mask.q_len, mask.kv_len, backend)
 
+    @cached_property
+    def _width(self) -> int:
+        """Entries of a row of the lists. Waited for once: a CUDA graph that is captured later must not wait."""
+        if self.arrived is not None:
+            self.arrived.synchronize()
+        return max(1, int(self.longest))
+
     def lists(self) -> BlockMask:
         """The mask, its lists no longer than its longest row; in Triton in one launch.
 
-        Waits for the device to have packed it, not for what came later.
+        Waits for the device to have packed it, the first time, and not for what came later.
         """
         nk = -(-self.kv_len // self.block_k)
         short = nk - 1 if self.kv_len % self.block_k else -1
         if self.backend == "triton":
             from .triton_lists import block_lists_of_bits
 
-            if self.arrived is not None:
-                self.arrived.synchronize()
-            longest = max(1, int(self.longest))
-            indices, number, number_full = block_lists_of_bits(self.kept, self.partial, nk, short, longest)
+            indices, number, number_full = block_lists_of_bits(self.kept, self.partial, nk, short, self._width)
             return BlockMask(number, indices, number_full, self.block_q, self.block_k, self.q_len, self.kv_len)
         keep = unpack_bits(self.kept, nk)
         partial = None if self.partial is None else unpack_bits(self.partial, nk)

@@ -6,6 +6,8 @@ import torch
 import triton
 import triton.language as tl
 
+from ..common.compiled import KeptKernel
+from ..common.launch import power_of_two
 from .block_mask import BlockMask
 
 
@@ -70,17 +72,20 @@ def bits_of(index, listed, WIDTH: tl.constexpr):
     return tl.sum(bit << tl.arange(0, 8)[None, :], 1).to(tl.uint8)
 
 
+_LIST, _UNPACK, _PACK = (KeptKernel(kernel) for kernel in (list_fwd_kernel, unpack_fwd_kernel, pack_fwd_kernel))
+
+
 def bits_of_block_lists(mask: BlockMask, partial: bool) -> tuple[torch.Tensor, torch.Tensor | None]:
     """uint8 bits ``[B, H, nq, ceil(nk / 8)]`` of the kept blocks, and if asked for of those that need masking."""
     number, number_full, indices = (x.contiguous() for x in (mask.kv_num_blocks, mask.kv_num_full, mask.kv_indices))
     nk, length = mask.num_blocks[1], indices.shape[-1]
     kept = torch.empty(*number.shape, -(-nk // 8), dtype=torch.uint8, device=number.device)
     some = torch.empty_like(kept) if partial else None
-    width = max(32, triton.next_power_of_2(nk))
+    width = max(32, power_of_two(nk))
     with torch.cuda.device_of(number):
-        pack_fwd_kernel[(number.numel(),)](
+        _PACK[(number.numel(),)](
             indices, number, number_full, kept, some, length, kept.shape[-1],
-            ENTRIES=max(32, triton.next_power_of_2(length)), WIDTH=width, num_warps=row_warps(width, False),
+            ENTRIES=max(32, power_of_two(length)), WIDTH=width, num_warps=row_warps(width, False),
         )  # fmt: skip
     return kept, some
 
@@ -93,13 +98,11 @@ def block_lists_triton(rank: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, 
     rank = rank.contiguous()
     nk = rank.shape[-1]
     indices = torch.zeros(rank.shape, dtype=torch.int32, device=rank.device)
-    counts = torch.empty(2, *rank.shape[:-1], dtype=torch.int32, device=rank.device)
-    width = max(32, triton.next_power_of_2(nk))
+    number, number_full = torch.empty(2, *rank.shape[:-1], dtype=torch.int32, device=rank.device).unbind()
+    width = max(32, power_of_two(nk))
     with torch.cuda.device_of(rank):
-        list_fwd_kernel[(counts[0].numel(),)](
-            rank, indices, counts[0], counts[1], nk, WIDTH=width, num_warps=row_warps(width, False)
-        )
-    return indices, counts[0], counts[1]
+        _LIST[(number.numel(),)](rank, indices, number, number_full, nk, WIDTH=width, num_warps=row_warps(width, False))
+    return indices, number, number_full
 
 
 def block_lists_of_bits(
@@ -112,14 +115,14 @@ def block_lists_of_bits(
     """
     lead = kept.shape[:-1]
     indices = torch.zeros(*lead, longest, dtype=torch.int32, device=kept.device)
-    counts = torch.empty(2, *lead, dtype=torch.int32, device=kept.device)
-    width = max(32, triton.next_power_of_2(nk))
+    number, number_full = torch.empty(2, *lead, dtype=torch.int32, device=kept.device).unbind()
+    width = max(32, power_of_two(nk))
     with torch.cuda.device_of(kept):
-        unpack_fwd_kernel[(counts[0].numel(),)](
-            kept, partial, indices, counts[0], counts[1], nk, kept.shape[-1], longest, short,
+        _UNPACK[(number.numel(),)](
+            kept, partial, indices, number, number_full, nk, kept.shape[-1], longest, short,
             WIDTH=width, num_warps=row_warps(width, False),
         )  # fmt: skip
-    return indices, counts[0], counts[1]
+    return indices, number, number_full
 
 
 def row_warps(width: int, by_mass: bool) -> int:

@@ -28,6 +28,7 @@ def quantized_block_sparse_attention(
     smooth_k: bool = True,
     smooth_q: bool = False,
     key_scales: str = "block",
+    rotate: bool = False,
     return_lse: bool = False,
     backend: str = "auto",
     quantized: QuantizedInputs | None = None,
@@ -47,6 +48,8 @@ def quantized_block_sparse_attention(
         key_scales: ``"block"``, or ``"thread"`` for four scales a block, one for the keys that each of four
             neighbouring threads of the matrix unit holds (SageAttention 2; see
             :mod:`~dit_accel.kernels.common.quantized_inputs`): outlier keys coarsen a quarter of their block.
+        rotate: turn queries and keys by a Hadamard matrix before they are quantised, which changes no product and
+            spreads channels that stand out over all; for head dims that are a power of two, without ``smooth_q``.
         backend: ``"triton"``, or the same quantised numbers in float32 on ``"torch"`` (any device, no faster
             than ``block_sparse_attention``) or ``"reference"`` (quadratic); ``"auto"``: the first that runs.
         quantized: what :func:`quantize_inputs` made of the same q, k, v, rows and block sizes, to reuse it.
@@ -74,6 +77,7 @@ def quantized_block_sparse_attention(
                 smooth_k=smooth_k,
                 smooth_q=smooth_q,
                 key_scales=key_scales,
+                rotate=rotate,
             )
         if backend == "triton":
             out, lse = _run_triton(q, k, v, mask, rows, key_mask, scale, quantized)
@@ -98,6 +102,7 @@ def quantize_inputs(
     smooth_k: bool = True,
     smooth_q: bool = False,
     key_scales: str = "block",
+    rotate: bool = False,
     backend: str = "auto",
 ) -> QuantizedInputs:
     """Quantise ``[B, S, H, D]`` inputs once, for selection (block means) and attention alike.
@@ -119,6 +124,7 @@ def quantize_inputs(
             smooth_k=smooth_k,
             smooth_q=smooth_q,
             key_scales=key_scales,
+            rotate=rotate,
         )
 
 

@@ -126,8 +126,10 @@ def pooled_scores(
 
         q_mean, k_mean = pool_pair_triton(q, k, block_q, block_k, rows=rows, key_mask=key_mask, scale=scale)
         # Without the views and copies that matmul considers.
-        scores = torch.bmm(q_mean.flatten(0, 1), k_mean.flatten(0, 1).mT)
-        return scores.view(*q_mean.shape[:3], -1)[..., : -(-k.shape[1] // block_k)]
+        scores = torch.bmm(q_mean, k_mean)
+        nq, wide = scores.shape[1:]
+        size = (q.shape[0], q.shape[2], nq, -(-k.shape[1] // block_k))
+        return scores.as_strided(size, (size[1] * nq * wide, nq * wide, wide, 1))
     q_mean = pool_blocks(q, block_q, rows=rows, backend=backend) * scale
     k_mean = pool_blocks(k, block_k, rows=rows, key_mask=key_mask, backend=backend)
     return q_mean @ k_mean.transpose(-1, -2)
@@ -139,9 +141,9 @@ def expand_blocks(mask: torch.Tensor | None, last: int, name: str) -> torch.Tens
         return None
     if not 1 <= mask.dim() <= 3 or mask.shape[-1] != last:
         raise ValueError(f"{name} must be bool [{last}], [B, {last}] or [B, H, {last}], got {tuple(mask.shape)}.")
-    if mask.dim() == 3:
-        return mask.bool()
-    return mask.bool().reshape(-1, 1, last)
+    if mask.dtype != torch.bool:
+        mask = mask.bool()
+    return mask if mask.dim() == 3 else mask.reshape(-1, 1, last)
 
 
 def select_blocks(

@@ -76,7 +76,8 @@ class Learned(Select):
         return replace(self, density=density, head_densities=())
 
     def of_layer(self, layer: int) -> Learned:
-        return replace(self, head_densities=density_of_layer(self.head_densities, layer))
+        densities = density_of_layer(self.head_densities, layer)
+        return self if densities is self.head_densities else replace(self, head_densities=densities)
 
     def prepare(self, blocks: SequenceBlocks) -> BlockPlaces:
         return BlockPlaces(_places(blocks, blocks.block_q), _places(blocks, blocks.block_k))

@@ -104,7 +104,8 @@ class Mass(Select):
         return replace(self, density=density, head_densities=())
 
     def of_layer(self, layer: int) -> Mass:
-        return replace(self, head_densities=density_of_layer(self.head_densities, layer))
+        densities = density_of_layer(self.head_densities, layer)
+        return self if densities is self.head_densities else replace(self, head_densities=densities)
 
     def uses_lse(self, _layout: TokenLayout, _key_mask: torch.Tensor | None) -> bool:
         """Whether the log-sum-exp of the call's dense attention would spare :meth:`select` a pass."""

@@ -159,7 +159,8 @@ class Pooled(Select):
         return replace(self, density=density, head_densities=())
 
     def of_layer(self, layer: int) -> Pooled:
-        return replace(self, head_densities=density_of_layer(self.head_densities, layer))
+        densities = density_of_layer(self.head_densities, layer)
+        return self if densities is self.head_densities else replace(self, head_densities=densities)
 
     def select(
         self,

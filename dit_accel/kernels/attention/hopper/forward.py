@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import copy
+from collections.abc import Hashable
 from dataclasses import dataclass
 from functools import cache
 
@@ -10,7 +12,7 @@ from triton.experimental.gluon import language as gl
 from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
 
 from ...common.capability import compute_capability, multiprocessors
-from ...common.compiled import CompiledVariants
+from ...common.compiled import MOST_KEPT, CompiledVariants
 from ...common.launch import LOG2_E, int32_rows, list_strides
 from ...common.quantized_inputs import QuantizedInputs
 from ...mask.block_mask import BlockMask
@@ -22,6 +24,7 @@ _SHARED_BYTES = 224 << 10  # of 227 KiB: barriers and alignment take a little
 # all query blocks read alike; one that reads everything holds its head for long.
 RING_SHARE = 0.15
 _VARIANTS = CompiledVariants()
+_DESCRIPTORS: dict[Hashable, TensorDescriptor] = {}
 
 
 @dataclass(frozen=True)
@@ -100,8 +103,20 @@ def ring_heads(batch: int, heads: int) -> int:
 
 def _tiles(x: torch.Tensor, rows: int, columns: int) -> TensorDescriptor:
     """Tiles ``[rows, columns]`` of a matrix; what lies past its last row reads as zero and is not written."""
+    key = (x.shape, x.stride(), x.dtype, rows, columns)
+    kept = _DESCRIPTORS.get(key)
+    if kept is not None and x.data_ptr() % 16 == 0:
+        # Of a matrix like this one all else was checked, which takes as long as to launch the kernel.
+        tiles = copy.copy(kept)
+        tiles.base = x
+        return tiles
     layout = _shared_layout(x.element_size(), columns)
-    return TensorDescriptor(x, list(x.shape), list(x.stride()), [rows, columns], layout)
+    tiles = TensorDescriptor(x, list(x.shape), list(x.stride()), [rows, columns], layout)
+    if len(_DESCRIPTORS) >= MOST_KEPT:
+        _DESCRIPTORS.clear()
+    kept = _DESCRIPTORS[key] = copy.copy(tiles)
+    kept.base = None  # which would keep its memory
+    return tiles
 
 
 @cache

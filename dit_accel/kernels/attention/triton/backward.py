@@ -7,10 +7,10 @@ from run to run.
 from __future__ import annotations
 
 import torch
-import triton
 
 from ...common.launch import (
     DOT_PRECISION,
+    ceil_div,
     int32_rows,
     list_strides,
     mask_constants,
@@ -31,7 +31,7 @@ from .reorder import reorder_for_backward
 def _delta(out: torch.Tensor, grad: torch.Tensor, grad_lse: torch.Tensor) -> torch.Tensor:
     batch, q_len, heads, dim = out.shape
     delta = torch.empty((batch, heads, q_len), dtype=torch.float32, device=out.device)
-    delta_bwd_kernel[(triton.cdiv(q_len, 64), batch * heads)](
+    delta_bwd_kernel[(ceil_div(q_len, 64), batch * heads)](
         out,
         grad,
         grad_lse,

@@ -6,6 +6,7 @@ import torch
 import triton
 import triton.language as tl
 
+from ...common.compiled import KeptKernel
 from ...common.launch import (
     DOT_PRECISION,
     LOG2_E,
@@ -228,6 +229,9 @@ def block_sparse_fwd_kernel(
     tl.store(lse_ptr + row, lse, mask=slot < q_len)
 
 
+_FORWARD = KeptKernel(block_sparse_fwd_kernel)
+
+
 def forward(
     q: torch.Tensor,
     k: torch.Tensor,
@@ -247,7 +251,7 @@ def forward(
     rows = int32_rows(rows)
     config = config or launch_config("forward", q, mask, rows is not None)
     tile_q, tile_k = config.tiles(mask)
-    block_sparse_fwd_kernel[(nq * (mask.block_q // tile_q), batch * heads)](
+    _FORWARD[(nq * (mask.block_q // tile_q), batch * heads)](
         q,
         k,
         v,

@@ -6,7 +6,7 @@ import torch
 import triton
 import triton.language as tl
 
-from ...common.launch import padded_head_dim, token_strides, unit_stride
+from ...common.launch import ceil_div, padded_head_dim, token_strides, unit_stride
 
 _ROWS = 32
 
@@ -60,7 +60,7 @@ def merge_triton(out: torch.Tensor, lse: torch.Tensor, part: torch.Tensor, part_
     """See :func:`dit_accel.kernels.attention.merge.merge_attention`; ``out`` is float32."""
     batch, length, heads, dim = out.shape
     part = unit_stride(part)
-    merge_kernel[(triton.cdiv(length, _ROWS), batch * heads)](
+    merge_kernel[(ceil_div(length, _ROWS), batch * heads)](
         out,
         lse,
         part,

@@ -6,7 +6,7 @@ import torch
 import triton
 import triton.language as tl
 
-from ...common.launch import SIZES, list_strides, padded_head_dim, token_strides
+from ...common.launch import SIZES, ceil_div, list_strides, padded_head_dim, token_strides
 
 
 @triton.jit(do_not_specialize=SIZES)
@@ -92,7 +92,7 @@ def reorder_for_backward(
     moved = [torch.empty((batch, length, heads, dim), dtype=q.dtype, device=q.device) for _ in range(4)]
     lse_to, delta = (torch.empty((batch, heads, length), dtype=torch.float32, device=q.device) for _ in range(2))
     block = 32
-    reorder_for_backward_kernel[(triton.cdiv(length, block), batch * heads)](
+    reorder_for_backward_kernel[(ceil_div(length, block), batch * heads)](
         q,
         k,
         v,

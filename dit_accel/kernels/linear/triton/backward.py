@@ -17,10 +17,9 @@ from __future__ import annotations
 from typing import Any
 
 import torch
-import triton
 from torch.autograd.function import once_differentiable
 
-from ...common.launch import lead_strides, or_stand_in
+from ...common.launch import ceil_div, lead_strides, or_stand_in
 from ...mask.block_mask import BlockMask
 from ..projection import project_heads, sum_rows
 from .backward_kernels import linear_dkv_bwd_kernel, linear_dq_bwd_kernel
@@ -63,7 +62,7 @@ def launch_dq(
     head0: int = 0,
 ) -> None:
     """Fill ``dq``, and ``dstates`` [heads of the launch, groups, D * D + D]."""
-    groups = triton.cdiv(shape.q_len, group_tokens)
+    groups = ceil_div(shape.q_len, group_tokens)
     with torch.cuda.device_of(q):
         linear_dq_bwd_kernel[(states.shape[0] * groups,)](
             q,
@@ -111,7 +110,7 @@ def launch_dkv(
     head0: int = 0,
 ) -> None:
     """Fill ``dk`` and ``dv`` from the summed state gradients [heads of the launch, blocks or 1, ...]."""
-    tiles = triton.cdiv(shape.kv_len, shape.tile_k)
+    tiles = ceil_div(shape.kv_len, shape.tile_k)
     with torch.cuda.device_of(k):
         linear_dkv_bwd_kernel[(dstates.shape[0] * tiles,)](
             k,
@@ -203,8 +202,8 @@ def _all_tokens_backward(
 ) -> tuple[torch.Tensor, torch.Tensor | None, torch.Tensor | None, torch.Tensor | None]:
     shape = shape_of(q, k, None)
     total = shape.batch * shape.heads
-    group = triton.cdiv(triton.cdiv(shape.q_len, max(1, SPLITS // total)), 64) * 64
-    groups = triton.cdiv(shape.q_len, group)
+    group = ceil_div(ceil_div(shape.q_len, max(1, SPLITS // total)), 64) * 64
+    groups = ceil_div(shape.q_len, group)
     dq = torch.empty(q.shape, dtype=q.dtype, device=q.device)
     partial = torch.empty(total, groups, shape.state_width, dtype=torch.float32, device=q.device)
     states = combine(mean, weight, shape)

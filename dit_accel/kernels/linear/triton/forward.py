@@ -13,11 +13,12 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 
 import torch
-import triton
 
 from ...common.capability import is_amd
+from ...common.compiled import KeptKernel
 from ...common.launch import (
     DOT_PRECISION,
+    ceil_div,
     contiguous_key_mask,
     lead_strides,
     or_stand_in,
@@ -83,17 +84,23 @@ class Shape:
 
         A range of several batches holds all heads, as the kernels number them.
         """
-        rows = triton.cdiv(self.q_len, self.block_q) + triton.cdiv(self.kv_len, self.block_k)
+        rows = ceil_div(self.q_len, self.block_q) + ceil_div(self.kv_len, self.block_k)
         one = rows * self.state_width * buffers
         call = 2 * (self.q_len + self.kv_len) * self.heads * self.dim * self.batch
         fitting = max(1, int(max(share * call, STATE_BYTES / self.dtype.itemsize) / one))
         # Equal chunks: the same memory peak, and no small last launch.
-        step = triton.cdiv(self.heads, triton.cdiv(self.heads, min(self.heads, fitting)))
+        step = ceil_div(self.heads, ceil_div(self.heads, min(self.heads, fitting)))
         batches = max(1, fitting // self.heads) if step == self.heads else 1
-        batches = triton.cdiv(self.batch, triton.cdiv(self.batch, min(self.batch, batches)))
+        batches = ceil_div(self.batch, ceil_div(self.batch, min(self.batch, batches)))
         for b in range(0, self.batch, batches):
             for start in range(0, self.heads, step):
                 yield slice(b, min(b + batches, self.batch)), slice(start, min(start + step, self.heads))
+
+
+_MAP, _STATE, _COMBINE, _OUT = (
+    KeptKernel(kernel)
+    for kernel in (marginal_map_kernel, linear_state_fwd_kernel, linear_combine_kernel, linear_out_fwd_kernel)
+)
 
 
 def shape_of(q: torch.Tensor, k: torch.Tensor, critical: BlockMask | None) -> Shape:
@@ -113,7 +120,7 @@ def scaled_map(critical: BlockMask, negligible: BlockMask | None, dtype: torch.d
         num = mask.kv_num_blocks.expand(*lead, nq).contiguous()
         indices = mask.kv_indices.expand(*lead, nq, -1).contiguous()
         with torch.cuda.device_of(out):
-            marginal_map_kernel[(num.numel(),)](num, indices, out, indices.shape[-1], nk, CHUNK=128, num_warps=1)
+            _MAP[(num.numel(),)](num, indices, out, indices.shape[-1], nk, CHUNK=128, num_warps=1)
     return out
 
 
@@ -152,9 +159,9 @@ def launch_states(
 ) -> None:
     """Fill ``states`` [heads of the launch, states, D * D + D], from ``batch0`` and ``head0`` on."""
     heads = min(shape.heads, states.shape[0])
-    groups = triton.cdiv(triton.cdiv(shape.kv_len, shape.tile_k), group_tiles)
+    groups = ceil_div(ceil_div(shape.kv_len, shape.tile_k), group_tiles)
     with torch.cuda.device_of(k):
-        linear_state_fwd_kernel[(states.shape[0] * groups,)](
+        _STATE[(states.shape[0] * groups,)](
             k,
             v,
             or_stand_in(rows, k),
@@ -218,9 +225,9 @@ def all_states(
 ) -> torch.Tensor:
     """The mean state over all tokens, ``[B * H, 1, D * D + D]`` in ``dtype`` (the input's if None)."""
     total = shape.batch * shape.heads
-    tiles = triton.cdiv(shape.kv_len, shape.tile_k)
-    group = triton.cdiv(tiles, max(1, SPLITS // total))
-    splits = triton.cdiv(tiles, group)
+    tiles = ceil_div(shape.kv_len, shape.tile_k)
+    group = ceil_div(tiles, max(1, SPLITS // total))
+    splits = ceil_div(tiles, group)
     partial = torch.empty(total, splits, shape.state_width, dtype=torch.float32, device=k.device)
     launch_states(
         k, v, None, key_mask, None, partial, shape, kind,
@@ -240,7 +247,7 @@ def combine(
     dtype = shape.dtype if dtype is None else dtype
     states = torch.empty(partial.shape[0], 1, shape.state_width, dtype=dtype, device=partial.device)
     with torch.cuda.device_of(partial):
-        linear_combine_kernel[(partial.shape[0], triton.cdiv(shape.dim, 16))](
+        _COMBINE[(partial.shape[0], ceil_div(shape.dim, 16))](
             partial,
             or_stand_in(weight, partial),
             states,
@@ -277,10 +284,10 @@ def launch_out(
 
     ``added``, which may be ``out`` itself, is added to it.
     """
-    groups = triton.cdiv(shape.q_len, group_tokens)
+    groups = ceil_div(shape.q_len, group_tokens)
     tile, warps, stages = OUT_ALL if states.shape[1] == 1 else OUT_PER_BLOCK
     with torch.cuda.device_of(q):
-        linear_out_fwd_kernel[(states.shape[0] * groups,)](
+        _OUT[(states.shape[0] * groups,)](
             q,
             or_stand_in(rows, q),
             states,
@@ -352,8 +359,8 @@ def linear_forward(
             states = all_states(k, v, key_mask, weight, shape, kind)
         else:
             states = combine(mean, weight, shape)
-        group = triton.cdiv(shape.q_len, max(1, 2 * SPLITS // states.shape[0]))
-        group = triton.cdiv(group, 64) * 64
+        group = ceil_div(shape.q_len, max(1, 2 * SPLITS // states.shape[0]))
+        group = ceil_div(group, 64) * 64
         launch_out(q, rows, states, out, bias, added, shape, kind, eps / shape.kv_len, group_tokens=group)
         return out
     nq, nk = critical.num_blocks

@@ -10,7 +10,7 @@ import torch
 import triton
 import triton.language as tl
 
-from ...common.launch import DOT_PRECISION, LOG2_E, lead_strides, padded_head_dim
+from ...common.launch import DOT_PRECISION, LOG2_E, ceil_div, lead_strides, padded_head_dim, power_of_two
 from ...common.tokens import gather_mask, gather_rows
 from ..levels import LEVELS, pool_level
 from .forward import TILE, fitting_tiles, level_lists, pyramid_attention_triton
@@ -228,7 +228,7 @@ def _backward(
     dk, dv = (torch.empty(k.shape, dtype=torch.float32, device=q.device) for _ in range(2))
     with torch.cuda.device_of(q):
         lists, num = level_lists(levels)
-        tiles = triton.cdiv(q_len, tile_q)
+        tiles = ceil_div(q_len, tile_q)
         pyramid_bwd_dq_kernel[(batch * heads * tiles,)](
             q,
             k,
@@ -259,7 +259,7 @@ def _backward(
         lists, num = level_lists(levels.transpose(-1, -2))
         for step, level in enumerate(LEVELS):
             runs = block_k // level
-            runs_pad = max(16, triton.next_power_of_2(runs))
+            runs_pad = max(16, power_of_two(runs))
             # A program has all keys of a block; queries alone may come in fewer rows.
             _, walked = fitting_tiles(q, runs_pad, min(block_q, _TILE_Q), 2, least_kept=runs_pad)
             pyramid_bwd_dkv_kernel[(batch * heads * nk,)](

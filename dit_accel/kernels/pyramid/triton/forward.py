@@ -15,11 +15,13 @@ from ...common.capability import shared_memory
 from ...common.launch import (
     DOT_PRECISION,
     LOG2_E,
+    ceil_div,
     contiguous_key_mask,
     contiguous_rows,
     lead_strides,
     or_stand_in,
     padded_head_dim,
+    power_of_two,
 )
 from ...common.primitives import online_softmax_update, slot_rows
 from ..levels import LEVELS
@@ -244,11 +246,11 @@ def pool_pyramid(
 ) -> tuple[torch.Tensor, torch.Tensor, tuple[int, int]]:
     """Means ``[B, H, runs, D]`` in x's dtype, token counts ``[B, H, runs]``, starts of levels 4 and 8."""
     batch, seq, heads, dim = x.shape
-    sizes = [triton.cdiv(seq, level) for level in LEVELS[1:]]
+    sizes = [ceil_div(seq, level) for level in LEVELS[1:]]
     start4, start8, runs = sizes[0], sizes[0] + sizes[1], sum(sizes)
     out = torch.empty(batch, heads, runs, dim, dtype=x.dtype, device=x.device)
     count = torch.empty(batch, heads, runs, dtype=torch.float32, device=x.device)
-    tiles = triton.cdiv(seq, TILE)
+    tiles = ceil_div(seq, TILE)
     with torch.cuda.device_of(x):
         pyramid_pool_kernel[(batch * heads * tiles,)](
             x,
@@ -269,7 +271,7 @@ def pool_pyramid(
             HAS_MASK=key_mask is not None,
             TILE=TILE,
             DIM=dim,
-            DIM_PAD=triton.next_power_of_2(dim),
+            DIM_PAD=power_of_two(dim),
             num_warps=4,
         )
     return out, count, (start4, start8)
@@ -307,7 +309,7 @@ def pyramid_attention_triton(
     v_pool, _, _ = pool_pyramid(v, rows, key_mask)
     lists, num = level_lists(levels)
     tile_q, tile = fitting_tiles(q, min(block_q, 128), TILE, 1)
-    tiles = triton.cdiv(q_len, tile_q)
+    tiles = ceil_div(q_len, tile_q)
     out = torch.empty(q.shape, dtype=q.dtype, device=q.device)
     lse = torch.empty(batch, heads, q_len, dtype=torch.float32, device=q.device)
     with torch.cuda.device_of(q):

@@ -6,8 +6,9 @@ import torch
 import triton
 import triton.language as tl
 
-from ...attention.launch_configs import LaunchConfig
+from ...attention.launch_configs import LaunchConfig, quantized_launch
 from ...attention.tuning import matrix_unit
+from ...common.compiled import KeptKernel
 from ...common.launch import (
     LOG2_E,
     SIZES,
@@ -72,10 +73,13 @@ def quantized_fwd_kernel(
     FP8: tl.constexpr,
     THREAD_SCALES: tl.constexpr,
     HALF_TYPE: tl.constexpr,
+    HALF_SUMS: tl.constexpr,
 ):
     """``TILE_Q`` queries of a block of one head of a QuantizedInputs, against ``TILE_K`` keys at a time.
 
-    Output and LSE go to the original rows.
+    Output and LSE go to the original rows. ``HALF_SUMS``: weights and values of a tile are summed in float16, where
+    GeForce cards are twice as fast, and tiles in float32. A weight is divided by ``TILE_K`` first, so that no sum of a
+    tile exceeds its largest value. Each of ``TILE_K / 16`` additions rounds by 2**-11 of the sum of magnitudes.
     """
     q_tiles: tl.constexpr = BLOCK_Q // TILE_Q
     k_tiles: tl.constexpr = BLOCK_K // TILE_K
@@ -156,11 +160,16 @@ def quantized_fwd_kernel(
             v_at = v_ptr + batch * stride_vb + head * stride_vh + key_slot.to(tl.int64)[:, None] * stride_vs
             live = (key_slot < kv_len)[:, None] & column[None, :]
             v = tl.load(v_at + offs_d[None, :], mask=live, other=0.0)
-            acc = tl.dot(p.to(HALF_TYPE), v, acc)
+            if HALF_SUMS:
+                acc += tl.dot((p * (1.0 / TILE_K)).to(tl.float16), v, out_dtype=tl.float16).to(tl.float32)
+            else:
+                acc = tl.dot(p.to(HALF_TYPE), v, acc)
 
     nothing = row_sum == 0.0
     safe = tl.where(nothing, 1.0, row_sum)
     acc = acc / safe[:, None]
+    if HALF_SUMS:
+        acc = acc * TILE_K
     if FP8:
         v_scale = tl.load(v_scale_ptr + plane * HEAD_DIM + offs_d, mask=column, other=0.0)
         acc = acc * (v_scale / 448.0)[None, :]
@@ -179,14 +188,7 @@ def quantized_fwd_kernel(
 _TRITON_TYPES = {torch.float16: tl.float16, torch.bfloat16: tl.bfloat16, torch.float32: tl.float32}
 
 
-def _config(mask: BlockMask, columns: int, q: torch.Tensor) -> LaunchConfig:
-    """Whole blocks, or where each warp multiplies by itself tiles that fit 64 KiB and its registers."""
-    stages = 3 if columns <= 128 else 2
-    if not q.is_cuda or matrix_unit(q.device.index or 0)[0] == "warpgroup":
-        return LaunchConfig(8 if mask.block_q * columns >= 128 * 128 else 4, stages)
-    wide = columns > 128
-    tile_q, tile_k = min(mask.block_q, 64 if wide else 128), min(mask.block_k, 32 if wide else 64)
-    return LaunchConfig(8 if wide or tile_q == 128 else 4, stages, tile_q, tile_k)
+_FORWARD = KeptKernel(quantized_fwd_kernel)
 
 
 def quantized_forward(
@@ -197,8 +199,12 @@ def quantized_forward(
     scale: float,
     heads: int,
     dtype: torch.dtype,
+    config: LaunchConfig | None = None,
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """``out [B, Sq, H, D]`` in ``dtype`` and ``lse [B, H, Sq]``."""
+    """``out [B, Sq, H, D]`` in ``dtype`` and ``lse [B, H, Sq]``.
+
+    Values are multiplied in their own dtype, and summed in float16 where ``quantized.half_sums``.
+    """
     batch, _, q_padded, dim = quantized.q.shape
     kv_padded = quantized.k.shape[2]
     device = quantized.q.device
@@ -207,9 +213,10 @@ def quantized_forward(
     nq, _ = mask.num_blocks
     rows = int32_rows(rows)
     block_d = max(32, padded_head_dim(dim))  # 8-bit products take at least 32 columns at once
-    config = _config(mask, block_d, quantized.q)
+    unit = matrix_unit(device.index or 0)[0] if quantized.q.is_cuda else "warpgroup"
+    config = config or quantized_launch(mask.block_q, mask.block_k, block_d, unit)
     tile_q, tile_k = config.tiles(mask)
-    quantized_fwd_kernel[(nq * (mask.block_q // tile_q), batch * heads)](
+    _FORWARD[(nq * (mask.block_q // tile_q), batch * heads)](
         quantized.q,
         quantized.k,
         quantized.v,
@@ -239,6 +246,7 @@ def quantized_forward(
         FP8=quantized.v_scale is not None,
         THREAD_SCALES=quantized.scales_by_thread,
         HALF_TYPE=_TRITON_TYPES[dtype],
+        HALF_SUMS=quantized.half_sums,
         num_warps=config.num_warps,
         num_stages=config.num_stages,
         **mask_constants(mask, rows, key_mask),

@@ -11,13 +11,30 @@ import math
 from functools import cache
 
 import torch
-import triton
 
-from ...common.capability import multiprocessors
-from ...common.launch import int32_rows, list_strides, padded_head_dim, register_limit, token_strides, unit_stride
-from ...common.quantized_inputs import KEY_GROUPS, KEY_TILE, QuantizedInputs, sampled_keys, validate_key_scales
+from ...common.capability import multiprocessors, sums_twice_as_fast_in_half
+from ...common.compiled import KeptKernel
+from ...common.launch import (
+    ceil_div,
+    int32_rows,
+    list_strides,
+    padded_head_dim,
+    power_of_two,
+    register_limit,
+    token_strides,
+    unit_stride,
+)
+from ...common.quantized_inputs import (
+    KEY_GROUPS,
+    KEY_TILE,
+    QuantizedInputs,
+    sampled_keys,
+    validate_key_scales,
+    validate_rotation,
+)
 from .prologue_kernels import key_value_stats_kernel, quantize_kernel
 
+_STATS, _QUANTIZE = KeptKernel(key_value_stats_kernel), KeptKernel(quantize_kernel)
 _K_CHUNKS, _V_CHUNKS = 16, 32  # at most; each program adds them all up
 _CHUNK_PROGRAMS = 264  # two on each of an H200's multiprocessors
 _WARPS, _REGISTERS = 4, 255  # eight warps of half the registers took 11 to 28 % more time on an H200
@@ -72,6 +89,8 @@ def quantize_inputs(
     smooth_k: bool = True,
     smooth_q: bool = False,
     key_scales: str = "block",
+    rotate: bool = False,
+    half_sums: bool | None = None,
 ) -> QuantizedInputs:
     """Quantise ``[B, S, H, D]`` inputs for :func:`quantized_block_sparse_attention`.
 
@@ -85,14 +104,19 @@ def quantize_inputs(
         smooth_k: subtract the mean key.
         smooth_q: subtract the mean of each query block.
         key_scales: ``"block"`` or ``"thread"``, see :mod:`~dit_accel.kernels.common.quantized_inputs`.
+        rotate: turn queries and keys by a Hadamard matrix, which spreads channels that stand out over all.
+        half_sums: whether weights and values are to be summed in float16; if None, where the GPU is faster at that.
     """
     validate_key_scales(key_scales, block_k)
+    validate_rotation(rotate, smooth_q, q.shape[-1])
     if precision not in ("int8", "int8_fp8"):
         raise ValueError(f"precision must be int8 or int8_fp8 for the kernels, got {precision!r}.")
     batch, q_len, heads, dim = q.shape
     kv_len = k.shape[1]
     device = q.device
     fp8 = precision == "int8_fp8"
+    if half_sums is None:
+        half_sums = not fp8 and q.is_cuda and sums_twice_as_fast_in_half(device.index or 0)
     q, k, v = unit_stride(q), unit_stride(k), unit_stride(v)
     nq, nk = -(-q_len // block_q), -(-kv_len // block_k)
     block_d = padded_head_dim(dim)
@@ -102,8 +126,8 @@ def quantize_inputs(
         return torch.empty((batch, heads, *shape), dtype=dtype, device=device)
 
     k_step, sampled = sampled_keys(kv_len)
-    tiles, wanted = triton.cdiv(kv_len, KEY_TILE), max(1, _CHUNK_PROGRAMS // planes)
-    k_chunks = min(_K_CHUNKS, triton.cdiv(tiles, k_step), wanted)
+    tiles, wanted = ceil_div(kv_len, KEY_TILE), max(1, _CHUNK_PROGRAMS // planes)
+    k_chunks = min(_K_CHUNKS, ceil_div(tiles, k_step), wanted)
     v_chunks = min(_V_CHUNKS, tiles, wanted) if fp8 else 0
     groups = (KEY_GROUPS,) if key_scales == "thread" else ()
     shapes = [(nq * block_q,), (nk, *groups), (nq, dim), (nk, dim), (nq * block_q,), (k_chunks, dim)]
@@ -111,7 +135,7 @@ def quantize_inputs(
     q_scale, k_scale, q_mean, k_mean, q_shift, k_sum, *of_v = _carve(batch, heads, shapes, device)
     v_max, v_scale = of_v if fp8 else (k_sum, None)
     if smooth_k or fp8:
-        key_value_stats_kernel[(max(k_chunks, v_chunks), planes, 2 if fp8 else 1)](
+        _STATS[(max(k_chunks, v_chunks), planes, 2 if fp8 else 1)](
             k,
             v,
             k_sum,
@@ -131,8 +155,9 @@ def quantize_inputs(
     value = v
     if fp8:
         value = make(dim, nk * block_k, dtype=torch.float8_e4m3fn)
-    elif rows is not None:
-        value = torch.empty((batch, kv_len, heads, dim), dtype=v.dtype, device=device)
+    elif rows is not None or (half_sums and v.dtype != torch.float16):
+        dtype = torch.float16 if half_sums else v.dtype
+        value = torch.empty((batch, kv_len, heads, dim), dtype=dtype, device=device)
     result = QuantizedInputs(
         q=make(nq * block_q, dim, dtype=torch.int8),
         q_scale=q_scale,
@@ -144,10 +169,14 @@ def quantize_inputs(
         k_mean=k_mean,
         q_shift=q_shift,
         smooth_q=smooth_q,
+        half_sums=half_sums,
     )
     rows = int32_rows(rows)
-    kinds = 3 if fp8 or rows is not None else 2
-    quantize_kernel[(_shares(max(nq, nk), planes * kinds, _slots(device)), planes, kinds)](
+    rewrite = value is not v
+    kinds = 3 if rewrite else 2
+    # Turned tiles go through shared memory, beside the matrix: nothing is loaded ahead of them.
+    stages = 1 if rotate else _stages(max(block_q, block_k) * block_d * q.element_size())
+    _QUANTIZE[(_shares(max(nq, nk), planes * kinds, _slots(device)), planes, kinds)](
         q,
         k,
         v,
@@ -177,14 +206,16 @@ def quantize_inputs(
         BLOCK_K=block_k,
         BLOCK_D=block_d,
         HEAD_DIM=dim,
-        K_CHUNKS=max(2, triton.next_power_of_2(k_chunks)),
-        V_CHUNKS=max(2, triton.next_power_of_2(v_chunks)),
+        K_CHUNKS=max(2, power_of_two(k_chunks)),
+        V_CHUNKS=max(2, power_of_two(v_chunks)),
         PERMUTED=rows is not None,
         SMOOTH_K=smooth_k,
         SMOOTH_Q=smooth_q,
         FP8=fp8,
+        REWRITE=rewrite,
         THREAD_SCALES=key_scales == "thread",
-        STAGES=_stages(max(block_q, block_k) * block_d * q.element_size()),
+        ROTATE=rotate,
+        STAGES=stages,
         num_warps=_WARPS if block_d <= 128 else 2 * _WARPS,
         **register_limit(_REGISTERS),
     )

@@ -117,6 +117,29 @@ def _mean_key(ptr, plane, chunks, sampled, HEAD_DIM: tl.constexpr, BLOCK_D: tl.c
 
 
 @triton.jit
+def _turned(x, DIM: tl.constexpr):
+    """Rows ``[N, DIM]`` in a dtype that is multiplied, times the matrix of
+    :func:`~dit_accel.kernels.common.quantized_inputs.rotation`; float32."""
+    row, column = tl.arange(0, DIM), tl.arange(0, DIM)
+    shared = row[:, None] & column[None, :]
+    for step in tl.static_range(3):
+        shared = shared ^ (shared >> (4 >> step))  # the parity of eight bits
+    sign = (1 - 2 * (shared & 1)).to(x.dtype)  # exact in any dtype
+    return tl.dot(x, sign, input_precision="ieee") * tl.rsqrt(tl.full([], DIM, tl.float32))
+
+
+@triton.jit
+def _turned_vector(x, DIM: tl.constexpr):
+    """The same of one float32 vector, exactly."""
+    row, column = tl.arange(0, DIM), tl.arange(0, DIM)
+    shared = row[:, None] & column[None, :]
+    for step in tl.static_range(3):
+        shared = shared ^ (shared >> (4 >> step))  # the parity of eight bits
+    turned = tl.sum(tl.where((shared & 1) == 0, x[:, None], -x[:, None]), 0)
+    return turned * tl.rsqrt(tl.full([], DIM, tl.float32))
+
+
+@triton.jit
 def _quantize_queries(
     q_ptr,
     rows_ptr,
@@ -138,6 +161,7 @@ def _quantize_queries(
     PERMUTED: tl.constexpr,
     SMOOTH_K: tl.constexpr,
     SMOOTH_Q: tl.constexpr,
+    ROTATE: tl.constexpr,
     STAGES: tl.constexpr,
 ):
     """This program's blocks of a plane of q: integers, a scale and a shift for every token, block means."""
@@ -147,7 +171,8 @@ def _quantize_queries(
     if SMOOTH_K:
         center = _mean_key(k_sum_ptr, plane, chunks, sampled, HEAD_DIM, BLOCK_D, CHUNKS)
     for block in tl.range(tl.program_id(0), blocks, tl.num_programs(0), num_stages=STAGES):
-        q = _load_block(q_ptr, rows_ptr, block, n, length, stride_s, HEAD_DIM, BLOCK_D, PERMUTED).to(tl.float32)
+        loaded = _load_block(q_ptr, rows_ptr, block, n, length, stride_s, HEAD_DIM, BLOCK_D, PERMUTED)
+        q = loaded.to(tl.float32)
         left = length - block * BLOCK
         at = plane * blocks + block
         shift = tl.zeros([BLOCK], tl.float32)
@@ -158,6 +183,8 @@ def _quantize_queries(
         tl.store(mean_ptr + at * HEAD_DIM + offs_d, mean, mask=column)
         if SMOOTH_Q:
             q = tl.where((n < left)[:, None] & column[None, :], q - mean[None, :], 0.0)
+        if ROTATE:
+            q = _turned(loaded, BLOCK_D)
         peak = tl.maximum(tl.max(tl.abs(q), 1), 1e-12)
         tl.store(scale_ptr + at * BLOCK + n, peak / 127)
         out = _round_int8(q * tl.div_rn(tl.full([BLOCK], 127.0, tl.float32), peak)[:, None])
@@ -185,6 +212,7 @@ def _quantize_keys(
     PERMUTED: tl.constexpr,
     SMOOTH_K: tl.constexpr,
     THREAD_SCALES: tl.constexpr,
+    ROTATE: tl.constexpr,
     STAGES: tl.constexpr,
 ):
     """This program's blocks of a plane of k: integers, scales for the block or its four groups, block means."""
@@ -193,12 +221,17 @@ def _quantize_keys(
     out_at = n[:, None] * HEAD_DIM + tl.max_contiguous(offs_d, STORED)[None, :]
     if SMOOTH_K:
         center = _mean_key(k_sum_ptr, plane, chunks, sampled, HEAD_DIM, BLOCK_D, CHUNKS)
+        if ROTATE:
+            center = _turned_vector(center, BLOCK_D)
     for block in tl.range(tl.program_id(0), blocks, tl.num_programs(0), num_stages=STAGES):
-        k = _load_block(k_ptr, rows_ptr, block, n, length, stride_s, HEAD_DIM, BLOCK_D, PERMUTED).to(tl.float32)
+        loaded = _load_block(k_ptr, rows_ptr, block, n, length, stride_s, HEAD_DIM, BLOCK_D, PERMUTED)
+        k = loaded.to(tl.float32)
         left = length - block * BLOCK
         at = plane * blocks + block
         mean = tl.sum(k, 0) / tl.minimum(left, BLOCK)
         tl.store(mean_ptr + at * HEAD_DIM + offs_d, mean, mask=column)
+        if ROTATE:
+            k = _turned(loaded, BLOCK_D)
         if SMOOTH_K:
             k = tl.where((n < left)[:, None] & column[None, :], k - center[None, :], 0.0)
         # A NaN or infinite key makes the scales NaN: the maximum alone would pass over a NaN. Keys and channels are
@@ -242,7 +275,7 @@ def _rewrite_values(
     PERMUTED: tl.constexpr,
     FP8: tl.constexpr,
 ):
-    """This program's blocks of a plane of v, from the last to the first: in FP8, or only permuted."""
+    """This program's blocks of a plane of v, from the last to the first: in FP8, or permuted, or in another dtype."""
     n, offs_d = tl.arange(0, BLOCK), tl.arange(0, BLOCK_D)
     column = offs_d < HEAD_DIM
     place = n
@@ -324,10 +357,12 @@ def quantize_kernel(
     SMOOTH_K: tl.constexpr,
     SMOOTH_Q: tl.constexpr,
     FP8: tl.constexpr,
+    REWRITE: tl.constexpr,
     THREAD_SCALES: tl.constexpr,
+    ROTATE: tl.constexpr,
     STAGES: tl.constexpr,
 ):
-    """Every ``num_programs(0)``-th block of one head's (program axis 1) q, k or, FP8 or permuted, v (axis 2)."""
+    """Every ``num_programs(0)``-th block of one head's (program axis 1) q, k or, where it is rewritten, v (axis 2)."""
     plane = tl.program_id(1).to(tl.int64)
     batch, head = plane // heads, plane % heads
     rows_ptr += batch * rows_batch_stride + head * rows_head_stride
@@ -353,6 +388,7 @@ def quantize_kernel(
             PERMUTED,
             SMOOTH_K,
             SMOOTH_Q,
+            ROTATE,
             STAGES,
         )
     if tl.program_id(2) == 1:
@@ -376,9 +412,10 @@ def quantize_kernel(
             PERMUTED,
             SMOOTH_K,
             THREAD_SCALES,
+            ROTATE,
             STAGES,
         )
-    if (FP8 or PERMUTED) and tl.program_id(2) == 2:
+    if REWRITE and tl.program_id(2) == 2:
         _rewrite_values(
             v_ptr + batch * stride_vb + head * stride_vh,
             rows_ptr,

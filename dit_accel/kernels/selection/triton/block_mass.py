@@ -6,7 +6,16 @@ import torch
 import triton
 import triton.language as tl
 
-from ...common.launch import DOT_PRECISION, LOG2_E, contiguous_key_mask, lead_strides, or_stand_in
+from ...common.compiled import KeptKernel
+from ...common.launch import (
+    DOT_PRECISION,
+    LOG2_E,
+    ceil_div,
+    contiguous_key_mask,
+    lead_strides,
+    or_stand_in,
+    power_of_two,
+)
 from ...common.tokens import gather_mask
 
 TILE_Q, TILE_K = 128, 64
@@ -204,6 +213,9 @@ def block_mass_fwd_kernel(
             store_masses(p_mass, p, i * FOLD_Q, full * FOLD_K, nq, nk, FOLD_Q, FOLD_K, TILE_Q, TILE_K)
 
 
+_BLOCK_MASS = KeptKernel(block_mass_fwd_kernel)
+
+
 def block_mass_triton(
     q: torch.Tensor,
     k: torch.Tensor,
@@ -225,9 +237,9 @@ def block_mass_triton(
     key_mask = contiguous_key_mask(key_mask, batch, kv_len)
 
     def launch(write_lse: bool, tile_q: int, tile_k: int, fold_q: int, fold_k: int) -> None:
-        tiles = triton.cdiv(q_len, tile_q)
+        tiles = ceil_div(q_len, tile_q)
         with torch.cuda.device_of(q):
-            block_mass_fwd_kernel[(batch * heads * tiles,)](
+            _BLOCK_MASS[(batch * heads * tiles,)](
                 q,
                 k,
                 or_stand_in(rows, q),
@@ -254,7 +266,7 @@ def block_mass_triton(
                 FOLD_Q=fold_q,
                 FOLD_K=fold_k,
                 DIM=dim,
-                DIM_PAD=triton.next_power_of_2(dim),
+                DIM_PAD=power_of_two(dim),
                 PRECISION=DOT_PRECISION,
                 num_warps=warps,
                 num_stages=stages,
@@ -271,7 +283,7 @@ def block_mass_triton(
         lse = lse.float().contiguous()
     inside_q, inside_k = max(1, tile_q // block_q), max(1, tile_k // block_k)
     part_q, part_k = min(block_q, tile_q), min(block_k, tile_k)
-    nq, nk = triton.cdiv(q_len, part_q), triton.cdiv(kv_len, part_k)
+    nq, nk = ceil_div(q_len, part_q), ceil_div(kv_len, part_k)
     mass = torch.empty(batch, heads, nq, nk, dtype=torch.float32, device=q.device)
     launch(False, tile_q, tile_k, inside_q, inside_k)
     fold_q, fold_k = block_q // part_q, block_k // part_k

@@ -18,7 +18,7 @@ import triton
 import triton.language as tl
 
 from ...common.capability import interpreted, multiprocessors
-from ...common.launch import lead_strides
+from ...common.launch import ceil_div, lead_strides, power_of_two
 from .gate_steps import (
     TOTALS,
     UNROLL,
@@ -172,11 +172,11 @@ def select_by_threshold_triton(
     if programs is None:
         programs = multiprocessors(device.index or 0) if together else 4
     parts = max(1, programs // lanes)
-    width = min(WIDTH, triton.next_power_of_2(nk))
+    width = min(WIDTH, power_of_two(nk))
     rows = 32 * WARPS // width
     # Whole groups of tiles, but for the last part, and no part without rows.
-    rows_each = triton.cdiv(triton.cdiv(nq, parts), rows * UNROLL.value) * rows * UNROLL.value
-    parts = triton.cdiv(nq, rows_each)
+    rows_each = ceil_div(ceil_div(nq, parts), rows * UNROLL.value) * rows * UNROLL.value
+    parts = ceil_div(nq, rows_each)
     open_k = None if open_k is None else open_k.contiguous().view(torch.uint8)
     open_q = None if open_q is None else open_q.contiguous().view(torch.uint8)
     totals = torch.empty(lanes, parts, TOTALS.value, dtype=torch.float64, device=device)
@@ -213,14 +213,14 @@ def select_by_threshold_triton(
                 TOGETHER=together,
                 DIGITS=DIGITS,
                 CANDIDATES=CANDIDATES,
-                PARTS=triton.next_power_of_2(parts),
+                PARTS=power_of_two(parts),
                 HAS_K=open_k is not None,
                 HAS_Q=open_q is not None,
                 BLOCK_Q=block_q,
                 BLOCK_K=block_k,
                 ROWS=rows,
                 WIDTH=width,
-                WIDTH_ALL=triton.next_power_of_2(nk),
+                WIDTH_ALL=power_of_two(nk),
                 num_warps=WARPS,
                 launch_cooperative_grid=together,
             )

@@ -6,7 +6,8 @@ import torch
 import triton
 import triton.language as tl
 
-from ...common.launch import contiguous_key_mask, contiguous_rows, lead_strides
+from ...common.compiled import KeptKernel
+from ...common.launch import ceil_div, contiguous_key_mask, contiguous_rows, lead_strides, power_of_two
 
 POOL_ELEMENTS, POOL_WARPS = 2048, 1
 """Elements and warps of one pooling step."""
@@ -144,6 +145,9 @@ def pool_pair_fwd_kernel(
         )  # fmt: skip
 
 
+_POOL, _POOL_PAIR = KeptKernel(pool_fwd_kernel), KeptKernel(pool_pair_fwd_kernel)
+
+
 def pool_blocks_triton(
     x: torch.Tensor,
     block: int,
@@ -153,12 +157,12 @@ def pool_blocks_triton(
 ) -> torch.Tensor:
     """See :func:`dit_accel.kernels.selection.api.pool_blocks`."""
     batch, seq, heads, dim = x.shape
-    n = triton.cdiv(seq, block)
-    dim_pad = triton.next_power_of_2(dim)
+    n = ceil_div(seq, block)
+    dim_pad = power_of_two(dim)
     out = torch.empty(batch, heads, n, dim, dtype=torch.float32, device=x.device)
     rows, key_mask = contiguous_rows(rows), contiguous_key_mask(key_mask, batch, seq)
     with torch.cuda.device_of(x):
-        pool_fwd_kernel[(batch * heads * n,)](
+        _POOL[(batch * heads * n,)](
             x,
             rows,
             key_mask,
@@ -190,20 +194,21 @@ def pool_pair_triton(
     key_mask: torch.Tensor | None,
     scale: float,
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """``scale`` times the block means of q, and those of k with zero blocks up to a multiple of 16.
+    """``scale`` times the block means of q, ``[B * H, nq, D]``, and those of k, ``[B * H, D, nk]``: ready to multiply.
 
-    Rows of scores that start at multiples of 16 can be read in wide loads.
+    Zero blocks of keys follow up to a multiple of 16: rows of scores that start there can be read in wide loads.
     """
     batch, q_len, heads, dim = q.shape
     kv_len = k.shape[1]
-    nq, nk = triton.cdiv(q_len, block_q), triton.cdiv(triton.cdiv(kv_len, block_k), 16) * 16
-    dim_pad = triton.next_power_of_2(dim)
-    means = torch.empty(batch * heads * (nq + nk) * dim, dtype=torch.float32, device=q.device)
-    q_mean = means[: batch * heads * nq * dim].view(batch, heads, nq, dim)
-    k_mean = means[batch * heads * nq * dim :].view(batch, heads, nk, dim)
+    nq, nk = ceil_div(q_len, block_q), ceil_div(ceil_div(kv_len, block_k), 16) * 16
+    dim_pad = power_of_two(dim)
+    planes = batch * heads
+    means = torch.empty(planes * (nq + nk) * dim, dtype=torch.float32, device=q.device)
+    q_mean = means.as_strided((planes, nq, dim), (nq * dim, dim, 1))
+    k_mean = means.as_strided((planes, dim, nk), (nk * dim, 1, dim), planes * nq * dim)
     rows, key_mask = contiguous_rows(rows), contiguous_key_mask(key_mask, batch, kv_len)
     with torch.cuda.device_of(q):
-        pool_pair_fwd_kernel[(batch * heads * (nq + nk),)](
+        _POOL_PAIR[(planes * (nq + nk),)](
             q,
             k,
             rows,
@@ -215,8 +220,8 @@ def pool_pair_triton(
             heads,
             nq,
             nk,
-            batch * heads * nq,
-            scale,
+            planes * nq,
+            float(scale),
             *q.stride(),
             *k.stride(),
             *lead_strides(rows),
@@ -236,4 +241,4 @@ def pool_pair_triton(
 
 def pool_chunk(block: int, dim_pad: int) -> int:
     """Rows that a pooling program reads at a time."""
-    return min(triton.next_power_of_2(block), max(16, POOL_ELEMENTS // dim_pad))
+    return min(power_of_two(block), max(16, POOL_ELEMENTS // dim_pad))

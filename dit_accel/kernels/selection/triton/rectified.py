@@ -6,7 +6,8 @@ import torch
 import triton
 import triton.language as tl
 
-from ...common.launch import contiguous_rows, lead_strides, or_stand_in
+from ...common.compiled import KeptKernel
+from ...common.launch import ceil_div, contiguous_rows, lead_strides, or_stand_in, power_of_two
 from ...common.primitives import slot_rows
 
 
@@ -51,16 +52,19 @@ def blend_blocks_kernel(
     tl.store(p_out, b_out.to(out_ptr.dtype.element_ty), mask=ok)
 
 
+_BLEND = KeptKernel(blend_blocks_kernel)
+
+
 def blend_blocks_triton(
     out: torch.Tensor, share: torch.Tensor, extra: torch.Tensor, block: int, rows: torch.Tensor | None
 ) -> torch.Tensor:
     """``out = share * out + extra`` in place, with ``[B, H, n]`` and ``[B, H, n, D]`` by block."""
     batch, seq, heads, dim = out.shape
     tile = 32
-    tiles = triton.cdiv(seq, tile)
+    tiles = ceil_div(seq, tile)
     share, extra, rows = share.contiguous(), extra.contiguous(), contiguous_rows(rows)
     with torch.cuda.device_of(out):
-        blend_blocks_kernel[(batch * heads * tiles,)](
+        _BLEND[(batch * heads * tiles,)](
             out,
             share,
             extra,
@@ -75,7 +79,7 @@ def blend_blocks_triton(
             BLOCK=block,
             TILE=tile,
             DIM=dim,
-            DIM_PAD=triton.next_power_of_2(dim),
+            DIM_PAD=power_of_two(dim),
             num_warps=2,
         )
     return out

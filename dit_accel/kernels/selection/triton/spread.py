@@ -6,7 +6,8 @@ import torch
 import triton
 import triton.language as tl
 
-from ...common.launch import contiguous_key_mask, contiguous_rows, lead_strides, or_stand_in
+from ...common.compiled import KeptKernel
+from ...common.launch import ceil_div, contiguous_key_mask, contiguous_rows, lead_strides, or_stand_in, power_of_two
 from ...common.primitives import slot_rows
 from .pooling import pool_chunk
 
@@ -62,6 +63,9 @@ def deviation_fwd_kernel(
     tl.store(out_ptr + place, total / tl.maximum(count, 1.0), mask=o_d < DIM)
 
 
+_DEVIATION = KeptKernel(deviation_fwd_kernel)
+
+
 def pool_deviation_triton(
     x: torch.Tensor,
     mean: torch.Tensor,
@@ -72,11 +76,11 @@ def pool_deviation_triton(
 ) -> torch.Tensor:
     """See :func:`dit_accel.kernels.selection.rectified.pool_deviation`."""
     batch, seq, heads, dim = x.shape
-    blocks, dim_pad = triton.cdiv(seq, block), triton.next_power_of_2(dim)
+    blocks, dim_pad = ceil_div(seq, block), power_of_two(dim)
     mean, rows, key_mask = mean.contiguous(), contiguous_rows(rows), contiguous_key_mask(key_mask, batch, seq)
     out = torch.empty(batch, heads, blocks, dim, dtype=torch.float32, device=x.device)
     with torch.cuda.device_of(x):
-        deviation_fwd_kernel[(batch * heads * blocks,)](
+        _DEVIATION[(batch * heads * blocks,)](
             x,
             mean,
             or_stand_in(rows, x),
@@ -152,6 +156,9 @@ def unit_mean_fwd_kernel(
     tl.store(out_ptr + (b.to(tl.int64) * heads + h) * blocks + i, tl.sum(mean * mean, 0))
 
 
+_UNIT_MEAN = KeptKernel(unit_mean_fwd_kernel)
+
+
 def self_similarity_triton(
     x: torch.Tensor,
     block: int,
@@ -162,12 +169,12 @@ def self_similarity_triton(
 ) -> torch.Tensor:
     """See :func:`dit_accel.kernels.selection.api.self_similarity`."""
     batch, seq, heads, dim = x.shape
-    blocks, dim_pad, rows = triton.cdiv(seq, block), triton.next_power_of_2(dim), contiguous_rows(rows)
+    blocks, dim_pad, rows = ceil_div(seq, block), power_of_two(dim), contiguous_rows(rows)
     key_mask = contiguous_key_mask(key_mask, batch, seq)
     centre = None if centre is None else centre.expand(batch, heads, dim).contiguous()
     out = torch.empty(batch, heads, blocks, dtype=torch.float32, device=x.device)
     with torch.cuda.device_of(x):
-        unit_mean_fwd_kernel[(batch * heads * blocks,)](
+        _UNIT_MEAN[(batch * heads * blocks,)](
             x,
             or_stand_in(centre, out),
             or_stand_in(rows, x),
@@ -263,7 +270,7 @@ def similarity_cap_triton(
 ) -> torch.Tensor:
     """See :func:`dit_accel.kernels.pyramid.api.similarity_cap`."""
     batch, seq, heads, dim = k.shape
-    blocks, rows = triton.cdiv(seq, block), contiguous_rows(rows)
+    blocks, rows = ceil_div(seq, block), contiguous_rows(rows)
     cap = torch.empty(batch, heads, blocks, dtype=torch.int8, device=k.device)
     with torch.cuda.device_of(k):
         similarity_fwd_kernel[(batch * heads * blocks,)](
@@ -278,7 +285,7 @@ def similarity_cap_triton(
             *lead_strides(rows),
             HAS_ROWS=rows is not None,
             DIM=dim,
-            DIM_PAD=triton.next_power_of_2(dim),
+            DIM_PAD=power_of_two(dim),
             BLOCK=block,
             num_warps=WARPS,
         )

@@ -10,7 +10,8 @@ import torch
 import triton
 import triton.language as tl
 
-from ...common.launch import lead_strides
+from ...common.compiled import KeptKernel
+from ...common.launch import lead_strides, power_of_two
 from ...common.shares import PPM, WEIGHT_ONE
 from ...mask.block_mask import BlockMask
 from ...mask.triton_lists import row_warps
@@ -166,16 +167,19 @@ def select_fwd_kernel(
     tl.store(num_full_ptr + pid, num_full)
 
 
+_SELECT = KeptKernel(select_fwd_kernel)
+
+
 def block_flags(
     forced_k: torch.Tensor | None,
     partial_k: torch.Tensor | None,
     empty_k: torch.Tensor | None,
     hidden: torch.Tensor | None,
 ) -> tuple[torch.Tensor | None, int]:
-    """The masks of key blocks, and of pairs, as bits of one uint8 tensor ``[B|1, H|1, nq|1, nk]``, and what a bit of
-    the tensor stands for: 1, or where there is one mask, which needs no pass then, the mask's bit."""
+    """The masks of key blocks, and of pairs, as bits of one uint8 tensor ``[B|1, H|1, nk]`` or ``[..., nq|1, nk]``, and
+    what a bit of the tensor stands for: 1, or where there is one mask, which needs no pass then, the mask's bit."""
     masks = ((empty_k, EMPTY), (forced_k, FORCED), (partial_k, PARTIAL), (hidden, EMPTY))
-    given = [(mask if mask.dim() == 4 else mask[..., None, :], bit) for mask, bit in masks if mask is not None]
+    given = [(mask, bit) for mask, bit in masks if mask is not None]
     if not given:
         return None, 1
     if len(given) == 1:
@@ -183,7 +187,7 @@ def block_flags(
         return mask.contiguous().view(torch.uint8), bit
     flags = None
     for mask, bit in given:
-        part = mask.to(torch.uint8) * bit
+        part = (mask if mask.dim() == 4 else mask[..., None, :]).to(torch.uint8) * bit
         flags = part if flags is None else flags | part
     assert flags is not None
     return flags.contiguous(), 1
@@ -222,13 +226,13 @@ def select_blocks_triton(
     own = (block_q - 1) // block_k + 2 if keep_own else 0
     unbounded = forced_q is not None or forced_k is not None or mass_ppm is not None
     width = list_width(nk, count_ppm, own, unbounded)
-    block_width = max(32, triton.next_power_of_2(nk))
-    counts = torch.empty(2, batch, heads, nq, dtype=torch.int32, device=scores.device)
+    block_width = max(32, power_of_two(nk))
+    number, number_full = torch.empty(2, batch, heads, nq, dtype=torch.int32, device=scores.device).unbind()
     indices = torch.empty(batch, heads, nq, width, dtype=torch.int32, device=scores.device)
     count_tensor = count_ppm if isinstance(count_ppm, torch.Tensor) else None
     mass_tensor = mass_ppm if isinstance(mass_ppm, torch.Tensor) else None
     with torch.cuda.device_of(scores):
-        select_fwd_kernel[(batch * heads * nq,)](
+        _SELECT[(batch * heads * nq,)](
             scores,
             flags,
             forced_q,
@@ -237,8 +241,8 @@ def select_blocks_triton(
             count_ppm if isinstance(count_ppm, int) else 0,
             mass_ppm if isinstance(mass_ppm, int) else 0,
             indices,
-            counts[0],
-            counts[1],
+            number,
+            number_full,
             heads,
             nq,
             nk,
@@ -247,7 +251,7 @@ def select_blocks_triton(
             kv_len,
             *scores.stride()[:3],
             *lead_strides(flags),
-            0 if flags is None or flags.shape[2] == 1 else flags.stride(2),
+            0 if flags is None or flags.dim() == 3 or flags.shape[2] == 1 else flags.stride(2),
             *lead_strides(forced_q),
             *lead_strides(count_tensor),
             *lead_strides(mass_tensor),
@@ -265,9 +269,9 @@ def select_blocks_triton(
             num_warps=num_warps or row_warps(block_width, mass_ppm is not None),
         )
     return BlockMask(
-        kv_num_blocks=counts[0],
+        kv_num_blocks=number,
         kv_indices=indices,
-        kv_num_full=counts[1],
+        kv_num_full=number_full,
         block_q=block_q,
         block_k=block_k,
         q_len=q_len,

@@ -1,0 +1,142 @@
+"""Sparse calls in CUDA graphs: what a replay computes, what it waits for, and what is counted."""
+
+import pytest
+import torch
+
+from dit_accel import patch, presets
+from dit_accel.call import AttentionInputs
+from dit_accel.engine import Engine
+from dit_accel.layout import StepContext, TokenLayout
+from tests.calls import attend
+
+pytestmark = pytest.mark.gpu
+
+LAYOUT = TokenLayout((1, 32, 48), 256, 1792)
+RECIPES = {
+    "a plan for all steps": ("pooled", {"refresh_every": 1_000_000}, {}),
+    "a plan a step": ("pooled", {}, {}),
+    "mass a step": ("mass", {}, {"schedule": "schedule"}),
+    "static": ("window", {}, {}),
+    "int8": ("pooled", {"refresh_every": 1_000_000}, {"precision": "int8"}),
+    "64-query blocks": ("pooled", {"refresh_every": 1_000_000}, {"select.block": (64, 64)}),
+}
+
+
+def draw(seed):
+    generator = torch.Generator("cuda").manual_seed(seed)
+    return [
+        torch.randn(1, LAYOUT.seq_len, 4, 128, device="cuda", dtype=torch.bfloat16, generator=generator)
+        for _ in range(3)
+    ]
+
+
+@pytest.mark.parametrize("hidden", [False, True], ids=["", "key mask"])
+@pytest.mark.parametrize("name", RECIPES)
+def test_a_replay_equals_the_call_outside_a_graph(name, hidden):
+    preset, options, changes = RECIPES[name]
+    engine = Engine(presets.resolve(preset, **options).with_fields(changes), ["layer"], "auto", 0)
+    shown = (torch.arange(LAYOUT.seq_len, device="cuda") > 200).expand(1, 1, 1, -1) if hidden else None
+    q, k, v = draw(0)
+    forwards = iter(range(1, 100))
+
+    def call():
+        inputs = AttentionInputs(q, k, v, shown)
+        return attend(engine, 0, inputs, LAYOUT, StepContext(forward_id=next(forwards)), lambda: q)
+
+    with torch.no_grad():
+        side = torch.cuda.Stream()
+        side.wait_stream(torch.cuda.current_stream())
+        with torch.cuda.stream(side):
+            for _ in range(3):
+                call()
+        torch.cuda.current_stream().wait_stream(side)
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph):
+            captured = call()
+        for seed in (1, 2):
+            for mine, new in zip((q, k, v), draw(seed), strict=True):
+                mine.copy_(new)
+            captured.fill_(float("nan"))
+            graph.replay()
+            torch.cuda.synchronize()
+            replayed = captured.clone()
+            # The same plan, or one made for the same tensors.
+            assert torch.equal(replayed, call())
+    counted = engine.records[0]
+    # The capture itself is counted nowhere, and nothing that a graph owns was kept.
+    assert counted.sparse_calls == 3 + 2
+    assert int(counted.nan_calls) == 0
+    assert 0 < counted.density_sum / counted.sparse_calls < 1
+    assert engine.sparse_time.seconds() > 0
+
+
+def test_a_captured_call_allocates_nothing_outside_its_graph():
+    engine = Engine(presets.pooled(refresh_every=1_000_000), ["layer"], "auto", 0)
+    q, k, v = draw(0)
+
+    def call(forward):
+        step = StepContext(forward_id=forward)
+        return attend(engine, 0, AttentionInputs(q, k, v), LAYOUT, step, lambda: q)
+
+    with torch.no_grad():
+        side = torch.cuda.Stream()
+        side.wait_stream(torch.cuda.current_stream())
+        with torch.cuda.stream(side):
+            for forward in range(3):
+                call(forward)
+        torch.cuda.current_stream().wait_stream(side)
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph):
+            call(3)
+        torch.cuda.synchronize()
+        before = torch.cuda.memory_stats()["allocation.all.allocated"]
+        for _ in range(5):
+            graph.replay()
+        torch.cuda.synchronize()
+    assert torch.cuda.memory_stats()["allocation.all.allocated"] == before
+
+
+def test_a_key_mask_that_was_not_seen_is_refused_in_a_sentence():
+    engine = Engine(presets.pooled(refresh_every=1_000_000), ["layer"], "auto", 0)
+    q, k, v = draw(0)
+    forwards = iter(range(1, 100))
+
+    def call(mask):
+        inputs = AttentionInputs(q, k, v, mask)
+        return attend(engine, 0, inputs, LAYOUT, StepContext(forward_id=next(forwards)), lambda: q)
+
+    masks = [(torch.arange(LAYOUT.seq_len, device="cuda") > bound).expand(1, 1, 1, -1) for bound in (100, 200)]
+    with torch.no_grad():
+        call(masks[0])
+        torch.cuda.synchronize()
+        graph = torch.cuda.CUDAGraph()
+        refused = pytest.raises(RuntimeError, match="a key mask must be the tensor that an earlier call had")
+        with refused, torch.cuda.graph(graph):
+            call(masks[1])
+    torch.cuda.synchronize()
+
+
+@pytest.mark.parametrize("preset", ["pooled", "window"])
+def test_reduce_overhead_runs_the_steps_of_a_recipe(preset):
+    """Decisions of a step are outside the graphs: what is captured in one step must not be replayed in another."""
+    from diffusers import WanTransformer3DModel
+
+    torch.manual_seed(0)
+    settings = {"num_attention_heads": 2, "attention_head_dim": 64, "text_dim": 16, "ffn_dim": 64, "num_layers": 2}
+    model = WanTransformer3DModel(**settings).to("cuda", torch.bfloat16).eval()
+    text, time = torch.randn(1, 8, 16, device="cuda", dtype=torch.bfloat16), torch.ones(1, device="cuda")
+    inputs = [torch.randn(1, 16, 3, 64, 64, device="cuda", dtype=torch.bfloat16) for _ in range(4)]
+
+    def forwards(run):
+        with torch.no_grad(), patch(model, preset) as handle:
+            # Copies: the next replay writes over the memory of a graph.
+            found = [run(x, time, text, return_dict=False)[0].clone() for x in inputs for _ in range(2)]
+            summary = handle.summary()
+        return found, summary
+
+    expected, before = forwards(model)
+    torch.compiler.reset()
+    got, after = forwards(torch.compile(model, mode="reduce-overhead"))
+    assert after.sparse_calls == before.sparse_calls > 0
+    for ours, theirs in zip(got, expected, strict=True):
+        assert (ours - theirs).float().norm() <= 2e-2 * theirs.float().norm()
