@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from typing import Any
 
 from .bootstrap import FEWEST_CLIPS, Interval, bootstrap_mean, bootstrap_median, range_of
 from .measurement import Measurement, number_from_json, number_to_json
+from .ran import Ran
+from .stages import Stages
 from .turns import speed_up
 
 DENSE = "dense"
@@ -31,6 +33,8 @@ class ClipResult:
         metrics: fidelity to the dense clip of this prompt and seed; empty for the dense clip itself.
         clip: path of the saved clip relative to the report's folder, or None.
         runs: wall times of all runs of this clip, in order; empty for one run.
+        stages: of each run, in order; empty where the pipeline does not show them.
+        ran: what the patch of the first run did; None for dense.
     """
 
     prompt: str
@@ -42,6 +46,8 @@ class ClipResult:
     metrics: Mapping[str, Measurement] = field(default_factory=dict)
     clip: str | None = None
     runs: tuple[float, ...] = ()
+    stages: tuple[Stages, ...] = ()
+    ran: Ran | None = None
 
     @property
     def seconds(self) -> tuple[float, ...]:
@@ -180,7 +186,7 @@ class ComparisonReport:
             "recipes": list(self.recipes),
             "descriptions": dict(self.descriptions),
             "summaries": [_summary_to_json(self.summary(name)) for name in (DENSE, *self.recipes)],
-            "results": [_result_to_json(result) for result in self.results],
+            "results": [result_to_json(result) for result in self.results],
         }
 
     @classmethod
@@ -196,7 +202,7 @@ class ComparisonReport:
             )
         return cls(
             pipeline=tree["pipeline"],
-            results=tuple(_result_from_json(result) for result in tree["results"]),
+            results=tuple(result_from_json(result) for result in tree["results"]),
             recipes=tuple(tree["recipes"]),
             descriptions=tree["descriptions"],
             fps=tree["fps"],
@@ -213,7 +219,8 @@ def _known(values: Sequence[float | None]) -> list[float]:
     return [value for value in values if value is not None]
 
 
-def _result_to_json(result: ClipResult) -> dict[str, Any]:
+def result_to_json(result: ClipResult) -> dict[str, Any]:
+    """One clip as a JSON-ready tree."""
     metrics: dict[str, dict[str, float | str]] = {}
     for name, measurement in result.metrics.items():
         if measurement.value is not None:
@@ -230,17 +237,27 @@ def _result_to_json(result: ClipResult) -> dict[str, Any]:
         "metrics": metrics,
         "clip": result.clip,
         "runs": list(result.runs),
+        "stages": [asdict(stages) for stages in result.stages],
+        "ran": None if result.ran is None else result.ran.to_json(),
     }
 
 
-def _result_from_json(tree: Mapping[str, Any]) -> ClipResult:
+def result_from_json(tree: Mapping[str, Any]) -> ClipResult:
+    """Inverse of :func:`result_to_json`."""
     metrics = {
         name: Measurement(value=number_from_json(entry["value"]))
         if "value" in entry
         else Measurement(reason=entry["reason"])
         for name, entry in tree["metrics"].items()
     }
-    return ClipResult(**{**tree, "metrics": metrics, "runs": tuple(tree.get("runs", ()))})
+    ran = tree.get("ran")
+    read = {
+        "metrics": metrics,
+        "runs": tuple(tree.get("runs", ())),
+        "stages": tuple(Stages(**stages) for stages in tree.get("stages", ())),
+        "ran": None if ran is None else Ran.from_json(ran),
+    }
+    return ClipResult(**{**tree, **read})
 
 
 def _optional(interval: Interval | None) -> dict[str, float | str | int] | None:
