@@ -40,6 +40,7 @@ SLOW = frozenset(
         "cli/test_output",
         "cli/test_processes",
         "cli/test_tune",
+        "cli/test_verify",
         "cli/test_waiting",
         "integrations/test_comfyui",
         "kernels/test_against",

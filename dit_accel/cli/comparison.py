@@ -82,13 +82,21 @@ class Comparison:
         write_report(report, parts.folder)
         return report
 
-    def run(
-        self, pipe: Any, builtin: Builtin | None, parts: Parts, more: Mapping[str, Any] | None = None, **options: Any
-    ) -> ComparisonReport:
+    def arguments(self, pipe: Any, builtin: Builtin | None) -> dict[str, Any]:
+        """Of the pipeline's call.
+
+        Raises:
+            ValueError: a setting that it does not take.
+        """
+        from ..pipelines.generate import call_arguments
+
+        pipe.set_progress_bar_config(disable=True)
+        return call_arguments(pipe, **self.asked.settings(pipe, builtin))
+
+    def run(self, pipe: Any, builtin: Builtin | None, parts: Parts, **options: Any) -> ComparisonReport:
         """Make what is missing.
 
         Args:
-            more: arguments of the pipeline's call.
             options: of :func:`~dit_accel.quality.compare.compare`.
 
         Raises:
@@ -96,30 +104,31 @@ class Comparison:
         """
         from ..acceleration.compiled import compile_blocks
         from ..calibration.identity import describe_pipeline
-        from ..pipelines.generate import call_arguments, frames_per_second
+        from ..pipelines.generate import frames_per_second
         from ..quality.compare import compare
+        from ..quality.said_once import said_once
 
-        pipe.set_progress_bar_config(disable=True)
-        arguments = {**call_arguments(pipe, **self.asked.settings(pipe, builtin)), **(more or {})}
+        arguments = self.arguments(pipe, builtin)
         parts.claim(describe_pipeline(pipe), (), PIPELINE)
         undo = compile_blocks(pipe) if self.compiled else lambda: None
         try:
-            return compare(
-                pipe,
-                self.recipes,
-                self.prompts,
-                self.seeds,
-                metrics=self.metrics,
-                generate_kwargs=arguments,
-                out=parts.folder,
-                fps=frames_per_second(pipe),
-                repeat=self.repeat,
-                facts={"model": self.model, "command": " ".join(["dit-accel", *sys.argv[1:]])},
-                pictures=self.pictures,
-                parts=parts,
-                progress=lambda line: print(line, file=sys.stderr),
-                **options,
-            )
+            with said_once():
+                return compare(
+                    pipe,
+                    self.recipes,
+                    self.prompts,
+                    self.seeds,
+                    metrics=self.metrics,
+                    generate_kwargs=arguments,
+                    out=parts.folder,
+                    fps=frames_per_second(pipe),
+                    repeat=self.repeat,
+                    facts={"model": self.model, "command": " ".join(["dit-accel", *sys.argv[1:]])},
+                    pictures=self.pictures,
+                    parts=parts,
+                    progress=lambda line: print(line, file=sys.stderr),
+                    **options,
+                )
         finally:
             undo()
 

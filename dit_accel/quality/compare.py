@@ -52,6 +52,7 @@ def compare(
     patch: Patch | None = None,
     dense_attention_clips: int = 1,
     warm_up: bool = True,
+    warm_up_steps: int = WARM_UP_STEPS,
     repeat: int = 1,
     facts: Mapping[str, str] | None = None,
     pictures: bool = True,
@@ -81,6 +82,7 @@ def compare(
         dense_attention_clips: how many clips are generated once more, with timers in the dense attention
             (which does not depend on the prompt). 0 leaves dense attention time unknown.
         warm_up: first run a few steps of dense and of each recipe untimed, for compilation and autotuning.
+        warm_up_steps: how many, and of the short runs of a compiled pipeline.
         repeat: timed runs of each clip, dense and under each recipe. Clips and metrics are the first run's.
         facts: added to the report's facts, for example the command line.
         pictures: whether clips are saved, and shown on the page and in the film.
@@ -107,7 +109,7 @@ def compare(
 
         patch = patch_pipeline
     arguments = dict(generate_kwargs or {})
-    steps = min(WARM_UP_STEPS, arguments.get("num_inference_steps", WARM_UP_STEPS))
+    steps = min(warm_up_steps, arguments.get("num_inference_steps", warm_up_steps))
     run = _Run(pipe, recipes, pairs, chosen, arguments, Path(out), fps, patch, repeat, steps, pictures, progress)
     known = [None if parts is None else parts.read(_part(i)) for i in range(len(pairs))]
     missing = [i for i, part in enumerate(known) if part is None]
@@ -137,7 +139,7 @@ def compare(
         for i, part in enumerate(known):
             if part is not None:
                 results += map(result_from_json, part["results"])
-                run.warm_sparse |= part["warm_sparse"]
+                run.warm_sparse.update(part["warm_sparse"])
                 continue
             made = run.clip(i, timers=i < dense_attention_clips)
             results += made
@@ -242,6 +244,7 @@ class _Run:
             stem = self.out / "clips" / f"{i:03d}-{number:02d}-{_file_name(name)}"
             path = save_clip(runs[0].frames, stem, self.fps).relative_to(self.out).as_posix()
         prompt, seed = self.pairs[i]
+        frames, height, width, _ = runs[0].frames.shape
         seconds = tuple(run.seconds for run in runs)
         stages = tuple(run.stages for run in runs if run.stages is not None)
         return ClipResult(
@@ -255,6 +258,7 @@ class _Run:
             runs=seconds if len(seconds) > 1 else (),
             stages=stages if len(stages) == len(runs) else (),
             ran=None if summary is None else Ran.of(summary),
+            shape=(frames, height, width),
         )
 
     def _measure(self, made: Generated, dense: Generated) -> dict[str, Measurement]:

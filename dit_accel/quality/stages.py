@@ -21,11 +21,13 @@ class Stages:
         text: until the first forward of a transformer: text encoders, and what else comes before.
         steps: all denoising steps.
         decode: from the last step to the frames on the host.
+        count: of the denoising steps.
     """
 
     text: float
     steps: float
     decode: float
+    count: int
 
 
 class StageClock:
@@ -35,7 +37,8 @@ class StageClock:
         self._device = device_of(pipe)
         self._text, self._decode = Stopwatch(), Stopwatch()
         self._begin = self._text.start(self._device)
-        self._first = self._last = False
+        self._first = False
+        self._count = 0
 
     def forward(self) -> None:
         """Before the first forward of a transformer."""
@@ -45,15 +48,15 @@ class StageClock:
     def step(self) -> None:
         """After a denoising step."""
         self._step = self._decode.start(self._device)
-        self._last = True
+        self._count += 1
 
     def stages(self, total: float) -> Stages | None:
         """At the end of the call, which took ``total`` seconds; None where it did not show its stages."""
-        if not (self._first and self._last):
+        if not self._first or not self._count:
             return None
         self._decode.stop(self._step, self._device)
         text, decode = self._text.seconds(), self._decode.seconds()
-        return Stages(text, max(total - text - decode, 0.0), decode)
+        return Stages(text, max(total - text - decode, 0.0), decode, self._count)
 
 
 def device_of(pipe: Any) -> torch.device:
