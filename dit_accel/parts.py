@@ -93,13 +93,17 @@ class Parts:
         """
         write_text(self.path(name), json.dumps(data, ensure_ascii=False, allow_nan=False) + "\n")
 
+    def clear(self) -> None:
+        """Delete the parts: what they were for is written."""
+        shutil.rmtree(self.folder / FOLDER, ignore_errors=True)
+
     def forget(self, *records: str) -> None:
         """Delete the parts and the records, and nothing else.
 
         Args:
             records: further ones beside :data:`RECORD`.
         """
-        shutil.rmtree(self.folder / FOLDER, ignore_errors=True)
+        self.clear()
         for record in (RECORD, *records):
             (self.folder / record).unlink(missing_ok=True)
 

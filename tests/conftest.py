@@ -37,6 +37,7 @@ SLOW = frozenset(
         "cli/test_compare_inspect",
         "cli/test_finetune",
         "cli/test_generate_inputs",
+        "cli/test_going_on",
         "cli/test_output",
         "cli/test_processes",
         "cli/test_tune",

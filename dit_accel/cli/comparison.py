@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from .output import claimed_folder
+from .output import PIPELINE, claimed_folder
 from .settings import Asked
 
 if TYPE_CHECKING:
@@ -18,8 +18,6 @@ if TYPE_CHECKING:
     from ..pipelines.builtin import Builtin
     from ..quality.results import ComparisonReport
     from ..recipe import Recipe
-
-PIPELINE = "pipeline.json"
 
 
 @dataclass(frozen=True)
@@ -61,13 +59,16 @@ class Comparison:
         from ..pipelines.encode import refuse_missing_encoder
         from ..quality.compare import clip_pairs
         from ..quality.metrics import find_metrics
+        from ..quality.report import REPORT
         from .model import choose_model, will_make_video
 
         clip_pairs(self.prompts, self.seeds)
         find_metrics(self.metrics)
         if self.pictures and will_make_video(*choose_model(self.model)):
             refuse_missing_encoder()
-        return claimed_folder(out, default, self._settings(), self.clips, start_over, PIPELINE)
+        return claimed_folder(
+            out, default, self._settings(), lambda parts: parts.count() < self.clips, REPORT, start_over
+        )
 
     def finished(self, parts: Parts) -> ComparisonReport | None:
         """The report where all of it is made, so that no model is loaded for nothing; its page is written again."""
@@ -134,7 +135,7 @@ class Comparison:
 
     def _settings(self) -> dict[str, Any]:
         """All that a clip, its metrics and its seconds depend on, as far as it is known before the model is loaded."""
-        from .environment import describe_device, versions
+        from .environment import decisive
 
         return {
             "model": self.model,
@@ -146,7 +147,5 @@ class Comparison:
             "repeat": self.repeat,
             "pictures": self.pictures,
             "compiled": self.compiled,
-            "dtype": str(self.dtype).removeprefix("torch."),
-            "device": describe_device(self.device)["name"],
-            "versions": {name: versions().get(name) for name in ("dit-accel", "torch", "diffusers")},
+            **decisive(self.dtype, self.device),
         }

@@ -11,6 +11,10 @@ if TYPE_CHECKING:
     from ..parts import Parts
 
 
+PIPELINE = "pipeline.json"
+"""Record of the weights and settings of a pipeline, which are known when it is loaded."""
+
+
 def free_name(path: Path, beside: Callable[[Path], Sequence[Path]] = lambda _path: ()) -> Path:
     """A default name that no earlier run has taken: ``path``, or the first of ``path-2``, ``path-3``... that is free.
 
@@ -27,35 +31,41 @@ def free_name(path: Path, beside: Callable[[Path], Sequence[Path]] = lambda _pat
 
 
 def claimed_folder(
-    out: Path | None, default: Path, settings: Mapping[str, Any], count: int, start_over: bool, *records: str
+    out: Path | None,
+    default: Path,
+    settings: Mapping[str, Any],
+    unfinished: Callable[[Parts], bool],
+    result: str,
+    start_over: bool,
 ) -> Parts:
-    """A folder for so many parts of these settings, claimed: an interrupted run is gone on with.
+    """A folder for parts of these settings, claimed: an interrupted run is gone on with.
 
     Args:
-        out: that was asked for. None takes the first of ``default``, ``default-2``... that is free, or that holds some
-            of these parts and not all.
+        out: that was asked for. None takes the first of ``default``, ``default-2``... that is free, or that holds an
+            unfinished run of the same settings.
+        unfinished: whether the run of a folder that is of these settings is.
+        result: name of the file that the run writes.
         start_over: forget what the folder holds.
-        records: further files of settings in it.
 
     Raises:
-        ValueError: see :meth:`dit_accel.parts.Parts.claim`.
+        ValueError: see :meth:`dit_accel.parts.Parts.claim`; a result there that no record goes with is not overwritten.
     """
     from ..parts import Parts
 
     if out is None:
         out, number = default, 1
-        while _taken(out) and not (Parts(out).is_of(settings) and Parts(out).count() < count):
+        while _taken(out) and not (Parts(out).is_of(settings) and unfinished(Parts(out))):
             number += 1
             out = default.with_name(f"{default.name}-{number}")
         if out != default:
             print(f"{default} is there already; this run writes {out}.", file=sys.stderr)
     parts = Parts(out)
     if start_over:
-        parts.forget(*records)
-    done = [path for path in (out / "report.json",) if path.exists()] if not parts.count() else None
-    parts.claim(settings, None if start_over else done)
+        parts.forget(PIPELINE)
+    there = out / result
+    parts.claim(settings, [there] if there.exists() and not (parts.count() or start_over) else None)
     if parts.count():
-        print(f"{out} holds {parts.count()} of {count} parts, which are left as they are.", file=sys.stderr)
+        print(f"{out} holds {parts.count()} finished parts, which are left as they are.", file=sys.stderr)
     return parts
 
 

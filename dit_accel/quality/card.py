@@ -137,7 +137,7 @@ def _row(card: Mapping[str, Any], recipe: Mapping[str, Any]) -> str:
         *(_metric(card, recipe, name) for name in ("psnr", "ssim", "lpips", "flicker")),
         f"{density}{computed}",
     ]
-    return f"| {' | '.join(_escaped(str(cell)) for cell in cells)} |"
+    return f"| {' | '.join(escaped(str(cell)) for cell in cells)} |"
 
 
 def run_of(card: Mapping[str, Any]) -> str:
@@ -165,7 +165,7 @@ def _number(value: float | str, digits: int) -> str:
     return f"{number:.{digits}f}"
 
 
-def _escaped(text: str) -> str:
+def escaped(text: str) -> str:
     """Text in a cell of a table, whoever wrote it: no markup, no other cell, no other line."""
     plain = " ".join(text.split()).replace("&", "&amp;").replace("<", "&lt;").replace(">", "&gt;")
     return "".join(f"\\{letter}" if letter in "|[]`*_\\" else letter for letter in plain)

@@ -57,6 +57,7 @@ def compare(
     facts: Mapping[str, str] | None = None,
     pictures: bool = True,
     parts: Parts | None = None,
+    on_clip: Callable[[str, str, int, Generated], None] = lambda _name, _prompt, _seed, _made: None,
     progress: Callable[[str], None] = lambda _line: None,
 ) -> ComparisonReport:
     """Generate every prompt with every seed, dense and under each recipe, and report the differences.
@@ -88,6 +89,7 @@ def compare(
         pictures: whether clips are saved, and shown on the page and in the film.
         parts: where finished clips are kept, in a folder that was claimed for these very settings: those that are there
             are not made again. None keeps none.
+        on_clip: called with each clip that is made, by the name of its recipe, prompt and seed.
         progress: called with one line per generation.
 
     Returns:
@@ -110,7 +112,9 @@ def compare(
         patch = patch_pipeline
     arguments = dict(generate_kwargs or {})
     steps = min(warm_up_steps, arguments.get("num_inference_steps", warm_up_steps))
-    run = _Run(pipe, recipes, pairs, chosen, arguments, Path(out), fps, patch, repeat, steps, pictures, progress)
+    run = _Run(
+        pipe, recipes, pairs, chosen, arguments, Path(out), fps, patch, repeat, steps, pictures, on_clip, progress
+    )
     known = [None if parts is None else parts.read(_part(i)) for i in range(len(pairs))]
     missing = [i for i, part in enumerate(known) if part is None]
     # Every recipe is tried before hours go into the first.
@@ -167,6 +171,7 @@ class _Run:
     repeat: int
     short_steps: int
     pictures: bool
+    on_clip: Callable[[str, str, int, Generated], None]
     progress: Callable[[str], None]
     warm_sparse: dict[str, int] = field(default_factory=dict)
     clock: _Clock = field(default_factory=lambda: _Clock())
@@ -207,6 +212,8 @@ class _Run:
         results = [self._result(i, number, name, timed[name], clips[name][1]) for number, name in enumerate(variants)]
         for n, name in enumerate(self.recipes, start=1):
             results[n] = replace(results[n], metrics=self._measure(clips[name][0], dense))
+        for name in variants:
+            self.on_clip(name, *self.pairs[i], clips[name][0])
         if timers:
             results[0] = replace(results[0], attention_seconds=self._dense_attention(i))
         return results

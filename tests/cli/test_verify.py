@@ -135,7 +135,7 @@ def test_an_interrupted_run_goes_on_and_keeps_finished_clips(tmp_path: Path, run
     runs |= {"allowed": 1000, "made": []}
     result = run(*asked)
     assert result.exit_code == 0, result.stderr
-    assert f"{tmp_path} holds 1 of 2 parts" in result.stderr
+    assert f"{tmp_path} holds 1 finished parts" in result.stderr
     assert runs["made"] == [("a dog", 0)] * 2
     assert part.read_bytes() == kept
     data = json.loads((tmp_path / "card.json").read_text())
