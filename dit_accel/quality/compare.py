@@ -115,7 +115,7 @@ def compare(
     run = _Run(
         pipe, recipes, pairs, chosen, arguments, Path(out), fps, patch, repeat, steps, pictures, on_clip, progress
     )
-    known = [None if parts is None else parts.read(_part(i)) for i in range(len(pairs))]
+    known = [None if parts is None else _finished(parts, i) for i in range(len(pairs))]
     missing = [i for i, part in enumerate(known) if part is None]
     # Every recipe is tried before hours go into the first.
     for recipe in recipes.values():
@@ -142,8 +142,8 @@ def compare(
     try:
         for i, part in enumerate(known):
             if part is not None:
-                results += map(result_from_json, part["results"])
-                run.warm_sparse.update(part["warm_sparse"])
+                results += part[0]
+                run.warm_sparse.update(part[1])
                 continue
             made = run.clip(i, timers=i < dense_attention_clips)
             results += made
@@ -300,6 +300,21 @@ class _Clock:
         if self._done >= self._runs:
             return ""
         return f"; about {left:.0f} s left" if left < 100 else f"; about {left / 60:.0f} min left"
+
+
+def _finished(parts: Parts, i: int) -> tuple[list[ClipResult], dict[str, int]] | None:
+    """What is kept of a clip, with the sparse calls of its run's warm-up; None where it is not made yet.
+
+    Raises:
+        ValueError: its file is damaged.
+    """
+    kept = parts.read(_part(i))
+    try:
+        return None if kept is None else ([*map(result_from_json, kept["results"])], dict(kept["warm_sparse"]))
+    except (KeyError, TypeError, ValueError, AttributeError) as error:
+        raise ValueError(
+            f"{parts.path(_part(i))} holds no clip of a comparison; delete it, or {parts.advice}."
+        ) from error
 
 
 def _part(i: int) -> str:

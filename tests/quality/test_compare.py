@@ -13,6 +13,7 @@ import numpy as np
 import pytest
 import torch
 
+from dit_accel.parts import Parts
 from dit_accel.quality.compare import compare
 from dit_accel.quality.generation import generate_clip
 from dit_accel.quality.prompts import DEFAULT_PROMPTS
@@ -227,6 +228,39 @@ def test_a_run_that_breaks_leaves_the_clips_it_finished(tmp_path: Path) -> None:
     assert [result["prompt"] for result in tree["results"]] == ["a cat"] * 3
     assert (tmp_path / "index.html").is_file()
     assert pipe.patched_with is None
+
+
+def test_what_was_finished_is_not_made_again(tmp_path: Path) -> None:
+    parts = Parts(tmp_path)
+    parts.claim({})
+    asked = {"out": tmp_path, "patch": FakeHandle, "metrics": ["psnr"], "pictures": False, "parts": parts}
+    first = FakePipe()
+    compare(first, _RECIPES, ["a cat"], **asked)
+    made: list[tuple[str, str, int]] = []
+    again = FakePipe()
+    report = compare(
+        again,
+        _RECIPES,
+        ["a cat", "a dog"],
+        **asked,
+        on_clip=lambda name, prompt, seed, _: made.append((name, prompt, seed)),
+    )
+    assert report.pairs == (("a cat", 0), ("a dog", 0))
+    assert {prompt for prompt, steps, _ in again.calls if steps > 2} == {"a dog"}
+    assert made == [(name, "a dog", 0) for name in ("dense", *_RECIPES)]
+    # All of a finished clip is there: its metrics, and what the patch did.
+    assert report.summary("exact").metrics["psnr"].mean == math.inf
+    assert "off/by: 40 of 80 self-attention calls ran dense (40 first steps)." in report.notes
+    nothing = FakePipe()
+    whole = compare(nothing, _RECIPES, ["a cat", "a dog"], **asked)
+    assert nothing.calls == []
+    assert whole.to_json() == report.to_json()
+    assert not (tmp_path / "clips").exists()
+    parts.path("0001").write_text('{"results": [{}]}')
+    with pytest.raises(
+        ValueError, match=r"0001\.json holds no clip of a comparison; delete it, or give another folder"
+    ):
+        compare(nothing, _RECIPES, ["a cat", "a dog"], **asked)
 
 
 def test_a_recipe_that_breaks_does_so_in_its_warm_up(tmp_path: Path) -> None:
