@@ -23,13 +23,11 @@ from ..patches.summary import PatchSummary
 from ..pipelines.architectures import Architecture
 from ..pipelines.whole import TextEncoder, WholePipeline, whole_pipeline
 from ..quality.bootstrap import Interval
-from ..quality.turns import measured_in_turns, speed_up
+from ..quality.turns import LONG_WARM_UP_STEPS, measured_in_turns, speed_up
 from ..recipe import Recipe
 from .block_clock import timed_blocks
 from .forward import dense_attention, fastest_dense_backend, restored_dense_backend, share_weights
 
-# A warm-up is short, and long enough that a recipe has dense steps, ends them, and skips some behind computed ones.
-WARM_UP_STEPS = 10
 TEXT_REPEATS = 3
 
 
@@ -245,7 +243,7 @@ class _Side:
             begin = _now(device)
             frames = self._pipe(
                 **self._call,
-                num_inference_steps=min(WARM_UP_STEPS, self._num_steps) if short else self._num_steps,
+                num_inference_steps=min(LONG_WARM_UP_STEPS, self._num_steps) if short else self._num_steps,
                 generator=torch.Generator("cpu").manual_seed(0),
                 callback_on_step_end=mark,
                 output_type="np",

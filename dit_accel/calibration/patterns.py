@@ -16,13 +16,14 @@ from .. import presets
 from ..api import patch
 from ..call import AttentionCall
 from ..engine import Engine, OutputTap
+from ..parts import Parts
 from ..patches.targets import transformers_of
 from ..recipe import Recipe
 from ..stages.select.head_rules import RULES, HeadRules, check_rule
 from .calibrate import Progress
 from .hull import Point, lower_hull, slope
 from .recording import first_forwards, record_inputs
-from .runs import begin, run_arguments
+from .runs import asked_of, begin, run_arguments
 
 
 @dataclass(frozen=True, eq=False)
@@ -69,6 +70,7 @@ def measure_rules(
     inputs: Sequence[dict[str, Any]],
     rules: Sequence[str] = RULES,
     progress: Callable[[int, int], None] = lambda _done, _total: None,
+    parts: Parts | None = None,
 ) -> RuleErrors:
     """Measure every rule on every head, each on the dense model's queries and keys: one forward an input.
 
@@ -78,6 +80,8 @@ def measure_rules(
         inputs: keyword arguments of forwards along the trajectory.
         rules: see :class:`~dit_accel.stages.select.head_rules.HeadRules`.
         progress: told forwards done and their number.
+        parts: where what each input gave is kept, in a folder that was claimed for these very inputs: those that are
+            there are not measured again. None keeps none.
     """
     found: dict[int, list[tuple[torch.Tensor, torch.Tensor]]] = {}
     plain = recipe.with_fields({"schedule": "schedule"})
@@ -88,7 +92,16 @@ def measure_rules(
         tap = _measuring_tap(session.engine, engines, found)
         with handle.tap_outputs(tap):
             for done, arguments in enumerate(inputs):
-                model(**arguments)
+                kept = None if parts is None else parts.read(f"input-{done:03d}")
+                if kept is None:
+                    model(**arguments)
+                    if parts is not None:
+                        last = [[part.tolist() for part in found[layer][-1]] for layer in range(len(names))]
+                        parts.write(f"input-{done:03d}", last)
+                else:
+                    for layer, (shares, errors) in enumerate(kept):
+                        both = (torch.tensor(part, dtype=torch.float64) for part in (shares, errors))
+                        found.setdefault(layer, []).append(tuple(both))  # type: ignore[arg-type]
                 progress(done + 1, len(inputs))
     kept = torch.stack([torch.stack([k for k, _ in found[layer]]).mean(0) for layer in range(len(names))])
     error = torch.stack([torch.stack([e for _, e in found[layer]]).mean(0) for layer in range(len(names))])
@@ -140,6 +153,7 @@ def search_rules(
     samples: int = 3,
     seed: int = 0,
     generate_kwargs: Mapping[str, Any] | None = None,
+    parts: Parts | None = None,
     progress: Callable[[Progress], None] = lambda _state: None,
 ) -> FoundRules:
     """Find a static pattern for every head of a pipeline's transformer.
@@ -157,6 +171,7 @@ def search_rules(
         samples: denoising steps measured of each prompt, spread over those after the recipe's dense phase.
         seed: of the first prompt's run; each further one adds 1.
         generate_kwargs: further arguments of the pipeline's call, such as size and steps.
+        parts: a folder for what is measured so far, as of :func:`~dit_accel.calibration.search.search`.
         progress: told after every run and every forward.
 
     Raises:
@@ -177,12 +192,15 @@ def search_rules(
     if name not in models:
         raise ValueError(f"{type(pipe).__name__} has no {name!r}; it has {', '.join(models)}.")
     model, inputs = models[name], []
+    if parts is not None:
+        asked = asked_of(pipe, prompts, chosen, samples, seed, generate_kwargs)
+        parts.claim({**asked, "rules": list(rules), "transformer": name})
     for number, arguments in enumerate(runs):
         progress(Progress(number, len(runs), None, "dense runs"))
         keep = first_forwards(pipe, samples, chosen.schedule.dense_fraction)
         inputs += record_inputs(model, partial(pipe, **begin(arguments, seed + number)), keep)
     errors = measure_rules(
-        model, chosen, inputs, rules, lambda done, total: progress(Progress(done, total, None, "rules"))
+        model, chosen, inputs, rules, lambda done, total: progress(Progress(done, total, None, "rules")), parts
     )
     found = allocate_rules(errors, mean_density)
     kept, error = _of_choice(errors, found)

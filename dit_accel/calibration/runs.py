@@ -9,6 +9,8 @@ from typing import Any
 import torch
 
 from ..patches.targets import handle_of
+from ..recipe import Recipe
+from .identity import describe, describe_pipeline
 
 # Plans and recorded forwards are of one latent grid.
 SIZES = ("height", "width", "num_frames")
@@ -60,6 +62,28 @@ def run_arguments(
     except ValueError:
         return runs
     raise ValueError(f"{type(pipe).__name__} is patched; call unpatch(pipe) or handle.remove() first.")
+
+
+def asked_of(
+    pipe: Any,
+    prompts: Sequence[Any],
+    recipe: Recipe,
+    samples: int,
+    seed: int,
+    generate_kwargs: Mapping[str, Any] | None,
+) -> dict[str, Any]:
+    """All that a search's measurements depend on, whatever its target."""
+    from .. import __version__
+
+    return {
+        "dit_accel": __version__,
+        "recipe": recipe.to_dict(),
+        "prompts": describe(prompts),
+        "seed": seed,
+        "samples": samples,
+        "arguments": describe(generate_kwargs or {}),
+        "pipeline": describe_pipeline(pipe),
+    }
 
 
 def begin(arguments: Mapping[str, Any], seed: int) -> dict[str, Any]:

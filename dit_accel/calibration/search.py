@@ -18,6 +18,7 @@ from .. import presets
 from ..api import patch
 from ..call import AttentionCall
 from ..engine import Engine, OutputTap
+from ..parts import Parts
 from ..patches.handle import PatchHandle
 from ..patches.targets import transformers_of
 from ..plan import AttentionPlan
@@ -25,7 +26,7 @@ from ..recipe import Recipe
 from .calibrate import Progress
 from .hull import interpolate, lower_hull, slope
 from .recording import first_forwards, first_input, record_inputs
-from .runs import begin, run_arguments
+from .runs import asked_of, begin, run_arguments
 
 DENSITIES = (0.02, 0.03, 0.04, 0.05, 0.06, 0.08, 0.1, 0.15, 0.2, 0.3, 0.4, 0.55, 0.75, 1.0)
 # Low: where a head's error is small, what it does to the velocity drowns in the rounding of bfloat16, and heads of
@@ -87,6 +88,7 @@ def measure_heads(
     orders: Sequence[str] = (),
     probe: float = PROBE,
     mean_density: float | None = None,
+    parts: Parts | None = None,
     progress: Callable[[int, int], None] = lambda _done, _total: None,
 ) -> HeadErrors:
     """Measure every head of a transformer on recorded inputs.
@@ -104,7 +106,9 @@ def measure_heads(
             recipe's order. What a head's error does to the velocity is measured in the first.
         probe: where a head's effect on the velocity is measured; no higher than the density that is wanted.
         mean_density: that is wanted, refused before the second, long measurement if it cannot be kept; None for any.
-        progress: told forwards done and their number.
+        parts: where the effects of each layer's heads are kept, in a folder that was claimed for these very inputs:
+            layers that are there are not measured again. None keeps none.
+        progress: told forwards done and their number, of those that are to be run.
 
     Raises:
         ValueError: the recipe's selection has no density per head, or a mean density below the lowest measured.
@@ -117,7 +121,8 @@ def measure_heads(
         names = [record.name for record in next(iter(handle.sessions.values())).engine.records]
         heads = _count_heads(handle, model, inputs[0])
     layers = len(names)
-    total, done = len(inputs) * (1 + layers * heads), 0
+    known = {layer: kept for layer in range(layers) if parts and (kept := parts.read(_part(layer))) is not None}
+    total, done = len(inputs) * (1 + (layers - len(known)) * heads), 0
 
     def forward(changed: OutputTap, handle: PatchHandle, arguments: dict[str, Any]) -> torch.Tensor:
         nonlocal done
@@ -138,16 +143,26 @@ def measure_heads(
     _check_reachable(mean_density, float(kept[..., 0].mean(0).amin(0).mean()))
     effect = torch.zeros(len(inputs), layers, heads, dtype=torch.float64)
     for layer in range(layers):
+        if layer in known:
+            effect[:, layer] = torch.tensor(known[layer], dtype=torch.float64)
+            continue
         others = tuple(number for number in range(layers) if number != layer)
         with patch(model, at_probe.with_fields({"schedule.dense_layers": others})) as handle:
             for head, (sample, arguments) in product(range(heads), enumerate(inputs)):
                 change = forward(_head_tap(head), handle, arguments) - exact[sample]
                 effect[sample, layer, head] = float(change.square().sum() / exact[sample].square().sum())
+        if parts is not None:
+            parts.write(_part(layer), effect[:, layer].tolist())
     gain = effect / curves[:, 0, ..., steps.index(probe)].clamp_min(1e-30)
     by_order = (gain[:, None, ..., None] * curves).mean(0)
     error, best = by_order.min(0)
     kept_there = kept.mean(0).gather(0, best[None])[0]
     return HeadErrors(steps, kept_there, error, tuple(orders), by_order if orders else None)
+
+
+def _part(layer: int) -> str:
+    """Name of what is kept of a layer."""
+    return f"layer-{layer:03d}"
 
 
 def allocate(
@@ -244,6 +259,7 @@ def search(
     densities: Sequence[float] = DENSITIES,
     seed: int = 0,
     generate_kwargs: Mapping[str, Any] | None = None,
+    parts: Parts | None = None,
     progress: Callable[[Progress], None] = lambda _state: None,
 ) -> Found:
     """Find a density, and an order if there is a choice, for every head of a pipeline's transformer.
@@ -262,11 +278,14 @@ def search(
         densities: see :func:`measure_heads`.
         seed: of the first prompt's run; each further one adds 1.
         generate_kwargs: further arguments of the pipeline's call, such as size and steps.
+        parts: a folder for what is measured so far: a search of the same model, prompts, arguments and recipe goes on
+            from there, also for another target. Dense runs are made again.
         progress: told after every run and every forward.
 
     Raises:
-        ValueError: a pipeline of two transformers, no prompts, or what :func:`refuse_search`, :func:`allocate` and
-            :func:`measure_heads` refuse. A mean density below what any head can keep is refused before the runs.
+        ValueError: a pipeline of two transformers, no prompts, a folder of another search, or what
+            :func:`refuse_search`, :func:`allocate` and :func:`measure_heads` refuse. A mean density below what any head
+            can keep is refused before the runs.
     """
     chosen = presets.resolve(recipe)
     runs = run_arguments(pipe, prompts, generate_kwargs, None)
@@ -281,6 +300,9 @@ def search(
         raise ValueError(f"A search is for one transformer, {type(pipe).__name__} has {len(models)}.")
     ((_, model, _),) = models
     probe = PROBE if mean_density is None else min(PROBE, mean_density)
+    if parts is not None:
+        asked = asked_of(pipe, prompts, chosen, samples, seed, generate_kwargs)
+        parts.claim({**asked, "densities": list(densities), "orders": list(orders), "probe": probe})
     inputs: list[dict[str, Any]] = []
     for number, arguments in enumerate(runs):
         progress(Progress(number, len(runs), None, "dense runs"))
@@ -306,6 +328,7 @@ def search(
         orders=orders,
         probe=probe,
         mean_density=mean_density,
+        parts=parts,
         progress=measured,
     )
     shares = allocate(errors, mean_density=mean_density, max_error=max_error)

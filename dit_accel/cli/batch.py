@@ -10,13 +10,12 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from ..files import refuse_unwritable_folder, write_text
+from ..files import write_text
 from .processes import Processes
 
 if TYPE_CHECKING:
     from .against_dense import SideRun
 
-RECORD = "settings.json"
 RESULTS = "results.json"
 # Of a prompt in a file's name: at four bytes a character it still leaves room below the 255 of file systems.
 LONGEST_SLUG = 48
@@ -89,22 +88,11 @@ class Batch:
         return self.processes.from_first(outputs)
 
     def _claim(self, suffix: str) -> list[Output]:
-        from ..plain_data import first_difference
+        from ..parts import ANOTHER, Parts
 
-        refuse_unwritable_folder(self.folder)
         outputs = plan_outputs(self.prompts, self.folder, self.seed, suffix)
         finished = [output for output in outputs if output.is_finished]
-        record = self.folder / RECORD
-        there = _read(record)
-        if there is None and finished:
-            raise ValueError(
-                f"{finished[0].file} is there already, and no readable {RECORD} beside it says what made it; "
-                "give another folder (--out)."
-            )
-        if there is not None and (difference := first_difference(there, self.settings)):
-            raise ValueError(f"{self.folder} holds outputs made with {difference}; give another folder (--out).")
-        if there is None:
-            write_text(record, json.dumps(self.settings, indent=1, ensure_ascii=False) + "\n")
+        Parts(self.folder, ANOTHER).claim(self.settings, [output.file for output in finished])
         for output in finished:
             print(f"{output.file} is finished already; it is left as it is.", file=sys.stderr)
         return outputs
@@ -193,10 +181,3 @@ def _facts(side: SideRun) -> dict[str, Any]:
         "mean_density": side.summary.mean_density,
         "nan_values": side.made.nan_values,
     }
-
-
-def _read(record: Path) -> Any:
-    try:
-        return json.loads(record.read_text(encoding="utf-8"))
-    except (OSError, ValueError):
-        return None

@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-import sys
 from pathlib import Path
 from typing import Annotated
 
 import typer
 
-from ..files import refuse_unwritable_folder
+from .comparison import Comparison
 from .errors import one_sentence_errors
 from .options import (
     DebugOption,
@@ -21,6 +20,7 @@ from .options import (
     ModelArgument,
     PromptsFileOption,
     SizeOption,
+    StartOverOption,
     StepsOption,
     import_modules,
     quiet_libraries,
@@ -30,7 +30,6 @@ from .options import (
     read_recipe,
     read_seed,
 )
-from .output import free_name
 from .settings import Asked
 
 DEFAULT = Path("outputs/compare")
@@ -60,6 +59,7 @@ def compare(
     out: Annotated[
         Path | None, typer.Option(help=f"Folder for clips and report. Default: {DEFAULT}, or a free name.")
     ] = None,
+    start_over: StartOverOption = False,
     dtype: DtypeOption = None,
     device: DeviceOption = None,
     as_json: JsonOption = False,
@@ -68,6 +68,7 @@ def compare(
     """Judge recipes against dense attention: fidelity per clip, density, time; JSON, film and page.
 
     Dense and the recipes take turns, clip by clip, after an untimed warm-up of each; every run is patched anew.
+    An interrupted comparison goes on with the next clip.
     """
     quiet_libraries()
     import_modules(imports)
@@ -80,38 +81,30 @@ def compare(
     recipes = {"dense (patched)" if text == "dense" else text: read_recipe(text, None) for text in asked_for}
     target = read_device(device)
     number = read_dtype(dtype, target)
-    folder = out or free_name(DEFAULT)
-    refuse_unwritable_folder(folder)
 
-    from ..pipelines.encode import refuse_missing_encoder
-    from ..pipelines.generate import call_arguments, frames_per_second
-    from ..quality.compare import compare as run
-    from ..quality.metrics import find_metrics
     from ..quality.prompts import DEFAULT_PROMPTS
+    from ..quality.report import REPORT
     from .compare_table import show
-    from .model import choose_model, open_model, will_make_video
+    from .model import choose_model, open_model
 
-    chosen = metrics.split(",") if metrics else None
-    find_metrics(chosen)
-    if will_make_video(*choose_model(model)):
-        refuse_missing_encoder()
-    name, builtin, pipe = open_model(model, number, target, quiet=as_json)
-    pipe.set_progress_bar_config(disable=True)
-    report = run(
-        pipe,
+    comparison = Comparison(
+        choose_model(model)[0],
         recipes,
         (prompts or DEFAULT_PROMPTS)[:count],
         seeds,
-        metrics=chosen,
-        generate_kwargs=call_arguments(pipe, **asked.settings(pipe, builtin)),
-        out=folder,
-        fps=frames_per_second(pipe),
-        repeat=repeat,
-        facts={"model": name, "command": " ".join(["dit-accel", *sys.argv[1:]])},
-        progress=lambda line: print(line, file=sys.stderr),
+        asked,
+        number,
+        target,
+        metrics.split(",") if metrics else None,
+        repeat,
     )
+    parts = comparison.claim(out, DEFAULT, start_over)
+    report = comparison.finished(parts)
+    if report is None:
+        _, builtin, pipe = open_model(model, number, target, quiet=as_json)
+        report = comparison.run(pipe, builtin, parts)
     if as_json:
-        print((folder / "report.json").read_text(encoding="utf-8"))
+        print((parts.folder / REPORT).read_text(encoding="utf-8"))
         return
     show(report)
-    print(f"{folder / 'index.html'} has the clips, the table and the plot.")
+    print(f"{parts.folder / 'index.html'} has the clips, the table and the plot.")

@@ -48,6 +48,16 @@ def describe_device(device: torch.device) -> dict[str, Any]:
     }
 
 
+def decisive(dtype: torch.dtype, device: torch.device) -> dict[str, Any]:
+    """Of it what runs must share that are to be one result."""
+    found = versions()
+    return {
+        "dtype": str(dtype).removeprefix("torch."),
+        "device": describe_device(device)["name"],
+        "versions": {name: found.get(name) for name in ("dit-accel", "torch", "diffusers")},
+    }
+
+
 def environment(device: torch.device) -> dict[str, Any]:
     """All of it, for JSON."""
     return {

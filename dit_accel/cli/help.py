@@ -10,19 +10,19 @@ from typer.core import TyperCommand, TyperOption
 # Names of parameters, by group.
 _GROUPS: Mapping[str, str] = {
     "What is made": (
-        "prompt prompts_file negative_prompt count size frames steps guidance seed image last_image mask video"
+        "prompt prompts_file negative_prompt count size frames steps guidance seed seeds image last_image mask video"
     ),
     "Pipeline": "pipeline scheduler lora offload compiled linear vae arch layers batch",
     "Recipe": (
-        "recipe changes imports calibration rederive adapter backend density max_error order rules transformer target "
-        "buckets axis_prompts samples"
+        "recipe profiles changes imports calibration rederive adapter backend density max_error order rules "
+        "transformer target buckets axis_prompts samples"
     ),
     "Measuring": (
         "compare_dense dense_backend dense_steps repeat repeats metrics verify kernels seconds layer at_step "
         "context_parallel ring"
     ),
     "Machine": "dtype device",
-    "Output": "out start_over resume as_json debug help",
+    "Output": "out pictures note start_over resume as_json debug help",
 }
 _GROUP_OF = {name: group for group, names in _GROUPS.items() for name in names.split()}
 # Of a training: what it looks at, and how it goes.
@@ -47,6 +47,10 @@ EXAMPLES: Mapping[str, tuple[str, ...]] = {
     "compare": (
         'dit-accel compare --recipe auto --recipe "pooled;select.density=0.1"',
         "dit-accel compare org/model --count 4 --out outputs/judged",
+    ),
+    "verify": (
+        "dit-accel verify org/model --prompts-file scenes.txt --compile",
+        "dit-accel verify --profiles balanced,fast,max --count 4 --out outputs/card",
     ),
     "inspect": ('dit-accel inspect --prompt "two yellow stars bouncing in space"',),
     "calibrate": ("dit-accel calibrate org/model --recipe paro --out plans.safetensors",),

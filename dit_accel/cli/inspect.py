@@ -21,6 +21,7 @@ from .options import (
     ModelArgument,
     SetOption,
     SizeOption,
+    StartOverOption,
     StepsOption,
     import_modules,
     quiet_libraries,
@@ -30,7 +31,7 @@ from .options import (
     read_recipe,
     read_seed,
 )
-from .output import free_name
+from .output import PIPELINE, claimed_folder
 from .settings import Asked
 
 DEFAULT = Path("outputs/inspect")
@@ -52,12 +53,16 @@ def inspect(
     out: Annotated[
         Path | None, typer.Option(help=f"Folder for the pictures. Default: {DEFAULT}, or a free name.")
     ] = None,
+    start_over: StartOverOption = False,
     dtype: DtypeOption = None,
     device: DeviceOption = None,
     as_json: JsonOption = False,
     debug: DebugOption = False,
 ) -> None:
-    """Picture block mass, masks, recall and change over steps, per layer and head."""
+    """Picture block mass, masks, recall and change over steps, per layer and head.
+
+    Interrupted, it keeps the maps of the calls that it has seen, and generates again for the others.
+    """
     quiet_libraries()
     import_modules(imports)
     asked, seed, prompt = Asked.read(size, frames, steps), read_seed(seed), read_prompt(prompt)
@@ -65,15 +70,30 @@ def inspect(
     target = read_device(device)
     number = read_dtype(dtype, target)
 
-    from ..files import refuse_unwritable_folder
+    from ..calibration.identity import describe_pipeline
     from ..pipelines.generate import generate
     from ..presets import automatic
     from ..quality.inspect_pipeline import inspect_pipeline
-    from .model import open_model
+    from ..quality.inspection import FILE
+    from .environment import decisive
+    from .model import choose_model, open_model
 
-    folder = out or free_name(DEFAULT)
-    refuse_unwritable_folder(folder)
+    what_decides = {
+        "model": choose_model(model)[0],
+        "prompt": prompt,
+        "seed": seed,
+        "settings": vars(asked),
+        "recipe": (chosen or automatic()).to_dict(),
+        "at_step": at_step,
+        "layer": layer,
+        **decisive(number, target),
+    }
+    parts = claimed_folder(
+        out, DEFAULT, what_decides, lambda parts: not (parts.folder / FILE).exists(), FILE, start_over
+    )
+    folder = parts.folder
     _, builtin, pipe = open_model(model, number, target, quiet=as_json)
+    parts.claim(describe_pipeline(pipe), (), PIPELINE)
     settings = asked.settings(pipe, builtin)
     _refuse_beyond("--at-step", at_step, "steps", settings.get("steps") or _own_steps(pipe))
     _refuse_beyond("--layer", layer, "layers", _layers(pipe))
@@ -84,6 +104,7 @@ def inspect(
         recipe=chosen or automatic(),
         steps=at_step,
         layers=layer,
+        parts=parts,
     )
     if as_json:
         print(json.dumps(asdict(found), indent=2))

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
-from typing import Annotated, Any
+from shutil import rmtree
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
@@ -22,6 +23,7 @@ from .options import (
     PromptsOption,
     SetOption,
     SizeOption,
+    StartOverOption,
     StepsOption,
     import_modules,
     quiet_libraries,
@@ -33,7 +35,11 @@ from .progress import progress_bar
 from .settings import Asked
 from .workload import Opened, Workload
 
+if TYPE_CHECKING:
+    from ..parts import Parts
+
 DEFAULT = Path("outputs/found.json")
+ADVICE = "give another file (--out), or start over (--start-over)"
 
 
 @one_sentence_errors
@@ -67,12 +73,16 @@ def search(
     out: Annotated[
         Path | None, typer.Option(help=f"The recipe file to write, *.json. Default: {DEFAULT}, or a free name.")
     ] = None,
+    start_over: StartOverOption = False,
     dtype: DtypeOption = None,
     device: DeviceOption = None,
     as_json: JsonOption = False,
     debug: DebugOption = False,
 ) -> None:
-    """Measure what each head's sparsity does to the velocity, and share a budget of blocks out among heads."""
+    """Measure what each head's sparsity does to the velocity, and share a budget of blocks out among heads.
+
+    Interrupted, it goes on from what stands beside the file, which is gone when the file is written.
+    """
     quiet_libraries()
     import_modules(imports)
     asked, seed = Asked.read(size, frames, steps, guidance), read_seed(seed)
@@ -93,15 +103,19 @@ def search(
     from ..calibration.search import refuse_search
     from ..calibration.search import search as run
     from ..files import refuse_unwritable
+    from ..parts import Parts
 
     if not rules:
         refuse_search(chosen, mean_density=density, max_error=max_error, orders=tuple(order or ()))
     path = out or free_name(DEFAULT)
     refuse_unwritable(path)
+    parts = Parts(path.with_name(f"{path.name}.partial"), ADVICE)
+    if start_over:
+        parts.forget()
     opened = work.open(model, quiet=as_json)
     if rules:
         assert density is not None
-        _search_rules(opened, chosen, density, transformer, samples, seed, path, as_json)
+        _search_rules(opened, chosen, density, transformer, samples, seed, path, parts, as_json)
         return
     with progress_bar("searching", quiet=as_json) as progress:
         found = run(
@@ -114,6 +128,7 @@ def search(
             samples=samples,
             seed=seed,
             generate_kwargs=opened.arguments,
+            parts=parts,
             progress=progress,
         )
     report: dict[str, Any] = {
@@ -136,6 +151,7 @@ def search(
         # All of the measurements, in place of the file.
         print(json.dumps({**report, "file": None}, indent=2))
         raise
+    rmtree(parts.folder)
     if as_json:
         print(json.dumps(report, indent=2))
         return
@@ -158,6 +174,7 @@ def _search_rules(
     samples: int,
     seed: int,
     path: Path,
+    parts: Parts,
     as_json: bool,
 ) -> None:
     from ..calibration.patterns import search_rules
@@ -172,9 +189,11 @@ def _search_rules(
             samples=samples,
             seed=seed,
             generate_kwargs=opened.arguments,
+            parts=parts,
             progress=progress,
         )
     found.recipe.save(path)
+    rmtree(parts.folder)
     chosen = found.recipe.to_dict()["select"]["rules"]
     counts = {rule: _count(chosen, rule) for rule in found.errors.rules}
     report = {

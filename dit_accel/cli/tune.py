@@ -22,6 +22,7 @@ from .options import (
     PromptsOption,
     SetOption,
     SizeOption,
+    StartOverOption,
     StepsOption,
     import_modules,
     quiet_libraries,
@@ -65,9 +66,7 @@ def tune(
             help="Folder for the recipe, the front, and what was run so far, which a second run goes on from."
         ),
     ] = DEFAULT,
-    start_over: Annotated[
-        bool, typer.Option("--start-over", help="Forget what the folder holds of earlier runs.")
-    ] = False,
+    start_over: StartOverOption = False,
     dtype: DtypeOption = None,
     device: DeviceOption = None,
     as_json: JsonOption = False,

@@ -10,6 +10,7 @@ from typing import Any
 
 import torch
 
+from .stages import StageClock, Stages, at_first_forward
 from .video import as_video, to_uint8
 
 
@@ -22,12 +23,14 @@ class Generated:
         finite: whether the pipeline's pixels were all finite; those that were not are 0 in ``frames``.
         latents: the latents after the last denoising step, or None if the pipeline shows none.
         seconds: wall time of the whole call, the device idle before and after.
+        stages: of these seconds; None where the pipeline does not show them.
     """
 
     frames: torch.Tensor
     finite: bool
     latents: torch.Tensor | None
     seconds: float
+    stages: Stages | None = None
 
     def in_8_bits(self) -> Generated:
         """The same with uint8 frames in 0..255, what a viewer gets, in a quarter of the memory."""
@@ -63,6 +66,7 @@ def generate_clip(pipe: Any, prompt: str, seed: int, arguments: Mapping[str, Any
     last: list[torch.Tensor] = []
 
     def keep_latents(_pipe: Any, _step: int, _timestep: Any, tensors: dict[str, Any]) -> dict[str, Any]:
+        clock.step()
         last[:] = [tensors["latents"]]
         return tensors
 
@@ -71,7 +75,9 @@ def generate_clip(pipe: Any, prompt: str, seed: int, arguments: Mapping[str, Any
     generator = torch.Generator().manual_seed(seed)
     _wait_for_device()
     start = time.perf_counter()
-    output = pipe(prompt=prompt, generator=generator, output_type="np", **arguments)
+    clock = StageClock(pipe)
+    with at_first_forward(pipe, clock.forward):
+        output = pipe(prompt=prompt, generator=generator, output_type="np", **arguments)
     _wait_for_device()
     seconds = time.perf_counter() - start
     frames = frames_of(output)
@@ -79,7 +85,8 @@ def generate_clip(pipe: Any, prompt: str, seed: int, arguments: Mapping[str, Any
     if not finite:
         frames = frames.nan_to_num(0.0, 0.0, 0.0)
     latents = last[0].detach().float().cpu() if last else None
-    return Generated(as_video(frames, "the pipeline's output"), finite, latents, seconds)
+    clip = as_video(frames, "the pipeline's output")
+    return Generated(clip, finite, latents, seconds, clock.stages(seconds))
 
 
 def shortened(pipe: Any, arguments: Mapping[str, Any], steps: int) -> dict[str, Any]:

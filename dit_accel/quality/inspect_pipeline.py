@@ -11,10 +11,12 @@ import torch
 from ..api import patch
 from ..call import AttentionCall
 from ..layout import TokenLayout
+from ..parts import Parts
 from ..patches.targets import transformers_of
 from ..recipe import Recipe
 from ..stages.order.simple import Raster, Tiles
 from .inspection import Inspection, Observation, write_inspection
+from .observation_files import SUFFIX, read_observations, write_observations
 from .patterns import block_pattern
 
 ORDERS: Mapping[str, Raster | Tiles] = {"raster": Raster(), "tiles": Tiles()}
@@ -30,6 +32,7 @@ def inspect_pipeline(
     layers: Sequence[int] | None = None,
     branch: str | None = None,
     target: float = 0.95,
+    parts: Parts | None = None,
 ) -> Inspection:
     """Run ``generate()`` under a recipe and write maps and tables of the attention seen.
 
@@ -43,12 +46,14 @@ def inspect_pipeline(
         steps, layers: which to look at; None for all. Each costs a quadratic pass, linear in memory.
         branch: guidance branch to look at; None for the first forward of each step.
         target: share of the mass whose density is reported.
+        parts: where the patterns of each call are kept until all is written, in a folder that was claimed for these
+            very settings: those that are there are not computed again. None keeps none.
 
     Raises:
         ValueError: nothing was observed at those steps and layers.
     """
     transformers = {name for name, _, _ in transformers_of(pipe)}  # control networks are not looked at
-    seen: dict[tuple[str, int, int, str], Observation] = {}
+    seen: dict[str, list[Observation]] = {}
 
     def observer(transformer: str, call: AttentionCall) -> None:
         index = call.step.index or 0
@@ -58,26 +63,40 @@ def inspect_pipeline(
             return
         if not isinstance(call.layout, TokenLayout) or transformer not in transformers:
             return
-        views: dict[str, dict[str, Any]] = {
-            name: {"rows": order.rows(call.layout, call.q.device)} for name, order in ORDERS.items()
-        }
-        if call.plan is not None:
-            views["recipe"] = {"rows": call.plan.rows, "mask": call.plan.mask}
-        for name, view in views.items():
-            # Two transformers share a run: the second takes over at its own steps.
-            key = (transformer, call.layer, index, name)
-            if key not in seen:
-                with torch.no_grad():
-                    pattern = block_pattern(
-                        call.q, call.k, key_mask=call.key_mask, pairs=call.pairs, scale=call.scale, **view
-                    )
-                seen[key] = Observation(call.layer, index, name, pattern, call.step.sigma)
+        part = f"{transformer or 'transformer'}-{call.layer:03d}-{index:04d}"
+        if part in seen:
+            return
+        kept = None if parts is None else read_observations(parts.path(part, SUFFIX))
+        if kept is None:
+            kept = _observations(call, index)
+            if parts is not None:
+                write_observations(kept, parts.path(part, SUFFIX))
+        seen[part] = kept
 
     with patch(pipe, recipe) as handle, handle.observe(observer):
         generate()
-    return write_inspection(
-        list(seen.values()),
+    found = write_inspection(
+        [observation for kept in seen.values() for observation in kept],
         Path(out),
         target=target,
         facts={"pipeline": type(pipe).__name__, "recipe": repr(handle.recipe)},
     )
+    if parts is not None:
+        parts.clear()
+    return found
+
+
+@torch.no_grad()
+def _observations(call: AttentionCall, step: int) -> list[Observation]:
+    """Of one call, under every order that is looked at."""
+    assert isinstance(call.layout, TokenLayout)
+    views: dict[str, dict[str, Any]] = {
+        name: {"rows": order.rows(call.layout, call.q.device)} for name, order in ORDERS.items()
+    }
+    if call.plan is not None:
+        views["recipe"] = {"rows": call.plan.rows, "mask": call.plan.mask}
+    given: dict[str, Any] = {"key_mask": call.key_mask, "pairs": call.pairs, "scale": call.scale}
+    return [
+        Observation(call.layer, step, name, block_pattern(call.q, call.k, **given, **view), call.step.sigma)
+        for name, view in views.items()
+    ]

@@ -15,6 +15,8 @@ from ..files import write_text, written_whole
 from .pattern_images import MapPanel, map_sheet, value_table
 from .patterns import BlockPattern, density_for_mass, keep_for_mass, pattern_change, recall_of
 
+FILE = "patterns.json"
+
 
 @dataclass(frozen=True, eq=False)
 class Observation:
@@ -152,7 +154,7 @@ def write_inspection(
     """
     inspection = inspect_patterns(observations, target)
     tree = {**inspection.to_json(), "facts": dict(facts or {})}
-    write_text(folder / "patterns.json", json.dumps(tree, indent=1, allow_nan=False) + "\n")
+    write_text(folder / FILE, json.dumps(tree, indent=1, allow_nan=False) + "\n")
     for (layer, order), group in _groups(observations).items():
         sheet = map_sheet(f"Layer {layer}, {order} order: share of attention mass by block", _panels(group, target))
         _save(sheet, folder / f"maps_{_file_name(order)}_layer{layer:02d}.png")

@@ -45,6 +45,7 @@ def report_page(report: ComparisonReport, folder: Path, *, embed_limit: int = 64
         "<h2>Cost</h2>",
         _cost_table(report, summaries, dense),
         f'<p class="soft">{_COST_LEGEND}{escape(dense.spread)}</p>',
+        _stages(report, summaries, dense),
         _fidelity(report, summaries, metrics),
         _plots(summaries, dense, metrics),
         _clips(report, folder, metrics, embed_limit),
@@ -151,6 +152,22 @@ def _cost_table(report: ComparisonReport, summaries: Sequence[RecipeSummary], de
     if timed:
         last += [_median_cell(dense.attention_seconds, 2), "<td>1×</td>"]
     return _table(heads, [*rows, last])
+
+
+def _stages(report: ComparisonReport, summaries: Sequence[RecipeSummary], dense: RecipeSummary) -> str:
+    """Where the time goes; nothing where no run showed it."""
+    if not dense.stages:
+        return ""
+    rows = []
+    for summary in (*summaries, dense):
+        is_dense = summary.recipe == DENSE
+        cells = ['<td class="soft">dense</td>' if is_dense else _name_cell(report, summary.recipe, describe=False)]
+        cells += [_median_cell(summary.stages.get(name), 2) for name in ("text", "steps", "decode")]
+        cells.append(_mean_cell(summary.computed_share, 3) if not is_dense else "<td>1</td>")
+        rows.append(cells)
+    text = "Computed is the share of the transformer's forwards that ran all blocks; the others took earlier results."
+    table = _table(["Recipe", "Text, s", "Steps, s", "Decoding, s", "Computed"], rows)
+    return f'<h2>Where the time goes</h2>{table}<p class="soft">{text}</p>'
 
 
 def _fidelity_table(report: ComparisonReport, summaries: Sequence[RecipeSummary], metrics: Sequence[Metric]) -> str:

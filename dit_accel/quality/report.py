@@ -15,6 +15,8 @@ from .clips import read_clip, save_clip, save_film, side_by_side
 from .page import report_page
 from .results import DENSE, ComparisonReport
 
+REPORT = "report.json"
+
 
 @dataclass(frozen=True)
 class ReportFiles:
@@ -42,7 +44,7 @@ def write_report(report: ComparisonReport, folder: Path) -> ReportFiles:
 
 def write_json(report: ComparisonReport, folder: Path) -> Path:
     """Write ``report.json`` alone, which takes no time."""
-    path = folder / "report.json"
+    path = folder / REPORT
     write_text(path, json.dumps(report.to_json(), indent=1, ensure_ascii=False, allow_nan=False) + "\n")
     return path
 

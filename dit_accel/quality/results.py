@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from typing import Any
 
 from .bootstrap import FEWEST_CLIPS, Interval, bootstrap_mean, bootstrap_median, range_of
 from .measurement import Measurement, number_from_json, number_to_json
+from .ran import Ran
+from .stages import Stages
 from .turns import speed_up
 
 DENSE = "dense"
@@ -31,6 +33,9 @@ class ClipResult:
         metrics: fidelity to the dense clip of this prompt and seed; empty for the dense clip itself.
         clip: path of the saved clip relative to the report's folder, or None.
         runs: wall times of all runs of this clip, in order; empty for one run.
+        stages: of each run, in order; empty where the pipeline does not show them.
+        ran: what the patch of the first run did; None for dense.
+        shape: frames, height and width that came out; None where nobody kept them.
     """
 
     prompt: str
@@ -42,6 +47,9 @@ class ClipResult:
     metrics: Mapping[str, Measurement] = field(default_factory=dict)
     clip: str | None = None
     runs: tuple[float, ...] = ()
+    stages: tuple[Stages, ...] = ()
+    ran: Ran | None = None
+    shape: tuple[int, int, int] | None = None
 
     @property
     def seconds(self) -> tuple[float, ...]:
@@ -56,8 +64,9 @@ class RecipeSummary:
     Times are ranges of their runs, with the median. ``speedup`` is of the clips' ratios to dense, see
     :func:`~dit_accel.quality.turns.speed_up`. ``attention_speedup`` divides the median of the dense attention times
     that were measured (often one clip's) by each clip's own. ``metrics`` holds the metrics that gave values, as means
-    over clips, ``missing`` the reasons of those that gave none on some clip. The ``kind`` of an interval says
-    whether it is a bootstrap or the range of few clips.
+    over clips, ``missing`` the reasons of those that gave none on some clip. ``stages`` are the ranges of the runs'
+    seconds of text, steps and decoding, empty where they are not known; ``computed_share`` is that of the forwards that
+    ran all blocks. The ``kind`` of an interval says whether it is a bootstrap or the range of few clips.
     """
 
     recipe: str
@@ -69,6 +78,8 @@ class RecipeSummary:
     density: Interval | None
     metrics: Mapping[str, Interval]
     missing: Mapping[str, tuple[str, ...]]
+    stages: Mapping[str, Interval] = field(default_factory=dict)
+    computed_share: Interval | None = None
 
     @property
     def spread(self) -> str:
@@ -156,6 +167,7 @@ class ComparisonReport:
         dense_attention = _known([clip.attention_seconds for clip in dense])
         ratios = [range_of(dense_attention).median / a for a in attention if dense_attention and a]
         density = _known([clip.density for clip in clips])
+        shares = [clip.ran.computed_share for clip in clips if clip.ran is not None]
         return RecipeSummary(
             recipe=recipe,
             clips=len(clips),
@@ -166,6 +178,8 @@ class ComparisonReport:
             density=bootstrap_mean(density) if density else None,
             metrics=metrics,
             missing=missing,
+            stages=_stages([stages for clip in clips for stages in clip.stages]),
+            computed_share=range_of(shares) if shares else None,
         )
 
     def to_json(self) -> dict[str, Any]:
@@ -179,8 +193,8 @@ class ComparisonReport:
             "notes": list(self.notes),
             "recipes": list(self.recipes),
             "descriptions": dict(self.descriptions),
-            "summaries": [_summary_to_json(self.summary(name)) for name in (DENSE, *self.recipes)],
-            "results": [_result_to_json(result) for result in self.results],
+            "summaries": [summary_to_json(self.summary(name)) for name in (DENSE, *self.recipes)],
+            "results": [result_to_json(result) for result in self.results],
         }
 
     @classmethod
@@ -196,13 +210,18 @@ class ComparisonReport:
             )
         return cls(
             pipeline=tree["pipeline"],
-            results=tuple(_result_from_json(result) for result in tree["results"]),
+            results=tuple(result_from_json(result) for result in tree["results"]),
             recipes=tuple(tree["recipes"]),
             descriptions=tree["descriptions"],
             fps=tree["fps"],
             facts=tree["facts"],
             notes=tuple(tree["notes"]),
         )
+
+
+def _stages(runs: Sequence[Stages]) -> dict[str, Interval]:
+    names = ("text", "steps", "decode") if runs else ()
+    return {name: range_of([getattr(stages, name) for stages in runs]) for name in names}
 
 
 def _count(number: int, noun: str) -> str:
@@ -213,7 +232,8 @@ def _known(values: Sequence[float | None]) -> list[float]:
     return [value for value in values if value is not None]
 
 
-def _result_to_json(result: ClipResult) -> dict[str, Any]:
+def result_to_json(result: ClipResult) -> dict[str, Any]:
+    """One clip as a JSON-ready tree."""
     metrics: dict[str, dict[str, float | str]] = {}
     for name, measurement in result.metrics.items():
         if measurement.value is not None:
@@ -230,24 +250,37 @@ def _result_to_json(result: ClipResult) -> dict[str, Any]:
         "metrics": metrics,
         "clip": result.clip,
         "runs": list(result.runs),
+        "stages": [asdict(stages) for stages in result.stages],
+        "ran": None if result.ran is None else result.ran.to_json(),
+        "shape": None if result.shape is None else list(result.shape),
     }
 
 
-def _result_from_json(tree: Mapping[str, Any]) -> ClipResult:
+def result_from_json(tree: Mapping[str, Any]) -> ClipResult:
+    """Inverse of :func:`result_to_json`."""
     metrics = {
         name: Measurement(value=number_from_json(entry["value"]))
         if "value" in entry
         else Measurement(reason=entry["reason"])
         for name, entry in tree["metrics"].items()
     }
-    return ClipResult(**{**tree, "metrics": metrics, "runs": tuple(tree.get("runs", ()))})
+    ran = tree.get("ran")
+    read = {
+        "metrics": metrics,
+        "runs": tuple(tree.get("runs", ())),
+        "stages": tuple(Stages(**stages) for stages in tree.get("stages", ())),
+        "ran": None if ran is None else Ran.from_json(ran),
+        "shape": tuple(tree["shape"]) if tree.get("shape") else None,
+    }
+    return ClipResult(**{**tree, **read})
 
 
 def _optional(interval: Interval | None) -> dict[str, float | str | int] | None:
     return None if interval is None else interval.to_json()
 
 
-def _summary_to_json(summary: RecipeSummary) -> dict[str, Any]:
+def summary_to_json(summary: RecipeSummary) -> dict[str, Any]:
+    """A recipe's summary as a JSON-ready tree."""
     return {
         "recipe": summary.recipe,
         "clips": summary.clips,
@@ -258,4 +291,6 @@ def _summary_to_json(summary: RecipeSummary) -> dict[str, Any]:
         "density": _optional(summary.density),
         "metrics": {name: interval.to_json() for name, interval in summary.metrics.items()},
         "missing": {name: list(reasons) for name, reasons in summary.missing.items()},
+        "stages": {name: interval.to_json() for name, interval in summary.stages.items()},
+        "computed_share": _optional(summary.computed_share),
     }

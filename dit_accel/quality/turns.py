@@ -17,6 +17,9 @@ WARM_UP_STEPS = 2
 """Denoising steps of a side's warm-up: the first may be in a recipe's dense phase, and what a sparse one compiles must
 not be timed."""
 
+LONG_WARM_UP_STEPS = 10
+"""The same where steps are skipped: enough that there are dense ones, that they end, and that some are skipped."""
+
 NOISE = "noise of the runs"
 """Kind of the interval of a speed-up from few clips."""
 

@@ -15,9 +15,9 @@ import torch
 from ..api import patch
 from ..calibration.runs import begin
 from ..patches.progress import sigmas_of
-from ..patches.targets import transformers_of
 from ..quality.generation import frames_of
 from ..quality.metrics import METRICS, measure
+from ..quality.stages import at_first_forward
 from ..quality.video import ClipPair, as_video, to_uint8
 from ..recipe import Recipe
 from .lists import Trajectory, sampled
@@ -81,6 +81,7 @@ def make_clip(
     """
     marks: list[float] = []
     latents: list[torch.Tensor] = []
+    first: list[float] = []
 
     def after(_pipe: Any, step: int, _timestep: Any, tensors: dict[str, Any]) -> dict[str, Any]:
         marks.append(now(pipe))
@@ -93,12 +94,10 @@ def make_clip(
     with ExitStack() as stack:
         stack.enter_context(torch.no_grad())
         handle = None if recipe is None else stack.enter_context(patch(pipe, recipe))
-        first = stack.enter_context(_first_forward(pipe))
-        noise = stack.enter_context(_first_sample(pipe.scheduler))
         if short is not None:
             pipe(**{**begin(short, seed), "output_type": "latent"})
-            first.clear()
-            noise.clear()
+        stack.enter_context(at_first_forward(pipe, lambda: first.append(now(pipe))))
+        noise = stack.enter_context(_first_sample(pipe.scheduler))
         start = now(pipe)
         output = pipe(**call)
         end = now(pipe)
@@ -144,23 +143,6 @@ def now(pipe: Any) -> float:
     if torch.device(pipe.device).type == "cuda" or torch.cuda.is_initialized():
         torch.cuda.synchronize()
     return time.perf_counter()
-
-
-@contextmanager
-def _first_forward(pipe: Any) -> Iterator[list[float]]:
-    """When the first forward of any transformer began: text encoders are behind it."""
-    begun: list[float] = []
-
-    def note(*_: Any) -> None:
-        if not begun:
-            begun.append(now(pipe))
-
-    hooks = [model.register_forward_pre_hook(note) for _, model, _ in transformers_of(pipe)]
-    try:
-        yield begun
-    finally:
-        for hook in hooks:
-            hook.remove()
 
 
 @contextmanager

@@ -3,12 +3,10 @@
 from __future__ import annotations
 
 import json
-import logging
 import platform
 import statistics
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -16,7 +14,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from .. import engine, presets
+from .. import presets
 from ..api import patch
 from ..calibration.calibrate import Progress
 from ..calibration.identity import describe, describe_pipeline
@@ -25,6 +23,8 @@ from ..files import refuse_unwritable_folder, write_text
 from ..quality.generation import compiles, shortened
 from ..quality.lpips import find_weights
 from ..quality.measurement import MetricUnavailable
+from ..quality.said_once import said_once
+from ..quality.turns import LONG_WARM_UP_STEPS
 from ..recipe import Recipe
 from .candidates import MOST_PARTS, USUAL_DENSITY, USUAL_FRACTION, Choice, Space, dense_steps_of, refuse_base
 from .clips import Clip, make_clip, measured, refuse_pipeline
@@ -37,8 +37,6 @@ from .target import Target, error_of
 from .time_model import RunSeconds, TimeModel
 
 FRONT, PICTURE = "front.json", "front.png"
-WARM_UP_STEPS = 6
-"""Steps of an untimed run: enough that dense steps end, and that computed ones are followed by skipped ones."""
 
 
 def tune(
@@ -92,7 +90,7 @@ def tune(
     asked = _asked(pipe, prompts, numbers, generate_kwargs or {}, base)
     state = State.begin(None if out is None else Path(out), asked, start_over)
     runs = _Runs(pipe, base, goal, arguments, numbers, state, _Clock(progress))
-    with _said_once():
+    with said_once():
         found = runs.find(verify)
     if out is not None:
         write(found, Path(out))
@@ -151,22 +149,6 @@ def _asked(
         "compiled": compiles(pipe),
         "pipeline": describe_pipeline(pipe),
     }
-
-
-@contextmanager
-def _said_once() -> Iterator[None]:
-    """Every run is patched anew, and would warn anew."""
-    said: set[str] = set()
-
-    def is_new(record: logging.LogRecord) -> bool:
-        text = record.getMessage()
-        return text not in said and not said.add(text)  # type: ignore[func-returns-value]
-
-    engine.logger.addFilter(is_new)
-    try:
-        yield
-    finally:
-        engine.logger.removeFilter(is_new)
 
 
 @dataclass
@@ -274,8 +256,8 @@ class _Runs:
         short = None
         if sparse not in self._warm or compiles(self.pipe):
             self._warm.add(sparse)
-            steps = len(self.state.dense[0][0].steps) if self.state.dense else WARM_UP_STEPS
-            short = shortened(self.pipe, self.arguments[number], min(WARM_UP_STEPS, steps))
+            steps = len(self.state.dense[0][0].steps) if self.state.dense else LONG_WARM_UP_STEPS
+            short = shortened(self.pipe, self.arguments[number], min(LONG_WARM_UP_STEPS, steps))
         return make_clip(self.pipe, recipe, self.arguments[number], self.seeds[number], short, self.clock.tick)
 
     def _ladder(self, space: Space) -> Ladder:

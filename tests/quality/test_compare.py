@@ -13,6 +13,7 @@ import numpy as np
 import pytest
 import torch
 
+from dit_accel.parts import Parts
 from dit_accel.quality.compare import compare
 from dit_accel.quality.generation import generate_clip
 from dit_accel.quality.prompts import DEFAULT_PROMPTS
@@ -69,6 +70,9 @@ class FakeHandle:
             dense_calls={"first steps": dense} if dense else {},
             nan_calls=0,
             mean_density=density,
+            density=0.25 if sparse else None,
+            computed_forwards=sum(steps),
+            skipped_forwards=0,
             backends={"attention": {"fake": "test"}},
             plan_seconds=0.01 * sparse,
             sparse_seconds=0.1 * sparse,
@@ -226,6 +230,39 @@ def test_a_run_that_breaks_leaves_the_clips_it_finished(tmp_path: Path) -> None:
     assert pipe.patched_with is None
 
 
+def test_what_was_finished_is_not_made_again(tmp_path: Path) -> None:
+    parts = Parts(tmp_path)
+    parts.claim({})
+    asked = {"out": tmp_path, "patch": FakeHandle, "metrics": ["psnr"], "pictures": False, "parts": parts}
+    first = FakePipe()
+    compare(first, _RECIPES, ["a cat"], **asked)
+    made: list[tuple[str, str, int]] = []
+    again = FakePipe()
+    report = compare(
+        again,
+        _RECIPES,
+        ["a cat", "a dog"],
+        **asked,
+        on_clip=lambda name, prompt, seed, _: made.append((name, prompt, seed)),
+    )
+    assert report.pairs == (("a cat", 0), ("a dog", 0))
+    assert {prompt for prompt, steps, _ in again.calls if steps > 2} == {"a dog"}
+    assert made == [(name, "a dog", 0) for name in ("dense", *_RECIPES)]
+    # All of a finished clip is there: its metrics, and what the patch did.
+    assert report.summary("exact").metrics["psnr"].mean == math.inf
+    assert "off/by: 40 of 80 self-attention calls ran dense (40 first steps)." in report.notes
+    nothing = FakePipe()
+    whole = compare(nothing, _RECIPES, ["a cat", "a dog"], **asked)
+    assert nothing.calls == []
+    assert whole.to_json() == report.to_json()
+    assert not (tmp_path / "clips").exists()
+    parts.path("0001").write_text('{"results": [{}]}')
+    with pytest.raises(
+        ValueError, match=r"0001\.json holds no clip of a comparison; delete it, or give another folder"
+    ):
+        compare(nothing, _RECIPES, ["a cat", "a dog"], **asked)
+
+
 def test_a_recipe_that_breaks_does_so_in_its_warm_up(tmp_path: Path) -> None:
     class BreakingHandle(FakeHandle):
         def summary(self) -> SimpleNamespace:
@@ -357,7 +394,6 @@ def test_clips_are_what_a_first_run_gives(compiled: bool, tmp_path: Path) -> Non
         pipe, recipes, ["a cat", "a quick brown fox"], out=tmp_path, metrics=["latent_mse"], generate_kwargs=_REAL
     )
     assert ("compiled" in report.facts["runs"]) == compiled
-    assert not any("other pixels" in note for note in report.notes)
     for name, recipe in recipes.items():
         for prompt in ("a cat", "a quick brown fox"):
             alone = _real_pipe()
