@@ -12,7 +12,7 @@ PACKAGE = Path(__file__).parent.parent / "dit_accel"
 
 # From the ground up. Rooms in one line do not import each other.
 FLOORS = (
-    ("files", "heads", "layout", "names", "plain_data", "ring"),
+    ("files", "heads", "layout", "names", "plain_data", "process_group", "ring"),
     ("tensor_files",),
     ("kernels.common",),
     ("kernels.mask",),
@@ -21,7 +21,7 @@ FLOORS = (
     ("kernels",),
     ("plan", "timing", "records"),
     ("run",),
-    ("call",),
+    ("call", "step_log"),
     ("ring_attention",),
     ("stages",),
     ("recipe",),
@@ -35,7 +35,7 @@ FLOORS = (
     ("pipelines",),
     ("calibration", "training"),
     ("quality",),
-    ("benchmarking", "tuning"),
+    ("benchmarking", "tuning", "ui"),
     ("cli",),
 )
 HEIGHT = {room: floor for floor, rooms in enumerate(FLOORS) for room in rooms}
