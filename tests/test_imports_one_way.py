@@ -31,7 +31,7 @@ FLOORS = (
     ("engine", "frozen_planner"),
     ("patches",),
     ("api", "runner"),
-    ("acceleration",),
+    ("acceleration", "attention_backend"),
     ("pipelines",),
     ("calibration", "training"),
     ("quality",),
