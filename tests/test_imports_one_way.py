@@ -31,7 +31,7 @@ FLOORS = (
     ("engine", "frozen_planner"),
     ("patches",),
     ("api", "runner"),
-    ("acceleration", "attention_backend"),
+    ("acceleration", "attention_backend", "vllm_omni"),
     ("pipelines",),
     ("calibration", "training"),
     ("quality",),

@@ -25,6 +25,7 @@ PAGES = (
     "docs/quickstart.md",
     "docs/choosing.md",
     "docs/whole_runs.md",
+    "docs/hosts.md",
     "docs/steps.md",
 )
 PYTHON = re.compile(r"^```python\n(.*?)^```", re.MULTILINE | re.DOTALL)
