@@ -14,6 +14,7 @@ __version__ = "0.1.0"
 if TYPE_CHECKING:
     from .acceleration.api import accelerate
     from .api import patch, unpatch
+    from .attention_backend import register_backend
     from .calibration.calibrate import calibrate
     from .extending import register, unregister
     from .patches.artifact import CalibrationArtifact
@@ -35,6 +36,7 @@ _HOME = {
     "PatchHandle": "patches.handle",
     "Recipe": "recipe",
     "register": "extending",
+    "register_backend": "attention_backend",
     "register_family": "patches.families",
     "unregister": "extending",
     "load_adapter": "training.adapter",
@@ -54,6 +56,7 @@ __all__ = [
     "patch",
     "presets",
     "register",
+    "register_backend",
     "register_family",
     "save_adapter",
     "tune",

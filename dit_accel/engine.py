@@ -14,7 +14,7 @@ from .call import AttentionCall, autocast_done, dtype_of_attention
 from .kernels import block_sparse_attention
 from .kernels.attention.api import choose_backend
 from .kernels.common.choice import Case, Choice, Operation, case_of
-from .layout import TokenLayout
+from .layout import StepContext, TokenLayout
 from .plan import AttentionPlan
 from .planner import Planner
 from .recipe import Recipe
@@ -23,6 +23,7 @@ from .ring_attention import attend_around
 from .run import Run
 from .stages.compensate.protocol import Attended
 from .stages.learned_layer import LearnedLayer
+from .step_log import Placed, StepLog
 from .timing import Moment, Stopwatch, is_captured
 
 logger = logging.getLogger("dit_accel")
@@ -64,6 +65,7 @@ class Engine:
         left_alone: paths of the model's other attention modules, for the summary.
         shared: what the processes kept, that shared the sparse calls.
         run: for the calls of an engine that is used without a session.
+        steps: what each step did; None while nobody records it.
     """
 
     def __init__(
@@ -89,6 +91,7 @@ class Engine:
         self.parallel: dict[str, None] = {}
         self.shared = SharedWork()
         self.run = Run()
+        self.steps: StepLog | None = None
         self._choices: dict[Case, dict[Operation, Choice]] = {}
         self._allowed: set[tuple[torch.device, torch.dtype | None, int | None, bool]] = set()
         self._attention_choices: dict[Case, Choice] = {}
@@ -119,7 +122,12 @@ class Engine:
         if self.backend != "auto":  # which takes what runs
             q = call.q
             self._refuse(q.device, dtype_of_attention(q.device, q.dtype), q.shape[-1], call.key_mask is not None)
+        # Another thread may end the recording meanwhile; a repeated call is of a step that was counted.
+        steps = None if call.repeated else self.steps
+        begun = None if steps is None else steps.start(call.q.device)
         out, was_dense = self._attend(call, dense, learned)
+        if steps is not None:
+            steps.end_attention(call, begun, call.q.device)
         return out if self.output_tap is None else self.output_tap(call.layer, out, None if was_dense else dense)
 
     def refuse_backend(self, device: torch.device, dtype: torch.dtype | None = None) -> None:
@@ -138,17 +146,22 @@ class Engine:
             dtype = dtype_of_attention(device, dtype) if dtype.is_floating_point else None
         self._refuse(device, dtype)
 
-    def pass_by(self, layer: int, reason: str, dense: Callable[[], torch.Tensor]) -> torch.Tensor:
+    def pass_by(
+        self, layer: int, reason: str, dense: Callable[[], torch.Tensor], at: Placed | None = None
+    ) -> torch.Tensor:
         """A call that no plan can serve, by the model's own attention, counted with the reason."""
         if not self.switched_on:
             return dense()
-        self.count_dense(layer, reason)
+        self.count_dense(layer, reason, at)
         return dense()
 
-    def count_dense(self, layer: int, reason: str) -> None:
-        """Count a call of this layer that was not sparse."""
+    def count_dense(self, layer: int, reason: str, at: Placed | None = None) -> None:
+        """Count a call of this layer that was not sparse, in the forward ``at`` where one is known."""
         with self._counting:
             self.records[layer].dense_calls[reason] += 1
+        steps = self.steps
+        if steps is not None and at is not None:
+            steps.add_dense(at, reason)
 
     def reset(self) -> None:
         """Forget what was counted, timed and noted so far. Plans and tables stay: nothing runs otherwise after it."""
@@ -160,6 +173,8 @@ class Engine:
             self.backends_used, self.shared = BackendsUsed(), SharedWork()
             self.notes = {sentence: lasting for sentence, lasting in self.notes.items() if lasting}
             self._seen_layouts.clear()
+        if self.steps is not None:
+            self.steps.clear()
 
     def note(self, sentence: str, lasting: bool = False) -> None:
         """Keep a sentence for the summary; it is logged once, as a warning.
@@ -195,7 +210,7 @@ class Engine:
                 self.planner.deal(call)
             exact = self._searched_attention(call)
             begin = self.plan_time.start(call.q.device)
-            made, plan = self.planner.plan(call, book)
+            made, plan = self._plan(call, book)
             planned = self.plan_time.stop(begin, call.q.device)
             if not self.planner.is_search(call, made):
                 call.plan = plan
@@ -218,6 +233,17 @@ class Engine:
         """Attention over the kept blocks alone."""
         backend = self._attention_backend(call, plan)
         return self.recipe.precision.attend(call, plan, backend, with_lse or self.recipe.compensate.needs_lse)
+
+    def _plan(self, call: AttentionCall, book: LayerRecord) -> tuple[StepContext, AttentionPlan]:
+        steps = self.steps
+        if steps is None or call.repeated:
+            return self.planner.plan(call, book)
+        own = LayerRecord("")  # other threads count in the layer's
+        found = self.planner.plan(call, own)
+        with self._counting:
+            book.plans_made += own.plans_made
+        steps.add_plans(call, own.plans_made)
+        return found
 
     def _run_sparse(
         self,
@@ -273,6 +299,9 @@ class Engine:
             if seen is not None:
                 book.hidden.add(density - seen)
             book.sparse_calls += 1
+        steps = self.steps
+        if steps is not None and not call.repeated:
+            steps.add_sparse(call, density)
 
     def _density(self, call: AttentionCall, plan: AttentionPlan) -> torch.Tensor:
         """This process' share of the work of dense attention, a 0-d tensor; that of the others is recorded."""
@@ -336,6 +365,9 @@ class Engine:
             self.observer(call)
         with self._counting:
             book.dense_calls[reason] += 1
+        steps = self.steps
+        if steps is not None and not call.repeated:
+            steps.add_dense(call, reason)
         begin = self.dense_time.start(call.q.device)
         out = dense()
         self.dense_time.stop(begin, call.q.device)

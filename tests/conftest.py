@@ -109,6 +109,8 @@ SLOW = frozenset(
         "training/test_users_lora",
         "training/test_vsa",
         "tuning/test_tune",
+        "ui/test_page",
+        "ui/test_studio",
     )
 )
 

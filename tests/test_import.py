@@ -11,7 +11,19 @@ import pytest
 import dit_accel
 
 # What a help page must not wait for.
-HEAVY = ("torch", "numpy", "triton", "diffusers", "transformers", "accelerate", "safetensors", "peft", "cv2", "imageio")
+HEAVY = (
+    "torch",
+    "numpy",
+    "triton",
+    "diffusers",
+    "transformers",
+    "accelerate",
+    "safetensors",
+    "peft",
+    "cv2",
+    "imageio",
+    "gradio",
+)
 
 
 def run(code: str) -> subprocess.CompletedProcess[str]:
@@ -63,7 +75,7 @@ assert not torch.cuda.is_initialized()
     assert result.returncode == 0, result.stderr
 
 
-COMMANDS = ["generate", "compare", "inspect", "calibrate", "search", "tune", "finetune", "bench", "info"]
+COMMANDS = ["generate", "compare", "inspect", "calibrate", "search", "tune", "finetune", "bench", "ui", "info"]
 
 
 def test_these_are_all_commands() -> None:

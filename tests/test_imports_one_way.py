@@ -21,7 +21,7 @@ FLOORS = (
     ("kernels",),
     ("plan", "timing", "records"),
     ("run",),
-    ("call",),
+    ("call", "step_log"),
     ("ring_attention",),
     ("stages",),
     ("recipe",),
@@ -31,11 +31,11 @@ FLOORS = (
     ("engine", "frozen_planner"),
     ("patches",),
     ("api", "runner"),
-    ("acceleration",),
+    ("acceleration", "attention_backend", "vllm_omni"),
     ("pipelines",),
     ("calibration", "training"),
     ("quality",),
-    ("benchmarking", "tuning"),
+    ("benchmarking", "tuning", "ui"),
     ("cli",),
 )
 HEIGHT = {room: floor for floor, rooms in enumerate(FLOORS) for room in rooms}

@@ -19,7 +19,15 @@ from dit_accel.pipelines.settings import Settings
 
 ROOT = Path(__file__).parent.parent
 README = README_FILE.read_text(encoding="utf-8")
-PAGES = ("README.md", "docs/index.md", "docs/quickstart.md", "docs/choosing.md", "docs/whole_runs.md")
+PAGES = (
+    "README.md",
+    "docs/index.md",
+    "docs/quickstart.md",
+    "docs/choosing.md",
+    "docs/whole_runs.md",
+    "docs/hosts.md",
+    "docs/steps.md",
+)
 PYTHON = re.compile(r"^```python\n(.*?)^```", re.MULTILINE | re.DOTALL)
 
 
@@ -80,12 +88,19 @@ def names(small: Any, monkeypatch: pytest.MonkeyPatch) -> Iterator[dict[str, Any
 
 
 @pytest.mark.parametrize("name", PAGES)
-def test_the_code_of_a_page_runs(name: str, names: dict[str, Any], capsys: pytest.CaptureFixture[str]) -> None:
+def test_the_code_of_a_page_runs(
+    name: str,
+    names: dict[str, Any],
+    capsys: pytest.CaptureFixture[str],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.chdir(tmp_path)
     blocks = PYTHON.findall((ROOT / name).read_text(encoding="utf-8"))
     assert blocks
     for block in blocks:
         exec(compile(block, name, "exec", dont_inherit=True), names)
-    if "summary()" in "".join(blocks):
+    if "print(handle.summary())" in "".join(blocks):
         assert "attention:" in capsys.readouterr().out
 
 

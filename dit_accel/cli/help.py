@@ -21,7 +21,7 @@ _GROUPS: Mapping[str, str] = {
         "compare_dense dense_backend dense_steps repeat repeats metrics verify kernels seconds layer at_step "
         "context_parallel ring"
     ),
-    "Machine": "dtype device",
+    "Machine": "dtype device host port open_browser",
     "Output": "out pictures note start_over resume as_json debug help",
 }
 _GROUP_OF = {name: group for group, names in _GROUPS.items() for name in names.split()}
@@ -65,6 +65,7 @@ EXAMPLES: Mapping[str, tuple[str, ...]] = {
         "dit-accel bench --pipeline --arch wan2.1-1.3b --compile --recipe fast",
         "dit-accel bench --arch wan2.1-14b --layers 4 --context-parallel 2",
     ),
+    "ui": ("dit-accel ui", "dit-accel ui org/model --port 8000"),
     "info": ("dit-accel info --json",),
 }
 

@@ -18,6 +18,7 @@ from .info import info
 from .inspect import inspect
 from .search import search
 from .tune import tune
+from .ui import ui
 from .verify import verify
 from .waiting import wait_passively
 
@@ -46,7 +47,7 @@ def main(
     wait_passively()
 
 
-for command in (generate, compare, verify, inspect, calibrate, search, tune, finetune, bench, info):
+for command in (generate, compare, verify, inspect, calibrate, search, tune, finetune, bench, ui, info):
     app.command(cls=Command)(command)
 
 if __name__ == "__main__":

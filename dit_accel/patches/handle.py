@@ -12,6 +12,7 @@ from ..call import AttentionCall
 from ..engine import OutputTap
 from ..presets.spelling import short_line
 from ..recipe import Recipe
+from ..step_log import StepLog
 from .progress import PipelineSchedules
 from .session import Session
 from .summary import PatchSummary, count_dense, summarise
@@ -61,8 +62,18 @@ class PatchHandle:
         """What ran so far: calls, true density, time, fallbacks. Waits for the device."""
         return summarise(self.recipe, self.note, self.sessions, tuple(self.changes))
 
+    def record_steps(self, on: bool = True, *, seconds: bool = False) -> None:
+        """Keep for :attr:`PatchSummary.steps` what each coming step does; a patch keeps none before it is asked to.
+
+        Args:
+            on: False ends it and forgets the steps.
+            seconds: also measure each step's forwards, and attention in them. The device is not waited for.
+        """
+        for session in self.sessions.values():
+            session.engine.steps = StepLog(seconds) if on else None
+
     def reset(self) -> None:
-        """Begin the counts, times and notes of :meth:`summary` anew.
+        """Begin the counts, times, notes and steps of :meth:`summary` anew.
 
         Plans and cached results stay, so that a run which is under way goes on as it would have: the outputs do not
         change. A new run of a pipeline makes its own plans in any case. Of compiled code too, the counts begin anew.

@@ -19,6 +19,7 @@ from ..engine import Engine
 from ..heads import HeadShard
 from ..layout import LatentGrid, TokenLayout
 from ..ring import RingShard
+from ..step_log import Begun, StepLog
 from .ambient import EAGER, LatentTokens
 from .families import Family
 from .forwards import KEPT_FORWARDS, Forward, KeptForwards, addresses_of, in_backward
@@ -30,6 +31,8 @@ from .shards import heads_of_tensor_parallel, splits_text
 
 if TYPE_CHECKING:
     from .reuse.tracker import ReuseTracker
+
+CPU = torch.device("cpu")
 
 # The opaque operator finds its session by id: a graph can hold a tensor, not a Python object.
 _sessions: weakref.WeakValueDictionary[int, Session] = weakref.WeakValueDictionary()
@@ -54,6 +57,8 @@ class _Thread(threading.local):
         self.block: Forward | None = None
         # Number of the forward that the latest call belongs to, and the call's ordinal in its layer.
         self.served: tuple[int, int] | None = None
+        # Where the forward is recorded, when it began, and on which device.
+        self.recorded: tuple[StepLog, Begun, torch.device] | None = None
 
 
 class Session:
@@ -123,6 +128,13 @@ class Session:
         if traced or torch.is_grad_enabled():
             thread.forward.given = addresses_of(inputs)
             self._forwards.add(thread.forward)
+        steps = self.engine.steps
+        if steps is not None and self.engine.switched_on:
+            device = inputs[0].device if inputs else CPU
+            if traced:  # whose end nobody announces
+                steps.end_forward(thread.forward, False, None, device)
+            else:
+                thread.recorded = (steps, steps.start(device), device)
 
     @property
     def forward(self) -> Forward | None:
@@ -146,7 +158,14 @@ class Session:
         """Called when an eager forward of the transformer ends, also by an exception."""
         if self._watch is not None:
             self._watch.leave(error)
-        self._thread.forward = self._thread.whole = None
+        thread = self._thread
+        if thread.recorded is not None:
+            steps, begun, device = thread.recorded
+            if thread.forward is not None and error is None:
+                reuse = thread.forward.reuse
+                steps.end_forward(thread.forward, reuse is not None and reuse.skipped, begun, device)
+            thread.recorded = None
+        thread.forward = thread.whole = None
 
     def enter_module(self, tensor: torch.Tensor | None) -> None:
         """Called when a block or an attention layer starts, with the first tensor that it is given, by which it is
@@ -245,12 +264,12 @@ class Session:
 
     def pass_by(self, layer: int, reason: str, dense: Callable[[], torch.Tensor]) -> torch.Tensor:
         """A call that no plan can serve, by the model's own attention, counted with the reason."""
-        return dense() if self._is_repetition() else self.engine.pass_by(layer, reason, dense)
+        return dense() if self._is_repetition() else self.engine.pass_by(layer, reason, dense, self.forward)
 
     def count_dense(self, layer: int, reason: str) -> None:
         """Count a call of this layer that was not sparse."""
         if self.counts():
-            self.engine.count_dense(layer, reason)
+            self.engine.count_dense(layer, reason, self.forward)
 
     def counts(self) -> bool:
         """Whether a call is counted: not where all go to the model's own attention, nor when it is repeated."""

@@ -12,6 +12,7 @@ from ..presets.spelling import short_line
 from ..recipe import Recipe
 from ..records import BackendsUsed, LayerRecord, SharedWork, backend_lines
 from .reasons import CACHED, PASSED
+from .step_summary import StepSummary, line_of_steps, summarise_steps
 from .summary_html import as_html
 
 if TYPE_CHECKING:
@@ -67,6 +68,7 @@ class PatchSummary:
         short_recipe: the nearest preset, and what differs from it.
         left_alone: other attention modules, which run as the model has them: to a prompt, in windows, over text or
             sound, linear. A number in a path is *.
+        steps: what each step did, in order; empty without :meth:`~dit_accel.PatchHandle.record_steps`.
     """
 
     recipe: str
@@ -85,6 +87,7 @@ class PatchSummary:
     left_alone: tuple[str, ...] = ()
     rank_densities: tuple[float, ...] = ()
     imbalance: float | None = None
+    steps: tuple[StepSummary, ...] = ()
 
     @property
     def computed_share(self) -> float | None:
@@ -184,6 +187,8 @@ class PatchSummary:
             f"  time: {self.sparse_seconds:.3f} s sparse, {self.dense_seconds:.3f} s dense, "
             f"{self.plan_seconds:.3f} s planning ({sum(layer.plans_made for layer in self.layers)} plans)"
         )
+        if self.steps:
+            lines.append(f"  {line_of_steps(self.steps)}")
         if self.nan_calls:
             lines.append(f"  warning: {self.nan_calls} calls gave NaN")
         return lines
@@ -214,12 +219,14 @@ def summarise(
     reused = [session.reuse for session in sessions.values() if session.reuse is not None]
     layers: list[LayerSummary] = []
     left_alone: list[str] = []
+    steps: list[StepSummary] = []
     backends = BackendsUsed()
     plan = sparse = dense = 0.0
     for name, engine in engines.items():
         prefix = f"{name}." if len(engines) > 1 else ""
         layers += [_layer(prefix, record) for record in engine.records]
         left_alone += [f"{prefix}{path}" for path in engine.left_alone]
+        steps += summarise_steps(engine.steps, name if len(engines) > 1 else "")
         backends.update(engine.backends_used)
         plan += engine.plan_time.seconds()
         sparse += engine.sparse_time.seconds()
@@ -245,6 +252,7 @@ def summarise(
         left_alone=tuple(left_alone),
         rank_densities=shared.densities(),
         imbalance=shared.imbalance(),
+        steps=tuple(steps),
     )
     raised = _why_denser(recipe, summary.density)
     return summary if raised is None else replace(summary, notes=(*notes, raised))
