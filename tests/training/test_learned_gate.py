@@ -17,7 +17,8 @@ from dit_accel.stages.select.pooled import Pooled
 from dit_accel.training.config import FinetuneConfig
 from dit_accel.training.finetune import finetune
 from dit_accel.training.gate import gate_losses
-from dit_accel.training.objective import OBJECTIVES, NoisyBatch, Objective, losses
+from dit_accel.training.noisy import NoisyBatch
+from dit_accel.training.objective import OBJECTIVES, Objective, losses
 from tests.calls import call_of
 from tests.recipes import SMALL_TILES
 from tests.tiny import TINY
@@ -156,7 +157,8 @@ def test_the_loss_is_of_the_dense_models_own_trajectory():
     """Whatever the gate chooses, later layers see what they would without a patch."""
     pipe = sharp_pipe()
     sample = samples(1)[0]
-    batch = NoisyBatch(sample.latents, sample.latents, torch.tensor([500.0]), sample.condition)
+    level = torch.tensor([0.5])
+    batch = NoisyBatch(sample.latents, sample.latents, level * 1000, sample.condition, level, lambda x: x * 1000)
 
     def terms(density: float) -> torch.Tensor:
         recipe = SEER.with_fields({"select.density": density})
