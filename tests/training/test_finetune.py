@@ -119,6 +119,21 @@ def test_objectives_train_and_checkpointing_changes_nothing(name, checkpointing,
             assert torch.equal(value, dict(other.transformer.named_parameters())[name]), name
 
 
+@pytest.mark.parametrize("precision", ["int8", "int8_fp8"])
+def test_8_bits_in_the_loop_train_as_the_models_own_numbers_do(precision, tmp_path):
+    """The same steps to a few percent, and an adapter that runs in these numbers."""
+    curves = []
+    for number in ("model", precision):
+        pipe = tiny_pipe()
+        recipe = SLA.with_fields({"precision": number})
+        result = finetune(pipe, recipe, samples(2), tmp_path / number, replace(FAST, steps=5, train="all"))
+        curves.append([entry["loss"] for entry in result.curves.steps])
+    assert curves[1] == pytest.approx(curves[0], rel=0.02)
+    assert curves[1] != curves[0]
+    with dit_accel.load_adapter(tiny_pipe(), result.adapter) as handle:
+        assert handle.recipe == recipe
+
+
 @pytest.mark.parametrize("kind", ["weights", "lora"])
 def test_a_resumed_run_equals_an_uninterrupted_one_to_the_bit(kind, tmp_path):
     config = replace(
