@@ -37,7 +37,8 @@ def prepare(args: argparse.Namespace) -> None:
     mean, std = latent_statistics(vae, device)
     rng, textures = random.Random(1), torch.Generator(device).manual_seed(1)
     size = {"height": args.size, "width": args.size, "num_frames": args.frames}
-    shape, scale, condition = capture_call(pipe, {"prompt": "a fish", **size})
+    captured = capture_call(pipe, {"prompt": "a fish", **size})
+    shape, scale, condition = captured.latents.shape, captured.timestep_scale, captured.condition
     text = condition.pop("encoder_hidden_states")
     store = torch.bfloat16
     # Held out: combinations of subject, place and motion that neither the model nor this training sees.
@@ -192,12 +193,11 @@ def compile_kernels(args: argparse.Namespace, recipe: Any, config: Any, out: Pat
 
     from dit_accel.training.data import capture_call
     from dit_accel.training.finetune import finetune
-    from dit_accel.training.samples import Sample
 
     pipe = open_pipe(torch.device(args.device))
     size = {"height": args.size, "width": args.size, "num_frames": args.frames}
-    shape, scale, condition = capture_call(pipe, {"prompt": "a fish", **size})
-    samples = [Sample(f"noise-{i}", torch.randn(shape), scale, condition) for i in range(2 * config.batch_size)]
+    captured = capture_call(pipe, {"prompt": "a fish", **size})
+    samples = [captured.sample(f"noise-{i}", torch.randn(captured.latents.shape)) for i in range(2 * config.batch_size)]
     short = replace(config, steps=2, evaluate_samples=config.batch_size, evaluate_every=0)
     finetune(pipe, recipe, samples, out / "compile", short)
     say(args, f"{args.variant}: kernels compiled")

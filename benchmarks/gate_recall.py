@@ -1,11 +1,12 @@
-"""How much of the exact attention mass a learned gate keeps, beside pooled scores and the exact choice.
+"""How much of the exact attention mass a learned gate of any form keeps, beside pooled scores and the exact choice.
 
 For each sparse call of runs of the built-in model, at one density: the exact mass that the gate's blocks hold, that
 those of pooled scores hold, and that the best blocks by that mass hold, all with the blocks that are read in any case.
 The recall is the gate's share of the last. The prompts are those of the fidelity comparison; train the gate on others,
 with
 
-    dit-accel finetune embedded --recipe seer --objective gate --train learned --prompts-file others.txt --out gate
+    dit-accel finetune embedded --recipe seer --set select.form=linear --objective gate --train learned \\
+      --prompts-file others.txt --out gate
 
     python benchmarks/gate_recall.py --adapter gate/adapter --density 0.1 --clips 4 --out recall.json
 """

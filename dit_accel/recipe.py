@@ -18,6 +18,7 @@ from .stages.compensate.carried import Carried
 from .stages.compensate.coarse import CoarseBranch
 from .stages.compensate.linear import LinearBranch
 from .stages.compensate.none import NoCompensation
+from .stages.compensate.output_gate import OutputGate
 from .stages.compensate.pooled_mass import PooledMass
 from .stages.compensate.protocol import Compensation
 from .stages.compensate.pyramid import KeyPyramid
@@ -82,6 +83,7 @@ COMPENSATIONS: dict[str, type[Compensation]] = {
     "key_pyramid": KeyPyramid,
     "linear": LinearBranch,
     "coarse": CoarseBranch,
+    "gate": OutputGate,
     "agents": AgentTokens,
     "residual": PooledResidual,
     "carried": Carried,

@@ -126,6 +126,26 @@ def test_few_steps_can_have_a_dense_phase_where_a_recipe_asks_for_it():
     assert _run(Engine(recipe, ["layer"], "auto", 0), _inputs(), 4) == ["dense", "sparse", "sparse", "sparse"]
 
 
+@pytest.mark.parametrize("every", [2, 3])
+def test_recycled_is_dense_in_turn_and_reads_what_the_last_dense_step_found(every):
+    engine = Engine(presets.recycled(density=0.3, full_every=every, block=(32, 32)), ["layer"], "auto", 0)
+    did = _run(engine, _inputs(), 7)
+    assert [index for index, kind in enumerate(did) if kind == "dense"] == list(range(0, 7, every))
+    assert engine.records[0].plans_made == len(range(0, 7, every))
+
+
+def test_masformer_is_dense_in_its_full_layers():
+    engine = Engine(presets.masformer(full_layers=(0, -1), dense_fraction=0.0), ["a", "b", "c"], "auto", 0)
+    q, k, v = _inputs()
+    step, dense = StepContext(index=0, num_steps=4, forward_id=1), []
+    for layer in range(3):
+        attend(engine, layer, AttentionInputs(q, k, v), LAYOUT, step, lambda: dense.append(0) or v)
+    assert len(dense) == 2
+    assert [sum(record.dense_calls.values()) for record in engine.records] == [1, 0, 1]
+    own = presets.gna(dense_fraction=0.0)
+    assert presets.masformer(full_layers=(), dense_fraction=0.0) == own
+
+
 def test_a_repeated_forward_repeats_its_dense_search():
     engine = Engine(presets.sparsed(block=(32, 32)), ["layer"], "auto", 0)
     q, k, v = _inputs()

@@ -11,6 +11,20 @@ from dit_accel.recipe import AXES
 PAGE = (Path(__file__).parent.parent / "docs" / "literature.md").read_text(encoding="utf-8")
 STATES = ("works", "partly", "reference form", "not worth", "open")
 
+# Every system that this package answers to.
+_SYSTEMS = """
+AdaSpa; PAROAttention; SLA; VMoBA; PSA; Rectified SpaAttn; CLEAR; GNA; FNA; DiNA; SparseD; PBS-Attn; Agent Attention;
+SSA; MoH; Routing Transformer; Combiner; LightNet; SeerAttention; DMA; Sparsifiner; SEA; MoA; DuoAttention; Retrieval
+heads; S2-Attention; SinkLoRA; Flux Attention; MASFormer; Recycled Attention; BiFormer; LongHeads; HyperAttention;
+HiP; DHSA; Superlinear; Landmark attention; SCOUT; FlashVGGT; BASED; Hybrid linear study; Lightning Attention;
+TransNormer; Flowformer; Kimi Linear; Local Linear Attention; Quantizable Transformers; EdgeQAT; dLLM quantisation
+study; SQA; SHRP; UoE; BAM; DyMU; VFlowOpt; DyVTE; VMTC; CMAI; Fast-dLLM v2; Affine-Scaled Attention; BlockRank;
+Sinks; PrFlashAttention; DiffQKV; MFA; low-rank MHSA; DaViT; Mixture-of-Transformers; FlashSVD; Long-Context Attention
+Benchmark; CAB; DiTCtrl; ShotAdapter; DRA-Ctrl; DiTraj; RealisMotion; MagicTryOn; SViMo; DeT; Step-Video-T2V;
+AM-Adapter; DreamVideo-2; IR-Diffusion; RefAM; BroadWay; InfEdit; HD-Painter; ViMAEdit; AttenCraft; EMMA; AFA; DAA
+"""
+SYSTEMS = [" ".join(name.split()) for name in _SYSTEMS.split(";")]
+
 
 def rows(text: str) -> list[list[str]]:
     """Cells of every row of its tables, without heads and rules."""
@@ -55,3 +69,15 @@ def test_every_row_has_a_state_and_a_reason_where_it_must():
         if state.startswith(("partly", "not worth")):
             assert ":" in state or "," in state or " at these lengths" in state, f"{row[0]} gives no reason"
         assert len(row) in (4, 6), row
+
+
+def test_every_system_has_one_row():
+    named = [name.strip() for row in rows(PAGE.partition("## Beside the literature")[0]) for name in _names(row[0])]
+    assert len(SYSTEMS) > 80
+    for system in SYSTEMS:
+        assert named.count(system) == 1, system
+
+
+def _names(cell: str) -> list[str]:
+    """Systems of a row's first cell, without the numbers of their papers."""
+    return re.sub(r" \(.*?\)", "", cell).split(",")

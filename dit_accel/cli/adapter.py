@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING
 if TYPE_CHECKING:
     from ..pipelines.builtin import Builtin
     from ..recipe import Recipe
+    from .settings import Asked
 
 
 def find_adapter(name_or_path: str, builtin: Builtin | None) -> Path:
@@ -41,3 +42,18 @@ def adapter_recipe(folder: Path) -> Recipe:
         refuse_unreadable(folder)
         return Recipe()
     return read_adapter(folder).recipe
+
+
+def settings_of_adapter(folder: Path, asked: Asked) -> dict[str, float]:
+    """Steps and guidance of an adapter that was distilled to few steps, or what was asked for; of any other nothing.
+
+    A published checkpoint tells its steps by the model alone.
+    """
+    from ..training.adapter_files import read_adapter
+    from ..training.published.files import is_own
+
+    steps = read_adapter(folder).steps if is_own(folder) else None
+    if steps is None:
+        return {}
+    own = {"steps": len(steps.sigmas), "guidance": 1.0}
+    return {name: value if getattr(asked, name) is None else getattr(asked, name) for name, value in own.items()}

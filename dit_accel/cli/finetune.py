@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import sys
+from dataclasses import replace
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -11,6 +12,7 @@ import typer
 
 from .backend import refuse_backend
 from .errors import one_sentence_errors
+from .few_steps import FewStepsAsked
 from .options import (
     BackendOption,
     DebugOption,
@@ -68,11 +70,18 @@ def finetune(
     train: Annotated[str, typer.Option(metavar="learned|attention|all", help="What is trained.")] = "attention",
     lora_rank: Annotated[int, typer.Option(min=0, help="Train LoRA layers of this rank; 0 trains weights.")] = 0,
     objective: Annotated[
-        str | None, typer.Option(metavar="flow|distill|clear|ssa", help="Default: as the recipe's authors.")
+        str | None,
+        typer.Option(metavar="flow|distill|clear|ssa|gate|consistency|dmd", help="Default: as the recipe's authors."),
     ] = None,
     teacher: Annotated[
         str, typer.Option(metavar="frozen|current", help="Dense teacher: weights before the training, or present.")
     ] = "frozen",
+    few_steps: Annotated[int, typer.Option(min=1, help="Of consistency and dmd: steps of the distilled model.")] = 4,
+    teacher_steps: Annotated[int, typer.Option(min=1, help="Of consistency and dmd: steps of the dense teacher.")] = 30,
+    teacher_guidance: Annotated[
+        float | None,
+        typer.Option(help="Of consistency and dmd: the teacher's guidance scale. Default: --guidance, or the model's."),
+    ] = None,
     density_start: Annotated[float | None, typer.Option(help="Begin here and go down to the recipe's.")] = None,
     density_steps: Annotated[int, typer.Option(min=0, help="Steps until the recipe's density.")] = 0,
     precision: Annotated[str | None, typer.Option(metavar="no|bf16", help="Default: bf16 for a bf16 model.")] = None,
@@ -107,6 +116,7 @@ def finetune(
         raise ValueError("Give --resume or --start-over, not both.")
     read_seed(seed)
     settings = Asked.read(size, frames, generate_steps, guidance)
+    few = FewStepsAsked(few_steps, teacher_steps, teacher_guidance)
     asked = SamplesAsked(data, clips, prompts_file, count, settings, start_over)
     chosen = read_recipe(recipe, changes)
     if chosen is None:
@@ -137,6 +147,7 @@ def finetune(
         train=train,
         lora_rank=lora_rank,
         objective=OBJECTIVES[aim],
+        few_steps=few.check(),
         teacher=teacher,
         density_start=density_start,
         density_steps=density_steps,
@@ -157,13 +168,16 @@ def finetune(
         print(unused, file=sys.stderr)
     quiet = as_json or not state.is_main_process
     name, builtin, pipe = open_model(model, number, state.device if state.num_processes > 1 else target, quiet=quiet)
+    if config.objective.is_few_step:
+        config = replace(config, few_steps=few.config(pipe, builtin, settings))
     refuse_unfit(pipe, chosen, out, config, resume=resume, backend=backend)
+    guided = config.objective.is_few_step and config.few_steps.guidance > 1.0
     skipped = []
     if samples is None:
         say = None if quiet else lambda done, total: _say(f"sample {done} of {total}", done, total)
         # The first process makes the files, the others find them.
         with state.main_process_first():
-            skipped = asked.make(pipe, builtin, prompts, out / "samples", seed, say)
+            skipped = asked.make(pipe, builtin, prompts, out / "samples", seed, say, unconditional=guided)
         samples = LatentFolder(out / "samples")
     result = run(
         pipe,

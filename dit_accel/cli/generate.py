@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import json
 import sys
+from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from .adapter import adapter_recipe, find_adapter
+from .adapter import adapter_recipe, find_adapter, settings_of_adapter
 from .against_dense import SideRun, compared, print_comparison
 from .backend import refuse_backend
 from .batch import Batch, Output, batch_folder
@@ -173,6 +174,7 @@ def generate(
         refuse_format(linear)
     name, builtin = choose_model(model)
     folder = None if adapter is None else find_adapter(adapter, builtin)
+    few_steps = {} if folder is None else settings_of_adapter(folder, asked)
     plans = None if calibration is None else CalibrationArtifact.load(calibration)
     refuse_backend(backend, number, target, adapter_recipe(folder) if folder else chosen or automatic())
     is_video = will_make_video(name, builtin) if pipeline is None else makes_video(pipeline_class(pipeline))
@@ -217,12 +219,15 @@ def generate(
             raise
         return handle
 
-    def generated(output: Output, label: str, short: bool) -> Generated:
+    def generated(output: Output, label: str, short: bool, own: Mapping[str, Any]) -> Generated:
+        call = {**arguments, **own}
         if short:
             _say(f"Warming up: {label}", as_json)
-            return run(pipe, output.prompt, **{**arguments, "steps": warm_up_steps}, seed=output.seed, inputs=more)
+            # A model of few steps runs them all.
+            call["steps"] = call["steps"] if own else warm_up_steps
+            return run(pipe, output.prompt, **call, seed=output.seed, inputs=more)
         with _progress(label, quiet=as_json) as advance:
-            result = run(pipe, output.prompt, **arguments, seed=output.seed, inputs=more, progress=advance)
+            result = run(pipe, output.prompt, **call, seed=output.seed, inputs=more, progress=advance)
         if result.nan_values:
             print(
                 f"Warning: {result.nan_values} pixel values are not finite and were made black.",
@@ -233,7 +238,7 @@ def generate(
     def fast_side(output: Output, short: bool = False) -> SideRun:
         # Patched for this run alone: it keeps nothing of the warm-up or of another run.
         with accelerated() as handle:
-            made = generated(output, "accelerated" if recipe != "dense" else "dense", short)
+            made = generated(output, "accelerated" if recipe != "dense" else "dense", short, few_steps)
             return SideRun(made, handle.summary(), handle.recipe)
 
     outputs = None if is_video is None else planned(is_video)
@@ -257,7 +262,7 @@ def generate(
 
     sides = {"accelerated": lambda short: fast_side(outputs[0], short)}
     if compare_dense:
-        sides = {"dense": lambda short: SideRun(generated(outputs[0], "dense", short)), **sides}
+        sides = {"dense": lambda short: SideRun(generated(outputs[0], "dense", short, {})), **sides}
     runs = measured_in_turns(sides, repeat, warm_up=compare_dense or target.type == "cuda")
     fast, summary, used = runs["accelerated"][0]
     assert summary is not None
@@ -271,7 +276,7 @@ def generate(
         "random_weights": bool(builtin and "RANDOM" in builtin.description),
         "prompt": prompts[0],
         "seed": seed,
-        "settings": {**arguments, **_made(fast)},
+        "settings": {**arguments, **few_steps, **_made(fast)},
         "dtype": str(number).removeprefix("torch."),
         "recipe": used.to_dict(),
         "adapter": adapter,

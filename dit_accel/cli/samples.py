@@ -78,8 +78,12 @@ class SamplesAsked:
         folder: Path,
         seed: int,
         progress: Callable[[int, int], None] | None,
+        unconditional: bool = False,
     ) -> list[Skipped]:
         """Encode the clips, or generate a sample from each prompt; what is in the folder already is kept.
+
+        Args:
+            unconditional: also keep what the model is given without the prompt.
 
         Returns:
             Clips that were left out.
@@ -97,9 +101,18 @@ class SamplesAsked:
                 seed=seed,
                 progress=progress,
                 start_over=self.start_over,
+                unconditional=unconditional,
             )
             return []
         size = {name: settings[name] for name in ("width", "height", "frames") if settings.get(name) is not None}
         if len(size) < 3:
             raise ValueError("--clips needs --size and --frames for this model.")
-        return encode_clips(pipe, self.clips, folder, **size, progress=progress, start_over=self.start_over)
+        return encode_clips(
+            pipe,
+            self.clips,
+            folder,
+            **size,
+            progress=progress,
+            start_over=self.start_over,
+            unconditional=unconditional,
+        )

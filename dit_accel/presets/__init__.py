@@ -12,9 +12,9 @@ from ..stages.order.simple import Tiles
 from ..stages.schedule import Schedule
 from ..stages.select.pooled import Pooled
 from ..stages.select.static import Window
-from .grid import clear, dina, gna, na, patterns, radial, sta
+from .grid import clear, dina, gna, masformer, na, patterns, radial, sta
 from .profiles import balanced, fast, maximal
-from .searched import FEW_STEPS, adaspa, ear, mass, paro, pbs, psa, rectified, sparge, sparsed, vmoba
+from .searched import FEW_STEPS, adaspa, ear, mass, paro, pbs, psa, rectified, recycled, sparge, sparsed, vmoba
 from .trained import seer, sla, sparge2, ssa, vsa
 from .whole import agent, sage
 
@@ -99,6 +99,7 @@ PRESETS: dict[str, Callable[..., Recipe]] = {
     "pooled": pooled,
     "mass": mass,
     "ear": ear,
+    "recycled": recycled,
     "adaspa": adaspa,
     "paro": paro,
     "sparsed": sparsed,
@@ -110,6 +111,7 @@ PRESETS: dict[str, Callable[..., Recipe]] = {
     "na": na,
     "dina": dina,
     "gna": gna,
+    "masformer": masformer,
     "sta": sta,
     "clear": clear,
     "agent": agent,

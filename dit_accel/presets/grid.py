@@ -77,6 +77,29 @@ def gna(
     )
 
 
+def masformer(
+    window: Sizes = (1.0, 0.4, 0.4),
+    full_layers: tuple[int, ...] = (0, 1),
+    dense_fraction: float = 0.2,
+) -> Recipe:
+    """Full attention in a few layers, a window in all others (MASFormer, arXiv 2310.12442).
+
+    The first layers are full, as in the paper; how many there are, and the window, are this package's defaults.
+
+    Deviations: those of :func:`gna`, whose windows of 3-D tiles stand for the paper's of one dimension; it is not
+    trained from the start.
+
+    Args:
+        window, dense_fraction: see :func:`na`.
+        full_layers: self-attention layers that stay dense, by index; negative counts from the last.
+    """
+    return Recipe(
+        order=Tiles(),
+        select=Window(window=window, stride=(1, 4, 4)),
+        schedule=Schedule(dense_fraction=dense_fraction, dense_layers=full_layers),
+    )
+
+
 def sta(
     window: tuple[int, int, int] = (3, 3, 3),
     tile: tuple[int, int, int] = (6, 8, 8),

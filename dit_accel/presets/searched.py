@@ -56,6 +56,27 @@ def mass(
     )
 
 
+def recycled(density: float = 0.2, full_every: int = 5, block: tuple[int, int] = (128, 64)) -> Recipe:
+    """Full attention in turn with what it last found (Recycled Attention, arXiv 2411.05787).
+
+    One step of every ``full_every``, the first of a run among them, is dense, and searches: the blocks with the most
+    exact attention mass are those that the next steps read. Defaults are this package's.
+
+    Deviations: the paper recycles single keys of a decoder, and has no blocks; here they are 3-D tiles, which a query
+    block shares; a query block always reads its own tokens; text is always read.
+
+    Args:
+        density: kept share of the latent blocks.
+        full_every: denoising steps from one dense step to the next, that one included.
+        block: tokens in a query and in a key block.
+    """
+    return Recipe(
+        order=Tiles(),
+        select=Mass(density=density, head_adaptive=False, block=block),
+        schedule=Schedule(refresh_every=full_every, dense_refresh=True),
+    )
+
+
 def ear(
     density: float = 0.2,
     dense_fraction: float = 0.2,

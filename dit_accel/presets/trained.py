@@ -78,7 +78,7 @@ def ssa(density: float = 0.1, block: tuple[int, int] = (64, 64), tile: tuple[int
     return Recipe(order=_order(tile), select=Pooled(density=density, block=block))
 
 
-def seer(density: float = 0.1, rank: int = 24, block: tuple[int, int] = (128, 64)) -> Recipe:
+def seer(density: float = 0.1, rank: int = 24, block: tuple[int, int] = (128, 64), form: str = "pooled") -> Recipe:
     """Key blocks by a gate that learns the exact attention mass (SeerAttention, arXiv 2410.13276).
 
     A gate of each head scores pairs of 3-D tiles by pooled queries and keys, through projections of a low rank that
@@ -90,8 +90,9 @@ def seer(density: float = 0.1, rank: int = 24, block: tuple[int, int] = (128, 64
 
     Args:
         density, rank, block: see :class:`~dit_accel.stages.select.learned.Learned`.
+        form: likewise; "pooled" is the paper's, others are those of Sparsifiner, SEA and dynamic mask attention.
     """
-    return Recipe(order=Tiles(), select=Learned(density=density, rank=rank, block=block))
+    return Recipe(order=Tiles(), select=Learned(density=density, rank=rank, block=block, form=form))
 
 
 def vsa(density: float = 0.1, cube: tuple[int, int, int] = (4, 4, 4)) -> Recipe:

@@ -89,7 +89,9 @@ class ModelDtype(Precision):
 
 @dataclass(frozen=True)
 class Int8(Precision):
-    """INT8 queries and keys, values in the model's dtype: SageAttention (arXiv 2410.02367). Inference only.
+    """INT8 queries and keys, values in the model's dtype: SageAttention (arXiv 2410.02367).
+
+    Gradients go straight through the rounding: those of attention at the rounded numbers, in the model's dtype.
 
     A scale for each query token and each key block (or finer). On a GPU the kernels need Triton; where they
     cannot run a call, the call raises and says why. Without a GPU the same numbers are computed in float32: that
@@ -135,14 +137,8 @@ class Int8(Precision):
         """Quantised attention; an automatic choice does not leave a GPU's kernels for the emulation.
 
         Raises:
-            ValueError: gradients are asked for, heads cannot be rotated, or the kernels, meant by name or by a GPU,
-                cannot run the case.
+            ValueError: heads cannot be rotated, or the kernels, meant by name or by a GPU, cannot run the case.
         """
-        if case.recorded:
-            raise ValueError(
-                f"precision {self._kernel!r} cannot run this call: 8-bit attention has no gradient; use precision "
-                "'model'."
-            )
         if case.head_dim is not None:
             validate_rotation(self.rotate, self.smooth_q, case.head_dim)
         if backend == "auto" and case.device.type == "cuda" and self._kernel not in INTEGER_VALUES:
@@ -163,7 +159,13 @@ class Int8(Precision):
         return kernel_of(choice, why_not_hopper_quantized(call.q, plan.mask, self.smooth_q))
 
     def attend(self, call: AttentionCall, plan: AttentionPlan, backend: str, _with_lse: bool = False) -> Attended:
-        """Quantised block-sparse attention; no gradients."""
+        """Quantised block-sparse attention, with gradients straight through the rounding.
+
+        Raises:
+            ValueError: gradients around a ring, whose parts are put together by their log-sum-exp, which has none.
+        """
+        if call.ring is not None and torch.is_grad_enabled() and call.q.requires_grad:
+            raise ValueError(f"precision {self._kernel!r} has no gradients around a ring; use precision 'model'.")
         result = quantized_block_sparse_attention(
             call.q,
             call.k,

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -23,6 +23,7 @@ from ..recipe import Recipe
 from .accepted import other_recipe
 from .adapter_files import BACKBONES, AdapterFiles, read_adapter, to_integers, write_adapter
 from .adapter_load import LoadPlan
+from .few_steps import FewSteps
 from .lora import lora_state
 from .published.convert import as_adapter
 from .published.files import find_checkpoint, is_own, read_parts
@@ -49,6 +50,7 @@ def save_adapter(
     values: Mapping[str, torch.Tensor] | None = None,
     dtype: torch.dtype | None = None,
     summary: Mapping[str, Any] | None = None,
+    steps: FewSteps | None = None,
 ) -> Path:
     """Save what was trained: a recipe's learned parameters, and changed weights of the model.
 
@@ -67,6 +69,7 @@ def save_adapter(
         dtype: of the saved backbone tensors; None keeps theirs. ``torch.int8`` stores the matrices of a delta as
             integers with one float32 scale a row, half of what bfloat16 takes. Learned parameters stay as they are.
         summary: of the training, plain data, kept in the card.
+        steps: that the model was distilled to; loading the adapter gives the pipeline a scheduler of them.
 
     Returns:
         The folder.
@@ -130,6 +133,7 @@ def save_adapter(
         "backbone": backbone,
         "lora": lora,
         "training": dict(summary or {}),
+        **({} if steps is None else {"steps": asdict(steps)}),
     }
     write_adapter(folder, tensors, card)
     return folder
@@ -176,8 +180,10 @@ def load_adapter(
     if not is_own(path):
         return _load_published(pipe, path, str(path_or_repo), backend, chosen, transformer)
     files = read_adapter(path)
-    parts = _fitting_parts(pipe, files)
-    return _put_in(pipe, [(part, files) for part in parts], backend, files.recipe, chosen, f"The adapter in {path}")
+    parts, name = _fitting_parts(pipe, files), f"the adapter in {path}"
+    handle = _put_in(pipe, [(part, files) for part in parts], backend, files.recipe, chosen, name[0].upper() + name[1:])
+    take_steps(pipe, handle, files.steps, name)
+    return handle
 
 
 def _load_published(
@@ -198,17 +204,22 @@ def _load_published(
         (part, as_adapter(published, part.name, part.model, part.attentions, own, name)) for part, published in found
     ]
     handle = _put_in(pipe, converted, backend, own, chosen, name)
-    steps = next((published.steps for _, published in found if published.steps is not None), None)
-    if steps is not None and hasattr(pipe, "scheduler"):
-        from .published.scheduler import few_step_scheduler
-
-        before, pipe.scheduler = pipe.scheduler, few_step_scheduler(steps)
-        handle.schedules.add_begun(pipe)
-        handle.record_change(
-            partial(setattr, pipe, "scheduler", before),
-            f"{len(steps.sigmas)} steps at the noise levels {name} was distilled to; it needs no guidance.",
-        )
+    take_steps(pipe, handle, next((one.steps for _, one in found if one.steps is not None), None), name)
     return handle
+
+
+def take_steps(pipe: Any, handle: PatchHandle, steps: FewSteps | None, name: str) -> None:
+    """A scheduler of the steps that a checkpoint was distilled to, until the patch is removed."""
+    if steps is None or not hasattr(pipe, "scheduler"):
+        return
+    from .published.scheduler import few_step_scheduler
+
+    before, pipe.scheduler = pipe.scheduler, few_step_scheduler(steps)
+    handle.schedules.add_begun(pipe)
+    handle.record_change(
+        partial(setattr, pipe, "scheduler", before),
+        f"{len(steps.sigmas)} steps at the noise levels {name} was distilled to; it needs no guidance.",
+    )
 
 
 def _recipe_of(pipe: Any) -> Recipe | None:

@@ -16,6 +16,7 @@ from ..names import MissingName
 from ..patches.fingerprint import Fingerprint
 from ..recipe import Recipe
 from ..tensor_files import save_tensors
+from .few_steps import FewSteps
 from .lora import LoraSettings
 
 CARD, TENSORS = "adapter.json", "adapter.safetensors"
@@ -36,6 +37,7 @@ class AdapterFiles:
         backbone: what it holds of the model's own weights; see :func:`~dit_accel.save_adapter`.
         lora: settings of the LoRA layers of each transformer.
         tensors: by transformer, kind and name.
+        steps: that it was distilled to; None where it runs at any.
     """
 
     folder: Path
@@ -44,6 +46,7 @@ class AdapterFiles:
     backbone: str
     lora: Mapping[str, LoraSettings]
     tensors: Mapping[str, Mapping[str, Mapping[str, torch.Tensor]]]
+    steps: FewSteps | None = None
 
     def of_kind(self, part: str, kind: str) -> Mapping[str, torch.Tensor]:
         """Tensors of one transformer and kind, by name."""
@@ -114,7 +117,9 @@ def _read(folder: Path, card: Mapping[str, Any], tensors: Mapping[str, torch.Ten
     lora = {}
     if backbone == "lora":
         lora = {name: LoraSettings.from_dict(dict(card.get("lora") or {}).get(name)) for name in base}
-    files = AdapterFiles(folder, Recipe.from_dict(card["recipe"]), base, backbone, lora, _sort(tensors, base, backbone))
+    steps = None if card.get("steps") is None else FewSteps.from_dict(card["steps"])
+    sorted_tensors = _sort(tensors, base, backbone)
+    files = AdapterFiles(folder, Recipe.from_dict(card["recipe"]), base, backbone, lora, sorted_tensors, steps)
     for part in base:
         _check_integers(files.of_kind(part, "delta"), files.of_kind(part, "scale"))
     return files

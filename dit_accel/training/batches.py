@@ -8,10 +8,12 @@ from typing import Protocol
 import torch
 
 from .config import FinetuneConfig
-from .objective import NoisyBatch, draw_sigma
-from .samples import Sample, collate
+from .few_steps import Trajectory
+from .noise import NoiseProcess
+from .noisy import NoisyBatch
+from .samples import Sample, collate, spread_over
 
-# Places in the range of sigmas.
+# Places in the range of noise levels.
 EVALUATION_SIGMAS = (0.25, 0.5, 0.75)
 
 
@@ -31,10 +33,10 @@ class Batches:
 
     Args:
         data: all samples; the last ``config.evaluate_samples`` are held out where there are twice as many more.
-        sigmas: lowest and highest noise level.
-        shift: of the noise levels that are drawn.
+        process: of the noise that the model takes away.
+        trajectory: whose levels are drawn in place of the process' own.
         dtype: of noisy latents.
-        process: number of this process.
+        rank, processes: number of this process, and how many there are.
     """
 
     def __init__(
@@ -42,27 +44,33 @@ class Batches:
         data: Samples,
         config: FinetuneConfig,
         *,
-        sigmas: tuple[float, float],
-        shift: float,
+        process: NoiseProcess,
+        trajectory: Trajectory | None,
         dtype: torch.dtype,
         device: torch.device,
-        process: int,
+        rank: int,
         processes: int,
     ) -> None:
-        self.data, self.config, self.sigmas, self.shift = data, config, sigmas, shift
-        self.dtype, self.device, self.process, self.processes = dtype, device, process, processes
+        self.data, self.config, self.process, self.trajectory = data, config, process, trajectory
+        self.dtype, self.device, self.rank, self.processes = dtype, device, rank, processes
         self.train_indices, self.held_out = _split(len(data), config.evaluate_samples)
 
-    def training(self, step: int, micro: int) -> tuple[NoisyBatch, list[str]]:
-        """The ``micro``-th of a step's batches, and the names of its samples."""
+    def training(self, step: int, micro: int, again: int = 0) -> tuple[NoisyBatch, list[str]]:
+        """The ``micro``-th of a step's batches, and the names of its samples; ``again`` with other noise."""
         config = self.config
         first = (step * config.accumulation + micro) * self.processes * config.batch_size
-        first += self.process * config.batch_size
+        first += self.rank * config.batch_size
         positions = range(first, first + config.batch_size)
         samples = [self.data[self._index(position)] for position in positions]
-        generators = [torch.Generator().manual_seed(mix(config.seed, position, 3)) for position in positions]
-        sigmas = [draw_sigma(g, config.time_mean, config.time_std, self.shift, self.sigmas) for g in generators]
-        return self._noisy(samples, sigmas, generators), [sample.name for sample in samples]
+        seeds = [mix(config.seed, position, 3) for position in positions]
+        generators = [torch.Generator().manual_seed(mix(seed, again, 6) if again else seed) for seed in seeds]
+        levels = [self._draw(generator) for generator in generators]
+        return self._noisy(samples, levels, generators), [sample.name for sample in samples]
+
+    def _draw(self, generator: torch.Generator) -> float:
+        if self.trajectory is not None:
+            return self.trajectory.draw(generator)
+        return self.process.draw(generator, self.config.time_mean, self.config.time_std)
 
     def evaluation(self) -> Iterator[NoisyBatch]:
         """Held-out samples at every evaluation sigma; the same at every call."""
@@ -72,8 +80,15 @@ class Batches:
             for number, sigma in enumerate(EVALUATION_SIGMAS):
                 seeds = [mix(self.config.seed, index * len(EVALUATION_SIGMAS) + number, 5) for index in indices]
                 generators = [torch.Generator().manual_seed(seed) for seed in seeds]
-                low, high = self.sigmas
+                low, high = self.process.within
                 yield self._noisy(samples, [low + (high - low) * sigma] * len(samples), generators)
+
+    def runs(self) -> Iterator[NoisyBatch]:
+        """Held-out samples once each, at full noise, for runs from it; the same at every call."""
+        for first in range(0, len(self.held_out), self.config.batch_size):
+            indices = self.held_out[first : first + self.config.batch_size]
+            generators = [torch.Generator().manual_seed(mix(self.config.seed, index, 7)) for index in indices]
+            yield self._noisy([self.data[index] for index in indices], [1.0] * len(indices), generators)
 
     @property
     def evaluated(self) -> int:
@@ -86,7 +101,7 @@ class Batches:
         return self.train_indices[int(torch.randperm(len(self.train_indices), generator=generator)[place])]
 
     def _noisy(
-        self, samples: Sequence[Sample], sigmas: Sequence[float], generators: Sequence[torch.Generator]
+        self, samples: Sequence[Sample], levels: Sequence[float], generators: Sequence[torch.Generator]
     ) -> NoisyBatch:
         latents, condition = collate(samples, self.device)
         latents = latents.float()
@@ -94,13 +109,29 @@ class Batches:
         noise = torch.cat(
             [torch.randn(s.latents.shape, generator=g) for s, g in zip(samples, generators, strict=True)]
         ).to(self.device)
-        sigma = torch.tensor(sigmas, dtype=torch.float32, device=self.device)
-        wide = sigma.view(-1, *[1] * (latents.dim() - 1))
+        level = torch.tensor(levels, dtype=torch.float32, device=self.device)
+        scale, parts, noised = samples[0].timestep_scale, samples[0].noised, None
+        mixed = self.process.mix(latents, noise, level)
+        if parts is not None:
+            parts = parts.to(self.device)
+            noised = spread_over(parts, latents.shape)
+            mixed = torch.where(noised > 0, mixed, latents)
+
+        def timesteps(level: torch.Tensor) -> torch.Tensor:
+            timestep = self.process.timestep(level, scale)
+            return timestep if parts is None else timestep[:, None] * parts
+
+        has_unconditional = all(sample.unconditional is not None for sample in samples)
         return NoisyBatch(
-            latents=((1 - wide) * latents + wide * noise).to(self.dtype),
-            target=noise - latents,
-            timestep=sigma * samples[0].timestep_scale,
+            latents=mixed.to(self.dtype),
+            target=self.process.target(latents, noise, level),
+            timestep=timesteps(level),
             condition=condition,
+            level=level,
+            timesteps=timesteps,
+            noised=noised,
+            unconditional=collate(samples, self.device, unconditional=True)[1] if has_unconditional else None,
+            generators=generators,
         )
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 
+from .few_steps import FewStepConfig
 from .objective import Objective
 
 TRANSFORMERS = ("transformer", "transformer_2")
@@ -35,6 +36,7 @@ class FinetuneConfig:
         lora_rank: train LoRA layers of this rank (peft) around the linear layers of the patched attentions
             in place of their weights; 0 trains the weights.
         objective: what is minimised.
+        few_steps: of an objective to few steps, how many, and of which teacher.
         teacher: "frozen", the weights before the training; only the trained ones are kept twice, none with
             LoRA. "current", the present weights.
         density_start: density at the first step, from which it descends to the recipe's; None stays there.
@@ -44,7 +46,8 @@ class FinetuneConfig:
         adapter_dtype: of the weights that the adapter stores: "model", the transformer's; "int8", 8-bit integers
             with one scale a row, for differences of weights.
         ema_decay: of the moving average that is evaluated and saved; None keeps none.
-        time_mean, time_std: of the normal distribution whose sigmoid is sigma.
+        time_mean, time_std: of the normal distribution whose sigmoid is sigma, for flow matching; of a discrete
+            schedule all timesteps are drawn alike, and objectives to few steps draw those of their teacher.
         shift: of sigma; None takes the scheduler's.
         seed: of data order and noise.
         checkpoint_every, evaluate_every: steps; 0 only at the end.
@@ -66,6 +69,7 @@ class FinetuneConfig:
     train: str = "attention"
     lora_rank: int = 0
     objective: Objective = field(default_factory=Objective)
+    few_steps: FewStepConfig = field(default_factory=FewStepConfig)
     teacher: str = "frozen"
     density_start: float | None = None
     density_steps: int = 0
@@ -115,5 +119,9 @@ class FinetuneConfig:
             raise ValueError(f"objective.gate trains gates alone, with train = 'learned', got {self.train!r}.")
         if self.objective.gate and self.gradient_checkpointing:
             raise ValueError("gradient_checkpointing is of no use with objective.gate, whose backbone has no gradient.")
+        if self.objective.dmd and self.train == "learned":
+            raise ValueError("objective.dmd trains a critic of the model's own weights, train attention or all.")
+        if self.objective.is_few_step and self.teacher != "frozen":
+            raise ValueError(f"An objective to few steps needs teacher = 'frozen', got {self.teacher!r}.")
         if self.adapter_dtype == "int8" and (self.lora_rank or self.train == "learned"):
             raise ValueError("adapter_dtype 'int8' is for differences of weights, which this training has none of.")

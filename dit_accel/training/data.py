@@ -5,6 +5,7 @@ from __future__ import annotations
 import inspect
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -13,8 +14,9 @@ import torch
 from ..files import refuse_unwritable_folder
 from .clips import CaptionedClip, find_clips, read_video, with_captions
 from .config import TRANSFORMERS
+from .noise import noise_process
 from .origin import Origin
-from .samples import Sample, Skipped, is_sample, report_skipped, save_sample
+from .samples import Sample, Skipped, is_sample, report_skipped, save_sample, spread_over
 
 
 class _Reached(Exception):
@@ -22,50 +24,52 @@ class _Reached(Exception):
 
 
 def trained_transformer(pipe: Any, name: str = "transformer") -> Any:
-    """The named transformer of a flow-matching pipeline.
+    """The named transformer of a pipeline.
 
     Raises:
-        ValueError: none of that name, or another kind of diffusion.
+        ValueError: none of that name, or a scheduler that does not tell what the model predicts.
     """
     model = getattr(pipe, name, None)
     if model is None:
         found = [other for other in TRANSFORMERS if getattr(pipe, other, None) is not None]
         raise ValueError(f"{type(pipe).__name__} has no {name} to fine-tune; it has {', '.join(found) or 'none'}.")
-    config = getattr(pipe.scheduler, "config", {})
-    flow = "FlowMatch" in type(pipe.scheduler).__name__ or (
-        config.get("use_flow_sigmas") and config.get("prediction_type") == "flow_prediction"
-    )
-    if not flow:
-        raise ValueError(
-            f"Fine-tuning needs a flow-matching model; {type(pipe).__name__} comes with "
-            f"{type(pipe.scheduler).__name__}."
-        )
+    noise_process(pipe, name, None)
     return model
 
 
-def sigma_range(pipe: Any, name: str = "transformer") -> tuple[float, float]:
-    """The sigmas that a transformer denoises: all, or its side of the boundary between two experts.
+@dataclass(frozen=True, eq=False)
+class CapturedCall:
+    """What a pipeline gives its transformer in the first step, at full noise.
 
-    Wan 2.2's ``transformer`` takes the timesteps from ``boundary_ratio`` up, ``transformer_2`` those below.
+    Attributes:
+        latents: ``hidden_states``.
+        timestep_scale: factor from sigma to ``timestep``.
+        noised: see :class:`~dit_accel.training.samples.Sample`.
+        condition: the other arguments.
     """
-    boundary = dict(getattr(pipe, "config", {})).get("boundary_ratio")
-    if boundary is None or getattr(pipe, "transformer_2", None) is None:
-        return 0.0, 1.0
-    return (float(boundary), 1.0) if name == "transformer" else (0.0, float(boundary))
+
+    latents: torch.Tensor
+    timestep_scale: float
+    noised: torch.Tensor | None
+    condition: dict[str, Any]
+
+    def sample(self, name: str, latents: torch.Tensor, without_prompt: CapturedCall | None = None) -> Sample:
+        """A sample of these arguments, with clean latents; what the pipeline holds clean is what it gave."""
+        if self.noised is not None:
+            latents = torch.where(spread_over(self.noised, latents.shape) > 0, latents, self.latents.to(latents))
+        unconditional = None
+        if without_prompt is not None:
+            unconditional = {k: v for k, v in without_prompt.condition.items() if not _same(v, self.condition.get(k))}
+        return Sample(name, latents, self.timestep_scale, self.condition, self.noised, unconditional)
 
 
-def sigma_shift(pipe: Any, shift: float | None) -> float:
-    """The shift of sigmas that are drawn: the one given, or else the scheduler's."""
-    return shift or float(getattr(pipe.scheduler.config, "shift", None) or 1.0)
-
-
-def capture_call(pipe: Any, arguments: Mapping[str, Any]) -> tuple[torch.Size, float, dict[str, Any]]:
+def capture_call(pipe: Any, arguments: Mapping[str, Any]) -> CapturedCall:
     """What the pipeline gives its transformer for these arguments, without running it.
 
     This way every family's conditioning is made by its own pipeline.
 
-    Returns:
-        Shape of ``hidden_states``, factor from sigma to ``timestep``, and the other arguments.
+    Raises:
+        ValueError: frames of a pipeline that makes images, or a timestep that is of no known parts of the latents.
     """
     # The first step is at full noise, so of two experts this is the one that is called.
     model = trained_transformer(pipe)
@@ -90,12 +94,40 @@ def capture_call(pipe: Any, arguments: Mapping[str, Any]) -> tuple[torch.Size, f
         hook.remove()
     latents, timestep = seen.pop("hidden_states"), seen.pop("timestep")
     seen.pop("return_dict", None)
-    if timestep.dim() != 1:
-        raise ValueError(f"One timestep a sample is needed, {type(pipe).__name__} gives {list(timestep.shape)}.")
     # The first step is at full noise, so that 1 and num_train_timesteps are far apart.
-    steps = float(pipe.scheduler.config.num_train_timesteps)
-    scale = steps if float(timestep.max()) > 1.5 else 1.0
-    return latents.shape, scale, {k: v for k, v in seen.items() if v is not None}
+    steps, most = float(pipe.scheduler.config.num_train_timesteps), float(timestep.max())
+    noised = None
+    if timestep.dim() > 1:
+        noised = (timestep / most).float()
+        if not ((noised == 0) | (noised == 1)).all():
+            raise ValueError(
+                f"{type(pipe).__name__} gives its tokens timesteps between 0 and {most:g} in one step; such models "
+                "cannot be fine-tuned yet."
+            )
+        spread_over(noised, latents.shape)
+    scale = steps if most > 1.5 else 1.0
+    return CapturedCall(latents, scale, noised, {k: v for k, v in seen.items() if v is not None})
+
+
+def without_prompt(call: Mapping[str, Any]) -> dict[str, Any]:
+    """A call's arguments with what is to be avoided in place of the prompt, as guidance compares with.
+
+    Raises:
+        ValueError: the prompt is an embedding, and there is none of what is to be avoided.
+    """
+    negative = {k.removeprefix("negative_"): v for k, v in call.items() if k.startswith("negative_") and v is not None}
+    if "prompt_embeds" in call and "prompt_embeds" not in negative:
+        raise ValueError("A teacher with guidance needs negative_prompt_embeds beside prompt_embeds, got none.")
+    empty = {"prompt": ""} if "prompt" in call else {}
+    return {k: v for k, v in call.items() if not k.startswith("negative_")} | empty | negative
+
+
+def _same(one: Any, other: Any) -> bool:
+    if isinstance(one, torch.Tensor) and isinstance(other, torch.Tensor):
+        return torch.equal(one, other)
+    if isinstance(one, (tuple, list)) and isinstance(other, (tuple, list)):
+        return len(one) == len(other) and all(map(_same, one, other))
+    return type(one) is type(other) and bool(one == other)
 
 
 def generate_samples(
@@ -108,6 +140,7 @@ def generate_samples(
     dense: Callable[[], Any] = nullcontext,
     progress: Callable[[int, int], None] | None = None,
     start_over: bool = False,
+    unconditional: bool = False,
 ) -> Path:
     """Let the model itself make the training data: no clips are needed.
 
@@ -124,6 +157,7 @@ def generate_samples(
         dense: context in which the pipeline is dense, ``handle.disabled`` of a patched one.
         progress: called with the samples done and their number.
         start_over: move samples that other settings made to a folder ``earlier-1`` in ``folder``, and make new ones.
+        unconditional: also keep what the transformer is given without the prompt, for a teacher with guidance.
 
     Returns:
         The folder, for :class:`~dit_accel.training.samples.LatentFolder`.
@@ -138,7 +172,8 @@ def generate_samples(
     refuse_unwritable_folder(folder)
     paths = [folder / f"generated-{index:06d}.safetensors" for index in range(len(prompts))]
     made_from = {path.stem: {"prompt": prompt} for path, prompt in zip(paths, prompts, strict=True)}
-    Origin.of(pipe, {"source": "the model", "seed": seed, **settings}, made_from).claim(folder, start_over)
+    made = {"source": "the model", "seed": seed, **_with_unconditional(unconditional), **settings}
+    Origin.of(pipe, made, made_from).claim(folder, start_over)
     pipe.set_progress_bar_config(disable=True)
     size = {k: v for k, v in settings.items() if k in ("height", "width", "num_frames")}
     for index, (path, prompt) in enumerate(zip(paths, prompts, strict=True)):
@@ -146,16 +181,17 @@ def generate_samples(
             call = {"prompt": prompt} if isinstance(prompt, str) else dict(prompt)
             own = ("guidance_scale", "true_cfg_scale", "num_inference_steps")
             plain = {k: v for k, v in call.items() if k not in own}
-            shape, scale, condition = capture_call(pipe, plain | size)
+            captured = capture_call(pipe, plain | size)
+            without = capture_call(pipe, without_prompt(plain) | size) if unconditional else None
             generator = torch.Generator("cpu").manual_seed(seed + index)
             with dense(), _last_latents(pipe.scheduler) as latents:
                 pipe(**call | settings, generator=generator, output_type="latent")
-            if latents[-1].shape != shape:
+            if latents[-1].shape != captured.latents.shape:
                 raise ValueError(
                     f"{type(pipe).__name__} denoises latents {list(latents[-1].shape)}, its "
-                    f"transformer takes {list(shape)}; such models cannot be fine-tuned yet."
+                    f"transformer takes {list(captured.latents.shape)}; such models cannot be fine-tuned yet."
                 )
-            save_sample(Sample(path.stem, latents[-1], scale, condition), path)
+            save_sample(captured.sample(path.stem, latents[-1], without), path)
         if progress is not None:
             progress(index + 1, len(prompts))
     return folder
@@ -171,6 +207,7 @@ def encode_clips(
     frames: int,
     progress: Callable[[int, int], None] | None = None,
     start_over: bool = False,
+    unconditional: bool = False,
 ) -> list[Skipped]:
     """Encode a folder of clips with captions into samples.
 
@@ -188,6 +225,7 @@ def encode_clips(
         frames: of a sample.
         start_over: move samples that other clips, captions or settings made to a folder ``earlier-1`` in ``folder``,
             and encode all clips anew.
+        unconditional: see :func:`generate_samples`.
 
     Returns:
         What was left out.
@@ -202,7 +240,8 @@ def encode_clips(
     usable, skipped = with_captions(found, clips)
     size = {"width": width, "height": height, "num_frames": frames}
     made_from = {clip.path.stem: clip.contents() for clip in usable}
-    Origin.of(pipe, {"source": "clips", **size}, made_from).claim(folder, start_over)
+    made = {"source": "clips", **_with_unconditional(unconditional), **size}
+    Origin.of(pipe, made, made_from).claim(folder, start_over)
     encoded = 0
     for index, clip in enumerate(usable):
         target = folder / f"{clip.path.stem}.safetensors"
@@ -212,7 +251,7 @@ def encode_clips(
             skipped.append(Skipped(clip.path.name, str(error)))
             continue
         if video is not None:
-            save_sample(_encoded(pipe, clip, video, size), target)
+            save_sample(_encoded(pipe, clip, video, size, unconditional), target)
         encoded += 1
         if progress is not None:
             progress(index + 1, len(usable))
@@ -223,15 +262,24 @@ def encode_clips(
     return skipped
 
 
-def _encoded(pipe: Any, clip: CaptionedClip, video: torch.Tensor, size: Mapping[str, int]) -> Sample:
-    shape, scale, condition = capture_call(pipe, {"prompt": clip.caption, **size})
+def _with_unconditional(unconditional: bool) -> dict[str, bool]:
+    # Folders made before there was such a thing stay good where it is not asked for.
+    return {"unconditional": True} if unconditional else {}
+
+
+def _encoded(
+    pipe: Any, clip: CaptionedClip, video: torch.Tensor, size: Mapping[str, int], unconditional: bool
+) -> Sample:
+    call = {"prompt": clip.caption, **size}
+    captured = capture_call(pipe, call)
     latents = encode_video(pipe, video)
-    if latents.shape != shape:
+    if latents.shape != captured.latents.shape:
         raise ValueError(
-            f"{type(pipe).__name__} denoises latents {list(shape)}, its autoencoder makes "
+            f"{type(pipe).__name__} denoises latents {list(captured.latents.shape)}, its autoencoder makes "
             f"{list(latents.shape)}; train it on precomputed or self-generated samples."
         )
-    return Sample(clip.path.stem, latents, scale, condition)
+    without = capture_call(pipe, without_prompt(call)) if unconditional else None
+    return captured.sample(clip.path.stem, latents, without)
 
 
 def encode_video(pipe: Any, video: torch.Tensor) -> torch.Tensor:
@@ -265,7 +313,10 @@ def _normalise(pipe: Any, latents: torch.Tensor) -> torch.Tensor:
 
 
 def _pack(pipe: Any, latents: torch.Tensor) -> torch.Tensor:
-    """Tokens in one line, patches in the channels. LTX takes its patch sizes, Flux and Qwen the latents' sizes."""
+    """Tokens in one line, patches in the channels. LTX takes its patch sizes, Flux and Qwen the latents' sizes.
+    CogVideoX has frames before channels."""
+    if type(pipe).__name__.startswith("CogVideoX"):
+        return latents.transpose(1, 2).contiguous()
     pack = getattr(pipe, "_pack_latents", None)
     if pack is None:
         return latents

@@ -18,17 +18,22 @@ from ..patches.handle import PatchHandle
 from ..recipe import Recipe
 from ..tensor_files import writing
 from . import checkpoints, tracking
-from .adapter import save_adapter
+from .adapter import save_adapter, take_steps
 from .batches import Batches, Samples, mix
 from .checkpoints import Checkpoints, newest_checkpoint
 from .config import FinetuneConfig
+from .consistency import consistency_loss
 from .curves import JSON_NAME, PNG_NAME, Curves
-from .data import sigma_range, sigma_shift, trained_transformer
+from .data import trained_transformer
+from .distribution_matching import Critic, distribution_loss, generated
 from .earlier import set_aside
-from .fitness import refuse_other_latents, refuse_unfit
+from .few_steps import FewSteps, Trajectory, denoise
+from .fitness import refuse_other_conditions, refuse_other_latents, refuse_unfit
 from .identity import RunIdentity, survey
 from .lent import lent
-from .objective import NoisyBatch, annealed_density, losses, velocity
+from .noise import noise_process
+from .noisy import NoisyBatch, guided, mean_square, velocity
+from .objective import annealed_density, losses
 from .tracking import Tracking, has_tensorboard
 from .trainables import Trainables
 
@@ -79,7 +84,8 @@ def finetune(
     After an error, and after Ctrl-C, the pipeline is as it was: weights, layers, modes, and no patch unless it had one.
 
     Args:
-        pipe: a flow-matching pipeline, which stays patched; one that is patched already must have this recipe.
+        pipe: a pipeline of flow matching, or of a model that predicts noise, velocity or data, which stays patched; one
+            that is patched already must have this recipe.
         recipe: see :func:`~dit_accel.patch`; ``options`` are those of a preset.
         data: training samples.
         output: folder for curves (JSON, PNG, TensorBoard), checkpoints and the adapter. What an earlier training
@@ -100,9 +106,13 @@ def finetune(
     chosen = presets.resolve(recipe, **options)
     found = survey(data, config.batch_size)
     refuse_other_latents(trained_transformer(pipe, config.transformer), data[0])
+    refuse_other_conditions(data[0], config)
     run = refuse_unfit(pipe, chosen, output, config, resume=resume, backend=backend)
     with lent(pipe, chosen, config, backend) as (handle, trainables):
-        return _Loop(pipe, handle, trainables, data, output, config, run, found).run(resume, on_step, measure)
+        loop = _Loop(pipe, handle, trainables, data, output, config, run, found)
+        result = loop.run(resume, on_step, measure)
+    take_steps(pipe, result.handle, loop.few_steps, "the model")
+    return result
 
 
 class _Loop:
@@ -142,6 +152,8 @@ class _Loop:
             )
         if self.sharded and config.objective.needs_teacher and config.teacher == "frozen" and not config.lora_rank:
             raise ValueError("With FSDP a frozen teacher needs LoRA; set lora_rank, or teacher = 'current'.")
+        if self.sharded and config.objective.dmd:
+            raise ValueError("objective.dmd exchanges whole weights with its critic, and does not run with FSDP.")
         optimizer = torch.optim.AdamW(
             self.trainables.named().values(),
             lr=config.learning_rate,
@@ -152,14 +164,25 @@ class _Loop:
         self.ema = self._average()
         self.curves = Curves()
         self.dense_velocities: dict[int, torch.Tensor] = {}
+        self.dense_runs: dict[int, torch.Tensor] = {}
+        self.process = noise_process(pipe, config.transformer, config.shift)
+        few = config.objective.is_few_step
+        self.trajectory = Trajectory.of(config.few_steps, self.process.shift) if few else None
+        self.few_steps: FewSteps | None = None
+        if self.trajectory is not None:
+            self.few_steps = self.trajectory.steps(renoise=bool(config.objective.dmd))
+        self.critic: Critic | None = None
+        if config.objective.dmd:
+            self.critic = Critic(trainables, config, lambda value: self.accelerator.reduce(value, "mean"))
+            self.accelerator.register_for_checkpointing(self.critic)
         self.batches = Batches(
             data,
             config,
-            sigmas=sigma_range(pipe, config.transformer),
-            shift=sigma_shift(pipe, config.shift),
+            process=self.process,
+            trajectory=self.trajectory,
             dtype=torch.float32 if config.precision == "no" else self.model.dtype,
             device=self.accelerator.device,
-            process=self.accelerator.process_index,
+            rank=self.accelerator.process_index,
             processes=self.accelerator.num_processes,
         )
         run = run.on(found, self.accelerator.num_processes)
@@ -239,12 +262,23 @@ class _Loop:
         torch.manual_seed(mix(config.seed, step, 2))  # for models with dropout
         sums: dict[str, torch.Tensor] = {}
         names: list[str] = []
+        stop = int(torch.randint(config.few_steps.steps, (), generator=generator))
+        if self.critic is not None:
+            sums["critic"] = self._train_critic(self.critic, step, stop)
         for micro in range(config.accumulation):
             batch, batch_names = self.batches.training(step, micro)
             names += batch_names
             with (
                 self.accelerator.accumulate(self.wrapped),
-                losses(self.wrapped, self.handle, config.objective, batch, self._teacher, full_stream) as found,
+                losses(
+                    self.wrapped,
+                    self.handle,
+                    config.objective,
+                    batch,
+                    self._teacher,
+                    full_stream,
+                    None if self.trajectory is None else lambda batch: self._few_step_loss(batch, stop),
+                ) as found,
             ):
                 for name, value in {"loss": found.total.detach(), **found.terms}.items():
                     sums[name] = sums.get(name, torch.zeros_like(value)) + value / config.accumulation
@@ -262,6 +296,36 @@ class _Loop:
         if density is not None:
             numbers["density"] = density
         return {**numbers, "seconds": time.perf_counter() - start}
+
+    def _few_step_loss(self, batch: NoisyBatch, stop: int) -> torch.Tensor:
+        assert self.trajectory is not None
+        guidance = self.config.few_steps.guidance
+        if self.critic is None:
+            return consistency_loss(self.wrapped, self._teacher(), batch, self.trajectory, guidance)
+        return distribution_loss(
+            self.wrapped,
+            self._teacher(),
+            self.critic.present(),
+            batch,
+            self.trajectory,
+            stop,
+            guidance,
+            self.process.shift,
+        )
+
+    def _train_critic(self, critic: Critic, step: int, stop: int) -> torch.Tensor:
+        """The critic follows the model before the model follows it; mean of its losses."""
+        assert self.trajectory is not None
+        found = []
+        for update in range(self.config.few_steps.critic_updates):
+            # Each of the model's steps in turn, so that the critic knows them all.
+            last = (stop + update) % self.config.few_steps.steps
+            batch, names = self.batches.training(step, update % self.config.accumulation, again=update + 1)
+            with torch.no_grad():
+                made = generated(self.model, batch, self.trajectory, last, gradient=False)
+            found.append(critic.update(batch, made, self.process.shift))
+            self._stop_unless_finite("critic's loss", found[-1], step, names)
+        return torch.stack(found).mean()
 
     def _teacher(self) -> AbstractContextManager[None]:
         return self.trainables.dense_teacher(self.config.teacher == "frozen")
@@ -297,6 +361,8 @@ class _Loop:
         self.model.eval()
         with torch.no_grad():
             numbers = self._against_dense()
+            if self.trajectory is not None:
+                numbers["few_step_distance"] = self._against_teacher(self.trajectory)
             if measure is not None:
                 numbers |= measure(step)
                 self.pipe.scheduler.num_inference_steps = None
@@ -311,14 +377,36 @@ class _Loop:
             got, wanted = velocity(self.wrapped, batch), self._dense_velocity(number, batch)
             error += float((got - wanted).square().sum())
             norm += float(wanted.square().sum())
-            flow += float((got - batch.target).square().flatten(1).mean(1).sum())
-            dense_flow += float((wanted - batch.target).square().flatten(1).mean(1).sum())
+            flow += float(mean_square(got, batch.target, batch.noised)) * len(got)
+            dense_flow += float(mean_square(wanted, batch.target, batch.noised)) * len(got)
         count = self.batches.evaluated
         return {
             "velocity_error": math.sqrt(error / norm) if norm else math.nan,
             "flow_loss": flow / count,
             "dense_flow_loss": dense_flow / count,
         }
+
+    def _against_teacher(self, trajectory: Trajectory) -> float:
+        """Relative distance of clips made in few steps to those of the teacher's whole run from the same noise.
+
+        Distribution matching does not ask for the same clip: there it need not fall to nothing.
+        """
+        error = norm = 0.0
+        steps = self.few_steps
+        assert steps is not None
+        guidance = self.config.few_steps.guidance
+        for number, batch in enumerate(self.batches.runs()):
+            noise = batch.noise()
+            if number not in self.dense_runs:
+                with self.trainables.dense_teacher(frozen=True):
+                    told = lambda x, level, b=batch: guided(self.wrapped, b.at(x, level), guidance)  # noqa: E731
+                    self.dense_runs[number] = denoise(told, noise, trajectory.levels[:-1]).cpu()
+            wanted = self.dense_runs[number].to(noise.device)
+            told = lambda x, level, b=batch: velocity(self.wrapped, b.at(x, level))  # noqa: E731
+            got = denoise(told, noise, steps.sigmas, batch.noise if steps.renoise else None)
+            error += float((got - wanted).square().sum())
+            norm += float(wanted.square().sum())
+        return math.sqrt(error / norm) if norm else math.nan
 
     def _dense_velocity(self, number: int, batch: NoisyBatch) -> torch.Tensor:
         """Of the dense model before the training, which is computed once; of the present one where shards
@@ -367,6 +455,7 @@ class _Loop:
                 values=values,
                 # More digits than the model's own weights have are lost when the adapter is loaded.
                 dtype=torch.int8 if self.config.adapter_dtype == "int8" else self.dtype,
+                steps=self.few_steps,
                 summary={
                     "steps": len(self.curves.steps),
                     "samples": len(self.data),

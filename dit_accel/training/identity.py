@@ -11,8 +11,8 @@ from ..plain_data import as_plain, digest, first_difference
 from ..recipe import Recipe
 from .batches import Samples
 from .config import FinetuneConfig
-from .data import sigma_shift
 from .model_facts import model_difference, model_facts
+from .noise import sigma_shift
 from .samples import refuse_mixed
 
 # What a training that goes on may have otherwise: none of it changes what is learned.

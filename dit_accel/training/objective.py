@@ -12,6 +12,9 @@ import torch.nn.functional as F
 
 from ..patches.handle import PatchHandle
 from .gate import gate_losses
+from .noisy import NoisyBatch, mean_square, velocity
+
+FEW_STEP_TERMS = ("consistency", "dmd")
 
 
 @dataclass(frozen=True)
@@ -19,8 +22,8 @@ class Objective:
     """Weights of the terms of the loss.
 
     Attributes:
-        flow: flow matching: squared error of the velocity against noise minus data.
-        velocity: distillation: squared error against the velocity of the dense model, the same weights with
+        flow: the model's own: squared error of the prediction; of flow matching against noise minus data.
+        velocity: distillation: squared error against the prediction of the dense model, the same weights with
             the patch switched off.
         outputs: squared error of attention outputs, before the output projection, against those of the
             dense model, mean over layers (CLEAR, arXiv 2412.16112).
@@ -28,6 +31,10 @@ class Objective:
             mean over layers (SSA, arXiv 2511.20102).
         gate: divergence of a learned selection's softmax from the exact block mass of the dense model, mean over
             layers (SeerAttention, arXiv 2410.13276). It reaches the gates alone.
+        consistency: to few steps: squared error against where the dense model's run leads, see
+            :func:`~dit_accel.training.consistency.consistency_loss`.
+        dmd: to few steps: matching of the dense model's distribution, see
+            :func:`~dit_accel.training.distribution_matching.distribution_loss`.
         full_stream: probability that a step goes on with the full outputs instead of the sparse ones (SSA).
     """
 
@@ -36,6 +43,8 @@ class Objective:
     outputs: float = 0.0
     align: float = 0.0
     gate: float = 0.0
+    consistency: float = 0.0
+    dmd: float = 0.0
     full_stream: float = 0.0
 
     def __post_init__(self) -> None:
@@ -45,10 +54,18 @@ class Objective:
                 raise ValueError(
                     f"objective.{field.name} must not be negative, nor a probability above 1, got {value}."
                 )
-        if not any((self.flow, self.velocity, self.outputs, self.align, self.gate)):
+        weights = {field.name: getattr(self, field.name) for field in fields(self) if field.name != "full_stream"}
+        named = [name for name, weight in weights.items() if weight]
+        if not named:
             raise ValueError("The objective needs at least one term with a weight above 0.")
-        if self.gate and any((self.flow, self.velocity, self.outputs, self.align)):
+        if self.gate and len(named) > 1:
             raise ValueError("objective.gate goes alone: it trains gates on the dense model, which the others change.")
+        alone = next((name for name in FEW_STEP_TERMS if name in named and len(named) > 1), None)
+        if alone is not None:
+            raise ValueError(
+                f"objective.{alone} goes alone: it trains a model of few steps, the others one of many; got "
+                f"{', '.join(named)}."
+            )
         if self.full_stream and not self.align:
             raise ValueError(
                 f"objective.full_stream = {self.full_stream} without align would train the dense model alone."
@@ -57,7 +74,12 @@ class Objective:
     @property
     def needs_teacher(self) -> bool:
         """Whether the dense model runs too."""
-        return bool(self.velocity or self.outputs)
+        return bool(self.velocity or self.outputs or self.is_few_step)
+
+    @property
+    def is_few_step(self) -> bool:
+        """Whether the model is distilled to few steps."""
+        return bool(self.consistency or self.dmd)
 
 
 OBJECTIVES: dict[str, Objective] = {
@@ -66,31 +88,16 @@ OBJECTIVES: dict[str, Objective] = {
     "clear": Objective(flow=1.0, velocity=0.5, outputs=0.5),
     "ssa": Objective(flow=1.0, align=10.0, full_stream=0.5),
     "gate": Objective(flow=0.0, gate=1.0),
+    "consistency": Objective(flow=0.0, consistency=1.0),
+    "dmd": Objective(flow=0.0, dmd=1.0),
 }
-"""By name: plain flow matching, velocity distillation (SpargeAttention2, TurboDiffusion), CLEAR's, SSA's, and
-SeerAttention's."""
+"""By name: plain flow matching, velocity distillation (SpargeAttention2, TurboDiffusion), CLEAR's, SSA's,
+SeerAttention's, and to few steps phased consistency and distribution matching."""
 
 
 def objective_for(recipe_name: str) -> str:
     """The objective that a recipe's authors train it with."""
     return {"sparge2": "distill", "clear": "clear", "ssa": "ssa", "seer": "gate"}.get(recipe_name, "flow")
-
-
-@dataclass(frozen=True, eq=False)
-class NoisyBatch:
-    """A batch at one point of the noise schedule.
-
-    Attributes:
-        latents: noisy ``[B, ...]``, ``(1 - sigma) * data + sigma * noise``.
-        target: velocity ``noise - data``, likewise.
-        timestep: ``[B]``, as the transformer takes it.
-        condition: the other arguments of the transformer's forward.
-    """
-
-    latents: torch.Tensor
-    target: torch.Tensor
-    timestep: torch.Tensor
-    condition: dict[str, Any]
 
 
 @dataclass(frozen=True, eq=False)
@@ -104,14 +111,6 @@ class Losses:
 Teacher = Callable[[], AbstractContextManager[None]]
 
 
-def velocity(model: Callable[..., Any], batch: NoisyBatch) -> torch.Tensor:
-    """The model's velocity for a batch, in float32."""
-    prediction: torch.Tensor = model(
-        hidden_states=batch.latents, timestep=batch.timestep, return_dict=False, **batch.condition
-    )[0]
-    return prediction.float()
-
-
 @contextmanager
 def losses(
     model: Callable[..., Any],
@@ -120,6 +119,7 @@ def losses(
     batch: NoisyBatch,
     teacher: Teacher,
     full_stream: bool = False,
+    few_step_loss: Callable[[NoisyBatch], torch.Tensor] | None = None,
 ) -> Iterator[Losses]:
     """The losses of a batch. Run the backward inside the context: checkpointed layers are repeated in it.
 
@@ -128,7 +128,12 @@ def losses(
         handle: of its patch.
         teacher: context in which ``model`` is the dense teacher.
         full_stream: go on with full attention's outputs in this batch.
+        few_step_loss: of an objective to few steps, its one term.
     """
+    if few_step_loss is not None:
+        term, value = ("dmd" if objective.dmd else "consistency"), few_step_loss(batch)
+        yield Losses(getattr(objective, term) * value, {term: value.detach()})
+        return
     if objective.gate:
         with gate_losses(handle) as found:
             velocity(model, batch)
@@ -147,9 +152,9 @@ def losses(
         predicted = velocity(model, batch)
         terms: dict[str, torch.Tensor] = {}
         if objective.flow:
-            terms["flow"] = F.mse_loss(predicted, batch.target.float())
+            terms["flow"] = mean_square(predicted, batch.target, batch.noised)
         if objective.velocity:
-            terms["velocity"] = F.mse_loss(predicted, wanted)
+            terms["velocity"] = mean_square(predicted, wanted, batch.noised)
         if tap is not None and tap.found:
             mean = torch.stack([torch.stack(terms) for terms in tap.found.values()]).mean(0)
             named = [name for name in ("outputs", "align") if getattr(objective, name)]
@@ -218,21 +223,3 @@ def annealed_density(start: float, target: float, step: int, steps: int) -> floa
         return target
     share = step / steps
     return start + (target - start) * share
-
-
-def draw_sigma(
-    generator: torch.Generator, mean: float, std: float, shift: float, within: tuple[float, float] = (0.0, 1.0)
-) -> float:
-    """One sigma in (0, 1): logit-normal, then shifted as flow-matching schedulers do.
-
-    Args:
-        within: drawn again until it lies in this range; after a thousand times spread evenly over it.
-    """
-    low, high = within
-    for _ in range(1000):
-        normal = torch.randn((), generator=generator, dtype=torch.float64) * std + mean
-        sigma = torch.sigmoid(normal)
-        sigma = shift * sigma / (1 + (shift - 1) * sigma)
-        if low <= sigma <= high:
-            return float(sigma)
-    return low + (high - low) * float(torch.rand((), generator=generator, dtype=torch.float64))

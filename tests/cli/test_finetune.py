@@ -56,9 +56,30 @@ def test_self_generated_data_to_adapter_and_on_from_a_checkpoint(tmp_path: Path)
         assert pipe.transformer.blocks[0].attn1.dit_accel.weight.abs().max() > 0
 
 
+def test_distilled_to_few_steps_and_generated_with_them(tmp_path: Path) -> None:
+    """The samples know no prompt, the adapter knows its steps, and generate takes them."""
+    few = ["--objective", "consistency", "--few-steps", "2", "--teacher-steps", "3", "--guidance", "3"]
+    done = run(*SMALL, *BLOCKS, "--count", "3", "--out", str(tmp_path), "--steps", "1", *few, "--json")
+    assert done.exit_code == 0, done.stderr
+    adapter = json.loads(done.stdout)["adapter"]
+    card = json.loads((Path(adapter) / "adapter.json").read_text())
+    assert len(card["steps"]["sigmas"]) == 2
+    assert card["training"]["config"]["few_steps"]["guidance"] == 3.0
+    call = ["generate", "random-wan", "--prompt", "a cat", "--size", "64x64", "--frames", "5", "--device", "cpu"]
+    made = CliRunner().invoke(app, [*call, "--adapter", adapter, "--out", str(tmp_path / "x.mp4"), "--json"])
+    assert made.exit_code == 0, made.stderr
+    report = json.loads(made.stdout)
+    assert report["settings"]["steps"] == 2
+    assert report["settings"]["guidance"] == 1.0
+    refused = CliRunner().invoke(app, [*call, "--adapter", adapter, "--steps", "7"])
+    assert refused.exit_code != 0
+    assert "distilled to 2 steps" in " ".join(refused.stderr.split())
+
+
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
+        (["--few-steps", "5", "--teacher-steps", "4"], "must be at least the 5 steps"),
         (["--objective", "magic"], "--objective must be one of flow"),
         (["--recipe", "auto"], "cannot be trained"),
         (["--data", "a", "--clips", "b"], "not both"),

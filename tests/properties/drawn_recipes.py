@@ -40,6 +40,7 @@ FIELDS: dict[str, st.SearchStrategy[Any]] = {
     "min_width": st.integers(1, 9),
     "density": shares,
     "rank": st.sampled_from((6, 24, 7)),
+    "Learned.form": st.sampled_from(("pooled", "low_rank", "linear", "values", "none")),
     "rules": st.sampled_from(
         ((("full",),), (("window 1.0 0.5 0.5", "strided 3"),), (("window 1 2 0.5 sink",),), (("none",),))
     ),

@@ -6,7 +6,7 @@ import json
 import os
 import subprocess
 import sys
-from dataclasses import replace
+from dataclasses import fields, replace
 from pathlib import Path
 
 import pytest
@@ -16,6 +16,7 @@ from safetensors.torch import load_file
 import dit_accel
 from dit_accel.stages.select.learned import Learned
 from dit_accel.training.config import FinetuneConfig
+from dit_accel.training.few_steps import FewStepConfig
 from dit_accel.training.finetune import TrainingStopped, finetune, rate_factor
 from dit_accel.training.objective import OBJECTIVES, Objective, annealed_density, objective_for
 from tests.recipes import POOLED, SMALL_TILES
@@ -24,6 +25,7 @@ from tests.training.samples import SLA, samples, tiny_pipe
 from tests.training.test_gradients import RECIPES
 
 SEER = dit_accel.Recipe(order=SMALL_TILES, select=Learned(density=0.3, rank=12, block=(32, 32)))
+WEIGHTS = [field.name for field in fields(Objective) if field.name != "full_stream"]
 FAST = FinetuneConfig(steps=4, learning_rate=1e-3, evaluate_samples=1)
 
 
@@ -99,11 +101,14 @@ def test_objectives_train_and_checkpointing_changes_nothing(name, checkpointing,
     pipe = tiny_pipe()
     # Gates are of a learned selection, and are trained alone.
     recipe, train = (SEER, "learned") if name == "gate" else (SLA, FAST.train)
-    config = replace(FAST, steps=2, objective=objective, gradient_checkpointing=checkpointing, train=train)
+    few = FewStepConfig(steps=2, teacher_steps=3, critic_updates=2)
+    config = replace(
+        FAST, steps=2, objective=objective, gradient_checkpointing=checkpointing, train=train, few_steps=few
+    )
     result = finetune(pipe, recipe, samples(2), tmp_path / "a", config)
     assert not pipe.transformer.is_gradient_checkpointing
     for entry in result.curves.steps:
-        terms = [n for n in ("flow", "velocity", "outputs", "align", "gate") if getattr(objective, n)]
+        terms = [n for n in WEIGHTS if getattr(objective, n)]
         total = sum(getattr(objective, n) * entry[n] for n in terms)
         assert entry["loss"] == pytest.approx(total, rel=1e-5)
         assert all(entry[n] > 0 for n in terms)
@@ -112,6 +117,21 @@ def test_objectives_train_and_checkpointing_changes_nothing(name, checkpointing,
         finetune(other, recipe, samples(2), tmp_path / "b", replace(config, gradient_checkpointing=False))
         for name, value in trained(pipe).items():
             assert torch.equal(value, dict(other.transformer.named_parameters())[name]), name
+
+
+@pytest.mark.parametrize("precision", ["int8", "int8_fp8"])
+def test_8_bits_in_the_loop_train_as_the_models_own_numbers_do(precision, tmp_path):
+    """The same steps to a few percent, and an adapter that runs in these numbers."""
+    curves = []
+    for number in ("model", precision):
+        pipe = tiny_pipe()
+        recipe = SLA.with_fields({"precision": number})
+        result = finetune(pipe, recipe, samples(2), tmp_path / number, replace(FAST, steps=5, train="all"))
+        curves.append([entry["loss"] for entry in result.curves.steps])
+    assert curves[1] == pytest.approx(curves[0], rel=0.02)
+    assert curves[1] != curves[0]
+    with dit_accel.load_adapter(tiny_pipe(), result.adapter) as handle:
+        assert handle.recipe == recipe
 
 
 @pytest.mark.parametrize("kind", ["weights", "lora"])

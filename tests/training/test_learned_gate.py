@@ -12,12 +12,14 @@ import torch
 import dit_accel
 from dit_accel.calibration.calibrate import refuse_calibration
 from dit_accel.plan import SequenceBlocks
+from dit_accel.stages.select.gate_forms import FORMS
 from dit_accel.stages.select.learned import Learned, gate_divergence
 from dit_accel.stages.select.pooled import Pooled
 from dit_accel.training.config import FinetuneConfig
 from dit_accel.training.finetune import finetune
 from dit_accel.training.gate import gate_losses
-from dit_accel.training.objective import OBJECTIVES, NoisyBatch, Objective, losses
+from dit_accel.training.noisy import NoisyBatch
+from dit_accel.training.objective import OBJECTIVES, Objective, losses
 from tests.calls import call_of
 from tests.recipes import SMALL_TILES
 from tests.tiny import TINY
@@ -103,15 +105,137 @@ def test_scores_divergence_and_gradients_against_the_definition(name):
         assert (grad - want).abs().max() <= 2e-5 * want.abs().max()
 
 
+def plain_and_parts(q, k, v, rows, block, key_mask, kind):
+    """Blocks, their visible keys, and the logits of means, in another dtype."""
+    batch, seq_len, heads, dim = q.shape
+    blocks = [rows[i : i + block] for i in range(0, seq_len, block)]
+    seen = [[[t for t in part if key_mask is None or key_mask[b, t]] for part in blocks] for b in range(batch)]
+
+    def mean(x, tokens, b, h):
+        return x[b, tokens, h].to(kind).mean(0) if tokens else torch.zeros(dim, dtype=kind)
+
+    pairs = list(product(range(batch), range(heads), range(len(blocks)), range(len(blocks))))
+    q_mean = {(b, h, i): mean(q, blocks[i], b, h) for b, h, i, _ in pairs}
+    k_mean, v_mean = ({(b, h, j): mean(x, seen[b][j], b, h) for b, h, _, j in pairs} for x in (k, v))
+    return blocks, seen, pairs, q_mean, k_mean, v_mean
+
+
+def low_rank(gate, q, k, v, layout, rows, block, key_mask, kind):
+    blocks, _, pairs, q_mean, k_mean, _ = plain_and_parts(q, k, v, rows, block, key_mask, kind)
+    down, up = gate
+    _, height, width = layout.grid
+
+    def waves(tokens):
+        on = [t - layout.latent_start for t in tokens if 0 <= t - layout.latent_start < layout.num_latent]
+        axes = [[t // (height * width), t // width % height, t % width] for t in on]
+        place = [sum(c) / len(axes) for c in zip(*axes)] if axes else [0.0] * 3
+        x, y, z = (p / max(1, n - 1) for p, n in zip(place, layout.grid))
+        cos = lambda n, at: math.cos(math.pi * n * at)  # noqa: E731
+        return torch.tensor([cos(a, x) * cos(b, y) * cos(c, z) for a, b, c in product(range(3), repeat=3)], dtype=kind)
+
+    known = [waves(part) for part in blocks]
+    scale, found = q.shape[-1] ** -0.5, {}
+    for b, h, i, j in pairs:
+        mixtures = [sum((down[h, r] @ known[n]) * k_mean[b, h, n] for n in range(len(blocks))) / len(blocks)
+                    for r in range(down.shape[1])]  # fmt: skip
+        asked = torch.stack([scale * q_mean[b, h, i] @ mixture for mixture in mixtures]).softmax(0)
+        added = sum(asked[r] * (up[h, r] @ known[j]) for r in range(down.shape[1]))
+        found[b, h, i, j] = scale * q_mean[b, h, i] @ k_mean[b, h, j] + added
+    return found
+
+
+def linear(gate, q, k, v, layout, rows, block, key_mask, kind):
+    blocks, seen, pairs, q_mean, k_mean, _ = plain_and_parts(q, k, v, rows, block, key_mask, kind)
+    features_q, features_k, gain = gate
+    scale, found = q.shape[-1] ** -0.5, {}
+    for b, h, i, j in pairs:
+        of_q = torch.stack([(q[b, t, h].to(kind) @ features_q[h]).softmax(0) for t in blocks[i]]).mean(0)
+        of_k = [(k[b, t, h].to(kind) @ features_k[h]).softmax(0) for t in seen[b][j]]
+        told = of_q @ torch.stack(of_k).mean(0) if of_k else torch.zeros((), dtype=kind)
+        found[b, h, i, j] = scale * q_mean[b, h, i] @ k_mean[b, h, j] + gain[h] * told.clamp_min(1e-8).log()
+    return found
+
+
+def values(gate, q, k, v, layout, rows, block, key_mask, kind):
+    _, _, pairs, q_mean, k_mean, v_mean = plain_and_parts(q, k, v, rows, block, key_mask, kind)
+    weight, decay = gate
+    scale, found = q.shape[-1] ** -0.5, {}
+    for b, h, i, j in pairs:
+        heard = torch.log1p((v_mean[b, h, j] @ weight[h]).exp())
+        found[b, h, i, j] = scale * q_mean[b, h, i] @ k_mean[b, h, j] + (decay[h] * heard).exp() - 1
+    return found
+
+
+@pytest.mark.parametrize("form", [low_rank, linear, values], ids=lambda form: form.__name__)
+@pytest.mark.parametrize("name", ["alone", "text last"])
+def test_forms_against_their_equations(form, name):
+    """Scores and gradients, with keys that are hidden, in float64, pair by pair."""
+    layout, dim = LAYOUTS[name], 16
+    generator = torch.Generator().manual_seed(2)
+    q, k, v = (torch.randn(1, layout.seq_len, 2, dim, generator=generator) for _ in range(3))
+    key_mask = None
+    if name == "text last":
+        key_mask = torch.ones(1, layout.seq_len, dtype=torch.bool)
+        key_mask[0, layout.seq_len - 40 :] = False
+    rows = SMALL_TILES.rows(layout, q.device)
+    blocks, select = SequenceBlocks(layout, rows, 32, 32, q.device), replace(GATE, rank=6, form=form.__name__)
+    call = call_of(q, k, v, key_mask=key_mask)
+    gate = call.router = select.build(2, dim)
+    with torch.no_grad():
+        untrained = select.scores(blocks, select.prepare(blocks), call)
+        for parameter in gate.parameters():
+            parameter += torch.randn(parameter.shape, generator=generator) * 0.3
+    scores = select.scores(blocks, select.prepare(blocks), call)
+    twins = [parameter.detach().double().requires_grad_() for parameter in gate.parameters()]
+    found = form(twins, q, k, v, layout, rows.tolist(), 32, key_mask, torch.float64)
+    wanted = torch.stack(list(found.values())).view(scores.shape)
+    assert (scores - wanted).abs().max() <= 1e-5 * wanted.abs().max()
+    assert (scores - untrained).abs().max() > 0.05
+    weight = torch.randn(scores.shape, generator=generator)
+    grads = torch.autograd.grad((scores * weight).sum(), list(gate.parameters()))
+    for grad, want in zip(grads, torch.autograd.grad((wanted * weight).sum(), twins)):
+        assert (grad - want).abs().max() <= 5e-5 * want.abs().max()
+
+
+@pytest.mark.parametrize("form", FORMS)
+def test_every_form_learns_and_comes_back_from_its_adapter(form, tmp_path):
+    pipe, sample, level = sharp_pipe(), samples(1)[0], torch.tensor([0.5])
+    recipe = replace(SEER, select=replace(GATE, form=form))
+    noise = torch.randn(sample.latents.shape, generator=torch.Generator().manual_seed(3))
+    batch = NoisyBatch(
+        (sample.latents + noise) / 2, noise, level * 1000, sample.condition, level, lambda level: level * 1000
+    )
+    handle, found = dit_accel.patch(pipe, recipe), []
+    gates = {n: p for n, p in pipe.transformer.named_parameters() if "dit_accel_router" in n}
+    optimizer = torch.optim.Adam(gates.values(), lr=1e-2)
+    for _ in range(15):
+        with losses(pipe.transformer, handle, OBJECTIVES["gate"], batch, handle.disabled) as terms:
+            found.append(float(terms.total.detach()))
+            optimizer.zero_grad()
+            terms.total.backward()
+            optimizer.step()
+    assert found[-1] < 0.995 * found[0]
+    folder, learned = dit_accel.save_adapter(pipe, tmp_path), {n: p.detach().clone() for n, p in gates.items()}
+    handle.remove()
+    with dit_accel.load_adapter(pipe, folder) as handle:
+        assert handle.recipe.select.form == form
+        assert all(torch.equal(dict(pipe.transformer.named_parameters())[n], p) for n, p in learned.items())
+    other = replace(recipe, select=replace(recipe.select, form="values" if form != "values" else "linear"))
+    with pytest.raises(ValueError, match=r"select\.form is"):
+        dit_accel.load_adapter(pipe, folder, recipe=other)
+
+
+@pytest.mark.parametrize("form", FORMS)
 @pytest.mark.parametrize("family", ["wan", "hunyuan"])
-def test_an_untrained_gate_chooses_as_pooled_scores_do(family):
+def test_an_untrained_gate_chooses_as_pooled_scores_do(family, form):
     tiny = TINY[family]
     pipe = tiny.build()
-    with dit_accel.patch(pipe, SEER) as handle:
+    zero = {"pooled": "project_q", "low_rank": "up", "linear": "gain", "values": "decay"}[form]
+    with dit_accel.patch(pipe, replace(SEER, select=replace(GATE, form=form))) as handle:
         out = tiny.run(pipe, steps=2)
         assert handle.summary().density < 0.9
         for name, parameter in pipe.transformer.named_parameters():
-            if name.endswith("router.project_q"):
+            if name.endswith(f"router.{zero}"):
                 parameter.data.normal_(std=3.0)
         other = tiny.run(pipe, steps=2)
     with dit_accel.patch(pipe, replace(SEER, select=Pooled(density=0.3, block=(32, 32)))):
@@ -156,7 +280,8 @@ def test_the_loss_is_of_the_dense_models_own_trajectory():
     """Whatever the gate chooses, later layers see what they would without a patch."""
     pipe = sharp_pipe()
     sample = samples(1)[0]
-    batch = NoisyBatch(sample.latents, sample.latents, torch.tensor([500.0]), sample.condition)
+    level = torch.tensor([0.5])
+    batch = NoisyBatch(sample.latents, sample.latents, level * 1000, sample.condition, level, lambda x: x * 1000)
 
     def terms(density: float) -> torch.Tensor:
         recipe = SEER.with_fields({"select.density": density})
@@ -172,6 +297,8 @@ def test_the_loss_is_of_the_dense_models_own_trajectory():
 
 
 def test_what_cannot_be_says_so(tmp_path):
+    with pytest.raises(ValueError, match="form must be one of pooled, low_rank, linear, values, got 'best'"):
+        Learned(form="best")
     with pytest.raises(ValueError, match="multiple of 6, got 8"):
         Learned(rank=8)
     with pytest.raises(ValueError, match=r"select\.density must lie in"):

@@ -1,18 +1,20 @@
-"""Public quantised block-sparse attention (inference only)."""
+"""Public quantised block-sparse attention."""
 
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import partial
 
 import torch
 
 from ..attention.api import block_sparse_attention, validate
 from ..common import capability
 from ..common.choice import Case, Choice, case_of, choose, refusal
-from ..common.quantized_inputs import INTEGER_VALUES, PRECISIONS, QuantizedInputs, dequantize, reference_quantize
+from ..common.quantized_inputs import INTEGER_VALUES, PRECISIONS, QuantizedInputs, reference_quantize
 from ..common.scale import scale_of
 from ..mask.block_mask import BlockMask
 from .integer_weights import integer_weight_attention
+from .straight_through import rounded_inputs, straight_through
 
 
 def quantized_block_sparse_attention(
@@ -33,7 +35,10 @@ def quantized_block_sparse_attention(
     backend: str = "auto",
     quantized: QuantizedInputs | None = None,
 ) -> torch.Tensor | tuple[torch.Tensor, torch.Tensor]:
-    """:func:`~dit_accel.kernels.block_sparse_attention` in 8-bit arithmetic; no gradients.
+    """:func:`~dit_accel.kernels.block_sparse_attention` in 8-bit arithmetic.
+
+    Gradients go straight through the rounding: they are those of full-precision attention at the rounded queries, keys
+    and values, by its own backward. The log-sum-exp has none.
 
     INT8 queries (a scale per token) and keys (a scale per block or finer) after subtracting the mean key, as
     SageAttention (arXiv 2410.02367, 2411.10958); the log-sum-exp is corrected for the subtraction.
@@ -63,10 +68,9 @@ def quantized_block_sparse_attention(
     if not scale > 0:
         raise ValueError(f"scale must be positive for quantised attention, got {scale}.")
     backend = choose_quantized(case_of(q, k, v, mask=mask), precision, backend).name
-    with torch.no_grad():
-        if quantized is None:
-            make = _prologue(backend)
-            quantized = make(
+    if quantized is None:
+        with torch.no_grad():
+            quantized = _prologue(backend)(
                 q,
                 k,
                 v,
@@ -79,14 +83,30 @@ def quantized_block_sparse_attention(
                 key_scales=key_scales,
                 rotate=rotate,
             )
+    made = quantized
+
+    def run() -> tuple[torch.Tensor, torch.Tensor]:
         if backend == "triton":
-            out, lse = _run_triton(q, k, v, mask, rows, key_mask, scale, quantized)
-        elif precision in INTEGER_VALUES:
-            out, lse = integer_weight_attention(quantized, mask, rows, key_mask, scale)
-            out = out.to(q.dtype)
+            return _run_triton(q, k, v, mask, rows, key_mask, scale, made)
+        if precision in INTEGER_VALUES:
+            out, lse = integer_weight_attention(made, mask, rows, key_mask, scale)
         else:
-            out, lse = _emulate(quantized, mask, rows, key_mask, scale, backend)
-            out = out.to(q.dtype)
+            out, lse = _emulate(made, mask, rows, key_mask, scale, backend)
+        return out.to(q.dtype), lse
+
+    if torch.is_grad_enabled() and any(x.requires_grad for x in (q, k, v)):
+        plain = partial(
+            block_sparse_attention,
+            mask=mask,
+            rows=rows,
+            key_mask=key_mask,
+            scale=scale,
+            backend="auto" if backend == "triton" else backend,
+        )
+        out, lse = straight_through(q, k, v, run, partial(rounded_inputs, made, mask, rows, rotate), plain)
+    else:
+        with torch.no_grad():
+            out, lse = run()
     return (out, lse) if return_lse else out
 
 
@@ -193,20 +213,14 @@ def _emulate(
     backend: str,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Float32 attention of the dequantised inputs; unlike the kernels it does not round the weights."""
-    q, k, v = dequantize(quantized, mask.block_k)
-    if quantized.smooth_q:
-        q = q + quantized.q_mean.repeat_interleave(mask.block_q, 2)
-    q, k, v = q[:, :, : mask.q_len], k[:, :, : mask.kv_len], v[:, :, : mask.kv_len]
+    q, k, v = rounded_inputs(quantized, mask, rows)
     shift = quantized.q_shift[:, :, : mask.q_len] * scale
     if rows is not None:
-        index = rows.long().expand(q.shape[:3])
-        wide = index[..., None].expand_as(q)
-        q, k, v = (torch.empty_like(x).scatter_(2, wide, x) for x in (q, k, v))
-        shift = torch.empty_like(shift).scatter_(2, index, shift)
+        shift = torch.empty_like(shift).scatter_(2, rows.long().expand(shift.shape), shift)
     out, lse = block_sparse_attention(
-        q.transpose(1, 2),
-        k.transpose(1, 2),
-        v.transpose(1, 2),
+        q,
+        k,
+        v,
         mask,
         rows=rows,
         key_mask=key_mask,

@@ -14,7 +14,7 @@ from ...kernels.coarse.api import add_coarse_attention, choose_coarse
 from ...kernels.common.choice import Case, Choice, Operation
 from ...plan import AttentionPlan, LayerMemory, SequenceBlocks
 from ..select.protocol import Select
-from .learned import LearnedGate
+from .learned import LearnedGate, gate_of_latents
 from .protocol import Attended, Compensation
 
 
@@ -60,17 +60,7 @@ class CoarseBranch(Compensation):
     def attend(self, call: AttentionCall, plan: AttentionPlan, sparse: Callable[[], Attended]) -> Attended:
         """The sparse attention plus the gated coarse one."""
         out, witness = sparse()
-        layout, gate = call.layout, call.gate
-        assert not isinstance(layout, str)
-        assert gate is not None
-        length = layout.seq_len - layout.padding
-        if gate.shape[1] not in (length, layout.num_latent):
-            raise ValueError(
-                f"The layer's input has {gate.shape[1]} tokens; a gate needs its {layout.num_latent} latents or the "
-                f"whole sequence of {length}."
-            )
-        if gate.shape[1] == length:
-            gate = gate[:, layout.latent_start : layout.latent_start + layout.num_latent]
+        gate, first = gate_of_latents(call)
         call.backend("coarse")  # torch whatever its name: there is nothing to hand it to
         out = add_coarse_attention(
             out,
@@ -82,7 +72,7 @@ class CoarseBranch(Compensation):
             rows=plan.rows,
             key_mask=call.key_mask,
             closed=plan.compensation,
-            first=layout.latent_start,
+            first=first,
             scale=call.scale,
             backend=call.backend("selection"),
         )

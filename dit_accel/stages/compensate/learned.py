@@ -6,6 +6,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
+from ...call import AttentionCall
 from ...plan import AttentionPlan
 from ..learned_layer import LearnedLayer
 
@@ -33,8 +34,7 @@ class LearnedCompensation(LearnedLayer):
 class LearnedGate(LearnedLayer):
     """A linear map of an attention layer's input to a number for every feature of every head.
 
-    Parameters ``weight [H * D, C]`` and ``bias [H * D]``, zero at the start, which a compensation multiplies what it
-    adds by: untrained it adds nothing.
+    Parameters ``weight [H * D, C]`` and ``bias [H * D]``, zero at the start.
     """
 
     def __init__(self, heads: int, head_dim: int, width: int) -> None:
@@ -47,3 +47,23 @@ class LearnedGate(LearnedLayer):
         """``[B, n, H, D]`` of the layer's input ``[B, n, C]``, in its dtype."""
         out = F.linear(hidden, self.weight.to(hidden.dtype), self.bias.to(hidden.dtype))
         return out.unflatten(-1, (self.heads, -1))
+
+
+def gate_of_latents(call: AttentionCall) -> tuple[torch.Tensor, int]:
+    """What a :class:`LearnedGate` made of the latents, ``[B, n, H, D]``, and the place of the first in the sequence.
+
+    Raises:
+        ValueError: the layer's input holds neither the latents alone nor the whole sequence.
+    """
+    layout, gate = call.layout, call.gate
+    assert not isinstance(layout, str)
+    assert gate is not None
+    length = layout.seq_len - layout.padding
+    if gate.shape[1] not in (length, layout.num_latent):
+        raise ValueError(
+            f"The layer's input has {gate.shape[1]} tokens; a gate needs its {layout.num_latent} latents or the "
+            f"whole sequence of {length}."
+        )
+    if gate.shape[1] == length:
+        gate = gate[:, layout.latent_start : layout.latent_start + layout.num_latent]
+    return gate, layout.latent_start

@@ -10,6 +10,7 @@ import torch
 
 from ...presets import resolve
 from ...recipe import Recipe
+from ..few_steps import FewSteps
 from .names import diffusers_path, without_prefix
 
 _GATE, _PROJECTION = "to_gate_compress", "proj_l"
@@ -31,20 +32,6 @@ _ALPHAS = (".alpha", ".lora_alpha")
 _ADDED = {".diff": ".weight", ".diff_b": ".bias", ".diff_m": ""}
 # Of quantised layers: TurboDiffusion's Int8Linear, ComfyUI's and torchao's.
 _QUANTISED = (".int8_weight", ".weight_scale", ".scale_weight", ".weight_scale_inv")
-
-
-@dataclass(frozen=True)
-class FewSteps:
-    """The steps that a checkpoint was distilled to.
-
-    Attributes:
-        sigmas: noise level of each step, falling.
-        renoise: each step goes to the clean estimate and adds new noise, as distribution matching and rCM do; else it
-            is Euler's.
-    """
-
-    sigmas: tuple[float, ...]
-    renoise: bool
 
 
 @dataclass(frozen=True, eq=False)

@@ -7,7 +7,7 @@ from typing import Any
 from diffusers import FlowMatchEulerDiscreteScheduler
 from diffusers.configuration_utils import register_to_config
 
-from .formats import FewSteps
+from ..few_steps import FewSteps
 
 
 class FewStepScheduler(FlowMatchEulerDiscreteScheduler):

@@ -1,0 +1,169 @@
+"""Methods of the literature as plain reference forms on recorded calls: what they lose before anybody builds a kernel.
+
+Dense runs of the embedded model are recorded as in gate_forms.py; errors are relative L2 errors of the attention output
+on a prompt that nothing was fitted on. Whatever is linear gets a map of its output for each layer and head, fitted by
+least squares on the other prompts, as a trained projection would.
+
+- ``linear``: softmax features; ``flow``: conserved flows (Flowformer, arXiv 2202.06258).
+- ``window``: all frames and 0.4 of height and width; ``window + taylor``: beyond it exp to the second order (BASED,
+  arXiv 2402.18668), in one softmax; ``taylor``: everywhere.
+- ``hyper``: queries and keys sorted by hashes of random planes, blocks of 64 of one place read each other, and as many
+  keys sampled for all (HyperAttention, arXiv 2310.05869).
+- ``pooled``, ``scaled``: block selection, and the same times the best number for each query and head, which no learned
+  scale of the weights (Affine-Scaled Attention) can beat.
+
+    python benchmarks/reference_forms.py --size 128 --frames 17 --out reference_forms.json
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import math
+import time
+from pathlib import Path
+from typing import Any
+
+import torch
+from gate_forms import recorded
+from reuse_front import TUNING_PROMPTS
+from routers import dense, sparse
+
+from dit_accel.call import AttentionCall
+from dit_accel.layout import TokenLayout
+from dit_accel.pipelines.embedded_model import load_embedded
+from dit_accel.stages.select.learned import Learned
+from dit_accel.stages.select.static import Window
+from dit_accel.training.gate import blocks_of
+
+LINEAR = ("linear", "flow", "taylor")
+PLANES, BLOCK = 12, 64
+
+
+def linear(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> torch.Tensor:
+    """Linear attention of softmax features, ``[B, H, S, D]``."""
+    told, known = q.softmax(-1), k.softmax(-1)
+    return told @ (known.transpose(-1, -2) @ v) / (told @ known.sum(2)[..., None])
+
+
+def flow(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> torch.Tensor:
+    """Competition among keys and allocation among queries, by flows that are conserved."""
+    told, known = q.sigmoid(), k.sigmoid()
+    coming = told @ known.sum(2)[..., None]
+    going = known @ told.sum(2)[..., None]
+    kept_in = told @ (known / going).sum(2)[..., None]
+    kept_out = known @ (told / coming).sum(2)[..., None]
+    competing = kept_out.softmax(2) * v.shape[2] * v
+    return kept_in.sigmoid() * (told / coming @ (known.transpose(-1, -2) @ competing))
+
+
+def near(call: AttentionCall) -> torch.Tensor:
+    """bool ``[S, S]``: the window."""
+    assert isinstance(call.layout, TokenLayout)
+    axes = Window(window=(1.0, 0.4, 0.4)).visibility(call.layout.grid)
+    frame, row, column = (table.bool() for table in axes)
+    seen = (
+        frame[:, None, None, :, None, None] & row[None, :, None, None, :, None] & column[None, None, :, None, None, :]
+    )
+    return seen.reshape(call.layout.num_latent, -1)
+
+
+def weighted(weights: torch.Tensor, v: torch.Tensor) -> torch.Tensor:
+    return weights @ v / weights.sum(-1, keepdim=True).clamp_min(1e-30)
+
+
+def hyper(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, scale: float) -> torch.Tensor:
+    """Blocks of alike hashes, and sampled keys that stand for all others."""
+    generator = torch.Generator().manual_seed(0)
+    planes = torch.randn(q.shape[-1], PLANES, generator=generator)
+    place = 2 ** torch.arange(PLANES)
+
+    def order(x: torch.Tensor) -> torch.Tensor:
+        bits = (x @ planes > 0).long()
+        gray = bits.clone()
+        for n in range(PLANES - 2, -1, -1):  # neighbours in a Gray code differ in one plane
+            gray[..., n] = gray[..., n + 1] ^ bits[..., n]
+        return (gray * place).sum(-1).argsort(-1)
+
+    of_q, of_k = order(q), order(k)
+    count = q.shape[2]
+    block = torch.empty_like(of_q).scatter_(2, of_q, (torch.arange(count) // BLOCK).expand_as(of_q).contiguous())
+    other = torch.empty_like(of_k).scatter_(2, of_k, (torch.arange(count) // BLOCK).expand_as(of_k).contiguous())
+    same = block[..., :, None] == other[..., None, :]
+    sample = torch.zeros(count, dtype=torch.bool)
+    sample[torch.randperm(count, generator=generator)[:BLOCK]] = True
+    logits = scale * q @ k.transpose(-1, -2)
+    weights = (logits - logits.amax(-1, keepdim=True)).exp()
+    return weighted(torch.where(same, weights, weights * sample * (count / BLOCK)), v)
+
+
+def forms(call: AttentionCall) -> dict[str, torch.Tensor]:
+    """Outputs ``[B, H, S, D]`` by name."""
+    q, k, v = (x.transpose(1, 2).float() for x in (call.q, call.k, call.v))
+    logits, seen = call.scale * q @ k.transpose(-1, -2), near(call)
+    # As the paper has it the features are of scaled queries and keys: 1 + x + x^2 / 2.
+    taylor = 1 + logits + logits.square() / 2
+    exact = dense(call)
+    pooled = sparse(call, blocks_of(call, Learned()), 0.1)[0]
+    best = (exact * pooled).sum(-1, keepdim=True) / pooled.square().sum(-1, keepdim=True).clamp_min(1e-30)
+    return {
+        "linear": linear(q, k, v),
+        "flow": flow(q, k, v),
+        "taylor": weighted(taylor, v),
+        "window": logits.masked_fill(~seen, -math.inf).softmax(-1) @ v,
+        "window + taylor": weighted(torch.where(seen, logits.exp(), taylor), v),
+        "hyper": hyper(q, k, v, call.scale),
+        "pooled": pooled,
+        "scaled": best * pooled,
+    }
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--size", type=int, default=128)
+    parser.add_argument("--frames", type=int, default=17)
+    parser.add_argument("--steps", type=int, default=6)
+    parser.add_argument("--train", type=int, default=2)
+    parser.add_argument("--held-out", type=int, default=1)
+    parser.add_argument("--density", type=float, default=0.1)
+    parser.add_argument("--device", default="cpu")
+    parser.add_argument("--out", type=Path)
+    args = parser.parse_args()
+    begin = time.monotonic()
+    torch.set_grad_enabled(False)
+    pipe = load_embedded(torch.float32).to(args.device)
+    pipe.set_progress_bar_config(disable=True)
+    prompts = TUNING_PROMPTS[: args.train + args.held_out]
+    calls = recorded(pipe, prompts[: args.train], 1000, args)
+    tests = recorded(pipe, prompts[args.train :], 2000, args)
+    moments: dict[tuple[str, int], list[torch.Tensor]] = {}
+    for call in calls:
+        q, k, v = (x.transpose(1, 2).float() for x in (call.q, call.k, call.v))
+        logits, exact = call.scale * q @ k.transpose(-1, -2), dense(call)
+        told = (linear(q, k, v), flow(q, k, v), weighted(1 + logits + logits.square() / 2, v))
+        for name, out in zip(LINEAR, told, strict=True):
+            pair = (out.transpose(-1, -2) @ out, out.transpose(-1, -2) @ exact)
+            sums = moments.setdefault((name, call.layer), [torch.zeros_like(x) for x in pair])
+            moments[name, call.layer] = [a + b for a, b in zip(sums, pair, strict=True)]
+    errors: dict[str, float] = {}
+    norm = density = 0.0
+    for call in tests:
+        exact, found = dense(call), forms(call)
+        for name in LINEAR:
+            square, cross = moments[name, call.layer]
+            eye = torch.eye(square.shape[-1]) * square.diagonal(dim1=-2, dim2=-1).mean() * 1e-4
+            found[f"{name}, fitted"] = found[name] @ torch.linalg.solve(square + eye, cross)
+        norm += float(exact.square().sum())
+        density += float(near(call).float().mean()) / len(tests)
+        for name, out in found.items():
+            errors[name] = errors.get(name, 0.0) + float((out - exact).square().sum())
+    result: dict[str, Any] = {"calls": len(tests), "tokens": tests[0].q.shape[1], "density of the window": density}
+    result |= {"errors": {name: math.sqrt(error / norm) for name, error in errors.items()}}
+    result |= {"arguments": {k: str(v) for k, v in vars(args).items()}, "seconds": time.monotonic() - begin}
+    print(json.dumps(result, indent=2))
+    if args.out is not None:
+        args.out.write_text(json.dumps(result, indent=2) + "\n")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,160 @@
+"""Routers of layers and of heads on recorded calls: what they could save, before anybody trains a model for them.
+
+Dense runs of the embedded model are recorded as in gate_forms.py.
+
+- **Layers** (Flux Attention): each call runs dense, or sparse by pooled scores. A router is a ridge regression of the
+  logarithm of the sparse call's error on the noise level, its square and the mean and spread of queries and keys,
+  fitted for each layer on some prompts and asked on others. At one mean density the calls with the largest errors run
+  dense; beside it stand the true errors in its place, layers fixed by their mean error, and no routing: one density
+  for all.
+- **Heads** (MoH, SHRP): each block of queries keeps the heads that write most (the norm of a head's dense output there,
+  which no router can beat), others write nothing. Beside it stands block selection that reads as many pairs.
+
+Errors are relative L2 errors of the attention output, over all calls.
+
+    python benchmarks/routers.py --size 128 --frames 17 --out routers.json
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import math
+import time
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from gate_forms import recorded
+from reuse_front import TUNING_PROMPTS
+
+from dit_accel.call import AttentionCall
+from dit_accel.pipelines.embedded_model import load_embedded
+from dit_accel.plan import SequenceBlocks
+from dit_accel.stages.select.learned import Learned
+from dit_accel.stages.select.pooled import keep_best, pooled_scores_of
+from dit_accel.training.gate import blocks_of
+
+SHARES = (0.25, 0.5)
+HEADS_KEPT = (0.75, 0.5)
+
+
+def dense(call: AttentionCall) -> torch.Tensor:
+    """Output ``[B, H, S, D]``."""
+    q, k, v = (x.transpose(1, 2).float() for x in (call.q, call.k, call.v))
+    return F.scaled_dot_product_attention(q, k, v, scale=call.scale)
+
+
+def sparse(call: AttentionCall, blocks: SequenceBlocks, density: float) -> tuple[torch.Tensor, float]:
+    """Output of pooled scores' blocks, and the share of pairs that they are."""
+    mask = keep_best(blocks, pooled_scores_of(blocks, call, call.scale), call.key_mask, density=density).to_dense()
+    rows = blocks.kernel_rows.reshape(-1).long()
+    pairs = mask.repeat_interleave(blocks.block_q, 2).repeat_interleave(blocks.block_k, 3)
+    count = call.q.shape[1]
+    pairs = pairs[:, :, :count, :count]
+    q, k, v = (x.transpose(1, 2)[:, :, rows].float() for x in (call.q, call.k, call.v))
+    out = torch.empty_like(q)
+    out[:, :, rows] = F.scaled_dot_product_attention(q, k, v, attn_mask=pairs, scale=call.scale)
+    return out, float(pairs.float().mean())
+
+
+def features(call: AttentionCall) -> torch.Tensor:
+    """What a router sees: the noise level, and the pooled state of a layer."""
+    q, k = (x.float().transpose(1, 2) for x in (call.q, call.k))
+    level = float(call.step.sigma or 0.0)
+    sizes = [level, level * level, 1.0]
+    for x in (q, k):
+        mean = x.mean(2)
+        sizes += [float(mean.norm()), float((x - mean[:, :, None]).norm()) / math.sqrt(x.shape[2])]
+    sizes.append(float((q.mean(2) * k.mean(2)).sum(-1).mean()))
+    return torch.tensor(sizes, dtype=torch.float64)
+
+
+def layer_router(calls: list[AttentionCall], tests: list[AttentionCall], density: float) -> dict[str, Any]:
+    """Errors of each way to route, by the share of calls that run dense."""
+    told: dict[int, list[tuple[torch.Tensor, float]]] = {}
+    for call in calls:
+        blocks = blocks_of(call, Learned())
+        error = float((sparse(call, blocks, density)[0] - dense(call)).square().sum())
+        told.setdefault(call.layer, []).append((features(call), math.log(error)))
+    weights, means = {}, {}
+    for layer, pairs in told.items():
+        x, y = torch.stack([pair[0] for pair in pairs]), torch.tensor([pair[1] for pair in pairs]).double()
+        scale = x.std(0).clamp_min(1e-6) + (x.std(0) < 1e-6)
+        z = x / scale
+        solved = torch.linalg.solve(z.T @ z + 0.1 * torch.eye(z.shape[1]), z.T @ (y - y.mean()))
+        weights[layer], means[layer] = (solved / scale, float(y.mean()) - float((z @ solved).mean())), float(y.mean())
+    errors, norms, kept, asked, fixed = [], [], [], [], []
+    for call in tests:
+        blocks, exact = blocks_of(call, Learned()), dense(call)
+        got, share = sparse(call, blocks, density)
+        errors.append(float((got - exact).square().sum()))
+        norms.append(float(exact.square().sum()))
+        kept.append(share)
+        weight, bias = weights[call.layer]
+        asked.append(float(features(call) @ weight) + bias)
+        fixed.append(means[call.layer])
+    total, found = sum(norms), {"none": math.sqrt(sum(errors) / sum(norms)), "density": sum(kept) / len(kept)}
+    for share in SHARES:
+        count = round(share * len(tests))
+        for name, order in (("router", asked), ("fixed layers", fixed), ("true errors", errors)):
+            run_dense = set(sorted(range(len(tests)), key=lambda n: -order[n])[:count])
+            left = sum(error for n, error in enumerate(errors) if n not in run_dense)
+            found[f"{name}, {share} dense"] = math.sqrt(left / total)
+        even = share + (1 - share) * found["density"]
+        left = sum(
+            float((sparse(call, blocks_of(call, Learned()), even)[0] - dense(call)).square().sum()) for call in tests
+        )
+        found[f"one density, {even:.3f}"] = math.sqrt(left / total)
+    return found
+
+
+def head_router(tests: list[AttentionCall]) -> dict[str, float]:
+    """Errors of keeping some heads for each block of queries, and of keeping as many pairs of blocks."""
+    found = {}
+    for share in HEADS_KEPT:
+        left = chosen = total = 0.0
+        for call in tests:
+            blocks, exact = blocks_of(call, Learned()), dense(call)
+            rows = blocks.kernel_rows.reshape(-1).long()
+            size = F.pad(exact[:, :, rows].square().sum(-1), (0, -len(rows) % blocks.block_q))
+            size = size.unflatten(2, (-1, blocks.block_q)).sum(-1)  # [B, H, nq]
+            heads = size.shape[1]
+            least = size.sort(1).values[:, : heads - round(share * heads)]
+            left += float(least.sum())
+            total += float(size.sum())
+            chosen += float((sparse(call, blocks, share)[0] - exact).square().sum())
+        found[f"heads, {share} kept"] = math.sqrt(left / total)
+        found[f"blocks, {share} kept"] = math.sqrt(chosen / total)
+    return found
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--size", type=int, default=128)
+    parser.add_argument("--frames", type=int, default=17)
+    parser.add_argument("--steps", type=int, default=10)
+    parser.add_argument("--train", type=int, default=2, help="prompts to fit the router on")
+    parser.add_argument("--held-out", type=int, default=1)
+    parser.add_argument("--density", type=float, default=0.1)
+    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
+    parser.add_argument("--out", type=Path)
+    args = parser.parse_args()
+    begin = time.monotonic()
+    torch.set_grad_enabled(False)
+    pipe = load_embedded(torch.float32).to(args.device)
+    pipe.set_progress_bar_config(disable=True)
+    prompts = TUNING_PROMPTS[: args.train + args.held_out]
+    calls = recorded(pipe, prompts[: args.train], 1000, args)
+    tests = recorded(pipe, prompts[args.train :], 2000, args)
+    found: dict[str, Any] = {"calls": len(tests), "tokens": tests[0].q.shape[1]}
+    found |= {"layers": layer_router(calls, tests, args.density), "heads": head_router(tests)}
+    found |= {"arguments": {k: str(v) for k, v in vars(args).items()}, "seconds": time.monotonic() - begin}
+    print(json.dumps(found, indent=2))
+    if args.out is not None:
+        args.out.write_text(json.dumps(found, indent=2) + "\n")
+
+
+if __name__ == "__main__":
+    main()
