@@ -43,21 +43,26 @@ class Stage:
         return min(max(1, fitting), 4 * clips, self.capacity)
 
 
+def parse_size(text: str) -> tuple[int, int]:
+    """Height and width of `480x832`, or of a square, `192`."""
+    parts = text.split("x")
+    if len(parts) > 2 or not all(part.isdigit() and int(part) >= 16 and int(part) % 16 == 0 for part in parts):
+        raise argparse.ArgumentTypeError(f"a size is HEIGHTxWIDTH in multiples of 16 pixels, got {text!r}")
+    return int(parts[0]), int(parts[-1])
+
+
 def parse_stage(text: str) -> Stage:
     """`latent_frames:batch:capacity:renew:share:text_tokens`, and perhaps `:HEIGHTxWIDTH`.
 
     For example `8:48:6000:4:0.6:512` or `21:4:256:2:0.5:512:480x832`.
     """
     parts = text.split(":")
-    size = parts[6].split("x") if len(parts) == 7 else None
-    if len(parts) not in (6, 7) or (size is not None and len(size) != 2):
+    if len(parts) not in (6, 7):
         raise argparse.ArgumentTypeError(
             f"a stage is latent_frames:batch:capacity:renew:share:text_tokens[:HEIGHTxWIDTH], got {text!r}"
         )
-    pixels = None if size is None else (int(size[0]), int(size[1]))
-    if pixels is not None and any(side < 16 or side % 16 for side in pixels):
-        raise argparse.ArgumentTypeError(f"a stage's height and width are multiples of 16 pixels, got {parts[6]!r}")
-    return Stage(int(parts[0]), int(parts[1]), int(parts[2]), int(parts[3]), float(parts[4]), int(parts[5]), pixels)
+    size = parse_size(parts[6]) if len(parts) == 7 else None
+    return Stage(int(parts[0]), int(parts[1]), int(parts[2]), int(parts[3]), float(parts[4]), int(parts[5]), size)
 
 
 def ends(stages: Sequence[Stage], steps: int | None) -> list[float]:

@@ -30,6 +30,10 @@ from stages import Stage
 from video_task import VideoTask
 from warm_start import fitted_all
 
+LOG = "log.json"
+# What `export.py` builds the networks from.
+BUILT = ("task", "layers", "single_layers", "heads", "head_dim", "patch", "time_shift")
+
 
 class Trainer:
     """The networks of a task, their averages, optimizers and random numbers: everything a checkpoint holds."""
@@ -155,11 +159,13 @@ class Trainer:
             values = {f"{part}.{k}": v for part, net in released.items() for k, v in net.named_parameters()}
         else:
             values = load_tensors(folder, "ema")
-            meta = json.loads((folder / "log.json").read_text())
+            meta = json.loads((folder / LOG).read_text())
             self.step, self.log = meta["step"], [tuple(row) for row in meta["log"]]
         self.load_values(fitted_all(values, own, fresh_attention))
         self.average = {k: v.detach().clone() for k, v in own.items()}
 
     def save_average(self, folder: Path) -> None:
         save_tensors(self.average, folder, "ema")
-        save_json(folder / "log.json", {"step": self.step, "planned": self.planned, "log": self.log})
+        args = vars(self.task.args)
+        built = {name: args[name] for name in BUILT}
+        save_json(folder / LOG, {"step": self.step, "planned": self.planned, "log": self.log, "built": built})

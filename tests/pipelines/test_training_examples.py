@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import io
-import json
-import random
 import sys
 import zipfile
 from collections.abc import Iterator
@@ -18,7 +16,20 @@ from PIL import Image, ImageDraw
 from dit_accel.pipelines.embedded_model import FOLDER
 
 EXAMPLES = Path(__file__).parents[2] / "examples" / "train_embedded"
-VIDEO = ["--patch", "2", "--heads", "1", "--head-dim", "32", "--layers", "1", "--concentration", "0", "--image-every", "3"]
+VIDEO = [
+    "--patch",
+    "2",
+    "--heads",
+    "1",
+    "--head-dim",
+    "32",
+    "--layers",
+    "1",
+    "--concentration",
+    "0",
+    "--image-every",
+    "3",
+]
 IMAGE = ["--task", "image", "--heads", "1", "--layers", "1", "--single-layers", "1"]
 
 
