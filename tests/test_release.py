@@ -25,8 +25,11 @@ def _text(name: str) -> str:
 
 def test_one_version_everywhere() -> None:
     comfyui = tomllib.loads(_text("integrations/comfyui/pyproject.toml"))["project"]["version"]
+    models = tomllib.loads(_text("models/pyproject.toml"))["project"]
     (cited,) = re.findall(r"^version: (\S+)$", _text("CITATION.cff"), re.MULTILINE)
-    assert PROJECT["version"] == dit_accel.__version__ == comfyui == cited
+    assert PROJECT["version"] == dit_accel.__version__ == comfyui == models["version"] == cited
+    assert models["dependencies"] == [f"dit-accel[cli]=={PROJECT['version']}"]
+    assert f'__version__ = "{PROJECT["version"]}"' in _text("models/dit_accel_models/__init__.py")
 
 
 def test_the_changelog_has_the_version_and_its_date() -> None:

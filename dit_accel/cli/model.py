@@ -23,7 +23,7 @@ def choose_model(model: str | None) -> tuple[str, Builtin | None]:
 def will_make_video(name: str, builtin: Builtin | None) -> bool | None:
     """Whether a model makes videos, else images, from its index alone; None where that does not tell."""
     if builtin is not None:
-        return True  # all of them have frames
+        return builtin.settings.frames is not None
     import diffusers
 
     from ..pipelines.generate import makes_video

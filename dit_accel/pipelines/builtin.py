@@ -1,9 +1,10 @@
-"""Models that come with the package, by name: nothing is downloaded for them."""
+"""Models that come with the package, or with dit-accel-models, by name: nothing is downloaded for them."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
+from functools import partial
 from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -46,6 +47,22 @@ def _embedded(dtype: torch.dtype | None) -> Any:
     return load_embedded(dtype)
 
 
+def _companions() -> dict[str, Builtin]:
+    """The models of ``dit-accel-models`` that are installed, by name."""
+    from . import companion, embedded_image, embedded_long
+
+    modules = {
+        "embedded-long": (embedded_long, embedded_long.load_embedded_long),
+        "embedded-image": (embedded_image, embedded_image.load_embedded_image),
+    }
+    found = {}
+    for name in companion.NAMES:
+        folder, (module, loaded) = companion.folder_of(name), modules[name]
+        if folder is not None:
+            found[name] = Builtin(name, module.DESCRIPTION, module.SETTINGS, partial(loaded, folder))
+    return found
+
+
 RANDOM_WAN = Builtin(
     name="random-wan",
     description="a small Wan pipeline with RANDOM weights: it shows speed, not pictures",
@@ -67,5 +84,6 @@ def builtins() -> dict[str, Builtin]:
             build=_embedded,
             adapters=embedded_model.adapters(),
         )
+        found |= _companions()
     found[RANDOM_WAN.name] = RANDOM_WAN
     return found

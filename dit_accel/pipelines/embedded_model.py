@@ -29,8 +29,12 @@ def adapters() -> dict[str, Path]:
     return {card.parent.name: card.parent for card in sorted(ADAPTERS.glob("*/adapter.json"))}
 
 
-def check_files(folder: Path) -> None:
-    """Compare every file of the model with the digest it was released with.
+def check_files(folder: Path, distribution: str = "dit-accel") -> None:
+    """Compare every file of a model with the digest it was released with.
+
+    Args:
+        folder: of the model.
+        distribution: what brings it, and is named where a file is not as it should be.
 
     Raises:
         FileNotFoundError: a file is missing; the message names it.
@@ -38,20 +42,24 @@ def check_files(folder: Path) -> None:
     """
     index = folder / CHECKSUMS
     if not index.is_file():
-        raise FileNotFoundError(f"The embedded model is incomplete: {index} is missing. Install dit-accel again.")
+        raise FileNotFoundError(f"The embedded model is incomplete: {index} is missing. Install {distribution} again.")
     try:
         digests: dict[str, str] = json.loads(index.read_text())
     except ValueError as error:
-        raise ValueError(f"The embedded model is damaged: {index} is not JSON. Install dit-accel again.") from error
+        raise ValueError(
+            f"The embedded model is damaged: {index} is not JSON. Install {distribution} again."
+        ) from error
     for name, expected in digests.items():
         file = folder / name
         if not file.is_file():
-            raise FileNotFoundError(f"The embedded model is incomplete: {file} is missing. Install dit-accel again.")
+            raise FileNotFoundError(
+                f"The embedded model is incomplete: {file} is missing. Install {distribution} again."
+            )
         found = hashlib.sha256(file.read_bytes()).hexdigest()
         if found != expected:
             raise ValueError(
                 f"The embedded model is damaged: {file} ({file.stat().st_size} bytes) is not the released "
-                "file. Install dit-accel again."
+                f"file. Install {distribution} again."
             )
 
 

@@ -9,6 +9,7 @@ from typing import Any
 import torch
 
 from .builtin import builtins
+from .companion import NAMES, absent
 from .dtypes import dtype_argument
 
 HUB_ID = re.compile(r"[\w.-]+/[\w.-]+")
@@ -27,7 +28,7 @@ def load(name_or_path: str, *, dtype: torch.dtype | None = None, device: str | t
         device: where to put it; None leaves it on the CPU.
 
     Raises:
-        ValueError: no such model, or the hub cannot be reached.
+        ValueError: no such model, one that is not installed, or the hub cannot be reached.
     """
     target = None if device is None else torch.device(device)
     if dtype is None:
@@ -35,6 +36,8 @@ def load(name_or_path: str, *, dtype: torch.dtype | None = None, device: str | t
     offered = builtins()
     if name_or_path in offered:
         pipe = offered[name_or_path].build(dtype)
+    elif name_or_path in NAMES and not Path(name_or_path).is_dir():
+        raise ValueError(absent(name_or_path))
     else:
         pipe = _from_pretrained(name_or_path, dtype, list(offered))
     return pipe if target is None else pipe.to(target)

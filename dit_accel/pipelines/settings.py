@@ -7,10 +7,10 @@ from dataclasses import dataclass
 
 @dataclass(frozen=True)
 class Settings:
-    """What a model generates when the user names nothing: pixel size, frames, steps, guidance scale."""
+    """What a model generates when the user names nothing: pixel size, frames (None: images), steps, guidance scale."""
 
     width: int
     height: int
-    frames: int
+    frames: int | None
     steps: int
     guidance: float

@@ -15,6 +15,14 @@ import torch.nn.functional as F
 Tensor = torch.Tensor
 
 
+def grain(height: int, least: int, share: int) -> int:
+    """Pixels of the smallest things in a picture: `least`, or a `share`-th of the height if that is more.
+
+    Points of a few pixels carry nothing in a large picture, and the autoencoder spends its latents on them.
+    """
+    return max(least, round(height / share))
+
+
 class Canvas:
     """Coordinates, random numbers and noise for `n` images of `height` x `width` pixels."""
 
@@ -66,8 +74,9 @@ class Canvas:
         return torch.exp(-((self.x - cx) ** 2 + (self.y - cy) ** 2) / (2 * radius**2))
 
     def stars(self, share: float) -> Tensor:
-        """Sparse points two pixels wide, [n, 1, H, W]."""
-        size = (self.n, 1, self.height // 2, self.width // 2)
+        """Sparse points, two pixels wide or, where a picture is large, a 160th of its height: [n, 1, H, W]."""
+        cell = grain(self.height, 2, 160)
+        size = (self.n, 1, self.height // cell, self.width // cell)
         points = torch.rand(size, generator=self.generator, device=self.generator.device)
         bright = ((points - (1 - share)) / share).clamp(0, 1)
         bright = torch.where(points > 1 - share, 0.4 + 0.6 * bright, torch.zeros_like(bright))

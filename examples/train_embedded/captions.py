@@ -133,8 +133,11 @@ def sample_scene(rng: random.Random, held_out: bool = False) -> Scene:
     return Scene(subject, color, background, motion, count, size)
 
 
-def caption(scene: Scene, rng: random.Random | None = None) -> str:
-    """One sentence for the scene: the canonical one without `rng`, otherwise a random paraphrase."""
+def caption(scene: Scene, rng: random.Random | None = None, moving: bool = True) -> str:
+    """One sentence for the scene: the canonical one without `rng`, otherwise a random paraphrase.
+
+    A still picture shows no motion: without `moving` none is said.
+    """
     subject = SUBJECTS[scene.subject]
     motions, places = MOTIONS[scene.motion], BACKGROUNDS[scene.background]
     words: list[str] = []
@@ -155,6 +158,8 @@ def caption(scene: Scene, rng: random.Random | None = None) -> str:
     motion = motions[0] if rng is None else rng.choice(motions)
     place = places[0] if rng is None else rng.choice(places)
     body = " ".join(words)
+    if not moving:
+        return f"{body} {place}"
     if rng is not None and rng.random() < 0.15:
         return f"{place} , {body} {motion}"
     return f"{body} {motion} {place}"

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 
 import torch
 import torch.nn.functional as F
-from backgrounds import PAINTERS, Canvas
+from backgrounds import PAINTERS, Canvas, grain
 from captions import BACKGROUND_NAMES, MOTION_NAMES, SUBJECTS, Scene
 from sprites import SPRITE_FRAMES, SpriteBank
 
@@ -114,6 +114,7 @@ def render_clips(
     rng: random.Random,
     generator: torch.Generator,
     frames: int | None = None,
+    moment: float | None = None,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Renders the scenes.
 
@@ -123,6 +124,7 @@ def render_clips(
         geometry: size of a whole clip; motion always spans the whole clip.
         rng: draws placement; `generator`: draws textures.
         frames: render only the first so many frames (all by default).
+        moment: render one frame alone, of this place in the clip from 0 to 1.
 
     Returns:
         Clips [n, 3, frames, height, width] in [-1, 1], and how much of each pixel the subject covers,
@@ -132,7 +134,8 @@ def render_clips(
     n, height, width = len(scenes), geometry.height, geometry.width
     t = geometry.frames if frames is None else frames
     time = torch.arange(geometry.frames, dtype=torch.float32) / max(geometry.frames - 1, 1)
-    time = time[:t]
+    time = time[:t] if moment is None else torch.tensor([moment])
+    t = len(time)
 
     theta = torch.zeros(n, SLOTS, t, 2, 3)
     present = torch.zeros(n, SLOTS)
@@ -246,7 +249,8 @@ def _ripple(front: torch.Tensor, t: int) -> torch.Tensor:
 def _snowfall(picture: torch.Tensor, generator: torch.Generator) -> torch.Tensor:
     """Falling flakes: one random field per clip, rolled down a few pixels per frame."""
     n, _, t, height, width = picture.shape
-    points = torch.rand(n, 1, height // 3, width // 3, generator=generator, device=picture.device)
+    cell = grain(height, 3, 110)
+    points = torch.rand(n, 1, height // cell, width // cell, generator=generator, device=picture.device)
     flakes = F.interpolate((points > 0.988).float(), size=(height, width), mode="bilinear", align_corners=False)
-    frames = torch.stack([torch.roll(flakes, shifts=(3 * k, -k), dims=(2, 3)) for k in range(t)], dim=2)
+    frames = torch.stack([torch.roll(flakes, shifts=(cell * k, -k), dims=(2, 3)) for k in range(t)], dim=2)
     return picture + (1 - picture) * frames * 0.85

@@ -20,24 +20,26 @@ from pathlib import Path
 import numpy as np
 import torch
 import torch.nn.functional as F
-from captions import MOTIONS, SUBJECTS, Scene, caption, sample_scene
+from captions import BACKGROUNDS, MOTIONS, SUBJECTS, Scene, caption, sample_scene
 from clip_autoencoder import encode_clip, latent_statistics
 from compose import ClipGeometry, latent_cover, render_clips
 from diffusers import WanPipeline
 from model import TEXT_TOKENS, TIME_SHIFT
-from sample import generate
+from sample import generate, load_pipeline, makes_images
 from sprites import SpriteBank, load_sprites
+from stages import parse_size
 from torch import nn
 
 from dit_accel.quality.frechet import I3d, find_weights, frechet_distance, video_features
 
 SMALL = 64  # pixels of the stored copies
-STRIDE = 2  # every second frame
+KEPT = 15  # frames, about
 
 
 def shrink(clips: torch.Tensor) -> torch.Tensor:
-    """[n, 3, t, h, w] in [-1, 1] to uint8 [n, 3, ceil(t / 2), SMALL, SMALL]."""
-    small = F.adaptive_avg_pool3d(clips[:, :, ::STRIDE].float(), (None, SMALL, SMALL))
+    """[n, 3, t, h, w] in [-1, 1] to uint8 [n, 3, about KEPT, SMALL, SMALL]: every second of 29, every fifth of 81."""
+    stride = max(1, round(clips.shape[2] / KEPT))
+    small = F.adaptive_avg_pool3d(clips[:, :, ::stride].float(), (None, SMALL, SMALL))
     return ((small.clamp(-1, 1) + 1) * 127.5).round().to(torch.uint8)
 
 
@@ -55,7 +57,7 @@ def single_scenes(count: int, seed: int, held_out: bool) -> list[Scene]:
 class Classifier(nn.Module):
     """Frames through 2-D convolutions, then convolutions over time, then two heads."""
 
-    def __init__(self, width: int = 48) -> None:
+    def __init__(self, width: int = 48, second: int = len(MOTIONS)) -> None:
         super().__init__()
         w = width
         self.frames = nn.Sequential(
@@ -73,10 +75,10 @@ class Classifier(nn.Module):
             nn.GELU(),
         )
         self.subject = nn.Linear(4 * w, len(SUBJECTS))
-        self.motion = nn.Linear(8 * w, len(MOTIONS))
+        self.second = nn.Linear(8 * w, second)
 
     def forward(self, clips: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        """uint8 [n, 3, t, SMALL, SMALL] to logits of subject and motion."""
+        """uint8 [n, 3, t, SMALL, SMALL] to logits of subject and of motion, or for images of place."""
         n, _, t, h, w = clips.shape
         x = clips.float().div(127.5).sub(1).transpose(1, 2).reshape(n * t, 3, h, w)
         y = torch.linspace(-1, 1, h, device=x.device).view(1, 1, h, 1).expand(n * t, 1, h, w)
@@ -84,7 +86,7 @@ class Classifier(nn.Module):
         x = self.frames(torch.cat([x, y, z], dim=1))
         pooled = x.amax(dim=(2, 3)).view(n, t, -1).mean(1)
         track = self.time(self.squeeze(x).view(n, t, -1).transpose(1, 2))
-        return self.subject(pooled), self.motion(torch.cat([track.mean(2), track.amax(2)], dim=1))
+        return self.subject(pooled), self.second(torch.cat([track.mean(2), track.amax(2)], dim=1))
 
 
 def read_i3d(path: Path | None) -> I3d:
@@ -122,11 +124,10 @@ def store(args: argparse.Namespace, scenes: list[Scene], make: Callable[[int, li
 
 def run_generate(args: argparse.Namespace) -> None:
     device = "cuda" if torch.cuda.is_available() else "cpu"
-    pipeline = WanPipeline.from_pretrained(args.pipeline, torch_dtype=torch.bfloat16).to(device)
-    pipeline.set_progress_bar_config(disable=True)
+    pipeline = load_pipeline(args.pipeline, device)
 
     def make(first: int, scenes: list[Scene]) -> torch.Tensor:
-        prompts = [caption(scene) for scene in scenes]
+        prompts = [caption(scene, moving=not makes_images(pipeline)) for scene in scenes]
         out = generate(pipeline, prompts, args.steps, args.guidance, args.frames, args.size, 1000 + first)
         return torch.from_numpy(out).permute(0, 4, 1, 2, 3) * 2 - 1
 
@@ -137,7 +138,7 @@ def run_render(args: argparse.Namespace) -> None:
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     bank = SpriteBank(load_sprites(args.sprites), device)
     rng, textures = random.Random(9), torch.Generator(device).manual_seed(9)
-    geometry = ClipGeometry(args.frames, args.size, args.size)
+    geometry = ClipGeometry(args.frames, *args.size)
     scenes = single_scenes(args.count, 11, held_out=True)
     store(args, scenes, lambda _, part: render_clips(part, bank, geometry, rng, textures)[0])
 
@@ -160,7 +161,7 @@ def run_fvd(args: argparse.Namespace) -> None:
 def run_loss(args: argparse.Namespace) -> None:
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     bank = SpriteBank(load_sprites(args.sprites), device)
-    geometry = ClipGeometry(args.frames, args.size, args.size)
+    geometry = ClipGeometry(args.frames, *args.size)
     report: dict[str, float] = {}
     for folder in args.pipelines:
         pipeline = WanPipeline.from_pretrained(folder, torch_dtype=torch.float32).to(device)
@@ -192,31 +193,37 @@ def run_loss(args: argparse.Namespace) -> None:
     args.report.write_text(json.dumps(report, indent=1))
 
 
+def second_label(scene: Scene, frames: int) -> int:
+    """What is asked beside the subject: a clip's motion, or an image's place."""
+    return scene.motion if frames > 1 else scene.background
+
+
 def render_small(
-    scenes: list[Scene], bank: SpriteBank, size: int, rng: random.Random, textures: torch.Generator
+    scenes: list[Scene], bank: SpriteBank, geometry: ClipGeometry, rng: random.Random, textures: torch.Generator
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """Rendered small clips with the indices of subject and motion."""
-    clips, _ = render_clips(scenes, bank, ClipGeometry(29, size, size), rng, textures)
+    """Rendered small clips with the indices of subject and second label; of one frame images of any moment."""
+    moment = rng.random() if geometry.frames == 1 else None
+    clips, _ = render_clips(scenes, bank, geometry, rng, textures, moment=moment)
     device = clips.device
     return (
         shrink(clips),
         torch.tensor([s.subject for s in scenes], device=device),
-        torch.tensor([s.motion for s in scenes], device=device),
+        torch.tensor([second_label(s, geometry.frames) for s in scenes], device=device),
     )
 
 
-def accuracy(model: Classifier, clips: torch.Tensor, subject: torch.Tensor, motion: torch.Tensor) -> dict[str, float]:
-    """Shares of clips with the right subject, motion, and both."""
+def accuracy(model: Classifier, clips: torch.Tensor, subject: torch.Tensor, second: torch.Tensor) -> dict[str, float]:
+    """Shares of clips with the right subject, second label, and both."""
     right_s, right_m = [], []
     with torch.no_grad():
-        for c, s, m in zip(clips.split(32), subject.split(32), motion.split(32)):
+        for c, s, m in zip(clips.split(32), subject.split(32), second.split(32)):
             a, b = model(c)
             right_s.append(a.argmax(1) == s)
             right_m.append(b.argmax(1) == m)
     s, m = torch.cat(right_s), torch.cat(right_m)
     return {
         "subject": s.float().mean().item(),
-        "motion": m.float().mean().item(),
+        "second": m.float().mean().item(),
         "both": (s & m).float().mean().item(),
     }
 
@@ -228,18 +235,19 @@ def train_classifier(
 
     Args:
         done: share of the training that is over; at 1 it ends.
-        args: ``width``, ``batch``, ``reuse``, ``store`` and ``render_size`` of the command line.
+        args: ``width``, ``batch``, ``reuse``, ``store``, ``frames`` and ``render_size`` of the command line.
     """
     rng, textures = random.Random(3), torch.Generator(device).manual_seed(3)
     torch.manual_seed(0)
-    model = Classifier(args.width).to(device)
+    geometry = ClipGeometry(args.frames, *args.render_size)
+    model = Classifier(args.width, len(MOTIONS) if args.frames > 1 else len(BACKGROUNDS)).to(device)
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-3, weight_decay=0.02)
     step = 0
     store: list[tuple[torch.Tensor, torch.Tensor, torch.Tensor]] = []
     while (share := done()) < 1:
         if step % args.reuse == 0 or len(store) < 4:
             scenes = [s for s in (sample_scene(rng) for _ in range(3 * args.batch)) if s.count == 1 and s.size > 0]
-            store.append(render_small(scenes[: args.batch], bank, args.render_size, rng, textures))
+            store.append(render_small(scenes[: args.batch], bank, geometry, rng, textures))
             store = store[-args.store :]
         clips, subject, motion = rng.choice(store)
         noisy = clips.float() + 6 * torch.randn_like(clips, dtype=torch.float32)  # generated clips are a bit soft
@@ -261,11 +269,12 @@ def train_classifier(
 def run_classify(args: argparse.Namespace) -> None:
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     bank = SpriteBank(load_sprites(args.sprites), device)
+    geometry = ClipGeometry(args.frames, *args.render_size)
     rng, textures = random.Random(4), torch.Generator(device).manual_seed(4)
     start = time.monotonic()
     model, step = train_classifier(bank, device, lambda: (time.monotonic() - start) / args.seconds, args)
     parts = [
-        render_small(single_scenes(args.batch, 100 + i, True), bank, args.render_size, rng, textures)
+        render_small(single_scenes(args.batch, 100 + i, True), bank, geometry, rng, textures)
         for i in range(max(1, args.real // args.batch))
     ]
     real = accuracy(model, *(torch.cat([p[k] for p in parts]) for k in range(3)))
@@ -279,7 +288,7 @@ def run_classify(args: argparse.Namespace) -> None:
         clips = torch.from_numpy(stored["clips"]).to(device)
         labels = (
             torch.tensor([s.subject for s in scenes], device=device),
-            torch.tensor([s.motion for s in scenes], device=device),
+            torch.tensor([second_label(s, args.frames) for s in scenes], device=device),
         )
         made = accuracy(model, clips, *labels)
         report[path.stem] = {**made, "of_real": {k: made[k] / max(real[k], 1e-9) for k in made}, "clips": len(scenes)}
@@ -317,7 +326,7 @@ def main() -> None:
     loss.set_defaults(run=run_loss)
     for command in (make, draw, loss):
         command.add_argument("--frames", type=int, default=29)
-        command.add_argument("--size", type=int, default=192)
+        command.add_argument("--size", type=parse_size, default=(192, 192))
     judge = commands.add_parser("classify")
     judge.add_argument("--sprites", type=Path, default=Path("data/sprites.zip"))
     judge.add_argument("--clips", type=Path, nargs="*", default=[])
@@ -329,7 +338,8 @@ def main() -> None:
     judge.add_argument("--reuse", type=int, default=4, help="steps per newly rendered batch")
     judge.add_argument("--store", type=int, default=64, help="rendered batches kept")
     judge.add_argument("--width", type=int, default=48)
-    judge.add_argument("--render-size", type=int, default=192)
+    judge.add_argument("--frames", type=int, default=29, help="of rendered clips: 17 for clips of 81; 1 for images")
+    judge.add_argument("--render-size", type=parse_size, default=(192, 192))
     judge.set_defaults(run=run_classify)
     args = parser.parse_args()
     args.run(args)

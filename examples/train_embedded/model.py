@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import random
 from pathlib import Path
 
 import torch
@@ -64,10 +65,14 @@ def build_text_encoder() -> UMT5EncoderModel:
     )
 
 
-def build_transformer(layers: int = 8, heads: int = 4, head_dim: int = 64) -> WanTransformer3DModel:
-    """The denoiser: patch 1 x 1 x 1, so 29 frames of 192 x 192 pixels are 8 x 24 x 24 = 4608 tokens."""
+def build_transformer(layers: int = 8, heads: int = 4, head_dim: int = 64, patch: int = 1) -> WanTransformer3DModel:
+    """The denoiser. A patch is 1 x `patch` x `patch` latents.
+
+    With patches of 1, 29 frames of 192 x 192 pixels are 8 x 24 x 24 = 4608 tokens; with patches of 2, 81 frames of
+    832 x 480 are 21 x 30 x 52 = 32760.
+    """
     transformer = WanTransformer3DModel(
-        patch_size=(1, 1, 1),
+        patch_size=(1, patch, patch),
         num_attention_heads=heads,
         attention_head_dim=head_dim,
         in_channels=16,
@@ -90,18 +95,38 @@ def prompt_embeddings(encoder: UMT5EncoderModel, ids: torch.Tensor, length: int 
     return torch.nn.functional.pad(hidden, (0, 0, 0, length - ids.shape[1]))
 
 
-def assemble(transformer: WanTransformer3DModel, text_encoder: UMT5EncoderModel, vae: AutoencoderKLWan) -> WanPipeline:
+def assemble(
+    transformer: WanTransformer3DModel, text_encoder: UMT5EncoderModel, vae: AutoencoderKLWan, shift: float = TIME_SHIFT
+) -> WanPipeline:
     """The stock pipeline of the parts."""
     return WanPipeline(
         tokenizer=build_tokenizer(),
         text_encoder=text_encoder,
         vae=vae,
-        scheduler=FlowMatchEulerDiscreteScheduler(shift=TIME_SHIFT),
+        scheduler=FlowMatchEulerDiscreteScheduler(shift=shift),
         transformer=transformer,
     )
+
+
+def caption_rows(texts: list[str], rng: random.Random, ids: dict[str, int], length: int) -> torch.Tensor:
+    """Token ids [n, length] of captions for a training step, zeros behind each.
+
+    One caption in ten is dropped for guidance; a few words are unknown, so that unknown words do no harm.
+    """
+    rows = []
+    for text in texts:
+        row = encode_words("" if rng.random() < 0.1 else text, ids)
+        if len(row) > 1 and rng.random() < 0.05:
+            row.insert(rng.randrange(len(row)), ids[UNKNOWN])
+        rows.append((row + [0] * length)[:length])
+    return torch.tensor(rows)
 
 
 def load_autoencoder(folder: Path, device: torch.device | str) -> AutoencoderKLWan:
     """The trained autoencoder in float32, for encoding and decoding."""
     vae: AutoencoderKLWan = AutoencoderKLWan.from_pretrained(folder, torch_dtype=torch.float32)
-    return vae.to(device).eval().requires_grad_(False)
+    vae = vae.to(device).eval().requires_grad_(False)
+    for parameter in vae.parameters():
+        if parameter.dim() == 5 and parameter.is_cuda:
+            parameter.data = parameter.data.contiguous(memory_format=torch.channels_last_3d)
+    return vae

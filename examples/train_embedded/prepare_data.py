@@ -7,7 +7,7 @@ import subprocess
 import tarfile
 from pathlib import Path
 
-from sprites import pack_sprites
+from sprites import SPRITE_SIZE, pack_sprites
 
 PACKAGES = tuple(f"@lobehub/fluent-emoji-anim-{i}@1.0.0" for i in (1, 2, 3, 4))
 
@@ -17,6 +17,7 @@ def main() -> None:
     parser.add_argument("--work", type=Path, default=Path("data"), help="folder for the downloads (about 1 GB)")
     parser.add_argument("--out", type=Path, default=Path("data/sprites.zip"))
     parser.add_argument("--assets", type=Path, nargs="*", help="folders with *.webp already unpacked: no download")
+    parser.add_argument("--size", type=int, default=SPRITE_SIZE, help="pixels of a sprite; 256 for large pictures")
     args = parser.parse_args()
     folders: list[Path] = args.assets or []
     if not folders:
@@ -34,7 +35,7 @@ def main() -> None:
                 archive.extractall(target, filter="data")
             folders.append(target / "package" / "assets")
     args.out.parent.mkdir(parents=True, exist_ok=True)
-    pack_sprites(folders, args.out)
+    pack_sprites(folders, args.out, args.size)
     print(f"{args.out}: {args.out.stat().st_size / 2**20:.1f} MiB")
 
 

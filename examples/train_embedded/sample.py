@@ -1,13 +1,13 @@
-"""Saves the stock pipeline from averaged weights and draws contact sheets of held-out prompts."""
+"""Draws contact sheets of held-out prompts with a saved pipeline: clips, images, or edits of rendered images."""
 
 from __future__ import annotations
 
 import argparse
-import hashlib
 import json
 import random
 import time
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -21,10 +21,14 @@ from captions import (
     is_held_out,
     sample_scene,
 )
-from checkpoint import load_tensors
-from diffusers import AutoencoderKLWan, WanPipeline
-from model import assemble, build_text_encoder, build_transformer
+from diffusers import WanPipeline
+from image_task import EDITS, edited, render_edits
 from PIL import Image, ImageDraw
+from sprites import SpriteBank, load_sprites
+from stages import Stage, parse_size
+
+from dit_accel.pipelines.embedded_image import load_embedded_image
+from dit_accel.pipelines.embedded_long import load_embedded_long
 
 DRAGON = Scene(0, COLOR_NAMES.index("green"), BACKGROUND_NAMES.index("night sea"), MOTION_NAMES.index("left"))
 
@@ -52,51 +56,64 @@ def bouncing_scenes(count: int, seed: int = 8) -> list[Scene]:
     return scenes
 
 
-def export_pipeline(ema: Path, vae: Path, out: Path, layers: int, heads: int, head_dim: int) -> None:
-    """Writes the pipeline folder in bfloat16 with `save_pretrained`."""
-    trained = load_tensors(ema, "ema")
-    transformer = build_transformer(layers, heads, head_dim)
-    text_encoder = build_text_encoder()
-    transformer.load_state_dict({k[12:]: v for k, v in trained.items() if k.startswith("transformer.")}, strict=True)
-    missing = text_encoder.load_state_dict(
-        {k[13:]: v for k, v in trained.items() if k.startswith("text_encoder.")}, strict=False
-    )
-    # The input embedding is stored once and tied to a second name.
-    if set(missing.missing_keys) - {"encoder.embed_tokens.weight", "shared.weight"} or missing.unexpected_keys:
-        raise RuntimeError(f"text encoder weights do not fit: {missing}")
-    text_encoder.tie_weights()
-    autoencoder = AutoencoderKLWan.from_pretrained(vae, torch_dtype=torch.float32)
-    pipeline = assemble(transformer.to(torch.bfloat16), text_encoder.to(torch.bfloat16), autoencoder.to(torch.bfloat16))
-    pipeline.save_pretrained(out, safe_serialization=True)
-    # transformers 5 writes a new name for its fast tokenizer; the old one is understood by 4.57 as well.
-    for file in (out / "model_index.json", out / "tokenizer" / "tokenizer_config.json"):
-        file.write_text(file.read_text().replace("TokenizersBackend", "PreTrainedTokenizerFast"))
-    # Where the autoencoder was read from is nobody's business.
-    config = out / "vae" / "config.json"
-    values = json.loads(config.read_text())
-    values.pop("_name_or_path", None)
-    config.write_text(json.dumps(values, indent=2, sort_keys=True) + "\n")
-    files = sorted(f for f in out.rglob("*") if f.is_file() and f.name != "checksums.json")
-    digests = {f.relative_to(out).as_posix(): hashlib.sha256(f.read_bytes()).hexdigest() for f in files}
-    (out / "checksums.json").write_text(json.dumps(digests, indent=2) + "\n")
+def load_pipeline(folder: Path, device: str) -> Any:
+    """A saved pipeline, whose autoencoder is the package's where it has none."""
+    if (folder / "vae").is_dir():
+        pipeline = WanPipeline.from_pretrained(folder, torch_dtype=torch.bfloat16)
+    else:
+        kind = json.loads((folder / "model_index.json").read_text())["_class_name"]
+        pipeline = (load_embedded_long if kind == "WanPipeline" else load_embedded_image)(folder, torch.bfloat16)
+    pipeline.set_progress_bar_config(disable=True)
+    return pipeline.to(device)
+
+
+def makes_images(pipeline: Any) -> bool:
+    return not hasattr(pipeline, "transformer_2")
 
 
 def generate(
-    pipeline: WanPipeline, prompts: list[str], steps: int, guidance: float, frames: int, size: int, seed: int
+    pipeline: Any,
+    prompts: list[str],
+    steps: int,
+    guidance: float,
+    frames: int,
+    size: tuple[int, int],
+    seed: int,
+    images: torch.Tensor | None = None,
 ) -> np.ndarray:
-    """Clips [n, frames, size, size, 3] in [0, 1]; clip i always starts from the noise of seed + i."""
+    """Clips [n, frames, height, width, 3] in [0, 1]; clip i always starts from the noise of seed + i.
+
+    Args:
+        images: [n, 3, height, width] in [0, 1] to edit.
+    """
     generators = [torch.Generator("cpu").manual_seed(seed + i) for i in range(len(prompts))]
+    further: dict[str, Any] = {"num_frames": frames}
+    if makes_images(pipeline):
+        further = {} if images is None else {"image": images, "_auto_resize": False}
     result = pipeline(
-        prompts,
-        height=size,
-        width=size,
-        num_frames=frames,
+        prompt=prompts,
+        height=size[0],
+        width=size[1],
         num_inference_steps=steps,
         guidance_scale=guidance,
         generator=generators,
         output_type="np",
+        **further,
     )
-    return np.asarray(result.frames)
+    return np.asarray(result.images)[:, None] if makes_images(pipeline) else np.asarray(result.frames)
+
+
+def rendered_edits(
+    count: int, size: tuple[int, int], sprites: Path, device: str, seed: int = 7
+) -> tuple[torch.Tensor, list[Scene]]:
+    """Pictures [count, 3, height, width] in [0, 1] to edit, and the held-out scenes that they are to become."""
+    rng, textures = random.Random(seed), torch.Generator(device).manual_seed(seed)
+    bank = SpriteBank(load_sprites(sprites), torch.device(device))
+    scenes = [sample_scene(rng) for _ in range(count)]
+    wanted = [edited(scene, EDITS[i % len(EDITS)], rng, held_out=True) for i, scene in enumerate(scenes)]
+    stage = Stage(1, 1, 1, 1, 1.0, size=size)
+    _, _, before = render_edits(scenes, wanted, bank, stage, size[0], rng, textures)
+    return (before[:, :, 0] + 1) / 2, wanted
 
 
 def contact_sheet(clips: np.ndarray, prompts: list[str], columns: int = 5, scale: float = 0.5) -> Image.Image:
@@ -136,37 +153,45 @@ def every_frame_sheet(clips: np.ndarray, prompts: list[str], columns: int = 10, 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--ema", type=Path, default=Path("runs/transformer"))
-    parser.add_argument("--saved", action="store_true", help="draw a pipeline that is already there: export nothing")
-    parser.add_argument("--bouncing", action="store_true", help="draw bouncing subjects, every frame of them")
-    parser.add_argument("--vae", type=Path, default=Path("runs/vae/vae"))
     parser.add_argument("--pipeline", type=Path, default=Path("runs/pipeline"))
+    parser.add_argument("--bouncing", action="store_true", help="draw bouncing subjects, every frame of them")
+    parser.add_argument("--edits", action="store_true", help="of an image model: edit rendered pictures")
+    parser.add_argument("--sprites", type=Path, default=Path("data/sprites.zip"), help="for --edits")
     parser.add_argument("--sheet", type=Path, default=Path("runs/sheet.png"))
     parser.add_argument("--count", type=int, default=16)
+    parser.add_argument("--batch", type=int, default=16, help="clips generated at once")
     parser.add_argument("--steps", type=int, default=16)
     parser.add_argument("--guidance", type=float, nargs="*", default=[1.0])
     parser.add_argument("--frames", type=int, default=29)
-    parser.add_argument("--size", type=int, default=192)
+    parser.add_argument("--size", type=parse_size, default=(192, 192))
     parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--layers", type=int, default=8)
-    parser.add_argument("--heads", type=int, default=4)
-    parser.add_argument("--head-dim", type=int, default=64)
     parser.add_argument("--scale", type=float, default=0.5)
     args = parser.parse_args()
-    if not args.saved:
-        export_pipeline(args.ema, args.vae, args.pipeline, args.layers, args.heads, args.head_dim)
     device = "cuda" if torch.cuda.is_available() else "cpu"
-    pipeline = WanPipeline.from_pretrained(args.pipeline, torch_dtype=torch.bfloat16).to(device)
-    pipeline.set_progress_bar_config(disable=True)
-    scenes = bouncing_scenes(args.count) if args.bouncing else [DRAGON, *held_out_scenes(args.count - 1)]
-    prompts = [caption(scene) for scene in scenes]
+    pipeline = load_pipeline(args.pipeline, device)
+    references = None
+    if args.edits:
+        references, scenes = rendered_edits(args.count, args.size, args.sprites, device)
+    else:
+        scenes = bouncing_scenes(args.count) if args.bouncing else [DRAGON, *held_out_scenes(args.count - 1)]
+    prompts = [caption(scene, moving=not makes_images(pipeline)) for scene in scenes]
     # No sheet: --guidance without a number.
     for guidance in args.guidance:
         began = time.monotonic()
-        clips = generate(pipeline, prompts, args.steps, guidance, args.frames, args.size, args.seed)
+        clips = []
+        for first in range(0, len(prompts), args.batch):
+            part = slice(first, first + args.batch)
+            given = None if references is None else references[part]
+            seed = args.seed + first
+            made = generate(pipeline, prompts[part], args.steps, guidance, args.frames, args.size, seed, given)
+            if given is not None:  # each beside what it was made from
+                made = np.concatenate([given.cpu().permute(0, 2, 3, 1).numpy()[:, None], made], axis=1)
+            clips.append(made)
         draw = every_frame_sheet if args.bouncing else contact_sheet
-        sheet = draw(clips, prompts, scale=args.scale)
+        columns = {} if args.bouncing else {"columns": min(5, clips[0].shape[1])}
+        sheet = draw(np.concatenate(clips), prompts, scale=args.scale, **columns)
         target = args.sheet.with_stem(f"{args.sheet.stem}-g{guidance:g}-f{args.frames}")
+        target.parent.mkdir(parents=True, exist_ok=True)
         sheet.save(target)
         held = [is_held_out(s.subject, s.background, s.motion) for s in scenes]
         print(

@@ -15,12 +15,13 @@ SPRITE_FRAMES = 36
 SPRITE_SIZE = 96
 
 
-def pack_sprites(assets: list[Path], out: Path) -> None:
-    """Writes one zip with a PNG strip per subject: `SPRITE_FRAMES` frames of `SPRITE_SIZE` pixels, RGBA.
+def pack_sprites(assets: list[Path], out: Path, size: int = SPRITE_SIZE) -> None:
+    """Writes one zip with a strip per subject: `SPRITE_FRAMES` frames of `size` pixels, RGBA.
 
     Args:
         assets: folders that hold `<codepoint>.webp` animations of 256 x 256 pixels.
         out: the zip to write.
+        size: pixels of a side, at most the 256 of the animations. Pictures of 480 lines and more want them all.
 
     Raises:
         FileNotFoundError: when a subject has no animation in any of the folders.
@@ -33,11 +34,11 @@ def pack_sprites(assets: list[Path], out: Path) -> None:
                 raise FileNotFoundError(f"no animation {subject.codepoint}.webp for {subject.name!r} in {assets}")
             image = Image.open(file)
             total = getattr(image, "n_frames", 1)
-            strip = Image.new("RGBA", (SPRITE_SIZE * SPRITE_FRAMES, SPRITE_SIZE))
+            strip = Image.new("RGBA", (size * SPRITE_FRAMES, size))
             for i in range(SPRITE_FRAMES):
                 image.seek(i * total // SPRITE_FRAMES)
-                frame = image.convert("RGBA").resize((SPRITE_SIZE, SPRITE_SIZE), Image.Resampling.LANCZOS)
-                strip.paste(frame, (i * SPRITE_SIZE, 0))
+                frame = image.convert("RGBA").resize((size, size), Image.Resampling.LANCZOS)
+                strip.paste(frame, (i * size, 0))
             buffer = io.BytesIO()
             strip.save(buffer, "WEBP", quality=92, method=4)
             archive.writestr(f"{subject.name}.webp", buffer.getvalue())
@@ -50,7 +51,8 @@ def load_sprites(path: Path) -> torch.Tensor:
         for subject in SUBJECTS:
             image = Image.open(io.BytesIO(archive.read(f"{subject.name}.webp"))).convert("RGBA")
             strip = torch.from_numpy(np.asarray(image).copy())  # [size, frames * size, 4]
-            strips.append(strip.view(SPRITE_SIZE, SPRITE_FRAMES, SPRITE_SIZE, 4).permute(1, 3, 0, 2))
+            size = strip.shape[0]
+            strips.append(strip.view(size, SPRITE_FRAMES, size, 4).permute(1, 3, 0, 2))
     return torch.stack(strips)
 
 

@@ -1,0 +1,51 @@
+"""A trained FLUX Kontext pipeline: images of a prompt, and edits of an image, with a small model.
+
+Prompt and image are attended to jointly, and a token is two latents by two. It shares autoencoder and grammar with the
+video models. ``docs/embedded.md`` says how it was trained.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from .companion import DISTRIBUTION
+from .embedded_model import FOLDER, check_files
+from .settings import Settings
+
+if TYPE_CHECKING:
+    import torch
+
+DESCRIPTION = "a small trained FLUX Kontext pipeline: images of 1024 x 1024, and edits of one, 4,096 tokens each"
+SETTINGS = Settings(width=1024, height=1024, frames=None, steps=20, guidance=2.0)
+PROMPT_TOKENS = 64
+
+
+def load_embedded_image(folder: Path, dtype: torch.dtype | None = None) -> Any:
+    """Load the pipeline from a folder of ``dit-accel-models``; never touches the network.
+
+    Args:
+        folder: of the model.
+        dtype: of the transformer and the text encoders; bfloat16, as stored, if None. The autoencoder is float32.
+
+    Returns:
+        A ``FluxKontextPipeline`` on the CPU, whose call has :data:`SETTINGS` as its defaults.
+
+    Raises:
+        FileNotFoundError, ValueError: see :func:`~dit_accel.pipelines.embedded_model.check_files`.
+    """
+    import diffusers
+    import torch
+
+    from .call_defaults import FluxKontextPipeline
+    from .dtypes import dtype_argument
+    from .image_autoencoder import ImageAutoencoder
+
+    check_files(folder, DISTRIBUTION)
+    pipe = diffusers.FluxKontextPipeline.from_pretrained(
+        folder,
+        vae=ImageAutoencoder.of(FOLDER / "vae"),
+        local_files_only=True,
+        **dtype_argument(torch.bfloat16 if dtype is None else dtype),
+    )
+    return FluxKontextPipeline.of(pipe, SETTINGS, max_sequence_length=PROMPT_TOKENS)
