@@ -38,7 +38,7 @@ from dit_accel.pipelines import load
 from dit_accel.pipelines.builtin import builtins
 from dit_accel.pipelines.generate import call_arguments, frames_per_second
 from dit_accel.quality.compare import compare
-from dit_accel.quality.frechet import I3d, find_weights, frechet_distance, video_features
+from dit_accel.quality.frechet import SMALLEST_FRAMES, I3d, find_weights, frechet_distance, video_features
 from dit_accel.quality.generation import Generated, generate_clip, shortened
 from dit_accel.quality.measurement import MetricUnavailable
 from dit_accel.quality.prompts import DEFAULT_PROMPTS
@@ -219,7 +219,7 @@ def run_share(args: argparse.Namespace) -> None:
                 continue
 
             def keep(name: str, _prompt: str, _seed: int, made: Generated, own: Parts = own) -> None:
-                if network is not None:
+                if network is not None and len(made.frames) >= SMALLEST_FRAMES:
                     own.write(f"features-{name}", features(network, made).tolist())
 
             compare(
@@ -277,7 +277,7 @@ def merged(args: argparse.Namespace, rows: Sequence[Row], parts: Parts) -> dict[
     failed = {row.name: reason for row in rows if (reason := parts.read(row.name)["failed"])}
     facts = {
         **environment(torch.device(args.device)),
-        **settings_of(args),
+        "settings": settings_of(args),
         "prompts": args.prompts,
         "processes_on_a_gpu": -(-min(args.processes * args.gpus, args.prompts) // args.gpus),
         "gpus": args.gpus,
@@ -333,7 +333,7 @@ def agreements(rows: Sequence[Mapping[str, Any]], files: Sequence[Path]) -> dict
 
 def shown(result: Mapping[str, Any]) -> str:
     """All tables in Markdown."""
-    heads = ["row", "density", "dense, s", "seconds", "times as fast", *METRICS, "FVD", "computed"]
+    heads = ["row", "mean density", "dense, s", "seconds", "times as fast", *METRICS, "FVD", "computed"]
     lines = [_line(heads), "|" + "---|" * len(heads)]
     for row in sorted(result["rows"], key=lambda row: -_psnr(row)):
         share, fvd = row["computed_share"], row["fvd"]

@@ -65,7 +65,7 @@ def verify(
     ] = False,
     repeat: Annotated[int, typer.Option(min=1, help="Timed runs of each clip, dense and under each recipe.")] = 1,
     metrics: Annotated[str | None, typer.Option(help="Names, by comma. Default: all that run.")] = None,
-    note: Annotated[str, typer.Option(help="For the card, such as what else runs on the machine.")] = "",
+    note: Annotated[str | None, typer.Option(help="For the card, such as what else runs on the machine.")] = None,
     pictures: Annotated[bool, typer.Option("--pictures", help="Keep the clips, and show them on the page.")] = False,
     out: Annotated[
         Path | None,
@@ -112,7 +112,7 @@ def verify(
         card = read_card(path)
     else:
         _, builtin, pipe = open_model(model, number, target, quiet=as_json)
-        card = _made(comparison, pipe, builtin, parts, note)
+        card = _made(comparison, pipe, builtin, parts, note or "")
     if as_json:
         print(json.dumps(card, indent=1, ensure_ascii=False))
         return
