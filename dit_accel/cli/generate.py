@@ -170,7 +170,7 @@ def generate(
     if vae is not None:
         read_settings(vae)
     if linear is not None:
-        refuse_format(linear)
+        refuse_format(linear, target)
     name, builtin = choose_model(model)
     folder = None if adapter is None else find_adapter(adapter, builtin)
     plans = None if calibration is None else CalibrationArtifact.load(calibration)
