@@ -42,7 +42,8 @@ def quantize_linears(pipe: Any, kind: str, least_width: int = LEAST_WIDTH) -> tu
     """
     refuse_format(kind)
     models = [model for _, model, _ in transformers_of(pipe)]
-    _refuse_device(kind, models)
+    for model in models:
+        _refuse_device(kind, next(model.parameters()).device)
     from torchao.quantization import quantize_
 
     left: Counter[str] = Counter()
@@ -69,12 +70,18 @@ def quantize_linears(pipe: Any, kind: str, least_width: int = LEAST_WIDTH) -> tu
     return undo, f"linear layers: {len(rounded)} in {kind}{others}"
 
 
-def refuse_format(kind: str) -> None:
-    """Raise a ValueError where :func:`quantize_linears` would, whatever the pipeline."""
+def refuse_format(kind: str, device: torch.device | None = None) -> None:
+    """Raise a ValueError where :func:`quantize_linears` would, whatever the pipeline.
+
+    Args:
+        device: that its transformers will be on; None where it is not known yet.
+    """
     if kind not in FORMATS:
         raise ValueError(f"linear must be one of {', '.join(FORMATS)}, or None, got {kind!r}.")
     if find_spec("torchao") is None:
         raise ValueError(f"linear={kind!r} needs torchao, which is not installed: pip install 'dit-accel[compile]'.")
+    if device is not None:
+        _refuse_device(kind, device)
 
 
 def _linears_of_blocks(model: nn.Module) -> list[tuple[str, nn.Linear]]:
@@ -115,14 +122,15 @@ def _config(kind: str) -> Any:
     return Int8DynamicActivationInt8WeightConfig(set_inductor_config=False)
 
 
-def _refuse_device(kind: str, models: list[nn.Module]) -> None:
-    """Raise a ValueError where a model runs on what has no FP8 product."""
+def _refuse_device(kind: str, device: torch.device) -> None:
+    """Raise a ValueError where a device has no FP8 product."""
     if kind != "fp8":
         return
-    for model in models:
-        device = next(model.parameters()).device
-        if device.type == "cuda" and compute_capability(device.index or 0) < (8, 9):
-            major, minor = compute_capability(device.index or 0)
-            raise ValueError(
-                f"linear='fp8' needs compute capability 8.9 or newer, got {major}.{minor}; int8 runs here."
-            )
+    if device.type == "cuda" and compute_capability(device.index or 0) < (8, 9):
+        major, minor = compute_capability(device.index or 0)
+        raise ValueError(f"linear='fp8' needs compute capability 8.9 or newer, got {major}.{minor}; int8 runs here.")
+    # Offloaded weights wait on the CPU for a GPU.
+    if device.type == "cpu" and not (torch.cuda.is_available() or torch.xpu.is_available()):
+        raise ValueError(
+            "linear='fp8' needs a GPU of compute capability 8.9 or newer, got a CPU alone; int8 runs here."
+        )

@@ -172,7 +172,7 @@ def bench_run(
     if vae is not None:
         read_settings(vae)
     if linear is not None:
-        refuse_format(linear)
+        refuse_format(linear, device)
     whole = whole_pipeline(architecture)
     architecture.latent_size(width, height, frames)
     size = {"width": width, "height": height, "frames": frames, "batch": 1}

@@ -171,7 +171,7 @@ def generate(
     if vae is not None:
         read_settings(vae)
     if linear is not None:
-        refuse_format(linear)
+        refuse_format(linear, target)
     name, builtin = choose_model(model)
     folder = None if adapter is None else find_adapter(adapter, builtin)
     few_steps = {} if folder is None else settings_of_adapter(folder, asked)

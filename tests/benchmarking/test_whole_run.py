@@ -132,8 +132,14 @@ def test_the_profile_fast_runs_from_text_to_frames(name, request):
     assert all(word in text for word in ("s sparse", "s dense", "s planning"))
 
 
-@pytest.mark.parametrize("linear", ["int8", "fp8"])
-def test_the_profile_fast_with_linear_layers_in_8_bits(tiny_architecture, linear):
+def test_fp8_without_a_gpu_is_refused_before_anything_is_built(tiny_architecture, monkeypatch):
+    pytest.importorskip("torchao", reason="the extra dit-accel[compile] is not installed")
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    with pytest.raises(ValueError, match=r"linear='fp8' needs a GPU of compute capability 8\.9 or newer, got a CPU"):
+        bench_run(tiny_architecture, **SIZE, recipe=presets.fast(), linear="fp8", progress=pytest.fail)
+
+
+def test_the_profile_fast_with_linear_layers_in_8_bits(tiny_architecture):
     pytest.importorskip("torchao", reason="the extra dit-accel[compile] is not installed")
     wide = {"num_attention_heads": 4, "attention_head_dim": 128, "ffn_dim": 512, "num_layers": 2}
     architecture = replace(tiny_architecture, config={**tiny_architecture.config, **wide})
@@ -143,13 +149,13 @@ def test_the_profile_fast_with_linear_layers_in_8_bits(tiny_architecture, linear
         recipe=presets.fast(),
         num_steps=9,
         dense_steps=1,
-        linear=linear,
+        linear="int8",
     )
     assert report.finite
     assert report.summary.skipped_forwards
     (change,) = report.summary.changes
     # Two attentions of four layers each and a feed-forward of two, in two blocks.
-    assert change.startswith(f"linear layers: 20 in {linear}")
+    assert change.startswith("linear layers: 20 in int8")
 
 
 @pytest.mark.parametrize(
