@@ -71,10 +71,12 @@ def nvidia_facts(ptx: str, log: str) -> dict[str, Any]:
 
 
 def product(name: str) -> str:
-    """A matrix instruction without shapes and layouts, such as ``mma.sync bf16``."""
+    """A matrix instruction without shapes and layouts, such as ``mma.sync bf16``; sums are in float32 unless told."""
     unit = next(unit for unit in ("wgmma", "tcgen05.mma", "mma.sync") if name.startswith(unit))
     kinds = re.findall(r"\.(?:kind::)?(bf16|f16|tf32|s8|i8|e4m3|f8f6f4)(?=\.|$)", name)
-    return f"{unit} {kinds[0]}" if kinds else unit
+    if not kinds:
+        return unit
+    return f"{unit} {kinds[0]} in f16" if name.endswith(".f16.f16.f16.f16") else f"{unit} {kinds[0]}"
 
 
 def amd_facts(assembly: str) -> dict[str, Any]:

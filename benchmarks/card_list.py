@@ -31,6 +31,11 @@ class Card:
         return units.get(self.products, "warpgroup")
 
     @property
+    def sums_in_half(self) -> bool:
+        """Whether INT8 attention is to sum weights and values in float16."""
+        return self.target in (86, 89, 120)
+
+    @property
     def name(self) -> str:
         """As compilers spell it."""
         return self.target if isinstance(self.target, str) else f"sm_{self.target}"

@@ -138,6 +138,9 @@ def faults(rows: Iterable[Row], on: Card, known: dict[tuple[str, str, str], int]
             others = [name for name in row["products"] if not name.startswith(on.products)]
             if others or not row["products"]:
                 found.append(f"{where}: multiplies by {', '.join(others) or 'no matrix unit'}, not {on.products}.")
+        summed = row["kernel"] == "quantized_fwd_kernel" and row["call"].startswith("int8 ")
+        if summed and on.sums_in_half != any(name.endswith("in f16") for name in row["products"]):
+            found.append(f"{where}: must {'' if on.sums_in_half else 'not '}sum values in float16 on this card.")
     return found
 
 

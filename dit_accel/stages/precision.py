@@ -104,7 +104,7 @@ class Int8(Precision):
         key_scales: ``"block"``, or ``"thread"``: four scales a key block, for the keys that one thread of the
             matrix unit holds (SageAttention2's per-thread quantisation).
         rotate: turn queries and keys by a Hadamard matrix first, which spreads channels that stand out over all (as
-            QuaRot, arXiv 2404.00456); for head dims that are a power of two, and without ``smooth_q``.
+            QuaRot, arXiv 2404.00456); for head dims 16, 32, 64 and 128, and without ``smooth_q``.
     """
 
     smooth_k: bool = True

@@ -56,6 +56,16 @@ def test_each_fault_is_a_sentence(changed, said):
     assert all("sm_89, forward 128 bfloat16 128x64 permuted, block_sparse_fwd_kernel" in text for text in found)
 
 
+@pytest.mark.parametrize(("name", "in_half"), [("sm_80", False), ("sm_86", True), ("sm_120", True)])
+def test_int8_sums_values_in_float16_where_that_is_twice_as_fast(name, in_half):
+    call = {"card": name, "call": "int8 128 bfloat16 128x64 permuted", "kernel": "quantized_fwd_kernel", "spills": 0}
+    half, single = (row(**call, products=["mma.sync s8", f"mma.sync f16{where}"]) for where in (" in f16", ""))
+    right, wrong = (half, single) if in_half else (single, half)
+    assert not faults([right], card(name))
+    (fault,) = faults([wrong], card(name))
+    assert f"must {'' if in_half else 'not '}sum values in float16" in fault
+
+
 def test_what_does_not_compile_is_a_fault():
     (fault,) = faults([{"card": "sm_89", "call": "forward 8", "error": "ValueError: no"}], card("sm_89"))
     assert fault == "sm_89, forward 8: does not compile (ValueError: no)."

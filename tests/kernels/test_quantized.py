@@ -449,7 +449,7 @@ def test_cards_that_sum_twice_as_fast_in_half_are_known(capability, expected, mo
 
 def test_what_cannot_be_rotated_is_refused():
     q = torch.randn(1, 64, 2, 40)
-    with pytest.raises(ValueError, match="rotate needs a head dim that is a power of two from 16, got 40"):
+    with pytest.raises(ValueError, match="rotate needs a head dim of 16, 32, 64, 128, got 40"):
         quantize_inputs(q, q, q, 32, 32, rotate=True)
     q = torch.randn(1, 64, 2, 32)
     with pytest.raises(ValueError, match="rotate and smooth_q"):

@@ -73,7 +73,7 @@ FIELDS: dict[str, st.SearchStrategy[Any]] = {
     "negligible_share": st.sampled_from((0.0, 0.1, 0.5)),
     "smooth_q": st.booleans(),
     "key_scales": st.sampled_from(("block", "thread")),
-    "rotate": st.just(False),  # of head dims that are powers of two alone
+    "rotate": st.just(False),  # of few head dims alone
     "dense_fraction": st.sampled_from((0.0, 0.2, 1.0)),
     "dense_layers": st.sampled_from(((), (0,), (0, -1))),
     "refresh_every": st.integers(1, 4),

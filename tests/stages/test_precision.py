@@ -184,6 +184,11 @@ def test_what_cannot_be_quantised_says_so():
         Recipe(precision=Int8Fp8())
     with pytest.raises(ValueError, match=r"key_scales must be one of block, thread, got 'warp'\."):
         Int8(key_scales="warp")
+    with pytest.raises(ValueError, match=r"precision\.rotate and precision\.smooth_q"):
+        Int8(rotate=True, smooth_q=True)
+    narrow = [x.detach()[..., :12] for x in (q, k, v)]
+    with pytest.raises(ValueError, match=r"rotate needs a head dim of 16, 32, 64, 128, got 12\."):
+        _run(presets.sage(rotate=True), layout, *narrow)
     with pytest.raises(ValueError, match="values must be"):
         presets.sage(values="int4")
 
@@ -194,6 +199,26 @@ def test_precision_is_chosen_by_name_and_survives_json():
     )
     assert recipe.precision == Int8(smooth_q=True, key_scales="thread")
     assert Recipe.from_dict(recipe.to_dict()) == recipe != presets.pooled()
+    turned = presets.sage(rotate=True)
+    assert turned.precision == Int8(rotate=True)
+    assert Recipe.from_dict(turned.to_dict()) == turned != presets.sage()
+
+
+@pytest.mark.parametrize("name", LAYOUTS)
+def test_a_rotated_recipe_is_as_near_to_dense_attention(name):
+    """Of inputs with channels that stand out and have no mean, nearer than without."""
+    layout = LAYOUTS[name]
+    torch.manual_seed(0)
+    q, k, v = (torch.randn(1, layout.seq_len, 2, 64) for _ in range(3))
+    q[..., 7], k[..., 30] = 25 * q[..., 7], 25 * k[..., 30]
+    q, k = q / 6, k / 6
+    exact = torch.nn.functional.scaled_dot_product_attention(*(x.double().transpose(1, 2) for x in (q, k, v)))
+    errors = {}
+    for rotate in (False, True):
+        out, _, _ = _run(presets.sage(rotate=rotate), layout, q, k, v)
+        errors[rotate] = float((out.double() - exact.transpose(1, 2)).norm() / exact.norm())
+    assert errors[True] <= 2e-2
+    assert errors[False] > 1.5 * errors[True]
 
 
 def test_another_projects_backend_is_refused_in_8_bits():

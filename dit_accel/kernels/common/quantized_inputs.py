@@ -26,6 +26,7 @@ KEY_GROUPS = 4  # keys n of a block with equal (n % 8) // 2
 KEY_TILE, KEY_TILES = 128, 64
 INTEGER_VALUES = {"int8_int8": 127, "int8_int4": 7}  # the largest value
 FP8_MAX = 448.0
+ROTATED_DIMS = (16, 32, 64, 128)  # of twice as many the matrix does not fit shared memory beside a tile
 # Position, inside a group of 16 keys, at which FP8 values of key n are stored. In this order the register
 # layout of the scores is, without any exchange between threads, that of the 8-bit left operand of the
 # second product on Hopper; a sum over keys does not mind its order.
@@ -168,8 +169,8 @@ def validate_key_scales(key_scales: str, block_k: int) -> None:
 
 def validate_rotation(rotate: bool, smooth_q: bool, dim: int) -> None:
     """Raise a ValueError unless queries and keys can be rotated before they are quantised."""
-    if rotate and (dim < 16 or dim & (dim - 1)):
-        raise ValueError(f"rotate needs a head dim that is a power of two from 16, got {dim}.")
+    if rotate and dim not in ROTATED_DIMS:
+        raise ValueError(f"rotate needs a head dim of {', '.join(map(str, ROTATED_DIMS))}, got {dim}.")
     if rotate and smooth_q:
         raise ValueError("rotate and smooth_q both spread out what stands out in queries: give one of them.")
 

@@ -54,7 +54,7 @@ def quantized_block_sparse_attention(
             neighbouring threads of the matrix unit holds (SageAttention 2; see
             :mod:`~dit_accel.kernels.common.quantized_inputs`): outlier keys coarsen a quarter of their block.
         rotate: turn queries and keys by a Hadamard matrix before they are quantised, which changes no product and
-            spreads channels that stand out over all; for head dims that are a power of two, without ``smooth_q``.
+            spreads channels that stand out over all; for head dims 16, 32, 64 and 128, without ``smooth_q``.
         backend: ``"triton"``, or the same quantised numbers in float32 on ``"torch"`` (any device, no faster
             than ``block_sparse_attention``) or ``"reference"`` (quadratic); ``"auto"``: the first that runs.
         quantized: what :func:`quantize_inputs` made of the same q, k, v, rows and block sizes, to reuse it.
