@@ -7,6 +7,7 @@ from importlib.util import find_spec
 from pathlib import Path
 
 import pytest
+from packaging.requirements import Requirement
 
 import dit_accel
 
@@ -47,10 +48,33 @@ def test_core_dependencies_are_what_patch_needs() -> None:
     assert names == {"torch", "diffusers", "numpy", "safetensors", "triton"}
     (triton,) = (one for one in PROJECT["dependencies"] if one.startswith("triton"))
     assert "platform_system == 'Linux'" in triton
-    assert {"cli", "quality", "train", "compile", "fa4"} <= set(PROJECT["optional-dependencies"])
+    assert {"cli", "quality", "train", "compile", "ui", "fa4"} <= set(PROJECT["optional-dependencies"])
 
 
-@pytest.mark.parametrize("page", ["README.md", "docs/install.md", "docs/whole_runs.md", "docs/tune.md", "Dockerfile"])
+@pytest.mark.parametrize(
+    ("system", "machine", "wanted"),
+    [
+        ("Linux", "x86_64", True),
+        ("Linux", "aarch64", True),
+        ("Linux", "ppc64le", False),
+        ("Darwin", "arm64", False),
+        ("Windows", "AMD64", False),
+    ],
+)
+def test_triton_is_asked_for_where_there_is_one(system: str, machine: str, wanted: bool) -> None:
+    """And flash-attn-4 on Linux alone: elsewhere all that is asked for can be had."""
+    here = {"platform_system": system, "platform_machine": machine, "extra": ""}
+    asked = [one for extra in PROJECT["optional-dependencies"].values() for one in extra]
+    found = [Requirement(one) for one in (*PROJECT["dependencies"], *asked)]
+    names = {one.name for one in found if one.marker is None or one.marker.evaluate(here)}
+    assert ("triton" in names) == wanted
+    assert ("flash-attn-4" in names) == (system == "Linux")
+    assert {"torch", "diffusers", "gradio"} <= names
+
+
+@pytest.mark.parametrize(
+    "page", ["README.md", "docs/install.md", "docs/whole_runs.md", "docs/tune.md", "docs/ui.md", "Dockerfile"]
+)
 def test_extras_that_are_named_exist(page: str) -> None:
     text = _text(page)
     named = {one for found in re.findall(r"(?:dit-accel|\.|\{wheel\})\[([\w,]+)\]", text) for one in found.split(",")}

@@ -63,7 +63,9 @@ def generate(
     seed: Annotated[int, typer.Option(help="Of the noise; a file's prompts have one after another.")] = 0,
     recipe: Annotated[
         str,
-        typer.Option(help="`auto`, `dense` for the model's own attention, or a name from `dit-accel info`."),
+        typer.Option(
+            help="`auto`, `dense` for the model's own attention, a name from `dit-accel info`, or a .json file."
+        ),
     ] = "auto",
     changes: SetOption = None,
     imports: ImportOption = None,
@@ -162,6 +164,7 @@ def generate(
     from ..pipelines.generate import generate as run
     from ..pipelines.generate import makes_video, save, usual_suffix
     from ..pipelines.prepare import pipeline_class, prepared, refuse_offload
+    from ..pipelines.unknown_words import note_on, unknown_words
     from ..plain_data import as_plain, digest
     from ..presets import automatic
     from ..quality.turns import WARM_UP_STEPS, measured_in_turns
@@ -249,6 +252,9 @@ def generate(
         return  # nothing is left to load a model for
     _, _, pipe = open_model(name, number, torch.device("cpu") if offload else target, quiet=as_json)
     pipe = prepared(pipe, pipeline, scheduler, lora or (), offload, compiled, target)
+    for unknown in dict.fromkeys(note_on(unknown_words(pipe, one)) for one in prompts):
+        if unknown:
+            print(f"Note: {unknown}", file=sys.stderr)
     more = inputs.arguments(pipe)
     if outputs is None:
         outputs = planned(makes_video(pipe))

@@ -13,12 +13,7 @@ _WIDTH, _HEIGHT = 640, 230
 _LEFT, _RIGHT, _TOP, _BOTTOM = 52, 12, 34, 44
 # Told apart by those who see few colours, and on white as on black.
 COLOURS = {"dense": "#8a8f98", "planned": "#d9822b", "reused": "#3b82c4", "skipped": "#3f9c6b"}
-_MEANING = {
-    "dense": "all pairs",
-    "planned": "blocks chosen",
-    "reused": "blocks of an earlier step",
-    "skipped": "layers not run",
-}
+_MEANING = {"dense": "all pairs", "planned": "plan made", "reused": "plan reused", "skipped": "layers skipped"}
 
 
 def plan_over_steps(steps: Sequence[StepSummary]) -> str:
@@ -68,12 +63,12 @@ def plan_over_steps(steps: Sequence[StepSummary]) -> str:
         out.append(_text(_LEFT + (place + 0.5) * pitch, floor + 16, "middle", str(number + 1)))
     out.append(_text((_LEFT + _WIDTH - _RIGHT) / 2, _HEIGHT - 8, "middle", "step"))
     out.append(_text(_LEFT - 40, 12, "start", "share of block pairs"))
-    x = _LEFT + 110.0
+    x = _LEFT + 120.0
     for kind in dict.fromkeys(step.kind for step in steps):
-        text = f"{kind}: {_MEANING[kind]}"
+        text = _MEANING[kind]
         out.append(f'<rect x="{x}" y="3" width="10" height="10" fill="{COLOURS[kind]}"/>')
         out.append(_text(x + 14, 12, "start", text))
-        x += 26 + 6.0 * len(text)
+        x += 30 + 7.0 * len(text)
     return "".join([*out, "</svg>"])
 
 

@@ -6,7 +6,7 @@ import inspect
 import re
 import time
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -34,7 +34,7 @@ class Generated:
         nan_values: pixel values that were not finite; they are black in ``frames``.
     """
 
-    frames: np.ndarray[Any, np.dtype[np.uint8]]
+    frames: np.ndarray[Any, np.dtype[np.uint8]] = field(repr=False)
     seconds: float
     fps: float
     is_video: bool

@@ -18,6 +18,7 @@ from ..patches.handle import PatchHandle
 from ..patches.learned import is_learned
 from ..patches.targets import handle_of, self_attentions, transformers_of
 from ..patches.weights import plain_name, stored_parameters, unfused
+from ..pipelines.embedded_model import adapters
 from ..presets import resolve
 from ..recipe import Recipe
 from .accepted import other_recipe
@@ -164,7 +165,8 @@ def load_adapter(
     Args:
         pipe: the pipeline or transformer that it was trained on.
         path_or_repo: a folder written by :func:`save_adapter`, a file or folder of a published checkpoint, or a
-            repository on the Hugging Face hub, as ``owner/name`` or ``owner/name/file.safetensors``.
+            repository on the Hugging Face hub, as ``owner/name`` or ``owner/name/file.safetensors``; or the name of
+            an adapter of the built-in model, such as ``"sla-0.1"``.
         backend: see :func:`~dit_accel.patch`; for a pipeline that is not patched yet.
         recipe: in place of the adapter's own, a recipe or a preset's name. What runs a checkpoint that holds nothing
             sparse; without it that is the model's own attention.
@@ -175,7 +177,7 @@ def load_adapter(
         ValueError: not an adapter, or one for another model, recipe or head count; the message names what
             differs. Nothing has been touched then.
     """
-    path = find_checkpoint(path_or_repo)
+    path = _built_in(path_or_repo) or find_checkpoint(path_or_repo)
     chosen = None if recipe is None else resolve(recipe)
     if not is_own(path):
         return _load_published(pipe, path, str(path_or_repo), backend, chosen, transformer)
@@ -184,6 +186,11 @@ def load_adapter(
     handle = _put_in(pipe, [(part, files) for part in parts], backend, files.recipe, chosen, name[0].upper() + name[1:])
     take_steps(pipe, handle, files.steps, name)
     return handle
+
+
+def _built_in(name: str | Path) -> Path | None:
+    """The folder of an adapter that comes with the package; None for what is no such name, or lies in the way."""
+    return None if Path(name).exists() else adapters().get(str(name))
 
 
 def _load_published(

@@ -15,6 +15,7 @@ from ..api import patch
 from ..patches.steps_svg import plan_over_steps
 from ..patches.summary import PatchSummary
 from ..pipelines.generate import Generated, generate, save
+from ..pipelines.unknown_words import note_on, unknown_words
 from ..quality.pixel import Psnr
 from ..quality.video import ClipPair
 from .wanted import Form, Wanted
@@ -131,13 +132,14 @@ class Studio:
                 summary = handle.summary()
         finally:
             self._busy.release()
+        verdict = _verdict(fast, None if kept is None else kept[0])
         put(
             Shown(
                 "Done.",
                 None,
                 dense=known.dense,
                 fast=file,
-                verdict=_verdict(fast, None if kept is None else kept[0]),
+                verdict=" ".join(filter(None, (verdict, note_on(unknown_words(self.pipe, wanted.prompt))))),
                 summary=str(summary),
                 picture=_picture(summary),
             )
