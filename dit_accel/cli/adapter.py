@@ -44,10 +44,13 @@ def adapter_recipe(folder: Path) -> Recipe:
     return read_adapter(folder).recipe
 
 
-def settings_of_adapter(folder: Path, asked: Asked) -> dict[str, float]:
+def settings_of_adapter(folder: Path, asked: Asked | None) -> dict[str, float]:
     """Steps and guidance of an adapter that was distilled to few steps, or what was asked for; of any other nothing.
 
     A published checkpoint tells its steps by the model alone.
+
+    Args:
+        asked: None where that is for the dense side of a comparison.
     """
     from ..training.adapter_files import read_adapter
     from ..training.published.files import is_own
@@ -56,4 +59,4 @@ def settings_of_adapter(folder: Path, asked: Asked) -> dict[str, float]:
     if steps is None:
         return {}
     own = {"steps": len(steps.sigmas), "guidance": 1.0}
-    return {name: value if getattr(asked, name) is None else getattr(asked, name) for name, value in own.items()}
+    return {name: value if getattr(asked, name, None) is None else getattr(asked, name) for name, value in own.items()}

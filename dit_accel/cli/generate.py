@@ -177,7 +177,7 @@ def generate(
         refuse_format(linear, target)
     name, builtin = choose_model(model)
     folder = None if adapter is None else find_adapter(adapter, builtin)
-    few_steps = {} if folder is None else settings_of_adapter(folder, asked)
+    few_steps = {} if folder is None else settings_of_adapter(folder, None if compare_dense else asked)
     plans = None if calibration is None else CalibrationArtifact.load(calibration)
     refuse_backend(backend, number, target, adapter_recipe(folder) if folder else chosen or automatic())
     is_video = will_make_video(name, builtin) if pipeline is None else makes_video(pipeline_class(pipeline))

@@ -71,6 +71,10 @@ def test_distilled_to_few_steps_and_generated_with_them(tmp_path: Path) -> None:
     report = json.loads(made.stdout)
     assert report["settings"]["steps"] == 2
     assert report["settings"]["guidance"] == 1.0
+    both = [*call, "--adapter", adapter, "--compare-dense", "--steps", "3", "--out", str(tmp_path / "y.mp4"), "--json"]
+    compared = CliRunner().invoke(app, both)
+    assert compared.exit_code == 0, compared.stderr
+    assert json.loads(compared.stdout)["settings"]["steps"] == 2
     refused = CliRunner().invoke(app, [*call, "--adapter", adapter, "--steps", "7"])
     assert refused.exit_code != 0
     assert "distilled to 2 steps" in " ".join(refused.stderr.split())
