@@ -6,7 +6,7 @@ import argparse
 import json
 import random
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -30,13 +30,13 @@ def prepare(args: argparse.Namespace) -> None:
     from dit_accel.training.data import capture_call
 
     device = torch.device(args.device)
-    pipe = load("embedded", dtype=model_dtype(device), device=device)
+    pipe = load(args.model, dtype=model_dtype(device), device=device)
     vae = pipe.vae.eval()
-    geometry = ClipGeometry(args.frames, args.size, args.size)
+    geometry = ClipGeometry(args.frames, *args.size)
     bank = SpriteBank(load_sprites(args.sprites), device)
     mean, std = latent_statistics(vae, device)
     rng, textures = random.Random(1), torch.Generator(device).manual_seed(1)
-    size = {"height": args.size, "width": args.size, "num_frames": args.frames}
+    size = pixels(args)
     captured = capture_call(pipe, {"prompt": "a fish", **size})
     shape, scale, condition = captured.latents.shape, captured.timestep_scale, captured.condition
     text = condition.pop("encoder_hidden_states")
@@ -122,7 +122,7 @@ def train(args: argparse.Namespace) -> None:
     if variant.leads and device.type == "cuda":
         compile_kernels(args, recipe, config, out)
         (args.work / f"compiled-{args.variant}").touch()
-    pipe = open_pipe(device)
+    pipe = open_pipe(args, device)
     if variant.searched is not None:
         recipe = shared_out(args, pipe, recipe, variant.searched)
     leaders = [f"compiled-{name}" for name in args.variants if VARIANTS[name].leads and device.type == "cuda"]
@@ -167,7 +167,7 @@ def shared_out(args: argparse.Namespace, pipe: Any, recipe: Any, density: float)
     """The recipe with a density for every head, of this mean, by errors measured on prompts of the training."""
     from dit_accel.calibration.search import search
 
-    size = {"height": args.size, "width": args.size, "num_frames": args.frames}
+    size = pixels(args)
     call = {**size, "num_inference_steps": args.denoising_steps, "guidance_scale": 2.0}
     found = search(pipe, SEARCH_PROMPTS, recipe, mean_density=density, generate_kwargs=call)
     say(
@@ -194,8 +194,8 @@ def compile_kernels(args: argparse.Namespace, recipe: Any, config: Any, out: Pat
     from dit_accel.training.data import capture_call
     from dit_accel.training.finetune import finetune
 
-    pipe = open_pipe(torch.device(args.device))
-    size = {"height": args.size, "width": args.size, "num_frames": args.frames}
+    pipe = open_pipe(args, torch.device(args.device))
+    size = pixels(args)
     captured = capture_call(pipe, {"prompt": "a fish", **size})
     samples = [captured.sample(f"noise-{i}", torch.randn(captured.latents.shape)) for i in range(2 * config.batch_size)]
     short = replace(config, steps=2, evaluate_samples=config.batch_size, evaluate_every=0)
@@ -251,9 +251,7 @@ class ClipJudge:
         with torch.no_grad():
             return self.pipe(
                 list(prompts),
-                height=args.size,
-                width=args.size,
-                num_frames=args.frames,
+                **pixels(args),
                 num_inference_steps=args.denoising_steps,
                 guidance_scale=2.0,
                 generator=[torch.Generator("cpu").manual_seed(1000 + first + i) for i in range(len(prompts))],
@@ -275,11 +273,17 @@ def model_dtype(device: Any) -> Any:
     return torch.bfloat16 if device.type == "cuda" else torch.float32
 
 
-def open_pipe(device: Any) -> Any:
-    """The embedded pipeline, quiet."""
+def pixels(args: argparse.Namespace) -> dict[str, int]:
+    """The size of a clip, as the pipeline's call names it."""
+    height, width = args.size
+    return {"height": height, "width": width, "num_frames": args.frames}
+
+
+def open_pipe(args: argparse.Namespace, device: Any) -> Any:
+    """The pipeline that is trained, quiet."""
     from dit_accel.pipelines import load
 
-    pipe = load("embedded", dtype=model_dtype(device), device=device)
+    pipe = load(args.model, dtype=model_dtype(device), device=device)
     pipe.set_progress_bar_config(disable=True)
     return pipe
 
@@ -316,7 +320,7 @@ def judge(args: argparse.Namespace) -> None:
 
     device = torch.device(args.device)
     bank = SpriteBank(load_sprites(args.sprites), device)
-    vae = open_pipe(device).vae.eval()
+    vae = open_pipe(args, device).vae.eval()
     mean, std = latent_statistics(vae, device)
     network = open_i3d(args)
     scenes = test_scenes(args.test_clips)
@@ -327,34 +331,37 @@ def judge(args: argparse.Namespace) -> None:
         bank,
         device,
         lambda: (time.time() - begin) / min(end - begin, args.classify_seconds),
-        argparse.Namespace(width=48, batch=args.classify_batch, reuse=4, store=64, render_size=args.size),
+        argparse.Namespace(width=48, batch=args.classify_batch, reuse=4, store=64, frames=args.frames, size=args.size),
     )
     say(args, f"classifier trained for {steps} steps")
     report: dict[str, Any] = {"classifier steps": steps, "test clips": len(scenes)}
     features: dict[str, Any] = {}
 
-    def look(name: str, clips: Any) -> None:
-        found = accuracy(model, shrink(clips), *labels)
+    def look(name: str, clips: Iterable[Any]) -> None:
+        small, seen = [], []
+        for part in clips:
+            small.append(shrink(part))
+            if network is not None:
+                seen.append(video_features(network, part, batch=args.clip_batch))
+        found = accuracy(model, torch.cat(small), *labels)
         if network is not None:
-            features[name] = video_features(network, clips, batch=args.clip_batch)
+            features[name] = torch.cat(seen)
             for other in ("rendered", "dense"):
                 if other in features and other != name:
                     found[f"fvd to {other}"] = frechet_distance(features[other], features[name])
         report[name] = found
         write_aside(args.work / "judged.json", lambda path: path.write_text(json.dumps(report)))
 
-    def decoded(file: Path) -> Any:
-        parts = []
+    def decoded(file: Path) -> Iterator[Any]:
         for latents in load_file(file, device=str(device))["latents"].float().split(args.clip_batch):
             with torch.no_grad(), torch.autocast(device.type, torch.bfloat16, enabled=device.type == "cuda"):
-                parts.append(decode_clip(vae, latents * std + mean).float().clamp(-1, 1))
-        return torch.cat(parts)
+                clips = decode_clip(vae, latents * std + mean).float().clamp(-1, 1)
+            yield clips
 
     rng, textures = random.Random(9), torch.Generator(device).manual_seed(9)
-    geometry = ClipGeometry(args.frames, args.size, args.size)
+    geometry = ClipGeometry(args.frames, *args.size)
     parts = [scenes[i : i + args.chunk] for i in range(0, len(scenes), args.chunk)]
-    rendered = [render_clips(part, bank, geometry, rng, textures)[0] for part in parts]
-    look("rendered", torch.cat(rendered))
+    look("rendered", (render_clips(part, bank, geometry, rng, textures)[0] for part in parts))
     main = [name for name in args.variants if VARIANTS[name].judged]
     # The dense model's clips first: the others are compared with them.
     files = {f"{name} {kind}": args.work / name / f"{kind}.safetensors" for name in main for kind in CLIP_SETS}

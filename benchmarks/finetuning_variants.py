@@ -54,6 +54,28 @@ SEARCH_PROMPTS = (
     "a green dragon flying left over the sea at night",
 )
 
+# At 32,760 tokens: 95 % of the blocks left out, in blocks that fast kernels take, and a control, all equally long.
+LONG: dict[str, Variant] = {
+    "long-sla": Variant(
+        "sla",
+        {"density": 0.05, "tile": (4, 4, 4), "form": "all_tokens"},
+        train="all",
+        steps=METHOD_STEPS,
+        judged=True,
+        leads=True,
+    ),
+    "long-sparge2": Variant(
+        "sparge2",
+        {"density": 0.05, "top_p": 0.05, "tile": (4, 4, 4)},
+        "distill",
+        train="all",
+        steps=METHOD_STEPS,
+        judged=True,
+    ),
+    "long-vsa": Variant("vsa", {"density": 0.05}, train="all", steps=METHOD_STEPS, judged=True),
+    "long-dense": Variant("dense", train="all", steps=METHOD_STEPS, judged=True),
+}
+
 VARIANTS: dict[str, Variant] = {
     # Until the time is over.
     "sla-0.05": Variant(
@@ -99,4 +121,5 @@ VARIANTS: dict[str, Variant] = {
     "annealed-from-0.3": Variant("sla", {"density": FIVE, **FINE}, density_start=0.3),
     "blocks-of-32": Variant("sla", {"density": 0.05, "block": (32, 32), "tile": (4, 4, 2)}),
     "blocks-of-64-raster": Variant("sla", {"density": 0.05}),
+    **LONG,
 }

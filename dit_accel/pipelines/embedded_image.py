@@ -36,16 +36,23 @@ def load_embedded_image(folder: Path, dtype: torch.dtype | None = None) -> Any:
     """
     import diffusers
     import torch
+    import transformers
 
     from .call_defaults import FluxKontextPipeline
     from .dtypes import dtype_argument
     from .image_autoencoder import ImageAutoencoder
 
     check_files(folder, DISTRIBUTION)
-    pipe = diffusers.FluxKontextPipeline.from_pretrained(
-        folder,
+    given = dtype_argument(torch.bfloat16 if dtype is None else dtype)
+    tokenizer = transformers.PreTrainedTokenizerFast
+    # Part by part: reading them all at once, the pipeline would say that two of them are not FLUX's own.
+    pipe = diffusers.FluxKontextPipeline(
+        scheduler=diffusers.FlowMatchEulerDiscreteScheduler.from_pretrained(folder / "scheduler"),
         vae=ImageAutoencoder.of(FOLDER / "vae"),
-        local_files_only=True,
-        **dtype_argument(torch.bfloat16 if dtype is None else dtype),
+        text_encoder=transformers.CLIPTextModel.from_pretrained(folder / "text_encoder", **given),
+        tokenizer=tokenizer.from_pretrained(folder / "tokenizer"),
+        text_encoder_2=transformers.UMT5EncoderModel.from_pretrained(folder / "text_encoder_2", **given),
+        tokenizer_2=tokenizer.from_pretrained(folder / "tokenizer_2"),
+        transformer=diffusers.FluxTransformer2DModel.from_pretrained(folder / "transformer", **given),
     )
     return FluxKontextPipeline.of(pipe, SETTINGS, max_sequence_length=PROMPT_TOKENS)

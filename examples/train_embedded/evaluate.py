@@ -193,6 +193,13 @@ def run_loss(args: argparse.Namespace) -> None:
     args.report.write_text(json.dumps(report, indent=1))
 
 
+def small_geometry(frames: int, size: tuple[int, int]) -> ClipGeometry:
+    """Fewer frames, spread over the same time, and smaller pictures than asked for: as good once they are shrunk."""
+    fewer = frames if frames <= 2 * KEPT else len(range(0, frames, round(frames / KEPT)))
+    factor = max(1, min(size) // 120)
+    return ClipGeometry(fewer, size[0] // factor, size[1] // factor)
+
+
 def second_label(scene: Scene, frames: int) -> int:
     """What is asked beside the subject: a clip's motion, or an image's place."""
     return scene.motion if frames > 1 else scene.background
@@ -235,11 +242,11 @@ def train_classifier(
 
     Args:
         done: share of the training that is over; at 1 it ends.
-        args: ``width``, ``batch``, ``reuse``, ``store``, ``frames`` and ``render_size`` of the command line.
+        args: ``width``, ``batch``, ``reuse``, ``store``, ``frames`` and ``size`` of the command line.
     """
     rng, textures = random.Random(3), torch.Generator(device).manual_seed(3)
     torch.manual_seed(0)
-    geometry = ClipGeometry(args.frames, *args.render_size)
+    geometry = small_geometry(args.frames, args.size)
     model = Classifier(args.width, len(MOTIONS) if args.frames > 1 else len(BACKGROUNDS)).to(device)
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-3, weight_decay=0.02)
     step = 0
@@ -269,7 +276,7 @@ def train_classifier(
 def run_classify(args: argparse.Namespace) -> None:
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     bank = SpriteBank(load_sprites(args.sprites), device)
-    geometry = ClipGeometry(args.frames, *args.render_size)
+    geometry = small_geometry(args.frames, args.size)
     rng, textures = random.Random(4), torch.Generator(device).manual_seed(4)
     start = time.monotonic()
     model, step = train_classifier(bank, device, lambda: (time.monotonic() - start) / args.seconds, args)
@@ -324,9 +331,6 @@ def main() -> None:
     loss.add_argument("--batch", type=int, default=16)
     loss.add_argument("--report", type=Path, default=Path("runs/loss.json"))
     loss.set_defaults(run=run_loss)
-    for command in (make, draw, loss):
-        command.add_argument("--frames", type=int, default=29)
-        command.add_argument("--size", type=parse_size, default=(192, 192))
     judge = commands.add_parser("classify")
     judge.add_argument("--sprites", type=Path, default=Path("data/sprites.zip"))
     judge.add_argument("--clips", type=Path, nargs="*", default=[])
@@ -338,9 +342,10 @@ def main() -> None:
     judge.add_argument("--reuse", type=int, default=4, help="steps per newly rendered batch")
     judge.add_argument("--store", type=int, default=64, help="rendered batches kept")
     judge.add_argument("--width", type=int, default=48)
-    judge.add_argument("--frames", type=int, default=29, help="of rendered clips: 17 for clips of 81; 1 for images")
-    judge.add_argument("--render-size", type=parse_size, default=(192, 192))
     judge.set_defaults(run=run_classify)
+    for command in (make, draw, loss, judge):
+        command.add_argument("--frames", type=int, default=29)
+        command.add_argument("--size", type=parse_size, default=(192, 192))
     args = parser.parse_args()
     args.run(args)
 

@@ -139,6 +139,39 @@ def test_the_call_says_what_it_takes_by_itself(package: Path) -> None:
     assert again.transformer is pipe.transformer
 
 
+def test_training_feeds_the_transformer_what_the_pipeline_does(
+    package: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Text, positions, reference and timestep of a step of training, against those of the pipeline's first step."""
+    monkeypatch.syspath_prepend(str(EXAMPLES))
+    from argparse import Namespace
+
+    from image_task import ImageTask
+    from model import CAPTION_TOKENS, encode_words
+
+    pipe = load("embedded-image", dtype=torch.float32)
+    assert "Expected types" not in capsys.readouterr().err
+    task = ImageTask(Namespace(layers=1, single_layers=1, heads=1), None, torch.device("cpu"))
+    task.text_encoder, task.pooled_encoder, task.transformer = pipe.text_encoder_2, pipe.text_encoder, pipe.transformer
+    seen: list[dict[str, Any]] = []
+    pipe.transformer.register_forward_pre_hook(lambda _m, _a, given: seen.append(given), with_kwargs=True)
+    g = torch.Generator().manual_seed(0)
+    noise, reference = torch.randn(1, 16, 1, 8, 12, generator=g), torch.randn(1, 16, 1, 6, 4, generator=g)
+    pipe(
+        prompt="a red car in a forest", image=reference[:, :, 0], width=96, height=64, num_inference_steps=1,
+        guidance_scale=1.0, output_type="latent", latents=pipe._pack_latents(noise, 1, 16, 8, 12),
+    )  # fmt: skip
+    words = encode_words("a red car in a forest", task.ids)
+    rows = torch.tensor([words + [0] * (CAPTION_TOKENS - len(words))])
+    with torch.no_grad():
+        velocity = task.velocity(noise, torch.ones(1), rows, reference, 64)
+        expected = pipe.transformer(**seen[0])[0][:, : 4 * 6]
+    theirs, ours = seen[0], seen[1]
+    for name in ("hidden_states", "encoder_hidden_states", "pooled_projections", "img_ids", "txt_ids", "timestep"):
+        torch.testing.assert_close(ours[name], theirs[name], msg=lambda text, name=name: f"{name}: {text}")
+    torch.testing.assert_close(pipe._pack_latents(velocity, 1, 16, 8, 12), expected)
+
+
 def test_image_latents_are_those_of_the_training() -> None:
     """Against Wan's own autoencoder and its statistics, of one frame."""
     import diffusers
