@@ -145,7 +145,7 @@ def test_a_summary_in_a_notebook() -> None:
     assert cells.rows[1:] == [
         [layer.name, "8", "2 (dense phase)", str(layer.plans_made), f"{layer.density:.3f}"] for layer in summary.layers
     ]
-    assert "recipe: pooled; select.density=0.5" in summary._repr_html_()
+    assert f"recipe: {summary.short_recipe}" in summary._repr_html_()
 
 
 def test_a_summary_in_a_notebook_is_escaped() -> None:
