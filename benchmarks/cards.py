@@ -33,6 +33,7 @@ TENSOR_COLUMNS = 512  # of tensor memory, which tcgen05 adds up in
 # Compiled in each run of the tests, by card; together about a minute and a half of one core.
 _PERMUTED, _WIDE = "forward 128 bfloat16 128x64 permuted", "forward 256 bfloat16 128x128 permuted"
 _EXACT, _BACKWARD = "forward 256 float32 128x64 permuted", "backward 128 bfloat16 128x64 in order"
+_TURNED = "int8 128 bfloat16 64x64 permuted rotated"
 _MASS = "block mass 128x64 128 torch.bfloat16 rows"
 REPRESENTATIVE: dict[str, tuple[str, ...]] = {
     "sm_80": (_PERMUTED, _WIDE),
@@ -46,7 +47,7 @@ REPRESENTATIVE: dict[str, tuple[str, ...]] = {
     ),
     "sm_90": (_PERMUTED, _WIDE, "linear inference 128 torch.bfloat16 softmax"),
     "sm_100": (_PERMUTED, _WIDE, _BACKWARD),
-    "sm_120": (_PERMUTED, _WIDE, _EXACT, _BACKWARD, _MASS, "deviation 128 torch.bfloat16 rows"),
+    "sm_120": (_PERMUTED, _WIDE, _EXACT, _BACKWARD, _MASS, "deviation 128 torch.bfloat16 rows", _TURNED),
     "gfx942": (_PERMUTED, "linear inference 64 torch.bfloat16 softmax"),
     "gfx1100": (_PERMUTED, _MASS),
 }

@@ -140,3 +140,34 @@ def test_reduce_overhead_runs_the_steps_of_a_recipe(preset):
     assert after.sparse_calls == before.sparse_calls > 0
     for ours, theirs in zip(got, expected, strict=True):
         assert (ours - theirs).float().norm() <= 2e-2 * theirs.float().norm()
+
+
+@pytest.mark.parametrize("options", [{"refresh_every": 1_000_000}, {}], ids=["kept plans", "a plan a step"])
+def test_a_patched_transformers_forward_is_captured(options):
+    from diffusers import WanTransformer3DModel
+
+    torch.manual_seed(0)
+    settings = {"num_attention_heads": 2, "attention_head_dim": 64, "text_dim": 16, "ffn_dim": 64, "num_layers": 2}
+    model = WanTransformer3DModel(**settings).to("cuda", torch.bfloat16).eval()
+    text, time = torch.randn(1, 8, 16, device="cuda", dtype=torch.bfloat16), torch.ones(1, device="cuda")
+    x = torch.randn(1, 16, 3, 64, 64, device="cuda", dtype=torch.bfloat16)
+
+    def forward():
+        return model(x, time, text, return_dict=False)[0]
+
+    with torch.no_grad(), patch(model, presets.pooled(dense_fraction=0.0, **options)) as handle:
+        side = torch.cuda.Stream()
+        side.wait_stream(torch.cuda.current_stream())
+        with torch.cuda.stream(side):
+            for _ in range(3):
+                forward()
+        torch.cuda.current_stream().wait_stream(side)
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph):
+            captured = forward()
+        x.copy_(torch.randn_like(x))
+        graph.replay()
+        torch.cuda.synchronize()
+        replayed = captured.clone()
+        assert torch.equal(replayed, forward())
+        assert handle.summary().sparse_calls == 2 * (3 + 1)
