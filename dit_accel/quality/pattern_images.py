@@ -48,12 +48,14 @@ def map_sheet(title: str, panels: Sequence[Sequence[MapPanel]]) -> Image:
     # Captions must fit under a single map.
     cell_w = max(cell_w, 244 + _GAP)
     cell_h = _SIDE + 2 * _LINE + _GAP + 6
-    head = 58
+    head = 76
     width = max(_GAP + cell_w * max(len(row) for row in panels), 470)
     canvas = Image.new("RGB", (width, head + cell_h * len(panels) + 4), _PAPER)
     draw = ImageDraw.Draw(canvas)
     draw.text((_GAP, 9), title, fill=_INK, font=_font(15))
     _scale(canvas, draw, _GAP, 36)
+    axes = "Down: query blocks. Across: key blocks." + (" Right: what the mask keeps, the rest grey." if masked else "")
+    draw.text((_GAP, 54), axes, fill=_SOFT, font=_font(11))
     for i, row in enumerate(panels):
         for j, panel in enumerate(row):
             x, y = _GAP + j * cell_w, head + i * cell_h
@@ -130,12 +132,12 @@ def _scale(canvas: Image, draw: ImageDraw, x: int, y: int) -> None:
     from PIL import Image
 
     font = _font(11)
-    text = f"{10**_LOW:g}x"
+    text = f"{10**_LOW:g}"
     draw.text((x, y), text, fill=_SOFT, font=font)
     x += int(font.getlength(text)) + 6
     bar = np.broadcast_to(_colours(np.linspace(0, 1, 150))[None], (10, 150, 3))
     canvas.paste(Image.fromarray(bar.round().astype(np.uint8), "RGB"), (x, y + 2))
-    draw.text((x + 156, y), f"{10**_HIGH:g}x the mass of uniform attention", fill=_SOFT, font=font)
+    draw.text((x + 156, y), f"{10**_HIGH:g} times the mass of uniform attention", fill=_SOFT, font=font)
 
 
 def _font(size: int) -> Any:

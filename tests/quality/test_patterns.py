@@ -251,7 +251,7 @@ def test_a_folder_that_is_a_file_is_named(tmp_path: Path) -> None:
 def test_map_shows_mass_and_greys_what_is_dropped() -> None:
     eye = torch.eye(4)
     sheet = np.asarray(map_sheet("t", [[MapPanel(eye, torch.ones(4, 4).tril().bool(), "c", "d")]]))
-    mass, kept = sheet[58 : 58 + 224, 14 : 14 + 224].astype(int), sheet[58 : 58 + 224, 242 : 242 + 224]
+    mass, kept = sheet[76 : 76 + 224, 14 : 14 + 224].astype(int), sheet[76 : 76 + 224, 242 : 242 + 224]
     on, off = mass[28, 28], mass[28, 28 + 56]
     assert on.sum() > off.sum() + 300
     assert (kept[28, 28] == on).all()
@@ -262,7 +262,7 @@ def test_map_shows_mass_and_greys_what_is_dropped() -> None:
 def test_large_maps_are_averaged() -> None:
     mass = torch.full((500, 500), 1 / 500)
     sheet = np.asarray(map_sheet("t", [[MapPanel(mass, None, "c", "d")]]))
-    panel = sheet[58 : 58 + 224, 14 : 14 + 224].astype(int)
+    panel = sheet[76 : 76 + 224, 14 : 14 + 224].astype(int)
     assert np.ptp(panel.reshape(-1, 3), axis=0).max() <= 1
 
 

@@ -79,9 +79,8 @@ def test_a_run_that_stays_dense_is_the_dense_clip(studio: Studio) -> None:
     assert last.fast is not None
     assert "identical" in last.verdict, "the automatic recipe finds the clip too short to gain"
     assert last.fast.read_bytes() == last.dense.read_bytes()
-    other = list(studio.run(FORM, "a"))[-1]
-    assert other.fast is not None
-    assert other.fast.read_bytes() != last.dense.read_bytes()
+    other = list(studio.run(replace(FORM, width="256", height="256", density="0.25", steps="2"), "a"))[-1]
+    assert "a PSNR of " in other.verdict, "of several blocks some are left out"
 
 
 def test_an_image_pipeline(tmp_path: Path) -> None:
