@@ -44,7 +44,7 @@ def straight_through(
 
 class _StraightThrough(torch.autograd.Function):
     @staticmethod
-    def forward(  # type: ignore[override]
+    def forward(
         ctx: Any,
         q: torch.Tensor,
         _k: torch.Tensor,
@@ -60,7 +60,7 @@ class _StraightThrough(torch.autograd.Function):
 
     @staticmethod
     @torch.autograd.function.once_differentiable
-    def backward(ctx: Any, of_out: torch.Tensor, _of_lse: torch.Tensor) -> tuple[torch.Tensor | None, ...]:  # type: ignore[override]
+    def backward(ctx: Any, of_out: torch.Tensor, _of_lse: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
         inputs = [x.to(ctx.dtype).detach().requires_grad_() for x in ctx.rounded()]
         with torch.enable_grad():
             again = ctx.plain(*inputs)
