@@ -1,8 +1,7 @@
 """Methods of the literature as plain reference forms on recorded calls: what they lose before anybody builds a kernel.
 
 Dense runs of the embedded model are recorded as in gate_forms.py; errors are relative L2 errors of the attention
-outputs
-of one prompt or more.
+outputs of one prompt or more.
 Nothing is trained: these are the places at which a training would begin.
 
 - ``linear``: softmax features; ``flow``: conserved flows (Flowformer, arXiv 2202.06258).
