@@ -75,7 +75,7 @@ assert not torch.cuda.is_initialized()
     assert result.returncode == 0, result.stderr
 
 
-COMMANDS = ["generate", "compare", "verify", "inspect", "calibrate", "search", "tune", "finetune", "bench", "ui", "info"]
+COMMANDS = "generate compare verify inspect calibrate search tune finetune bench ui info".split()
 
 
 def test_these_are_all_commands() -> None:
