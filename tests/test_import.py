@@ -75,7 +75,10 @@ assert not torch.cuda.is_initialized()
     assert result.returncode == 0, result.stderr
 
 
-COMMANDS = "generate compare verify inspect calibrate search tune finetune bench ui info".split()
+COMMANDS = [
+    *("generate", "compare", "verify", "inspect", "calibrate", "search", "tune", "finetune", "bench", "ui"),
+    "info",
+]
 
 
 def test_these_are_all_commands() -> None:
