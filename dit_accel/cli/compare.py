@@ -82,8 +82,10 @@ def compare(
     target = read_device(device)
     number = read_dtype(dtype, target)
 
+    from ..presets import FEW_STEPS
     from ..quality.prompts import DEFAULT_PROMPTS
     from ..quality.report import REPORT
+    from ..quality.turns import steps_to_warm_up
     from .compare_table import show
     from .model import choose_model, open_model
 
@@ -102,7 +104,7 @@ def compare(
     report = comparison.finished(parts)
     if report is None:
         _, builtin, pipe = open_model(model, number, target, quiet=as_json)
-        report = comparison.run(pipe, builtin, parts)
+        report = comparison.run(pipe, builtin, parts, warm_up_steps=steps_to_warm_up(target.type, FEW_STEPS))
     if as_json:
         print((parts.folder / REPORT).read_text(encoding="utf-8"))
         return

@@ -167,7 +167,7 @@ def generate(
     from ..pipelines.unknown_words import note_on, unknown_words
     from ..plain_data import as_plain, digest
     from ..presets import automatic
-    from ..quality.turns import WARM_UP_STEPS, measured_in_turns
+    from ..quality.turns import measured_in_turns, steps_to_warm_up
     from ..training.adapter import load_adapter
     from .model import choose_model, open_model, will_make_video
 
@@ -259,9 +259,9 @@ def generate(
     if outputs is None:
         outputs = planned(makes_video(pipe))
     arguments = {"negative_prompt": negative_prompt, **asked.settings(pipe, builtin)}
-    warm_up_steps = min(WARM_UP_STEPS, arguments.get("steps") or WARM_UP_STEPS)
-    with accelerated():
-        pass  # what cannot be patched is refused before anything has run
+    with accelerated() as tried:  # what cannot be patched is refused before anything has run
+        least = steps_to_warm_up(target.type, tried.recipe.schedule.few_steps)
+    warm_up_steps = min(least, arguments.get("steps") or least)
     if batch is not None:
         _print_report(batch.make(outputs, fast_side, as_json), target, as_json and processes.is_first)
         return

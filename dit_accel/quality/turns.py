@@ -24,6 +24,16 @@ NOISE = "noise of the runs"
 """Kind of the interval of a speed-up from few clips."""
 
 
+def steps_to_warm_up(device: str, few_steps: int) -> int:
+    """Denoising steps of a warm-up on a kind of device.
+
+    Args:
+        few_steps: the longest run without a dense step (``schedule.few_steps``). Where kernels are compiled a warm-up
+            is longer, since a dense step may run one of its own.
+    """
+    return WARM_UP_STEPS if device == "cpu" or not few_steps else few_steps + 1
+
+
 @dataclass(frozen=True)
 class Timing:
     """Seconds of one variant, in order of measurement, and its peak memory in bytes, None where it is not known."""

@@ -6,8 +6,10 @@ import random
 
 import pytest
 
+from dit_accel import presets
+from dit_accel.layout import StepContext
 from dit_accel.quality.bootstrap import FEWEST_CLIPS
-from dit_accel.quality.turns import Timing, in_turns, speed_up, spelled
+from dit_accel.quality.turns import Timing, in_turns, speed_up, spelled, steps_to_warm_up
 
 
 def test_turns_alternate_in_order() -> None:
@@ -72,3 +74,10 @@ def test_timing_as_data() -> None:
     assert data["seconds"] == [2, 1, 4]
     assert data["peak_memory_gib"] == 1
     assert Timing((1.0,)).to_dict()["peak_memory_gib"] is None
+
+
+def test_a_warm_up_has_a_dense_step_where_kernels_are_compiled():
+    assert [steps_to_warm_up("cpu", 8), steps_to_warm_up("cuda", 0), steps_to_warm_up("cuda", 8)] == [2, 2, 9]
+    recipe = presets.mass()
+    assert recipe.schedule.dense_reason(StepContext(0, 9), 0, 1) == "dense phase"
+    assert recipe.schedule.dense_reason(StepContext(0, recipe.schedule.few_steps), 0, 1) is None
