@@ -118,8 +118,8 @@ def _read(folder: Path, card: Mapping[str, Any], tensors: Mapping[str, torch.Ten
     if backbone == "lora":
         lora = {name: LoraSettings.from_dict(dict(card.get("lora") or {}).get(name)) for name in base}
     steps = None if card.get("steps") is None else FewSteps.from_dict(card["steps"])
-    sorted_tensors = _sort(tensors, base, backbone)
-    files = AdapterFiles(folder, Recipe.from_dict(card["recipe"]), base, backbone, lora, sorted_tensors, steps)
+    recipe = Recipe.from_dict(card["recipe"])
+    files = AdapterFiles(folder, recipe, base, backbone, lora, _sort(tensors, base, backbone), steps)
     for part in base:
         _check_integers(files.of_kind(part, "delta"), files.of_kind(part, "scale"))
     return files
