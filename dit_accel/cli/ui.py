@@ -37,10 +37,10 @@ def ui(
     debug: DebugOption = False,
 ) -> None:
     """Serve a page: a prompt, dense beside accelerated, step by step, with what ran."""
-    if find_spec("gradio") is None:
-        raise ValueError("The page needs gradio: pip install 'dit-accel[ui]'.")
     quiet_libraries()
     import_modules(imports)
+    if find_spec("gradio") is None:
+        raise ValueError("The page needs gradio: pip install 'dit-accel[ui]'.")
     target = read_device(device)
     number = read_dtype(dtype, target)
 

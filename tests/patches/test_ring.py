@@ -57,7 +57,7 @@ def test_a_ring_gives_what_one_process_gives(ranks, name, recipe):
     alone, summary = patched(model, given, SPARSE[recipe])
     scale = dense.abs().max()
     assert (alone - dense).abs().max() > 1e-4 * scale  # else the test shows nothing
-    # 8-bit attention computes in float32, whatever it is given, and a number next to a tie may round to the other side in
+    # 8-bit attention computes in float32, whatever it is given. A number next to a tie may round to the other side in
     # the next layer: a step of one of 8 products for some token.
     mean, most = (1e-5, 1e-3) if recipe == "int8" else (1e-11, 1e-11)
     for rank, found in enumerate(ranks):

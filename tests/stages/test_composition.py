@@ -88,7 +88,8 @@ OTHERS = {
 @pytest.mark.parametrize("name", ["text first", "image"])
 def test_other_compositions_compute_what_their_plans_say(name, changes):
     layout = LAYOUTS[name]
-    recipe = presets.pooled(dense_fraction=0.2).with_fields({**changes, "select.block": BLOCK})
+    phase = {"schedule.few_steps": 0}  # of five steps one is dense
+    recipe = presets.pooled(dense_fraction=0.2).with_fields({**changes, **phase, "select.block": BLOCK})
     assert Recipe.from_dict(recipe.to_dict()) == recipe
     q, k = inputs(layout)
     engine = Engine(recipe, ["first", "second"], "auto", 0)
