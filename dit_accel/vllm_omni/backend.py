@@ -104,7 +104,7 @@ class SparseImpl(AttentionImpl):
             return out.transpose(1, 2)
 
         if self._causal:
-            return self._runner.pass_by(0, "a causal layer", dense)
+            return self._runner.pass_by(0, "causal attention", dense)
         layout = self._layout(getattr(attn_metadata, "video_layout", None), key.shape[1])
         with self._runner.run(), self._runner.forward(layout):
             return self._runner.attend(0, query, key, value, dense, attn_mask=mask, scale=self._scale)

@@ -149,7 +149,7 @@ def test_a_causal_layer_stays_causal(omni: Registry, monkeypatch: pytest.MonkeyP
     q, k, v = draw(260)
     triangle = torch.ones(260, 260, dtype=torch.bool).tril()
     torch.testing.assert_close(one.forward(q, k, v).double(), dense(q, k, v, triangle), atol=1e-5, rtol=0)
-    assert one.summary().dense_calls == {"a causal layer": 1}
+    assert one.summary().dense_calls == {"causal attention": 1}
 
 
 def test_layers_and_requests_share_no_plan(omni: Registry, monkeypatch: pytest.MonkeyPatch) -> None:
