@@ -105,7 +105,14 @@ def test_without_torchao_one_sentence_says_what_to_install(monkeypatch):
         dit_accel.accelerate(TINY["wan"].build(), POOLED, linear="int8")
 
 
-def test_fp8_of_float32_weights_is_said_to_change_nothing():
+@pytest.mark.skipif(torch.cuda.is_available(), reason="a GPU is there, which such weights may wait for")
+def test_fp8_is_refused_where_there_is_no_gpu():
+    with pytest.raises(ValueError, match="needs a GPU of compute capability 8.9 or newer, got a CPU alone"):
+        quantize_linears(TINY["ltx"].build(), "fp8", least_width=16)
+
+
+def test_fp8_of_float32_weights_is_said_to_change_nothing(monkeypatch):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)  # offloaded weights wait for it
     _, said = quantize_linears(TINY["ltx"].build(), "fp8", least_width=16)
     assert "0 in fp8" in said
     assert "float32, where FP8 per token takes bfloat16" in said
