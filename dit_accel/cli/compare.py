@@ -82,7 +82,7 @@ def compare(
     target = read_device(device)
     number = read_dtype(dtype, target)
 
-    from ..presets import FEW_STEPS
+    from ..presets.searched import FEW_STEPS
     from ..quality.prompts import DEFAULT_PROMPTS
     from ..quality.report import REPORT
     from ..quality.turns import steps_to_warm_up
