@@ -148,6 +148,8 @@ class StepContext:
             sample by sample, the second call's ends in "[1]", and so on.
         forward_id: counts the forwards of this transformer, so that a plan knows its age.
         computed: forwards of this branch, in this run before this one, that ran all blocks; None where all do.
+        guided: whether the pipeline says that it also runs a branch without the prompt; models distilled to few steps
+            have none.
     """
 
     index: int | None = None
@@ -156,6 +158,7 @@ class StepContext:
     branch: str | None = None
     forward_id: int = 0
     computed: int | None = None
+    guided: bool = False
 
     @property
     def progress(self) -> float | None:

@@ -132,7 +132,8 @@ class RunTracker:
         if index is None:
             return found.run, StepContext(branch=branch, forward_id=forward_id), "its scheduler shows no progress"
         sigma = found.sigmas[index] if index < len(found.sigmas) else None
-        return found.run, StepContext(index, len(schedule), sigma, branch, forward_id), None
+        step = StepContext(index, len(schedule), sigma, branch, forward_id, guided=_is_guided(pipe))
+        return found.run, step, None
 
     def _bare_forward(self, forward_id: int, name: str | None, why: str | None) -> tuple[Run, StepContext, str | None]:
         """A forward outside any run; successive ones share what they keep."""
@@ -166,6 +167,14 @@ class RunTracker:
         found = _Trajectory(weakref.ref(schedule), weakref.ref(scheduler), sigmas_of(scheduler))
         self._trajectories.append(found)
         return found
+
+
+def _is_guided(pipe: Any | None) -> bool:
+    # A property of most pipelines, of what their call was given; some have it before any call, and raise.
+    try:
+        return bool(getattr(pipe, "do_classifier_free_guidance", False))
+    except AttributeError:
+        return False
 
 
 def running_pipeline(model: nn.Module) -> Any | None:

@@ -54,7 +54,8 @@ def pooled(
 
     Args:
         density, top_p: see :class:`~dit_accel.stages.select.pooled.Pooled`.
-        dense_fraction: share of the denoising steps that stay dense at the start; none in a run of at most eight.
+        dense_fraction: share of the denoising steps that stay dense at the start; none in a run without guidance of
+            at most eight.
         refresh_every: denoising steps that share one plan.
     """
     return Recipe(

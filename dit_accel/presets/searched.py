@@ -39,7 +39,8 @@ def mass(
     Args:
         density: kept share of the latent blocks.
         dense_fraction: share of the denoising steps that stay dense at the start, the search's with them: at least
-            one step is dense, and none in a run of at most eight steps, whose first step searches and is sparse.
+            one step is dense, and none in a run without guidance of at most eight steps, whose first step searches and
+            is sparse.
         block: tokens in a query and in a key block.
     """
     return Recipe(

@@ -34,8 +34,8 @@ class Schedule:
         choose_every: between plans, choose the blocks anew every so many steps that ran all blocks, from what the last
             search found, as far as the selection can (:class:`~dit_accel.stages.select.mass.Mass`); 0: never. Such a
             step is not dense. Acts in a pipeline only.
-        few_steps: runs of at most so many steps have no dense step, neither a dense phase nor a dense search: a plan
-            then serves the very step that makes it. 0: no run has few steps.
+        few_steps: runs without guidance of at most so many steps have no dense step, neither a dense phase nor a dense
+            search: a plan then serves the very step that makes it. 0: no run has few steps.
         drift_bound: reuse a plan while the mean query and key of every block have changed by at most this
             share since it was made (see :class:`~dit_accel.stages.drift.BlockMeans`), and make it again when
             they have. ``refresh_every`` above 1 and ``refresh_at`` still limit its age. Costs one read of
@@ -176,7 +176,7 @@ class Schedule:
         return any(point > step.progress for point in self.refresh_at)
 
     def _has_few_steps(self, step: StepContext) -> bool:
-        return step.num_steps is not None and step.num_steps <= self.few_steps
+        return step.num_steps is not None and step.num_steps <= self.few_steps and not step.guided
 
     def _too_old(self, age: int) -> bool:
         if self.drift_bound is not None and self.refresh_every == 1:

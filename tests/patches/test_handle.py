@@ -90,8 +90,8 @@ def test_a_handle_in_a_terminal() -> None:
         "<PatchHandle of WanPipeline: pooled; select.density=0.5; 2 layers, 0 sparse and 0 dense calls>"
     )
     run(pipe)
-    # Of five steps none is dense, each with two branches in two layers.
-    assert "2 layers, 20 sparse and 0 dense calls>" in repr(handle)
+    # Of five steps the first is dense, each with two branches in two layers.
+    assert "2 layers, 16 sparse and 4 dense calls>" in repr(handle)
     summary = handle.summary()
     assert str(summary).splitlines()[0] == "recipe: pooled; select.density=0.5"
     assert summary.recipe == repr(handle.recipe)

@@ -262,6 +262,13 @@ def test_of_few_steps_without_guidance_none_is_dense(name: str, steps: int) -> N
         assert summary.skipped_forwards == 0
 
 
+def test_of_few_steps_with_guidance_the_first_is_dense() -> None:
+    pipe = build()
+    with dit_accel.patch(pipe, "mass") as handle:
+        TINY["wan"].run(pipe, steps=4, guidance_scale=5.0)
+        assert handle.summary().dense_calls["search step"] == 2 * 3  # branches and layers
+
+
 def test_beside_a_control_network_nothing_is_reused() -> None:
     """What it adds between the blocks is part of what they added, and would be added twice."""
     pipe = TINY["flux"].build()

@@ -39,6 +39,9 @@ def test_of_few_steps_none_is_dense():
         assert sum(schedule.dense_reason(step, 0, 4) == "dense phase" for step in steps) == dense
         assert all(schedule.searches_densely(step) == (count > 8) for step in steps)
     assert not schedule.searches_densely(StepContext()), "a bare transformer would search each time"
+    assert schedule.dense_reason(StepContext(0, 4, guided=True), 0, 4) == "dense phase", (
+        "no distilled model has guidance"
+    )
     named = Schedule(dense_layers=(1,), few_steps=8)
     assert named.dense_reason(StepContext(index=0, num_steps=4), 1, 4) == "dense layer"
 
