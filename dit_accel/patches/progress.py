@@ -132,7 +132,7 @@ class RunTracker:
         if index is None:
             return found.run, StepContext(branch=branch, forward_id=forward_id), "its scheduler shows no progress"
         sigma = found.sigmas[index] if index < len(found.sigmas) else None
-        step = StepContext(index, len(schedule), sigma, branch, forward_id, guided=_is_guided(pipe))
+        step = StepContext(index, len(schedule), sigma, branch, forward_id, guided=is_guided(pipe))
         return found.run, step, None
 
     def _bare_forward(self, forward_id: int, name: str | None, why: str | None) -> tuple[Run, StepContext, str | None]:
@@ -169,11 +169,12 @@ class RunTracker:
         return found
 
 
-def _is_guided(pipe: Any | None) -> bool:
-    # A property of most pipelines, of what their call was given; some have it before any call, and raise.
+def is_guided(pipe: Any | None) -> bool:
+    """Whether a pipeline that runs says that it has classifier-free guidance."""
+    # A property of most pipelines, which compares what their call was given: nothing, or a scale for each image.
     try:
         return bool(getattr(pipe, "do_classifier_free_guidance", False))
-    except AttributeError:
+    except (TypeError, ValueError, RuntimeError):
         return False
 
 

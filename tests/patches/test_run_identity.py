@@ -11,6 +11,7 @@ import torch
 
 import dit_accel
 from dit_accel.layout import TokenLayout
+from dit_accel.patches.progress import is_guided
 from dit_accel.run import Bounded, Run
 from tests.peaked import RECIPES, peaked
 from tests.pipe_calls import SCHEDULERS, VIDEO, Call, another, bare, build, by_hand, forward_arguments, perform
@@ -402,3 +403,24 @@ def test_a_bare_layout_is_of_the_call():
             thread.join()
     assert {size: len(found) for size, found in grids.items()} == {0: 1, 2: 1}
     assert grids[0] != grids[2]
+
+
+def test_whether_a_pipeline_is_guided_is_asked_with_care():
+    class Pipe:
+        """The property of diffusers' pipelines."""
+
+        def __init__(self, **given: Any) -> None:
+            vars(self).update(given)
+
+        @property
+        def do_classifier_free_guidance(self) -> Any:
+            return self._guidance_scale > 1
+
+    found = [
+        is_guided(pipe)
+        for pipe in (
+            *(Pipe(_guidance_scale=scale) for scale in (5.0, 1.0, None, torch.tensor([1.0, 5.0]))),
+            *(Pipe(), object(), None),  # not called yet, and without the property
+        )
+    ]
+    assert found == [True] + [False] * 6
