@@ -1,7 +1,10 @@
 """Test set-up: no network, interpreted Triton without a GPU, a printed reason for GPU skips, and how many examples the
 property tests draw."""
 
+import gc
 import os
+import sys
+from collections.abc import Iterator
 from pathlib import Path
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
@@ -129,6 +132,18 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
     for item in items:
         if "gpu" in item.keywords:
             item.add_marker(skip)
+
+
+@pytest.fixture(autouse=True)
+def _gives_the_seam_back() -> Iterator[None]:
+    """Each test ends its patches. What it leaves would end in the middle of another test, whenever it is collected."""
+    yield
+    seam = sys.modules.get("dit_accel.patches.seam")
+    if seam is None or not seam._replacements:
+        return
+    gc.collect()
+    seam.restore_unused()
+    assert not seam._replacements, f"this test, or one before it, left diffusers patched: {sorted(seam._replacements)}"
 
 
 @pytest.fixture
