@@ -1,4 +1,4 @@
-"""What scripts share that judge methods on recorded calls: arguments and report, and outputs."""
+"""What scripts share that judge methods on recorded calls: arguments and report, outputs, and the mass that is kept."""
 
 from __future__ import annotations
 
@@ -59,3 +59,16 @@ def sparse(call: AttentionCall, blocks: SequenceBlocks, density: float) -> tuple
     out = torch.empty_like(q)
     out[:, :, rows] = F.scaled_dot_product_attention(q, k, v, attn_mask=pairs, scale=call.scale)
     return out, float(pairs.float().mean())
+
+
+def mass_kept(
+    call: AttentionCall, blocks: SequenceBlocks, mass: torch.Tensor, scores: torch.Tensor, density: float
+) -> float:
+    """Mean share of the exact ``mass [B, H, nq, nk]`` in the best blocks by ``scores``, as many in each row.
+
+    A block's own keys are not added: where they are not among the best, a row would have more blocks than another, and
+    one choice more than another.
+    """
+    mask = keep_best(blocks, scores, call.key_mask, density=density, keep_own=False)
+    shares = mass / mass.sum(-1, keepdim=True).clamp_min(1e-30)
+    return float((shares * mask.to_dense()).sum(-1).mean())
