@@ -19,7 +19,7 @@ from .plan import AttentionPlan
 from .planner import Planner
 from .recipe import Recipe
 from .records import BackendsUsed, LayerRecord, SharedWork
-from .ring_attention import attend_around
+from .ring_attention import attend_around, full_masks_around, masks_around
 from .run import Run
 from .stages.compensate.protocol import Attended
 from .stages.learned_layer import LearnedLayer
@@ -269,7 +269,7 @@ class Engine:
                 return self._kernel(call, plan)
             return attend_around(call, parts, partial(self._kernel, with_lse=True))
 
-        parts = None if call.part is None else self.planner.masks_around(call, plan)
+        parts = None if call.part is None else masks_around(call, plan)
         out, witness = compensate.attend(call, plan, sparse)
         if not is_captured(call.q.device):  # a graph's tensors are its own, and what they hold changes with a replay
             self._count(call, plan, witness, book)
@@ -332,7 +332,7 @@ class Engine:
         if memory is None:
             return None
         operation = _SEARCH
-        parts = None if call.part is None else self.planner.full_masks_around(call)
+        parts = None if call.part is None else full_masks_around(call)
         mask = self.planner.full_mask(call) if parts is None else parts[0]
         choice = choose_backend(
             call.q, call.k, call.v, mask, key_mask=call.key_mask, backend=self.backend, operation=operation

@@ -15,7 +15,6 @@ from .call import AttentionCall
 from .kernels import BlockMask
 from .kernels.common.capability import choose_selection
 from .kernels.common.choice import Case, Choice, Operation, refusal
-from .kernels.common.tokens import hidden_blocks
 from .kernels.mask.packed import PackedBlockMask
 from .kernels.mask.pairs import PairMask
 from .layout import StepContext, TokenLayout
@@ -380,31 +379,6 @@ class Planner:
         if call.key_mask is not None:
             return make()
         return self._full_masks.get((call.layout, call.q.device), make)
-
-    @staticmethod
-    def masks_around(call: AttentionCall, plan: AttentionPlan) -> list[BlockMask]:
-        """A plan's blocks of this process' queries and of each process' keys around a ring."""
-        part = call.part
-        assert part is not None
-        spans = [part.k_span(rank) for rank in range(part.ring.size)]
-        return plan.mask.parts(part.q_span(), spans, call.backend("selection"))
-
-    @staticmethod
-    def full_masks_around(call: AttentionCall) -> list[BlockMask]:
-        """All blocks of this process' queries and of each process' keys around a ring."""
-        part, block = call.part, 128
-        assert part is not None
-        masks = []
-        for rank in range(part.ring.size):
-            sizes = (block, block, call.q.shape[1], part.key_slots(rank))
-            keep = torch.ones(1, 1, *(-(-size // block) for size in sizes[2:]), dtype=torch.bool, device=call.q.device)
-            partial = None
-            visible = part.key_mask_of(rank, call.key_mask)
-            if visible is not None:
-                empty, partial = hidden_blocks(visible, block)
-                keep, partial = keep & ~empty[..., None, :], partial[..., None, :]
-            masks.append(BlockMask.from_dense(keep, *sizes, partial=partial, backend=call.backend("selection")))
-        return masks
 
     def forget(self) -> None:
         """Drop every cached table; plans are dropped with their runs."""
