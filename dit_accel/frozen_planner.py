@@ -5,10 +5,11 @@ from __future__ import annotations
 import torch
 
 from .call import AttentionCall
+from .kept_plans import KeptPlan, kept_of
 from .kernels.common.choice import Case, Choice, Operation
 from .layout import StepContext
 from .plan import AttentionPlan, LayerMemory
-from .planner import KeptPlan, Planner
+from .planner import Planner
 from .recipe import Recipe
 from .records import LayerRecord
 from .stages.select.frozen import FrozenMasks
@@ -71,7 +72,7 @@ class FrozenPlanner(Planner):
         # What a compensation works out of queries and keys is of one branch, and of one batch.
         place = ("frozen", call.layer, call.q.device, None if compensate.is_static else call.step.branch)
         version = (bucket, None if compensate.is_static else call.q.shape[0])
-        plans = self._kept(call).plans
+        plans = kept_of(call).plans
         if place in plans and plans[place][0] == version:
             kept: KeptPlan = plans[place][1]
             return kept.plan

@@ -12,6 +12,7 @@ from typing import Any
 import torch
 
 from .call import AttentionCall
+from .kept_plans import KeptPlan, kept_of, memory_of, plan_key
 from .kernels import BlockMask
 from .kernels.common.capability import choose_selection
 from .kernels.common.choice import Case, Choice, Operation, refusal
@@ -22,7 +23,7 @@ from .plan import AttentionPlan, LayerMemory, LeftOut, SequenceBlocks
 from .recipe import Recipe
 from .records import LayerRecord
 from .ring import RingPart, RingShard
-from .run import Bounded, Kept
+from .run import Bounded
 from .stages.compensate.protocol import Compensation
 from .stages.drift import BlockMeans
 from .stages.select.protocol import Select
@@ -42,37 +43,6 @@ class _Prepared:
     tables: Any
     plans: dict[Select, KeptPlan] = field(default_factory=dict)
     parts: dict[Any, RingPart] = field(default_factory=dict)
-
-
-@dataclass(frozen=True, eq=False)
-class KeptPlan:
-    """A plan, when it was made, and of which queries and keys where the schedule guards against drift; when its blocks
-    were chosen, where that was later.
-
-    The mask of a single layer is packed: the lists of all layers and branches of a large model are gigabytes.
-    ``share`` is the mask's density, worked out once.
-    """
-
-    made: StepContext
-    rows: torch.Tensor | None
-    mask: BlockMask | PackedBlockMask
-    compensation: Any
-    share: torch.Tensor
-    means: BlockMeans | None = None
-    chosen: StepContext | None = None
-
-    @classmethod
-    def of(cls, call: AttentionCall, plan: AttentionPlan, means: BlockMeans | None = None) -> KeptPlan:
-        """A plan of a single layer, made for this call."""
-        mask: BlockMask | PackedBlockMask = plan.mask
-        if plan.mask.token_bits is None:
-            mask = PackedBlockMask.of(plan.mask, call.key_mask is not None, call.backend("selection"))
-        return cls(call.step, plan.rows, mask, plan.compensation, plan.density, means)
-
-    @property
-    def plan(self) -> AttentionPlan:
-        mask = self.mask.lists() if isinstance(self.mask, PackedBlockMask) else self.mask
-        return AttentionPlan(self.rows, mask, self.compensation, self.share)
 
 
 # A server sees any number of sizes; the tables of this many stay.
@@ -199,7 +169,7 @@ class Planner:
                 plans: dict[Any, Any] = prepared.plans
                 key: Any = select
             else:
-                plans = self._kept(call).plans
+                plans = kept_of(call).plans
                 key = (select, call.q.device, self.recipe.order.variant(call.layer))
             if key not in plans:
                 mask, state = self._make(call, select, prepared, None)
@@ -218,11 +188,11 @@ class Planner:
         """A plan of this layer and branch, which a schedule may keep for later forwards of the run."""
         schedule = self.recipe.schedule
         keep = schedule.keeps_plans and not call.repeated
-        plans = self._kept(call).plans if keep else {}
-        key = self._plan_key(call)
+        plans = kept_of(call).plans if keep else {}
+        key = plan_key(call)
         if keep and call.step.index is not None and call.step.computed is None:
             # Another package's cache may skip some blocks of a forward, and tells nobody.
-            before = self._kept(call).forwards_before(key, call.step.forward_id)
+            before = kept_of(call).forwards_before(key, call.step.forward_id)
             call.step = replace(call.step, computed=before)
         kept = plans.get(key)
         means = None
@@ -236,7 +206,7 @@ class Planner:
                 assert schedule.drift_bound is not None
                 if bool(means.change_since(kept.means, call) <= schedule.drift_bound):
                     return self._reused(call, kept)
-            memory = self._memory(call)
+            memory = memory_of(call)
             memory.keeps_base = schedule.choose_every > 0 and keep
             prepared = self._prepare(call)
             mask, state = self._make(call, select, prepared, memory)
@@ -255,7 +225,7 @@ class Planner:
         self, call: AttentionCall, select: Select, kept: KeptPlan, book: LayerRecord
     ) -> tuple[StepContext, AttentionPlan]:
         """A kept plan with blocks chosen for this call from what its search found; it keeps its age."""
-        memory = self._memory(call)
+        memory = memory_of(call)
         if memory.base is None:
             return self._reused(call, kept)
         if self.recipe.order.follows_call:
@@ -268,7 +238,7 @@ class Planner:
         book.plans_made += 1
         plan = AttentionPlan(prepared.blocks.kernel_rows, mask, state)
         chosen = replace(KeptPlan.of(call, plan), made=kept.made, chosen=call.step)
-        call.used[call.layer] = self._kept(call).plans[self._plan_key(call)] = chosen
+        call.used[call.layer] = kept_of(call).plans[plan_key(call)] = chosen
         return kept.made, plan
 
     @staticmethod
@@ -314,7 +284,7 @@ class Planner:
             return cut()  # of this call's order
         # Layers that share an order share this.
         place = ("pairs", call.q.device, self.recipe.order.variant(call.layer))
-        kept = self._kept(call).plans
+        kept = kept_of(call).plans
         found: PairMask = kept.get(place) or cut()
         kept[place] = found
         return found
@@ -339,16 +309,16 @@ class Planner:
             return made.forward_id == call.step.forward_id
         if not compensate.watches_dense or call.repeated:
             return False
-        kept = self._memory(call).left_out
+        kept = memory_of(call).left_out
         return kept is None or schedule.needs_plan(call.step, kept.made)
 
     def left_out(self, call: AttentionCall) -> LeftOut | None:
         """What the last dense step of the call's layer and branch kept for the compensation."""
-        return self._memory(call).left_out if self.recipe.compensate.watches_dense else None
+        return memory_of(call).left_out if self.recipe.compensate.watches_dense else None
 
     def keep_left_out(self, call: AttentionCall, left_out: LeftOut) -> None:
         """Keep it for later calls of the same run."""
-        self._memory(call).left_out = left_out
+        memory_of(call).left_out = left_out
 
     def memory_of_search(self, call: AttentionCall) -> LayerMemory | None:
         """Where a coming search looks for the log-sum-exp of its step's attention; None where none is of use."""
@@ -358,10 +328,10 @@ class Planner:
         assert isinstance(call.layout, TokenLayout)
         if not select.uses_lse(call.layout, call.key_mask) or any(x.requires_grad for x in (call.q, call.k, call.v)):
             return None
-        kept = self._kept(call).plans.get(self._plan_key(call))
+        kept = kept_of(call).plans.get(plan_key(call))
         if kept is not None and not schedule.needs_plan(call.step, kept.made):
             return None
-        memory = self._memory(call)
+        memory = memory_of(call)
         return memory if memory.lse is None else None
 
     def full_mask(self, call: AttentionCall) -> BlockMask:
@@ -386,22 +356,6 @@ class Planner:
         self._order_tables.clear()
         self._full_masks.clear()
         self._padding.clear()
-
-    @staticmethod
-    def _plan_key(call: AttentionCall) -> tuple[Any, ...]:
-        """Which calls of one layout and key mask may share a plan within a run."""
-        return call.layer, call.step.branch, call.q.shape[0], call.q.device
-
-    @staticmethod
-    def _kept(call: AttentionCall) -> Kept:
-        assert isinstance(call.layout, TokenLayout)
-        return call.run.kept(call.layout, call.mask, call.step.forward_id)
-
-    def _memory(self, call: AttentionCall) -> LayerMemory:
-        """The layer's memory of this run; an empty one where no step is known or a forward is repeated."""
-        if call.step.index is None or call.repeated:
-            return LayerMemory()
-        return self._kept(call).memories.setdefault(self._plan_key(call), LayerMemory())
 
     @contextmanager
     def _timed(self, part: str, device: torch.device) -> Iterator[None]:

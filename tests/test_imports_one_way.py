@@ -24,7 +24,7 @@ FLOORS = (
     ("call", "step_log"),
     ("ring_attention",),
     ("stages",),
-    ("recipe",),
+    ("recipe", "kept_plans"),
     ("presets",),
     ("extending",),
     ("planner",),
