@@ -333,7 +333,7 @@ class Engine:
             return None
         operation = _SEARCH
         parts = None if call.part is None else full_masks_around(call)
-        mask = self.planner.full_mask(call) if parts is None else parts[0]
+        mask = self.planner.tables.full_mask(call) if parts is None else parts[0]
         choice = choose_backend(
             call.q, call.k, call.v, mask, key_mask=call.key_mask, backend=self.backend, operation=operation
         )

@@ -77,7 +77,7 @@ class FrozenPlanner(Planner):
             kept: KeptPlan = plans[place][1]
             return kept.plan
         with torch.no_grad():
-            prepared = self._prepare(call)
+            prepared = self.tables.prepare(call)
             blocks = prepared.blocks
             mask = self.masks.mask(call.layer, bucket, blocks, call.key_mask, call.backend("selection"), call.heads)
             call.seen = self._cut(call, prepared)

@@ -2,10 +2,7 @@
 
 from __future__ import annotations
 
-import threading
-from collections.abc import Iterator
-from contextlib import contextmanager
-from dataclasses import dataclass, field, replace
+from dataclasses import replace
 from functools import partial
 from typing import Any
 
@@ -19,40 +16,22 @@ from .kernels.common.choice import Case, Choice, Operation, refusal
 from .kernels.mask.packed import PackedBlockMask
 from .kernels.mask.pairs import PairMask
 from .layout import StepContext, TokenLayout
+from .layout_tables import LayoutTables, Prepared
 from .plan import AttentionPlan, LayerMemory, LeftOut, SequenceBlocks
 from .recipe import Recipe
 from .records import LayerRecord
 from .ring import RingPart, RingShard
-from .run import Bounded
 from .stages.compensate.protocol import Compensation
 from .stages.drift import BlockMeans
 from .stages.select.protocol import Select
-from .stages.select.static import FullSelect
 from .timing import Stopwatch
-
-
-@dataclass(frozen=True, eq=False)
-class _Prepared:
-    """What a layout needs once: its blocks, and what a static selection worked out for them.
-
-    ``plans`` are those of static selections, which every run may use; one of a key mask belongs to its run. ``parts``
-    are shares of the processes around a ring.
-    """
-
-    blocks: SequenceBlocks
-    tables: Any
-    plans: dict[Select, KeptPlan] = field(default_factory=dict)
-    parts: dict[Any, RingPart] = field(default_factory=dict)
-
-
-# A server sees any number of sizes; the tables of this many stay.
-KEPT_LAYOUTS = 8
 
 
 class Planner:
     """Plans under one recipe. What a layout needs stays here; what a run made stays with the run of the call.
 
     Attributes:
+        tables: of the layouts.
         density: in place of the selection's own and the schedule's, while a training anneals it.
         parts: time of making plans: "order" (and what a layout needs once), "select", "compensate".
     """
@@ -61,11 +40,7 @@ class Planner:
         self.recipe = recipe
         self.density: float | None = None
         self.parts = {part: Stopwatch() for part in ("order", "select", "compensate")}
-        self._prepared: Bounded[dict[Any, _Prepared]] = Bounded(KEPT_LAYOUTS)
-        self._full_masks: Bounded[BlockMask] = Bounded(KEPT_LAYOUTS)
-        self._order_tables: Bounded[Any] = Bounded(KEPT_LAYOUTS)
-        self._padding: Bounded[torch.Tensor] = Bounded(KEPT_LAYOUTS)
-        self._lock = threading.Lock()
+        self.tables = LayoutTables(recipe, self.parts["order"])
 
     def choices(self, case: Case, backend: str) -> dict[Operation, Choice]:
         """The backend of each operation that calls of a case run, as far as the case tells.
@@ -103,13 +78,7 @@ class Planner:
                 f"{type(self.recipe.order).__name__} pads the sequence by {count} tokens, which ring attention shares "
                 "out: use ulysses_degree in place of ring_degree, or another order."
             )
-        batch, device, length = call.q.shape[0], call.q.device, call.k.shape[1]
-
-        def visible() -> torch.Tensor:
-            return (torch.arange(length + count, device=device) < length).expand(batch, -1)
-
-        # The same tensor for all layers: what hides keys is compared by content once a forward.
-        call.pad(count, self._padding.get((length, count, batch, device), visible))
+        call.pad(count, self.tables.padding(call, count))
 
     @property
     def goes_round(self) -> bool:
@@ -125,10 +94,10 @@ class Planner:
         ring = call.ring
         assert ring is not None
         with torch.no_grad(), torch.inference_mode(False):
-            prepared = self._prepare(call)
+            prepared = self.tables.prepare(call)
             part = prepared.parts.get(ring.key)
             if part is None:
-                with self._timed("order", call.q.device):
+                with self.parts["order"].timing(call.q.device):
                     part = prepared.parts[ring.key] = self._part(ring, prepared.blocks)
             if call.key_mask is not None and part.slots is not None and part.slots.dim() > 1:
                 raise ValueError(
@@ -164,7 +133,7 @@ class Planner:
     def _static_plan(self, call: AttentionCall, select: Select, book: LayerRecord) -> tuple[StepContext, AttentionPlan]:
         """A plan that all layers of one order, steps and branches share."""
         with torch.no_grad():
-            prepared = self._prepare(call)
+            prepared = self.tables.prepare(call)
             if call.mask is None:
                 plans: dict[Any, Any] = prepared.plans
                 key: Any = select
@@ -208,7 +177,7 @@ class Planner:
                     return self._reused(call, kept)
             memory = memory_of(call)
             memory.keeps_base = schedule.choose_every > 0 and keep
-            prepared = self._prepare(call)
+            prepared = self.tables.prepare(call)
             mask, state = self._make(call, select, prepared, memory)
             memory.found = None
             if not schedule.plans_after(call.step):
@@ -230,9 +199,9 @@ class Planner:
             return self._reused(call, kept)
         if self.recipe.order.follows_call:
             assert isinstance(call.layout, TokenLayout)
-            prepared = _Prepared(SequenceBlocks(call.layout, kept.rows, *select.block, call.q.device), None)
+            prepared = Prepared(SequenceBlocks(call.layout, kept.rows, *select.block, call.q.device), None)
         else:
-            prepared = self._prepare(call)
+            prepared = self.tables.prepare(call)
         mask, state = self._make(call, select, prepared, memory, anew=True)
         memory.found = None
         book.plans_made += 1
@@ -250,12 +219,12 @@ class Planner:
         self,
         call: AttentionCall,
         select: Select,
-        prepared: _Prepared,
+        prepared: Prepared,
         memory: LayerMemory | None,
         anew: bool = False,
     ) -> tuple[BlockMask, Any]:
         """A block mask, and what the compensation works out for it; ``anew``: from what a search found."""
-        with self._timed("select", call.q.device):
+        with self.parts["select"].timing(call.q.device):
             # Before the selection, whose scores and numbers are of what is seen.
             call.seen = self._cut(call, prepared)
             try:
@@ -270,11 +239,11 @@ class Planner:
         compensate = self.recipe.compensate
         if type(compensate).prepare is Compensation.prepare:  # which makes nothing: two events of the host saved
             return mask, None
-        with self._timed("compensate", call.q.device):
+        with self.parts["compensate"].timing(call.q.device):
             state = compensate.prepare(prepared.blocks, mask, call, memory)
         return mask, state
 
-    def _cut(self, call: AttentionCall, prepared: _Prepared) -> PairMask | None:
+    def _cut(self, call: AttentionCall, prepared: Prepared) -> PairMask | None:
         """The call's mask of token pairs, by the blocks of a plan."""
         if call.pairs is None:
             return None
@@ -290,7 +259,7 @@ class Planner:
         return found
 
     @staticmethod
-    def _shown(call: AttentionCall, prepared: _Prepared, mask: BlockMask) -> BlockMask:
+    def _shown(call: AttentionCall, prepared: Prepared, mask: BlockMask) -> BlockMask:
         """A mask without the token pairs that the call hides, and without rows of tokens that do not query."""
         if call.seen is None:
             querying = prepared.blocks.querying_q
@@ -334,34 +303,9 @@ class Planner:
         memory = memory_of(call)
         return memory if memory.lse is None else None
 
-    def full_mask(self, call: AttentionCall) -> BlockMask:
-        """All blocks of a layout, in the model's order."""
-        if torch.is_inference_mode_enabled():
-            with torch.inference_mode(False):
-                return self.full_mask(call)
-        assert isinstance(call.layout, TokenLayout)
-        full = FullSelect(block=(128, 128))  # the kernel is fastest at these
-        blocks = SequenceBlocks(call.layout, None, *full.block, call.q.device)
-
-        def make() -> BlockMask:
-            return full.select(blocks, None, call)
-
-        if call.key_mask is not None:
-            return make()
-        return self._full_masks.get((call.layout, call.q.device), make)
-
     def forget(self) -> None:
         """Drop every cached table; plans are dropped with their runs."""
-        self._prepared.clear()
-        self._order_tables.clear()
-        self._full_masks.clear()
-        self._padding.clear()
-
-    @contextmanager
-    def _timed(self, part: str, device: torch.device) -> Iterator[None]:
-        begin = self.parts[part].start(device)
-        yield
-        self.parts[part].stop(begin, device)
+        self.tables.clear()
 
     def _selection_choices(self, case: Case, backend: str) -> dict[Operation, Choice]:
         """The backends of the recipe's own selection; see :meth:`choices`."""
@@ -372,34 +316,3 @@ class Planner:
         select = self.recipe.select
         density = self.recipe.schedule.density(call.step) if self.density is None else self.density
         return select.of_layer(call.layer) if density is None else select.with_density(density)
-
-    def _prepare(self, call: AttentionCall) -> _Prepared:
-        assert isinstance(call.layout, TokenLayout)
-        layout, device, order, select = call.layout, call.q.device, self.recipe.order, self.recipe.select
-        if order.follows_call:
-            # Nothing to keep but the plan, and what the order worked out for the layout.
-            with self._timed("order", device):
-                tables = self._order_tables.get((layout, device), lambda: order.prepare(layout, device))
-                rows = order.rows_of_call(layout, call, tables)
-                blocks = SequenceBlocks(layout, rows, *select.block, device)
-                return _Prepared(blocks, select.prepare(blocks))
-        variant = (order.variant(call.layer), None if call.heads is None else call.heads.place)
-        # Two threads may run one transformer; the tables are built once.
-        with self._lock:
-            variants = self._prepared.get((layout, device), dict)
-            if variant not in variants:
-                with self._timed("order", device):
-                    variants[variant] = self._prepare_anew(call)
-            return variants[variant]
-
-    def _prepare_anew(self, call: AttentionCall) -> _Prepared:
-        assert isinstance(call.layout, TokenLayout)
-        layout, device, order, select = call.layout, call.q.device, self.recipe.order, self.recipe.select
-        fixed = order.rows(layout, device, call.layer)
-        heads = call.q.shape[2] if call.heads is None else call.heads.total
-        if fixed is not None and fixed.dim() == 2 and fixed.shape[0] not in (1, heads):
-            raise ValueError(f"The order of layer {call.layer} is for {fixed.shape[0]} heads, the layer has {heads}.")
-        if fixed is not None and fixed.dim() == 2 and call.heads is not None:
-            fixed = call.heads.own(fixed, 0)
-        blocks = SequenceBlocks(layout, fixed, *select.block, device)
-        return _Prepared(blocks, select.prepare(blocks))

@@ -27,6 +27,7 @@ FLOORS = (
     ("recipe", "kept_plans"),
     ("presets",),
     ("extending",),
+    ("layout_tables",),
     ("planner",),
     ("engine", "frozen_planner"),
     ("patches",),
