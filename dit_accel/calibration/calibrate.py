@@ -4,9 +4,8 @@ from __future__ import annotations
 
 import inspect
 import json
-import time
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -32,27 +31,12 @@ from ..stages.order.axis_choice import AxisScores, measure_axes
 from ..stages.select.frozen import FrozenMasks, bucket_edges
 from ..stages.select.protocol import density_of_layer, shares_per_head
 from .identity import describe, describe_pipeline
+from .progress import Clock, Progress
 from .runs import begin, run_arguments
 
 AXIS_STEPS = 3
 # Ends of the names of sums that are not of block scores.
 _AXES, _SEEN = "axes", "seen"
-
-
-@dataclass(frozen=True)
-class Progress:
-    """How far a calibration is.
-
-    Attributes:
-        done, total: denoising steps of all runs.
-        seconds_left: an estimate from the steps so far; None at the beginning.
-        stage: what is being done, in words.
-    """
-
-    done: int
-    total: int
-    seconds_left: float | None
-    stage: str
 
 
 def calibrate(
@@ -123,7 +107,7 @@ def calibrate(
         run.restore(draft)
     runs = [("axis orders", n) for n in range(min(axis_prompts, len(prompts)))] if run.axes is not None else []
     runs += [("masks", n) for n in range(len(prompts))]
-    clock = _Clock(len(runs), run.finished, progress)
+    clock = Clock(len(runs), run.finished, progress)
     for number, (stage, n) in enumerate(runs):
         if number < run.finished:
             continue
@@ -177,30 +161,6 @@ def _refuse_shares(recipe: Recipe, pipe: Any) -> None:
             shares_per_head(density_of_layer(shares, layer), None, head_shape(module)[0], torch.device("cpu"))
 
 
-@dataclass
-class _Clock:
-    """Steps done, and how long the rest will take."""
-
-    runs: int
-    run: int
-    progress: Callable[[Progress], None]
-    steps: int = 0
-    _begin: float = field(default_factory=time.perf_counter)
-    _here: int = 0
-    _before: int | None = None
-
-    def tick(self, steps: int, stage: str) -> None:
-        """After a step of a run of ``steps``."""
-        if self._before is None:
-            self._before = self.run
-        self.steps = steps
-        self._here += 1
-        spent = time.perf_counter() - self._begin
-        total = self.runs * steps
-        at = self._before * steps + self._here
-        self.progress(Progress(at, total, spent / self._here * (total - at), stage))
-
-
 class _Run:
     """The state of a calibration: what was summed up, and how many runs are in it."""
 
@@ -220,7 +180,7 @@ class _Run:
         self.orders: dict[str, AxisOrder] = {}
         self._blocks: dict[Any, tuple[SequenceBlocks, Any]] = {}
 
-    def observe(self, stage: str, arguments: dict[str, Any], clock: _Clock) -> None:
+    def observe(self, stage: str, arguments: dict[str, Any], clock: Clock) -> None:
         """One dense run of the pipeline."""
         if "callback_on_step_end" in inspect.signature(type(self.pipe).__call__).parameters:
             users = arguments.get("callback_on_step_end")

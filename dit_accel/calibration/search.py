@@ -23,8 +23,8 @@ from ..patches.handle import PatchHandle
 from ..patches.targets import transformers_of
 from ..plan import AttentionPlan
 from ..recipe import Recipe
-from .calibrate import Progress
 from .hull import interpolate, lower_hull, slope
+from .progress import Progress
 from .recording import first_forwards, first_input, record_inputs
 from .runs import asked_of, begin, run_arguments
 

@@ -16,8 +16,8 @@ import torch
 
 from .. import presets
 from ..api import patch
-from ..calibration.calibrate import Progress
 from ..calibration.identity import describe, describe_pipeline
+from ..calibration.progress import Progress
 from ..calibration.runs import run_arguments
 from ..files import refuse_unwritable_folder, write_text
 from ..quality.generation import compiles, shortened
