@@ -27,12 +27,13 @@ from .curves import JSON_NAME, PNG_NAME, Curves
 from .data import trained_transformer
 from .distribution_matching import Critic, distribution_loss, generated
 from .earlier import set_aside
-from .few_steps import FewSteps, Trajectory, denoise
+from .evaluation import Evaluation
+from .few_steps import FewSteps, Trajectory
 from .fitness import refuse_other_conditions, refuse_other_latents, refuse_unfit
 from .identity import RunIdentity, survey
 from .lent import lent
 from .noise import noise_process
-from .noisy import NoisyBatch, guided, mean_square, velocity
+from .noisy import NoisyBatch
 from .objective import annealed_density, losses
 from .tracking import Tracking, has_tensorboard
 from .trainables import Trainables
@@ -163,8 +164,6 @@ class _Loop:
         self.wrapped, self.optimizer = self.accelerator.prepare(self.model, optimizer)
         self.ema = self._average()
         self.curves = Curves()
-        self.dense_velocities: dict[int, torch.Tensor] = {}
-        self.dense_runs: dict[int, torch.Tensor] = {}
         self.process = noise_process(pipe, config.transformer, config.shift)
         few = config.objective.is_few_step
         self.trajectory = Trajectory.of(config.few_steps, self.process.shift) if few else None
@@ -184,6 +183,15 @@ class _Loop:
             device=self.accelerator.device,
             rank=self.accelerator.process_index,
             processes=self.accelerator.num_processes,
+        )
+        self.evaluation = Evaluation(
+            self.wrapped,
+            trainables,
+            self.batches,
+            trajectory=self.trajectory,
+            steps=self.few_steps,
+            guidance=config.few_steps.guidance,
+            sharded=self.sharded,
         )
         run = run.on(found, self.accelerator.num_processes)
         self.checkpoints = Checkpoints(output, self.accelerator, trainables, run, config.keep_checkpoints, self.sharded)
@@ -350,19 +358,15 @@ class _Loop:
             f"The {what} is {float(value)} at step {step + 1} (batch: {', '.join(names)}); {spelled}."
         )
 
-    # Evaluation.
-
     def _evaluate(self, step: int, measure: Callable[[int], Mapping[str, float]] | None) -> None:
-        """Paired against dense: the same samples, noise and sigmas, with and without the patch."""
+        """With averaged weights, and the recipe's own density; see :class:`Evaluation`."""
         if self.ema is not None:
             self.ema.store(self.trainables.named().values())
             self.ema.copy_to(self.trainables.named().values())
         self.handle.set_density(None)
         self.model.eval()
         with torch.no_grad():
-            numbers = self._against_dense()
-            if self.trajectory is not None:
-                numbers["few_step_distance"] = self._against_teacher(self.trajectory)
+            numbers = self.evaluation.numbers()
             if measure is not None:
                 numbers |= measure(step)
                 self.pipe.scheduler.num_inference_steps = None
@@ -370,54 +374,6 @@ class _Loop:
         if self.ema is not None:
             self.ema.restore(self.trainables.named().values())
         self.curves.evaluations.append({"step": step, **numbers})
-
-    def _against_dense(self) -> dict[str, float]:
-        error = norm = flow = dense_flow = 0.0
-        for number, batch in enumerate(self.batches.evaluation()):
-            got, wanted = velocity(self.wrapped, batch), self._dense_velocity(number, batch)
-            error += float((got - wanted).square().sum())
-            norm += float(wanted.square().sum())
-            flow += float(mean_square(got, batch.target, batch.noised)) * len(got)
-            dense_flow += float(mean_square(wanted, batch.target, batch.noised)) * len(got)
-        count = self.batches.evaluated
-        return {
-            "velocity_error": math.sqrt(error / norm) if norm else math.nan,
-            "flow_loss": flow / count,
-            "dense_flow_loss": dense_flow / count,
-        }
-
-    def _against_teacher(self, trajectory: Trajectory) -> float:
-        """Relative distance of clips made in few steps to those of the teacher's whole run from the same noise.
-
-        Distribution matching does not ask for the same clip: there it need not fall to nothing.
-        """
-        error = norm = 0.0
-        steps = self.few_steps
-        assert steps is not None
-        guidance = self.config.few_steps.guidance
-        for number, batch in enumerate(self.batches.runs()):
-            noise = batch.noise()
-            if number not in self.dense_runs:
-                with self.trainables.dense_teacher(frozen=True):
-                    told = lambda x, level, b=batch: guided(self.wrapped, b.at(x, level), guidance)  # noqa: E731
-                    self.dense_runs[number] = denoise(told, noise, trajectory.levels[:-1]).cpu()
-            wanted = self.dense_runs[number].to(noise.device)
-            told = lambda x, level, b=batch: velocity(self.wrapped, b.at(x, level))  # noqa: E731
-            got = denoise(told, noise, steps.sigmas, batch.noise if steps.renoise else None)
-            error += float((got - wanted).square().sum())
-            norm += float(wanted.square().sum())
-        return math.sqrt(error / norm) if norm else math.nan
-
-    def _dense_velocity(self, number: int, batch: NoisyBatch) -> torch.Tensor:
-        """Of the dense model before the training, which is computed once; of the present one where shards
-        cannot be taken back."""
-        if self.sharded:
-            with self.trainables.dense_teacher(frozen=False):
-                return velocity(self.wrapped, batch)
-        if number not in self.dense_velocities:
-            with self.trainables.dense_teacher(frozen=True):
-                self.dense_velocities[number] = velocity(self.wrapped, batch).cpu()
-        return self.dense_velocities[number].to(batch.target.device)
 
     # Ends.
 
