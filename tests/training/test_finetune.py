@@ -17,7 +17,8 @@ import dit_accel
 from dit_accel.stages.select.learned import Learned
 from dit_accel.training.config import FinetuneConfig
 from dit_accel.training.few_steps import FewStepConfig
-from dit_accel.training.finetune import TrainingStopped, finetune, rate_factor
+from dit_accel.training.finetune import TrainingStopped, finetune
+from dit_accel.training.loop import rate_factor
 from dit_accel.training.objective import OBJECTIVES, Objective, annealed_density, objective_for
 from tests.recipes import POOLED, SMALL_TILES
 from tests.tiny import TINY
