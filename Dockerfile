@@ -1,6 +1,6 @@
-# An image with dit_accel and its command line, from the wheel in dist/:
+# An image with dit_accel, its command line and its models, from the wheels in dist/:
 #
-#     python -m build --wheel
+#     python -m build --wheel --outdir dist . && python -m build --wheel --outdir dist models
 #     docker build -t dit-accel .
 #     docker run --gpus all -v "$PWD/outputs:/outputs" dit-accel generate --prompt "..." --out /outputs/clip.mp4
 FROM python:3.11-slim
@@ -11,9 +11,9 @@ RUN apt-get update \
     && rm -rf /var/lib/apt/lists/*
 
 COPY constraints.txt dist/*.whl /tmp/
-# The wheel's name holds its version: the shell finds it, and pip wants the extra behind it.
-RUN wheel=$(ls /tmp/*.whl) \
-    && pip install --no-cache-dir --constraint /tmp/constraints.txt "${wheel}[cli,compile]" \
+# A wheel's name holds its version: the shell finds it, and pip wants the extras behind it.
+RUN wheel=$(ls /tmp/dit_accel-*.whl) \
+    && pip install --no-cache-dir --constraint /tmp/constraints.txt "${wheel}[cli,compile]" /tmp/dit_accel_models-*.whl \
     && rm /tmp/*.whl /tmp/constraints.txt
 
 # Nobody needs to be root to use a GPU.

@@ -17,16 +17,19 @@ else:
     import tomllib
 
 ROOT = Path(__file__).parent.parent
-PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]
 
 
 def _text(name: str) -> str:
     return (ROOT / name).read_text(encoding="utf-8")
 
 
+PROJECT = tomllib.loads(_text("pyproject.toml"))["project"]
+MODELS = tomllib.loads(_text("models/pyproject.toml"))
+
+
 def test_one_version_everywhere() -> None:
     comfyui = tomllib.loads(_text("integrations/comfyui/pyproject.toml"))["project"]["version"]
-    models = tomllib.loads(_text("models/pyproject.toml"))["project"]
+    models = MODELS["project"]
     (cited,) = re.findall(r"^version: (\S+)$", _text("CITATION.cff"), re.MULTILINE)
     assert PROJECT["version"] == dit_accel.__version__ == comfyui == models["version"] == cited
     assert models["dependencies"] == [f"dit-accel[cli]=={PROJECT['version']}"]
@@ -49,6 +52,36 @@ def test_core_dependencies_are_what_patch_needs() -> None:
     (triton,) = (one for one in PROJECT["dependencies"] if one.startswith("triton"))
     assert "platform_system == 'Linux'" in triton
     assert {"cli", "quality", "train", "compile", "ui", "fa4"} <= set(PROJECT["optional-dependencies"])
+
+
+def test_weights_are_apart() -> None:
+    """The wheel is code alone; the other holds all that lies beside it, and neither asks for the other unasked."""
+    files = [path for path in (ROOT / "dit_accel").rglob("*") if path.is_file() and "__pycache__" not in path.parts]
+    assert {path.suffix for path in files} == {".py", ".json", ".typed"}
+    assert sum(path.stat().st_size for path in files) < 10e6
+    data = MODELS["tool"]["setuptools"]["package-data"]["dit_accel_models"]
+    there = {path.name for path in (ROOT / "models" / "dit_accel_models").glob("embedded*")}
+    assert {"embedded", "embedded_adapters"} <= there <= {pattern.removesuffix("/**/*") for pattern in data}
+    extras = PROJECT["optional-dependencies"]
+    assert [name for name, asked in extras.items() if any("dit-accel-models" in one for one in asked)] == ["models"]
+
+
+def test_both_are_of_one_kind() -> None:
+    models = MODELS["project"]
+    assert {name: models[name] for name in ("license", "license-files", "requires-python")} == {
+        name: PROJECT[name] for name in ("license", "license-files", "requires-python")
+    }
+    assert _text("models/LICENSE") == _text("LICENSE")
+    assert "](" not in _text("models/README.md"), "an index of packages knows no path of the checkout"
+
+
+@pytest.mark.parametrize("page", ["README.md", "docs/install.md", "models/README.md"])
+def test_the_command_installs_both(page: str) -> None:
+    """What the first asks for is the second; nothing of either is on an index yet."""
+    assert re.search(r'^pip install \./models "\.\[cli\]"', _text(page), re.MULTILINE)
+    (asked,) = (Requirement(one) for one in MODELS["project"]["dependencies"])
+    assert (asked.name, asked.extras) == (PROJECT["name"], {"cli"})
+    assert asked.specifier.contains(PROJECT["version"])
 
 
 @pytest.mark.parametrize(

@@ -155,6 +155,8 @@ def _show(data: dict[str, Any]) -> None:
     from rich.table import Table
     from rich.text import Text
 
+    from ..pipelines.companion import NAMES, absent, find_folder
+
     console = plain_console()
     device = data["device"]
     facts = f"{device['name']} ({', '.join(f'{k} {v}' for k, v in device.items())})"
@@ -192,6 +194,8 @@ def _show(data: dict[str, Any]) -> None:
     models = table("Built-in models", "name", "what it is", "adapters")
     for row in data["models"]:
         models.add_row(row["name"], row["description"], ", ".join(row["adapters"]) or "-")
+    if find_folder(NAMES[0]) is None:
+        models.caption = absent(f"The model {NAMES[0]!r}")
     architectures = table("Architectures for bench", "name", "blocks", "default size")
     for row in data["architectures"]:
         width, height, frames = row["size"]

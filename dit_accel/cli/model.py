@@ -12,12 +12,16 @@ if TYPE_CHECKING:
 
 
 def choose_model(model: str | None) -> tuple[str, Builtin | None]:
-    """Name, and built-in description if it is one; without a name the best built-in model. Nothing is loaded."""
-    from ..pipelines.builtin import builtins
+    """Name, and built-in description if it is one; without a name the best built-in model. Nothing is loaded.
 
-    offered = builtins()
-    name = next(iter(offered)) if model is None else model
-    return name, offered.get(name)
+    Raises:
+        ValueError: a built-in model whose weights are not installed.
+    """
+    from ..pipelines.builtin import builtin_named
+    from ..pipelines.companion import NAMES
+
+    name = NAMES[0] if model is None else model
+    return name, builtin_named(name)
 
 
 def will_make_video(name: str, builtin: Builtin | None) -> bool | None:

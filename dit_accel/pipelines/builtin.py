@@ -1,14 +1,13 @@
-"""Models that come with the package, or with dit-accel-models, by name: nothing is downloaded for them."""
+"""Models that have a name: the trained ones of dit-accel-models, and a random one. Nothing is downloaded for them."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
-from functools import partial
-from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from .companion import NAMES, absent, adapters, find_folder
 from .settings import Settings
 
 if TYPE_CHECKING:
@@ -41,28 +40,6 @@ def _random_wan(dtype: torch.dtype | None) -> Any:
     return WanPipeline.of(build_random_wan(dtype), RANDOM_WAN.settings)
 
 
-def _embedded(dtype: torch.dtype | None) -> Any:
-    from .embedded_model import load_embedded
-
-    return load_embedded(dtype)
-
-
-def _companions() -> dict[str, Builtin]:
-    """The models of ``dit-accel-models`` that are installed, by name."""
-    from . import companion, embedded_image, embedded_long
-
-    modules = {
-        "embedded-long": (embedded_long, embedded_long.load_embedded_long),
-        "embedded-image": (embedded_image, embedded_image.load_embedded_image),
-    }
-    found = {}
-    for name in companion.NAMES:
-        folder, (module, loaded) = companion.folder_of(name), modules[name]
-        if folder is not None:
-            found[name] = Builtin(name, module.DESCRIPTION, module.SETTINGS, partial(loaded, folder))
-    return found
-
-
 RANDOM_WAN = Builtin(
     name="random-wan",
     description="a small Wan pipeline with RANDOM weights: it shows speed, not pictures",
@@ -72,18 +49,31 @@ RANDOM_WAN = Builtin(
 
 
 def builtins() -> dict[str, Builtin]:
-    """The built-in models by name, the best first."""
-    found = {}
-    if find_spec("dit_accel.pipelines.embedded_model") is not None:
-        from . import embedded_model
+    """The built-in models whose weights are at hand, by name, the best first."""
+    from . import embedded_image, embedded_long, embedded_model
 
-        found["embedded"] = Builtin(
-            name="embedded",
-            description=embedded_model.DESCRIPTION,
-            settings=embedded_model.SETTINGS,
-            build=_embedded,
-            adapters=embedded_model.adapters(),
-        )
-        found |= _companions()
+    trained = {
+        "embedded": (embedded_model, embedded_model.load_embedded),
+        "embedded-long": (embedded_long, embedded_long.load_embedded_long),
+        "embedded-image": (embedded_image, embedded_image.load_embedded_image),
+    }
+    found = {}
+    for name in NAMES:
+        if find_folder(name) is not None:
+            module, load = trained[name]
+            own = adapters() if name == "embedded" else {}
+            found[name] = Builtin(name, module.DESCRIPTION, module.SETTINGS, load, own)
     found[RANDOM_WAN.name] = RANDOM_WAN
+    return found
+
+
+def builtin_named(name: str) -> Builtin | None:
+    """The built-in model of a name; None for what may be a folder or an id of the hub.
+
+    Raises:
+        ValueError: its weights are not installed; the message says what brings them.
+    """
+    found = builtins().get(name)
+    if found is None and name in NAMES and not Path(name).is_dir():
+        raise ValueError(absent(f"The model {name!r}"))
     return found

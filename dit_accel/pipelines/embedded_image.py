@@ -9,8 +9,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from .companion import DISTRIBUTION
-from .embedded_model import FOLDER, check_files
+from .companion import check_files, folder_of
 from .settings import Settings
 
 if TYPE_CHECKING:
@@ -21,18 +20,19 @@ SETTINGS = Settings(width=1024, height=1024, frames=None, steps=20, guidance=2.0
 PROMPT_TOKENS = 64
 
 
-def load_embedded_image(folder: Path, dtype: torch.dtype | None = None) -> Any:
-    """Load the pipeline from a folder of ``dit-accel-models``; never touches the network.
+def load_embedded_image(dtype: torch.dtype | None = None, folder: Path | None = None) -> Any:
+    """Load the pipeline from ``dit-accel-models``; never touches the network.
 
     Args:
-        folder: of the model.
         dtype: of the transformer and the text encoders; bfloat16, as stored, if None. The autoencoder is float32.
+        folder: another copy of the model's folder.
 
     Returns:
         A ``FluxKontextPipeline`` on the CPU, whose call has :data:`SETTINGS` as its defaults.
 
     Raises:
-        FileNotFoundError, ValueError: see :func:`~dit_accel.pipelines.embedded_model.check_files`.
+        ValueError: that, or the autoencoder of ``embedded``, is not installed.
+        FileNotFoundError, ValueError: see :func:`~dit_accel.pipelines.companion.check_files`.
     """
     import diffusers
     import torch
@@ -42,13 +42,14 @@ def load_embedded_image(folder: Path, dtype: torch.dtype | None = None) -> Any:
     from .dtypes import dtype_argument
     from .image_autoencoder import ImageAutoencoder
 
-    check_files(folder, DISTRIBUTION)
+    folder = folder_of("embedded-image") if folder is None else folder
+    check_files(folder)
     given = dtype_argument(torch.bfloat16 if dtype is None else dtype)
     tokenizer = transformers.PreTrainedTokenizerFast
     # Part by part: reading them all at once, the pipeline would say that two of them are not FLUX's own.
     pipe = diffusers.FluxKontextPipeline(
         scheduler=diffusers.FlowMatchEulerDiscreteScheduler.from_pretrained(folder / "scheduler"),
-        vae=ImageAutoencoder.of(FOLDER / "vae"),
+        vae=ImageAutoencoder.of(folder_of("embedded") / "vae"),
         text_encoder=transformers.CLIPTextModel.from_pretrained(folder / "text_encoder", **given),
         tokenizer=tokenizer.from_pretrained(folder / "tokenizer"),
         text_encoder_2=transformers.UMT5EncoderModel.from_pretrained(folder / "text_encoder_2", **given),

@@ -8,8 +8,7 @@ from typing import Any
 
 import torch
 
-from .builtin import builtins
-from .companion import NAMES, absent
+from .builtin import builtin_named, builtins
 from .dtypes import dtype_argument
 
 HUB_ID = re.compile(r"[\w.-]+/[\w.-]+")
@@ -33,13 +32,8 @@ def load(name_or_path: str, *, dtype: torch.dtype | None = None, device: str | t
     target = None if device is None else torch.device(device)
     if dtype is None:
         dtype = usual_dtype(target or torch.device("cpu"))
-    offered = builtins()
-    if name_or_path in offered:
-        pipe = offered[name_or_path].build(dtype)
-    elif name_or_path in NAMES and not Path(name_or_path).is_dir():
-        raise ValueError(absent(name_or_path))
-    else:
-        pipe = _from_pretrained(name_or_path, dtype, list(offered))
+    builtin = builtin_named(name_or_path)
+    pipe = _from_pretrained(name_or_path, dtype) if builtin is None else builtin.build(dtype)
     return pipe if target is None else pipe.to(target)
 
 
@@ -50,7 +44,7 @@ def usual_dtype(device: torch.device) -> torch.dtype:
     return torch.bfloat16 if device.type != "cpu" or amx() else torch.float32
 
 
-def _from_pretrained(name_or_path: str, dtype: torch.dtype, offered: list[str]) -> Any:
+def _from_pretrained(name_or_path: str, dtype: torch.dtype) -> Any:
     from diffusers import DiffusionPipeline
 
     from .call_defaults import KEY, WanPipeline
@@ -61,7 +55,7 @@ def _from_pretrained(name_or_path: str, dtype: torch.dtype, offered: list[str]) 
             raise ValueError(f"The folder {name_or_path} holds no pipeline: it has no model_index.json.")
     elif not HUB_ID.fullmatch(name_or_path):
         raise ValueError(
-            f"{name_or_path!r} is neither a built-in model ({', '.join(offered)}), nor a folder, nor a hub "
+            f"{name_or_path!r} is neither a built-in model ({', '.join(builtins())}), nor a folder, nor a hub "
             "id (owner/name)."
         )
     try:

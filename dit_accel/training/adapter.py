@@ -18,7 +18,7 @@ from ..patches.handle import PatchHandle
 from ..patches.learned import is_learned
 from ..patches.targets import handle_of, self_attentions, transformers_of
 from ..patches.weights import plain_name, stored_parameters, unfused
-from ..pipelines.embedded_model import adapters
+from ..pipelines.companion import ADAPTERS, absent, adapters
 from ..presets import resolve
 from ..recipe import Recipe
 from .accepted import other_recipe
@@ -189,8 +189,13 @@ def load_adapter(
 
 
 def _built_in(name: str | Path) -> Path | None:
-    """The folder of an adapter that comes with the package; None for what is no such name, or lies in the way."""
-    return None if Path(name).exists() else adapters().get(str(name))
+    """The folder of an adapter of the built-in model; None for what is no such name, or lies in the way."""
+    if str(name) not in ADAPTERS or Path(name).exists():
+        return None
+    folder = adapters().get(str(name))
+    if folder is None:
+        raise ValueError(absent(f"The adapter {str(name)!r}"))
+    return folder
 
 
 def _load_published(

@@ -73,7 +73,7 @@ def write(pipeline: Any, out: Path) -> None:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--ema", type=Path, default=Path("runs/transformer"))
-    parser.add_argument("--vae", type=Path, help="autoencoder to put in; none for a model of dit-accel-models")
+    parser.add_argument("--vae", type=Path, help="autoencoder to put in; none where it is that of `embedded`")
     parser.add_argument("--out", type=Path, default=Path("runs/pipeline"))
     args = parser.parse_args()
     write(put_together(args.ema, args.vae), args.out)

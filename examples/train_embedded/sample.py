@@ -57,12 +57,12 @@ def bouncing_scenes(count: int, seed: int = 8) -> list[Scene]:
 
 
 def load_pipeline(folder: Path, device: str) -> Any:
-    """A saved pipeline, whose autoencoder is the package's where it has none."""
+    """A saved pipeline, whose autoencoder is the embedded model's where it has none."""
     if (folder / "vae").is_dir():
         pipeline = WanPipeline.from_pretrained(folder, torch_dtype=torch.bfloat16)
     else:
         kind = json.loads((folder / "model_index.json").read_text())["_class_name"]
-        pipeline = (load_embedded_long if kind == "WanPipeline" else load_embedded_image)(folder, torch.bfloat16)
+        pipeline = (load_embedded_long if kind == "WanPipeline" else load_embedded_image)(torch.bfloat16, folder)
     pipeline.set_progress_bar_config(disable=True)
     return pipeline.to(device)
 

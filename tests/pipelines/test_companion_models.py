@@ -1,4 +1,4 @@
-"""Models of dit-accel-models, made here with random weights: they load by name, run, and are missed in one sentence."""
+"""The two larger models of dit-accel-models, made here with random weights: they load by name and run."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ import dit_accel
 from dit_accel.cli.main import app
 from dit_accel.pipelines import load
 from dit_accel.pipelines.builtin import builtins
-from dit_accel.pipelines.embedded_model import FOLDER
+from dit_accel.pipelines.companion import folder_of
 from dit_accel.pipelines.image_autoencoder import ImageAutoencoder
 
 EXAMPLES = Path(__file__).parents[2] / "examples" / "train_embedded"
@@ -74,23 +74,6 @@ def call(pipe: Any, **more: Any) -> Any:
     plain = {"height": 64, "width": 96, "num_inference_steps": 2, "output_type": "np"}
     pipe.set_progress_bar_config(disable=True)
     return pipe(prompt="a red car in a forest", generator=torch.Generator().manual_seed(0), **(plain | more))
-
-
-@pytest.mark.parametrize("name", list(BUILT))
-def test_a_missing_model_is_said_in_one_sentence(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(sys, "path", [p for p in sys.path if not (Path(p) / "dit_accel_models").is_dir()])
-    monkeypatch.delitem(sys.modules, "dit_accel_models", raising=False)
-    assert name not in builtins()
-    with pytest.raises(ValueError, match=rf"'{name}'.*dit-accel-models.*pip install \./models"):
-        load(name)
-
-
-def test_a_package_without_weights_has_no_models(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    (tmp_path / "dit_accel_models").mkdir()
-    (tmp_path / "dit_accel_models" / "__init__.py").touch()
-    monkeypatch.delitem(sys.modules, "dit_accel_models", raising=False)
-    monkeypatch.syspath_prepend(str(tmp_path))
-    assert list(builtins()) == ["embedded", "random-wan"]
 
 
 def test_both_are_built_in_behind_the_first(package: Path) -> None:
@@ -176,8 +159,8 @@ def test_image_latents_are_those_of_the_training() -> None:
     """Against Wan's own autoencoder and its statistics, of one frame."""
     import diffusers
 
-    stock = diffusers.AutoencoderKLWan.from_pretrained(FOLDER / "vae")
-    ours = ImageAutoencoder.of(FOLDER / "vae")
+    stock = diffusers.AutoencoderKLWan.from_pretrained(folder_of("embedded") / "vae")
+    ours = ImageAutoencoder.of(folder_of("embedded") / "vae")
     image = torch.rand(2, 3, 32, 48, generator=torch.Generator().manual_seed(0)) * 2 - 1
     with torch.no_grad():
         posterior = ours.encode(image).latent_dist

@@ -13,8 +13,9 @@ import pytest
 import torch
 from PIL import Image, ImageDraw
 
-from dit_accel.pipelines.embedded_model import FOLDER
+from dit_accel.pipelines.companion import folder_of
 
+AUTOENCODER = str(folder_of("embedded") / "vae")
 EXAMPLES = Path(__file__).parents[2] / "examples" / "train_embedded"
 VIDEO = [
     "--patch",
@@ -70,7 +71,7 @@ def run(sprites: Path, out: Path, *words: str) -> Any:
     """The trainer after a run of the script's own loop."""
     from train_transformer import build_trainer, read_arguments, train
 
-    common = ["--sprites", str(sprites), "--vae", str(FOLDER / "vae"), "--seconds", "1e9", "--out", str(out)]
+    common = ["--sprites", str(sprites), "--vae", AUTOENCODER, "--seconds", "1e9", "--out", str(out)]
     args = read_arguments([*common, *words])
     out.mkdir(parents=True, exist_ok=True)
     trainer = build_trainer(args, torch.device("cpu"))
@@ -107,7 +108,7 @@ def test_interrupted_and_resumed_equals_uninterrupted(tmp_path: Path, sprites: P
 def build(sprites: Path, *words: str) -> Any:
     from train_transformer import build_trainer, read_arguments
 
-    common = ["--sprites", str(sprites), "--vae", str(FOLDER / "vae")]
+    common = ["--sprites", str(sprites), "--vae", AUTOENCODER]
     return build_trainer(read_arguments([*common, *words]), torch.device("cpu"))
 
 

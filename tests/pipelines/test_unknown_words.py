@@ -9,13 +9,13 @@ import pytest
 from transformers import AutoTokenizer
 
 import dit_accel
-from dit_accel.pipelines import embedded_model, load
+from dit_accel.pipelines import companion, load
 from dit_accel.pipelines.unknown_words import note_on, unknown_words
 
 
 @pytest.fixture(scope="module")
 def embedded() -> SimpleNamespace:
-    return SimpleNamespace(tokenizer=AutoTokenizer.from_pretrained(embedded_model.FOLDER / "tokenizer"))
+    return SimpleNamespace(tokenizer=AutoTokenizer.from_pretrained(companion.folder_of("embedded") / "tokenizer"))
 
 
 @pytest.mark.parametrize(
