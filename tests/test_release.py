@@ -80,9 +80,8 @@ def test_the_command_installs_both(page: str) -> None:
     """Nothing of either is on an index yet, so that neither may ask for the other there."""
     assert re.search(r'^pip install \./models "\.\[cli\]"', _text(page), re.MULTILINE)
     assert MODELS["project"]["dependencies"] == []
-    assert not any(
-        "dit-accel-models" in one for one in (*PROJECT["dependencies"], *PROJECT["optional-dependencies"]["cli"])
-    )
+    asked = (*PROJECT["dependencies"], *PROJECT["optional-dependencies"]["cli"])
+    assert not any("dit-accel-models" in one for one in asked)
 
 
 @pytest.mark.parametrize(
