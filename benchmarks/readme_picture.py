@@ -66,6 +66,7 @@ def psnr(dense: np.ndarray, other: np.ndarray) -> float:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--steps", type=int, default=30)
+    parser.add_argument("--count", type=int, default=len(PROMPTS), help="the first prompts only")
     parser.add_argument("--parts", type=Path, default=Path("outputs/readme_picture"))
     parser.add_argument("--out", type=Path, default=Path("docs/images/dense_default_fast.webp"))
     asked = parser.parse_args()
@@ -75,14 +76,14 @@ def main() -> None:
     settings = vars(builtins()["embedded"].settings) | {"steps": asked.steps}
     generate(pipe, PROMPTS[0], **settings | {"steps": 1})  # what only a first run does
     rows: dict[str, list[tuple[np.ndarray, float]]] = {label: [] for label in RECIPES}
-    for seed, prompt in enumerate(PROMPTS):
+    for seed, prompt in enumerate(PROMPTS[: asked.count]):
         for label, recipe in RECIPES.items():
             made = partial(clip, pipe, recipe, prompt, seed, settings)
             rows[label].append(kept(asked.parts / f"{asked.steps}-{seed}-{recipe}.npz", made))
     dense = np.stack([frames for frames, _ in next(iter(rows.values()))])
     font = ImageFont.load_default(15)
     frames, height, width = dense.shape[1:4]
-    pages = [Image.new("RGB", (width * len(PROMPTS), (height + MARGIN) * len(rows)), "white") for _ in range(frames)]
+    pages = [Image.new("RGB", (width * asked.count, (height + MARGIN) * len(rows)), "white") for _ in range(frames)]
     for row, (label, made) in enumerate(rows.items()):
         top = row * (height + MARGIN)
         text = f"{label}: {np.mean([seconds for _, seconds in made]):.0f} s a clip"
