@@ -1,8 +1,8 @@
 """All other code of the pages: what is Python runs, what is a command is understood.
 
 The pages that begin have their code run in `test_readme`, that of extending in `test_docs_site`. Here long work is
-made short (fewer steps, a smaller size). What needs a hub, several GPUs or another package has a stand-in that takes what
-the real thing takes.
+made short (fewer steps, a smaller size). What needs a hub, several GPUs or another package has a stand-in that takes
+what the real thing takes.
 """
 
 from __future__ import annotations

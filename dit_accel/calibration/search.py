@@ -20,6 +20,7 @@ from ..call import AttentionCall
 from ..engine import Engine, OutputTap
 from ..parts import Parts
 from ..patches.handle import PatchHandle
+from ..patches.said_once import said_once
 from ..patches.targets import transformers_of
 from ..plan import AttentionPlan
 from ..recipe import Recipe
@@ -247,6 +248,7 @@ class Found:
     predicted_uniform: float
 
 
+@said_once()
 def search(
     pipe: Any,
     prompts: Sequence[Any],

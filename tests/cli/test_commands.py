@@ -52,10 +52,16 @@ def test_info_lists_everything() -> None:
 
 
 def test_info_as_text() -> None:
-    result = run("info", "--device", "cpu")
-    assert result.exit_code == 0
+    short = run("info", "--device", "cpu")
+    assert short.exit_code == 0
+    for word in ("Backends", "HunyuanVideo", "pooled", "wan2.1-1.3b", "random-wan", "dit-accel info --all"):
+        assert word in short.stdout
+    assert len(short.stdout.splitlines()) < 100, "what runs here is not scrolled away"
+    whole = run("info", "--device", "cpu", "--all")
+    assert whole.exit_code == 0
     for word in ("Backends", "HunyuanVideoTransformer3DModel", "pooled", "select.density=0.2", "random-wan"):
-        assert word in result.stdout
+        assert word in whole.stdout
+    assert len(whole.stdout.splitlines()) > 200
 
 
 def test_bench_measures_both_variants(tmp_path: Path) -> None:
