@@ -2,10 +2,10 @@
 
     python benchmarks/readme_picture.py [--steps 30] [--parts outputs/readme_picture]
 
-Same prompts, same seeds. Each row says how near it is to the first one, the mean PSNR of its clips, and how long one of
-them took: seconds of one processor core, text encoder and decoding included. They are of the process itself, so that
-other work on the machine moves them little; rows take turns at each prompt. Clips in the folder of parts are not made
-again.
+A row is of one prompt and seed. Each column says how near it is to the first one, the mean PSNR of its clips, and how
+long one of them took: seconds of one processor core, text encoder and decoding included. They are of the process
+itself, so that other work on the machine moves them little; the columns take turns at each prompt. Clips in the
+folder of parts are not made again.
 """
 
 from __future__ import annotations
@@ -32,9 +32,9 @@ PROMPTS = (
     "a ghost bouncing over the desert",
     "two yellow stars bouncing in space",
 )
-# The rows; the default recipe stays dense below a few thousand tokens by itself, and is named here.
+# The columns; the default recipe stays dense below a few thousand tokens by itself, and is named here.
 RECIPES = {"dense": "dense", "patch(pipe), density 0.3": "mass", 'patch(pipe, "fast")': "fast"}
-MARGIN = 22
+MARGIN = 44
 
 
 def kept(part: Path, make: Callable[[], tuple[np.ndarray, float]]) -> tuple[np.ndarray, float]:
@@ -75,25 +75,24 @@ def main() -> None:
     pipe = load("embedded")
     settings = vars(builtins()["embedded"].settings) | {"steps": asked.steps}
     generate(pipe, PROMPTS[0], **settings | {"steps": 1})  # what only a first run does
-    rows: dict[str, list[tuple[np.ndarray, float]]] = {label: [] for label in RECIPES}
+    columns: dict[str, list[tuple[np.ndarray, float]]] = {label: [] for label in RECIPES}
     for seed, prompt in enumerate(PROMPTS[: asked.count]):
         for label, recipe in RECIPES.items():
             made = partial(clip, pipe, recipe, prompt, seed, settings)
-            rows[label].append(kept(asked.parts / f"{asked.steps}-{seed}-{recipe}.npz", made))
-    dense = np.stack([frames for frames, _ in next(iter(rows.values()))])
+            columns[label].append(kept(asked.parts / f"{asked.steps}-{seed}-{recipe}.npz", made))
+    dense = np.stack([frames for frames, _ in next(iter(columns.values()))])
     font = ImageFont.load_default(15)
-    frames, height, width = dense.shape[1:4]
-    pages = [Image.new("RGB", (width * asked.count, (height + MARGIN) * len(rows)), "white") for _ in range(frames)]
-    for row, (label, made) in enumerate(rows.items()):
-        top = row * (height + MARGIN)
-        text = f"{label}: {np.mean([seconds for _, seconds in made]):.0f} s a clip"
-        if row:
-            text += f", {psnr(dense, np.stack([one for one, _ in made])):.1f} dB PSNR to dense"
+    prompts, frames, height, width = dense.shape[:4]
+    pages = [Image.new("RGB", (width * len(columns), MARGIN + height * prompts), "white") for _ in range(frames)]
+    for place, (label, made) in enumerate(columns.items()):
+        text = f"{label}\n{np.mean([seconds for _, seconds in made]):.0f} s a clip"
+        if place:
+            text += f", {psnr(dense, np.stack([one for one, _ in made])):.1f} dB to dense"
         print(text, flush=True)
         for frame, page in enumerate(pages):
-            ImageDraw.Draw(page).text((3, top + 2), text, fill="black", font=font)
-            for column, (one, _) in enumerate(made):
-                page.paste(Image.fromarray(one[frame]), (column * width, top + MARGIN))
+            ImageDraw.Draw(page).text((place * width + 4, 3), text, fill="black", font=font)
+            for row, (one, _) in enumerate(made):
+                page.paste(Image.fromarray(one[frame]), (place * width, MARGIN + row * height))
     pages[0].save(asked.out, save_all=True, append_images=pages[1:], duration=1000 // 12, loop=0, quality=82, method=6)
 
 
