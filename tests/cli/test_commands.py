@@ -244,13 +244,18 @@ def test_one_run_of_each_has_no_spread(runs: list[tuple[int, str]], tmp_path: Pa
     result = run(*GENERATE, *SMALL, "--recipe", "dense", "--compare-dense", "--out", str(tmp_path / "cat.mp4"))
     assert result.exit_code == 0, result.stderr
     assert [steps for steps, _ in runs] == [2, 2, 3, 3]
-    assert "2 untimed steps of each side, then one run of each, which has no spread" in result.stdout
+    assert "2 untimed steps of each side, then one run of each, which has no spread" in " ".join(result.stdout.split())
+    assert "note: nothing was accelerated" in result.stdout
+    assert max(len(line) for line in result.stdout.splitlines() if str(tmp_path) not in line) <= 80
     assert " to " not in next(line for line in result.stdout.splitlines() if line.startswith("speed-up"))
     few = run_json(
         *GENERATE, *SMALL, "--steps", "1", "--recipe", "dense", "--compare-dense", "--out", str(tmp_path / "c.mp4")
     )
     assert few["turns"]["warm_up_steps_of_each_side"] == 1
     assert few["speedup_range"] is None
+    sparse = run(*GENERATE, *SMALL, "--recipe", "pooled", "--compare-dense", "--out", str(tmp_path / "d.mp4"))
+    assert "sparse calls at density" in sparse.stdout
+    assert "nothing was accelerated" not in sparse.stdout
 
 
 @pytest.mark.parametrize("recipe", ["mass", "pooled;schedule.refresh_every=100"])
