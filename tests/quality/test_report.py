@@ -237,6 +237,21 @@ def test_side_by_side_refuses_unequal_clips() -> None:
         side_by_side([torch.zeros(1, 8, 8, 3), torch.zeros(2, 8, 8, 3)], ["a", "b"], "")
 
 
+def test_a_label_stays_over_its_own_clip() -> None:
+    """Also one that is wider: the columns between two clips hold nothing, and the number at its end is kept."""
+    clips = [torch.zeros(1, 40, 220, 3, dtype=torch.uint8)] * 2
+    films = [
+        side_by_side(clips, [f"{'pooled;select.density=0.1;' * 3}  {ratio}x", "mass  1.00x"], "").numpy()[0]
+        for ratio in ("2.11", "2.77")
+    ]
+    head = films[0][:30]
+    assert (head[:, 8 + 220 : 8 + 220 + 8] == head[0, 0]).all()
+    assert (head[:, 150:228] != head[0, 0]).any()
+    assert (films[0] != films[1]).any(), "the number is gone"
+    short = side_by_side(clips, ["dense", "mass"], "").numpy()[0]
+    assert (short[:30, 100:228] == short[0, 0]).all()
+
+
 def _points(*values: tuple[float, float]) -> list[ParetoPoint]:
     return [ParetoPoint(f"r{i}", _interval(s), _interval(f), i) for i, (s, f) in enumerate(values)]
 
