@@ -388,6 +388,7 @@ class Engine:
                 return reason
         elif (call.layout, call.q.device) not in self._seen_layouts:
             self._advise(call.layout, call.q.device)
+        self.planner.refuse(call)
         return self.recipe.schedule.dense_reason(call.step, call.layer, len(self.records))
 
     def _why_not_worthwhile(self, layout: TokenLayout, device: torch.device) -> str | None:

@@ -38,6 +38,12 @@ class FrozenPlanner(Planner):
         """Whether processes around a ring can plan together: masks that were made need no queries and keys."""
         return not self.rederive or super().goes_round
 
+    def refuse(self, call: AttentionCall) -> None:
+        """Raise where the masks do not fit and nothing is selected anew."""
+        reason = None if self.rederive else self._why_not(call)
+        if reason is not None:
+            raise ValueError(f"{reason} Calibrate for this, or patch with rederive=True to select anew.")
+
     def is_search(self, _call: AttentionCall, _made: StepContext) -> bool:
         """Never: there is nothing to search."""
         return False
@@ -53,9 +59,8 @@ class FrozenPlanner(Planner):
         reason = self._why_not(call)
         if reason is None:
             return call.step, self._frozen_plan(call, book)
-        if self.rederive:
-            return super()._plan(call, book)
-        raise ValueError(f"{reason} Calibrate for this, or patch with rederive=True to select anew.")
+        self.refuse(call)
+        return super()._plan(call, book)
 
     def _why_not(self, call: AttentionCall) -> str | None:
         if call.layout != self.masks.layout:

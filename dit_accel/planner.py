@@ -266,6 +266,9 @@ class Planner:
             return mask if querying is None else mask.for_queries(querying)
         return call.seen.over(mask, call.backend("selection"))
 
+    def refuse(self, call: AttentionCall) -> None:
+        """Raise where no plan can be made of a call like this: also at a step that needs none, before the work."""
+
     def is_search(self, call: AttentionCall, made: StepContext) -> bool:
         """Whether a plan made at ``made`` is of a search in this very forward, whose attention the recipe has dense.
 

@@ -10,6 +10,7 @@ from typing import Any
 
 from .. import presets
 from ..parts import Parts
+from ..patches.said_once import said_once
 from ..patches.targets import transformers_of
 from ..recipe import Recipe
 from .allocation import allocate, check_target
@@ -60,6 +61,7 @@ class Found:
     predicted_uniform: float
 
 
+@said_once()
 def search(
     pipe: Any,
     prompts: Sequence[Any],

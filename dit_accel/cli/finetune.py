@@ -108,8 +108,10 @@ def finetune(
     as_json: JsonOption = False,
     debug: DebugOption = False,
 ) -> None:
-    """Fine-tune a model under sparse attention and save an adapter. Start it with `accelerate launch` for several
-    devices."""
+    """Fine-tune a model under sparse attention and save an adapter.
+
+    `accelerate launch -m dit_accel.cli.main finetune` trains on several devices.
+    """
     quiet_libraries()
     import_modules(imports)
     if resume and start_over:
