@@ -15,6 +15,7 @@ from .files import write_text
 from .names import MissingName, Names, home_of
 from .stages.compensate.agent import AgentTokens
 from .stages.compensate.carried import Carried
+from .stages.compensate.clipped import ClippedSoftmax
 from .stages.compensate.coarse import CoarseBranch
 from .stages.compensate.linear import LinearBranch
 from .stages.compensate.none import NoCompensation
@@ -84,6 +85,7 @@ COMPENSATIONS: dict[str, type[Compensation]] = {
     "linear": LinearBranch,
     "coarse": CoarseBranch,
     "gate": OutputGate,
+    "clipped": ClippedSoftmax,
     "agents": AgentTokens,
     "residual": PooledResidual,
     "carried": Carried,

@@ -103,6 +103,7 @@ SLOW = frozenset(
         "test_import",
         "training/test_adapter",
         "training/test_adapter_storage",
+        "training/test_clipped_softmax",
         "training/test_few_steps",
         "training/test_finetune",
         "training/test_gradients",

@@ -49,6 +49,8 @@ FIELDS: dict[str, st.SearchStrategy[Any]] = {
     "score": st.sampled_from(("mass", "error")),
     "budget": st.sampled_from(("row", "head", "layer")),
     "tokens": st.sampled_from((0, 8, 16)),
+    "alpha": st.sampled_from((0.0, 0.5, 3.0)),
+    "zeta": st.sampled_from((1.0, 1.03)),
     "lasts": st.sampled_from((0.1, 0.8, 1.0)),
     "top_p": shares,
     "sink_first_frame": st.booleans(),
