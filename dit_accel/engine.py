@@ -263,6 +263,7 @@ class Engine:
                     f"{type(compensate).__name__} needs the input of layer {call.layer}, which its hook has not seen."
                 )
             call.gate, module = learned[0], None
+        plan = call.plan = compensate.narrow(call, plan)
 
         def sparse() -> Attended:
             if parts is None:

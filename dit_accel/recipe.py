@@ -24,6 +24,7 @@ from .stages.compensate.pooled_mass import PooledMass
 from .stages.compensate.protocol import Compensation
 from .stages.compensate.pyramid import KeyPyramid
 from .stages.compensate.residual import PooledResidual
+from .stages.compensate.routed_heads import RoutedHeads
 from .stages.order.axes import AxisOrder, ChosenAxes, Chunks
 from .stages.order.cubes import Cubes
 from .stages.order.curve import Curve
@@ -86,6 +87,7 @@ COMPENSATIONS: dict[str, type[Compensation]] = {
     "coarse": CoarseBranch,
     "gate": OutputGate,
     "clipped": ClippedSoftmax,
+    "heads": RoutedHeads,
     "agents": AgentTokens,
     "residual": PooledResidual,
     "carried": Carried,

@@ -113,6 +113,7 @@ SLOW = frozenset(
         "training/test_origin",
         "training/test_noise",
         "training/test_published",
+        "training/test_routed_heads",
         "training/test_runs",
         "training/test_users_lora",
         "training/test_vsa",

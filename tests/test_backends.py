@@ -20,6 +20,7 @@ from dit_accel.layout import StepContext, TokenLayout
 from dit_accel.stages.compensate.clipped import ClippedSoftmax
 from dit_accel.stages.compensate.pyramid import KeyPyramid
 from dit_accel.stages.compensate.residual import PooledResidual
+from dit_accel.stages.compensate.routed_heads import RoutedHeads
 from dit_accel.stages.precision import Int8, Int8Fp8
 from dit_accel.stages.select.pooled import Pooled
 from tests.calls import attend
@@ -61,6 +62,7 @@ RECIPES = {name: recipe_of(name) for name in presets.PRESETS if name != "dense"}
 RECIPES |= {
     "residual": Recipe(select=Pooled(), compensate=PooledResidual()),
     "clipped": Recipe(select=Pooled(), compensate=ClippedSoftmax()),
+    "routed heads": Recipe(select=Pooled(), compensate=RoutedHeads()),
     "mass and a pyramid": presets.mass().with_fields({"compensate": "key_pyramid"}),
     "negligible blocks": presets.sla().with_fields({"compensate.form": "paper"}),
     "hedgehog": presets.sla().with_fields({"compensate.feature_map": "hedgehog"}),
@@ -204,6 +206,7 @@ OPERATIONS = {
     "vmoba": {"attention", "gate"},
     "rectified": {"attention", "rectified"},
     "sla": {"attention", "linear_branch"},
+    "routed heads": {"attention"},
     "sage": {"quantized_attention"},
     "sparge": {"attention"},
     "window": {"attention"},

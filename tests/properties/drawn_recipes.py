@@ -51,6 +51,7 @@ FIELDS: dict[str, st.SearchStrategy[Any]] = {
     "tokens": st.sampled_from((0, 8, 16)),
     "alpha": st.sampled_from((0.0, 0.5, 3.0)),
     "zeta": st.sampled_from((1.0, 1.03)),
+    "kept": st.sampled_from((0.25, 0.75, 1.0)),
     "lasts": st.sampled_from((0.1, 0.8, 1.0)),
     "top_p": shares,
     "sink_first_frame": st.booleans(),
