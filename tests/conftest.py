@@ -97,6 +97,7 @@ SLOW = frozenset(
         "stages/test_grid_rules",
         "stages/test_head_rules",
         "stages/test_invariants",
+        "stages/test_tile_simulator",
         "stages/test_window",
         "test_backends",
         "test_extending_examples",
