@@ -263,6 +263,7 @@ class Engine:
                     f"{type(compensate).__name__} needs the input of layer {call.layer}, which its hook has not seen."
                 )
             call.gate, module = learned[0], None
+        plan = call.plan = compensate.narrow(call, plan)
 
         def sparse() -> Attended:
             if parts is None:
@@ -274,7 +275,7 @@ class Engine:
         if not is_captured(call.q.device):  # a graph's tensors are its own, and what they hold changes with a replay
             self._count(call, plan, witness, book)
         if module is not None:
-            inputs = (out, call.q, call.k, call.v, plan, call.key_mask, call.backend("linear_branch"))
+            inputs = (out, call, plan)
             if learned is None:
                 out = module(*inputs)
             else:
