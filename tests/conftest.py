@@ -85,6 +85,7 @@ SLOW = frozenset(
         "patches/test_ring",
         "patches/test_tasks",
         "patches/test_together",
+        "patches/test_trained_in_parallel",
         "patches/test_ulysses",
         "pipelines/test_architectures",
         "pipelines/test_call_defaults",
