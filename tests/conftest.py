@@ -40,6 +40,7 @@ SLOW = frozenset(
         "cli/test_commands",
         "cli/test_compare_inspect",
         "cli/test_finetune",
+        "cli/test_finetune_shared",
         "cli/test_generate_inputs",
         "cli/test_going_on",
         "cli/test_output",

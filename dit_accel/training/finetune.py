@@ -34,6 +34,7 @@ from .lent import lent
 from .noise import noise_process
 from .noisy import NoisyBatch, guided, mean_square, velocity
 from .objective import annealed_density, losses
+from .sequence_shares import SequenceShares
 from .tracking import Tracking, has_tensorboard
 from .trainables import Trainables
 
@@ -79,7 +80,8 @@ def finetune(
 
     Started once for each device (``accelerate launch``, ``torchrun``) it trains on all of them. Data order
     and noise depend on the seed and the position of a sample alone, so that neither the number of processes
-    nor a resumption changes them.
+    nor a resumption changes them. Processes that share a sequence (``enable_parallelism`` before this) have the same
+    samples.
 
     After an error, and after Ctrl-C, the pipeline is as it was: weights, layers, modes, and no patch unless it had one.
 
@@ -154,6 +156,8 @@ class _Loop:
             raise ValueError("With FSDP a frozen teacher needs LoRA; set lora_rank, or teacher = 'current'.")
         if self.sharded and config.objective.dmd:
             raise ValueError("objective.dmd exchanges whole weights with its critic, and does not run with FSDP.")
+        processes = self.accelerator.num_processes
+        self.shares = SequenceShares.of(self.model, config.objective, self.accelerator.process_index, processes)
         optimizer = torch.optim.AdamW(
             self.trainables.named().values(),
             lr=config.learning_rate,
@@ -182,10 +186,10 @@ class _Loop:
             trajectory=self.trajectory,
             dtype=torch.float32 if config.precision == "no" else self.model.dtype,
             device=self.accelerator.device,
-            rank=self.accelerator.process_index,
-            processes=self.accelerator.num_processes,
+            rank=self.shares.group,
+            processes=self.shares.groups,
         )
-        run = run.on(found, self.accelerator.num_processes)
+        run = run.on(found, self.shares.groups)
         self.checkpoints = Checkpoints(output, self.accelerator, trainables, run, config.keep_checkpoints, self.sharded)
         self.density = handle.recipe.select.density
         self.spent = 0.0
@@ -283,7 +287,7 @@ class _Loop:
                 for name, value in {"loss": found.total.detach(), **found.terms}.items():
                     sums[name] = sums.get(name, torch.zeros_like(value)) + value / config.accumulation
                 self._stop_unless_finite("loss", found.total.detach(), step, names)
-                self.accelerator.backward(found.total)
+                self.accelerator.backward(self.shares.degree * found.total)
                 if self.accelerator.sync_gradients:
                     norm = self.accelerator.clip_grad_norm_(list(self.wrapped.parameters()), config.max_grad_norm)
                     self._stop_unless_finite("gradient norm", norm, step, names)
