@@ -8,7 +8,6 @@ from collections.abc import Callable, Sequence
 from functools import partial
 
 import torch
-from torch.func import functional_call
 
 from .call import AttentionCall, autocast_done, dtype_of_attention
 from .kernels import block_sparse_attention
@@ -202,7 +201,8 @@ class Engine:
         with autocast_done(call):
             call.repeat_heads()
             call.spread_queries()
-            call.router = self.routers.get(call.layer)
+            router = self.routers.get(call.layer)
+            call.router = None if router is None else router.among(call.heads)
             self.planner.pad(call)
             call.backends_used = self.backends_used
             call.choices = self._choices_of(case_of(call.q, call.k, call.v, key_mask=call.key_mask))
@@ -275,12 +275,7 @@ class Engine:
         if not is_captured(call.q.device):  # a graph's tensors are its own, and what they hold changes with a replay
             self._count(call, plan, witness, book)
         if module is not None:
-            inputs = (out, call, plan)
-            if learned is None:
-                out = module(*inputs)
-            else:
-                given = dict(zip((name for name, _ in module.named_parameters()), learned, strict=True))
-                out = functional_call(module, given, inputs)
+            out = module.among(call.heads, learned)(out, call, plan)
         self.sparse_time.stop(begin, call.q.device)
         return out
 

@@ -219,10 +219,21 @@ class Session:
         call.heads = heads
         return self.engine.attend(call, dense, learned)
 
-    def streams(self, layer: int, seq_len: int, masked: bool) -> tuple[int, ...] | str:
+    def enter_traced(self, layer: int, latents: LatentTokens) -> None:
+        """Called by a layer's call in a graph of the whole transformer, whose forward no hook announced."""
+        thread = self._thread
+        if thread.forward is None or not thread.forward.traced or layer in thread.forward.attended:
+            self.begin_forward(latents, None, traced=True)
+        assert thread.forward is not None
+        thread.forward.attended.add(layer)
+
+    def streams(self, layer: int, seq_len: int, masked: bool, number: int | None = None) -> tuple[int, ...] | str:
         """Tokens of the streams that diffusers' context parallelism splits each by itself, in the order of a sequence
-        of ``seq_len`` tokens; or the reason why they are not known."""
-        forward, _ = self._forward(layer, seq_len, None)
+        of ``seq_len`` tokens; or the reason why they are not known.
+
+        ``number`` is of the forward that a graph repeats; None for the one that runs.
+        """
+        forward = self._forward(layer, seq_len, None)[0] if number is None else self._forwards.numbered(number)
         latents = None if forward is None else forward.latents
         text = 0 if latents is None else seq_len - latents.tokens
         if latents is None or text <= 0 or seq_len == prod(latents.grid) or not self._splits_text():
@@ -282,9 +293,11 @@ class Session:
         inputs: AttentionInputs,
         dense: Callable[[], torch.Tensor],
         learned: Sequence[torch.Tensor] | None = None,
+        heads: HeadShard | None = None,
+        ring: RingShard | None = None,
     ) -> torch.Tensor:
         """A layer's call number ``ordinal`` of the forward ``number`` again, for its gradients; dense if it was of no
-        forward (-1).
+        forward (-1). ``heads`` and ``ring`` are as for :meth:`attend`.
 
         Raises:
             RuntimeError: so many forwards came since that it is no longer known.
@@ -297,7 +310,9 @@ class Session:
                 f"The gradients of a forward can be asked for until {KEPT_FORWARDS} others have begun, and this one "
                 "is older; call backward earlier."
             )
-        return self.engine.attend(self._call(forward, ordinal, layer, inputs, repeated=True), dense, learned)
+        call = self._call(forward, ordinal, layer, inputs, True, ring)
+        call.heads = heads
+        return self.engine.attend(call, dense, learned)
 
     def served(self) -> tuple[int, int]:
         """Number of the forward that this thread's latest call belongs to, -1 for none, and which of its layer's calls
@@ -319,11 +334,7 @@ class Session:
         """The forward of a call, and whether the call is repeated for its gradients."""
         thread = self._thread
         if latents is not None and not in_backward():
-            if thread.forward is None or not thread.forward.traced or layer in thread.forward.attended:
-                # The whole transformer is compiled: no hook announced this forward.
-                self.begin_forward(latents, None, traced=True)
-            assert thread.forward is not None
-            thread.forward.attended.add(layer)
+            self.enter_traced(layer, latents)
         if self._is_repetition():
             known = thread.whole or thread.block or self._forwards.on_stack()
             return known or self._forwards.alike(layer, seq_len, self._layout), True

@@ -55,7 +55,8 @@ def finetune(
 
     Started once for each device (``accelerate launch``, ``torchrun``) it trains on all of them. Data order
     and noise depend on the seed and the position of a sample alone, so that neither the number of processes
-    nor a resumption changes them.
+    nor a resumption changes them. Processes that share a sequence (``enable_parallelism`` before this) have the same
+    samples.
 
     After an error, and after Ctrl-C, the pipeline is as it was: weights, layers, modes, and no patch unless it had one.
 

@@ -30,6 +30,7 @@ from .identity import RunIdentity
 from .noise import noise_process
 from .noisy import NoisyBatch
 from .objective import annealed_density, losses
+from .sequence_shares import SequenceShares
 from .tracking import Tracking, has_tensorboard
 from .trainables import Trainables
 
@@ -96,6 +97,8 @@ class Loop:
             raise ValueError("With FSDP a frozen teacher needs LoRA; set lora_rank, or teacher = 'current'.")
         if self.sharded and config.objective.dmd:
             raise ValueError("objective.dmd exchanges whole weights with its critic, and does not run with FSDP.")
+        processes = self.accelerator.num_processes
+        self.shares = SequenceShares.of(self.model, config.objective, self.accelerator.process_index, processes)
         optimizer = torch.optim.AdamW(
             self.trainables.named().values(),
             lr=config.learning_rate,
@@ -122,8 +125,8 @@ class Loop:
             trajectory=self.trajectory,
             dtype=torch.float32 if config.precision == "no" else self.model.dtype,
             device=self.accelerator.device,
-            rank=self.accelerator.process_index,
-            processes=self.accelerator.num_processes,
+            rank=self.shares.group,
+            processes=self.shares.groups,
         )
         self.evaluation = Evaluation(
             self.wrapped,
@@ -134,7 +137,7 @@ class Loop:
             guidance=config.few_steps.guidance,
             sharded=self.sharded,
         )
-        run = run.on(found, self.accelerator.num_processes)
+        run = run.on(found, self.shares.groups)
         self.checkpoints = Checkpoints(output, self.accelerator, trainables, run, config.keep_checkpoints, self.sharded)
         self.density = handle.recipe.select.density
         self.spent = 0.0
@@ -238,7 +241,7 @@ class Loop:
                 for name, value in {"loss": found.total.detach(), **found.terms}.items():
                     sums[name] = sums.get(name, torch.zeros_like(value)) + value / config.accumulation
                 self._stop_unless_finite("loss", found.total.detach(), step, names)
-                self.accelerator.backward(found.total)
+                self.accelerator.backward(self.shares.degree * found.total)
                 if self.accelerator.sync_gradients:
                     norm = self.accelerator.clip_grad_norm_(list(self.wrapped.parameters()), config.max_grad_norm)
                     self._stop_unless_finite("gradient norm", norm, step, names)

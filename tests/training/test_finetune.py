@@ -270,12 +270,13 @@ def test_the_clock_ends_the_descent_where_steps_would_not():
     assert [rate_factor(config, 3, spent) for spent in (0.0, 0.5, 1.0, 1.2)] == pytest.approx([1.0, 0.5, 0.0, 0.0])
 
 
-def run_on_two(module: str, *arguments: str) -> None:
+def run_on_two(module: str, *arguments: str) -> str:
     root = Path(__file__).parents[2]
     env = {**os.environ, "PYTHONPATH": str(root), "OMP_NUM_THREADS": "1", "ACCELERATE_USE_CPU": "true"}
     command = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node=2", "--standalone", "-m", module]
-    done = subprocess.run([*command, *arguments], env=env, cwd=root, capture_output=True, text=True, timeout=150)
+    done = subprocess.run([*command, *arguments], env=env, cwd=root, capture_output=True, text=True, timeout=500)
     assert done.returncode == 0, done.stderr[-3000:]
+    return done.stdout
 
 
 def assert_same_training(single, folder: Path) -> None:

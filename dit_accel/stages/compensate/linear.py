@@ -120,6 +120,9 @@ class LinearBranchLayer(LearnedCompensation):
             self.feature_q = nn.Parameter(identity)
             self.feature_k = nn.Parameter(identity.clone())
 
+    def per_head(self) -> tuple[str, ...]:
+        return ("feature_q", "feature_k") if self.choice.feature_map == "hedgehog" else ()
+
     def forward(self, out: torch.Tensor, call: AttentionCall, plan: AttentionPlan) -> torch.Tensor:
         """See :meth:`LearnedCompensation.forward`; ``out`` may be changed in place without gradients."""
         q, k, v, key_mask = call.q, call.k, call.v, call.key_mask
