@@ -72,7 +72,48 @@ def bits_of(index, listed, WIDTH: tl.constexpr):
     return tl.sum(bit << tl.arange(0, 8)[None, :], 1).to(tl.uint8)
 
 
-_LIST, _UNPACK, _PACK = (KeptKernel(kernel) for kernel in (list_fwd_kernel, unpack_fwd_kernel, pack_fwd_kernel))
+@triton.jit
+def pair_fwd_kernel(
+    indices_ptr, num_ptr, num_full_ptr, bit_rows_ptr, header_ptr, paired_ptr, paired_bits_ptr, nq, length,
+    PARTS: tl.constexpr, ENTRIES: tl.constexpr, WIDTH: tl.constexpr,
+):  # fmt: skip
+    """The lists of two rows with what both read in full first, each entry as ``PARTS`` smaller blocks."""
+    pairs = (nq + 1) // 2
+    pid = tl.program_id(0).to(tl.int64)
+    first = pid // pairs * nq + pid % pairs * 2
+    paired = pid % pairs * 2 + 1 < nq
+    slot, block = tl.arange(0, ENTRIES), tl.arange(0, WIDTH)
+    for second in tl.static_range(2):
+        there = paired if second else pid >= 0
+        number = tl.load(num_ptr + first + second, mask=there, other=0)
+        num_full = tl.load(num_full_ptr + first + second, mask=there, other=0)
+        index = tl.load(indices_ptr + (first + second) * length + slot, mask=slot < number, other=0)
+        full = tl.histogram(index, WIDTH, mask=slot < num_full)
+        # The other row once more: what is read twice here is little.
+        other_there = pid >= 0 if second else paired
+        other_full = tl.load(num_full_ptr + first + 1 - second, mask=other_there, other=0)
+        other = tl.load(indices_ptr + (first + 1 - second) * length + slot, mask=slot < other_full, other=0)
+        shared = full * tl.histogram(other, WIDTH, mask=slot < other_full)
+        num_shared = tl.sum(shared, 0)
+        place = tl.where(shared != 0, tl.cumsum(shared, 0), num_shared + tl.cumsum(full - shared, 0)) - 1
+        row = (pid * 2 + second) * length
+        partial = (slot >= num_full) & (slot < number)
+        for part in tl.static_range(PARTS):
+            tl.store(paired_ptr + (row + place) * PARTS + part, block * PARTS + part, mask=full != 0)
+            at = (row + slot) * PARTS + part
+            tl.store(paired_ptr + at, index * PARTS + part, mask=partial)
+            if bit_rows_ptr is not None:
+                bit_row = tl.load(bit_rows_ptr + (first + second) * length + slot, mask=partial, other=-1)
+                tl.store(paired_bits_ptr + at, tl.where(bit_row < 0, -1, bit_row * PARTS + part), mask=partial)
+        tl.store(header_ptr + pid * 5 + second, number * PARTS)
+        tl.store(header_ptr + pid * 5 + 2 + second, num_full * PARTS)
+        if second:
+            tl.store(header_ptr + pid * 5 + 4, num_shared * PARTS)
+
+
+_LIST, _UNPACK, _PACK, _PAIR = (
+    KeptKernel(kernel) for kernel in (list_fwd_kernel, unpack_fwd_kernel, pack_fwd_kernel, pair_fwd_kernel)
+)
 
 
 def bits_of_block_lists(mask: BlockMask, partial: bool) -> tuple[torch.Tensor, torch.Tensor | None]:
@@ -123,6 +164,25 @@ def block_lists_of_bits(
             WIDTH=width, num_warps=row_warps(width, False),
         )  # fmt: skip
     return indices, number, number_full
+
+
+def query_pairs_triton(mask: BlockMask, parts: int) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor | None]:
+    """Header, lists and rows of bits of a mask whose key blocks fall into ``parts``; see :class:`QueryPairs`."""
+    number, number_full, indices = (x.contiguous() for x in (mask.kv_num_blocks, mask.kv_num_full, mask.kv_indices))
+    nk, (nq, length) = mask.num_blocks[1], indices.shape[2:]
+    pairs = -(-nq // 2)
+    lead = indices.shape[:2]
+    header = torch.empty(*lead, pairs, 5, dtype=torch.int32, device=indices.device)
+    paired = torch.empty(*lead, 2 * pairs, length * parts, dtype=torch.int32, device=indices.device)
+    bit_rows = None if mask.kv_bits is None else mask.kv_bits.contiguous()
+    paired_bits = None if bit_rows is None else torch.empty_like(paired)
+    width = max(32, power_of_two(nk))
+    with torch.cuda.device_of(indices):
+        _PAIR[(lead.numel() * pairs,)](
+            indices, number, number_full, bit_rows, header, paired, paired_bits, nq, length,
+            PARTS=parts, ENTRIES=max(32, power_of_two(length)), WIDTH=width, num_warps=row_warps(width, False),
+        )  # fmt: skip
+    return header, paired, paired_bits
 
 
 def row_warps(width: int, by_mass: bool) -> int:
