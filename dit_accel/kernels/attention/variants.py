@@ -15,7 +15,8 @@ from ..mask.block_mask import BlockMask
 OLDEST_TRITON = (3, 6)
 # Whether half-precision calls with blocks of 64 queries run in the Hopper kernel, two blocks a program. Off, since no
 # GPU has run it yet: it was compiled, and its barriers were simulated. On a Hopper GPU run
-#     pytest -m gpu tests/kernels/test_hopper_pairs.py && python benchmarks/hopper_pairs.py --json pairs.json
+#     pytest -m gpu tests/kernels/test_hopper_pairs.py
+#     python benchmarks/kernels.py --sections pairs --lengths 32760,75600 --seconds 170 --json pairs.json
 # and set it to True if the one passes and the other shows it ahead of the portable kernel.
 PAIRS_ON_HOPPER = False
 
