@@ -37,9 +37,7 @@ VARIANTS: dict[str, tuple[int, int, dict[str, Any]]] = {
     "pairs free": (64, 128, {"queries": 64, "turns": False, "dtype": torch.float16}),
     "pairs 128": (128, 128, {"queries": 64, "key_mask": True}),
     "pairs D=64": (64, 64, {"queries": 64}),
-    "pairs bits": (64, 128, {"queries": 64, "bits": True, "key_mask": True}),
     "pairs rows": (64, 128, {"queries": 64, "rows": True}),
-    "pairs rows free": (64, 128, {"queries": 64, "rows": True, "turns": False}),
     "pairs rows bits": (128, 128, {"queries": 64, "rows": True, "bits": True, "key_mask": True}),
     "pairs rows D=64": (64, 64, {"queries": 64, "rows": True, "key_mask": True, "dtype": torch.float16}),
 }

@@ -80,35 +80,56 @@ def pair_fwd_kernel(
     """The lists of two rows with what both read in full first, each entry as ``PARTS`` smaller blocks."""
     pairs = (nq + 1) // 2
     pid = tl.program_id(0).to(tl.int64)
-    first = pid // pairs * nq + pid % pairs * 2
+    row = pid // pairs * nq + pid % pairs * 2
+    slot = tl.arange(0, ENTRIES)
     paired = pid % pairs * 2 + 1 < nq
-    slot, block = tl.arange(0, ENTRIES), tl.arange(0, WIDTH)
-    for second in tl.static_range(2):
-        there = paired if second else pid >= 0
-        number = tl.load(num_ptr + first + second, mask=there, other=0)
-        num_full = tl.load(num_full_ptr + first + second, mask=there, other=0)
-        index = tl.load(indices_ptr + (first + second) * length + slot, mask=slot < number, other=0)
-        full = tl.histogram(index, WIDTH, mask=slot < num_full)
-        # The other row once more: what is read twice here is little.
-        other_there = pid >= 0 if second else paired
-        other_full = tl.load(num_full_ptr + first + 1 - second, mask=other_there, other=0)
-        other = tl.load(indices_ptr + (first + 1 - second) * length + slot, mask=slot < other_full, other=0)
-        shared = full * tl.histogram(other, WIDTH, mask=slot < other_full)
-        num_shared = tl.sum(shared, 0)
-        place = tl.where(shared != 0, tl.cumsum(shared, 0), num_shared + tl.cumsum(full - shared, 0)) - 1
-        row = (pid * 2 + second) * length
+    first, first_full, first_index = row_of_lists(row, True, indices_ptr, num_ptr, num_full_ptr, slot, length)
+    second, second_full, second_index = row_of_lists(row + 1, paired, indices_ptr, num_ptr, num_full_ptr, slot, length)
+    in_first = tl.histogram(first_index, WIDTH, mask=slot < first_full)
+    in_second = tl.histogram(second_index, WIDTH, mask=slot < second_full)
+    both = in_first * in_second
+    first_at, second_at = pid * 2 * length, (pid * 2 + 1) * length
+    write_paired(in_first, both, first_index, first, first_full, slot, paired_ptr, first_at, PARTS, WIDTH)
+    write_paired(in_second, both, second_index, second, second_full, slot, paired_ptr, second_at, PARTS, WIDTH)
+    if bit_rows_ptr is not None:
+        write_bit_rows(bit_rows_ptr + row * length, first, first_full, slot, paired_bits_ptr, first_at, PARTS)
+        write_bit_rows(bit_rows_ptr + (row + 1) * length, second, second_full, slot, paired_bits_ptr, second_at, PARTS)
+    header_ptr += pid * 5
+    tl.store(header_ptr, first * PARTS)
+    tl.store(header_ptr + 1, second * PARTS)
+    tl.store(header_ptr + 2, first_full * PARTS)
+    tl.store(header_ptr + 3, second_full * PARTS)
+    tl.store(header_ptr + 4, tl.sum(both, 0) * PARTS)
+
+
+@triton.jit
+def row_of_lists(row, there, indices_ptr, num_ptr, num_full_ptr, slot, length):
+    """Number of entries of a row, of full ones, and the entries; nothing where the row is not ``there``."""
+    number = tl.load(num_ptr + row, mask=there, other=0)
+    num_full = tl.load(num_full_ptr + row, mask=there, other=0)
+    return number, num_full, tl.load(indices_ptr + row * length + slot, mask=slot < number, other=0)
+
+
+@triton.jit
+def write_paired(
+    full, both, index, number, num_full, slot, paired_ptr, at, PARTS: tl.constexpr, WIDTH: tl.constexpr
+):  # fmt: skip
+    """Blocks that ``both`` rows read in full, other full ones, both rising; partial ones where they were."""
+    place = tl.where(both != 0, tl.cumsum(both, 0), tl.sum(both, 0) + tl.cumsum(full - both, 0)) - 1
+    for part in tl.static_range(PARTS):
+        tl.store(paired_ptr + (at + place) * PARTS + part, tl.arange(0, WIDTH) * PARTS + part, mask=full != 0)
         partial = (slot >= num_full) & (slot < number)
-        for part in tl.static_range(PARTS):
-            tl.store(paired_ptr + (row + place) * PARTS + part, block * PARTS + part, mask=full != 0)
-            at = (row + slot) * PARTS + part
-            tl.store(paired_ptr + at, index * PARTS + part, mask=partial)
-            if bit_rows_ptr is not None:
-                bit_row = tl.load(bit_rows_ptr + (first + second) * length + slot, mask=partial, other=-1)
-                tl.store(paired_bits_ptr + at, tl.where(bit_row < 0, -1, bit_row * PARTS + part), mask=partial)
-        tl.store(header_ptr + pid * 5 + second, number * PARTS)
-        tl.store(header_ptr + pid * 5 + 2 + second, num_full * PARTS)
-        if second:
-            tl.store(header_ptr + pid * 5 + 4, num_shared * PARTS)
+        tl.store(paired_ptr + (at + slot) * PARTS + part, index * PARTS + part, mask=partial)
+
+
+@triton.jit
+def write_bit_rows(bit_rows_ptr, number, num_full, slot, paired_bits_ptr, at, PARTS: tl.constexpr):
+    """Rows of bits of a row's partial blocks, by part."""
+    partial = (slot >= num_full) & (slot < number)
+    bit_row = tl.load(bit_rows_ptr + slot, mask=partial, other=-1)
+    for part in tl.static_range(PARTS):
+        own = tl.where(bit_row < 0, -1, bit_row * PARTS + part)
+        tl.store(paired_bits_ptr + (at + slot) * PARTS + part, own, mask=partial)
 
 
 _LIST, _UNPACK, _PACK, _PAIR = (
@@ -180,7 +201,7 @@ def query_pairs_triton(mask: BlockMask, parts: int) -> tuple[torch.Tensor, torch
     with torch.cuda.device_of(indices):
         _PAIR[(lead.numel() * pairs,)](
             indices, number, number_full, bit_rows, header, paired, paired_bits, nq, length,
-            PARTS=parts, ENTRIES=max(32, power_of_two(length)), WIDTH=width, num_warps=row_warps(width, False),
+            PARTS=parts, ENTRIES=max(32, power_of_two(length)), WIDTH=width, num_warps=row_warps(2 * width, False),
         )  # fmt: skip
     return header, paired, paired_bits
 
