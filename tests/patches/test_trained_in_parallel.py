@@ -59,7 +59,7 @@ def assert_equal(found: Any, wanted: Any, tolerance: float) -> None:
 @pytest.mark.parametrize(("name", "recipe"), [(name, recipe) for name in MODELS for recipe in RECIPES_OF[name]])
 def test_what_a_layer_learned_is_shared_by_heads(ranks, name, recipe):
     learned = {each: grad for each, grad in alone(name, LEARNED[recipe])[1].items() if is_learned(each)}
-    assert len(learned) >= 4
+    assert len(learned) >= 2  # one in each layer at least
     if not LEARNED[recipe].select.is_learned:  # which only chooses
         assert all(grad.any() for grad in learned.values())
     for found in ranks:

@@ -19,6 +19,7 @@ import dit_accel
 from dit_accel import Recipe
 from dit_accel.patches.forwards import KeptForwards
 from dit_accel.patches.learned import is_learned
+from dit_accel.stages.compensate.clipped import ClippedSoftmax
 from dit_accel.stages.compensate.coarse import CoarseBranch
 from dit_accel.stages.compensate.linear import LinearBranch
 from dit_accel.stages.compensate.output_gate import OutputGate
@@ -37,6 +38,7 @@ LEARNED = {
     "sla": SLA,
     "all tokens": Recipe(SMALL_TILES, _POOLED, LinearBranch(form="all_tokens")),
     "hedgehog": Recipe(SMALL_TILES, _POOLED, LinearBranch(feature_map="hedgehog", form="non_critical")),
+    "clipped softmax": Recipe(SMALL_TILES, _POOLED, ClippedSoftmax()),
     "output gate": Recipe(SMALL_TILES, _POOLED, OutputGate()),
     # Of a padded sequence: the grid is ragged.
     "coarse": Recipe(Cubes((2, 4, 4)), Pooled(density=0.4, block=BLOCK, keep_own=False), CoarseBranch()),

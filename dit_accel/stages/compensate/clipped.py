@@ -73,6 +73,9 @@ class ClippedSoftmaxLayer(LearnedCompensation):
         self.choice = choice
         self.alpha = nn.Parameter(torch.full((heads,), float(choice.alpha)))
 
+    def per_head(self) -> tuple[str, ...]:
+        return ("alpha",)
+
     def forward(self, out: torch.Tensor, call: AttentionCall, plan: AttentionPlan) -> torch.Tensor:
         """See :meth:`LearnedCompensation.forward`."""
         call.backend("clipped_softmax")  # torch whatever its name: there is nothing to hand it to

@@ -59,8 +59,14 @@ class RoutedHeads(Compensation):
         """The plan without the blocks of heads that a block of queries does not run.
 
         Raises:
-            ValueError: the order gives each head blocks of other tokens, over which heads cannot be compared.
+            ValueError: the order gives each head blocks of other tokens, over which heads cannot be compared; or
+                a process has some of the heads alone, under Ulysses.
         """
+        if call.heads is not None:
+            raise ValueError(
+                f"RoutedHeads compares all heads, and under Ulysses this process has {call.heads.number} of "
+                f"{call.heads.total}; run it in one process."
+            )
         with torch.no_grad():
             share, first = _shares(call)
             batch, number, heads = share.shape
