@@ -85,7 +85,7 @@ def main() -> None:
     prompts, frames, height, width = dense.shape[:4]
     pages = [Image.new("RGB", (width * len(columns), MARGIN + height * prompts), "white") for _ in range(frames)]
     for place, (label, made) in enumerate(columns.items()):
-        text = f"{label}\n{np.mean([seconds for _, seconds in made]):.0f} s a clip"
+        text = f"{label}\n{np.mean([seconds for _, seconds in made]):.0f} s"
         if place:
             text += f", {psnr(dense, np.stack([one for one, _ in made])):.1f} dB to dense"
         print(text, flush=True)
