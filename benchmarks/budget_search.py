@@ -21,8 +21,10 @@ from fidelity import Sweep, show, write
 from fidelity_presets import DENSE, SEARCH, Method
 
 from dit_accel import Recipe, presets
+from dit_accel.calibration.allocation import allocate
+from dit_accel.calibration.head_errors import PROBE, HeadErrors, measure_heads
 from dit_accel.calibration.recording import record_inputs
-from dit_accel.calibration.search import PROBE, HeadErrors, allocate, measure_heads, with_densities
+from dit_accel.calibration.search import with_densities
 from dit_accel.pipelines import load
 from dit_accel.quality.prompts import DEFAULT_PROMPTS
 

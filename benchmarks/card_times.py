@@ -31,6 +31,8 @@ from dit_accel.kernels.quantized.triton.prologue import quantize_inputs
 from dit_accel.layout import StepContext, TokenLayout
 from dit_accel.run import Run
 
+from .captured_calls import captured
+
 FLUX = TokenLayout((1, 64, 64), 512, 4608)
 Call = Callable[[], Any]
 
@@ -143,20 +145,6 @@ def host_us(call: Call, times: int = 20) -> float:
     return spent / times * 1e6
 
 
-def captured(call: Call) -> Call:
-    """A replay of a call."""
-    side = torch.cuda.Stream()
-    side.wait_stream(torch.cuda.current_stream())
-    with torch.cuda.stream(side):
-        for _ in range(3):
-            call()
-    torch.cuda.current_stream().wait_stream(side)
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
-        call()
-    return graph.replay
-
-
 def in_turns(calls: dict[str, Call], measure: Callable[[Call], float], seconds: float) -> dict[str, float]:
     """Medians; every round measures each call once, from another one on."""
     for call in calls.values():
@@ -188,7 +176,8 @@ def main() -> None:
         planning = planning_calls(24)
         host = in_turns(planning, host_us, asked.seconds / 8)
         called = in_turns(planning, device_ms, asked.seconds / 8)
-        replayed = in_turns({name: captured(call) for name, call in planning.items()}, device_ms, asked.seconds / 8)
+        replays = {name: captured(call, warm_ups=3).replay for name, call in planning.items()}
+        replayed = in_turns(replays, device_ms, asked.seconds / 8)
         for name in planning:
             rows[f"FLUX 1024: {name}"] = {
                 "host_us": host[name], "called_ms": called[name], "replayed_ms": replayed[name]

@@ -99,34 +99,60 @@ def draw(methods: dict[str, list[dict[str, Any]]], path: Path) -> None:
     matplotlib.use("Agg", force=False)
     from matplotlib.figure import Figure
 
-    figure = Figure(figsize=(8, 5.2), dpi=130, layout="constrained")
+    figure = Figure(figsize=(8, 5.6), dpi=130, layout="constrained")
     axes = figure.subplots()
-    colours = matplotlib.colormaps["tab20"]
+    colours = matplotlib.colormaps["tab10"]
+    ends: list[tuple[float, float, str, Any]] = []
     for number, (name, rows) in enumerate(methods.items()):
         rows = sorted(rows, key=lambda row: row["density"])
         mean = [row["metrics"]["psnr"]["mean"] for row in rows]
-        ends = [
+        spread_of = [
             [row["metrics"]["psnr"]["mean"] - row["metrics"]["psnr"]["low"] for row in rows],
             [row["metrics"]["psnr"]["high"] - row["metrics"]["psnr"]["mean"] for row in rows],
         ]
+        colour = colours(number % 10)
         axes.errorbar(
             [row["density"] for row in rows],
             mean,
-            yerr=ends,
-            label=name,
+            yerr=spread_of,
             marker=MARKS[number % len(MARKS)],
             markersize=5,
             linewidth=1.2,
+            linestyle="-" if number < 10 else "--",
             elinewidth=0.6,
-            color=colours(number % 20),
+            color=colour,
         )
+        ends.append((mean[-1], rows[-1]["density"], name, colour))
     axes.axhline(30, color="0.6", linewidth=0.8, linestyle="--")
+    axes.annotate("the goal at density 0.3", (0.4, 28.8), color="0.4", fontsize=8)
     axes.set_xlabel("density of the sparse calls (measured)")
-    axes.set_ylabel("PSNR against dense, dB")
+    axes.set_ylabel("PSNR to dense, dB")
     axes.grid(alpha=0.25)
-    figure.legend(fontsize=8, loc="outside right upper")
+    name_curves(axes, ends)
     path.parent.mkdir(parents=True, exist_ok=True)
     figure.savefig(path)
+
+
+def name_curves(axes: Any, ends: list[tuple[float, float, str, Any]]) -> None:
+    """Each curve's name to the right of all, as high as its end where there is room; a thin line leads to it."""
+    low, high = axes.get_ylim()
+    room = (high - low) / 32
+    right = max(density for _, density, _, _ in ends)
+    below = high
+    for value, density, name, colour in sorted(ends, key=lambda one: -one[0]):
+        height = min(value, below)
+        below = height - room
+        axes.annotate(
+            name,
+            (density, value),
+            (right + 0.025, height),
+            color=colour,
+            fontsize=8,
+            va="center",
+            arrowprops={"arrowstyle": "-", "color": colour, "linewidth": 0.5, "shrinkA": 1, "shrinkB": 4},
+            annotation_clip=False,
+        )
+    axes.set_xlim(right=right + 0.02)
 
 
 if __name__ == "__main__":

@@ -1,9 +1,9 @@
 """How much of the exact attention mass a learned gate of any form keeps, beside pooled scores and the exact choice.
 
-For each sparse call of runs of the built-in model, at one density: the exact mass that the gate's blocks hold, that
-those of pooled scores hold, and that the best blocks by that mass hold, all with the blocks that are read in any case.
-The recall is the gate's share of the last. The prompts are those of the fidelity comparison; train the gate on others,
-with
+For each sparse call of runs of the built-in model, at one density: the exact mass in the best blocks by the gate, in
+those by pooled scores, and in those by that mass itself, as many in each row. The recall is the gate's share of the
+last. As in gate_forms.py a block's own keys are not added, which the runs themselves read in any case: a block has them
+only where they are among the best. The prompts are those of the fidelity comparison; train the gate on others, with
 
     dit-accel finetune embedded --recipe seer --set select.form=linear --objective gate --train learned \\
       --prompts-file others.txt --out gate
@@ -13,21 +13,21 @@ with
 
 from __future__ import annotations
 
-import argparse
-import json
 import time
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import torch
+from judged_calls import arguments, mass_kept, report, size_of_runs
+from recorded_calls import pipeline, run
 
 import dit_accel
 from dit_accel.call import AttentionCall
-from dit_accel.layout import TokenLayout
-from dit_accel.pipelines.embedded_model import SETTINGS, load_embedded
+from dit_accel.pipelines.embedded_model import SETTINGS
 from dit_accel.quality.prompts import DEFAULT_PROMPTS
 from dit_accel.stages.select.learned import Learned
-from dit_accel.stages.select.pooled import keep_best, pooled_scores_of
+from dit_accel.stages.select.pooled import pooled_scores_of
 from dit_accel.training.gate import blocks_of, exact_mass
 
 
@@ -45,23 +45,20 @@ class Recall:
         """One sparse call; every fourth step is looked at."""
         if call.plan is None or (call.step.index or 0) % 4:
             return
-        assert isinstance(call.layout, TokenLayout)
         blocks = blocks_of(call, self.select)
         mass = exact_mass(call, blocks)
-        mass = mass / mass.sum(-1, keepdim=True).clamp_min(1e-30)
-        by_means = pooled_scores_of(blocks, call, call.scale)
-        pooled, exact = (
-            keep_best(blocks, scores, call.key_mask, density=self.density)
-            for scores in (by_means, mass.clamp_min(1e-38).log())
-        )
-        kept = {"gate": call.plan.mask, "pooled": pooled, "exact": exact}
-        shares = {name: float((mass * mask.to_dense()).sum(-1).mean()) for name, mask in kept.items()}
+        scores = {
+            "gate": self.select.scores(blocks, self.select.prepare(blocks), call),
+            "pooled": pooled_scores_of(blocks, call, call.scale),
+            "exact": mass.clamp_min(1e-38).log(),
+        }
+        shares = {name: mass_kept(call, blocks, mass, each, self.density) for name, each in scores.items()}
         for name, share in shares.items():
             self.sums[name] += share
         self.by_layer.setdefault(call.layer, []).append(shares["gate"] / shares["exact"])
         self.calls += 1
 
-    def report(self) -> dict[str, object]:
+    def report(self) -> dict[str, Any]:
         """Plain data."""
         means = {f"mass kept by {name}": value / self.calls for name, value in self.sums.items()}
         recalls = {f"recall of {name}": self.sums[name] / self.sums["exact"] for name in ("gate", "pooled")}
@@ -70,18 +67,11 @@ class Recall:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = arguments(__doc__, steps=SETTINGS.steps, size=SETTINGS.width, frames=SETTINGS.frames)
     parser.add_argument("--adapter", type=Path, help="of a fine-tuning with the objective gate; none is untrained")
-    parser.add_argument("--density", type=float, default=0.1)
     parser.add_argument("--clips", type=int, default=4)
-    parser.add_argument("--steps", type=int, default=SETTINGS.steps)
-    parser.add_argument("--size", type=int, default=SETTINGS.width)
-    parser.add_argument("--frames", type=int, default=SETTINGS.frames)
-    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
-    parser.add_argument("--out", type=Path)
     args = parser.parse_args()
-    pipe = load_embedded(torch.bfloat16 if args.device == "cuda" else torch.float32).to(args.device)
-    pipe.set_progress_bar_config(disable=True)
+    pipe = pipeline(args.device, torch.bfloat16 if args.device == "cuda" else torch.float32)
     recipe = dit_accel.presets.seer(density=args.density)
     if args.adapter is None:
         handle = dit_accel.patch(pipe, recipe)
@@ -94,22 +84,8 @@ def main() -> None:
     assert isinstance(recipe.select, Learned)
     recall, begin = Recall(args.density, recipe.select), time.monotonic()
     with handle.observe(recall.see), torch.no_grad():
-        for number, prompt in enumerate(DEFAULT_PROMPTS[: args.clips]):
-            generator = torch.Generator("cpu").manual_seed(number)
-            pipe(
-                prompt,
-                width=args.size,
-                height=args.size,
-                num_frames=args.frames,
-                num_inference_steps=args.steps,
-                guidance_scale=SETTINGS.guidance,
-                generator=generator,
-                output_type="latent",
-            )
-    found = recall.report() | {"adapter": str(args.adapter), "seconds": time.monotonic() - begin}
-    print(json.dumps(found, indent=2))
-    if args.out is not None:
-        args.out.write_text(json.dumps(found, indent=2) + "\n")
+        run(pipe, enumerate(DEFAULT_PROMPTS[: args.clips]), **size_of_runs(args))
+    report(recall.report(), args, begin)
 
 
 if __name__ == "__main__":

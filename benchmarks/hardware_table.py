@@ -1,4 +1,4 @@
-"""The tables of docs/hardware.md, from what ``benchmarks/cards.py`` compiled.
+"""The tables of docs/hardware.md, and that of cards in the README, from what ``benchmarks/cards.py`` compiled.
 
     python -m benchmarks.cards --representative --out benchmarks/results/cards.json
     python -m benchmarks.hardware_table [--check]
@@ -15,13 +15,15 @@ from typing import Any
 
 from dit_accel.kernels.common.support import RUN_ON
 
-from .card_list import CARDS
+from .card_list import CARDS, Card
 from .cards import OPERATIONS, faults
 
 ROOT = Path(__file__).parent.parent
 RESULTS = ROOT / "benchmarks" / "results" / "cards.json"
 PAGE = ROOT / "docs" / "hardware.md"
+README = ROOT / "README.md"
 BEGIN, END = "<!-- tables: benchmarks/hardware_table.py -->\n", "<!-- end of tables -->\n"
+BEGIN_SHORT, END_SHORT = "<!-- cards: benchmarks/hardware_table.py -->\n", "<!-- end of cards -->\n"
 
 
 def generations(rows: list[dict[str, Any]]) -> list[str]:
@@ -39,6 +41,30 @@ def generations(rows: list[dict[str, Any]]) -> list[str]:
         fits = f"{on.shared_kib} KiB; {len(here)} kernels compiled, " + (f"{len(wrong)} faults" if wrong else "all fit")
         lines.append(f"| {on.name} | {on.generation} | {on.examples} | {kernel} | {known} | {fits} |")
     return lines
+
+
+def short_table() -> str:
+    """The README's: cards by who made them and what is known of them."""
+    groups: dict[tuple[str, str, str], list[Card]] = {}
+    for on in CARDS:
+        maker = "AMD" if isinstance(on.target, str) else "NVIDIA"
+        if on.name in RUN_ON:
+            kernels, known = "kernels of its own", "measured"
+        else:
+            kernels, known = "portable Triton kernels", "compiled by the tests, not run yet"
+        groups.setdefault((maker, kernels, known), []).append(on)
+    lines = ["| card | attention runs on | state |", "|---|---|---|"]
+    for (maker, kernels, known), cards in sorted(groups.items(), key=lambda one: one[0][2] != "measured"):
+        names = dict.fromkeys(on.generation.partition(",")[0] for on in cards)
+        examples = ", ".join(on.examples for on in cards)
+        lines.append(f"| {maker} {', '.join(names)}: {examples} | {kernels} | {known} |")
+    return "\n".join([*lines, "| CPU | PyTorch | measured |", ""])
+
+
+def short_page(text: str) -> str:
+    """The README with its table as it is now."""
+    before, _, rest = text.partition(BEGIN_SHORT)
+    return before + BEGIN_SHORT + short_table() + END_SHORT + rest.partition(END_SHORT)[2]
 
 
 def figures(rows: list[dict[str, Any]]) -> list[str]:
@@ -70,11 +96,12 @@ def main() -> None:
         "--check", action="store_true", help="write nothing; exit with 1 where the page is not up to date"
     )
     asked = parser.parse_args()
-    text = PAGE.read_text(encoding="utf-8")
-    new = page(text)
-    if asked.check:
-        raise SystemExit(new != text)
-    PAGE.write_text(new, encoding="utf-8")
+    for file, make in ((PAGE, page), (README, short_page)):
+        text = file.read_text(encoding="utf-8")
+        if asked.check and make(text) != text:
+            raise SystemExit(1)
+        if not asked.check:
+            file.write_text(make(text), encoding="utf-8")
 
 
 if __name__ == "__main__":

@@ -15,6 +15,7 @@ from dataclasses import replace
 import torch
 import torch.nn.functional as F
 import triton
+from captured_calls import Captured, captured
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from dit_accel.kernels import BlockMask
@@ -48,21 +49,7 @@ def device_ms(function: Callable[[], object]) -> float:
     return statistics.median(replay_ms(replay) for _ in range(3))
 
 
-def captured(function: Callable[[], object]) -> torch.cuda.CUDAGraph:
-    """The launches of a call without gradients as a CUDA graph."""
-    with torch.no_grad():
-        side = torch.cuda.Stream()
-        side.wait_stream(torch.cuda.current_stream())
-        with torch.cuda.stream(side):
-            function()
-        torch.cuda.current_stream().wait_stream(side)
-        graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(graph):
-            function()
-    return graph
-
-
-def replay_ms(graph: torch.cuda.CUDAGraph, budget_ms: float = 25) -> float:
+def replay_ms(graph: Captured[object], budget_ms: float = 25) -> float:
     """Mean milliseconds of replays one after the other, for about ``budget_ms``."""
     start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
     count = 1

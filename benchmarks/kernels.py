@@ -48,6 +48,7 @@ from kernel_cases import (
     sla_error,
     sparse_fa4,
 )
+from kernel_pairs import section_pairs
 from kernel_rows import section_rows
 
 from dit_accel.kernels import BlockMask, QuantizedInputs, block_sparse_attention
@@ -304,6 +305,7 @@ SECTIONS = {
     "backward": section_backward,
     "sla": section_sla,
     "hopper": section_hopper,
+    "pairs": section_pairs,
 }
 
 
@@ -320,7 +322,7 @@ def run(report: Report, args: argparse.Namespace) -> None:
 
 def print_table(rows: list[dict[str, object]]) -> None:
     """The rows once more, short, so that the end of the output says all."""
-    labels = ("section", "S", "block", "density", "tokens", "op", "linear")
+    labels = ("section", "S", "block", "density", "shared", "tokens", "op", "linear")
     columns = (*PREFIXES, *(f"{prefix}eff" for prefix in PREFIXES.values()), "error", "extra_memory_share")
     print(f"\n{'':64}" + "".join(f"{name[:10]:>11}" for name in (*columns, "over base", "load over", "alone over")))
     for row in rows:

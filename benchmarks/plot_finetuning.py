@@ -48,7 +48,7 @@ def draw(axes: Any, variants: Mapping[str, Any], names: Sequence[str], title: st
         axes.minorticks_off()
     axes.set_title(title, fontsize=10)
     axes.set_xlabel("step (8 clips each, 16 in sla-0.05); 0 is training-free")
-    axes.set_ylabel("validation loss above dense, %")
+    axes.set_ylabel("validation loss above dense, %" + ("\n(logarithmic above 10)" if wide else ""))
     axes.grid(alpha=0.3)
     # Below the panel, where it covers no curve.
     axes.legend(fontsize=7, loc="upper center", bbox_to_anchor=(0.5, -0.16), ncols=3, frameon=False)

@@ -1,14 +1,16 @@
-"""Queries, keys and values of the embedded model's self-attention, kept in files: what the laboratory works on.
+"""Queries, keys and values of the embedded model's self-attention in dense runs.
 
-A file is of one prompt: every layer and guidance branch at some steps of a dense run. Tensors are kept in half
-precision: what was rounded there is an exact input of every method and of its reference.
+In files, which the laboratory works on, each of one prompt: every layer and guidance branch at some steps. Tensors are
+kept in half precision: what was rounded there is an exact input of every method and of its reference. In memory, where
+a gate or a router is trained: as they were, with the blocks of a recipe.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -16,7 +18,7 @@ from dit_accel import patch
 from dit_accel.call import AttentionCall
 from dit_accel.layout import TokenLayout
 from dit_accel.pipelines import load
-from dit_accel.pipelines.builtin import builtins
+from dit_accel.pipelines.embedded_model import SETTINGS
 from dit_accel.pipelines.generate import call_arguments
 
 
@@ -39,6 +41,42 @@ class Recorded:
         return TokenLayout(self.grid, 0, self.q.shape[1])
 
 
+def pipeline(device: str, dtype: torch.dtype = torch.float32) -> Any:
+    """The embedded model, which shows no progress."""
+    pipe = load("embedded", dtype=dtype, device=torch.device(device))
+    pipe.set_progress_bar_config(disable=True)
+    return pipe
+
+
+def run(pipe: Any, prompts: Iterable[tuple[int, str]], **settings: int) -> None:
+    """Runs up to the latents, each with a seed and a prompt.
+
+    Args:
+        settings: width, height, frames and steps, where they are not the model's own.
+    """
+    arguments = call_arguments(pipe, **(vars(SETTINGS) | settings))
+    for seed, prompt in prompts:
+        pipe(prompt=prompt, generator=torch.Generator().manual_seed(seed), output_type="latent", **arguments)
+
+
+def calls_in_memory(
+    pipe: Any, prompts: Iterable[tuple[int, str]], *, density: float, **settings: int
+) -> list[AttentionCall]:
+    """Calls of every layer at every second step, the first guidance branch alone, with plans of the preset ``seer``,
+    whose blocks gates and routers choose among; see :func:`run`."""
+    found: list[AttentionCall] = []
+
+    def see(_name: str, call: AttentionCall) -> None:
+        if call.plan is not None and (call.step.index or 0) % 2 == 0 and call.step.branch in ("cond", None):
+            found.append(call)
+
+    with patch(pipe, "seer", density=density) as handle:
+        keep = lambda _layer, out, dense: out if dense is None else dense()  # noqa: E731
+        with handle.observe(see), handle.tap_outputs(keep), torch.no_grad():
+            run(pipe, prompts, **settings)
+    return found
+
+
 def record(
     folder: Path,
     prompts: list[tuple[int, str]],
@@ -52,9 +90,7 @@ def record(
     missing = [(number, prompt) for number, prompt in prompts if not file_of(folder, number).exists()]
     if not missing:
         return
-    pipe = load("embedded", dtype=dtype, device=torch.device(device))
-    pipe.set_progress_bar_config(disable=True)
-    arguments = call_arguments(pipe, **(vars(builtins()["embedded"].settings) | {"steps": num_steps}))
+    pipe = pipeline(device, dtype)
     for number, prompt in missing:
         calls: list[dict[str, object]] = []
 
@@ -66,7 +102,7 @@ def record(
                 calls.append(place | {"grid": tuple(call.layout.grid)} | tensors)  # noqa: B023
 
         with patch(pipe, "dense") as handle, handle.observe(keep):
-            pipe(prompt=prompt, generator=torch.Generator().manual_seed(number), output_type="latent", **arguments)
+            run(pipe, [(number, prompt)], steps=num_steps)
         torch.save({"prompt": prompt, "num_steps": num_steps, "calls": calls}, file_of(folder, number))
 
 

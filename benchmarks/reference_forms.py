@@ -1,7 +1,7 @@
 """Methods of the literature as plain reference forms on recorded calls: what they lose before anybody builds a kernel.
 
-Dense runs of the embedded model are recorded as in gate_forms.py; errors are relative L2 errors of the attention
-outputs of one prompt or more.
+Dense runs of the embedded model are recorded, at every second step, with the prompt (recorded_calls.py); errors are
+relative L2 errors of the attention outputs of one prompt or more.
 Nothing is trained: these are the places at which a training would begin.
 
 - ``linear``: softmax features; ``flow``: conserved flows (Flowformer, arXiv 2202.06258).
@@ -17,21 +17,17 @@ Nothing is trained: these are the places at which a training would begin.
 
 from __future__ import annotations
 
-import argparse
-import json
 import math
 import time
-from pathlib import Path
 from typing import Any
 
 import torch
-from gate_forms import recorded
+from judged_calls import arguments, dense, report, size_of_runs, sparse
+from recorded_calls import calls_in_memory, pipeline
 from reuse_front import TUNING_PROMPTS
-from routers import dense, sparse
 
 from dit_accel.call import AttentionCall
 from dit_accel.layout import TokenLayout
-from dit_accel.pipelines.embedded_model import load_embedded
 from dit_accel.stages.select.learned import Learned
 from dit_accel.stages.select.static import Window
 from dit_accel.training.gate import blocks_of
@@ -118,20 +114,13 @@ def forms(call: AttentionCall) -> dict[str, torch.Tensor]:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--size", type=int, default=128)
-    parser.add_argument("--frames", type=int, default=17)
-    parser.add_argument("--steps", type=int, default=6)
+    parser = arguments(__doc__, device="cpu")
     parser.add_argument("--prompts", type=int, default=1)
-    parser.add_argument("--density", type=float, default=0.1)
-    parser.add_argument("--device", default="cpu")
-    parser.add_argument("--out", type=Path)
     args = parser.parse_args()
     begin = time.monotonic()
     torch.set_grad_enabled(False)
-    pipe = load_embedded(torch.float32).to(args.device)
-    pipe.set_progress_bar_config(disable=True)
-    tests = recorded(pipe, TUNING_PROMPTS[2 : 2 + args.prompts], 2000, args)
+    prompts = enumerate(TUNING_PROMPTS[2 : 2 + args.prompts], 2000)
+    tests = calls_in_memory(pipeline(args.device), prompts, density=args.density, **size_of_runs(args))
     errors: dict[str, float] = {}
     norm = density = 0.0
     for call in tests:
@@ -142,10 +131,7 @@ def main() -> None:
             errors[name] = errors.get(name, 0.0) + float((out - exact).square().sum())
     result: dict[str, Any] = {"calls": len(tests), "tokens": tests[0].q.shape[1], "density of the window": density}
     result |= {"errors": {name: math.sqrt(error / norm) for name, error in errors.items()}}
-    result |= {"arguments": {k: str(v) for k, v in vars(args).items()}, "seconds": time.monotonic() - begin}
-    print(json.dumps(result, indent=2))
-    if args.out is not None:
-        args.out.write_text(json.dumps(result, indent=2) + "\n")
+    report(result, args, begin)
 
 
 if __name__ == "__main__":

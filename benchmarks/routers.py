@@ -1,6 +1,6 @@
 """Routers of layers and of heads on recorded calls: what they could save, before anybody trains a model for them.
 
-Dense runs of the embedded model are recorded as in gate_forms.py.
+Dense runs of the embedded model are recorded, at every second step, with the prompt (recorded_calls.py).
 
 - **Layers** (Flux Attention): each call runs dense, or sparse by pooled scores. A router is a ridge regression of the
   logarithm of the sparse call's error on the noise level, its square and the mean and spread of queries and keys,
@@ -17,46 +17,22 @@ Errors are relative L2 errors of the attention output, over all calls.
 
 from __future__ import annotations
 
-import argparse
-import json
 import math
 import time
-from pathlib import Path
 from typing import Any
 
 import torch
 import torch.nn.functional as F
-from gate_forms import recorded
+from judged_calls import arguments, dense, report, size_of_runs, sparse
+from recorded_calls import calls_in_memory, pipeline
 from reuse_front import TUNING_PROMPTS
 
 from dit_accel.call import AttentionCall
-from dit_accel.pipelines.embedded_model import load_embedded
-from dit_accel.plan import SequenceBlocks
 from dit_accel.stages.select.learned import Learned
-from dit_accel.stages.select.pooled import keep_best, pooled_scores_of
 from dit_accel.training.gate import blocks_of
 
 SHARES = (0.25, 0.5)
 HEADS_KEPT = (0.75, 0.5)
-
-
-def dense(call: AttentionCall) -> torch.Tensor:
-    """Output ``[B, H, S, D]``."""
-    q, k, v = (x.transpose(1, 2).float() for x in (call.q, call.k, call.v))
-    return F.scaled_dot_product_attention(q, k, v, scale=call.scale)
-
-
-def sparse(call: AttentionCall, blocks: SequenceBlocks, density: float) -> tuple[torch.Tensor, float]:
-    """Output of pooled scores' blocks, and the share of pairs that they are."""
-    mask = keep_best(blocks, pooled_scores_of(blocks, call, call.scale), call.key_mask, density=density).to_dense()
-    rows = blocks.kernel_rows.reshape(-1).long()
-    pairs = mask.repeat_interleave(blocks.block_q, 2).repeat_interleave(blocks.block_k, 3)
-    count = call.q.shape[1]
-    pairs = pairs[:, :, :count, :count]
-    q, k, v = (x.transpose(1, 2)[:, :, rows].float() for x in (call.q, call.k, call.v))
-    out = torch.empty_like(q)
-    out[:, :, rows] = F.scaled_dot_product_attention(q, k, v, attn_mask=pairs, scale=call.scale)
-    return out, float(pairs.float().mean())
 
 
 def features(call: AttentionCall) -> torch.Tensor:
@@ -131,29 +107,19 @@ def head_router(tests: list[AttentionCall]) -> dict[str, float]:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--size", type=int, default=128)
-    parser.add_argument("--frames", type=int, default=17)
-    parser.add_argument("--steps", type=int, default=10)
+    parser = arguments(__doc__, steps=10)
     parser.add_argument("--train", type=int, default=2, help="prompts to fit the router on")
     parser.add_argument("--held-out", type=int, default=1)
-    parser.add_argument("--density", type=float, default=0.1)
-    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
-    parser.add_argument("--out", type=Path)
     args = parser.parse_args()
     begin = time.monotonic()
     torch.set_grad_enabled(False)
-    pipe = load_embedded(torch.float32).to(args.device)
-    pipe.set_progress_bar_config(disable=True)
-    prompts = TUNING_PROMPTS[: args.train + args.held_out]
-    calls = recorded(pipe, prompts[: args.train], 1000, args)
-    tests = recorded(pipe, prompts[args.train :], 2000, args)
+    pipe = pipeline(args.device)
+    prompts, size = TUNING_PROMPTS[: args.train + args.held_out], size_of_runs(args)
+    calls = calls_in_memory(pipe, enumerate(prompts[: args.train], 1000), density=args.density, **size)
+    tests = calls_in_memory(pipe, enumerate(prompts[args.train :], 2000), density=args.density, **size)
     found: dict[str, Any] = {"calls": len(tests), "tokens": tests[0].q.shape[1]}
     found |= {"layers": layer_router(calls, tests, args.density), "heads": head_router(tests)}
-    found |= {"arguments": {k: str(v) for k, v in vars(args).items()}, "seconds": time.monotonic() - begin}
-    print(json.dumps(found, indent=2))
-    if args.out is not None:
-        args.out.write_text(json.dumps(found, indent=2) + "\n")
+    report(found, args, begin)
 
 
 if __name__ == "__main__":

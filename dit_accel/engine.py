@@ -8,7 +8,6 @@ from collections.abc import Callable, Sequence
 from functools import partial
 
 import torch
-from torch.func import functional_call
 
 from .call import AttentionCall, autocast_done, dtype_of_attention
 from .kernels import block_sparse_attention
@@ -19,7 +18,7 @@ from .plan import AttentionPlan
 from .planner import Planner
 from .recipe import Recipe
 from .records import BackendsUsed, LayerRecord, SharedWork
-from .ring_attention import attend_around
+from .ring_attention import attend_around, full_masks_around, masks_around
 from .run import Run
 from .stages.compensate.protocol import Attended
 from .stages.learned_layer import LearnedLayer
@@ -202,7 +201,8 @@ class Engine:
         with autocast_done(call):
             call.repeat_heads()
             call.spread_queries()
-            call.router = self.routers.get(call.layer)
+            router = self.routers.get(call.layer)
+            call.router = None if router is None else router.among(call.heads)
             self.planner.pad(call)
             call.backends_used = self.backends_used
             call.choices = self._choices_of(case_of(call.q, call.k, call.v, key_mask=call.key_mask))
@@ -263,23 +263,19 @@ class Engine:
                     f"{type(compensate).__name__} needs the input of layer {call.layer}, which its hook has not seen."
                 )
             call.gate, module = learned[0], None
+        plan = call.plan = compensate.narrow(call, plan)
 
         def sparse() -> Attended:
             if parts is None:
                 return self._kernel(call, plan)
             return attend_around(call, parts, partial(self._kernel, with_lse=True))
 
-        parts = None if call.part is None else self.planner.masks_around(call, plan)
+        parts = None if call.part is None else masks_around(call, plan)
         out, witness = compensate.attend(call, plan, sparse)
         if not is_captured(call.q.device):  # a graph's tensors are its own, and what they hold changes with a replay
             self._count(call, plan, witness, book)
         if module is not None:
-            inputs = (out, call.q, call.k, call.v, plan, call.key_mask, call.backend("linear_branch"))
-            if learned is None:
-                out = module(*inputs)
-            else:
-                given = dict(zip((name for name, _ in module.named_parameters()), learned, strict=True))
-                out = functional_call(module, given, inputs)
+            out = module.among(call.heads, learned)(out, call, plan)
         self.sparse_time.stop(begin, call.q.device)
         return out
 
@@ -332,8 +328,8 @@ class Engine:
         if memory is None:
             return None
         operation = _SEARCH
-        parts = None if call.part is None else self.planner.full_masks_around(call)
-        mask = self.planner.full_mask(call) if parts is None else parts[0]
+        parts = None if call.part is None else full_masks_around(call)
+        mask = self.planner.tables.full_mask(call) if parts is None else parts[0]
         choice = choose_backend(
             call.q, call.k, call.v, mask, key_mask=call.key_mask, backend=self.backend, operation=operation
         )
@@ -388,6 +384,7 @@ class Engine:
                 return reason
         elif (call.layout, call.q.device) not in self._seen_layouts:
             self._advise(call.layout, call.q.device)
+        self.planner.refuse(call)
         return self.recipe.schedule.dense_reason(call.step, call.layer, len(self.records))
 
     def _why_not_worthwhile(self, layout: TokenLayout, device: torch.device) -> str | None:

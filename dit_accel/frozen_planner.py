@@ -5,10 +5,11 @@ from __future__ import annotations
 import torch
 
 from .call import AttentionCall
+from .kept_plans import KeptPlan, kept_of
 from .kernels.common.choice import Case, Choice, Operation
 from .layout import StepContext
 from .plan import AttentionPlan, LayerMemory
-from .planner import KeptPlan, Planner
+from .planner import Planner
 from .recipe import Recipe
 from .records import LayerRecord
 from .stages.select.frozen import FrozenMasks
@@ -37,6 +38,12 @@ class FrozenPlanner(Planner):
         """Whether processes around a ring can plan together: masks that were made need no queries and keys."""
         return not self.rederive or super().goes_round
 
+    def refuse(self, call: AttentionCall) -> None:
+        """Raise where the masks do not fit and nothing is selected anew."""
+        reason = None if self.rederive else self._why_not(call)
+        if reason is not None:
+            raise ValueError(f"{reason} Calibrate for this, or patch with rederive=True to select anew.")
+
     def is_search(self, _call: AttentionCall, _made: StepContext) -> bool:
         """Never: there is nothing to search."""
         return False
@@ -52,9 +59,8 @@ class FrozenPlanner(Planner):
         reason = self._why_not(call)
         if reason is None:
             return call.step, self._frozen_plan(call, book)
-        if self.rederive:
-            return super()._plan(call, book)
-        raise ValueError(f"{reason} Calibrate for this, or patch with rederive=True to select anew.")
+        self.refuse(call)
+        return super()._plan(call, book)
 
     def _why_not(self, call: AttentionCall) -> str | None:
         if call.layout != self.masks.layout:
@@ -71,12 +77,12 @@ class FrozenPlanner(Planner):
         # What a compensation works out of queries and keys is of one branch, and of one batch.
         place = ("frozen", call.layer, call.q.device, None if compensate.is_static else call.step.branch)
         version = (bucket, None if compensate.is_static else call.q.shape[0])
-        plans = self._kept(call).plans
+        plans = kept_of(call).plans
         if place in plans and plans[place][0] == version:
             kept: KeptPlan = plans[place][1]
             return kept.plan
         with torch.no_grad():
-            prepared = self._prepare(call)
+            prepared = self.tables.prepare(call)
             blocks = prepared.blocks
             mask = self.masks.mask(call.layer, bucket, blocks, call.key_mask, call.backend("selection"), call.heads)
             call.seen = self._cut(call, prepared)

@@ -2,88 +2,36 @@
 
 from __future__ import annotations
 
-import threading
-from collections.abc import Iterator
-from contextlib import contextmanager
-from dataclasses import dataclass, field, replace
+from dataclasses import replace
 from functools import partial
 from typing import Any
 
 import torch
 
 from .call import AttentionCall
+from .kept_plans import KeptPlan, kept_of, memory_of, plan_key
 from .kernels import BlockMask
 from .kernels.common.capability import choose_selection
 from .kernels.common.choice import Case, Choice, Operation, refusal
-from .kernels.common.tokens import hidden_blocks
 from .kernels.mask.packed import PackedBlockMask
 from .kernels.mask.pairs import PairMask
 from .layout import StepContext, TokenLayout
+from .layout_tables import LayoutTables, Prepared
 from .plan import AttentionPlan, LayerMemory, LeftOut, SequenceBlocks
 from .recipe import Recipe
 from .records import LayerRecord
 from .ring import RingPart, RingShard
-from .run import Bounded, Kept
 from .stages.compensate.protocol import Compensation
 from .stages.drift import BlockMeans
 from .stages.select.protocol import Select
-from .stages.select.static import FullSelect
 from .timing import Stopwatch
-
-
-@dataclass(frozen=True, eq=False)
-class _Prepared:
-    """What a layout needs once: its blocks, and what a static selection worked out for them.
-
-    ``plans`` are those of static selections, which every run may use; one of a key mask belongs to its run. ``parts``
-    are shares of the processes around a ring.
-    """
-
-    blocks: SequenceBlocks
-    tables: Any
-    plans: dict[Select, KeptPlan] = field(default_factory=dict)
-    parts: dict[Any, RingPart] = field(default_factory=dict)
-
-
-@dataclass(frozen=True, eq=False)
-class KeptPlan:
-    """A plan, when it was made, and of which queries and keys where the schedule guards against drift; when its blocks
-    were chosen, where that was later.
-
-    The mask of a single layer is packed: the lists of all layers and branches of a large model are gigabytes.
-    ``share`` is the mask's density, worked out once.
-    """
-
-    made: StepContext
-    rows: torch.Tensor | None
-    mask: BlockMask | PackedBlockMask
-    compensation: Any
-    share: torch.Tensor
-    means: BlockMeans | None = None
-    chosen: StepContext | None = None
-
-    @classmethod
-    def of(cls, call: AttentionCall, plan: AttentionPlan, means: BlockMeans | None = None) -> KeptPlan:
-        """A plan of a single layer, made for this call."""
-        mask: BlockMask | PackedBlockMask = plan.mask
-        if plan.mask.token_bits is None:
-            mask = PackedBlockMask.of(plan.mask, call.key_mask is not None, call.backend("selection"))
-        return cls(call.step, plan.rows, mask, plan.compensation, plan.density, means)
-
-    @property
-    def plan(self) -> AttentionPlan:
-        mask = self.mask.lists() if isinstance(self.mask, PackedBlockMask) else self.mask
-        return AttentionPlan(self.rows, mask, self.compensation, self.share)
-
-
-# A server sees any number of sizes; the tables of this many stay.
-KEPT_LAYOUTS = 8
 
 
 class Planner:
     """Plans under one recipe. What a layout needs stays here; what a run made stays with the run of the call.
 
     Attributes:
+        tables: of the layouts.
         density: in place of the selection's own and the schedule's, while a training anneals it.
         parts: time of making plans: "order" (and what a layout needs once), "select", "compensate".
     """
@@ -92,11 +40,7 @@ class Planner:
         self.recipe = recipe
         self.density: float | None = None
         self.parts = {part: Stopwatch() for part in ("order", "select", "compensate")}
-        self._prepared: Bounded[dict[Any, _Prepared]] = Bounded(KEPT_LAYOUTS)
-        self._full_masks: Bounded[BlockMask] = Bounded(KEPT_LAYOUTS)
-        self._order_tables: Bounded[Any] = Bounded(KEPT_LAYOUTS)
-        self._padding: Bounded[torch.Tensor] = Bounded(KEPT_LAYOUTS)
-        self._lock = threading.Lock()
+        self.tables = LayoutTables(recipe, self.parts["order"])
 
     def choices(self, case: Case, backend: str) -> dict[Operation, Choice]:
         """The backend of each operation that calls of a case run, as far as the case tells.
@@ -134,13 +78,7 @@ class Planner:
                 f"{type(self.recipe.order).__name__} pads the sequence by {count} tokens, which ring attention shares "
                 "out: use ulysses_degree in place of ring_degree, or another order."
             )
-        batch, device, length = call.q.shape[0], call.q.device, call.k.shape[1]
-
-        def visible() -> torch.Tensor:
-            return (torch.arange(length + count, device=device) < length).expand(batch, -1)
-
-        # The same tensor for all layers: what hides keys is compared by content once a forward.
-        call.pad(count, self._padding.get((length, count, batch, device), visible))
+        call.pad(count, self.tables.padding(call, count))
 
     @property
     def goes_round(self) -> bool:
@@ -156,10 +94,10 @@ class Planner:
         ring = call.ring
         assert ring is not None
         with torch.no_grad(), torch.inference_mode(False):
-            prepared = self._prepare(call)
+            prepared = self.tables.prepare(call)
             part = prepared.parts.get(ring.key)
             if part is None:
-                with self._timed("order", call.q.device):
+                with self.parts["order"].timing(call.q.device):
                     part = prepared.parts[ring.key] = self._part(ring, prepared.blocks)
             if call.key_mask is not None and part.slots is not None and part.slots.dim() > 1:
                 raise ValueError(
@@ -195,12 +133,12 @@ class Planner:
     def _static_plan(self, call: AttentionCall, select: Select, book: LayerRecord) -> tuple[StepContext, AttentionPlan]:
         """A plan that all layers of one order, steps and branches share."""
         with torch.no_grad():
-            prepared = self._prepare(call)
+            prepared = self.tables.prepare(call)
             if call.mask is None:
                 plans: dict[Any, Any] = prepared.plans
                 key: Any = select
             else:
-                plans = self._kept(call).plans
+                plans = kept_of(call).plans
                 key = (select, call.q.device, self.recipe.order.variant(call.layer))
             if key not in plans:
                 mask, state = self._make(call, select, prepared, None)
@@ -219,11 +157,11 @@ class Planner:
         """A plan of this layer and branch, which a schedule may keep for later forwards of the run."""
         schedule = self.recipe.schedule
         keep = schedule.keeps_plans and not call.repeated
-        plans = self._kept(call).plans if keep else {}
-        key = self._plan_key(call)
+        plans = kept_of(call).plans if keep else {}
+        key = plan_key(call)
         if keep and call.step.index is not None and call.step.computed is None:
             # Another package's cache may skip some blocks of a forward, and tells nobody.
-            before = self._kept(call).forwards_before(key, call.step.forward_id)
+            before = kept_of(call).forwards_before(key, call.step.forward_id)
             call.step = replace(call.step, computed=before)
         kept = plans.get(key)
         means = None
@@ -237,9 +175,9 @@ class Planner:
                 assert schedule.drift_bound is not None
                 if bool(means.change_since(kept.means, call) <= schedule.drift_bound):
                     return self._reused(call, kept)
-            memory = self._memory(call)
+            memory = memory_of(call)
             memory.keeps_base = schedule.choose_every > 0 and keep
-            prepared = self._prepare(call)
+            prepared = self.tables.prepare(call)
             mask, state = self._make(call, select, prepared, memory)
             memory.found = None
             if not schedule.plans_after(call.step):
@@ -256,20 +194,20 @@ class Planner:
         self, call: AttentionCall, select: Select, kept: KeptPlan, book: LayerRecord
     ) -> tuple[StepContext, AttentionPlan]:
         """A kept plan with blocks chosen for this call from what its search found; it keeps its age."""
-        memory = self._memory(call)
+        memory = memory_of(call)
         if memory.base is None:
             return self._reused(call, kept)
         if self.recipe.order.follows_call:
             assert isinstance(call.layout, TokenLayout)
-            prepared = _Prepared(SequenceBlocks(call.layout, kept.rows, *select.block, call.q.device), None)
+            prepared = Prepared(SequenceBlocks(call.layout, kept.rows, *select.block, call.q.device), None)
         else:
-            prepared = self._prepare(call)
+            prepared = self.tables.prepare(call)
         mask, state = self._make(call, select, prepared, memory, anew=True)
         memory.found = None
         book.plans_made += 1
         plan = AttentionPlan(prepared.blocks.kernel_rows, mask, state)
         chosen = replace(KeptPlan.of(call, plan), made=kept.made, chosen=call.step)
-        call.used[call.layer] = self._kept(call).plans[self._plan_key(call)] = chosen
+        call.used[call.layer] = kept_of(call).plans[plan_key(call)] = chosen
         return kept.made, plan
 
     @staticmethod
@@ -281,12 +219,12 @@ class Planner:
         self,
         call: AttentionCall,
         select: Select,
-        prepared: _Prepared,
+        prepared: Prepared,
         memory: LayerMemory | None,
         anew: bool = False,
     ) -> tuple[BlockMask, Any]:
         """A block mask, and what the compensation works out for it; ``anew``: from what a search found."""
-        with self._timed("select", call.q.device):
+        with self.parts["select"].timing(call.q.device):
             # Before the selection, whose scores and numbers are of what is seen.
             call.seen = self._cut(call, prepared)
             try:
@@ -301,11 +239,11 @@ class Planner:
         compensate = self.recipe.compensate
         if type(compensate).prepare is Compensation.prepare:  # which makes nothing: two events of the host saved
             return mask, None
-        with self._timed("compensate", call.q.device):
+        with self.parts["compensate"].timing(call.q.device):
             state = compensate.prepare(prepared.blocks, mask, call, memory)
         return mask, state
 
-    def _cut(self, call: AttentionCall, prepared: _Prepared) -> PairMask | None:
+    def _cut(self, call: AttentionCall, prepared: Prepared) -> PairMask | None:
         """The call's mask of token pairs, by the blocks of a plan."""
         if call.pairs is None:
             return None
@@ -315,18 +253,21 @@ class Planner:
             return cut()  # of this call's order
         # Layers that share an order share this.
         place = ("pairs", call.q.device, self.recipe.order.variant(call.layer))
-        kept = self._kept(call).plans
+        kept = kept_of(call).plans
         found: PairMask = kept.get(place) or cut()
         kept[place] = found
         return found
 
     @staticmethod
-    def _shown(call: AttentionCall, prepared: _Prepared, mask: BlockMask) -> BlockMask:
+    def _shown(call: AttentionCall, prepared: Prepared, mask: BlockMask) -> BlockMask:
         """A mask without the token pairs that the call hides, and without rows of tokens that do not query."""
         if call.seen is None:
             querying = prepared.blocks.querying_q
             return mask if querying is None else mask.for_queries(querying)
         return call.seen.over(mask, call.backend("selection"))
+
+    def refuse(self, call: AttentionCall) -> None:
+        """Raise where no plan can be made of a call like this: also at a step that needs none, before the work."""
 
     def is_search(self, call: AttentionCall, made: StepContext) -> bool:
         """Whether a plan made at ``made`` is of a search in this very forward, whose attention the recipe has dense.
@@ -340,16 +281,16 @@ class Planner:
             return made.forward_id == call.step.forward_id
         if not compensate.watches_dense or call.repeated:
             return False
-        kept = self._memory(call).left_out
+        kept = memory_of(call).left_out
         return kept is None or schedule.needs_plan(call.step, kept.made)
 
     def left_out(self, call: AttentionCall) -> LeftOut | None:
         """What the last dense step of the call's layer and branch kept for the compensation."""
-        return self._memory(call).left_out if self.recipe.compensate.watches_dense else None
+        return memory_of(call).left_out if self.recipe.compensate.watches_dense else None
 
     def keep_left_out(self, call: AttentionCall, left_out: LeftOut) -> None:
         """Keep it for later calls of the same run."""
-        self._memory(call).left_out = left_out
+        memory_of(call).left_out = left_out
 
     def memory_of_search(self, call: AttentionCall) -> LayerMemory | None:
         """Where a coming search looks for the log-sum-exp of its step's attention; None where none is of use."""
@@ -359,81 +300,15 @@ class Planner:
         assert isinstance(call.layout, TokenLayout)
         if not select.uses_lse(call.layout, call.key_mask) or any(x.requires_grad for x in (call.q, call.k, call.v)):
             return None
-        kept = self._kept(call).plans.get(self._plan_key(call))
+        kept = kept_of(call).plans.get(plan_key(call))
         if kept is not None and not schedule.needs_plan(call.step, kept.made):
             return None
-        memory = self._memory(call)
+        memory = memory_of(call)
         return memory if memory.lse is None else None
-
-    def full_mask(self, call: AttentionCall) -> BlockMask:
-        """All blocks of a layout, in the model's order."""
-        if torch.is_inference_mode_enabled():
-            with torch.inference_mode(False):
-                return self.full_mask(call)
-        assert isinstance(call.layout, TokenLayout)
-        full = FullSelect(block=(128, 128))  # the kernel is fastest at these
-        blocks = SequenceBlocks(call.layout, None, *full.block, call.q.device)
-
-        def make() -> BlockMask:
-            return full.select(blocks, None, call)
-
-        if call.key_mask is not None:
-            return make()
-        return self._full_masks.get((call.layout, call.q.device), make)
-
-    @staticmethod
-    def masks_around(call: AttentionCall, plan: AttentionPlan) -> list[BlockMask]:
-        """A plan's blocks of this process' queries and of each process' keys around a ring."""
-        part = call.part
-        assert part is not None
-        spans = [part.k_span(rank) for rank in range(part.ring.size)]
-        return plan.mask.parts(part.q_span(), spans, call.backend("selection"))
-
-    @staticmethod
-    def full_masks_around(call: AttentionCall) -> list[BlockMask]:
-        """All blocks of this process' queries and of each process' keys around a ring."""
-        part, block = call.part, 128
-        assert part is not None
-        masks = []
-        for rank in range(part.ring.size):
-            sizes = (block, block, call.q.shape[1], part.key_slots(rank))
-            keep = torch.ones(1, 1, *(-(-size // block) for size in sizes[2:]), dtype=torch.bool, device=call.q.device)
-            partial = None
-            visible = part.key_mask_of(rank, call.key_mask)
-            if visible is not None:
-                empty, partial = hidden_blocks(visible, block)
-                keep, partial = keep & ~empty[..., None, :], partial[..., None, :]
-            masks.append(BlockMask.from_dense(keep, *sizes, partial=partial, backend=call.backend("selection")))
-        return masks
 
     def forget(self) -> None:
         """Drop every cached table; plans are dropped with their runs."""
-        self._prepared.clear()
-        self._order_tables.clear()
-        self._full_masks.clear()
-        self._padding.clear()
-
-    @staticmethod
-    def _plan_key(call: AttentionCall) -> tuple[Any, ...]:
-        """Which calls of one layout and key mask may share a plan within a run."""
-        return call.layer, call.step.branch, call.q.shape[0], call.q.device
-
-    @staticmethod
-    def _kept(call: AttentionCall) -> Kept:
-        assert isinstance(call.layout, TokenLayout)
-        return call.run.kept(call.layout, call.mask, call.step.forward_id)
-
-    def _memory(self, call: AttentionCall) -> LayerMemory:
-        """The layer's memory of this run; an empty one where no step is known or a forward is repeated."""
-        if call.step.index is None or call.repeated:
-            return LayerMemory()
-        return self._kept(call).memories.setdefault(self._plan_key(call), LayerMemory())
-
-    @contextmanager
-    def _timed(self, part: str, device: torch.device) -> Iterator[None]:
-        begin = self.parts[part].start(device)
-        yield
-        self.parts[part].stop(begin, device)
+        self.tables.clear()
 
     def _selection_choices(self, case: Case, backend: str) -> dict[Operation, Choice]:
         """The backends of the recipe's own selection; see :meth:`choices`."""
@@ -444,34 +319,3 @@ class Planner:
         select = self.recipe.select
         density = self.recipe.schedule.density(call.step) if self.density is None else self.density
         return select.of_layer(call.layer) if density is None else select.with_density(density)
-
-    def _prepare(self, call: AttentionCall) -> _Prepared:
-        assert isinstance(call.layout, TokenLayout)
-        layout, device, order, select = call.layout, call.q.device, self.recipe.order, self.recipe.select
-        if order.follows_call:
-            # Nothing to keep but the plan, and what the order worked out for the layout.
-            with self._timed("order", device):
-                tables = self._order_tables.get((layout, device), lambda: order.prepare(layout, device))
-                rows = order.rows_of_call(layout, call, tables)
-                blocks = SequenceBlocks(layout, rows, *select.block, device)
-                return _Prepared(blocks, select.prepare(blocks))
-        variant = (order.variant(call.layer), None if call.heads is None else call.heads.place)
-        # Two threads may run one transformer; the tables are built once.
-        with self._lock:
-            variants = self._prepared.get((layout, device), dict)
-            if variant not in variants:
-                with self._timed("order", device):
-                    variants[variant] = self._prepare_anew(call)
-            return variants[variant]
-
-    def _prepare_anew(self, call: AttentionCall) -> _Prepared:
-        assert isinstance(call.layout, TokenLayout)
-        layout, device, order, select = call.layout, call.q.device, self.recipe.order, self.recipe.select
-        fixed = order.rows(layout, device, call.layer)
-        heads = call.q.shape[2] if call.heads is None else call.heads.total
-        if fixed is not None and fixed.dim() == 2 and fixed.shape[0] not in (1, heads):
-            raise ValueError(f"The order of layer {call.layer} is for {fixed.shape[0]} heads, the layer has {heads}.")
-        if fixed is not None and fixed.dim() == 2 and call.heads is not None:
-            fixed = call.heads.own(fixed, 0)
-        blocks = SequenceBlocks(layout, fixed, *select.block, device)
-        return _Prepared(blocks, select.prepare(blocks))

@@ -15,6 +15,7 @@ from .files import write_text
 from .names import MissingName, Names, home_of
 from .stages.compensate.agent import AgentTokens
 from .stages.compensate.carried import Carried
+from .stages.compensate.clipped import ClippedSoftmax
 from .stages.compensate.coarse import CoarseBranch
 from .stages.compensate.linear import LinearBranch
 from .stages.compensate.none import NoCompensation
@@ -23,6 +24,7 @@ from .stages.compensate.pooled_mass import PooledMass
 from .stages.compensate.protocol import Compensation
 from .stages.compensate.pyramid import KeyPyramid
 from .stages.compensate.residual import PooledResidual
+from .stages.compensate.routed_heads import RoutedHeads
 from .stages.order.axes import AxisOrder, ChosenAxes, Chunks
 from .stages.order.cubes import Cubes
 from .stages.order.curve import Curve
@@ -84,6 +86,8 @@ COMPENSATIONS: dict[str, type[Compensation]] = {
     "linear": LinearBranch,
     "coarse": CoarseBranch,
     "gate": OutputGate,
+    "clipped": ClippedSoftmax,
+    "heads": RoutedHeads,
     "agents": AgentTokens,
     "residual": PooledResidual,
     "carried": Carried,

@@ -127,7 +127,7 @@ class Exchange:
             return x
         batch, tokens, heads, dim = x.shape
         units = x.permute(1, 2, 0, 3).reshape(tokens * self._orders, -1).index_select(0, self._sent)
-        units = _all_to_all(units, self._came_counts, self._sent_counts, self._group).index_select(0, self._there)
+        units = all_to_all(units, self._came_counts, self._sent_counts, self._group).index_select(0, self._there)
         units = units.view(self._orders, self._slots, heads // self._orders, batch, dim)
         return units.permute(3, 1, 0, 2, 4).reshape(batch, self._slots, heads, dim)
 
@@ -138,7 +138,7 @@ class Exchange:
         batch, slots, heads, dim = x.shape
         units = x.reshape(batch, slots, self._orders, -1, dim).permute(2, 1, 3, 0, 4)
         units = units.reshape(self._orders * slots, -1).index_select(0, self._came)
-        units = _all_to_all(units, self._sent_counts, self._came_counts, self._group).index_select(0, self._back)
+        units = all_to_all(units, self._sent_counts, self._came_counts, self._group).index_select(0, self._back)
         units = units.view(self._tokens, self._orders, heads // self._orders, batch, dim)
         return units.permute(3, 0, 1, 2, 4).reshape(batch, self._tokens, heads, dim)
 
@@ -270,7 +270,7 @@ class _AllToAll(torch.autograd.Function):
         return _AllToAll.apply(grad, *ctx.counts, ctx.group), None, None, None
 
 
-def _all_to_all(x: torch.Tensor, came: list[int], sent: list[int], group: Any) -> torch.Tensor:
+def all_to_all(x: torch.Tensor, came: list[int], sent: list[int], group: Any) -> torch.Tensor:
     """Rows of ``x``, ``sent[r]`` to each process in turn, for ``came[r]`` of each; with gradients."""
     out: torch.Tensor = _AllToAll.apply(x, came, sent, group)
     return out

@@ -1,4 +1,4 @@
-"""Attention of queries that stay to keys that go round a ring of processes."""
+"""Attention of queries that stay to keys that go round a ring of processes, and the masks of each process' keys."""
 
 from __future__ import annotations
 
@@ -11,11 +11,37 @@ import torch
 from .call import AttentionCall
 from .kernels import BlockMask
 from .kernels.attention.merge import merge_attention
+from .kernels.common.tokens import hidden_blocks
 from .plan import AttentionPlan
 from .ring import RingPart, RingShard
 
 # Output (B, S, H, D) and log-sum-exp [B, H, S] of a call whose keys are some of the sequence's.
 Attend = Callable[[AttentionCall, AttentionPlan], tuple[torch.Tensor, torch.Tensor]]
+
+
+def masks_around(call: AttentionCall, plan: AttentionPlan) -> list[BlockMask]:
+    """A plan's blocks of this process' queries and of each process' keys around a ring."""
+    part = call.part
+    assert part is not None
+    spans = [part.k_span(rank) for rank in range(part.ring.size)]
+    return plan.mask.parts(part.q_span(), spans, call.backend("selection"))
+
+
+def full_masks_around(call: AttentionCall) -> list[BlockMask]:
+    """All blocks of this process' queries and of each process' keys around a ring."""
+    part, block = call.part, 128
+    assert part is not None
+    masks = []
+    for rank in range(part.ring.size):
+        sizes = (block, block, call.q.shape[1], part.key_slots(rank))
+        keep = torch.ones(1, 1, *(-(-size // block) for size in sizes[2:]), dtype=torch.bool, device=call.q.device)
+        partial = None
+        visible = part.key_mask_of(rank, call.key_mask)
+        if visible is not None:
+            empty, partial = hidden_blocks(visible, block)
+            keep, partial = keep & ~empty[..., None, :], partial[..., None, :]
+        masks.append(BlockMask.from_dense(keep, *sizes, partial=partial, backend=call.backend("selection")))
+    return masks
 
 
 def attend_around(call: AttentionCall, masks: Sequence[BlockMask], attend: Attend) -> tuple[torch.Tensor, torch.Tensor]:

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from functools import cache
 
 import torch
@@ -46,6 +48,13 @@ class Stopwatch:
         if len(self._events) > KEPT_EVENTS:
             self._add_up(KEPT_EVENTS // 2)
         return end
+
+    @contextmanager
+    def timing(self, device: torch.device) -> Iterator[None]:
+        """Around a region."""
+        begin = self.start(device)
+        yield
+        self.stop(begin, device)
 
     def seconds(self) -> float:
         """Total so far; waits for the device."""

@@ -17,8 +17,10 @@ from dit_accel.kernels.attention import tuning
 from dit_accel.kernels.common import capability
 from dit_accel.kernels.common.choice import Case
 from dit_accel.layout import StepContext, TokenLayout
+from dit_accel.stages.compensate.clipped import ClippedSoftmax
 from dit_accel.stages.compensate.pyramid import KeyPyramid
 from dit_accel.stages.compensate.residual import PooledResidual
+from dit_accel.stages.compensate.routed_heads import RoutedHeads
 from dit_accel.stages.precision import Int8, Int8Fp8
 from dit_accel.stages.select.pooled import Pooled
 from tests.calls import attend
@@ -59,6 +61,8 @@ def recipe_of(name: str) -> Recipe:
 RECIPES = {name: recipe_of(name) for name in presets.PRESETS if name != "dense"}
 RECIPES |= {
     "residual": Recipe(select=Pooled(), compensate=PooledResidual()),
+    "clipped": Recipe(select=Pooled(), compensate=ClippedSoftmax()),
+    "routed heads": Recipe(select=Pooled(), compensate=RoutedHeads()),
     "mass and a pyramid": presets.mass().with_fields({"compensate": "key_pyramid"}),
     "negligible blocks": presets.sla().with_fields({"compensate.form": "paper"}),
     "hedgehog": presets.sla().with_fields({"compensate.feature_map": "hedgehog"}),
@@ -202,6 +206,7 @@ OPERATIONS = {
     "vmoba": {"attention", "gate"},
     "rectified": {"attention", "rectified"},
     "sla": {"attention", "linear_branch"},
+    "routed heads": {"attention"},
     "sage": {"quantized_attention"},
     "sparge": {"attention"},
     "window": {"attention"},
@@ -241,6 +246,7 @@ def assert_launched(launched: set[str], used: dict[str, dict[str, str]]) -> None
         (RECIPES["agent"], "fa4", "attention", "AgentTokens attends by itself"),
         (RECIPES["agent"], "triton", "agents", "no Triton kernel"),
         (RECIPES["residual"], "triton", "residual", "no Triton kernel"),
+        (RECIPES["clipped"], "triton", "clipped softmax", "no Triton kernel"),
         (RECIPES["hedgehog"], "triton", "linear branch", "hedgehog"),
         (RECIPES["sage"], "fa4", "quantized attention", "no 8-bit kernels"),
         (RECIPES["paro"].with_fields({"precision": "int8_int4"}), "triton", "quantized attention", "have no kernel"),

@@ -3,6 +3,7 @@
 import pytest
 import torch
 
+from benchmarks.captured_calls import captured
 from dit_accel import patch, presets
 from dit_accel.call import AttentionInputs
 from dit_accel.engine import Engine
@@ -44,22 +45,14 @@ def test_a_replay_equals_the_call_outside_a_graph(name, hidden):
         return attend(engine, 0, inputs, LAYOUT, StepContext(forward_id=next(forwards)), lambda: q)
 
     with torch.no_grad():
-        side = torch.cuda.Stream()
-        side.wait_stream(torch.cuda.current_stream())
-        with torch.cuda.stream(side):
-            for _ in range(3):
-                call()
-        torch.cuda.current_stream().wait_stream(side)
-        graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(graph):
-            captured = call()
+        graph = captured(call, warm_ups=3)
         for seed in (1, 2):
             for mine, new in zip((q, k, v), draw(seed), strict=True):
                 mine.copy_(new)
-            captured.fill_(float("nan"))
+            graph.output.fill_(float("nan"))
             graph.replay()
             torch.cuda.synchronize()
-            replayed = captured.clone()
+            replayed = graph.output.clone()
             # The same plan, or one made for the same tensors.
             assert torch.equal(replayed, call())
     counted = engine.records[0]
@@ -73,21 +66,14 @@ def test_a_replay_equals_the_call_outside_a_graph(name, hidden):
 def test_a_captured_call_allocates_nothing_outside_its_graph():
     engine = Engine(presets.pooled(refresh_every=1_000_000), ["layer"], "auto", 0)
     q, k, v = draw(0)
+    forwards = iter(range(4))
 
-    def call(forward):
-        step = StepContext(forward_id=forward)
+    def call():
+        step = StepContext(forward_id=next(forwards))
         return attend(engine, 0, AttentionInputs(q, k, v), LAYOUT, step, lambda: q)
 
     with torch.no_grad():
-        side = torch.cuda.Stream()
-        side.wait_stream(torch.cuda.current_stream())
-        with torch.cuda.stream(side):
-            for forward in range(3):
-                call(forward)
-        torch.cuda.current_stream().wait_stream(side)
-        graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(graph):
-            call(3)
+        graph = captured(call, warm_ups=3)
         torch.cuda.synchronize()
         before = torch.cuda.memory_stats()["allocation.all.allocated"]
         for _ in range(5):
@@ -156,18 +142,10 @@ def test_a_patched_transformers_forward_is_captured(options):
         return model(x, time, text, return_dict=False)[0]
 
     with torch.no_grad(), patch(model, presets.pooled(dense_fraction=0.0, **options)) as handle:
-        side = torch.cuda.Stream()
-        side.wait_stream(torch.cuda.current_stream())
-        with torch.cuda.stream(side):
-            for _ in range(3):
-                forward()
-        torch.cuda.current_stream().wait_stream(side)
-        graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(graph):
-            captured = forward()
+        graph = captured(forward, warm_ups=3)
         x.copy_(torch.randn_like(x))
         graph.replay()
         torch.cuda.synchronize()
-        replayed = captured.clone()
+        replayed = graph.output.clone()
         assert torch.equal(replayed, forward())
         assert handle.summary().sparse_calls == 2 * (3 + 1)

@@ -11,6 +11,7 @@ from typing import Any
 import pytest
 
 import dit_accel
+from dit_accel import kernels
 from dit_accel.recipe import PROTOCOLS
 
 ROOT = Path(__file__).parent.parent
@@ -23,6 +24,13 @@ def test_the_page_of_the_api_has_each_public_name(name: str) -> None:
     thing = getattr(dit_accel, name)
     full = f"{thing.__module__}.{thing.__qualname__}" if hasattr(thing, "__qualname__") else thing.__name__
     assert full in IDENTIFIERS or full.rpartition(".")[0] in IDENTIFIERS
+
+
+@pytest.mark.parametrize("name", [name for name in kernels.__all__ if callable(getattr(kernels, name))])
+def test_the_page_of_the_api_has_each_operator(name: str) -> None:
+    thing = getattr(kernels, name)
+    if name not in ("Choice", "QuantizedInputs"):  # which operators return, and nobody makes
+        assert f"{thing.__module__}.{thing.__qualname__}" in IDENTIFIERS
 
 
 @pytest.mark.parametrize("protocol", PROTOCOLS.values(), ids=PROTOCOLS)

@@ -4,12 +4,21 @@ import json
 
 from benchmarks.card_list import CARDS
 from benchmarks.cards import REPRESENTATIVE, faults
-from benchmarks.hardware_table import BEGIN, PAGE, RESULTS, page
+from benchmarks.hardware_table import BEGIN, PAGE, README, RESULTS, page, short_page, short_table
 
 
 def test_the_page_is_up_to_date():
     text = PAGE.read_text(encoding="utf-8")
     assert page(text) == text, "run python -m benchmarks.hardware_table"
+
+
+def test_the_readmes_cards_are_these():
+    text = README.read_text(encoding="utf-8")
+    assert short_page(text) == text, "run python -m benchmarks.hardware_table"
+    rows = short_table().splitlines()
+    assert all(any(one in row for row in rows) for on in CARDS for one in on.examples.split(", "))
+    assert [row for row in rows if "H100" in row and "measured" in row]
+    assert not [row for row in rows if "RTX" in row and "measured" in row]
 
 
 def test_the_results_are_of_every_card_and_fit():

@@ -93,6 +93,10 @@ def test_the_page_of_recipes_has_every_preset_as_it_is(name):
         del kinds["reuse"]  # as in all but the profiles of whole runs
     line = "Axes: " + ", ".join(f"{axis} `{kind}`" for axis, kind in kinds.items()) + "."
     assert line in section
+    # Names in the docstring are roles of Sphinx, those of the page plain.
+    said = (inspect.getdoc(presets.PRESETS[name]) or "").split("\n\n")[0].replace("``", "`")
+    said = re.sub(r":\w+:`~?(?:\w+\.)*(\w+)`", r"`\1`", said)
+    assert " ".join(said.split()) in " ".join(section.split())
 
 
 def test_the_page_of_recipes_has_no_preset_that_is_gone():

@@ -19,7 +19,8 @@ DENSE = {
     "engine.py": ("_dense_reason", "_why_not_worthwhile"),
     "stages/schedule.py": ("dense_reason",),
     "call.py": ("_read_mask",),
-    "patches/session.py": ("_layout", "_place"),
+    "patches/session.py": ("_layout",),
+    "patches/placement.py": ("place_latents",),
 }
 # Methods that count a dense call, whose argument may be the reason itself.
 COUNTERS = ("pass_by", "count_dense", "_run_dense", "_pass_by")

@@ -20,8 +20,8 @@ from ..parts import Parts
 from ..patches.targets import transformers_of
 from ..recipe import Recipe
 from ..stages.select.head_rules import RULES, HeadRules, check_rule
-from .calibrate import Progress
 from .hull import Point, lower_hull, slope
+from .progress import Progress
 from .recording import first_forwards, record_inputs
 from .runs import asked_of, begin, run_arguments
 

@@ -3,12 +3,16 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from textwrap import fill
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 if TYPE_CHECKING:
     from ..patches.summary import PatchSummary
     from ..pipelines.generate import Generated
     from ..recipe import Recipe
+
+# Of a terminal.
+COLUMNS = 80
 
 
 class SideRun(NamedTuple):
@@ -61,9 +65,16 @@ def print_comparison(report: dict[str, Any]) -> None:
         if count == 1
         else f"{count} runs of each in turns (medians; in brackets the extremes, and the noise of the runs)"
     )
-    print(
-        f"measured: {turns['warm_up_steps_of_each_side']} untimed steps of each side, then {runs}, each freshly patched"
-    )
+    what = f"{turns['warm_up_steps_of_each_side']} untimed steps of each side, then {runs}, each freshly patched"
+    print(fill(f"measured: {what}", COLUMNS, subsequent_indent="    ", break_on_hyphens=False))
+    if _all_dense(report["summary"]):
+        text = "note: nothing was accelerated, every call of attention stayed dense: the two times differ by chance."
+        print(fill(text, COLUMNS, subsequent_indent="    ", break_on_hyphens=False))
+
+
+def _all_dense(summary: dict[str, Any]) -> bool:
+    """Whether the accelerated side did what the dense one does."""
+    return not any(summary[name] for name in ("sparse_calls", "cached_calls", "skipped_forwards", "changes"))
 
 
 def _ends(timing: dict[str, Any]) -> str:

@@ -105,9 +105,9 @@ class Comparison:
         """
         from ..acceleration.compiled import compile_blocks
         from ..calibration.identity import describe_pipeline
+        from ..patches.said_once import said_once
         from ..pipelines.generate import frames_per_second
         from ..quality.compare import compare
-        from ..quality.said_once import said_once
 
         arguments = self.arguments(pipe, builtin)
         parts.claim(describe_pipeline(pipe), (), PIPELINE)

@@ -86,6 +86,9 @@ def finetune(
     density_steps: Annotated[int, typer.Option(min=0, help="Steps until the recipe's density.")] = 0,
     precision: Annotated[str | None, typer.Option(metavar="no|bf16", help="Default: bf16 for a bf16 model.")] = None,
     gradient_checkpointing: Annotated[bool, typer.Option(help="Trade time for memory.")] = False,
+    context_parallel: Annotated[
+        int, typer.Option(min=1, help="Processes that share each sequence, by heads; torchrun starts a multiple of it.")
+    ] = 1,
     ema: Annotated[float | None, typer.Option(help="Decay of a moving average to evaluate and save.")] = None,
     adapter_dtype: Annotated[
         str, typer.Option(metavar="model|int8", help="Of the stored differences of weights.")
@@ -108,8 +111,10 @@ def finetune(
     as_json: JsonOption = False,
     debug: DebugOption = False,
 ) -> None:
-    """Fine-tune a model under sparse attention and save an adapter. Start it with `accelerate launch` for several
-    devices."""
+    """Fine-tune a model under sparse attention and save an adapter.
+
+    `accelerate launch -m dit_accel.cli.main finetune` trains on several devices.
+    """
     quiet_libraries()
     import_modules(imports)
     if resume and start_over:
@@ -130,6 +135,7 @@ def finetune(
     from ..training.fitness import refuse_unfit
     from ..training.objective import OBJECTIVES, objective_for
     from ..training.samples import LatentFolder
+    from ..training.sequence_shares import refuse_shares, share_sequences
     from .model import open_model
 
     aim = objective or objective_for(recipe)
@@ -163,6 +169,7 @@ def finetune(
     refuse_backend(backend, number, target, chosen)
     refuse_unwritable_folder(out)
     state = accelerate_state(target)
+    refuse_shares(state.num_processes, context_parallel)
     unused = asked.unused()
     if unused is not None and state.is_main_process:
         print(unused, file=sys.stderr)
@@ -179,6 +186,11 @@ def finetune(
         with state.main_process_first():
             skipped = asked.make(pipe, builtin, prompts, out / "samples", seed, say, unconditional=guided)
         samples = LatentFolder(out / "samples")
+    if context_parallel > 1:
+        from ..benchmarking.context_parallel import cp_plan
+
+        trained = getattr(pipe, transformer)
+        share_sequences(trained, context_parallel, cp_plan(trained))
     result = run(
         pipe,
         chosen,
@@ -198,6 +210,7 @@ def finetune(
         "objective": aim,
         "steps": len(result.curves.steps),
         "processes": state.num_processes,
+        "context_parallel": context_parallel,
         "samples": len(samples),
         "skipped": {item.name: item.reason for item in [*skipped, *samples.skipped]},
         "first": {**result.curves.steps[0], **evaluations[0]} if evaluations else result.curves.steps[0],

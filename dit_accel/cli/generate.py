@@ -205,7 +205,7 @@ def generate(
     def planned(is_video: bool) -> list[Output]:
         """What to write, which nothing but the disk will be in the way of."""
         if batch is None:
-            return [Output(1, prompts[0], seed, _checked_path(out, name, seed, is_video, compare_dense))]
+            return [Output(1, prompts[0], seed, _checked_path(out, name, seed, is_video, asked.frames, compare_dense))]
         if is_video:
             refuse_missing_encoder()
         return batch.claim(usual_suffix(is_video))
@@ -317,7 +317,7 @@ def _print_report(report: dict[str, Any], device: torch.device, as_json: bool) -
         print(json.dumps({**report, **environment(device)}, indent=2))
 
 
-def _checked_path(out: Path | None, name: str, seed: int, is_video: bool, with_dense: bool) -> Path:
+def _checked_path(out: Path | None, name: str, seed: int, is_video: bool, frames: int | None, with_dense: bool) -> Path:
     """The file to write, which nothing but the disk will be in the way of."""
     from ..files import refuse_unwritable
     from ..pipelines.encode import refuse_missing_encoder
@@ -328,7 +328,7 @@ def _checked_path(out: Path | None, name: str, seed: int, is_video: bool, with_d
         default = Path("outputs") / f"{name.strip('./').replace('/', '--')}-{seed}"
         path = free_name(output_path(default, is_video), beside)
     else:
-        path = output_path(out, is_video)
+        path = output_path(out, is_video, frames)
     for file in (path, *beside(path)):
         refuse_unwritable(file)
     if is_video:

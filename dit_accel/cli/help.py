@@ -22,7 +22,7 @@ _GROUPS: Mapping[str, str] = {
         "context_parallel ring"
     ),
     "Machine": "dtype device host port open_browser",
-    "Output": "out pictures note start_over resume as_json debug help",
+    "Output": "out pictures note start_over resume everything as_json debug help",
 }
 _GROUP_OF = {name: group for group, names in _GROUPS.items() for name in names.split()}
 # Of a training: what it looks at, and how it goes.
@@ -66,7 +66,7 @@ EXAMPLES: Mapping[str, tuple[str, ...]] = {
         "dit-accel bench --arch wan2.1-14b --layers 4 --context-parallel 2",
     ),
     "ui": ("dit-accel ui", "dit-accel ui org/model --port 8000"),
-    "info": ("dit-accel info --json",),
+    "info": ("dit-accel info", "dit-accel info --all"),
 }
 
 

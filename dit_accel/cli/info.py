@@ -4,7 +4,10 @@ from __future__ import annotations
 
 import inspect
 import json
-from typing import TYPE_CHECKING, Any
+from collections.abc import Callable, Iterator
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
 
 from .console import plain_console
 from .errors import one_sentence_errors
@@ -20,12 +23,17 @@ from .options import (
 
 if TYPE_CHECKING:
     import torch
+    from rich.table import Table
 
 
 @one_sentence_errors
 def info(
     imports: ImportOption = None,
     device: DeviceOption = None,
+    everything: Annotated[
+        bool,
+        typer.Option("--all", help="Also each family's classes, each recipe's options, and the fields for --set."),
+    ] = False,
     as_json: JsonOption = False,
     debug: DebugOption = False,
 ) -> None:
@@ -36,7 +44,7 @@ def info(
     if as_json:
         print(json.dumps(data, indent=2))
     else:
-        _show(data)
+        _show(data, everything)
 
 
 def collect(device: torch.device) -> dict[str, Any]:
@@ -151,55 +159,67 @@ def _axes() -> dict[str, dict[str, dict[str, Any]]]:
     return {axis: {name: asdict(kind()) for name, kind in kinds_of(axis).items()} for axis in AXES}
 
 
-def _show(data: dict[str, Any]) -> None:
+def _show(data: dict[str, Any], everything: bool) -> None:
     from rich.table import Table
     from rich.text import Text
 
     from ..pipelines.companion import NAMES, absent, find_folder
 
     console = plain_console()
-    device = data["device"]
-    facts = f"{device['name']} ({', '.join(f'{k} {v}' for k, v in device.items())})"
-    for title, text in (
-        ("Device", facts),
-        ("Kernels", data["support"]),
-        ("Versions", ", ".join(f"{k} {v}" for k, v in data["versions"].items())),
-    ):
+
+    def line(title: str, text: str) -> None:
         console.print(Text(title, style="bold"), text)
 
     def table(title: str, *columns: str) -> Table:
-        result = Table(*columns, title=title, title_justify="left", title_style="bold", show_edge=False)
-        return result
+        return Table(*columns, title=title, title_justify="left", title_style="bold", show_edge=False)
 
+    device = data["device"]
+    line("Device", f"{device['name']} ({', '.join(f'{k} {v}' for k, v in device.items())})")
+    line("Kernels", data["support"])
+    line("Versions", ", ".join(f"{k} {v}" for k, v in data["versions"].items()))
     backends = table("Backends of attention", "name", "runs here", "reason")
     for row in data["backends"]:
         backends.add_row(row["name"], "yes" if row["available"] else "no", row["reason"])
     operations = table("Other operations", "name", "backend", "reason")
     for row in data["operations"]:
         operations.add_row(row["name"], row["backend"], row["reason"])
-    families = table("Model families (auto is sparse on a GPU from so many tokens on)", "name")
-    families.add_column("transformer", no_wrap=True)
-    families.add_column("tokens", justify="right")
-    for row in data["families"]:
-        families.add_row(row["name"], "\n".join(row["transformers"]), str(row["auto_dense_below_tokens"]))
-    recipes = table("Recipes", "name", "options", "what it does")
-    for row in data["recipes"]:
-        options = "\n".join(f"{name}={value}" for name, value in row["options"].items())
-        recipes.add_row(row["name"], options or "-", row["description"])
-    fields = table("Fields for --set", "axis", "kind", "fields")
-    for axis, kinds in data["axes"].items():
-        for kind, values in kinds.items():
-            text = "\n".join(f"{axis}.{name}={value}" for name, value in values.items())
-            fields.add_row(axis, kind, text or "-")
     models = table("Built-in models", "name", "what it is", "adapters")
     for row in data["models"]:
         models.add_row(row["name"], row["description"], ", ".join(row["adapters"]) or "-")
     if find_folder(NAMES[0]) is None:
         models.caption = absent(f"The model {NAMES[0]!r}")
+    details = _details(data, table) if everything else ()
+    for part in (backends, operations, *details, models):
+        console.print()
+        console.print(part)
+    if not everything:
+        console.print()
+        for title, key in (("Families", "families"), ("Recipes", "recipes"), ("Architectures", "architectures")):
+            line(title, ", ".join(row["name"] for row in data[key]))
+        console.print("\n`dit-accel info --all` has their classes, options and sizes, and the fields for --set.")
+
+
+def _details(data: dict[str, Any], table: Callable[..., Table]) -> Iterator[Table]:
+    """Hundreds of lines: each family, recipe, field and architecture."""
+    families = table("Model families (auto is sparse on a GPU from so many tokens on)", "name")
+    families.add_column("transformer", no_wrap=True)
+    families.add_column("tokens", justify="right")
+    for row in data["families"]:
+        families.add_row(row["name"], "\n".join(row["transformers"]), str(row["auto_dense_below_tokens"]))
+    yield families
+    recipes = table("Recipes", "name", "options", "what it does")
+    for row in data["recipes"]:
+        options = "\n".join(f"{name}={value}" for name, value in row["options"].items())
+        recipes.add_row(row["name"], options or "-", row["description"])
+    yield recipes
+    fields = table("Fields for --set", "axis", "kind", "fields")
+    for axis, kinds in data["axes"].items():
+        for kind, values in kinds.items():
+            text = "\n".join(f"{axis}.{name}={value}" for name, value in values.items())
+            fields.add_row(axis, kind, text or "-")
+    yield fields
     architectures = table("Architectures for bench", "name", "blocks", "default size")
     for row in data["architectures"]:
         width, height, frames = row["size"]
         architectures.add_row(row["name"], str(row["blocks"]), f"{width}x{height}, {frames} frames")
-    for part in (backends, operations, families, recipes, fields, models, architectures):
-        console.print()
-        console.print(part)
+    yield architectures

@@ -9,7 +9,7 @@ from .console import plain_console
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
 
-    from ..calibration.calibrate import Progress
+    from ..calibration.progress import Progress
 
 
 def progress_bar(title: str, quiet: bool) -> Any:

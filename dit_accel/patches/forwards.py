@@ -17,6 +17,7 @@ from torch.autograd.graph import _engine_run_backward
 from ..layout import StepContext, TokenLayout
 from ..run import Run
 from .ambient import LatentTokens
+from .masks import is_of_pairs, key_mask_of_pairs
 
 if TYPE_CHECKING:
     from .reuse.tracker import ForwardReuse
@@ -87,6 +88,24 @@ class Forward:
         ordinal = counts.get(layer, 0)
         counts[layer] = ordinal + 1
         return ordinal % max(self.calls.get(layer, 0), 1) if repeated else ordinal
+
+    def mask_of_keys(self, mask: torch.Tensor, layout: TokenLayout) -> torch.Tensor:
+        """A mask of pairs as a key mask where it is no more than that, looked at once a forward."""
+        if not is_of_pairs(mask, layout.seq_len):
+            return mask
+        if mask.shape not in self.key_masks:
+            self.key_masks[mask.shape] = key_mask_of_pairs(mask, layout)
+        keys = self.key_masks[mask.shape]
+        return mask if keys is None else keys
+
+    def mask_of_bits(self, mask: torch.Tensor) -> torch.Tensor:
+        """A mask that is added to the logits as the boolean one that it stands for, made once a forward."""
+        if mask.dtype == torch.bool:
+            return mask
+        bits = self.key_masks.get(mask.shape)
+        if bits is None:
+            bits = self.key_masks[mask.shape] = mask > torch.finfo(mask.dtype).min / 2
+        return bits
 
 
 def addresses_of(tensors: Iterable[torch.Tensor]) -> Addresses:

@@ -111,7 +111,8 @@ def _watch_gradients(
     for path, is_block in modules.items():
         module = model.get_submodule(path)
         enter = hooks.EnterModule(session, is_block)
-        handle.record(module.register_forward_pre_hook(enter, with_kwargs=True).remove)
+        # First of all: FSDP's hook hands on other tensors than checkpointing keeps.
+        handle.record(module.register_forward_pre_hook(enter, prepend=True, with_kwargs=True).remove)
         if is_block:
             handle.record(module.register_forward_hook(hooks.LeaveBlock()).remove)
 

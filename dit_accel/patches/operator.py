@@ -14,7 +14,7 @@ import torch
 
 from ..call import AttentionInputs
 from .ambient import LatentTokens
-from .parallel import attend_in_parallel
+from .parallel import SharedCall, attend_in_parallel
 from .reasons import PASSED
 from .session import session_of
 
@@ -70,15 +70,17 @@ def _run(
             raise RuntimeError("Code that was compiled for a patched model in parallel outlived the patch.")
         return dense()
     inputs = AttentionInputs(q, k, v, attn_mask, scale)
+    latents = LatentTokens.of_places(places, count, ids) if count else None
     if config is not None:
 
         def gathered(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, mask: torch.Tensor | None) -> torch.Tensor:
             return _dense(q, k, v, mask, scale, enable_gqa, backend, through_dispatch)
 
-        return attend_in_parallel(session, index, inputs, config, gathered, dense)
+        shared = config.context_parallel_config
+        call = SharedCall(session, index, inputs, shared, gathered, dense, learned or None, served)
+        return attend_in_parallel(call, latents)
     if served is not None:
         return session.repeat(*served, index, inputs, dense, learned or None)
-    latents = LatentTokens.of_places(places, count, ids) if count else None
     return session.attend(index, inputs, latents, dense, learned or None)
 
 

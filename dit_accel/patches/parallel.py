@@ -1,23 +1,27 @@
 """Attention that several processes share; here by heads: Ulysses, as diffusers' context parallelism has it.
 
-Each process holds a part of the sequence. diffusers exchanges queries, keys and values so that each process has the
-whole sequence of some heads, attends, and exchanges the output back (arXiv 2309.14509). A plan of a head needs that
-head's queries and keys alone, so our call stands between the two exchanges, which stay diffusers'.
+Each process holds a part of the sequence. Queries, keys and values are exchanged so that each process has the whole
+sequence of some heads, attends, and exchanges the output back (arXiv 2309.14509). A plan of a head needs that head's
+queries and keys alone, so our call stands between the two exchanges.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 import torch
 
 from ..call import AttentionInputs
 from ..heads import HeadShard
+from ..ring import RingShard
+from .ambient import LatentTokens
 from .forwards import in_backward
+from .head_exchange import HeadExchange
 from .parallel_ring import attend_around
 from .reasons import PARALLEL_UNKNOWN
-from .shards import gather_heads, places_of, split
+from .shards import places_of, split, whole_mask
 
 if TYPE_CHECKING:
     from .session import Session
@@ -34,37 +38,71 @@ def why_not_parallel(parallel_config: Any) -> str | None:
     return None
 
 
-def attend_in_parallel(
-    session: Session,
-    layer: int,
-    inputs: AttentionInputs,
-    parallel_config: Any,
-    gathered: Gathered,
-    dense: Callable[[], torch.Tensor],
-) -> torch.Tensor:
-    """One intercepted call under context parallelism, (B, S, H, D): S tokens of this process, all H heads.
+@dataclass(frozen=True, eq=False)
+class SharedCall:
+    """One intercepted call under context parallelism, of tensors (B, S, H, D): S tokens of this process, all H heads.
 
-    Args:
+    Attributes:
+        session, layer: whose call it is.
         inputs: of this process' tokens.
+        config: diffusers' ``ContextParallelConfig``.
         gathered: the model's own attention of this process' heads, over the whole sequence.
         dense: the model's own attention with its exchanges.
+        learned: what a graph hands in, or what a gate made of the layer's input; see
+            :meth:`dit_accel.engine.Engine.attend`.
+        served: the call that is repeated for the gradients of compiled code: its forward, and which of the layer's
+            calls it is; None for any other.
+    """
+
+    session: Session
+    layer: int
+    inputs: AttentionInputs
+    config: Any
+    gathered: Gathered
+    dense: Callable[[], torch.Tensor]
+    learned: Sequence[torch.Tensor] | None = None
+    served: tuple[int, int] | None = None
+
+    def streams(self, seq_len: int) -> tuple[int, ...] | str:
+        """See :meth:`dit_accel.patches.session.Session.streams`."""
+        number = None if self.served is None else self.served[0]
+        return self.session.streams(self.layer, seq_len, self.inputs.attn_mask is not None, number)
+
+    def attend(
+        self,
+        inputs: AttentionInputs,
+        dense: Callable[[], torch.Tensor],
+        heads: HeadShard | None,
+        ring: RingShard | None = None,
+        learned: Sequence[torch.Tensor] | None = None,
+    ) -> torch.Tensor:
+        """What is left to attend once tokens were exchanged."""
+        if self.served is not None:
+            return self.session.repeat(*self.served, self.layer, inputs, dense, learned, heads, ring)
+        return self.session.attend(self.layer, inputs, None, dense, learned, heads, ring)
+
+
+def attend_in_parallel(call: SharedCall, latents: LatentTokens | None = None) -> torch.Tensor:
+    """A call under context parallelism, (B, S, H, D): S tokens of this process, all H heads.
+
+    Args:
+        call: what is attended.
+        latents: what a graph of the whole transformer holds; else None.
 
     Raises:
         ValueError: the heads cannot be shared evenly, or the recipe's parts cannot be shared at all.
     """
-    engine = session.engine
-    if not engine.switched_on and engine.output_tap is None:
-        return dense()
-    if in_backward():
-        raise ValueError(
-            "A block is repeated inside a backward, as by gradient checkpointing and for the gradients of compiled "
-            "code, which context parallelism of a patched model does not know: disable_gradient_checkpointing(), and "
-            "train in eager code."
-        )
-    _refuse(session)
+    session = call.session
+    if not session.engine.switched_on and session.engine.output_tap is None:
+        return call.dense()
+    attend = attend_around if call.config.ring_degree > 1 else _attend
+    if in_backward():  # no forward is under way whose end would be told
+        return attend(call)
+    if latents is not None:
+        session.enter_traced(call.layer, latents)
     watch = session.watch_others()
     try:
-        return _attend(session, layer, inputs, parallel_config, gathered, dense)
+        return attend(call)
     except RuntimeError as error:
         explained = watch.explained(error)
         if explained is error:
@@ -72,141 +110,63 @@ def attend_in_parallel(
         raise explained from error
 
 
-def _attend(
-    session: Session,
-    layer: int,
-    inputs: AttentionInputs,
-    parallel_config: Any,
-    gathered: Gathered,
-    dense: Callable[[], torch.Tensor],
-) -> torch.Tensor:
-    if parallel_config.context_parallel_config.ring_degree > 1:
-        return attend_around(session, layer, inputs, parallel_config.context_parallel_config, gathered, dense)
-    from diffusers.models.attention_dispatch import _templated_context_parallel_attention
+def _attend(call: SharedCall) -> torch.Tensor:
+    q, k, v, attn_mask, scale = call.inputs
+    session, tokens = call.session, q.shape[1]
+    exchange = HeadExchange(call.config, q.shape[2])
+    seq_len = sum(exchange.lengths(k.shape[1]))
+    _tell(session, exchange.shard)
+    if attn_mask is not None:
+        attn_mask = whole_mask(attn_mask, exchange.lengths(k.shape[1]), exchange.rank, exchange.group)
+    q, k, v = (exchange.there(x) for x in (q, k, v))
+    given = AttentionInputs(q, k, v, attn_mask, scale)
+    places = _places(call, exchange, seq_len, tokens)
 
-    shared = _Shared(session, layer, inputs, parallel_config.context_parallel_config, gathered)
-    q, k, v, attn_mask, scale = inputs
-    return _templated_context_parallel_attention(
-        q,
-        k,
-        v,
-        attn_mask,
-        scale=scale,
-        forward_op=shared.forward,
-        backward_op=shared.backward,
-        _parallel_config=parallel_config,
+    def dense() -> torch.Tensor:
+        return call.gathered(q, k, v, attn_mask)
+
+    if isinstance(places, str):
+        return exchange.back(session.pass_by(call.layer, places, dense), tokens)
+    learned = call.learned
+    if learned and session.engine.recipe.compensate.reads_input:
+        learned = [exchange.there(gate) for gate in learned]
+    if places is None:
+        return exchange.back(call.attend(given, dense, exchange.shard, learned=learned), tokens)
+    there, back = (x.to(q.device) for x in places)
+    q_, k_, v_ = (x[:, there] for x in (q, k, v))
+    ordered = AttentionInputs(
+        q_, k_, v_, None if attn_mask is None else attn_mask[..., there.to(attn_mask.device)], scale
     )
+    if learned and session.engine.recipe.compensate.reads_input:
+        # A gate may be of the latents alone, which come in the model's order.
+        learned = [gate[:, there] if gate.shape[1] == seq_len else gate for gate in learned]
+    # The model's own attention sees the tokens as they came, so that it is the same to the bit.
+    out = call.attend(ordered, lambda: dense()[:, there], exchange.shard, learned=learned)
+    return exchange.back(out[:, back], tokens)
 
 
-class _Shared:
-    """One call between the exchanges.
-
-    Args:
-        inputs: before them.
-        config: diffusers' ``ContextParallelConfig``.
+def _places(
+    call: SharedCall, exchange: HeadExchange, seq_len: int, tokens: int
+) -> tuple[torch.Tensor, torch.Tensor] | str | None:
+    """Where each token of the model's sequence lies in the gathered one, and the inverse; None where they are the same,
+    else the reason why that is not known.
     """
-
-    def __init__(self, session: Session, layer: int, inputs: AttentionInputs, config: Any, gathered: Gathered) -> None:
-        self.session = session
-        self.layer = layer
-        self.scale = inputs.scale
-        self.gathered = gathered
-        self.local_len, self.total = inputs.q.shape[1:3]
-        self.ranks, self.rank = config.ulysses_degree, config._ulysses_local_rank
-        self.group = config._ulysses_mesh.get_group()
-        if self.total % self.ranks and not getattr(config, "ulysses_anything", False):
-            raise ValueError(
-                f"{self.total} heads cannot be shared evenly by ulysses_degree={self.ranks} processes: choose a "
-                f"divisor of {self.total}, or ulysses_anything=True."
-            )
-
-    def forward(
-        self,
-        ctx: Any,
-        query: torch.Tensor,
-        key: torch.Tensor,
-        value: torch.Tensor,
-        attn_mask: torch.Tensor | None = None,
-        *_options: Any,
-        **_more: Any,
-    ) -> torch.Tensor:
-        """What diffusers calls between the exchanges: ``[B, S, H, D]`` of all tokens and this process' heads."""
-        if not any(ctx.needs_input_grad[:3]):
-            return self._attend(query, key, value, attn_mask)
-        # diffusers' function runs below autograd: what is inside gets a graph of its own.
-        with torch.enable_grad():
-            query, key, value = (x.detach().requires_grad_() for x in (query, key, value))
-            out = self._attend(query, key, value, attn_mask)
-        ctx.attended = (query, key, value), out
-        return out.detach()
-
-    @staticmethod
-    def backward(ctx: Any, grad: torch.Tensor, *_more: Any) -> tuple[torch.Tensor, ...]:
-        """Gradients of what :meth:`forward` was given."""
-        leaves, out = ctx.attended
-        return torch.autograd.grad(out, leaves, grad)
-
-    def _attend(
-        self, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, attn_mask: torch.Tensor | None
-    ) -> torch.Tensor:
-        places = self._places(k.shape[1], attn_mask)
-        if isinstance(places, str):
-            return self.session.pass_by(self.layer, places, lambda: self.gathered(q, k, v, attn_mask))
-        heads = self._heads(q.shape[2])
-        if places is None:
-            inputs = AttentionInputs(q, k, v, attn_mask, self.scale)
-            return self.session.attend(self.layer, inputs, None, lambda: self.gathered(q, k, v, attn_mask), heads=heads)
-        there, back = (x.to(q.device) for x in places)
-        ordered = AttentionInputs(
-            q[:, there],
-            k[:, there],
-            v[:, there],
-            None if attn_mask is None else attn_mask[..., there.to(attn_mask.device)],
-            self.scale,
-        )
-        # The model's own attention sees the tokens as they came, so that it is the same to the bit.
-        out = self.session.attend(
-            self.layer, ordered, None, lambda: self.gathered(q, k, v, attn_mask)[:, there], heads=heads
-        )
-        return out[:, back]
-
-    def _places(self, seq_len: int, attn_mask: torch.Tensor | None) -> tuple[torch.Tensor, torch.Tensor] | str | None:
-        """Where each token of the model's sequence lies in the gathered one, and the inverse; None where they are the
-        same, else the reason why that is not known.
-        """
-        streams = self.session.streams(self.layer, seq_len, attn_mask is not None)
-        if isinstance(streams, str):
-            return streams
-        lengths = [split(stream, self.ranks) for stream in streams]
-        if sum(stream[self.rank] for stream in lengths) != self.local_len:
-            return f"{self.local_len} of {seq_len} tokens in this process are no equal part of text and latents"
-        if len(streams) == 1:
-            return None
-        if attn_mask is not None and attn_mask.ndim > 1 and attn_mask.shape[-2] not in (1, attn_mask.shape[0]):
-            return "a mask of token pairs under context parallelism of text and latents"
-        return places_of(tuple(streams), self.ranks)
-
-    def _heads(self, number: int) -> HeadShard:
-        each = -(-self.total // self.ranks)
-        shard = HeadShard(
-            self.rank * each,
-            number,
-            self.total,
-            lambda own: gather_heads(own, self.total, self.ranks, self.group),
-            self.ranks,
-        )
-        self.session.engine.parallel[
-            f"context parallel: Ulysses over {self.ranks} ranks, this rank's heads {shard.first} to "
-            f"{shard.first + number - 1} of {self.total}"
-        ] = None
-        return shard
+    attn_mask = call.inputs.attn_mask
+    streams = call.streams(seq_len)
+    if isinstance(streams, str):
+        return streams
+    lengths = [split(stream, exchange.ranks) for stream in streams]
+    if sum(stream[exchange.rank] for stream in lengths) != tokens:
+        return f"{tokens} of {seq_len} tokens in this process are no equal part of text and latents"
+    if len(streams) == 1:
+        return None
+    if attn_mask is not None and attn_mask.ndim > 1 and attn_mask.shape[-2] not in (1, attn_mask.shape[0]):
+        return "a mask of token pairs under context parallelism of text and latents"
+    return places_of(tuple(streams), exchange.ranks)
 
 
-def _refuse(session: Session) -> None:
-    """Raise where a recipe decides or learns for all heads of a layer together."""
-    engine = session.engine
-    if engine.learned or engine.routers:
-        raise ValueError(
-            "What a recipe has learned belongs to all heads of a layer, and context parallelism shares them out: "
-            "generate in one process, or patch without the compensation."
-        )
+def _tell(session: Session, shard: HeadShard) -> None:
+    session.engine.parallel[
+        f"context parallel: Ulysses over {shard.ranks} ranks, this rank's heads {shard.first} to "
+        f"{shard.first + shard.number - 1} of {shard.total}"
+    ] = None

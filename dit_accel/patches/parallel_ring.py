@@ -7,7 +7,6 @@ them; ours sends each process' keys on while the blocks of a plan that lie there
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -15,56 +14,44 @@ import torch
 from ..call import AttentionInputs
 from ..heads import HeadShard
 from ..ring import RingShard
-from .shards import gather_heads, places_of, split
+from .head_exchange import HeadExchange
+from .shards import lengths_of, places_of, split, whole_mask
 
 if TYPE_CHECKING:
-    from .parallel import Gathered
+    from .parallel import SharedCall
     from .session import Session
 
 
-def attend_around(
-    session: Session,
-    layer: int,
-    inputs: AttentionInputs,
-    config: Any,
-    gathered: Gathered,
-    dense: Callable[[], torch.Tensor],
-) -> torch.Tensor:
-    """One intercepted call under ring attention, (B, S, H, D): S tokens of this process, all H heads.
-
-    Args:
-        inputs: of this process' tokens.
-        config: diffusers' ``ContextParallelConfig``.
-        gathered: the model's own attention of queries to all keys.
-        dense: the model's own attention with its exchanges.
+def attend_around(call: SharedCall) -> torch.Tensor:
+    """A call under ring attention, (B, S, H, D): S tokens of this process, all H heads.
 
     Raises:
         ValueError: the heads cannot be shared evenly, or the recipe's parts cannot be shared at all.
     """
+    session, layer, config, dense = call.session, call.layer, call.config, call.dense
     if session.engine.recipe.select.is_dense:
         return session.pass_by(layer, "recipe is dense", dense)
     _refuse(session)
-    q, k, v, attn_mask, scale = inputs
-    ranks = config.ring_degree * config.ulysses_degree
+    q, k, v, attn_mask, scale = call.inputs
+    tokens, ranks = q.shape[1], config.ring_degree * config.ulysses_degree
     everyone = config._flattened_mesh.get_group()
-    lengths = _lengths(q.shape[1], ranks, getattr(config, "ring_anything", False), everyone)
+    lengths = lengths_of(tokens, ranks, getattr(config, "ring_anything", False), everyone)
     total = sum(lengths)
-    streams = session.streams(layer, total, attn_mask is not None)
+    streams = call.streams(total)
     if isinstance(streams, str):
         return session.pass_by(layer, streams, dense)
     rank = config._ring_local_rank * config.ulysses_degree + config._ulysses_local_rank
-    if sum(split(stream, ranks)[rank] for stream in streams) != q.shape[1]:
-        reason = f"{q.shape[1]} of {total} tokens in this process are no equal part of text and latents"
+    if sum(split(stream, ranks)[rank] for stream in streams) != tokens:
+        reason = f"{tokens} of {total} tokens in this process are no equal part of text and latents"
         return session.pass_by(layer, reason, dense)
     if attn_mask is not None:
         if attn_mask.ndim > 1 and attn_mask.shape[-2] not in (1, attn_mask.shape[0]):
             return session.pass_by(layer, "a mask of token pairs under ring attention", dense)
-        attn_mask = _whole_mask(attn_mask, lengths, rank, everyone)
+        attn_mask = whole_mask(attn_mask, lengths, rank, everyone)
     places = None if len(streams) == 1 else places_of(tuple(streams), ranks)[0]
-    shard = None
-    if config.ulysses_degree > 1:
-        q, k, v = (_exchange(x, config, 2, 1) for x in (q, k, v))
-        shard = _heads(inputs.q.shape[2], config)
+    exchange = HeadExchange(config, q.shape[2]) if config.ulysses_degree > 1 else None
+    if exchange is not None:
+        q, k, v = (exchange.there(x) for x in (q, k, v))
     each = config.ulysses_degree
     ring = RingShard(
         config._ring_mesh.get_group(),
@@ -73,51 +60,17 @@ def attend_around(
         places,
         (config._ring_local_rank, tuple(lengths), tuple(streams), each),
     )
+    shard = None if exchange is None else exchange.shard
     _tell(session, config, shard)
 
     def of_all_keys() -> torch.Tensor:
-        return gathered(q, ring.gather_with_gradient(k), ring.gather_with_gradient(v), attn_mask)
+        return call.gathered(q, ring.gather_with_gradient(k), ring.gather_with_gradient(v), attn_mask)
 
     ordered = attn_mask
     if attn_mask is not None and places is not None:
         ordered = attn_mask[..., places.to(attn_mask.device)]
-    given = AttentionInputs(q, k, v, ordered, scale)
-    out = session.attend(layer, given, None, of_all_keys, heads=shard, ring=ring)
-    return out if shard is None else _exchange(out, config, 1, 2)
-
-
-def _lengths(own: int, ranks: int, anything: bool, group: Any) -> list[int]:
-    """Tokens of each process; where these may differ they are asked for, as diffusers does in every call."""
-    if not anything:
-        return [own] * ranks
-    from diffusers.models._modeling_parallel import gather_size_by_comm
-
-    return gather_size_by_comm(own, group)
-
-
-def _whole_mask(mask: torch.Tensor, lengths: list[int], rank: int, group: Any) -> torch.Tensor:
-    """A mask of this process' keys as one of all keys, in the processes' order."""
-    if mask.shape[-1] != lengths[rank]:
-        return mask
-    return RingShard(group, rank, tuple(lengths), None, None).gather(mask, mask.ndim - 1, lengths)
-
-
-def _exchange(x: torch.Tensor, config: Any, scatter: int, gather: int) -> torch.Tensor:
-    """Tokens for heads among the processes of a ring place, or back; with gradients."""
-    from diffusers.models.attention_dispatch import SeqAllToAllDim
-
-    out: torch.Tensor = SeqAllToAllDim.apply(config._ulysses_mesh.get_group(), x.contiguous(), scatter, gather)
-    return out
-
-
-def _heads(total: int, config: Any) -> HeadShard:
-    ranks, rank = config.ulysses_degree, config._ulysses_local_rank
-    if total % ranks:
-        raise ValueError(
-            f"{total} heads cannot be shared evenly by ulysses_degree={ranks} processes: choose a divisor of {total}."
-        )
-    each, group = total // ranks, config._ulysses_mesh.get_group()
-    return HeadShard(rank * each, each, total, lambda own: gather_heads(own, total, ranks, group), ranks)
+    out = call.attend(AttentionInputs(q, k, v, ordered, scale), of_all_keys, shard, ring)
+    return out if exchange is None else exchange.back(out, tokens)
 
 
 def _tell(session: Session, config: Any, shard: HeadShard | None) -> None:

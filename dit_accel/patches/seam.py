@@ -27,7 +27,7 @@ from .ambient import EAGER, TRACED, LatentTokens
 from .forwards import frames_of_repetition, in_backward
 from .hooks import PublishLayer
 from .operator import attention_op, count_op
-from .parallel import attend_in_parallel, why_not_parallel
+from .parallel import SharedCall, attend_in_parallel, why_not_parallel
 from .reasons import PASSED
 
 
@@ -242,8 +242,10 @@ def _dispatch_in_place_of(original: Callable[..., torch.Tensor]) -> Callable[...
                 return original(q, k, v, mask, scale=scale, enable_gqa=enable_gqa, backend=backend)
 
             inputs = AttentionInputs(query, key, value, attn_mask, scale)
+            config = parallel_config.context_parallel_config
             session, index = layer
-            return attend_in_parallel(session, index, inputs, parallel_config, gathered, dense)
+            call = SharedCall(session, index, inputs, config, gathered, dense, EAGER.learned or None)
+            return attend_in_parallel(call)
         parallel = parallel_config is not None
         return _attend(layer, query, key, value, attn_mask, scale, enable_gqa, name, True, dense, parallel)
 

@@ -17,16 +17,15 @@ from torch import nn
 from ..call import AttentionCall, AttentionInputs
 from ..engine import Engine
 from ..heads import HeadShard
-from ..layout import LatentGrid, TokenLayout
+from ..layout import TokenLayout
 from ..ring import RingShard
 from ..step_log import Begun, StepLog
 from .ambient import EAGER, LatentTokens
 from .families import Family
 from .forwards import KEPT_FORWARDS, Forward, KeptForwards, addresses_of, in_backward
-from .masks import is_of_pairs, key_mask_of_pairs
 from .parallel_watch import Watch
+from .placement import place_latents
 from .progress import PipelineSchedules, RunTracker, running_pipeline
-from .reasons import NO_LATENTS
 from .shards import heads_of_tensor_parallel, splits_text
 
 if TYPE_CHECKING:
@@ -220,10 +219,21 @@ class Session:
         call.heads = heads
         return self.engine.attend(call, dense, learned)
 
-    def streams(self, layer: int, seq_len: int, masked: bool) -> tuple[int, ...] | str:
+    def enter_traced(self, layer: int, latents: LatentTokens) -> None:
+        """Called by a layer's call in a graph of the whole transformer, whose forward no hook announced."""
+        thread = self._thread
+        if thread.forward is None or not thread.forward.traced or layer in thread.forward.attended:
+            self.begin_forward(latents, None, traced=True)
+        assert thread.forward is not None
+        thread.forward.attended.add(layer)
+
+    def streams(self, layer: int, seq_len: int, masked: bool, number: int | None = None) -> tuple[int, ...] | str:
         """Tokens of the streams that diffusers' context parallelism splits each by itself, in the order of a sequence
-        of ``seq_len`` tokens; or the reason why they are not known."""
-        forward, _ = self._forward(layer, seq_len, None)
+        of ``seq_len`` tokens; or the reason why they are not known.
+
+        ``number`` is of the forward that a graph repeats; None for the one that runs.
+        """
+        forward = self._forward(layer, seq_len, None)[0] if number is None else self._forwards.numbered(number)
         latents = None if forward is None else forward.latents
         text = 0 if latents is None else seq_len - latents.tokens
         if latents is None or text <= 0 or seq_len == prod(latents.grid) or not self._splits_text():
@@ -283,9 +293,11 @@ class Session:
         inputs: AttentionInputs,
         dense: Callable[[], torch.Tensor],
         learned: Sequence[torch.Tensor] | None = None,
+        heads: HeadShard | None = None,
+        ring: RingShard | None = None,
     ) -> torch.Tensor:
         """A layer's call number ``ordinal`` of the forward ``number`` again, for its gradients; dense if it was of no
-        forward (-1).
+        forward (-1). ``heads`` and ``ring`` are as for :meth:`attend`.
 
         Raises:
             RuntimeError: so many forwards came since that it is no longer known.
@@ -298,7 +310,9 @@ class Session:
                 f"The gradients of a forward can be asked for until {KEPT_FORWARDS} others have begun, and this one "
                 "is older; call backward earlier."
             )
-        return self.engine.attend(self._call(forward, ordinal, layer, inputs, repeated=True), dense, learned)
+        call = self._call(forward, ordinal, layer, inputs, True, ring)
+        call.heads = heads
+        return self.engine.attend(call, dense, learned)
 
     def served(self) -> tuple[int, int]:
         """Number of the forward that this thread's latest call belongs to, -1 for none, and which of its layer's calls
@@ -320,11 +334,7 @@ class Session:
         """The forward of a call, and whether the call is repeated for its gradients."""
         thread = self._thread
         if latents is not None and not in_backward():
-            if thread.forward is None or not thread.forward.traced or layer in thread.forward.attended:
-                # The whole transformer is compiled: no hook announced this forward.
-                self.begin_forward(latents, None, traced=True)
-            assert thread.forward is not None
-            thread.forward.attended.add(layer)
+            self.enter_traced(layer, latents)
         if self._is_repetition():
             known = thread.whole or thread.block or self._forwards.on_stack()
             return known or self._forwards.alike(layer, seq_len, self._layout), True
@@ -353,9 +363,9 @@ class Session:
             if q_len < kv_len:
                 layout = replace(layout, queries=(kv_len - q_len if self.family.text_first else 0, q_len))
             if self.family.masks_pairs and inputs.attn_mask is not None:
-                inputs = inputs._replace(attn_mask=self._of_keys(forward, inputs.attn_mask, layout))
+                inputs = inputs._replace(attn_mask=forward.mask_of_keys(inputs.attn_mask, layout))
             if self.family.adds_pairs and inputs.attn_mask is not None:
-                inputs = inputs._replace(attn_mask=self._of_bits(forward, inputs.attn_mask))
+                inputs = inputs._replace(attn_mask=forward.mask_of_bits(inputs.attn_mask))
         step, used = forward.step, forward.used
         if ordinal:
             # Another sample: nothing of the first one's holds for it.
@@ -363,51 +373,14 @@ class Session:
             used = forward.used_later.setdefault(ordinal, {})
         return AttentionCall.of(layer, inputs, layout, step, forward.run, used, repeated, ring)
 
-    @staticmethod
-    def _of_keys(forward: Forward, mask: torch.Tensor, layout: TokenLayout) -> torch.Tensor:
-        """A mask of pairs as a key mask where it is no more than that, looked at once a forward."""
-        if not is_of_pairs(mask, layout.seq_len):
-            return mask
-        if mask.shape not in forward.key_masks:
-            forward.key_masks[mask.shape] = key_mask_of_pairs(mask, layout)
-        keys = forward.key_masks[mask.shape]
-        return mask if keys is None else keys
-
-    @staticmethod
-    def _of_bits(forward: Forward, mask: torch.Tensor) -> torch.Tensor:
-        """A mask that is added to the logits as the boolean one that it stands for, made once a forward."""
-        if mask.dtype == torch.bool:
-            return mask
-        bits = forward.key_masks.get(mask.shape)
-        if bits is None:
-            bits = forward.key_masks[mask.shape] = mask > torch.finfo(mask.dtype).min / 2
-        return bits
-
     def _layout(self, forward: Forward, seq_len: int, masked: bool = False) -> TokenLayout | str:
         layout = forward.layouts.get((seq_len, masked))
         if layout is None:
             latents = forward.latents
-            layout = "the latent grid is unknown" if latents is None else self._place(latents, seq_len, masked)
+            layout = "the latent grid is unknown"
+            if latents is not None:
+                layout = place_latents(self.family, latents, seq_len, masked)
+            if isinstance(layout, TokenLayout) and not self.engine.recipe.spans_references:
+                layout = layout.without_references()
             forward.layouts[seq_len, masked] = layout
         return layout
-
-    def _place(self, latents: LatentTokens, seq_len: int, masked: bool) -> TokenLayout | str:
-        if masked and self.family.masked == "apart":
-            return "prompts of different lengths lie before the latents of a batch"
-        text_first = self.family.text_first and not (masked and self.family.masked == "first")
-        if len(latents.grid) == 3 and seq_len == prod(latents.grid):
-            # Layers of the latents alone, before their stream meets its references.
-            return TokenLayout((latents.grid[0], latents.grid[1], latents.grid[2]), 0, seq_len)
-        extra = seq_len - latents.tokens
-        if extra < 0 and self.family.latents_query:
-            return NO_LATENTS
-        if len(latents.grid) != 3 or extra < 0:
-            return f"{seq_len} tokens do not hold the latent grid {latents.grid}"
-        if extra and self.family.alone:
-            return f"{extra} other tokens lie beside the latents, and no Family says where"
-        offset = extra if text_first else 0
-        references = tuple(LatentGrid((f, h, w), offset + start) for f, h, w, start in latents.references)
-        layout = TokenLayout(
-            (latents.grid[0], latents.grid[1], latents.grid[2]), offset + latents.start, seq_len, references
-        )
-        return layout if self.engine.recipe.spans_references else layout.without_references()

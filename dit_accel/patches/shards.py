@@ -8,6 +8,7 @@ import torch
 from torch import nn
 
 from ..heads import HeadShard
+from ..ring import RingShard
 
 
 def splits_text(model: nn.Module) -> bool:
@@ -26,6 +27,23 @@ def split(tokens: int, ranks: int) -> list[int]:
     """Tokens of each rank, as ``torch.tensor_split`` and an even split have them."""
     each, more = divmod(tokens, ranks)
     return [each + (rank < more) for rank in range(ranks)]
+
+
+def lengths_of(own: int, ranks: int, anything: bool, group: Any) -> list[int]:
+    """Tokens of each process; where these may differ they are asked for, as diffusers does in every call."""
+    if not anything:
+        return [own] * ranks
+    from diffusers.models._modeling_parallel import gather_size_by_comm
+
+    found: list[int] = gather_size_by_comm(own, group)
+    return found
+
+
+def whole_mask(mask: torch.Tensor, lengths: list[int], rank: int, group: Any) -> torch.Tensor:
+    """A mask of this process' keys as one of all keys, in the processes' order; another as it is."""
+    if mask.shape[-1] != lengths[rank]:
+        return mask
+    return RingShard(group, rank, tuple(lengths), None, None).gather(mask, mask.ndim - 1, lengths)
 
 
 def places_of(streams: tuple[int, ...], ranks: int) -> tuple[torch.Tensor, torch.Tensor]:

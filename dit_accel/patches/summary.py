@@ -152,6 +152,14 @@ class PatchSummary:
             "computed_share": self.computed_share,
         }
 
+    def __repr__(self) -> str:
+        """One line; ``str`` has what a user reads, :meth:`to_dict` all."""
+        density = "" if self.density is None else f" at density {self.density:.3f}"
+        return (
+            f"<PatchSummary of {self.short_recipe or self.recipe}: {len(self.layers)} layers, "
+            f"{self.sparse_calls} sparse calls{density}, {sum(self.dense_calls.values())} dense>"
+        )
+
     def __str__(self) -> str:
         """:meth:`lines`, wrapped at :data:`COLUMNS`."""
         return "\n".join(_wrapped(line) for line in self.lines())

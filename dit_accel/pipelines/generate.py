@@ -153,8 +153,11 @@ def usual_suffix(is_video: bool) -> str:
     return (VIDEOS if is_video else PICTURES)[0]
 
 
-def output_path(path: Path, is_video: bool) -> Path:
+def output_path(path: Path, is_video: bool, frames: int | None = None) -> Path:
     """The path with the suffix of what is saved there; a name without one gets it.
+
+    Args:
+        frames: of a video, where they are known: one frame may be saved as a picture too.
 
     Raises:
         ValueError: a folder, or the suffix of another kind of file.
@@ -162,7 +165,7 @@ def output_path(path: Path, is_video: bool) -> Path:
     if path.is_dir():
         raise ValueError(f"{path} is a folder; give the name of a file in it.")
     suffixes = VIDEOS if is_video else PICTURES
-    if path.suffix.lower() in suffixes:
+    if path.suffix.lower() in suffixes or (frames == 1 and path.suffix.lower() in PICTURES):
         return path
     # A model's name may hold a dot: only what is surely a suffix counts as one.
     if re.fullmatch(r"\.[a-z][a-z0-9]{2,3}", path.suffix.lower()):
@@ -172,7 +175,8 @@ def output_path(path: Path, is_video: bool) -> Path:
 
 
 def save(generated: Generated, path: Path) -> Path:
-    """Write a video as mp4 (H.264, readable by any player), gif or webp, an image as png, webp or jpg, by its suffix.
+    """Write a video as mp4 (H.264, readable by any player), gif or webp, an image as png, webp or jpg, by its suffix;
+    a video of one frame as either.
 
     Args:
         path: with or without suffix, see :func:`output_path`; folders are made as needed.
@@ -183,13 +187,14 @@ def save(generated: Generated, path: Path) -> Path:
     Raises:
         ValueError: a suffix that does not fit, or the file cannot be written whole; one that was there is untouched.
     """
-    path = output_path(path, generated.is_video)
-    if generated.is_video and path.suffix.lower() != ".mp4":
-        write_animation(list(generated.frames), path, generated.fps)
-    elif generated.is_video:
+    path = output_path(path, generated.is_video, len(generated.frames))
+    suffix = path.suffix.lower()
+    if suffix not in VIDEOS or not generated.is_video:
+        write_png(generated.frames[0], path)
+    elif suffix == ".mp4":
         write_mp4(generated.frames, path, generated.fps, crf=CRF)
     else:
-        write_png(generated.frames[0], path)
+        write_animation(list(generated.frames), path, generated.fps)
     return path
 
 

@@ -8,6 +8,7 @@ from ..stages.schedule import Schedule
 from ..stages.select.grid import Circle, Radial, TileWindow
 from ..stages.select.head_rules import HeadRules
 from ..stages.select.static import Window
+from ..stages.select.tile_simulator import cheapest_tile
 
 Sizes = tuple[int | float, int | float, int | float]
 
@@ -40,8 +41,9 @@ def dina(
 
     Defaults are this package's, as those of :func:`na`, with a dilation of 2 in height and width.
 
-    Deviations: those of :func:`na`; tokens are not grouped by dilation, so that tiles mix the groups and the
-    kernel reads more blocks than NATTEN's would.
+    Tokens are grouped by the dilation, and tiled in their group, so that a query's blocks are of its own group.
+
+    Deviations: those of :func:`na`.
 
     Args:
         window, dense_fraction: see :func:`na`; window times dilation may not exceed the grid.
@@ -54,13 +56,15 @@ def gna(
     window: Sizes = (1.0, 0.4, 0.4),
     stride: tuple[int, int, int] = (1, 4, 4),
     dilation: tuple[int, int, int] = (1, 1, 1),
-    tile: tuple[int, int, int] = (4, 4, 4),
+    tile: tuple[int, int, int] | str = (4, 4, 4),
+    grid: tuple[int, int, int] | None = None,
     dense_fraction: float = 0.2,
 ) -> Recipe:
     """Generalised neighbourhood attention (arXiv 2504.16922): window, stride and dilation.
 
-    Defaults are this package's, as those of :func:`na`, with a stride of one tile in height and width.
-    :func:`~dit_accel.stages.select.tile_simulator.choose` finds the stride and tile that cost least on a grid.
+    Defaults are this package's, as those of :func:`na`, with a stride of one tile in height and width. ``tile="auto"``
+    takes the tile for which the kernel reads the fewest blocks on ``grid``; the window is the same under each. Tokens
+    are grouped by the dilation before they are tiled.
 
     Deviations: those of :func:`na`.
 
@@ -68,11 +72,20 @@ def gna(
         window, dense_fraction: see :func:`na`.
         stride: queries that share a window, per dimension.
         dilation: distance between the keys of a window, per dimension.
-        tile: order of the tokens.
+        tile: order of the tokens, or "auto".
+        grid: latent frames, height and width in tokens, for ``tile="auto"``.
+
+    Raises:
+        ValueError: "auto" without a grid, or a grid on which the window does not fit.
     """
+    select = Window(window=window, stride=stride, dilation=dilation)
+    if isinstance(tile, str):
+        if tile != "auto" or grid is None:
+            raise ValueError(f"tile must be three sizes, or 'auto' with a grid, got {tile!r} and grid {grid}.")
+        tile = cheapest_tile(grid, select)
     return Recipe(
-        order=Tiles(tile),
-        select=Window(window=window, stride=stride, dilation=dilation),
+        order=Tiles(tile, dilation),
+        select=select,
         schedule=Schedule(dense_fraction=dense_fraction),
     )
 

@@ -13,6 +13,8 @@ import torch
 from ..pipelines.encode import write_mp4, write_png
 from .video import as_video, to_uint8
 
+# Characters that a label keeps at its end where it is shortened: a speed-up and its space.
+_TAIL = 8
 _CRF = 14
 """Visually lossless: a saved clip must not hide what a recipe changed."""
 
@@ -93,7 +95,7 @@ def side_by_side(
     draw = ImageDraw.Draw(canvas)
     font = ImageFont.load_default(size)
     for i, label in enumerate(labels):
-        draw.text((gap + i * (pane_w + gap), gap - 1), label, fill=(236, 238, 242), font=font)
+        draw.text((gap + i * (pane_w + gap), gap - 1), _fitted(label, font, pane_w), fill=(236, 238, 242), font=font)
     for i, row in enumerate(rows):
         draw.text((gap, head + pane_h + gap + i * line), row, fill=(160, 166, 178), font=font)
     film = np.repeat(np.asarray(canvas)[None], frames, axis=0)
@@ -105,3 +107,12 @@ def side_by_side(
                 picture = picture.resize((pane_w, pane_h), Image.Resampling.LANCZOS)
             film[t, head : head + pane_h, x : x + pane_w] = np.asarray(picture)
     return torch.from_numpy(film)
+
+
+def _fitted(text: str, font: Any, width: int) -> str:
+    """What is no wider than that: a longer text loses its middle, since its end may be a number."""
+    head, tail = text[:-_TAIL], text[-_TAIL:]
+    while head and font.getlength(text) > width:
+        head = head[:-1]
+        text = f"{head}\N{HORIZONTAL ELLIPSIS}{tail}"
+    return text

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import base64
 import math
+import re
 from collections.abc import Sequence
 from html import escape
 from pathlib import Path
@@ -40,7 +41,7 @@ def report_page(report: ComparisonReport, folder: Path, *, embed_limit: int = 64
     dense = report.summary(DENSE)
     metrics = [m for m in METRICS.values() if any(m.name in s.metrics or m.name in s.missing for s in summaries)]
     body = [
-        f"<h1>{escape(report.pipeline)}: dense and accelerated</h1>",
+        f"<h1>{escape(_subject(report))}: dense and accelerated</h1>",
         f'<p class="lead">{escape(_headline(report, summaries, dense))}</p>',
         "<h2>Cost</h2>",
         _cost_table(report, summaries, dense),
@@ -57,10 +58,15 @@ def report_page(report: ComparisonReport, folder: Path, *, embed_limit: int = 64
         '<!doctype html>\n<html lang="en"><head><meta charset="utf-8">\n'
         '<meta name="viewport" content="width=device-width, initial-scale=1">\n'
         '<link rel="icon" href="data:,">\n'
-        f"<title>{escape(report.pipeline)}: comparison</title>\n<style>{STYLE}</style></head>\n<body>\n"
+        f"<title>{escape(_subject(report))}: comparison</title>\n<style>{STYLE}</style></head>\n<body>\n"
         + "\n".join(part for part in body if part)
         + f"\n<script>{SCRIPT}</script>\n</body></html>\n"
     )
+
+
+def _subject(report: ComparisonReport) -> str:
+    """The model, where the caller said which; a pipeline's class has many."""
+    return report.facts.get("model", report.pipeline)
 
 
 def _headline(report: ComparisonReport, summaries: Sequence[RecipeSummary], dense: RecipeSummary) -> str:
@@ -123,32 +129,35 @@ def _median_cell(interval: Interval | None, digits: int, suffix: str = "") -> st
 def _ends(interval: Interval, digits: int, note: str = "") -> str:
     if interval.count == 1:
         return ""
-    return f'<span class="ci">{_number(interval.low, digits)} – {_number(interval.high, digits)}{note}</span>'
+    low, high = _number(interval.low, digits), _number(interval.high, digits)
+    return f'<span class="ci">{low}\N{NO-BREAK SPACE}– {high}{note}</span>'
 
 
 def _name_cell(report: ComparisonReport, name: str, *, describe: bool = True) -> str:
     series = report.recipes.index(name) % _SERIES_COLOURS
     description = report.descriptions.get(name, "") if describe else ""
     detail = f'<span class="ci">{escape(description)}</span>' if description else ""
-    return f'<td><span class="swatch s{series}"></span>{escape(name)}{detail}</td>'
+    # Where a long name may break on a phone.
+    broken = re.sub(r"(?<=[;.])(?=\w)", "<wbr>", escape(name))
+    return f'<td><span class="swatch s{series}"></span>{broken}{detail}</td>'
 
 
 def _cost_table(report: ComparisonReport, summaries: Sequence[RecipeSummary], dense: RecipeSummary) -> str:
     timed = dense.attention_seconds is not None or any(s.attention_seconds for s in summaries)
-    heads = ["Recipe", "Density", "Time, s", "Speed-up"]
+    heads = ["Recipe", "Time, s", "Speed-up", "Density"]  # on a phone the first three are on screen
     heads += ["Attention, s", "Attention speed-up"] if timed else []
     rows = []
     for summary in summaries:
         cells = [
             _name_cell(report, summary.recipe),
-            _mean_cell(summary.density, 3),
             _median_cell(summary.total_seconds, 2),
             _median_cell(summary.speedup, 2, "×"),
+            _mean_cell(summary.density, 3),
         ]
         if timed:
             cells += [_median_cell(summary.attention_seconds, 2), _median_cell(summary.attention_speedup, 2, "×")]
         rows.append(cells)
-    last = ['<td class="soft">dense</td>', "<td>1</td>", _median_cell(dense.total_seconds, 2), "<td>1×</td>"]
+    last = ['<td class="soft">dense</td>', _median_cell(dense.total_seconds, 2), "<td>1×</td>", "<td>1</td>"]
     if timed:
         last += [_median_cell(dense.attention_seconds, 2), "<td>1×</td>"]
     return _table(heads, [*rows, last])
@@ -327,7 +336,6 @@ def _per_clip(report: ComparisonReport, metrics: Sequence[Metric]) -> str:
 def _facts(report: ComparisonReport) -> str:
     if not report.facts:
         return ""
-    rows = "".join(
-        f"<dt>{escape(name)}</dt><dd><code>{escape(value)}</code></dd>" for name, value in report.facts.items()
-    )
+    facts = {"pipeline": report.pipeline, **report.facts}
+    rows = "".join(f"<dt>{escape(name)}</dt><dd><code>{escape(value)}</code></dd>" for name, value in facts.items())
     return f"<h2>How this was made</h2><dl>{rows}</dl>"

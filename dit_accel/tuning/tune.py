@@ -16,14 +16,14 @@ import torch
 
 from .. import presets
 from ..api import patch
-from ..calibration.calibrate import Progress
 from ..calibration.identity import describe, describe_pipeline
+from ..calibration.progress import Progress
 from ..calibration.runs import run_arguments
 from ..files import refuse_unwritable_folder, write_text
+from ..patches.said_once import said_once
 from ..quality.generation import compiles, shortened
 from ..quality.lpips import find_weights
 from ..quality.measurement import MetricUnavailable
-from ..quality.said_once import said_once
 from ..quality.turns import LONG_WARM_UP_STEPS
 from ..recipe import Recipe
 from .candidates import MOST_PARTS, USUAL_DENSITY, USUAL_FRACTION, Choice, Space, dense_steps_of, refuse_base

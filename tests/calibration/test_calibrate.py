@@ -200,8 +200,12 @@ def test_what_does_not_fit_is_named(paro, tmp_path):
     with pytest.raises(ValueError, match="is no calibration file"):
         patch(pipe, PARO, calibration=tmp_path / "bad")
     wider = {**STEPS, **prompts[0], "width": 128}
-    with patch(pipe, PARO, calibration=path), pytest.raises(ValueError, match=r"a latent grid of 3x6x7.*of 3x6x8"):
+    with (
+        patch(pipe, PARO, calibration=path) as handle,
+        pytest.raises(ValueError, match=r"a latent grid of 3x6x7.*of 3x6x8"),
+    ):
         pipe(**wider, output_type="latent")
+    assert repr(handle).endswith("0 sparse and 0 dense calls>"), "before the dense phase is run"
     with patch(pipe.transformer, PARO, calibration=path) as handle:
         assert handle.summary().sparse_calls == 0
         with pytest.raises(ValueError, match="found by sigma"):

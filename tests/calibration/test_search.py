@@ -6,8 +6,10 @@ import pytest
 import torch
 
 from dit_accel import Recipe, patch
+from dit_accel.calibration.allocation import allocate
+from dit_accel.calibration.head_errors import HeadErrors, _curve_tap, measure_heads
 from dit_accel.calibration.recording import first_forwards, record_inputs
-from dit_accel.calibration.search import HeadErrors, _curve_tap, allocate, measure_heads, search, with_densities
+from dit_accel.calibration.search import search, with_densities
 from dit_accel.call import AttentionInputs
 from dit_accel.engine import Engine
 from dit_accel.layout import StepContext, TokenLayout
@@ -188,7 +190,7 @@ def test_heads_are_probed_where_their_errors_are_large(target, probe, monkeypatc
         raise RuntimeError(f"probed at {options['probe']}")
 
     monkeypatch.setattr(module, "measure_heads", refuse)
-    monkeypatch.setattr(module, "_least_kept", lambda *arguments: torch.zeros(1))
+    monkeypatch.setattr(module, "least_kept", lambda *arguments: torch.zeros(1))
     tiny = TINY["wan"]
     recipe = Recipe(select=Pooled(density=0.3, block=(32, 32)))
     call = tiny.call(torch.Generator().manual_seed(0))

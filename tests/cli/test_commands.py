@@ -52,10 +52,16 @@ def test_info_lists_everything() -> None:
 
 
 def test_info_as_text() -> None:
-    result = run("info", "--device", "cpu")
-    assert result.exit_code == 0
+    short = run("info", "--device", "cpu")
+    assert short.exit_code == 0
+    for word in ("Backends", "HunyuanVideo", "pooled", "wan2.1-1.3b", "random-wan", "dit-accel info --all"):
+        assert word in short.stdout
+    assert len(short.stdout.splitlines()) < 100, "what runs here is not scrolled away"
+    whole = run("info", "--device", "cpu", "--all")
+    assert whole.exit_code == 0
     for word in ("Backends", "HunyuanVideoTransformer3DModel", "pooled", "select.density=0.2", "random-wan"):
-        assert word in result.stdout
+        assert word in whole.stdout
+    assert len(whole.stdout.splitlines()) > 200
 
 
 def test_bench_measures_both_variants(tmp_path: Path) -> None:
@@ -238,13 +244,18 @@ def test_one_run_of_each_has_no_spread(runs: list[tuple[int, str]], tmp_path: Pa
     result = run(*GENERATE, *SMALL, "--recipe", "dense", "--compare-dense", "--out", str(tmp_path / "cat.mp4"))
     assert result.exit_code == 0, result.stderr
     assert [steps for steps, _ in runs] == [2, 2, 3, 3]
-    assert "2 untimed steps of each side, then one run of each, which has no spread" in result.stdout
+    assert "2 untimed steps of each side, then one run of each, which has no spread" in " ".join(result.stdout.split())
+    assert "note: nothing was accelerated" in result.stdout
+    assert max(len(line) for line in result.stdout.splitlines() if str(tmp_path) not in line) <= 80
     assert " to " not in next(line for line in result.stdout.splitlines() if line.startswith("speed-up"))
     few = run_json(
         *GENERATE, *SMALL, "--steps", "1", "--recipe", "dense", "--compare-dense", "--out", str(tmp_path / "c.mp4")
     )
     assert few["turns"]["warm_up_steps_of_each_side"] == 1
     assert few["speedup_range"] is None
+    sparse = run(*GENERATE, *SMALL, "--recipe", "pooled", "--compare-dense", "--out", str(tmp_path / "d.mp4"))
+    assert "sparse calls at density" in sparse.stdout
+    assert "nothing was accelerated" not in sparse.stdout
 
 
 @pytest.mark.parametrize("recipe", ["mass", "pooled;schedule.refresh_every=100"])

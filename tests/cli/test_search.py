@@ -50,6 +50,8 @@ def test_an_error_bound_as_text(tmp_path):
     result = run("search", *MODEL, *SMALL, *BLOCKS, *ONE, "--max-error", "0.01", "--out", str(path))
     assert result.exit_code == 0, result.stderr
     assert "predicted error of the velocity 0.0100" in result.stdout
+    # The model is patched for each density.
+    assert result.stderr.count("The recipe may be slower than dense here") == 1
     assert str(path) in result.stdout
     with patch(TINY["wan"].build(2), str(path)) as handle:
         assert handle.recipe == Recipe.load(path)

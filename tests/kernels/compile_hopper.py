@@ -1,4 +1,4 @@
-"""Compile variants of the Hopper kernel without a GPU; print the PTX of each as JSON.
+"""Compile variants of the Hopper kernel without a GPU; print the PTX and shared memory of each as JSON.
 
     python -m tests.kernels.compile_hopper NAME ...
 
@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import json
 import sys
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -18,6 +19,7 @@ from triton.runtime import driver
 from dit_accel.kernels import BlockMask
 from dit_accel.kernels.attention.hopper import forward as hopper_forward
 from dit_accel.kernels.common.quantized_inputs import reference_quantize
+from dit_accel.kernels.mask.query_pairs import query_pairs
 
 LENGTH, HEADS = 256, 2
 VARIANTS: dict[str, tuple[int, int, dict[str, Any]]] = {
@@ -31,6 +33,13 @@ VARIANTS: dict[str, tuple[int, int, dict[str, Any]]] = {
     "int8": (64, 128, {"precision": "int8"}),
     "int8 rows": (128, 128, {"precision": "int8", "rows": True}),
     "int8_fp8": (128, 128, {"precision": "int8_fp8"}),
+    "pairs": (64, 128, {"queries": 64}),
+    "pairs free": (64, 128, {"queries": 64, "turns": False, "dtype": torch.float16}),
+    "pairs 128": (128, 128, {"queries": 64, "key_mask": True}),
+    "pairs D=64": (64, 64, {"queries": 64}),
+    "pairs rows": (64, 128, {"queries": 64, "rows": True}),
+    "pairs rows bits": (128, 128, {"queries": 64, "rows": True, "bits": True, "key_mask": True}),
+    "pairs rows D=64": (64, 64, {"queries": 64, "rows": True, "key_mask": True, "dtype": torch.float16}),
 }
 
 
@@ -52,11 +61,12 @@ class Compiles:
 
     def __init__(self, kernel: Any) -> None:
         self.kernel = kernel
-        self.ptx = ""
+        self.ptx, self.shared = "", 0
 
     def __getitem__(self, grid: tuple[int, ...]) -> Any:
         def launch(*args: Any, **settings: Any) -> None:
-            self.ptx = self.kernel.warmup(*args, grid=grid, **settings).asm["ptx"]
+            compiled = self.kernel.warmup(*args, grid=grid, **settings)
+            self.ptx, self.shared = compiled.asm["ptx"], compiled.metadata.shared
 
         return launch
 
@@ -66,17 +76,28 @@ def main() -> None:
     kernel = Compiles(hopper_forward.hopper_fwd_kernel)
     hopper_forward.hopper_fwd_kernel = kernel
     hopper_forward.multiprocessors = lambda index: 132
+    # The lists are another kernel's.
+    hopper_forward.query_pairs = lambda mask, block_k, backend: query_pairs(mask, block_k, "torch")
     for name in sys.argv[1:]:
         block_k, dim, settings = VARIANTS[name]
-        q, k, v = (torch.randn(1, LENGTH, HEADS, dim, dtype=torch.bfloat16) for _ in range(3))
-        keep = torch.ones(1, HEADS, LENGTH // 128, LENGTH // block_k, dtype=torch.bool)
-        mask = BlockMask.from_dense(keep, 128, block_k, LENGTH, LENGTH)
+        block_q, dtype = settings.get("queries", 128), settings.get("dtype", torch.bfloat16)
+        q, k, v = (torch.randn(1, LENGTH, HEADS, dim, dtype=dtype) for _ in range(3))
+        keep = torch.ones(1, HEADS, LENGTH // block_q, LENGTH // block_k, dtype=torch.bool)
+        bits: dict[str, torch.Tensor] = {}
+        if settings.get("bits"):
+            words = torch.ones(1, block_q, block_k // 32, dtype=torch.int32)
+            bits = {"partial": keep, "bit_rows": keep.int() - 1, "token_bits": words}
+        mask = BlockMask.from_dense(keep, block_q, block_k, LENGTH, LENGTH, **bits)
         rows = torch.arange(LENGTH, dtype=torch.int32).expand(1, HEADS, LENGTH) if settings.get("rows") else None
         hidden = torch.ones(1, LENGTH, dtype=torch.bool) if settings.get("key_mask") else None
         precision = settings.get("precision")
         ready = precision and reference_quantize(q, k, v, 128, block_k, precision=precision)
-        hopper_forward.hopper_forward(q, k, v, mask, rows, hidden, 0.1, quantized=ready or None)
-        print(json.dumps({"name": name, "ptx": kernel.ptx}), flush=True)
+        config = None
+        if "turns" in settings:
+            config = hopper_forward.default_config(hopper_forward.PAIR_KEYS, dim, None, rows is not None)
+            config = replace(config, take_turns=settings["turns"])
+        hopper_forward.hopper_forward(q, k, v, mask, rows, hidden, 0.1, quantized=ready or None, config=config)
+        print(json.dumps({"name": name, "ptx": kernel.ptx, "shared": kernel.shared}), flush=True)
 
 
 if __name__ == "__main__":

@@ -50,13 +50,32 @@ def shared_addresses(ptx: str) -> tuple[set[int], set[int]]:
 
 
 @pytest.fixture(scope="module")
-def compiled() -> dict[str, str]:
-    """PTX of every variant."""
+def rows() -> dict[str, dict]:
+    """PTX and bytes of shared memory of every variant."""
     command = [sys.executable, "-m", "tests.kernels.compile_hopper", *VARIANTS]
     env = {**os.environ, "TRITON_INTERPRET": "0"}
     run = subprocess.run(command, cwd=ROOT, env=env, capture_output=True, text=True, timeout=600)
     assert run.returncode == 0, run.stderr[-3000:]
-    return {row["name"]: row["ptx"] for row in map(json.loads, run.stdout.splitlines())}
+    return {row["name"]: row for row in map(json.loads, run.stdout.splitlines())}
+
+
+@pytest.fixture(scope="module")
+def compiled(rows) -> dict[str, str]:
+    """PTX of every variant."""
+    return {name: row["ptx"] for name, row in rows.items()}
+
+
+def assembled(ptx: str, folder: Path) -> str:
+    """What the assembler says of a variant."""
+    from triton.knobs import nvidia
+
+    path = folder / "kernel.ptx"
+    path.write_text(ptx)
+    command = [nvidia.ptxas.path, "-v", "--gpu-name=sm_90a", str(path), "-o", str(folder / "kernel.cubin")]
+    run = subprocess.run(command, capture_output=True, text=True, timeout=300)
+    assert run.returncode == 0, run.stderr[-2000:]
+    assert "registers" in run.stderr
+    return run.stderr
 
 
 @pytest.mark.parametrize("variant", VARIANTS)
@@ -72,15 +91,21 @@ def test_no_scratch_lies_on_a_barrier(variant, compiled):
 @pytest.mark.parametrize("variant", ["half", "half 64", "half D=64", "int8", "int8_fp8"])
 def test_no_product_waits_for_the_one_before(variant, compiled, tmp_path):
     """The assembler waits after every product as soon as registers are copied between two of them, and only says so."""
-    from triton.knobs import nvidia
+    assert "serialized" not in assembled(compiled[variant], tmp_path)
 
-    path = tmp_path / "kernel.ptx"
-    path.write_text(compiled[variant])
-    command = [nvidia.ptxas.path, "-v", "--gpu-name=sm_90a", str(path), "-o", str(tmp_path / "kernel.cubin")]
-    run = subprocess.run(command, capture_output=True, text=True, timeout=300)
-    assert run.returncode == 0, run.stderr[-2000:]
-    assert "registers" in run.stderr
-    assert "serialized" not in run.stderr
+
+@pytest.mark.parametrize("variant", [name for name in VARIANTS if name.startswith("pairs")])
+def test_pairs_spill_next_to_nothing_and_no_product_waits(variant, compiled, tmp_path):
+    said = assembled(compiled[variant], tmp_path)
+    assert "serialized" not in said
+    spilled = max(int(n) for n in re.findall(r"(\d+) bytes spill", said))
+    # Of token bits in permuted calls, once a tile.
+    assert spilled <= (32 if variant == "pairs rows bits" else 0)
+
+
+@pytest.mark.parametrize("variant", VARIANTS)
+def test_shared_memory_is_what_a_program_may_have(variant, rows):
+    assert 128 << 10 < rows[variant]["shared"] <= 227 << 10
 
 
 @pytest.mark.parametrize("variant", VARIANTS)

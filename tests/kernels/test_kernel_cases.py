@@ -309,6 +309,37 @@ def test_tile_order(script):
     assert rows_module.tiled_rows(32760, torch.device("cpu")) is None
 
 
+def test_the_pairs_section_runs_dry_and_checks_each_form_with_its_own_mask(cases, script, monkeypatch):
+    """On the CPU, by another backend in place of the kernels."""
+    from dit_accel.kernels import block_sparse_attention
+
+    def call(q, k, v, mask, rows, **_changes):
+        return lambda: block_sparse_attention(q, k, v, mask, rows=rows, backend="torch")
+
+    module = importlib.import_module("kernel_pairs")
+    torch.manual_seed(0)
+    monkeypatch.setattr(cases, "DRY", True)
+    monkeypatch.setattr(cases, "extra_memory_share", lambda call, q: 0.0)
+    monkeypatch.setattr(module, "inputs", lambda *shape: [torch.randn(1, *shape) for _ in range(3)])
+    monkeypatch.setattr(module, "portable", call)
+    monkeypatch.setattr(module, "hopper", call)
+    report = cases.Report()
+    module.section_pairs(report, argparse.Namespace(lengths=[1000], heads=2, head_dim=16))
+    assert [row for row in report.rows if not row["error"] < 1e-5] == []
+    ops = ["portable", "pairs, free", "pairs, turns", "hopper 128x64"]
+    assert [row["op"] for row in report.rows] == ops * (2 * 3 + 1)
+    assert [row.get("tokens") for row in report.rows[4:8]] == ["permuted"] * 4
+
+
+def test_lists_of_neighbours_are_as_alike_as_asked(cases):
+    module = importlib.import_module("kernel_pairs")
+    torch.manual_seed(0)
+    chance, alike = (module.pair_mask(2, 9000, 64, 0.2, x, torch.device("cpu")) for x in (0.0, module.ALIKE))
+    assert float(chance.density()) == pytest.approx(float(alike.density())) == pytest.approx(0.2, abs=0.01)
+    assert module.shared_share(chance) == pytest.approx(0.2, abs=0.02)
+    assert 0.5 < module.shared_share(alike) < 0.9
+
+
 def test_the_rows_section_runs_dry_and_every_call_is_checked(cases, script, monkeypatch):
     """On a small grid, on the CPU."""
     module = importlib.import_module("kernel_rows")

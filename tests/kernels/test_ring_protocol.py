@@ -23,14 +23,14 @@ MODELLED = {
         "kv_blocks_of_head": "b6b3589a0b26",
     },
     "producer.py": {
-        "produce": "d0301a545868",
+        "produce": "f304f191b470",
         "count_loaded": "2f12a3fbec89",
         "report_loaded": "63180b7e21e7",
     },
     "tile_scheduler.py": {
         "advance_to_next_work": "f8756b0126ca",
         "tile_block": "5286e1f0ed78",
-        "tile_header": "e302520fd8ef",
+        "tile_header": "aead3b71ab5c",
     },
     "semaphores.py": {
         "semaphore_add": "f9bdd397d087",

@@ -54,7 +54,7 @@ def test_a_mask_is_looked_at_once_a_forward(monkeypatch):
     model = tiny.build()
     looked = []
     monkeypatch.setattr(
-        "dit_accel.patches.session.key_mask_of_pairs",
+        "dit_accel.patches.forwards.key_mask_of_pairs",
         lambda mask, layout: looked.append(1) or masks.key_mask_of_pairs(mask, layout),
     )
     with dit_accel.patch(model, FULL) as handle:
@@ -68,7 +68,7 @@ def test_other_masks_of_pairs_run_sparse_as_they_are(monkeypatch):
     tiny = MODELS["hunyuan-1.5"]
     model = tiny.build()
     plain = tiny.run(model)
-    monkeypatch.setattr("dit_accel.patches.session.key_mask_of_pairs", lambda mask, layout: None)
+    monkeypatch.setattr("dit_accel.patches.forwards.key_mask_of_pairs", lambda mask, layout: None)
     with dit_accel.patch(model, FULL) as handle:
         assert (tiny.run(model) - plain).abs().max() <= 1e-9 * plain.abs().max()
         assert not handle.summary().dense_calls

@@ -94,6 +94,10 @@ def test_a_handle_in_a_terminal() -> None:
     assert "2 layers, 16 sparse and 4 dense calls>" in repr(handle)
     summary = handle.summary()
     assert str(summary).splitlines()[0] == "recipe: pooled; select.density=0.5"
+    assert repr(summary) == (
+        "<PatchSummary of pooled; select.density=0.5: 2 layers, 16 sparse calls at density "
+        f"{summary.density:.3f}, 4 dense>"
+    )
     assert summary.recipe == repr(handle.recipe)
     assert summary.to_dict()["short_recipe"] == "pooled; select.density=0.5"
     handle.remove()

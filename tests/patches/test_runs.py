@@ -213,7 +213,7 @@ def test_what_is_kept_is_bounded():
                 forward(pipe.transformer, 0, 4, width)
         planner = handle.sessions["transformer"].engine.planner
         runs = handle.sessions["transformer"]._thread.runs
-        assert len(planner._prepared.entries) <= 8
+        assert len(planner.tables._prepared.entries) <= 8
         assert len(runs._bare._kept.entries) <= 8
 
 

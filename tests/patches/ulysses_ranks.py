@@ -18,7 +18,7 @@ from diffusers.hooks import context_parallel
 from torch import nn
 
 import dit_accel
-from dit_accel import Recipe, presets
+from dit_accel import Recipe
 from dit_accel.stages.order.axes import AxisOrder
 from dit_accel.stages.select.mass import Mass
 from dit_accel.stages.select.pooled import Pooled
@@ -277,12 +277,12 @@ _RAGGED = {2: (3, (3, 14, 10)), 3: (5, (3, 14, 22))}
 def _refusals(world: int) -> dict[str, str]:
     """Sentences of what cannot run, by what it is."""
     said = {}
-    for name, heads, asked in (
-        ("heads", 5 if world == 2 else 4, POOLED),
-        ("learned", 6, presets.resolve("sla")),
+    for name, heads, options in (
+        ("heads", 5 if world == 2 else 4, {}),
+        ("no head", 1 if world == 2 else 4, {"ulysses_anything": True}),
     ):
         try:
-            patched(in_parallel(wan(heads), world), wan_given(), asked)
+            patched(in_parallel(wan(heads), world, **options), wan_given(), POOLED)
         except ValueError as error:
             said[name] = str(error)
     return said

@@ -126,6 +126,15 @@ def test_image_is_saved_exactly(tmp_path: Path) -> None:
     assert np.array_equal(iio.imread(path), image.frames[0])
 
 
+@pytest.mark.parametrize(("name", "kind"), [("one.png", "png"), ("one.webp", "webp"), ("one", "mp4")])
+def test_one_frame_of_a_video_may_be_a_picture(name: str, kind: str, tmp_path: Path) -> None:
+    film = clip(1, 16, 32, True)
+    path = save(film, tmp_path / name)
+    assert path.suffix == f".{kind}"
+    if kind == "png":
+        assert np.array_equal(iio.imread(path), film.frames[0])
+
+
 def test_a_wrong_suffix_is_refused(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match=r"saved as \.mp4 or \.gif or \.webp; got film\.png"):
         save(clip(2, 8, 8, True), tmp_path / "film.png")

@@ -22,7 +22,7 @@ from tests.quality.clips import moving_clip, with_noise
 _PROMPTS = ("a green dragon", "a <script>alert('&')</script> whale")
 
 
-def _report(folder: Path, frames: int = 5) -> ComparisonReport:
+def small_report(folder: Path, frames: int = 5) -> ComparisonReport:
     results = []
     for i, prompt in enumerate(_PROMPTS):
         clip = moving_clip(frames, 48, 65, speed=1.0 + i)
@@ -44,7 +44,7 @@ def _report(folder: Path, frames: int = 5) -> ComparisonReport:
 class _Tags(HTMLParser):
     """Collects start tags, and fails on unbalanced ones."""
 
-    VOID = frozenset({"meta", "link", "br", "img"})
+    VOID = frozenset({"meta", "link", "br", "img", "wbr"})
 
     def __init__(self) -> None:
         super().__init__()
@@ -64,7 +64,7 @@ class _Tags(HTMLParser):
 
 
 def test_page_is_self_contained_and_well_formed(tmp_path: Path) -> None:
-    page = report_page(_report(tmp_path), tmp_path)
+    page = report_page(small_report(tmp_path), tmp_path)
     tags = _Tags()
     tags.feed(page)
     assert tags.open == []
@@ -79,12 +79,21 @@ def test_page_is_self_contained_and_well_formed(tmp_path: Path) -> None:
 
 
 def test_page_says_what_is_missing_and_shows_infinity(tmp_path: Path) -> None:
-    page = report_page(_report(tmp_path), tmp_path)
+    page = report_page(small_report(tmp_path), tmp_path)
     assert "<li>LPIPS needs &lt;weights&gt;: pip install &#x27;dit-accel[quality]&#x27;." in page
     assert "rough: &lt;odd&gt;" in page
     assert "∞" in page
     assert "dit-accel compare embedded" in page
     assert "rough 2.67× (2.67× to 2.67×, over 2 runs), PSNR to dense" in page
+
+
+def test_the_title_is_the_models_name(tmp_path: Path) -> None:
+    report = small_report(tmp_path)
+    assert "<h1>Tiny: dense and accelerated</h1>" in report_page(report, tmp_path)
+    page = report_page(replace(report, facts={**report.facts, "model": "org/<m>"}), tmp_path)
+    assert "<h1>org/&lt;m&gt;: dense and accelerated</h1>" in page
+    assert "<title>org/&lt;m&gt;: comparison</title>" in page
+    assert "<dt>pipeline</dt><dd><code>Tiny</code></dd>" in page
 
 
 def _timed(dense: tuple[float, ...], psnr: float = 40.0, **fast: tuple[float, ...]) -> ComparisonReport:
@@ -143,18 +152,18 @@ def test_enough_clips_have_one() -> None:
         for r in report.results
     ]
     page = report_page(ComparisonReport("Tiny", tuple(some), ("pooled",)), Path())
-    assert "40.00 – 40.00 (range of 3)" in page
+    assert "40.00\N{NO-BREAK SPACE}– 40.00 (range of 3)" in page
 
 
 def test_clips_beyond_the_limit_are_counted(tmp_path: Path) -> None:
-    report = _report(tmp_path)
+    report = small_report(tmp_path)
     page = report_page(report, tmp_path, embed_limit=0)
     assert "2 more prompts in the clips folder" in page
     assert "<video" not in page
 
 
 def test_write_and_read(tmp_path: Path) -> None:
-    report = _report(tmp_path)
+    report = small_report(tmp_path)
     files = write_report(report, tmp_path)
     assert read_report(files.json) == report
     assert files.page.read_text(encoding="utf-8").startswith("<!doctype html>")
@@ -185,14 +194,14 @@ def test_what_is_no_report_is_one_sentence(tmp_path: Path, text: str | None) -> 
 
 @pytest.mark.parametrize("name", ["report.json", "index.html", "side_by_side.mp4"])
 def test_a_report_that_cannot_be_written_is_named(tmp_path: Path, name: str) -> None:
-    report = _report(tmp_path)
+    report = small_report(tmp_path)
     (tmp_path / name).mkdir()
     with pytest.raises(ValueError, match=rf"{name} is a folder"):
         write_report(report, tmp_path)
 
 
 def test_a_film_that_cannot_be_encoded_keeps_the_old_one(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    report = _report(tmp_path)
+    report = small_report(tmp_path)
     old = write_report(report, tmp_path).film
     assert old is not None
     before = old.read_bytes()
@@ -207,7 +216,7 @@ def test_a_film_that_cannot_be_encoded_keeps_the_old_one(tmp_path: Path, monkeyp
 
 
 def test_images_become_png(tmp_path: Path) -> None:
-    files = write_report(_report(tmp_path, frames=1), tmp_path)
+    files = write_report(small_report(tmp_path, frames=1), tmp_path)
     assert files.film is not None
     assert files.film.suffix == ".png"
     page = files.page.read_text(encoding="utf-8")
@@ -226,6 +235,21 @@ def test_saved_clips_are_close_to_lossless(tmp_path: Path) -> None:
 def test_side_by_side_refuses_unequal_clips() -> None:
     with pytest.raises(ValueError, match="equally shaped clips"):
         side_by_side([torch.zeros(1, 8, 8, 3), torch.zeros(2, 8, 8, 3)], ["a", "b"], "")
+
+
+def test_a_label_stays_over_its_own_clip() -> None:
+    """Also one that is wider: the columns between two clips hold nothing, and the number at its end is kept."""
+    clips = [torch.zeros(1, 40, 220, 3, dtype=torch.uint8)] * 2
+    films = [
+        side_by_side(clips, [f"{'pooled;select.density=0.1;' * 3}  {ratio}x", "mass  1.00x"], "").numpy()[0]
+        for ratio in ("2.11", "2.77")
+    ]
+    head = films[0][:30]
+    assert (head[:, 8 + 220 : 8 + 220 + 8] == head[0, 0]).all()
+    assert (head[:, 150:228] != head[0, 0]).any()
+    assert (films[0] != films[1]).any(), "the number is gone"
+    short = side_by_side(clips, ["dense", "mass"], "").numpy()[0]
+    assert (short[:30, 100:228] == short[0, 0]).all()
 
 
 def _points(*values: tuple[float, float]) -> list[ParetoPoint]:

@@ -5,10 +5,11 @@ from math import prod
 
 import pytest
 
+from dit_accel import presets
 from dit_accel.layout import TokenLayout
 from dit_accel.stages.order.simple import Raster, Tiles
 from dit_accel.stages.select.static import Window
-from dit_accel.stages.select.tile_simulator import choose, planned_cost, simulate
+from dit_accel.stages.select.tile_simulator import cheapest_tile, choose, planned_cost, simulate
 from tests.stages.oracle import gna_visible, window_tokens
 
 CASES = [
@@ -103,3 +104,51 @@ def test_the_planned_cost_is_that_of_the_kernels_blocks(order):
 def test_impossible_shapes(changes, message):
     with pytest.raises(ValueError, match=message):
         simulate(**{"grid": (4, 8, 8), "window": (3, 3, 3), **changes})
+
+
+@pytest.mark.parametrize(
+    ("grid", "window", "dilation"),
+    [((4, 8, 8), (4, 3, 3), (1, 1, 1)), ((3, 7, 9), (2, 3, 5), (1, 1, 1)), ((4, 8, 8), (2, 2, 2), (1, 2, 1))],
+    ids=str,
+)
+def test_the_cheapest_tile_reads_no_more_blocks_than_another(grid, window, dilation):
+    select = Window(window=window, dilation=dilation, block=(64, 32))
+    layout = TokenLayout(grid, 0, prod(grid))
+
+    tokens = window_tokens(layout, window, (1, 1, 1), dilation)
+
+    def read(tile):
+        """Blocks that hold a visible pair, token by token."""
+        slots = Tiles(tile, dilation).rows(layout, "cpu").tolist()
+        blocks_q, blocks_k = ([slots[n : n + size] for n in range(0, len(slots), size)] for size in (64, 32))
+        return sum(bool(tokens[a][:, b].any()) for a in blocks_q for b in blocks_k)
+
+    found = cheapest_tile(grid, select)
+    assert prod(found) == 32
+    others = [s for s in itertools.product((1, 2, 4, 8, 16, 32), repeat=3) if prod(s) == 32]
+    costs = {tile: read(tile) for tile in others}
+    # A block that straddles two tiles is counted as a box, so that the choice is the cheapest, or nearly.
+    assert costs[found] <= 1.1 * min(costs.values())
+    assert costs[found] < max(costs.values())
+
+
+def test_a_preset_takes_the_cheapest_tile_of_a_grid():
+    recipe = presets.gna(tile="auto", grid=(8, 24, 24))
+    assert recipe.order.shape == cheapest_tile((8, 24, 24), recipe.select) != (4, 4, 4)
+    assert recipe.select == presets.gna().select
+    costs = [planned_cost(TokenLayout((8, 24, 24), 0, 4608), order, recipe.select) for order in (recipe.order, Tiles())]
+    assert costs[0].visited <= 0.86 * costs[1].visited
+    assert costs[0].visible == costs[1].visible
+    for options in ({"tile": "auto"}, {"tile": "best", "grid": (8, 24, 24)}):
+        with pytest.raises(ValueError, match="three sizes, or 'auto' with a grid, got"):
+            presets.gna(**options)
+
+
+def test_grouped_tokens_read_their_own_group_alone():
+    """A dilated window over groups costs what a plain one of its size does; mixed tiles read nearly everything."""
+    recipe = presets.dina()
+    assert recipe.order.dilation == recipe.select.dilation == (1, 2, 2)
+    layout = TokenLayout((8, 24, 24), 0, 4608)
+    grouped, mixed = (planned_cost(layout, order, recipe.select) for order in (recipe.order, Tiles()))
+    assert grouped.visited == 0.25 * grouped.dense
+    assert mixed.visited > 0.7 * mixed.dense

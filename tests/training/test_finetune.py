@@ -17,7 +17,8 @@ import dit_accel
 from dit_accel.stages.select.learned import Learned
 from dit_accel.training.config import FinetuneConfig
 from dit_accel.training.few_steps import FewStepConfig
-from dit_accel.training.finetune import TrainingStopped, finetune, rate_factor
+from dit_accel.training.finetune import TrainingStopped, finetune
+from dit_accel.training.loop import rate_factor
 from dit_accel.training.objective import OBJECTIVES, Objective, annealed_density, objective_for
 from tests.recipes import POOLED, SMALL_TILES
 from tests.tiny import TINY
@@ -269,12 +270,13 @@ def test_the_clock_ends_the_descent_where_steps_would_not():
     assert [rate_factor(config, 3, spent) for spent in (0.0, 0.5, 1.0, 1.2)] == pytest.approx([1.0, 0.5, 0.0, 0.0])
 
 
-def run_on_two(module: str, *arguments: str) -> None:
+def run_on_two(module: str, *arguments: str) -> str:
     root = Path(__file__).parents[2]
     env = {**os.environ, "PYTHONPATH": str(root), "OMP_NUM_THREADS": "1", "ACCELERATE_USE_CPU": "true"}
     command = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node=2", "--standalone", "-m", module]
-    done = subprocess.run([*command, *arguments], env=env, cwd=root, capture_output=True, text=True, timeout=150)
+    done = subprocess.run([*command, *arguments], env=env, cwd=root, capture_output=True, text=True, timeout=500)
     assert done.returncode == 0, done.stderr[-3000:]
+    return done.stdout
 
 
 def assert_same_training(single, folder: Path) -> None:

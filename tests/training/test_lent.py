@@ -11,7 +11,7 @@ import torch
 import dit_accel
 from dit_accel.patches.hooks import EnterModule, LeaveBlock
 from dit_accel.patches.targets import handle_of
-from dit_accel.training import finetune as loop
+from dit_accel.training import loop
 from dit_accel.training.config import FinetuneConfig
 from dit_accel.training.finetune import TrainingStopped, finetune
 from dit_accel.training.objective import OBJECTIVES

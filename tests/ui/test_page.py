@@ -5,7 +5,6 @@
 
 from __future__ import annotations
 
-import shutil
 import socket
 import time
 from collections.abc import Callable, Iterator
@@ -18,19 +17,9 @@ gradio = pytest.importorskip("gradio", reason="needs gradio: pip install --targe
 
 from dit_accel.ui.page import build_page, serve  # noqa: E402
 from dit_accel.ui.studio import Studio  # noqa: E402
+from tests.browser import WIDTHS, Visit, chromium  # noqa: E402
 from tests.ui.models import SETTINGS, images, videos  # noqa: E402
 
-CHROMIUM = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
-# A machine without a way out would fill the console with what the browser itself asks for.
-FLAGS = (
-    "--no-sandbox",
-    "--disable-gpu",
-    "--disable-quic",
-    "--no-first-run",
-    "--disable-background-networking",
-    "--disable-component-update",
-    "--disable-sync",
-)
 # In the order of the form: width, height, frames, steps, seed, recipe, density, dense.
 SMALL = ("64", "64", "5", "3", "0", "pooled", "0.5", True)
 
@@ -115,43 +104,20 @@ def until(holds: Callable[[], bool], seconds: float = 60.0) -> None:
 
 @pytest.fixture(scope="module")
 def browser() -> Iterator[Any]:
-    playwright = pytest.importorskip(
-        "playwright.sync_api", reason="needs playwright: pip install --target DIR playwright"
-    )
-    if CHROMIUM is None:
-        pytest.skip("needs a Chromium: apt-get install chromium")
-    with playwright.sync_playwright() as driver:
-        one = driver.chromium.launch(executable_path=CHROMIUM, args=list(FLAGS))
+    with chromium() as one:
         yield one
-        one.close()
 
 
-class Visit:
-    """A visitor's page, with what its console said."""
+class VisitToPage(Visit):
+    """And what its status said, also what was gone before anybody could look."""
 
     def __init__(self, browser: Any, address: str, width: int = 1400) -> None:
-        self.complaints: list[str] = []
-        self.page = browser.new_context(viewport={"width": width, "height": 900}).new_page()
-        self.page.on("console", lambda one: self.complaints.append(one.text) if one.type != "log" else None)
-        self.page.on("pageerror", lambda error: self.complaints.append(str(error)))
-        self.page.on("requestfailed", self._fail)
-        self.page.on("request", self._look)
-        self.page.set_default_timeout(20_000)
-        self.page.goto(address)
+        super().__init__(browser, address, width)
         self.page.wait_for_selector("#generate")
-        # What the status said, also what was gone before anybody could look.
         self.page.evaluate(
             "window.said = []; new MutationObserver(() => said.push(document.querySelector('#status').innerText))"
             ".observe(document.querySelector('#status'), {childList: true, subtree: true, characterData: true})"
         )
-
-    def _fail(self, request: Any) -> None:
-        if "/queue/data" not in request.url:  # the stream of a job, which its end breaks off
-            self.complaints.append(request.url)
-
-    def _look(self, request: Any) -> None:
-        if not request.url.startswith(("http://127.0.0.1", "data:", "blob:")):
-            self.complaints.append(f"asked {request.url}")
 
     def fill(self, **fields: str) -> None:
         for label, value in fields.items():
@@ -166,13 +132,10 @@ class Visit:
             "step => said.some(one => step <= Number((one.match(/step (\\d+) of/) || [0, 0])[1]))", arg=at_least
         )
 
-    def overflows(self) -> bool:
-        return bool(self.page.evaluate("document.documentElement.scrollWidth > innerWidth"))
 
-
-@pytest.mark.parametrize("width", [1400, 400])
+@pytest.mark.parametrize("width", WIDTHS)
 def test_a_run_in_a_browser(width: int, served: Served, browser: Any) -> None:
-    visit = Visit(browser, served.address, width)
+    visit = VisitToPage(browser, served.address, width)
     assert not visit.overflows()
     visit.fill(Prompt="a ghost", Steps="3")
     if served.page.title == "dit_accel: tiny" and visit.page.get_by_label("Frames").is_visible():
@@ -186,10 +149,7 @@ def test_a_run_in_a_browser(width: int, served: Served, browser: Any) -> None:
     for side in ("#dense", "#accelerated"):
         visit.page.wait_for_selector(f"{side} {kind}")
     if kind == "video":
-        plays = "[...document.querySelectorAll('video')].every(one => !one.error && one.readyState > 1)"
-        visit.page.wait_for_function(f"document.querySelectorAll('video').length == 2 && {plays}")
-        visit.page.evaluate("document.querySelectorAll('video').forEach(one => one.play())")
-        visit.page.wait_for_function("[...document.querySelectorAll('video')].every(one => one.currentTime > 0)")
+        visit.play(2)
     else:
         visit.page.wait_for_function(
             "[...document.querySelectorAll('#dense img')].every(one => one.naturalWidth == 40)"
@@ -202,7 +162,7 @@ def test_a_run_in_a_browser(width: int, served: Served, browser: Any) -> None:
 
 
 def test_an_error_and_a_cancel_in_a_browser(of_videos: Served, browser: Any) -> None:
-    visit = Visit(browser, of_videos.address)
+    visit = VisitToPage(browser, of_videos.address)
     visit.page.click("#generate")
     visit.wait_for("Error: The prompt is empty: say what to generate.")
     visit.fill(Prompt="a ghost", Steps="400")
@@ -218,7 +178,7 @@ def test_an_error_and_a_cancel_in_a_browser(of_videos: Served, browser: Any) -> 
 
 def test_two_browsers_at_once(of_videos: Served, browser: Any) -> None:
     """The second waits its turn; cancelling the first does not touch it."""
-    first, second = (Visit(browser, of_videos.address) for _ in range(2))
+    first, second = (VisitToPage(browser, of_videos.address) for _ in range(2))
     first.fill(Prompt="a ghost", Steps="400")
     first.page.click("#generate")
     first.wait_for_step(1)

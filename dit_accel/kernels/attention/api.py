@@ -31,7 +31,8 @@ def block_sparse_attention(
 
     Args:
         q: ``[B, Sq, H, D]``, any strides.
-        k, v: ``[B, Skv, H, D]``, any strides, dtype and device of ``q``.
+        k: ``[B, Skv, H, D]``, any strides, dtype and device of ``q``.
+        v: as ``k``.
         mask: kept blocks, in permuted order when ``rows`` is given; its ``B`` and ``H`` may be 1.
         rows: optional int32 or int64 permutation ``[B or 1, H or 1, S]``, for ``Sq == Skv == S`` only: slot
             ``n`` of the permuted sequence reads row ``rows[b, h, n]`` of q, k and v alike. Output and

@@ -11,6 +11,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -49,6 +50,30 @@ class _Chunk:
     short: bool
 
 
+class Clip(NamedTuple):
+    """What makes weights of a softmax into clipped ones (arXiv 2306.12929): ``clip((zeta - gamma) P + gamma, 0, 1)``
+    with ``gamma = -alpha / n``, where a query sees ``n`` keys.
+
+    Attributes:
+        alpha: ``[H]``, at least 0: a weight below about so many times the mean weight becomes none.
+        zeta: at least 1: a weight above about ``1 / zeta`` becomes one.
+    """
+
+    alpha: torch.Tensor
+    zeta: float
+
+    def change(self, weights: torch.Tensor, heads: torch.Tensor, count: torch.Tensor | int) -> torch.Tensor:
+        """Clipped weights less weights ``[n, block_q, keys]``, of which hidden keys have 0.
+
+        Args:
+            heads: int64 ``[n]``, whose weights these are.
+            count: of the keys that each query sees.
+        """
+        lowered = self.alpha.to(weights.dtype)[heads, None, None] / count
+        # Not clamp(): at its lower bound, where hidden keys are if alpha is 0, that has a gradient.
+        return torch.relu((self.zeta + lowered) * weights - lowered).clamp(max=1.0) - weights
+
+
 def gather_attention(
     q: torch.Tensor,
     k: torch.Tensor,
@@ -59,10 +84,12 @@ def gather_attention(
     key_mask: torch.Tensor | None = None,
     scale: float,
     return_lse: bool,
+    clip: Clip | None = None,
 ) -> tuple[torch.Tensor, torch.Tensor | None]:
     """Attention over the kept blocks by gathering them; differentiable, extra memory bounded by the chunk.
 
-    Arguments and results are those of :func:`dit_accel.kernels.block_sparse_attention` after validation.
+    Arguments and results are those of :func:`dit_accel.kernels.block_sparse_attention` after validation. With ``clip``,
+    which needs ``return_lse``, the output is what clipping changes.
     The grouping reads the counts on the host, so on an accelerator a call synchronises.
     """
     batch, q_len, heads, dim = q.shape
@@ -75,11 +102,9 @@ def gather_attention(
         block_bytes += mask.block_q * mask.block_k * _SCORE_BYTES
     plan = _Plan.build(mask, batch, heads, rows, key_mask, block_bytes)
 
-    train = torch.is_grad_enabled() and (q.requires_grad or k.requires_grad or v.requires_grad)
-    if train:
-        out, lse = _run_recorded(query, key, value, plan, scale, return_lse)
-    else:
-        out, lse = _run(query, key, value, plan, scale, return_lse)
+    inputs = (q, k, v) if clip is None else (q, k, v, clip.alpha)
+    run = _run_recorded if torch.is_grad_enabled() and any(x.requires_grad for x in inputs) else _run
+    out, lse = run(query, key, value, plan, scale, return_lse, clip)
     if lse is not None:
         lse = (lse if plan.back is None else lse.index_select(0, plan.back)).view(batch, heads, -1)[..., :q_len]
     if rows is None:
@@ -97,7 +122,13 @@ def gather_attention(
 
 
 def _run(
-    query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, plan: _Plan, scale: float, return_lse: bool
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    plan: _Plan,
+    scale: float,
+    return_lse: bool,
+    clip: Clip | None,
 ) -> tuple[torch.Tensor, torch.Tensor | None]:
     """All chunks, their query blocks one after another."""
     out = torch.empty_like(query)
@@ -108,7 +139,7 @@ def _run(
     begin = 0
     for chunk in plan.chunks:
         end = begin + len(chunk.row_ids)
-        out[begin:end], part_lse = _attend_chunk(query, key, value, plan, chunk, scale, return_lse, buffers)
+        out[begin:end], part_lse = _attend_chunk(query, key, value, plan, chunk, scale, return_lse, clip, buffers)
         if lse is not None and part_lse is not None:
             lse[begin:end] = part_lse
         begin = end
@@ -116,14 +147,20 @@ def _run(
 
 
 def _run_recorded(
-    query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, plan: _Plan, scale: float, return_lse: bool
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    plan: _Plan,
+    scale: float,
+    return_lse: bool,
+    clip: Clip | None,
 ) -> tuple[torch.Tensor, torch.Tensor | None]:
     """All chunks under autograd, each recomputed in the backward.
 
     Without recomputation autograd would keep every gathered block: ``density * nq`` copies of K and V.
     """
     parts = [
-        checkpoint(_attend_chunk, query, key, value, plan, chunk, scale, return_lse, use_reentrant=False)
+        checkpoint(_attend_chunk, query, key, value, plan, chunk, scale, return_lse, clip, use_reentrant=False)
         for chunk in plan.chunks
     ]
     out = torch.cat([part[0] for part in parts])
@@ -163,8 +200,9 @@ class _Plan:
         keys: torch.Tensor | None,
         chunks: tuple[_Chunk, ...],
         back: torch.Tensor | None,
+        heads: int,
     ) -> None:
-        self.mask = mask
+        self.mask, self.heads = mask, heads
         self.indices, self.counts, self.fulls = indices, counts, fulls
         self.bits, self.keys, self.chunks, self.back = bits, keys, chunks, back
 
@@ -219,7 +257,7 @@ class _Plan:
             back = torch.empty_like(sort.indices)
             back[sort.indices] = torch.arange(len(back))
             back = back.to(counts.device)
-        return cls(mask, indices, counts, fulls, bits, keys, chunks, back)
+        return cls(mask, indices, counts, fulls, bits, keys, chunks, back, heads)
 
     def visible(self, chunk: _Chunk) -> torch.Tensor:
         """bool ``[n, 1 or block_q, count * block_k]``: the keys of a chunk that its queries see."""
@@ -274,6 +312,7 @@ def _attend_chunk(
     chunk: _Chunk,
     scale: float,
     return_lse: bool,
+    clip: Clip | None,
     buffers: tuple[torch.Tensor, torch.Tensor] | None = None,
 ) -> tuple[torch.Tensor, torch.Tensor | None]:
     """``out [n, block_q, D]`` and, on request, ``lse [n, block_q]`` of one chunk.
@@ -315,7 +354,11 @@ def _attend_chunk(
         if seen is not None:
             scores = scores.masked_fill(~seen, float("-inf"))
         lse = torch.logsumexp(scores, dim=-1, keepdim=True)
-        out = torch.bmm(torch.exp(scores - lse).to(v.dtype), v)
+        weights = torch.exp(scores - lse)
+        if clip is not None:
+            count = k.shape[1] if seen is None else seen.sum(-1, keepdim=True)
+            weights = clip.change(weights, ids // nq % plan.heads, count)
+        out = torch.bmm(weights.to(v.dtype), v)
         lse = lse if some is None else lse.masked_fill(~some, float("-inf"))
         lse = lse.squeeze(-1)
     else:

@@ -124,7 +124,7 @@ def why_not_triton(case: Case) -> str | None:
 def why_not_fa4(case: Case) -> str | None:
     """Why flash-attn-4 cannot run a call, or None if it can; its gradients come from the Triton backward."""
     if not _FA4_INSTALLED:
-        return "flash-attn-4 is not installed (pip install dit-accel[fa4])"
+        return "flash-attn-4 is not installed (pip install 'dit-accel[fa4]')"
     if case.device.type != "cuda":
         return f"flash-attn-4 needs a CUDA device, got {case.device.type}"
     if is_amd():

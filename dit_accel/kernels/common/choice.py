@@ -26,6 +26,7 @@ Operation = Literal[
     "block_mass",
     "linear_branch",
     "coarse",
+    "clipped_softmax",
     "pyramid",
     "rectified",
     "residual",

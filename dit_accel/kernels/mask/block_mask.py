@@ -209,7 +209,8 @@ class BlockMask:
         """The masks of a run of query blocks and, one each, of runs of key blocks; a run has at least one block.
 
         Args:
-            queries, keys: first block, and the one behind the last.
+            queries: first block, and the one behind the last.
+            keys: likewise, of each run.
             backend: see :meth:`from_dense`.
         """
         q_len = min(queries.stop * self.block_q, self.q_len) - queries.start * self.block_q

@@ -72,7 +72,69 @@ def bits_of(index, listed, WIDTH: tl.constexpr):
     return tl.sum(bit << tl.arange(0, 8)[None, :], 1).to(tl.uint8)
 
 
-_LIST, _UNPACK, _PACK = (KeptKernel(kernel) for kernel in (list_fwd_kernel, unpack_fwd_kernel, pack_fwd_kernel))
+@triton.jit
+def pair_fwd_kernel(
+    indices_ptr, num_ptr, num_full_ptr, bit_rows_ptr, header_ptr, paired_ptr, paired_bits_ptr, nq, length,
+    PARTS: tl.constexpr, ENTRIES: tl.constexpr, WIDTH: tl.constexpr,
+):  # fmt: skip
+    """The lists of two rows with what both read in full first, each entry as ``PARTS`` smaller blocks."""
+    pairs = (nq + 1) // 2
+    pid = tl.program_id(0).to(tl.int64)
+    row = pid // pairs * nq + pid % pairs * 2
+    slot = tl.arange(0, ENTRIES)
+    paired = pid % pairs * 2 + 1 < nq
+    first, first_full, first_index = row_of_lists(row, True, indices_ptr, num_ptr, num_full_ptr, slot, length)
+    second, second_full, second_index = row_of_lists(row + 1, paired, indices_ptr, num_ptr, num_full_ptr, slot, length)
+    in_first = tl.histogram(first_index, WIDTH, mask=slot < first_full)
+    in_second = tl.histogram(second_index, WIDTH, mask=slot < second_full)
+    both = in_first * in_second
+    first_at, second_at = pid * 2 * length, (pid * 2 + 1) * length
+    write_paired(in_first, both, first_index, first, first_full, slot, paired_ptr, first_at, PARTS, WIDTH)
+    write_paired(in_second, both, second_index, second, second_full, slot, paired_ptr, second_at, PARTS, WIDTH)
+    if bit_rows_ptr is not None:
+        write_bit_rows(bit_rows_ptr + row * length, first, first_full, slot, paired_bits_ptr, first_at, PARTS)
+        write_bit_rows(bit_rows_ptr + (row + 1) * length, second, second_full, slot, paired_bits_ptr, second_at, PARTS)
+    header_ptr += pid * 5
+    tl.store(header_ptr, first * PARTS)
+    tl.store(header_ptr + 1, second * PARTS)
+    tl.store(header_ptr + 2, first_full * PARTS)
+    tl.store(header_ptr + 3, second_full * PARTS)
+    tl.store(header_ptr + 4, tl.sum(both, 0) * PARTS)
+
+
+@triton.jit
+def row_of_lists(row, there, indices_ptr, num_ptr, num_full_ptr, slot, length):
+    """Number of entries of a row, of full ones, and the entries; nothing where the row is not ``there``."""
+    number = tl.load(num_ptr + row, mask=there, other=0)
+    num_full = tl.load(num_full_ptr + row, mask=there, other=0)
+    return number, num_full, tl.load(indices_ptr + row * length + slot, mask=slot < number, other=0)
+
+
+@triton.jit
+def write_paired(
+    full, both, index, number, num_full, slot, paired_ptr, at, PARTS: tl.constexpr, WIDTH: tl.constexpr
+):  # fmt: skip
+    """Blocks that ``both`` rows read in full, other full ones, both rising; partial ones where they were."""
+    place = tl.where(both != 0, tl.cumsum(both, 0), tl.sum(both, 0) + tl.cumsum(full - both, 0)) - 1
+    for part in tl.static_range(PARTS):
+        tl.store(paired_ptr + (at + place) * PARTS + part, tl.arange(0, WIDTH) * PARTS + part, mask=full != 0)
+        partial = (slot >= num_full) & (slot < number)
+        tl.store(paired_ptr + (at + slot) * PARTS + part, index * PARTS + part, mask=partial)
+
+
+@triton.jit
+def write_bit_rows(bit_rows_ptr, number, num_full, slot, paired_bits_ptr, at, PARTS: tl.constexpr):
+    """Rows of bits of a row's partial blocks, by part."""
+    partial = (slot >= num_full) & (slot < number)
+    bit_row = tl.load(bit_rows_ptr + slot, mask=partial, other=-1)
+    for part in tl.static_range(PARTS):
+        own = tl.where(bit_row < 0, -1, bit_row * PARTS + part)
+        tl.store(paired_bits_ptr + (at + slot) * PARTS + part, own, mask=partial)
+
+
+_LIST, _UNPACK, _PACK, _PAIR = (
+    KeptKernel(kernel) for kernel in (list_fwd_kernel, unpack_fwd_kernel, pack_fwd_kernel, pair_fwd_kernel)
+)
 
 
 def bits_of_block_lists(mask: BlockMask, partial: bool) -> tuple[torch.Tensor, torch.Tensor | None]:
@@ -123,6 +185,25 @@ def block_lists_of_bits(
             WIDTH=width, num_warps=row_warps(width, False),
         )  # fmt: skip
     return indices, number, number_full
+
+
+def query_pairs_triton(mask: BlockMask, parts: int) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor | None]:
+    """Header, lists and rows of bits of a mask whose key blocks fall into ``parts``; see :class:`QueryPairs`."""
+    number, number_full, indices = (x.contiguous() for x in (mask.kv_num_blocks, mask.kv_num_full, mask.kv_indices))
+    nk, (nq, length) = mask.num_blocks[1], indices.shape[2:]
+    pairs = -(-nq // 2)
+    lead = indices.shape[:2]
+    header = torch.empty(*lead, pairs, 5, dtype=torch.int32, device=indices.device)
+    paired = torch.empty(*lead, 2 * pairs, length * parts, dtype=torch.int32, device=indices.device)
+    bit_rows = None if mask.kv_bits is None else mask.kv_bits.contiguous()
+    paired_bits = None if bit_rows is None else torch.empty_like(paired)
+    width = max(32, power_of_two(nk))
+    with torch.cuda.device_of(indices):
+        _PAIR[(lead.numel() * pairs,)](
+            indices, number, number_full, bit_rows, header, paired, paired_bits, nq, length,
+            PARTS=parts, ENTRIES=max(32, power_of_two(length)), WIDTH=width, num_warps=row_warps(2 * width, False),
+        )  # fmt: skip
+    return header, paired, paired_bits
 
 
 def row_warps(width: int, by_mass: bool) -> int:

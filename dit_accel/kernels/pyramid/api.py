@@ -46,10 +46,14 @@ def pyramid_attention(
     Differentiable in q, k and v, also through the denominators.
 
     Args:
-        q, k, v: ``[B, Sq, H, D]``, ``[B, Sk, H, D]`` twice, any strides.
+        q: ``[B, Sq, H, D]``, any strides.
+        k: ``[B, Sk, H, D]``, any strides.
+        v: as ``k``.
         levels: int ``[B|1, H|1, nq, nk]`` of 0 (not read), 1, 2, 4, 8. Text blocks should have level 1.
-        block_q, block_k: tokens in a query and in a key block; ``block_k`` a multiple of 8.
-        rows, key_mask: see :func:`dit_accel.kernels.selection.api.pool_blocks`; output in original order.
+        block_q: tokens in a query block.
+        block_k: tokens in a key block, a multiple of 8.
+        rows: see :func:`dit_accel.kernels.selection.api.pool_blocks`; output in original order.
+        key_mask: see :func:`dit_accel.kernels.selection.api.pool_blocks`.
         scale: softmax scale, ``D ** -0.5`` when left out.
         return_lse: also return the natural log of the denominators, float32 ``[B, H, Sq]``.
         backend: one of :data:`~dit_accel.kernels.BACKENDS`; ``"auto"`` is Triton on CUDA without gradients.

@@ -111,8 +111,10 @@ def pooled_scores(
     """Logits of block means: ``scale * mean(q block) . mean(k block)``.
 
     Args:
-        q, k: ``[B, Sq, H, D]`` and ``[B, Sk, H, D]``, any strides.
-        block_q, block_k: tokens in a query and in a key block.
+        q: ``[B, Sq, H, D]``, any strides.
+        k: ``[B, Sk, H, D]``, any strides.
+        block_q: tokens in a query block.
+        block_k: tokens in a key block.
         rows: optional permutation of queries and keys, see :func:`pool_blocks`.
         key_mask: optional bool ``[B, Sk]``, visible keys in original order. Queries are never hidden.
         scale: softmax scale, ``D ** -0.5`` when left out.
@@ -172,7 +174,10 @@ def select_blocks(
 
     Args:
         scores: ``[B, H, nq, nk]`` logits (larger is better; compared in float32).
-        block_q, block_k, q_len, kv_len: geometry of the mask, in tokens.
+        block_q: tokens in a query block.
+        block_k: tokens in a key block.
+        q_len: queries.
+        kv_len: keys.
         density: share of the candidates to keep, in (0, 1]; or a tensor that broadcasts to ``[B, H]`` with
             one share per head (values outside are clamped, since looking at them would synchronise).
         top_p: softmax mass to keep, in (0, 1]; or such a tensor.

@@ -164,7 +164,9 @@ def add_pooled_compensation(
         kept: the blocks that the sparse attention read.
         compensated: optional bool ``[B, H, nq, nk]``, from :func:`gain_exceeds_error`; the mass of blocks
             that are neither kept nor compensated goes to the sparse output, as the paper has it.
-        rows, key_mask, backend: see :func:`dit_accel.kernels.selection.api.pool_blocks`.
+        rows: see :func:`dit_accel.kernels.selection.api.pool_blocks`.
+        key_mask: likewise.
+        backend: likewise.
     """
     seq, block_q = out.shape[1], kept.block_q
     if (kept.q_len, kept.kv_len) != (seq, v.shape[1]) or tuple(prob.shape[2:]) != kept.num_blocks:

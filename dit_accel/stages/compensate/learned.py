@@ -14,20 +14,8 @@ from ..learned_layer import LearnedLayer
 class LearnedCompensation(LearnedLayer):
     """Parameters of one attention layer's compensation."""
 
-    def forward(
-        self,
-        out: torch.Tensor,
-        q: torch.Tensor,
-        k: torch.Tensor,
-        v: torch.Tensor,
-        plan: AttentionPlan,
-        key_mask: torch.Tensor | None,
-        backend: str = "auto",
-    ) -> torch.Tensor:
-        """The sparse output with what the layer adds to it; all tensors (B, S, H, D) in the model's order.
-
-        ``backend`` is that of the branch.
-        """
+    def forward(self, out: torch.Tensor, call: AttentionCall, plan: AttentionPlan) -> torch.Tensor:
+        """The sparse output with what the layer adds to it, (B, S, H, D) in the model's order."""
         raise NotImplementedError
 
 

@@ -120,17 +120,13 @@ class LinearBranchLayer(LearnedCompensation):
             self.feature_q = nn.Parameter(identity)
             self.feature_k = nn.Parameter(identity.clone())
 
-    def forward(
-        self,
-        out: torch.Tensor,
-        q: torch.Tensor,
-        k: torch.Tensor,
-        v: torch.Tensor,
-        plan: AttentionPlan,
-        key_mask: torch.Tensor | None,
-        backend: str = "auto",
-    ) -> torch.Tensor:
+    def per_head(self) -> tuple[str, ...]:
+        return ("feature_q", "feature_k") if self.choice.feature_map == "hedgehog" else ()
+
+    def forward(self, out: torch.Tensor, call: AttentionCall, plan: AttentionPlan) -> torch.Tensor:
         """See :meth:`LearnedCompensation.forward`; ``out`` may be changed in place without gradients."""
+        q, k, v, key_mask = call.q, call.k, call.v, call.key_mask
+        backend = call.backend("linear_branch")
         everything = self.choice.form == "all_tokens"
         critical = None if everything else plan.mask
         negligible, rows, eps = plan.compensation, plan.rows, 0.0

@@ -69,6 +69,10 @@ class Compensation(Protocol):
         """
         return None
 
+    def narrow(self, call: AttentionCall, plan: AttentionPlan) -> AttentionPlan:
+        """What is run of a plan, which may serve many calls, in this one."""
+        return plan
+
     def attend(self, call: AttentionCall, plan: AttentionPlan, sparse: Callable[[], Attended]) -> Attended:
         """Attention of a call; ``sparse`` computes that over the kept blocks alone."""
         return sparse()

@@ -46,16 +46,25 @@ class Tiles(Order):
     Attributes:
         shape: tile size in latent tokens (frames, height, width). An image, one frame deep, folds the frame
             share of the tile into height and width, so that a block stays full.
+        dilation: tokens of a grid that lie so far apart (frames, height, width) form a group, and each group is tiled
+            by itself: with the dilation of a window the groups that a query does not see are other blocks (DiNA).
     """
 
     shape: tuple[int, int, int] = (4, 4, 4)
+    dilation: tuple[int, int, int] = (1, 1, 1)
 
     def __post_init__(self) -> None:
         if len(self.shape) != 3 or min(self.shape) < 1:
             raise ValueError(f"order.shape must be three tile sizes of at least 1, got {self.shape}.")
+        if len(self.dilation) != 3 or min(self.dilation) < 1:
+            raise ValueError(f"order.dilation must be three distances of at least 1, got {self.dilation}.")
 
     def rows(self, layout: TokenLayout, device: torch.device, _layer: int = 0) -> torch.Tensor | None:
-        return whole_sequence(layout, lambda grid: tile_order(grid, fold_tile(self.shape, grid[0]), device))
+        return whole_sequence(layout, lambda grid: self._of_grid(grid, device))
+
+    def _of_grid(self, grid: Grid, device: torch.device) -> torch.Tensor:
+        deep = -(-grid[0] // self.dilation[0])
+        return tile_order(grid, fold_tile(self.shape, deep), device, self.dilation)
 
 
 def fold_tile(tile: tuple[int, int, int], frames: int) -> tuple[int, int, int]:
@@ -67,13 +76,22 @@ def fold_tile(tile: tuple[int, int, int], frames: int) -> tuple[int, int, int]:
     return tile_f, tile_h, tile_w
 
 
-def tile_order(grid: tuple[int, int, int], tile: tuple[int, int, int], device: torch.device) -> torch.Tensor:
-    """int64 ``[F * H * W]``: raster indices tile by tile, raster order among tiles and inside each."""
-    (frames, height, width), (tile_f, tile_h, tile_w) = grid, tile
-    f = torch.arange(frames, device=device)[:, None, None]
-    h = torch.arange(height, device=device)[None, :, None]
-    w = torch.arange(width, device=device)[None, None, :]
-    tiles_h, tiles_w = -(-height // tile_h), -(-width // tile_w)
-    number = (f // tile_f * tiles_h + h // tile_h) * tiles_w + w // tile_w
+def tile_order(
+    grid: tuple[int, int, int],
+    tile: tuple[int, int, int],
+    device: torch.device,
+    dilation: tuple[int, int, int] = (1, 1, 1),
+) -> torch.Tensor:
+    """int64 ``[F * H * W]``: raster indices tile by tile, raster order among tiles and inside each; with a ``dilation``
+    group by group, and the tiles are of a group's tokens."""
+    (tile_f, tile_h, tile_w), (gap_f, gap_h, gap_w) = tile, dilation
+    f = torch.arange(grid[0], device=device)[:, None, None]
+    h = torch.arange(grid[1], device=device)[None, :, None]
+    w = torch.arange(grid[2], device=device)[None, None, :]
+    group = (f % gap_f * gap_h + h % gap_h) * gap_w + w % gap_w
+    f, h, w = f // gap_f, h // gap_h, w // gap_w
+    # Of the longest group in each dimension; others have fewer.
+    tiles_f, tiles_h, tiles_w = (-(-size // (step * gap)) for size, step, gap in zip(grid, tile, dilation, strict=True))
+    number = ((group * tiles_f + f // tile_f) * tiles_h + h // tile_h) * tiles_w + w // tile_w
     inside = (f % tile_f * tile_h + h % tile_h) * tile_w + w % tile_w
     return (number * (tile_f * tile_h * tile_w) + inside).flatten().argsort()

@@ -41,6 +41,9 @@ class GateForm(LearnedLayer):
     def __init__(self, heads: int, head_dim: int, rank: int) -> None:  # noqa: ARG002
         super().__init__()
 
+    def per_head(self) -> tuple[str, ...]:
+        return tuple(name for name, _ in self.named_parameters())
+
     @staticmethod
     def gathered(blocks: SequenceBlocks, places: BlockPlaces, call: AttentionCall) -> tuple[torch.Tensor, ...]:
         """What the gate reads of a call, without a gradient; the first two are mean queries ``[B, H, nq, D]`` and mean

@@ -133,7 +133,7 @@ class Pooled(Select):
         sink_first_frame: always read the blocks of the first latent frame.
         block: tokens in a query and in a key block.
         head_densities: in place of ``density``, a share per layer and in it per head; a single layer's entry
-            serves all layers. :func:`~dit_accel.calibration.search.allocate` finds them.
+            serves all layers. :func:`~dit_accel.calibration.allocation.allocate` finds them.
         keep_own: a block always reads itself, besides the best; False leaves that to its score.
     """
 

@@ -18,6 +18,7 @@ import torch
 from ...layout import TokenLayout
 from ...plan import SequenceBlocks
 from ..order.protocol import Order
+from ..order.simple import Tiles
 from .static import Window
 
 Shape = tuple[int, int, int]
@@ -133,6 +134,37 @@ def choose(
     grown = [_grow(*sizes) for sizes in zip(grid, window, stride, dilation, tile_q, tile_k, strict=True)]
     largest = (grown[0], grown[1], grown[2])
     return TileChoice(largest, stride, tile_q, tile_k, _cost(grid, largest, visited, prod(tile_q), prod(tile_k)))
+
+
+def cheapest_tile(grid: Shape, window: Window) -> Shape:
+    """The tile of ``window.block[1]`` tokens for which the kernels read the fewest blocks of a grid's.
+
+    Blocks are those of :class:`~dit_accel.stages.order.simple.Tiles` in groups of the window's dilation, tightly
+    packed. One that straddles two tiles counts as the smallest box around both, so that no count is too small. The
+    window is the same under every tile: it is exact to the token.
+    """
+    layout, cpu = TokenLayout(grid, 0, prod(grid)), torch.device("cpu")
+    visible = [table.float() for table in window.visibility(grid)]
+
+    def cost(tile: Shape) -> tuple[int, int]:
+        rows = Tiles(tile, window.dilation).rows(layout, cpu)
+        blocks = SequenceBlocks(layout, rows, *window.block, cpu)
+        read = torch.ones(blocks.num_blocks, dtype=torch.bool)
+        for place, table in zip(blocks.coordinates, visible, strict=True):
+            of_q, of_k = (_touched(place, len(table), size) for size in window.block)
+            read &= of_q @ table @ of_k.T > 0
+        # Among equals the one nearest to a cube, whose tokens attend alike.
+        return int(read.sum()), sum(tile)
+
+    return min(_shapes(window.block[1]), key=cost)
+
+
+def _touched(place: torch.Tensor, length: int, block: int) -> torch.Tensor:
+    """float32 ``[blocks, length]``, 1 where a block has a token of that coordinate."""
+    number = torch.arange(len(place)) // block
+    found = torch.zeros(int(number[-1]) + 1, length)
+    found[number, place] = 1.0
+    return found
 
 
 def planned_cost(layout: TokenLayout, order: Order, window: Window) -> TileCost:

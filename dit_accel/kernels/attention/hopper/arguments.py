@@ -58,7 +58,10 @@ class SchedulerState(NamedTuple):
 
 
 class BlockLists(NamedTuple):
-    """The block mask of a batch entry, its permutation, and its key mask by slots of the permuted sequence."""
+    """The block mask of a batch entry, its permutation, and its key mask by slots of the permuted sequence.
+
+    Of pairs ``counts_ptr`` has the headers (``mask/query_pairs.py``) and ``fulls_ptr`` nothing.
+    """
 
     counts_ptr: Any
     fulls_ptr: Any
@@ -73,9 +76,9 @@ class Sizes(NamedTuple):
     """Numbers of a launch.
 
     Attributes:
-        nq: query blocks of a head.
-        num_tiles: query blocks of all heads.
-        mask_head_stride: rows of the lists from one head to the next, 0 where heads share them.
+        nq: query blocks of a head, or pairs of them.
+        num_tiles: those of all heads.
+        mask_head_stride: counts from one head to the next, 0 where heads share them.
         list_length: entries in a row of the lists.
         q_rows, k_rows: rows of a head in the matrices that TMA reads q and k from.
         head_cols: columns of a head in them.

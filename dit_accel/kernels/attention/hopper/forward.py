@@ -1,4 +1,7 @@
-"""Launch of the Hopper kernel: which calls it can run, and the call, half precision in place or quantised."""
+"""Launch of the Hopper kernel: which calls it can run, and the call, half precision in place or quantised.
+
+Blocks of 64 queries are taken two at a time, in half precision; blocks of 128 keys are then two of 64.
+"""
 
 from __future__ import annotations
 
@@ -16,9 +19,11 @@ from ...common.compiled import MOST_KEPT, CompiledVariants
 from ...common.launch import LOG2_E, int32_rows, list_strides
 from ...common.quantized_inputs import QuantizedInputs
 from ...mask.block_mask import BlockMask
+from ...mask.query_pairs import QueryPairs, query_pairs
 from .kernel import hopper_fwd_kernel
 
 _ROWS = 64  # query rows of a consumer warpgroup
+PAIR_KEYS = 64  # keys of a block of pairs: of 128, two stages would fill shared memory, and pairs need three
 _SHARED_BYTES = 224 << 10  # of 227 KiB: barriers and alignment take a little
 # What keys and values in order may take in a permuted call, of the bytes of q, k, v and the output. Two heads do where
 # all query blocks read alike; one that reads everything holds its head for long.
@@ -29,7 +34,7 @@ _DESCRIPTORS: dict[Hashable, TensorDescriptor] = {}
 
 @dataclass(frozen=True)
 class HopperConfig:
-    """Buffers of key and value blocks, and whether the consumers take turns at products.
+    """Buffers of key and value blocks, of pairs three at least, and whether the consumers take turns at products.
 
     ``ring``: heads of a permuted call whose keys and values are in order at a time, in place of :func:`ring_heads`.
     """
@@ -43,7 +48,7 @@ def why_not_hopper(
     q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, mask: BlockMask, rows: torch.Tensor | None
 ) -> str | None:
     """Why this kernel cannot run a half-precision call that the Triton backend can, or None if it can."""
-    reason = why_not_shape(q, mask)
+    reason = why_not_shape(q, mask, pairs=True)
     if reason is not None:
         return reason
     for name, x in (("q", q), ("k", k), ("v", v)):
@@ -62,16 +67,20 @@ def _why_not_tiles(x: torch.Tensor, by_head: bool = True) -> str | None:
     return None
 
 
-def why_not_shape(q: torch.Tensor, mask: BlockMask) -> str | None:
-    """Why this kernel can take neither these inputs nor a quantised copy of them, or None if it can."""
+def why_not_shape(q: torch.Tensor, mask: BlockMask, pairs: bool = False) -> str | None:
+    """Why this kernel can take neither these inputs nor a quantised copy of them, or None if it can.
+
+    ``pairs``: whether it may take two blocks of 64 queries at a time, which it does in half precision.
+    """
     if not q.is_cuda or compute_capability(q.device.index or 0) != (9, 0):
         return "it needs a GPU of compute capability 9.0"
     if q.dtype not in (torch.float16, torch.bfloat16):
         return f"it takes float16 or bfloat16, got {q.dtype}"
     if q.shape[-1] not in (64, 128):
         return f"it takes head dims 64 and 128, got {q.shape[-1]}"
-    if mask.block_q != 128 or mask.block_k not in (64, 128):
-        return f"it takes blocks of 128x64 and 128x128, got {mask.block_q}x{mask.block_k}"
+    if mask.block_q not in ((64, 128) if pairs else (128,)) or mask.block_k not in (64, 128):
+        sizes = ("64x64, 64x128, " if pairs else "") + "128x64 and 128x128"
+        return f"it takes blocks of {sizes}, got {mask.block_q}x{mask.block_k}"
     return None
 
 
@@ -183,29 +192,37 @@ def _launch(
     lse = torch.empty((batch, heads, q_len), dtype=torch.float32, device=q.device)
     nq, nk = mask.num_blocks
     rows = int32_rows(rows)
+    paired = mask.block_q == _ROWS
     fp8 = quantized is not None and quantized.v_scale is not None
     precision = None if quantized is None else "int8_fp8" if fp8 else "int8"
     values = quantized.v if precision == "int8" and _why_not_tiles(quantized.v) is None else None
     if precision == "int8" and values is None:
         values = quantized.v.contiguous()
     has_bits = mask.kv_bits is not None and mask.token_bits.shape[0] > 0
-    config = config or default_config(mask.block_k, dim, precision, rows is not None, has_bits)
+    block_k = PAIR_KEYS if paired else mask.block_k
+    config = config or default_config(block_k, dim, precision, rows is not None, has_bits)
     programs = multiprocessors(q.device.index or 0)
     moved = rows is not None and quantized is None
     ring = min(config.ring or ring_heads(batch, heads), heads) if moved else heads
     if moved:
         in_order = torch.empty((2, kv_len, ring, dim), dtype=k.dtype, device=k.device)
-    counts, fulls = mask.kv_num_blocks.contiguous(), mask.kv_num_full.contiguous()
-    index = mask.kv_indices.contiguous()
-    bit_rows = index if mask.kv_bits is None else mask.kv_bits.contiguous()
-    bits = index if mask.token_bits is None else mask.token_bits.contiguous()
+    lists: BlockMask | QueryPairs = mask
+    if paired:
+        lists = query_pairs(mask, block_k, "triton")
+        nq = lists.header.shape[2]
+        counts = fulls = lists.header
+    else:
+        counts, fulls = mask.kv_num_blocks.contiguous(), mask.kv_num_full.contiguous()
+    index = lists.kv_indices.contiguous()
+    bit_rows = index if lists.kv_bits is None else lists.kv_bits.contiguous()
+    bits = index if lists.token_bits is None else lists.token_bits.contiguous()
     hidden = None if key_mask is None else _in_slot_order(key_mask, rows).view(torch.uint8)
     _, perm_head_stride = list_strides(rows, q_len)
     # Of each batch entry: tiles that were taken (beyond the first of each program), and of a permuted call the pieces
     # of keys and values, and for every head the full and the empty semaphore of the ring.
     counters = torch.zeros((batch, 2 + 2 * heads if moved else 1), dtype=torch.int32, device=q.device)
     constants = {
-        "BLOCK_K": mask.block_k,
+        "BLOCK_K": block_k,
         "HEAD_DIM": dim,
         "STAGES": config.stages,
         "PERMUTED": rows is not None,
@@ -215,11 +232,12 @@ def _launch(
         "QUANTIZED": quantized is not None,
         "FP8": fp8,
         "THREAD_SCALES": quantized is not None and quantized.scales_by_thread,
+        "PAIRED": paired,
     }
     grid = (min(nq * heads, programs), 1, 1)
     perm = index if rows is None else rows
     key_mask_bytes = index if hidden is None else hidden
-    v_tile = (dim, mask.block_k) if fp8 else (mask.block_k, dim)
+    v_tile = (dim, block_k) if fp8 else (block_k, dim)
     strides = (*q.stride()[1:3], k.stride(1), v.stride(1), k.stride(2), v.stride(2), *out.stride()[1:3])
     for b in range(batch):
         q_in: torch.Tensor
@@ -246,7 +264,7 @@ def _launch(
         hidden_in = _entry(key_mask_bytes, b)
         args = (
             q_tiles,
-            _tiles(k_in, mask.block_k, dim),
+            _tiles(k_in, block_k, dim),
             _tiles(v_in, *v_tile),
             _tiles(_side_by_side(out, b), _ROWS, dim),
             q_in,

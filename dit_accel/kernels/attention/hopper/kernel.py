@@ -2,7 +2,8 @@
 
 It is FlashAttention-3's forward (arXiv 2407.08608) over lists of key blocks. The warps of a program:
 
-    2 consumers   consumer.py   a warpgroup each, 64 query rows: S = QK^T, online softmax, O += PV
+    2 consumers   consumer.py   a warpgroup each, 64 query rows: S = QK^T, online softmax, O += PV; where query blocks
+                                have 64 rows, pair_consumer.py, a list each
     1 producer    producer.py   streams the listed blocks of K and V (and Q) into shared memory, and takes tiles
     2 store warps store.py      take O out; in permuted calls they bring Q in
     1 permuter    permute.py    in permuted calls it puts K and V in order, some heads ahead
@@ -18,6 +19,7 @@ product is added in float32 (SageAttention 2, arXiv 2411.10958).
 Glossary, by where a name is at home:
 
     tile            128 query rows of one head, the work of one step of the scheduler (tile_scheduler.py)
+    pair            a tile of two query blocks of 64, each with a list of its own (pair_consumer.py)
     slot, row       a place in the permuted sequence; the place in memory of what stands there: perm[slot] = row
     full, partial   blocks that need no mask, first in a list; blocks that apply_mask masks (softmax.py)
     row_max, row_sum    m and l of the online softmax; row_max lags the true maximum by at most RESCALE_THRESHOLD
@@ -41,6 +43,7 @@ from triton.experimental.gluon.language.nvidia.hopper import fence_async_shared,
 from ...common.launch import SIZES
 from .arguments import BlockLists, Descriptors, PermuteState, SchedulerState, SharedStorage, Sizes, Tensors
 from .consumer import consume
+from .pair_consumer import consume_pair
 from .permute import permute_kv
 from .producer import produce
 from .store import STORE_WARPS, store_loop
@@ -125,8 +128,11 @@ def hopper_fwd_kernel(
     QUANTIZED: gl.constexpr,
     FP8: gl.constexpr,
     THREAD_SCALES: gl.constexpr,
+    PAIRED: gl.constexpr,
 ):
-    """Query blocks of 128 rows of the heads of one batch entry; ``arguments.py`` says what the arguments are.
+    """Query blocks of 128 rows, or ``PAIRED`` ones of 64, of the heads of one batch entry.
+
+    ``arguments.py`` says what the arguments are.
 
     Half-precision k and v of a permuted call lie in a circular buffer of ``ring`` heads, side by side, in which the
     kernel itself puts them. Quantised ones are in order already.
@@ -220,7 +226,7 @@ def hopper_fwd_kernel(
     gl.warp_specialize(
         [
             (
-                consume,
+                consume_pair if PAIRED else consume,
                 (
                     shared,
                     scheduler,
@@ -241,7 +247,7 @@ def hopper_fwd_kernel(
                 ),
             ),
             (
-                consume,
+                consume_pair if PAIRED else consume,
                 (
                     shared,
                     scheduler,
@@ -276,9 +282,10 @@ def hopper_fwd_kernel(
                     STAGES,
                     PERMUTE_KV,
                     FP8,
+                    PAIRED,
                 ),
             ),
-            (store_loop, (out_desc, shared, scheduler, lists, sizes, tensors, HEAD_DIM, PERMUTED, QUANTIZED)),
+            (store_loop, (out_desc, shared, scheduler, lists, sizes, tensors, HEAD_DIM, PERMUTED, QUANTIZED, PAIRED)),
             (permute_kv, (descriptors, permute, lists, sizes, tensors, BLOCK_K, HEAD_DIM, PERMUTE_KV)),
         ],
         [4, 1, STORE_WARPS, 1],

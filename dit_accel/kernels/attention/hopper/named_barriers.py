@@ -23,6 +23,10 @@ WARP_SCHEDULER = gl.constexpr(14)  # 14 and 15: the turn of the first and of the
 # Threads that meet at a barrier.
 CONSUMER_THREADS = gl.constexpr(256)
 CONSUMER_AND_PRODUCER_THREADS = gl.constexpr(288)
+OWNER_AND_PRODUCER_THREADS = gl.constexpr(160)
+
+# In a pair of lists a consumer's next block may be two steps later, and until then it needs the values of this one.
+PAIR_LAG = gl.constexpr(2)
 
 
 @gluon.jit
@@ -109,3 +113,34 @@ def producer_tail(steps, STAGES: gl.constexpr):
         for more in gl.static_range(STAGES):
             producer_acquire_k(steps + more, STAGES)
             producer_acquire_v(steps + more, STAGES)
+
+
+@gluon.jit
+def pair_release(stage, alternate):
+    """A consumer has read a stage's keys and the values of its own block before.
+
+    Where the lists ``alternate`` the other consumer has nothing to do with the stage.
+    """
+    _arrive(V_EMPTY + stage, gl.where(alternate, OWNER_AND_PRODUCER_THREADS, CONSUMER_AND_PRODUCER_THREADS))
+
+
+@gluon.jit
+def pair_acquire_v(step, history, STAGES: gl.constexpr):
+    """Wait, before loading the values of ``step``, for the buffer and for those of the next keys.
+
+    ``history``: bit ``n`` says whether the lists alternated ``n`` steps ago.
+    """
+    # With fewer stages a consumer would wait for keys that are loaded after what it holds.
+    gl.static_assert(STAGES > PAIR_LAG and STAGES <= 8)
+    alternate = (history >> (STAGES - PAIR_LAG)) & 1
+    threads = gl.where(alternate != 0, OWNER_AND_PRODUCER_THREADS, CONSUMER_AND_PRODUCER_THREADS)
+    if step >= STAGES - PAIR_LAG:
+        _sync(V_EMPTY + (step + PAIR_LAG) % STAGES, threads)
+
+
+@gluon.jit
+def pair_tail(steps, history, STAGES: gl.constexpr):
+    """:func:`producer_tail` of pairs, in which nothing is given back after the last step's arrival."""
+    for more in gl.static_range(STAGES - PAIR_LAG):
+        history = history << 1
+        pair_acquire_v(steps + more, history, STAGES)

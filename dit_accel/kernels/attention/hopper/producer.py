@@ -6,10 +6,10 @@ from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
 from triton.experimental.gluon.language.nvidia.hopper import mbarrier, tma
 
-from .named_barriers import producer_acquire_k, producer_acquire_v, producer_tail
+from .named_barriers import pair_acquire_v, pair_tail, producer_acquire_k, producer_acquire_v, producer_tail
 from .permute import kv_blocks_of_head
 from .semaphores import semaphore_add, semaphore_reached, semaphore_wait
-from .tile_scheduler import advance_to_next_work, tile_block, tile_header
+from .tile_scheduler import advance_to_next_work, pair_entry, pair_header, tile_block, tile_header
 
 
 @gluon.jit
@@ -37,6 +37,28 @@ def count_loaded(head, last_head, tiles, empty_ptr, shared, steps, STAGES: gl.co
 
 
 @gluon.jit
+def load_v(
+    descriptors, shared, sizes, head, block, stage, BLOCK_K: gl.constexpr, HEAD_DIM: gl.constexpr, FP8: gl.constexpr
+):
+    """A block of values into its buffer, which is free."""
+    mbarrier.expect(shared.v_full.index(stage), descriptors.v.block_type.nbytes)
+    if FP8:
+        tma.async_copy_global_to_shared(
+            descriptors.v,
+            [head * HEAD_DIM, block * BLOCK_K],
+            shared.v_full.index(stage),
+            shared.v_smem.index(stage),
+        )
+    else:
+        tma.async_copy_global_to_shared(
+            descriptors.v,
+            [block * BLOCK_K, head % sizes.ring * HEAD_DIM],
+            shared.v_full.index(stage),
+            shared.v_smem.index(stage),
+        )
+
+
+@gluon.jit
 def produce(
     descriptors,
     shared,
@@ -50,10 +72,12 @@ def produce(
     STAGES: gl.constexpr,
     PERMUTE_KV: gl.constexpr,
     FP8: gl.constexpr,
+    PAIRED: gl.constexpr,
 ):
     """Stream Q (unless its rows are permuted), K and V of every tile of this program, and take its tiles.
 
-    ``step`` counts blocks, ``turn`` tiles that read any: they give the buffers and the barriers' phases.
+    ``step`` counts blocks, ``turn`` tiles that read any: they give the buffers and the barriers' phases. Of a pair of
+    lists the blocks come in the order of :func:`~.tile_scheduler.pair_entry`.
     """
     step = gl.to_tensor(0)
     turn = gl.to_tensor(0)
@@ -69,7 +93,10 @@ def produce(
     else:
         work_idx = gl.to_tensor(0)
         tile = gl.program_id(0)
-    row, count, _full = tile_header(tile, sizes, lists)
+    if PAIRED:
+        # Bit n: whether the lists alternated n steps ago.
+        history = gl.to_tensor(0)
+    row, count, _full = tile_header(tile, sizes, lists, PAIRED)
     block = gl.load(lists.index_ptr + row.to(gl.int64) * sizes.list_length)
     while tile < sizes.num_tiles:
         next_tile, next_row, next_count, next_block = tile, row, count, block
@@ -85,8 +112,17 @@ def produce(
             if kv_ready == 0:
                 semaphore_wait(permute.full_ptr + head, kv_blocks)
         if count > 0:
+            if PAIRED:
+                first, second, _first_full, _second_full, both = pair_header(row // 2, tile < sizes.num_tiles, lists)
+                short = gl.minimum(first, second)
+                block = gl.load(at + pair_entry(0, first, second, both, sizes.list_length))
+                prev_block, prev_stage = block, step % STAGES
             for entry in range(0, count):
-                following = gl.load(at + entry + 1, mask=entry + 1 < count, other=0)
+                if PAIRED:
+                    place = pair_entry(entry + 1, first, second, both, sizes.list_length)
+                    following = gl.load(at + place, mask=entry + 1 < count, other=0)
+                else:
+                    following = gl.load(at + entry + 1, mask=entry + 1 < count, other=0)
                 stage = step % STAGES
                 if not PERMUTE_KV:  # noqa: SIM102 - a compile-time condition around a run-time one
                     if entry == 0:
@@ -115,7 +151,7 @@ def produce(
                 if entry == 0:
                     # Here, so that the consumers find the answer when they begin the tile.
                     next_tile = advance_to_next_work(scheduler, work_idx, PERMUTE_KV)
-                    next_row, next_count, _full = tile_header(next_tile, sizes, lists)
+                    next_row, next_count, _full = tile_header(next_tile, sizes, lists, PAIRED)
                     next_block = gl.load(
                         lists.index_ptr + next_row.to(gl.int64) * sizes.list_length,
                         mask=next_tile < sizes.num_tiles,
@@ -128,28 +164,26 @@ def produce(
                         kv_ready = gl.to_tensor(1)
                         if next_head != head:
                             kv_ready = semaphore_reached(permute.full_ptr + next_head, kv_blocks)
-                producer_acquire_v(step, STAGES)
-                mbarrier.expect(shared.v_full.index(stage), descriptors.v.block_type.nbytes)
-                if FP8:
-                    tma.async_copy_global_to_shared(
-                        descriptors.v,
-                        [head * HEAD_DIM, block * BLOCK_K],
-                        shared.v_full.index(stage),
-                        shared.v_smem.index(stage),
-                    )
+                if PAIRED:
+                    # After the next keys, which a consumer needs half a step earlier.
+                    if entry > 0:
+                        pair_acquire_v(step - 1, history, STAGES)
+                        load_v(descriptors, shared, sizes, head, prev_block, prev_stage, BLOCK_K, HEAD_DIM, FP8)
+                    history = history * 2 + ((entry >= both) & (entry < 2 * short - both)).to(gl.int32)
+                    prev_block, prev_stage = block, stage
                 else:
-                    tma.async_copy_global_to_shared(
-                        descriptors.v,
-                        [block * BLOCK_K, head % sizes.ring * HEAD_DIM],
-                        shared.v_full.index(stage),
-                        shared.v_smem.index(stage),
-                    )
+                    producer_acquire_v(step, STAGES)
+                    load_v(descriptors, shared, sizes, head, block, stage, BLOCK_K, HEAD_DIM, FP8)
                 block = following
                 step += 1
+            if PAIRED:
+                # With the tile, whose blocks are counted as loaded before the next one's keys are waited for.
+                pair_acquire_v(step - 1, history, STAGES)
+                load_v(descriptors, shared, sizes, head, prev_block, prev_stage, BLOCK_K, HEAD_DIM, FP8)
             turn += 1
         else:
             next_tile = advance_to_next_work(scheduler, work_idx, PERMUTE_KV)
-            next_row, next_count, _full = tile_header(next_tile, sizes, lists)
+            next_row, next_count, _full = tile_header(next_tile, sizes, lists, PAIRED)
             next_block = gl.load(
                 lists.index_ptr + next_row.to(gl.int64) * sizes.list_length, mask=next_tile < sizes.num_tiles, other=0
             )
@@ -161,4 +195,7 @@ def produce(
         tile, row, count, block = next_tile, next_row, next_count, next_block
     if PERMUTE_KV:
         report_loaded(permute.empty_ptr + last_head, loaded, shared, step, STAGES)
-    producer_tail(step, STAGES)
+    if PAIRED:
+        pair_tail(step, history, STAGES)
+    else:
+        producer_tail(step, STAGES)

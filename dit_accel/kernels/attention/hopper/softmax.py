@@ -32,8 +32,12 @@ def apply_mask(
     LAYOUT: gl.constexpr,
     HAS_BITS: gl.constexpr,
     HAS_KEY_MASK: gl.constexpr,
+    ROWS: gl.constexpr = 128,
 ):
-    """Scores of a partial block with ``-inf`` in place of every key that a query does not see."""
+    """Scores of a partial block with ``-inf`` in place of every key that a query does not see.
+
+    ``ROWS``: queries of a row of token bits, of which these are the ``WG``-th 64.
+    """
     offs_n = gl.arange(0, BLOCK_K, layout=gl.SliceLayout(0, LAYOUT))
     slot = block * BLOCK_K + offs_n
     inside = slot < kv_len
@@ -43,7 +47,7 @@ def apply_mask(
     if HAS_BITS:
         words_per_row: gl.constexpr = BLOCK_K // 32
         offs_m = WG * 64 + gl.arange(0, 64, layout=gl.SliceLayout(1, LAYOUT))
-        base = bits_ptr + gl.maximum(bit_row, 0).to(gl.int64) * (128 * words_per_row)
+        base = bits_ptr + gl.maximum(bit_row, 0).to(gl.int64) * (ROWS * words_per_row)
         words = gl.load(base + offs_m[:, None] * words_per_row + (offs_n // 32)[None, :])
         seen = (((words >> (offs_n % 32)[None, :]) & 1) != 0) | (bit_row < 0)
         scores = gl.where(seen, scores, float("-inf"))

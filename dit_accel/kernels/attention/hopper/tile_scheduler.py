@@ -1,7 +1,8 @@
 """Dynamic, persistent tile scheduler of the Hopper kernel: which query block of which head a program takes next.
 
-A tile is 128 query rows of one head. Block lists have rows of unequal length, so programs take tiles from a counter in
-global memory. The producer takes them, one ahead, and passes them on through shared memory, two at a time.
+A tile is 128 query rows of one head: a query block with its list, or two of 64 rows with a list each, a pair. Block
+lists have rows of unequal length, so programs take tiles from a counter in global memory. The producer takes them, one
+ahead, and passes them on through shared memory, two at a time.
 """
 
 from __future__ import annotations
@@ -18,15 +19,50 @@ def tile_block(tile, nq):
 
 
 @gluon.jit
-def tile_header(tile, sizes, lists):
-    """Row of the lists, count and number of full blocks of a tile; zeros past the last one."""
+def tile_header(tile, sizes, lists, PAIRED: gl.constexpr = False):
+    """Row of the lists, count and number of full blocks of a tile; zeros past the last one.
+
+    Of a pair of lists it is the first one's row, the steps of both, and nothing.
+    """
     row = (tile // sizes.nq) * sizes.mask_head_stride + tile_block(tile, sizes.nq)
     inside = tile < sizes.num_tiles
+    if PAIRED:
+        first, second, _first_full, _second_full, shared = pair_header(row, inside, lists)
+        return row * 2, first + second - shared, gl.to_tensor(0)
+    else:
+        return (
+            row,
+            gl.load(lists.counts_ptr + row, mask=inside, other=0),
+            gl.load(lists.fulls_ptr + row, mask=inside, other=0),
+        )
+
+
+@gluon.jit
+def pair_header(pair, inside, lists):
+    """Counts of a pair's two lists, their numbers of full blocks, and how many they begin with that both hold."""
+    at = lists.counts_ptr + pair * 5
     return (
-        row,
-        gl.load(lists.counts_ptr + row, mask=inside, other=0),
-        gl.load(lists.fulls_ptr + row, mask=inside, other=0),
+        gl.load(at, mask=inside, other=0),
+        gl.load(at + 1, mask=inside, other=0),
+        gl.load(at + 2, mask=inside, other=0),
+        gl.load(at + 3, mask=inside, other=0),
+        gl.load(at + 4, mask=inside, other=0),
     )
+
+
+@gluon.jit
+def pair_entry(step, first, second, shared, list_length):
+    """Where the ``step``-th block of a pair's stream stands, counted from the first list's begin.
+
+    The stream has the shared blocks, then one of each list in turn, then what is left of the longer list.
+    """
+    short = gl.minimum(first, second)
+    alternate = step - shared
+    left = step >= 2 * short - shared
+    in_second = gl.where(left, gl.where(second > first, 1, 0), alternate & 1)
+    entry = gl.where(left, step - short + shared, shared + alternate // 2)
+    common = step < shared
+    return gl.where(common, step, in_second * list_length + entry)
 
 
 @gluon.jit

@@ -1,0 +1,80 @@
+"""Blocks of 64 queries, two in a program of the Hopper kernel, beside the portable kernel: a section of kernels.py."""
+
+from __future__ import annotations
+
+import argparse
+from collections.abc import Callable
+from dataclasses import replace
+
+import torch
+from kernel_cases import DENSITIES, Report, checked, inputs, operations
+
+from dit_accel.kernels import BlockMask
+
+# Of a block's score what its pair has in common, against what each query block has of its own.
+ALIKE = 2.0
+
+
+def section_pairs(report: Report, args: argparse.Namespace) -> None:
+    """Lists by chance, and lists of neighbours that are largely alike; both forms with turns and without.
+
+    Beside them blocks of 128 queries at the same density. At density 0.2 permuted rows too.
+    """
+    for length in args.lengths:
+        q, k, v = inputs(length, args.heads, args.head_dim)
+        rows = torch.rand(1, args.heads, length, device=q.device).argsort(-1).to(torch.int32)
+        for density in sorted(DENSITIES, reverse=True):
+            for alike in (0.0, ALIKE):
+                mask = pair_mask(args.heads, length, 64, density, alike, q.device)
+                labels = {"section": "pairs", "S": length, "block": "64x64", "density": density}
+                labels["shared"] = round(shared_share(mask), 3)
+                compare(report, q, k, v, mask, None, labels)
+                if density == 0.2 and not alike:
+                    compare(report, q, k, v, mask, rows, {**labels, "tokens": "permuted"})
+
+
+def pair_mask(heads: int, length: int, block_q: int, density: float, alike: float, device: torch.device) -> BlockMask:
+    """The blocks of 64 keys with the largest of random scores, as many in every row."""
+    nq, nk = -(-length // block_q), -(-length // 64)
+    score = torch.rand(1, heads, nq, nk, device=device)
+    score += alike * torch.rand(1, heads, -(-nq // 2), nk, device=device).repeat_interleave(2, 2)[:, :, :nq]
+    picked = score.topk(max(1, int(nk * density))).indices
+    keep = torch.zeros_like(score, dtype=torch.bool).scatter_(-1, picked, True)
+    return BlockMask.from_dense(keep, block_q, 64, length, length)
+
+
+def shared_share(mask: BlockMask) -> float:
+    """Of all entries of the lists, those that a pair loads once for both."""
+    from dit_accel.kernels.mask.query_pairs import query_pairs
+
+    header = query_pairs(mask, 64).header
+    return float(2 * header[..., 4].sum() / header[..., :2].sum())
+
+
+def compare(report: Report, q, k, v, mask: BlockMask, rows: torch.Tensor | None, labels: dict[str, object]) -> None:
+    """All of them in turns; lists are paired in every call, as a plan's are that is unpacked for it."""
+    wide = pair_mask(q.shape[2], q.shape[1], 128, float(labels["density"]), 0.0, q.device)
+
+    def check(name: str, call: Callable[[], torch.Tensor]) -> dict[str, object]:
+        return checked(q, k, v, wide if "128x64" in name else mask, rows)(name, call)
+
+    makers = {
+        "portable": lambda: portable(q, k, v, mask, rows),
+        "pairs, free": lambda: hopper(q, k, v, mask, rows, take_turns=False),
+        "pairs, turns": lambda: hopper(q, k, v, mask, rows, take_turns=True),
+        "hopper 128x64": lambda: hopper(q, k, v, wide, rows),
+    }
+    report.turns(makers, check, "portable", operations(q, mask), **labels)
+
+
+def portable(q, k, v, mask: BlockMask, rows: torch.Tensor | None) -> Callable[[], torch.Tensor]:
+    from dit_accel.kernels.attention.triton.forward import forward
+
+    return lambda: forward(q, k, v, mask, rows, None, q.shape[-1] ** -0.5)[0]
+
+
+def hopper(q, k, v, mask: BlockMask, rows: torch.Tensor | None, **changes: object) -> Callable[[], torch.Tensor]:
+    from dit_accel.kernels.attention.hopper.forward import default_config, hopper_forward
+
+    config = replace(default_config(64, q.shape[-1], None, rows is not None), **changes)
+    return lambda: hopper_forward(q, k, v, mask, rows, None, q.shape[-1] ** -0.5, config=config)[0]

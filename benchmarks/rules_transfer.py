@@ -1,0 +1,91 @@
+"""A static pattern for each head, found at one size: its fidelity there and at another, beside one pattern for all.
+
+``search_rules`` finds rules on dense runs of tuning prompts at ``--size``. Further tuning prompts are then generated at
+both sizes, dense, with these rules, with rules found at the other size itself, and with the single rule of the least
+error that keeps no more. PSNR is to the clips of the dense runs, all of the same noise.
+
+    python benchmarks/rules_transfer.py --size 192 --other 256 --frames 29 --prompts 3 --held-out 8 --out rules.json
+    python benchmarks/rules_transfer.py --size 128 --other 160 --frames 17 --prompts 1 --held-out 2 --out rules_cpu.json
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import time
+from pathlib import Path
+from typing import Any
+
+import torch
+from reuse_front import TUNING_PROMPTS
+
+import dit_accel
+from dit_accel.calibration.patterns import FoundRules, search_rules
+from dit_accel.pipelines.embedded_model import load_embedded
+from dit_accel.quality.generation import generate_clip
+from dit_accel.quality.pixel import Psnr
+from dit_accel.quality.video import ClipPair
+from dit_accel.recipe import Recipe
+
+FIRST_SEED = 1000
+
+
+def asked(size: int, args: argparse.Namespace) -> dict[str, Any]:
+    return {"width": size, "height": size, "num_frames": args.frames, "num_inference_steps": args.steps}
+
+
+def found_at(pipe: Any, size: int, args: argparse.Namespace) -> FoundRules:
+    prompts = TUNING_PROMPTS[: args.prompts]
+    return search_rules(pipe, prompts, mean_density=args.density, seed=FIRST_SEED, generate_kwargs=asked(size, args))
+
+
+def fidelity(pipe: Any, size: int, recipes: dict[str, Recipe], args: argparse.Namespace) -> dict[str, Any]:
+    """PSNR of each recipe's clips, with its density, dense steps apart."""
+    found: dict[str, Any] = {name: {"psnr": []} for name in recipes}
+    for number in range(args.prompts, args.prompts + args.held_out):
+        prompt, seed = TUNING_PROMPTS[number], FIRST_SEED + number
+        dense = generate_clip(pipe, prompt, seed, asked(size, args)).frames
+        for name, recipe in recipes.items():
+            with dit_accel.patch(pipe, recipe) as handle:
+                clip = generate_clip(pipe, prompt, seed, asked(size, args)).frames
+                found[name]["density"] = handle.summary().density
+            found[name]["psnr"].append(Psnr()(ClipPair(dense, clip)))
+    for row in found.values():
+        row["mean"] = sum(row["psnr"]) / len(row["psnr"])
+    return found
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--size", type=int, default=192)
+    parser.add_argument("--other", type=int, default=256)
+    parser.add_argument("--frames", type=int, default=29)
+    parser.add_argument("--steps", type=int, default=10)
+    parser.add_argument("--density", type=float, default=0.28)
+    parser.add_argument("--prompts", type=int, default=3, help="to search on")
+    parser.add_argument("--held-out", type=int, default=8, help="to judge on")
+    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
+    parser.add_argument("--out", type=Path)
+    args = parser.parse_args()
+    begin = time.monotonic()
+    pipe = load_embedded(torch.bfloat16 if args.device == "cuda" else torch.float32).to(args.device)
+    pipe.set_progress_bar_config(disable=True)
+    rules = {size: found_at(pipe, size, args) for size in (args.size, args.other)}
+    own = rules[args.size]
+    recipes = {f"found at {size}": one.recipe for size, one in rules.items()}
+    if own.best_single is not None:
+        recipes["one for all"] = own.recipe.with_fields({"select.rules": ((own.best_single,),)})
+    found: dict[str, Any] = {
+        str(size): {"error": one.error, "error of one": one.error_single, "one": one.best_single}
+        for size, one in rules.items()
+    }
+    for size in (args.size, args.other):
+        found[str(size)]["runs"] = fidelity(pipe, size, recipes, args)
+        print(json.dumps(found[str(size)], indent=2), flush=True)
+    found |= {"arguments": {k: str(v) for k, v in vars(args).items()}, "seconds": time.monotonic() - begin}
+    if args.out is not None:
+        args.out.write_text(json.dumps(found, indent=2) + "\n")
+
+
+if __name__ == "__main__":
+    main()

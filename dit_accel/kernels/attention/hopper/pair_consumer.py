@@ -1,0 +1,254 @@
+"""Consumer of the Hopper kernel for blocks of 64 queries: each warpgroup of a program has a list of its own.
+
+Both read one stream of blocks: first those that both lists hold, then one of each in turn, then what is left of the
+longer list (``tile_scheduler.pair_entry``). Each consumer takes its own and passes the other's by.
+
+Why it may pass them by, with barriers whose phase is known by its parity alone. Before a consumer waits for the keys of
+its next block, at most two steps on, it has waited for the values of this one. The producer asked for those after the
+keys that lay in the next block's buffer had been given back, so that those keys had come, whoever read them. Of what is
+left of the longer list the other consumer waits for every block, and gives it back unread.
+"""
+
+from __future__ import annotations
+
+from triton.experimental import gluon
+from triton.experimental.gluon import language as gl
+from triton.experimental.gluon.language.nvidia.hopper import mbarrier, warpgroup_mma, warpgroup_mma_wait
+
+from .consumer import advance_stage
+from .epilogue import epilogue
+from .named_barriers import pair_release, warp_scheduler_barrier_arrive, warp_scheduler_barrier_sync
+from .softmax import (
+    RESCALE_THRESHOLD,
+    ROW_MAX_INIT,
+    apply_mask,
+    block_row_max,
+    by_thread,
+    rescale_o,
+    scale_apply_exp2,
+    update_row_max,
+)
+from .tile_scheduler import get_current_work, initial_work_tile, pair_header, tile_block
+
+
+@gluon.jit
+def own_header(tile, sizes, lists, WG: gl.constexpr):
+    """This consumer's row of the lists, its blocks, those of the other one, its full ones, and those of both."""
+    pair = (tile // sizes.nq) * sizes.mask_head_stride + tile_block(tile, sizes.nq)
+    first, second, first_full, second_full, both = pair_header(pair, tile < sizes.num_tiles, lists)
+    if WG == 0:
+        return pair * 2, first, second, first_full, both
+    else:
+        return pair * 2 + 1, second, first, second_full, both
+
+
+@gluon.jit
+def skip_stage(stage, phase, skip, STAGES: gl.constexpr):
+    """Buffer and phase a step on, if ``skip``."""
+    next_stage, next_phase = advance_stage(stage, phase, STAGES)
+    return gl.where(skip, next_stage, stage), gl.where(skip, next_phase, phase)
+
+
+@gluon.jit
+def consume_pair(
+    shared,
+    scheduler,
+    lists,
+    sizes,
+    tensors,
+    WG: gl.constexpr,
+    BLOCK_K: gl.constexpr,
+    HEAD_DIM: gl.constexpr,
+    STAGES: gl.constexpr,
+    PERMUTED: gl.constexpr,
+    HAS_BITS: gl.constexpr,
+    HAS_KEY_MASK: gl.constexpr,
+    TAKE_TURNS: gl.constexpr,
+    QUANTIZED: gl.constexpr,
+    FP8: gl.constexpr,
+    THREAD_SCALES: gl.constexpr,
+):
+    """Attention of one query block of every pair of this program.
+
+    A tile ends with its last product, unlike in :func:`~.consumer.consume`: the other list may be longer, and the
+    stream could not go on while this consumer still needed its last values. Those are given back with the next step
+    that this consumer has to do with, at most two steps on.
+    """
+    gl.static_assert(BLOCK_K == 64 and not (QUANTIZED or THREAD_SCALES))
+    dtype: gl.constexpr = shared.o_smem.dtype
+    S_LAYOUT: gl.constexpr = gl.NVMMADistributedLayout(
+        version=[3, 0], warps_per_cta=[4, 1], instr_shape=[16, BLOCK_K, 16]
+    )
+    O_LAYOUT: gl.constexpr = gl.NVMMADistributedLayout(
+        version=[3, 0], warps_per_cta=[4, 1], instr_shape=[16, HEAD_DIM, 16]
+    )
+    OPERAND: gl.constexpr = gl.DotOperandLayout(operand_index=0, parent=O_LAYOUT, k_width=2)
+    # In registers: products of 64 keys read as many bytes of q as of k, and shared memory could not keep up.
+    QUERIES: gl.constexpr = gl.DotOperandLayout(operand_index=0, parent=S_LAYOUT, k_width=2)
+    ROW: gl.constexpr = gl.SliceLayout(1, S_LAYOUT)
+    O_ROW: gl.constexpr = gl.SliceLayout(1, O_LAYOUT)
+    start = gl.zeros([64, BLOCK_K], gl.float32, layout=S_LAYOUT)
+    LANES: gl.constexpr = gl.SliceLayout(1, gl.SliceLayout(3, by_thread(start).type.layout))
+    score_scale = gl.full([64, 1], tensors.softmax_scale_log2, gl.float32, layout=LANES)
+    # Of the next step of the stream.
+    stage, phase = gl.to_tensor(0), gl.to_tensor(0)
+    turn = gl.to_tensor(0)
+    tile, work_idx = initial_work_tile(scheduler, PERMUTED)
+    if TAKE_TURNS and WG == 1:
+        warp_scheduler_barrier_arrive(WG, sizes.num_tiles)
+    list_row, count, other, full, both = own_header(tile, sizes, lists, WG)
+    while tile < sizes.num_tiles:
+        head = (tile // sizes.nq).to(gl.int64)
+        at = lists.index_ptr + list_row.to(gl.int64) * sizes.list_length
+        bits_at = lists.bit_rows_ptr + list_row.to(gl.int64) * sizes.list_length
+        perm_at = lists.perm_ptr + head * tensors.perm_head_stride
+        key_mask_at = lists.key_mask_ptr + head * tensors.perm_head_stride
+        first_slot = tile_block(tile, sizes.nq) * 128 + WG * 64
+        # Entries of both lists from ``both`` to ``short`` come in turn.
+        short = gl.minimum(count, other)
+        next_tile = get_current_work(scheduler, work_idx)
+        next_row, next_count, next_other, next_full, next_both = own_header(next_tile, sizes, lists, WG)
+        if count + other > 0:
+            buffer = (turn % 2) * 2 + WG
+            mbarrier.wait(shared.q_full.index(buffer), (turn // 2) & 1)
+            acc = gl.zeros([64, HEAD_DIM], gl.float32, layout=O_LAYOUT)
+            row_max = gl.full([64, 4], ROW_MAX_INIT, gl.float32, layout=LANES)
+            row_sum = gl.zeros([64, 4], gl.float32, layout=LANES)
+            if count > 0:
+                queries = shared.q_smem.index(buffer).load(QUERIES)
+                # Of the second list, where the first one begins with a block of its own.
+                stage, phase = skip_stage(stage, phase, (both < WG) & (short > 0), STAGES)
+                mbarrier.wait(shared.k_full.index(stage), phase)
+                qk_token = warpgroup_mma(
+                    queries, shared.k_smem.index(stage).permute([1, 0]), start, use_acc=False, is_async=True
+                )
+                scores = warpgroup_mma_wait(0, deps=[qk_token])
+                if full == 0:
+                    scores = apply_mask(
+                        scores,
+                        gl.load(at),
+                        gl.load(bits_at),
+                        lists.bits_ptr,
+                        key_mask_at,
+                        tensors.kv_len,
+                        0,
+                        BLOCK_K,
+                        S_LAYOUT,
+                        HAS_BITS,
+                        HAS_KEY_MASK,
+                        64,
+                    )
+                block_max = block_row_max(scores, score_scale)
+                row_max, acc_scale, rescale = update_row_max(block_max, row_max, RESCALE_THRESHOLD)
+                p, row_sum = scale_apply_exp2(scores, row_max, acc_scale, row_sum, score_scale, 0.0)
+                prev_stage = stage
+                next_stage, next_phase = advance_stage(stage, phase, STAGES)
+                next_stage, next_phase = skip_stage(next_stage, next_phase, (both <= WG) & (short > WG), STAGES)
+                # In this order: see the head of this file.
+                mbarrier.wait(shared.v_full.index(stage), phase)
+                mbarrier.wait(shared.k_full.index(next_stage), next_phase, pred=count > 1)
+                pair_release(stage, (both == 0) & (short > 0))
+                stage, phase = next_stage, next_phase
+
+                for partial in gl.static_range(2):
+                    begin = gl.maximum(full, 1) if partial else 1
+                    end = count if partial else full
+                    if partial:
+                        block = gl.load(at + begin, mask=begin < end, other=0)
+                        bit_row = gl.load(bits_at + begin, mask=begin < end, other=0)
+                    for entry in range(begin, end):
+                        p_operand = gl.convert_layout(p.to(dtype), OPERAND)
+                        if TAKE_TURNS:
+                            warp_scheduler_barrier_sync(WG)
+                        qk_token = warpgroup_mma(
+                            queries, shared.k_smem.index(stage).permute([1, 0]), start, use_acc=False, is_async=True
+                        )
+                        # While the scores are being made.
+                        acc = rescale_o(acc, acc_scale, rescale)
+                        pv_token = warpgroup_mma(
+                            p_operand, shared.v_smem.index(prev_stage), acc, use_acc=entry > 1, is_async=True
+                        )
+                        scores = warpgroup_mma_wait(1, deps=[qk_token])
+                        if partial:
+                            scores = apply_mask(
+                                scores,
+                                block,
+                                bit_row,
+                                lists.bits_ptr,
+                                key_mask_at,
+                                tensors.kv_len,
+                                0,
+                                BLOCK_K,
+                                S_LAYOUT,
+                                HAS_BITS,
+                                HAS_KEY_MASK,
+                                64,
+                            )
+                            block = gl.load(at + entry + 1, mask=entry + 1 < end, other=0)
+                            bit_row = gl.load(bits_at + entry + 1, mask=entry + 1 < end, other=0)
+                        block_max = block_row_max(scores, score_scale)
+                        row_max, acc_scale, rescale = update_row_max(block_max, row_max, RESCALE_THRESHOLD)
+                        if TAKE_TURNS:
+                            warp_scheduler_barrier_arrive(WG, sizes.num_tiles)
+                        p, row_sum = scale_apply_exp2(scores, row_max, acc_scale, row_sum, score_scale, 0.0)
+                        next_stage, next_phase = advance_stage(stage, phase, STAGES)
+                        skip = (both <= entry + WG) & (entry + WG < short)
+                        next_stage, next_phase = skip_stage(next_stage, next_phase, skip, STAGES)
+                        mbarrier.wait(shared.v_full.index(stage), phase)
+                        mbarrier.wait(shared.k_full.index(next_stage), next_phase, pred=entry + 1 < count)
+                        acc, p_operand = warpgroup_mma_wait(0, deps=[pv_token, p_operand])
+                        pair_release(stage, (both <= entry) & (entry < short))
+                        prev_stage, stage, phase = stage, next_stage, next_phase
+
+                acc = rescale_o(acc, acc_scale, rescale)
+                p_operand = gl.convert_layout(p.to(dtype), OPERAND)
+                pv_token = warpgroup_mma(
+                    p_operand, shared.v_smem.index(prev_stage), acc, use_acc=count > 1, is_async=True
+                )
+                acc = warpgroup_mma_wait(0, deps=[pv_token])
+            epilogue(
+                acc,
+                row_max,
+                row_sum,
+                tile,
+                turn,
+                shared,
+                sizes,
+                tensors,
+                WG,
+                HEAD_DIM,
+                PERMUTED,
+                QUANTIZED,
+                FP8,
+                ROW,
+                O_LAYOUT,
+            )
+            for entry in range(count, other):
+                # The other list goes on alone.
+                if TAKE_TURNS:  # noqa: SIM102 - a compile-time condition around a run-time one
+                    if entry > 0:
+                        warp_scheduler_barrier_sync(WG)
+                        warp_scheduler_barrier_arrive(WG, sizes.num_tiles)
+                mbarrier.wait(shared.k_full.index(stage), phase)
+                mbarrier.wait(shared.v_full.index(stage), phase)
+                pair_release(stage, gl.to_tensor(False))
+                stage, phase = advance_stage(stage, phase, STAGES)
+            turn += 1
+        else:
+            # Nothing to read: zeros, and a log-sum-exp of -inf.
+            blank_slot = first_slot + gl.arange(0, 64, layout=gl.SliceLayout(1, O_LAYOUT))
+            blank_live = blank_slot < tensors.q_len
+            blank_row = blank_slot
+            if PERMUTED:
+                blank_row = gl.load(perm_at + blank_slot, mask=blank_live, other=0)
+            columns = gl.arange(0, HEAD_DIM, layout=gl.SliceLayout(0, O_LAYOUT))
+            out_at = tensors.out_ptr + head * tensors.stride_oh
+            blank_at = out_at + blank_row.to(gl.int64)[:, None] * tensors.stride_os + columns[None, :]
+            gl.store(blank_at, gl.zeros([64, HEAD_DIM], dtype, layout=O_LAYOUT), mask=blank_live[:, None])
+            unseen = gl.full([64], float("-inf"), gl.float32, layout=O_ROW)
+            gl.store(tensors.lse_ptr + head * tensors.q_len + blank_row, unseen, mask=blank_live)
+        tile, list_row, count, other, full, both = next_tile, next_row, next_count, next_other, next_full, next_both
+        work_idx += 1
+    if TAKE_TURNS and WG == 0:
+        # What the other one passed last.
+        warp_scheduler_barrier_sync(WG)

@@ -1,0 +1,127 @@
+"""What a layout needs once under a recipe, whatever the run: blocks, the selection's tables, masks of all blocks."""
+
+from __future__ import annotations
+
+import threading
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+
+from .call import AttentionCall
+from .kept_plans import KeptPlan
+from .kernels import BlockMask
+from .layout import TokenLayout
+from .plan import SequenceBlocks
+from .recipe import Recipe
+from .ring import RingPart
+from .run import Bounded
+from .stages.select.protocol import Select
+from .stages.select.static import FullSelect
+from .timing import Stopwatch
+
+# A server sees any number of sizes; the tables of this many stay.
+KEPT_LAYOUTS = 8
+
+
+@dataclass(frozen=True, eq=False)
+class Prepared:
+    """What a layout needs once: its blocks, and what a static selection worked out for them.
+
+    ``plans`` are those of static selections, which every run may use; one of a key mask belongs to its run. ``parts``
+    are shares of the processes around a ring.
+    """
+
+    blocks: SequenceBlocks
+    tables: Any
+    plans: dict[Select, KeptPlan] = field(default_factory=dict)
+    parts: dict[Any, RingPart] = field(default_factory=dict)
+
+
+class LayoutTables:
+    """Tables of a few layouts, those that calls had last. Threads may share them.
+
+    Args:
+        recipe: whose order and selection they are of.
+        order_time: of making them.
+    """
+
+    def __init__(self, recipe: Recipe, order_time: Stopwatch) -> None:
+        self.recipe = recipe
+        self._order_time = order_time
+        self._prepared: Bounded[dict[Any, Prepared]] = Bounded(KEPT_LAYOUTS)
+        self._full_masks: Bounded[BlockMask] = Bounded(KEPT_LAYOUTS)
+        self._order_tables: Bounded[Any] = Bounded(KEPT_LAYOUTS)
+        self._padding: Bounded[torch.Tensor] = Bounded(KEPT_LAYOUTS)
+        self._lock = threading.Lock()
+
+    def prepare(self, call: AttentionCall) -> Prepared:
+        """Blocks and tables of a call, made for it where the order follows the call.
+
+        Raises:
+            ValueError: the order is for another number of heads.
+        """
+        assert isinstance(call.layout, TokenLayout)
+        layout, device, order, select = call.layout, call.q.device, self.recipe.order, self.recipe.select
+        if order.follows_call:
+            # Nothing to keep but the plan, and what the order worked out for the layout.
+            with self._order_time.timing(device):
+                tables = self._order_tables.get((layout, device), lambda: order.prepare(layout, device))
+                rows = order.rows_of_call(layout, call, tables)
+                blocks = SequenceBlocks(layout, rows, *select.block, device)
+                return Prepared(blocks, select.prepare(blocks))
+        variant = (order.variant(call.layer), None if call.heads is None else call.heads.place)
+        # Two threads may run one transformer; the tables are built once.
+        with self._lock:
+            variants = self._prepared.get((layout, device), dict)
+            if variant not in variants:
+                with self._order_time.timing(device):
+                    variants[variant] = self._prepare_anew(call)
+            return variants[variant]
+
+    def _prepare_anew(self, call: AttentionCall) -> Prepared:
+        assert isinstance(call.layout, TokenLayout)
+        layout, device, order, select = call.layout, call.q.device, self.recipe.order, self.recipe.select
+        fixed = order.rows(layout, device, call.layer)
+        heads = call.q.shape[2] if call.heads is None else call.heads.total
+        if fixed is not None and fixed.dim() == 2 and fixed.shape[0] not in (1, heads):
+            raise ValueError(f"The order of layer {call.layer} is for {fixed.shape[0]} heads, the layer has {heads}.")
+        if fixed is not None and fixed.dim() == 2 and call.heads is not None:
+            fixed = call.heads.own(fixed, 0)
+        blocks = SequenceBlocks(layout, fixed, *select.block, device)
+        return Prepared(blocks, select.prepare(blocks))
+
+    def padding(self, call: AttentionCall, count: int) -> torch.Tensor:
+        """bool ``[B, S + count]``: the call's tokens, without ``count`` of padding behind them.
+
+        The same tensor for all layers: what hides keys is compared by content once a forward.
+        """
+        batch, device, length = call.q.shape[0], call.q.device, call.k.shape[1]
+
+        def visible() -> torch.Tensor:
+            return (torch.arange(length + count, device=device) < length).expand(batch, -1)
+
+        return self._padding.get((length, count, batch, device), visible)
+
+    def full_mask(self, call: AttentionCall) -> BlockMask:
+        """All blocks of a layout, in the model's order."""
+        if torch.is_inference_mode_enabled():
+            with torch.inference_mode(False):
+                return self.full_mask(call)
+        assert isinstance(call.layout, TokenLayout)
+        full = FullSelect(block=(128, 128))  # the kernel is fastest at these
+        blocks = SequenceBlocks(call.layout, None, *full.block, call.q.device)
+
+        def make() -> BlockMask:
+            return full.select(blocks, None, call)
+
+        if call.key_mask is not None:
+            return make()
+        return self._full_masks.get((call.layout, call.q.device), make)
+
+    def clear(self) -> None:
+        """Drop all of them."""
+        self._prepared.clear()
+        self._order_tables.clear()
+        self._full_masks.clear()
+        self._padding.clear()

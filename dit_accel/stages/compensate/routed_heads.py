@@ -1,0 +1,115 @@
+"""Heads that a learned router chooses for each block of queries: Mixture-of-Head attention (arXiv 2410.11842), SHRP."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from typing import ClassVar
+
+import torch
+import torch.nn.functional as F
+
+from ...call import AttentionCall
+from ...plan import AttentionPlan
+from ..select.protocol import Select
+from .learned import LearnedGate, gate_of_latents
+from .protocol import Attended, Compensation
+
+
+@dataclass(frozen=True)
+class RoutedHeads(Compensation):
+    """Every block of queries runs some of the heads, which a learned router chooses; the others read no block there and
+    write nothing.
+
+    A head's share of a token is ``softmax(W x + b + log |q|)`` over heads, of the attention layer's input ``x`` and the
+    head's query ``q``; heads with the largest mean shares of a block run. ``W`` and ``b`` are zero at the start, when
+    the norms of the queries choose, as the paper has it for a model that was trained without a router. A head that runs
+    is weighed by one, with the gradient of its share straight through. Blocks with other tokens than latents run all
+    heads.
+
+    Deviations: a block of queries chooses, where the paper's tokens do so each for itself, so that the kernels skip
+    what is not chosen; no heads that are always on, and no loss that balances heads.
+
+    Attributes:
+        kept: share of the heads that run, rounded up to whole heads.
+    """
+
+    kept: float = 0.75
+
+    def __post_init__(self) -> None:
+        if not 0.0 < self.kept <= 1.0:
+            raise ValueError(f"compensate.kept must lie in (0, 1], got {self.kept}.")
+
+    is_static: ClassVar[bool] = True
+    is_learned: ClassVar[bool] = True
+    reads_input: ClassVar[bool] = True
+    spans_references: ClassVar[bool] = False
+
+    def conflicts_with(self, select: Select) -> str | None:
+        """A dense selection runs the model's own attention."""
+        if select.is_dense:
+            return (
+                "RoutedHeads acts on this package's attention, and a dense selection runs the model's own; "
+                "use select 'full' to route heads that read every block."
+            )
+        return super().conflicts_with(select)
+
+    def narrow(self, call: AttentionCall, plan: AttentionPlan) -> AttentionPlan:
+        """The plan without the blocks of heads that a block of queries does not run.
+
+        Raises:
+            ValueError: the order gives each head blocks of other tokens, over which heads cannot be compared.
+        """
+        with torch.no_grad():
+            share, first = _shares(call)
+            batch, number, heads = share.shape
+            length, block = call.q.shape[1], plan.mask.block_q
+            # Other tokens than latents: a share that is above all others, in every head.
+            of_tokens = torch.full((batch, length, heads), math.inf, device=share.device)
+            of_tokens[:, first : first + number] = share
+            if plan.rows is not None:
+                if plan.rows.shape[1] > 1:
+                    raise ValueError(
+                        "RoutedHeads compares heads over the same tokens, and this order gives each head its own; use "
+                        "an order that all heads share, such as tiles."
+                    )
+                rows = plan.rows[:, 0].long().expand(batch, length)
+                of_tokens = of_tokens.gather(1, rows[..., None].expand_as(of_tokens))
+            of_blocks = F.pad(of_tokens, (0, 0, 0, -length % block)).unflatten(1, (-1, block)).sum(2)
+            best = of_blocks.topk(math.ceil(self.kept * heads), -1).indices
+            runs = torch.zeros_like(of_blocks, dtype=torch.bool).scatter_(-1, best, True) | of_blocks.isinf()
+            return replace(plan, mask=plan.mask.for_queries(runs.transpose(1, 2)), share=None)
+
+    def attend(self, call: AttentionCall, _plan: AttentionPlan, sparse: Callable[[], Attended]) -> Attended:
+        """The sparse attention of the heads that run; it is the router's shares that have a gradient."""
+        out, witness = sparse()
+        if not (torch.is_grad_enabled() and call.gate is not None and call.gate.requires_grad):
+            return out, witness
+        share, first = _shares(call)
+        last = first + share.shape[1]
+        # One, with the gradient of a share, of which the mean is one over the number of heads.
+        factor = 1.0 + (share - share.detach()) * share.shape[-1]
+        latents = (out[:, first:last] * factor[..., None]).to(out.dtype)
+        return torch.cat([out[:, :first], latents, out[:, last:]], 1), witness
+
+    def build_gate(self, heads: int, _head_dim: int, width: int) -> LearnedGate:
+        """The router of one layer, zero."""
+        return HeadRouter(heads, width)
+
+
+class HeadRouter(LearnedGate):
+    """A linear map of an attention layer's input to a number for each head.
+
+    Parameters ``weight [H, C]`` and ``bias [H]``, zero at the start; it gives ``[B, n, H, 1]`` of ``[B, n, C]``.
+    """
+
+    def __init__(self, heads: int, width: int) -> None:
+        super().__init__(heads, 1, width)
+
+
+def _shares(call: AttentionCall) -> tuple[torch.Tensor, int]:
+    """Shares of the heads in each latent, float32 ``[B, n, H]``, and the place of the first latent."""
+    gate, first = gate_of_latents(call)
+    sizes = call.q[:, first : first + gate.shape[1]].detach().float().norm(dim=-1)
+    return (gate[..., 0].float() + sizes.clamp_min(1e-12).log()).softmax(-1), first

@@ -1,0 +1,82 @@
+"""Lists of two query blocks at a time against a loop over blocks, in torch and in the interpreted kernel."""
+
+import pytest
+import torch
+
+from dit_accel.kernels import BlockMask
+from dit_accel.kernels.mask.query_pairs import query_pairs
+
+from .oracle import random_mask
+
+
+def by_hand(mask, parts):
+    """Of every (batch entry, head, query block) the full key blocks that only it lists, those of its pair, the partial
+    ones with their rows of bits; of parts of blocks."""
+    for b, h, i in torch.cartesian_prod(*map(torch.arange, mask.kv_num_blocks.shape)).tolist():
+        rows = []
+        for row in (i, i ^ 1):
+            full = []
+            if row < mask.kv_num_blocks.shape[2]:
+                full = mask.kv_indices[b, h, row, : mask.kv_num_full[b, h, row]].tolist()
+            rows.append({block * parts + part for block in full for part in range(parts)})
+        partial = []
+        for slot in range(mask.kv_num_full[b, h, i], mask.kv_num_blocks[b, h, i]):
+            bits = -1 if mask.kv_bits is None else int(mask.kv_bits[b, h, i, slot])
+            for part in range(parts):
+                word = -1 if bits < 0 else bits * parts + part
+                partial.append((int(mask.kv_indices[b, h, i, slot]) * parts + part, word))
+        yield (b, h, i), rows[0] - rows[1], rows[0] & rows[1], partial
+
+
+@pytest.mark.parametrize("backend", ["torch", "triton"])
+@pytest.mark.parametrize("bits", [False, True], ids=["plain", "bits"])
+@pytest.mark.parametrize("block_k", [64, 128])
+@pytest.mark.parametrize("length", [64, 400, 750])
+def test_what_both_list_comes_first(length, block_k, bits, backend):
+    torch.manual_seed(length)
+    mask = random_mask((2, 3), length, length + 100, 64, block_k, bits=bits, empty_rows=True)
+    # Entries past a row's number mean nothing.
+    past = torch.arange(mask.kv_indices.shape[-1]) >= mask.kv_num_blocks[..., None]
+    mask.kv_indices[past] = 1 << 20
+    found = query_pairs(mask, 64, backend)
+    pairs = -(-mask.num_blocks[0] // 2)
+    assert found.header.shape == (2, 3, pairs, 5)
+    assert found.kv_indices.shape[:3] == (2, 3, 2 * pairs)
+    assert found.header.dtype == found.kv_indices.dtype == torch.int32
+    some = 0
+    for (b, h, i), own, both, partial in by_hand(mask, block_k // 64):
+        header = found.header[b, h, i // 2].tolist()
+        number, full, shared = header[i % 2], header[2 + i % 2], header[4]
+        assert number == len(own) + len(both) + len(partial)
+        assert full == len(own) + len(both)
+        assert shared == len(both)
+        entries = found.kv_indices[b, h, i, :number].tolist()
+        assert entries[:shared] == sorted(both)  # so in both rows alike
+        assert set(entries[shared:full]) == own
+        assert entries[full:] == [block for block, _ in partial]
+        if bits:
+            assert found.kv_bits[b, h, i, full:number].tolist() == [row for _, row in partial]
+        some += len(both) * len(own)
+    assert some > 0 or length == 64
+    if mask.num_blocks[0] % 2:
+        assert torch.all(found.header[:, :, -1, [1, 3, 4]] == 0)
+
+
+@pytest.mark.parametrize("block_k", [64, 128])
+def test_a_part_of_a_block_has_its_part_of_the_token_bits(block_k):
+    torch.manual_seed(0)
+    mask = random_mask((1, 2), 300, 300, 64, block_k, bits=True)
+    found = query_pairs(mask, 64, "torch")
+    parts = block_k // 64
+    assert found.token_bits.shape == (len(mask.token_bits) * parts, 64, 2)
+    for row, words in enumerate(found.token_bits):
+        whole = mask.token_bits[row // parts].unflatten(1, (parts, 2))
+        assert torch.equal(words, whole[:, row % parts])
+    mask = random_mask((1, 2), 300, 300, 64, block_k)
+    assert query_pairs(mask, 64, "torch").token_bits is None
+
+
+def test_a_block_that_does_not_fall_into_such_parts_is_refused():
+    mask = BlockMask.from_dense(torch.ones(1, 1, 2, 2, dtype=torch.bool), 64, 64, 128, 128)
+    with pytest.raises(ValueError, match="block_k must divide the mask's 64, got 128"):
+        query_pairs(mask, 128)
