@@ -21,7 +21,8 @@ import torch
 from reuse_front import TUNING_PROMPTS
 
 import dit_accel
-from dit_accel.pipelines.embedded_model import adapters, load_embedded
+from dit_accel.pipelines.companion import adapters
+from dit_accel.pipelines.embedded_model import load_embedded
 from dit_accel.quality.generation import generate_clip
 from dit_accel.quality.pixel import Psnr
 from dit_accel.quality.video import ClipPair
