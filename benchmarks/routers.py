@@ -7,8 +7,9 @@ Dense runs of the embedded model are recorded, at every second step, with the pr
   fitted for each layer on some prompts and asked on others. At one mean density the calls with the largest errors run
   dense; beside it stand the true errors in its place, layers fixed by their mean error, and no routing: one density
   for all.
-- **Heads** (MoH, SHRP): each block of queries keeps the heads that write most (the norm of a head's dense output there,
-  which no router can beat), others write nothing. Beside it stands block selection that reads as many pairs.
+- **Heads** (MoH, SHRP): each block of queries keeps the heads that write most (by the norm of a head's dense output
+  there, which a router would have to guess), others write nothing. The model is not trained for it, as
+  ``compensate=heads`` can be. Beside it stands block selection that reads as many pairs.
 
 Errors are relative L2 errors of the attention output, over all calls.
 

@@ -190,6 +190,51 @@ def test_few_steps_are_the_authors_steps():
         torch.testing.assert_close(found, wanted)
 
 
+LIGHTX2V = (1.0, 15 / 16, 5 / 6, 0.625)
+RCM = (0.98765, 0.93378, 0.85290, 0.60898)
+LORA_FILES = {
+    "Wan21_T2V_14B_lightx2v_cfg_step_distill_lora_rank32.safetensors": (LIGHTX2V, False),
+    "wan2.1_t2v_14b_lora_rank64_lightx2v_4step.safetensors": (LIGHTX2V, False),
+    "Wan2_1-T2V-14B_rCM_lora_rank_32.safetensors": (RCM, True),
+    "Wan21_T2V_14B_MoviiGen_lora_rank32_fp16.safetensors": None,
+    "wan_arcmotion_lora.safetensors": None,
+}
+
+
+@pytest.mark.parametrize("name", LORA_FILES)
+def test_a_lora_of_the_real_sizes_and_its_steps(name):
+    """A block of Wan 2.1 14B, 5,120 and 13,824 features wide, in the names and the rank of the published files."""
+    sizes = {f"{attn}.{x}": (5120, 5120) for attn in ("self_attn", "cross_attn") for x in "qkvo"}
+    sizes |= {"ffn.0": (13824, 5120), "ffn.2": (5120, 13824)}
+    state = {"diffusion_model.blocks.7.self_attn.norm_q.diff": torch.zeros(5120)}
+    for path, (rows, columns) in sizes.items():
+        state[f"diffusion_model.blocks.7.{path}.lora_down.weight"] = torch.zeros(32, columns)
+        state[f"diffusion_model.blocks.7.{path}.lora_up.weight"] = torch.zeros(rows, 32)
+        state[f"diffusion_model.blocks.7.{path}.diff_b"] = torch.zeros(rows)
+    found = read_published(state, name)
+    assert found.format == "a LoRA"
+    assert set(found.lora) == {
+        *(f"blocks.7.attn{n}.{x}" for n in (1, 2) for x in ("to_q", "to_k", "to_v", "to_out.0")),
+        "blocks.7.ffn.net.0.proj",
+        "blocks.7.ffn.net.2",
+    }
+    down, up = found.lora["blocks.7.ffn.net.2"]
+    assert (down.shape, up.shape) == ((32, 13824), (5120, 32))
+    assert found.added["blocks.7.ffn.net.0.proj.bias"].shape == (13824,)
+    assert found.added["blocks.7.attn1.norm_q.weight"].shape == (5120,)
+    steps = LORA_FILES[name]
+    assert (found.steps is None) == (steps is None)
+    if steps is not None:
+        assert found.steps.sigmas == pytest.approx(steps[0])
+        assert found.steps.renoise == steps[1]
+
+
+def test_a_whole_model_of_rcm_brings_its_steps():
+    state = {"net.blocks.0.self_attn.q.weight": torch.zeros(1536, 1536)}
+    assert read_published(state, "rCM_Wan2.1_T2V_1.3B_480p.pt").steps == FewSteps(RCM, renoise=True)
+    assert read_published(state, "Wan2.1_T2V_1.3B.pt").steps is None
+
+
 def test_names_of_the_three_repositories():
     for theirs, ours in {
         "net.blocks.3.self_attn.attn_op.local_attn.proj_l": "blocks.3.attn1.proj_l",

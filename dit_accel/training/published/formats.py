@@ -32,6 +32,8 @@ _ALPHAS = (".alpha", ".lora_alpha")
 _ADDED = {".diff": ".weight", ".diff_b": ".bias", ".diff_m": ""}
 # Of quantised layers: TurboDiffusion's Int8Linear, ComfyUI's and torchao's.
 _QUANTISED = (".int8_weight", ".weight_scale", ".scale_weight", ".weight_scale_inv")
+# rCM's four steps of TrigFlow times atan(80), 1.5, 1.4, 1.0 as rectified flow: sin / (sin + cos).
+_RCM_STEPS = FewSteps((0.98765, 0.93378, 0.85290, 0.60898), renoise=True)
 
 
 @dataclass(frozen=True, eq=False)
@@ -128,15 +130,18 @@ def _sla(
     # TurboDiffusion's defaults: a tenth of the blocks of 128 queries and 64 keys; SLA's: blocks of 64.
     recipe = resolve("sla", density=0.1 if turbo else 0.05, form="all_tokens", block=(128, 64) if turbo else (64, 64))
     recipe = recipe.with_fields({"select.keep_own": False})
-    # rCM's four steps of TrigFlow times atan(80), 1.5, 1.4, 1.0 as rectified flow: sin / (sin + cos).
-    steps = FewSteps((0.98765, 0.93378, 0.85290, 0.60898), renoise=True) if turbo and weights else None
+    steps = _RCM_STEPS if turbo and weights else None
     return Published("TurboDiffusion (SLA)" if turbo else "SLA", recipe, learned, weights, steps=steps)
 
 
 def _dense(
-    _learned: Mapping[str, Mapping[str, torch.Tensor]], weights: Mapping[str, torch.Tensor], _name: str
+    _learned: Mapping[str, Mapping[str, torch.Tensor]], weights: Mapping[str, torch.Tensor], name: str
 ) -> Published:
-    return Published("a whole model", None, {}, weights)
+    return Published("a whole model", None, {}, weights, steps=_RCM_STEPS if _is_rcm(name) else None)
+
+
+def _is_rcm(name: str) -> bool:
+    return re.search(r"(?<![a-z])rcm(?![a-z])", name.lower()) is not None
 
 
 def _lora(plain: Mapping[str, torch.Tensor], name: str) -> Published:
@@ -168,8 +173,9 @@ def _lora(plain: Mapping[str, torch.Tensor], name: str) -> Published:
         # A model without gates has zeros there, and a LoRA of them is all of them.
         found = _fastwan(gates, {}, name)
         return Published("FastWan (VSA), as a LoRA", found.recipe, gates, {}, added, lora)
-    lightning = re.search(r"lightx2v.*4_?step|4_?step.*lightx2v", name.lower())
+    lightning = re.search(r"lightx2v.*(4_?step|step_?distill)|(4_?step|step_?distill).*lightx2v", name.lower())
     steps = FewSteps(_shifted((1.0, 0.75, 0.5, 0.25), 5.0), renoise=False) if lightning else None
+    steps = _RCM_STEPS if _is_rcm(name) else steps
     return Published("a LoRA", None, {}, {}, added, lora, steps)
 
 
