@@ -9,6 +9,7 @@ from dit_accel.kernels import BlockMask, pool_blocks, pooled_scores, quantize_in
 from dit_accel.kernels.common.compiled import MOST_KEPT, CompiledVariants, KeptKernel
 from dit_accel.kernels.common.quantized_inputs import reference_quantize
 from dit_accel.kernels.mask.packed import PackedBlockMask
+from dit_accel.kernels.mask.query_pairs import query_pairs
 from dit_accel.kernels.selection.block_mass import block_mass
 
 
@@ -74,11 +75,12 @@ def test_variants_do_not_pile_up():
 
 def hopper_calls():
     """Calls that differ in what Triton looks at: batch, heads, lengths, strides, alignment, masks, permutations."""
-    lead = itertools.product((1, 2), (1, 2, 3), (128, 200, 256), (64, 128), (64, 128))
-    for batch, heads, length, dim, block_k in lead:
-        nq, nk = -(-length // 128), -(-length // block_k)
+    lead = [*itertools.product((1, 2), (1, 2, 3), (128, 200, 256), (64, 128), (128,), (64, 128))]
+    lead += itertools.product((1, 2), (1, 3), (200, 256), (128,), (64,), (64, 128))
+    for batch, heads, length, dim, block_q, block_k in lead:
+        nq, nk = -(-length // block_q), -(-length // block_k)
         keep = torch.ones(1, heads, nq, nk, dtype=torch.bool)
-        mask = BlockMask.from_dense(keep, 128, block_k, length, length)
+        mask = BlockMask.from_dense(keep, block_q, block_k, length, length)
         plain = [torch.randn(batch, length, heads, dim, dtype=torch.float16) for _ in range(3)]
         fused = torch.randn(batch, length, 3 * heads, dim, dtype=torch.float16)
         # Tokens 8 numbers further apart than they need be.
@@ -115,9 +117,11 @@ def test_one_key_never_stands_for_two_of_tritons_variants(monkeypatch):
 
     monkeypatch.setattr(forward, "_VARIANTS", Recorder())
     monkeypatch.setattr(forward, "multiprocessors", lambda _index: 132)
+    monkeypatch.setattr(forward, "query_pairs", lambda mask, block_k, _backend: query_pairs(mask, block_k, "torch"))
     for (q, k, v), mask, rows, key_mask in hopper_calls():
         forward.hopper_forward(q, k, v, mask, rows, key_mask, 0.125)
-        for precision in ("int8", "int8_fp8") if q.shape[0] == 2 and q.dtype == torch.float16 else ():
+        in_eights = mask.block_q == 128 and q.shape[0] == 2 and q.dtype == torch.float16
+        for precision in ("int8", "int8_fp8") if in_eights else ():
             for key_scales in ("block", "thread"):
                 quantized = reference_quantize(
                     q, k, v, 128, mask.block_k, precision=precision, rows=rows, key_scales=key_scales
