@@ -219,9 +219,10 @@ def hopper_fwd_kernel(
     )
     FIRST: gl.constexpr = 0
     SECOND: gl.constexpr = 1
-    # Registers of a thread. The other warps fill a warpgroup. With 64 keys consumers leave some, and the store warps
-    # need not keep theirs in memory.
-    CONSUMER: gl.constexpr = 208 if PERMUTE_KV and BLOCK_K == 64 else 240
+    # Registers of a thread. The other warps fill a warpgroup. With 64 keys consumers leave some, and neither the store
+    # warps of a permuted call nor the producer of pairs need keep theirs in memory.
+    IN_ORDER: gl.constexpr = 224 if PAIRED else 240
+    CONSUMER: gl.constexpr = 208 if PERMUTE_KV and BLOCK_K == 64 else IN_ORDER
     OTHER: gl.constexpr = 504 - 2 * CONSUMER
     gl.warp_specialize(
         [
