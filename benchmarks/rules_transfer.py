@@ -4,7 +4,7 @@
 both sizes, dense, with these rules, with rules found at the other size itself, and with the single rule of the least
 error that keeps no more. PSNR is to the clips of the dense runs, all of the same noise.
 
-    python benchmarks/rules_transfer.py --size 192 --other 256 --frames 29 --prompts 3 --held-out 8 --out rules.json
+    python benchmarks/rules_transfer.py --size 192 --other 256 --frames 29 --prompts 3 --held-out 5 --out rules.json
     python benchmarks/rules_transfer.py --size 128 --other 160 --frames 17 --prompts 1 --held-out 2 --out rules_cpu.json
 """
 
