@@ -63,7 +63,7 @@ def main() -> None:
     parser.add_argument("--steps", type=int, default=10)
     parser.add_argument("--density", type=float, default=0.28)
     parser.add_argument("--prompts", type=int, default=3, help="to search on")
-    parser.add_argument("--held-out", type=int, default=8, help="to judge on")
+    parser.add_argument("--held-out", type=int, default=5, help="to judge on")
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--out", type=Path)
     args = parser.parse_args()
