@@ -103,8 +103,10 @@ def attend_in_parallel(call: SharedCall, latents: LatentTokens | None = None) ->
     watch = session.watch_others()
     try:
         return attend(call)
-    except RuntimeError as error:
+    except BaseException as error:
         explained = watch.explained(error)
+        if latents is not None:  # the end of a graph of the whole transformer is announced by nobody
+            watch.leave(explained)
         if explained is error:
             raise
         raise explained from error

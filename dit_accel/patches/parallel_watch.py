@@ -60,10 +60,19 @@ class Watch:
         self._woken.set()
 
     def leave(self, error: BaseException | None) -> None:
-        """It has ended, by an error or as it should; an error of this process is told to the others."""
+        """It has ended, by an error or as it should; an error of this process is told to the others.
+
+        One that an exchange outside attention raised, since another process failed, gets a note that says so.
+        """
+        explained = error
+        if error is not None and self._key is not None and not isinstance(error, OtherRankFailed):
+            explained = self.explained(error)
         key, self._key = self._key, None
         self._woken.clear()
-        if key is None or error is None or isinstance(error, OtherRankFailed):
+        # Python 3.11 has notes; it was logged in any case.
+        if error is not None and explained is not error and hasattr(error, "add_note"):
+            error.add_note(str(explained))
+        if key is None or error is None or isinstance(explained, OtherRankFailed):
             return
         try:
             self._store.set(f"{key}/failed", f"rank {self._rank} failed with {type(error).__name__}: {error}")
@@ -79,10 +88,15 @@ class Watch:
         self._woken.set()
 
     def explained(self, error: BaseException) -> BaseException:
-        """What to raise in place of an exchange's error: the failure of another process, where there was one."""
+        """What to raise in place of an exchange's error: the failure of another process, where there was one.
+
+        An error of another kind is this process' own, and stays.
+        """
+        if not isinstance(error, RuntimeError):
+            return error
         begin = time.monotonic()
         # A closed connection is seen before the next look.
-        while self._failure is None and isinstance(error, RuntimeError) and time.monotonic() - begin < 3 * _PAUSE:
+        while self._failure is None and time.monotonic() - begin < 3 * _PAUSE:
             time.sleep(_PAUSE / 5)
         return error if self._failure is None else OtherRankFailed(self._failure)
 

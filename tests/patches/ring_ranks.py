@@ -24,7 +24,7 @@ from dit_accel.stages.select.gate import GlobalGate
 from dit_accel.stages.select.mass import FrozenMass, Mass
 from dit_accel.stages.select.similarity_gate import GatedPooled
 from tests.patches import ulysses_ranks
-from tests.patches.ulysses_ranks import begin, flux, flux_given, gradients, out_of, patched, qwen, qwen_given, wan
+from tests.patches.ulysses_ranks import begin, end, flux, flux_given, gradients, out_of, patched, qwen, qwen_given, wan
 from tests.patches.ulysses_ranks import wan_given as wan_given
 from tests.peaked import BLOCK, RECIPES
 from tests.recipes import POOLED, SMALL_TILES
@@ -112,6 +112,7 @@ def work(rank: int, world: int, path: Path) -> None:
         model, given = in_ring(build(), world), inputs()
         for recipe in recipes_of(name):
             found[name, recipe] = _patched(model, given, SPARSE[recipe])
+    found["presets"] = ulysses_ranks.of_presets(in_ring(wan(), world))
     for name in ("wan", "flux"):
         build, inputs = MODELS[name]
         grads = gradients(in_ring(build(), world), inputs(), POOLED)
@@ -130,9 +131,7 @@ def work(rank: int, world: int, path: Path) -> None:
     out, summary = ulysses_ranks.run_pipeline(pipe)
     found["pipeline"] = out, summary.sparse_calls, summary.dense_calls
     found["refused"] = _refusals(world)
-    torch.save(found, path / f"{rank}.pt")
-    dist.barrier()
-    dist.destroy_process_group()
+    end(rank, path, found)
 
 
 # Frames, height and width of latents whose tokens no two or three processes share evenly.
@@ -151,9 +150,7 @@ def unified(rank: int, world: int, path: Path) -> None:
     for grad in grads:
         dist.all_reduce(grad)
     found["gradients"] = grads
-    torch.save(found, path / f"{rank}.pt")
-    dist.barrier()
-    dist.destroy_process_group()
+    end(rank, path, found)
 
 
 def _patched(model: Any, given: dict[str, Any], recipe: Recipe) -> tuple[torch.Tensor, Any]:

@@ -11,6 +11,9 @@ from tests.patches import ring_ranks, ulysses_ranks
 from tests.patches.ring_ranks import MODELS, RAGGED, SPARSE, UNIFIED, recipes_of
 from tests.patches.ulysses_ranks import ended, patched, wan, wan_given
 
+# Of presets what looks at single tokens of the whole sequence.
+REFUSED = ("pbs", "psa", "rectified", "agent", "sla", "vsa", "seer")
+
 
 def _ranks(world: int, work: Any, tmp_path_factory: Any) -> list[dict[Any, Any]]:
     path = tmp_path_factory.mktemp("ranks")
@@ -70,6 +73,11 @@ def test_a_ring_gives_what_one_process_gives(ranks, name, recipe):
         assert shared.rank_densities == ranks[0][name, recipe][1].rank_densities  # of the same plan
         # Of six blocks or more, shared by what each is expected to keep, no process has one too many.
         assert 1.0 <= shared.imbalance < 1 + len(ranks) / 6
+
+
+def test_every_preset_is_what_one_process_gives_or_refused(ranks):
+    for found in ranks:
+        ulysses_ranks.assert_presets(found["presets"], REFUSED)
 
 
 def test_compiled_blocks_go_round_too(ranks):

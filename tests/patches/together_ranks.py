@@ -17,7 +17,7 @@ from dit_accel.stages.reuse.energy import Energy
 from dit_accel.stages.reuse.first_block import FirstBlock
 from dit_accel.stages.schedule import Schedule
 from dit_accel.stages.select.mass import Mass
-from tests.patches.ulysses_ranks import SPARSE, begin, flux, flux_given, patched, wan_pipeline
+from tests.patches.ulysses_ranks import SPARSE, begin, end, flux, flux_given, patched, wan_pipeline
 from tests.peaked import BLOCK, RECIPES
 from tests.recipes import SMALL_TILES
 from tests.tiny import TINY
@@ -62,9 +62,7 @@ def tensor_parallel(rank: int, world: int, path: Path) -> None:
     for name in TENSOR_PARALLEL:
         out, summary = patched(model, flux_given(), SPARSE[name])
         found[name] = out, summary
-    torch.save(found, path / f"{rank}.pt")
-    dist.barrier()
-    dist.destroy_process_group()
+    end(rank, path, found)
 
 
 # With a density of its own for each head, and a budget that heads share.
@@ -83,9 +81,7 @@ def sharded_weights(rank: int, world: int, path: Path) -> None:
     found = {}
     for name, recipe in (("sparse", RECIPES["mass"]), ("cached", recipe_with(0.1))):
         found[name] = ran(pipe, recipe, seed=rank)
-    torch.save(found, path / f"{rank}.pt")
-    dist.barrier()
-    dist.destroy_process_group()
+    end(rank, path, found)
 
 
 def work(rank: int, world: int, path: Path, kind: str) -> None:
@@ -114,6 +110,4 @@ def work(rank: int, world: int, path: Path, kind: str) -> None:
     found["first block"] = ran(pipe, recipe_with(threshold))
     for name, recipe in others().items():
         found[name] = ran(pipe, recipe)
-    torch.save(found, path / f"{rank}.pt")
-    dist.barrier()
-    dist.destroy_process_group()
+    end(rank, path, found)

@@ -27,7 +27,7 @@ from dit_accel.stages.order.cubes import Cubes
 from dit_accel.stages.select.learned import Learned
 from dit_accel.stages.select.mass import Mass
 from dit_accel.stages.select.pooled import Pooled
-from tests.patches.ulysses_ranks import begin, flux, flux_given, wan, wan_given
+from tests.patches.ulysses_ranks import begin, end, flux, flux_given, wan, wan_given
 from tests.peaked import BLOCK
 from tests.recipes import POOLED, SMALL_TILES
 
@@ -146,7 +146,7 @@ def work(rank: int, world: int, path: Path) -> None:
             model = _shared(kind, world, wan)
             with _recognised():
                 found["sharded", kind, how] = train(model, wan_given(), asked, checkpointing=how, shards=True)
-    _end(rank, path, found)
+    end(rank, path, found)
 
 
 @contextmanager
@@ -170,7 +170,7 @@ def groups(rank: int, world: int, path: Path) -> None:
     mesh = init_device_mesh("cpu", (2, 1, 2), mesh_dim_names=("samples", "ring", "ulysses"))
     model = _shared("ulysses", 2, wan, mesh=mesh)
     given = sample(rank // 2)
-    _end(rank, path, {"groups": train(model, given, SLA, checkpointing="as stored", shards=True)})
+    end(rank, path, {"groups": train(model, given, SLA, checkpointing="as stored", shards=True)})
 
 
 def sample(number: int) -> dict[str, Any]:
@@ -185,13 +185,7 @@ def compiled(rank: int, world: int, path: Path) -> None:
     for name, (kind, asked) in COMPILED.items():
         for how in ("blocks", "whole"):
             found[name, how] = _summed(train(_shared(kind, world, wan), wan_given(), asked, compiled=how))
-    _end(rank, path, found)
-
-
-def _end(rank: int, path: Path, found: dict[Any, Any]) -> None:
-    torch.save(found, path / f"{rank}.pt")
-    dist.barrier()
-    dist.destroy_process_group()
+    end(rank, path, found)
 
 
 COMPILED = {"ulysses": ("ulysses", SLA), "ring": ("ring", POOLED)}

@@ -18,8 +18,10 @@ from diffusers.hooks import context_parallel
 from torch import nn
 
 import dit_accel
-from dit_accel import Recipe
+from dit_accel import Recipe, presets
+from dit_accel.process_group import load_group_defaults
 from dit_accel.stages.order.axes import AxisOrder
+from dit_accel.stages.precision import Int8
 from dit_accel.stages.select.mass import Mass
 from dit_accel.stages.select.pooled import Pooled
 from tests.peaked import BLOCK, RECIPES, peaked, peaked_pipeline
@@ -52,10 +54,12 @@ def ended(world: int, work: Callable[..., None], path: Path, *arguments: Any) ->
         for rank in ranks:
             if rank.is_alive():
                 rank.kill()
+            rank.join()
 
 
 def begin(rank: int, world: int, path: Path) -> None:
     torch.set_num_threads(1)
+    load_group_defaults()
     # enable_parallelism divides by it, and a CPU has none.
     torch.accelerator.device_count = lambda: world
     # Gloo gathers no tensors of different lengths, NCCL does.
@@ -64,6 +68,13 @@ def begin(rank: int, world: int, path: Path) -> None:
     dist.init_process_group(
         "gloo", store=store, rank=rank, world_size=world, timeout=datetime.timedelta(seconds=TIMEOUT / 2)
     )
+
+
+def end(rank: int, path: Path, found: dict[Any, Any]) -> None:
+    """What this process found, in a file; then it parts from the others."""
+    torch.save(found, path / f"{rank}.pt")
+    dist.barrier()
+    dist.destroy_process_group()
 
 
 def _gather_ragged(tensor: torch.Tensor, dim: int, group: Any) -> torch.Tensor:
@@ -198,6 +209,38 @@ def patched(model: Any, given: dict[str, Any], recipe: Recipe | str) -> tuple[to
         return out_of(model, given), handle.summary()
 
 
+def of_presets(model: Any) -> dict[str, torch.Tensor | str]:
+    """Output under every sparse preset that plans online, or the sentence that refuses it."""
+    found: dict[str, torch.Tensor | str] = {}
+    for name in presets.PRESETS:
+        recipe = presets.resolve(name)
+        if recipe.order.needs_calibration or recipe.select.is_dense:
+            continue
+        try:
+            found[name] = patched(model, wan_given(), name)[0]
+        except ValueError as error:
+            found[name] = str(error)
+    return found
+
+
+def assert_presets(found: dict[str, Any], refused: tuple[str, ...] = ()) -> None:
+    """Each preset gives what one process gives; those that are refused say what to take."""
+    alone, dense = of_presets(wan()), patched(wan(), wan_given(), "dense")[0]
+    assert found.keys() == alone.keys()
+    assert {name for name, out in found.items() if isinstance(out, str)} == set(refused)
+    for name, out in found.items():
+        if name in refused:
+            assert "use ulysses_degree in place of ring_degree" in out, name
+            continue
+        one: Any = alone[name]
+        bound = 1e-11 * one.abs().max()
+        if isinstance(presets.resolve(name).precision, Int8):
+            # Keys are smoothed by the mean of those at hand, so that other numbers are rounded: either result is as
+            # far from dense attention as 8 bits are.
+            bound = 2 * (one - dense).abs().max()
+        assert (out - one).abs().max() < bound, name
+
+
 def gradients(model: Any, given: dict[str, Any], recipe: Recipe | str) -> list[torch.Tensor]:
     with dit_accel.patch(model, recipe):
         out = model(**given, return_dict=False)[0]
@@ -229,6 +272,7 @@ def work(rank: int, world: int, path: Path) -> None:
             out, summary = patched(model, given, asked)
             found[name, recipe] = out, summary.dense_calls, summary.sparse_calls, summary.density, summary.parallel
         found[name, "unpatched again"] = torch.equal(plain, out_of(model, given))
+    found["presets"] = of_presets(in_parallel(wan(), world))
     for name in ("wan", "flux"):
         build, inputs = MODELS[name]
         grads = gradients(in_parallel(build(), world), inputs(), POOLED)
@@ -250,9 +294,7 @@ def work(rank: int, world: int, path: Path) -> None:
         out, summary = run_pipeline(pipe)
         found["pipeline"] = out, summary.sparse_calls, summary.dense_calls
     found["refused"] = _refusals(world)
-    torch.save(found, path / f"{rank}.pt")
-    dist.barrier()
-    dist.destroy_process_group()
+    end(rank, path, found)
 
 
 # Of the other tiny models with a plan of diffusers: two heads, odd lengths, references.
@@ -289,9 +331,15 @@ def _refusals(world: int) -> dict[str, str]:
 
 
 def fail(rank: int, world: int, path: Path, kind: str) -> None:
-    """One process ends in the middle of a forward."""
+    """One process ends in the middle of a forward.
+
+    Args:
+        kind: "killed", "raised", "ring" (raised, under ring attention), or "compiled" (raised, in one graph of all).
+    """
     begin(rank, world, path)
-    model = in_parallel(wan(), world)
+    degree = {"ring_degree" if kind == "ring" else "ulysses_degree": world}
+    model: Any = wan()
+    model.enable_parallelism(config=ContextParallelConfig(**degree))
     with dit_accel.patch(model, POOLED) as handle:
 
         def tap(layer: int, out: torch.Tensor, _dense: Any) -> torch.Tensor:
@@ -301,10 +349,12 @@ def fail(rank: int, world: int, path: Path, kind: str) -> None:
                 raise RuntimeError("this rank fails")
             return out
 
+        call = torch.compile(model, backend="eager") if kind == "compiled" else model
         with handle.tap_outputs(tap):
             try:
-                out_of(model, wan_given())
+                out_of(call, wan_given())
             except RuntimeError as error:
-                (path / f"said{rank}.txt").write_text(f"{type(error).__name__}: {error}")
+                lines = [f"{type(error).__name__}: {error}", *getattr(error, "__notes__", ())]
+                (path / f"said{rank}.txt").write_text("\n".join(lines))
                 raise
     sys.exit(0)
