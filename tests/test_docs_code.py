@@ -21,6 +21,7 @@ import diffusers
 import pytest
 import torch
 import torch.distributed as dist
+import torch.distributed.fsdp as fsdp
 from typer.main import get_command
 
 import dit_accel
@@ -108,12 +109,14 @@ def names(small: Any, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> dict[s
     monkeypatch.setattr(diffusers, "WanPipeline", hub)
     for name, found in {"init_process_group": None, "get_rank": 0, "get_world_size": 2}.items():
         monkeypatch.setattr(dist, name, create_autospec(getattr(dist, name), return_value=found))
+    monkeypatch.setattr(fsdp, "fully_shard", create_autospec(fsdp.fully_shard))
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
     monkeypatch.setattr(torch.cuda, "set_device", lambda _device: None)
     monkeypatch.setitem(sys.modules, "cache_dit", MagicMock())
     monkeypatch.setitem(sys.modules, "kernels", MagicMock(get_local_kernel=lambda _path: dit_accel.kernels))
     return {
         "pipe": small,
+        "model": small.transformer,
         "prompt": "a ghost",
         "prompts": ["a ghost"],
         "dit_accel": dit_accel,

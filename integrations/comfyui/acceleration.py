@@ -7,6 +7,7 @@ import threading
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from functools import partial
+from math import isclose
 from typing import Any
 
 import torch
@@ -31,6 +32,7 @@ class _Thread(threading.local):
 
     Attributes:
         run: ends what a sampling began; None outside any.
+        guided: whether that sampling also runs a forward without the prompt.
         watched: the modules that have hooks, by id.
         layer: whose module runs and has not attended yet.
         masks: of the forward, as ComfyUI made them and as they were read.
@@ -38,6 +40,7 @@ class _Thread(threading.local):
 
     def __init__(self) -> None:
         self.run: ExitStack | None = None
+        self.guided = False
         self.watched: set[int] = set()
         self.layer: int | None = None
         self.masks: dict[int, tuple[torch.Tensor, torch.Tensor | None]] = {}
@@ -74,21 +77,21 @@ class Acceleration:
         self.wrapper: Callable[..., Any] = opaque(self.forward, recursive=False)
         self._hooks = opaque(self._enter), opaque(self._leave)
 
-    def run(self, executor: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+    def run(self, executor: Any, *args: Any, **kwargs: Any) -> Any:
         """ComfyUI's wrapper around one sampling: plans serve it alone, and counts begin anew."""
-        before = self._thread.run
+        before = self._thread.run, self._thread.guided
         self.runner.reset()
         with self.runner.run(), ExitStack() as until:
-            self._thread.run = until
+            self._thread.run, self._thread.guided = until, is_guided(executor.class_obj)
             try:
                 return executor(*args, **kwargs)
             finally:
-                self._thread.run = before
+                self._thread.run, self._thread.guided = before
 
     def forward(self, executor: Any, *args: Any, **kwargs: Any) -> Any:
         """ComfyUI's wrapper around one forward of the diffusion model."""
         arguments = _named(executor.original, args, kwargs)
-        step = step_of(arguments.get("transformer_options") or {})
+        step = step_of(arguments.get("transformer_options") or {}, self._thread.guided)
         layout = self.model.layout(executor.class_obj, arguments)
         with self._watched(executor.class_obj), self.runner.forward(layout, step):
             return executor(*args, **kwargs)
@@ -152,7 +155,21 @@ class Acceleration:
         return self._thread.masks[id(mask)][1]
 
 
-def step_of(options: Mapping[str, Any]) -> StepContext:
+def is_guided(guider: Any) -> bool:
+    """Whether what samples also runs forwards of another prompt; ComfyUI leaves them out where their scale is 1.
+
+    A forward does not tell: prompts run together or one by one, as memory allows.
+    """
+    if len(guider.original_conds) < 2:
+        return False
+    scales = [
+        value for name, value in vars(guider).items() if name.startswith("cfg") and isinstance(value, int | float)
+    ]
+    always = guider.model_options.get("disable_cfg1_optimization", False)
+    return bool(always) or any(not isclose(scale, 1.0) for scale in scales)
+
+
+def step_of(options: Mapping[str, Any], guided: bool = False) -> StepContext:
     """Where a forward is in its sampling, from ComfyUI's options; waits for the device."""
     schedule, sigmas = options.get("sample_sigmas"), options.get("sigmas")
     # ComfyUI gives each prompt an id, so that two of one step are told apart.
@@ -164,7 +181,7 @@ def step_of(options: Mapping[str, Any]) -> StepContext:
     # Samplers also look between two steps: that belongs to the step before.
     begun = sum(sigma <= one * (1 + 1e-5) for one in schedule.tolist())
     num_steps = len(schedule) - 1
-    return StepContext(min(max(begun - 1, 0), num_steps - 1), num_steps, sigma, branch or None)
+    return StepContext(min(max(begun - 1, 0), num_steps - 1), num_steps, sigma, branch or None, guided=guided)
 
 
 def _named(function: Callable[..., Any], args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> dict[str, Any]:

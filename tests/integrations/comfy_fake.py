@@ -185,6 +185,16 @@ class Flux(_Joint):
         return self._blocks(torch.cat([context, *parts], dim=1), kwargs.get("attention_mask"), transformer_options)
 
 
+class Guider:
+    """What a sampling is of: prompts by name, and the scale between them."""
+
+    def __init__(self, options: dict[str, Any], prompts: tuple[str, ...], **scales: float) -> None:
+        self.model_options = options
+        self.original_conds = dict.fromkeys(prompts, ())
+        self.cfg = 1.0
+        vars(self).update(scales)
+
+
 class Patcher:
     """A model with options, which nodes clone and change."""
 
@@ -223,7 +233,9 @@ class Patcher:
         """What a forward is given."""
         return {**self.model_options["transformer_options"], "wrappers": self.wrappers, **more}
 
-    def sample(self, x: torch.Tensor, context: torch.Tensor, sigmas: list[float], prompts=("a", "b"), **kwargs: Any):
+    def sample(
+        self, x: torch.Tensor, context: torch.Tensor, sigmas: list[float], prompts=("a", "b"), cfg=3.0, **kwargs: Any
+    ):
         """A run: each prompt's forward in each step, on the same latents."""
 
         def steps() -> list[torch.Tensor]:
@@ -245,4 +257,5 @@ class Patcher:
                 for kind, prompt in enumerate(prompts)
             ]
 
-        return Executor(steps, self, wrappers_of({"wrappers": self.wrappers}, "outer_sample")).execute()
+        guider = Guider(self.model_options, prompts, cfg=cfg)
+        return Executor(steps, guider, wrappers_of({"wrappers": self.wrappers}, "outer_sample")).execute()

@@ -18,6 +18,7 @@ from tests.integrations.comfy_fake import (
     PACKAGE,
     WIDTH,
     Flux,
+    Guider,
     HunyuanVideo,
     LTXVModel,
     Patcher,
@@ -183,6 +184,33 @@ def test_the_step_is_the_one_begun(sigma: float, index: int) -> None:
     options |= {"cond_or_uncond": [0, 1], "uuids": ["x", "y"]}
     step = COMFY.acceleration.step_of(options)
     assert (step.index, step.num_steps, step.branch) == (index, 4, "cond x,uncond y")
+
+
+@pytest.mark.parametrize(
+    ("prompts", "scales", "options", "guided"),
+    [
+        (("positive", "negative"), {"cfg": 3.0}, {}, True),
+        (("positive", "negative"), {"cfg": 1.0}, {}, False),
+        (("positive", "negative"), {"cfg": 1}, {"disable_cfg1_optimization": True}, True),
+        (("positive",), {"cfg": 3.0}, {"disable_cfg1_optimization": True}, False),
+        (("positive", "middle", "negative"), {"cfg1": 1.0, "cfg2": 2.0}, {}, True),
+        (("positive", "negative"), {"cfg": 1.0, "cfg_of_another": "a list"}, {}, False),
+    ],
+)
+def test_guidance_is_the_guiders(prompts, scales, options, guided) -> None:
+    assert COMFY.acceleration.is_guided(Guider(options, prompts, **scales)) is guided
+
+
+@pytest.mark.parametrize(
+    ("prompts", "cfg", "dense"), [(("a", "b"), 3.0, 2), (("a",), 1.0, 0), (("a",), 3.0, 0), (("a", "b"), 1.0, 0)]
+)
+def test_few_steps_are_all_sparse_without_guidance_alone(prompts, cfg: float, dense: int, tmp_path) -> None:
+    recipe = POOLED.with_fields({"schedule.few_steps": 8})
+    patcher = _patched(WanModel(), recipe, tmp_path)
+    for _ in range(2):
+        patcher.sample(VIDEO, PROMPT, SIGMAS, prompts=prompts, cfg=cfg)
+        assert sum(patcher.get_attachment("dit_accel").summary().dense_calls.values()) == dense
+    assert not patcher.get_attachment("dit_accel")._thread.guided
 
 
 def test_no_step_without_a_schedule() -> None:
