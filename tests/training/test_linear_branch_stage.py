@@ -315,10 +315,10 @@ def test_the_branch_keeps_nothing_for_its_backward(feature_map):
     forward = layer.forward
     layer.forward = lambda out, *rest: calls.append((out, rest)) or out
     attend(engine, 0, AttentionInputs(q, k, v), layout, StepContext(), lambda: None)
-    (out, (q, k, v, plan, key_mask, backend)) = calls[0]
+    (out, (call, plan)) = calls[0]
     with torch.autograd.graph.saved_tensors_hooks(lambda t: kept.append(t) or t, lambda t: t):
-        result = forward(out, q, k, v, plan, key_mask, backend)
-    known = {t.untyped_storage().data_ptr() for t in (out, q, k, v, *layer.parameters())}
+        result = forward(out, call, plan)
+    known = {t.untyped_storage().data_ptr() for t in (out, call.q, call.k, call.v, *layer.parameters())}
     assert [t.shape for t in kept if t.untyped_storage().data_ptr() not in known] == []
     assert plan.compensation.kv_indices.shape[-1] == 3  # ceil(0.1 * 16) and one more
     result.sum().backward()
