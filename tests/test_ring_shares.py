@@ -7,6 +7,7 @@ from itertools import pairwise
 import pytest
 import torch
 
+from dit_accel.patches.shards import places_of
 from dit_accel.ring import RingPart, RingShard, shared_out
 
 
@@ -29,3 +30,18 @@ def test_a_ring_of_more_processes_than_blocks_is_refused():
     ring = RingShard(None, 0, (16, 16, 16), None, "test")
     with pytest.raises(ValueError, match="1 query and 2 key blocks cannot be shared by ring_degree=3"):
         RingPart.of(ring, None, torch.ones(1), (64, 32), torch.device("cpu"))
+
+
+def test_places_of_tokens_are_made_once_and_serve_a_training_behind_an_inference():
+    device = torch.device("cpu")
+    places_of.cache_clear()
+    with torch.inference_mode():
+        there, back = places_of((3, 5), 2, device)
+    # Text 0 to 2 and latents 3 to 7; the first process has the longer parts.
+    assert back.tolist() == [0, 1, 3, 4, 5, 2, 6, 7]
+    assert [back.tolist().index(token) for token in range(8)] == there.tolist()
+    assert places_of((3, 5), 2, device)[0] is there
+    x = torch.arange(8.0, requires_grad=True)
+    (x[there] * torch.arange(8.0)).sum().backward()
+    assert x.grad is not None
+    assert torch.equal(x.grad[there], torch.arange(8.0))

@@ -134,7 +134,7 @@ def _attend(call: SharedCall) -> torch.Tensor:
         learned = [exchange.there(gate) for gate in learned]
     if places is None:
         return exchange.back(call.attend(given, dense, exchange.shard, learned=learned), tokens)
-    there, back = (x.to(q.device) for x in places)
+    there, back = places
     q_, k_, v_ = (x[:, there] for x in (q, k, v))
     ordered = AttentionInputs(
         q_, k_, v_, None if attn_mask is None else attn_mask[..., there.to(attn_mask.device)], scale
@@ -164,7 +164,7 @@ def _places(
         return None
     if attn_mask is not None and attn_mask.ndim > 1 and attn_mask.shape[-2] not in (1, attn_mask.shape[0]):
         return "a mask of token pairs under context parallelism of text and latents"
-    return places_of(tuple(streams), exchange.ranks)
+    return places_of(tuple(streams), exchange.ranks, call.inputs.q.device)
 
 
 def _tell(session: Session, shard: HeadShard) -> None:

@@ -48,7 +48,7 @@ def attend_around(call: SharedCall) -> torch.Tensor:
         if attn_mask.ndim > 1 and attn_mask.shape[-2] not in (1, attn_mask.shape[0]):
             return session.pass_by(layer, "a mask of token pairs under ring attention", dense)
         attn_mask = whole_mask(attn_mask, lengths, rank, everyone)
-    places = None if len(streams) == 1 else places_of(tuple(streams), ranks)[0]
+    places = None if len(streams) == 1 else places_of(tuple(streams), ranks, torch.device("cpu"))[0]
     exchange = HeadExchange(config, q.shape[2]) if config.ulysses_degree > 1 else None
     if exchange is not None:
         q, k, v = (exchange.there(x) for x in (q, k, v))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from functools import lru_cache
 from typing import Any
 
 import torch
@@ -46,16 +47,19 @@ def whole_mask(mask: torch.Tensor, lengths: list[int], rank: int, group: Any) ->
     return RingShard(group, rank, tuple(lengths), None, None).gather(mask, mask.ndim - 1, lengths)
 
 
-def places_of(streams: tuple[int, ...], ranks: int) -> tuple[torch.Tensor, torch.Tensor]:
+@lru_cache(maxsize=16)  # each layer of each step asks for the same few
+def places_of(streams: tuple[int, ...], ranks: int, device: torch.device) -> tuple[torch.Tensor, torch.Tensor]:
     """int64 ``[S]`` twice: of each token in the model's sequence its place in the gathered one, and the inverse.
 
     Where a model splits text and latents each by itself, a process holds a part of either, and the gathered sequence
-    has the first text, the first latents, the second text, and so on.
+    has the first text, the first latents, the second text, and so on. They are kept: nobody may change them.
     """
-    starts = [sum(streams[:n]) for n in range(len(streams))]
-    parts = [(start + torch.arange(length)).tensor_split(ranks) for start, length in zip(starts, streams, strict=True)]
-    back = torch.cat([part[rank] for rank in range(ranks) for part in parts])
-    return back.argsort(), back
+    with torch.inference_mode(False):  # or a training later in the process could not save them for its backward
+        starts = [sum(streams[:n]) for n in range(len(streams))]
+        tokens = [start + torch.arange(length) for start, length in zip(starts, streams, strict=True)]
+        parts = [token.tensor_split(ranks) for token in tokens]
+        back = torch.cat([part[rank] for rank in range(ranks) for part in parts])
+        return back.argsort().to(device), back.to(device)
 
 
 def heads_of_tensor_parallel(config: Any, number: int, total: int | None) -> HeadShard | None:
