@@ -18,6 +18,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from judged_calls import report
 from reuse_front import TUNING_PROMPTS
 
 import dit_accel
@@ -63,9 +64,7 @@ def main() -> None:
             own = mean if own is None else own
             found[f"{name}, {precision}"] = {"psnr": psnr, "mean": mean, "change": mean - own}
             print(name, precision, json.dumps(found[f"{name}, {precision}"]), flush=True)
-    found |= {"arguments": {k: str(v) for k, v in vars(args).items()}, "seconds": time.monotonic() - begin}
-    if args.out is not None:
-        args.out.write_text(json.dumps(found, indent=2) + "\n")
+    report(found, args, begin)
 
 
 if __name__ == "__main__":

@@ -11,12 +11,11 @@ error that keeps no more. PSNR is to the clips of the dense runs, all of the sam
 from __future__ import annotations
 
 import argparse
-import json
 import time
-from pathlib import Path
 from typing import Any
 
 import torch
+from judged_calls import arguments, report
 from reuse_front import TUNING_PROMPTS
 
 import dit_accel
@@ -56,16 +55,10 @@ def fidelity(pipe: Any, size: int, recipes: dict[str, Recipe], args: argparse.Na
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--size", type=int, default=192)
+    parser = arguments(__doc__, size=192, frames=29, steps=10, density=0.28)
     parser.add_argument("--other", type=int, default=256)
-    parser.add_argument("--frames", type=int, default=29)
-    parser.add_argument("--steps", type=int, default=10)
-    parser.add_argument("--density", type=float, default=0.28)
     parser.add_argument("--prompts", type=int, default=3, help="to search on")
     parser.add_argument("--held-out", type=int, default=5, help="to judge on")
-    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
-    parser.add_argument("--out", type=Path)
     args = parser.parse_args()
     begin = time.monotonic()
     pipe = load_embedded(torch.bfloat16 if args.device == "cuda" else torch.float32).to(args.device)
@@ -81,10 +74,7 @@ def main() -> None:
     }
     for size in (args.size, args.other):
         found[str(size)]["runs"] = fidelity(pipe, size, recipes, args)
-        print(json.dumps(found[str(size)], indent=2), flush=True)
-    found |= {"arguments": {k: str(v) for k, v in vars(args).items()}, "seconds": time.monotonic() - begin}
-    if args.out is not None:
-        args.out.write_text(json.dumps(found, indent=2) + "\n")
+    report(found, args, begin)
 
 
 if __name__ == "__main__":
