@@ -53,6 +53,7 @@ class WholePipeline:
         embeddings: arguments of the call in place of prompts, in a dtype and on a device.
         tiled: whether users decode in tiles at the usual sizes, for memory.
         shift: of the scheduler's noise levels.
+        autoencoder_dtype: in which diffusers' own example decodes.
         modules: names under which the pipeline holds no text encoder or tokenizer.
     """
 
@@ -65,6 +66,7 @@ class WholePipeline:
     scheduler: str = "FlowMatchEulerDiscreteScheduler"
     tiled: bool = False
     shift: float = 5.0
+    autoencoder_dtype: torch.dtype = torch.float32
 
     def build(self, transformer: nn.Module, autoencoder: nn.Module) -> Any:
         """The pipeline without text encoders: it takes embeddings."""
@@ -80,13 +82,13 @@ class WholePipeline:
         return pipe
 
     def build_autoencoder(self, device: torch.device) -> nn.Module:
-        """The autoencoder in float32 with random weights, made on the device; tiled where users tile it."""
+        """The autoencoder with random weights, made on the device; tiled where users tile it."""
         import diffusers
         from accelerate import init_empty_weights
 
         with init_empty_weights(include_buffers=False):
             model: Any = getattr(diffusers, self.autoencoder)()
-        materialise(model, torch.float32, device)
+        materialise(model, self.autoencoder_dtype, device)
         if self.tiled:
             model.enable_tiling()
         found: nn.Module = model.eval().requires_grad_(False)
@@ -168,6 +170,7 @@ WHOLE_PIPELINES: dict[str, WholePipeline] = {
         ("tokenizer", "text_encoder", "tokenizer_2", "text_encoder_2"),
         tiled=True,
         shift=7.0,
+        autoencoder_dtype=torch.float16,
     ),
 }
 """By the name of their architecture."""

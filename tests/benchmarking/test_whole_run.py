@@ -176,3 +176,12 @@ def test_bad_input_is_one_sentence(tiny_architecture, changes, said):
 def test_an_architecture_without_a_pipeline_is_refused():
     with pytest.raises(ValueError, match=r"Whole runs are known of .*, hunyuanvideo, got ltx"):
         bench_run(ARCHITECTURES["ltx"], **SIZE, recipe=None)
+
+
+@pytest.mark.parametrize(("name", "dtype"), [("wan2.1-1.3b", torch.float32), ("hunyuanvideo", torch.float16)])
+def test_the_autoencoder_has_the_precision_of_diffusers_own_example(monkeypatch, name, dtype):
+    """HunyuanVideo's, in float32, needs minutes for a clip of 1280 x 720."""
+    asked = []
+    monkeypatch.setattr(whole, "materialise", lambda _model, given, _device: asked.append(given))
+    whole.WHOLE_PIPELINES[name].build_autoencoder(torch.device("meta"))
+    assert asked == [dtype]
