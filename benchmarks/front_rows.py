@@ -117,6 +117,18 @@ CARRIED = (
     ),
 )
 
+# What `max` could be: fewer pairs, chosen better, or something in place of those that are left out.
+DRAFT_LISTS = ("(0,1,2,4,7,11,17,23,29)", "(0,1,2,4,7,10,14,19,24,29)")
+DRAFTS = (
+    *(
+        BEST.format(density) + f",dense_fraction=0.034{more}+listed:computed={computed},order=1"
+        for density, computed in product((0.15, 0.2), DRAFT_LISTS)
+        for more in ("", "@compensate=carried", "@compensate=residual")
+    ),
+    *(f"dense+listed:computed={computed},order=1" for computed in DRAFT_LISTS),
+    "max",
+)
+
 SETS = {
     "reuse": REUSE,
     "profiles": PROFILES,
@@ -126,4 +138,5 @@ SETS = {
     "windows": WINDOWS,
     "anew": ANEW,
     "carried": CARRIED,
+    "drafts": DRAFTS,
 }

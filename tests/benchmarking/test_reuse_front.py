@@ -163,9 +163,10 @@ def test_the_page_has_a_place(front: Any) -> None:
     assert text.count(report.BEGIN) == text.count(report.END) == 1
 
 
-@pytest.mark.parametrize("name", ["front", "profiles", "reuse"])
+@pytest.mark.parametrize("name", ["drafts", "front", "profiles", "reuse"])
 def test_rows_of_a_set_are_recipes(front: Any, name: str) -> None:
     kinds = set()
     for row in front.SETS[name]:
         kinds.add(sys.modules["front_report"].kind_of(front.recipe_of(row).to_dict()))
-    assert kinds == ({"both"} if name == "profiles" else {"cache", "sparse", "both"})
+    expected = {"profiles": {"both"}, "drafts": {"cache", "both"}}
+    assert kinds == expected.get(name, {"cache", "sparse", "both"})
