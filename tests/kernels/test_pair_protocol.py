@@ -15,7 +15,7 @@ from .test_ring_protocol import HOPPER, digest
 
 # What the model was written from. A function that has changed needs a look at the model, and then its new digest here.
 MODELLED = {
-    "producer.py": {"produce": "f304f191b470", "load_v": "153ea7cd2ead"},
+    "producer.py": {"produce": "9e30e5742323", "load_v": "153ea7cd2ead"},
     "pair_consumer.py": {"consume_pair": "f59a612b8dba", "own_header": "39949c6ebb31"},
     "named_barriers.py": {
         "pair_release": "1a79eb49a148",

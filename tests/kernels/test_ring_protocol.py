@@ -23,7 +23,7 @@ MODELLED = {
         "kv_blocks_of_head": "b6b3589a0b26",
     },
     "producer.py": {
-        "produce": "f304f191b470",
+        "produce": "9e30e5742323",
         "count_loaded": "2f12a3fbec89",
         "report_loaded": "63180b7e21e7",
     },
