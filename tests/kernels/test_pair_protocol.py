@@ -1,9 +1,10 @@
 """Who waits for whom where two query blocks of 64 share a program of the Hopper kernel, checked without a GPU.
 
-The kernel has no interpreter. Here the producer, every warp of both consumers and the warps that store are written as
-in ``hopper/producer.py``, ``pair_consumer.py`` and ``store.py``, with a ``yield`` wherever others may go on, and loads
-arrive after any time, in any order. The barriers are the hardware's: one in shared memory knows the parity of its phase
-and no more, a named one counts threads. Which block a step loads and how buffers are counted is the kernel's own code.
+In test_hopper_interpreted.py the kernel itself runs, in a few orders. Here the producer, every warp of both consumers
+and the warps that store are written as in ``hopper/producer.py``, ``pair_consumer.py`` and ``store.py``, with a
+``yield`` wherever others may go on, and loads arrive after any time, in any order. The barriers are the hardware's: one
+in shared memory knows the parity of its phase and no more, a named one counts threads. Which block a step loads and how
+buffers are counted is the kernel's own code.
 """
 
 import random

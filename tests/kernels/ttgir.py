@@ -38,7 +38,14 @@ _INFIX = {
 }
 _COMPARISONS = {"eq": "==", "ne": "!=", "slt": "<", "sle": "<=", "sgt": ">", "sge": ">=", "oeq": "==", "ogt": ">"}
 _COMPARISONS |= {"olt": "<", "oge": ">=", "ole": "<=", "une": "!="}
-_NOTHING = {"ttg.barrier", "ttng.fence_async_shared", "ttg.async_commit_group", "tt.return", "ttg.warp_return"}
+_NOTHING = {
+    "ttg.barrier",
+    "gpu.barrier",
+    "ttng.fence_async_shared",
+    "ttg.async_commit_group",
+    "tt.return",
+    "ttg.warp_return",
+}
 _NOTHING |= {"ttg.warp_yield"}
 
 
