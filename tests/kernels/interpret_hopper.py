@@ -20,10 +20,11 @@ from triton import knobs
 from triton.backends.nvidia.compiler import CUDABackend
 from triton.runtime import driver
 
-from dit_accel.kernels import BlockMask
+from dit_accel.kernels import BlockMask, quantized_block_sparse_attention
 from dit_accel.kernels.attention.hopper import consumer, named_barriers, pair_consumer, producer, softmax
 from dit_accel.kernels.attention.hopper import forward as hopper_forward
 from dit_accel.kernels.common.launch import LOG2_E
+from dit_accel.kernels.common.quantized_inputs import reference_quantize
 from dit_accel.kernels.mask.query_pairs import query_pairs
 
 from .compile_hopper import StandIn
@@ -39,8 +40,12 @@ CASES: dict[str, dict[str, Any]] = {
     "half 128": {"block": (128, 128), "length": 390, "empty_rows": True},
     "half rows": {"block": (128, 128), "length": 390, "rows": (1, 3), "ring": 2},
     "half rows bits": {"block": (128, 64), "length": 300, "rows": (1, 3), "bits": True, "key_mask": True},
+    "int8": {"block": (128, 64), "length": 390, "precision": "int8", "key_scales": "thread"},
+    "int8 rows": {"block": (128, 128), "length": 390, "precision": "int8", "rows": (1, 3), "key_mask": True},
+    "int8_fp8": {"block": (128, 128), "length": 390, "precision": "int8_fp8", "empty_rows": True},
+    "int8_fp8 rows bits": {"block": (128, 64), "length": 300, "precision": "int8_fp8", "rows": (1, 3), "bits": True},
     "pairs": {"block": (64, 64), "length": 640},
-    "pairs 128": {"block": (64, 128), "length": 500, "empty_rows": True, "turns": False},
+    "pairs 128": {"block": (64, 128), "length": 500, "empty_rows": True, "take_turns": False},
     "pairs D=64": {"block": (64, 64), "length": 390, "dim": 64, "key_mask": True, "stages": 3},
     "pairs rows": {"block": (64, 64), "length": 500, "rows": (1, 3), "empty_rows": True, "ring": 2},
     "pairs rows bits": {"block": (64, 128), "length": 300, "rows": (1, 3), "bits": True, "key_mask": True},
@@ -79,6 +84,8 @@ FAULTS = {
         "_arrive(V_EMPTY + (step + PAIR_LAG) % STAGES, threads)",
     ),
     "a block's product is lost": (consumer.consume, "acc, entry > 1, FP8", "acc, entry > 2, FP8"),
+    "another block's scale": (consumer.consume, "scales_at + following * SCALES", "scales_at + entry * SCALES"),
+    "order of weights": (softmax.pack_p_fp8, "[first, second, third, fourth]", "[first, third, second, fourth]"),
     "sums of an older maximum": (softmax.scale_apply_exp2, "row_sum * acc_scale +", "row_sum +"),
 }
 
@@ -127,30 +134,40 @@ def lists(name: str, heads: int, nq: int, nk: int) -> torch.Tensor:
 def find_fault(case: dict[str, Any], seed: int) -> str | None:
     """What is wrong with a case's output and log-sum-exp, or None."""
     settings = {"dim": 128, "dtype": torch.bfloat16, **case}
-    config = {name: settings.pop(name) for name in ("ring", "stages") if name in settings}
-    config |= {"take_turns": settings.pop("turns", True)}
+    options = {name: settings.pop(name) for name in ("precision", "key_scales") if name in settings}
+    config = {name: settings.pop(name) for name in ("ring", "stages", "take_turns") if name in settings}
     kept, slope = settings.pop("lists", None), settings.pop("slope", None)
     q, k, v, mask, rows, hide, visible = build(**settings)
+    length = q.shape[1]
     if slope is not None:
-        length = q.shape[1]
         q[..., 0] = torch.linspace(-1, 1, length).view(1, -1, 1)
         k[..., 0] = (torch.arange(length) / length).view(1, -1, 1) * slope * q.shape[-1] ** 0.5 / LOG2_E
     if kept is not None:
-        length = q.shape[1]
         keep = lists(kept, q.shape[2], *mask.num_blocks)
         mask = BlockMask.from_dense(keep, *settings["block"], length, length, backend="torch")
         visible = visible_tokens(mask, None, rows)
+    ready = reference_quantize(q, k, v, *settings["block"], rows=rows, **options) if options else None
     block_k = hopper_forward.PAIR_KEYS if mask.block_q == 64 else mask.block_k
-    default = hopper_forward.default_config(block_k, q.shape[-1], None, rows is not None)
+    default = hopper_forward.default_config(block_k, q.shape[-1], options.get("precision"), rows is not None)
+    chosen = replace(default, **{"take_turns": True, **config})
     hopper_forward.hopper_fwd_kernel = Interprets(KERNEL, seed)
     scale = q.shape[-1] ** -0.5
     try:
-        out, lse = hopper_forward.hopper_forward(q, k, v, mask, rows, hide, scale, config=replace(default, **config))
+        out, lse = hopper_forward.hopper_forward(q, k, v, mask, rows, hide, scale, quantized=ready, config=chosen)
     except Stuck as error:
         return str(error)
     exact, exact_lse = dense_attention(q, k, v, visible, rows)
     eager, eager_lse = dense_attention(q, k, v, visible, rows, dtype=torch.float32)
-    eager = eager + UNIT_ROUNDOFF[q.dtype] * v.double().abs().amax()
+    rounding = UNIT_ROUNDOFF[q.dtype]
+    if ready is not None:
+        # As in test_quantized.py: from the same numbers, with weights of 4 bits in e4m3.
+        exact, exact_lse = eager, eager_lse = quantized_block_sparse_attention(
+            q, k, v, mask, rows=rows, key_mask=hide, return_lse=True, backend="reference", quantized=ready,
+            precision=options["precision"],
+        )  # fmt: skip
+        eager_lse = exact_lse + 1e-3
+        rounding = 2.0**-5 if options["precision"] == "int8_fp8" else rounding / 2
+    eager = eager.double() + rounding * v.double().abs().amax()
     try:
         assert_close(out, exact, eager, q.dtype, "out")
         seen = exact_lse.isfinite()

@@ -1,4 +1,4 @@
-"""The Hopper kernel, of 128 and of 64 queries a block, run without a GPU against the fp64 oracle.
+"""The Hopper kernel, of 128 and of 64 queries a block and of 8 bits, run without a GPU against the fp64 oracle.
 
 ``interpret_hopper.py`` compiles it and runs the compiler's IR, so that what Triton's front end makes of the source
 counts too. Layouts of registers and of shared memory are not seen here, and neither are the machine's fences.
@@ -45,6 +45,8 @@ def test_matches_oracle(case, wrong):
         ("given back early", "half", "out: error"),
         ("loaded early", "pairs", ""),
         ("a block's product is lost", "half", "out: error"),
+        ("another block's scale", "int8", "out: error"),
+        ("order of weights", "int8_fp8", "out: error"),
         ("sums of an older maximum", "pairs steep", "out: error"),
     ],
 )

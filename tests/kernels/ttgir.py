@@ -4,7 +4,7 @@ A kernel in Gluon has no interpreter, and one of its Python would not see what t
 a loop carries, say. :func:`translate` turns the text of a compiled kernel into generators, one for each kind of warps;
 what their operations do is in ``ttgir_machine.py``. Layouts are left out: a tensor is its numbers.
 
-It knows the operations that the half-precision Hopper kernel has, and says so where it meets another.
+It knows the operations that the Hopper kernel has, and says so where it meets another.
 """
 
 from __future__ import annotations
@@ -15,13 +15,14 @@ from dataclasses import dataclass
 
 _LOCATION = re.compile(r'\s*loc\((?:unknown|#loc\d*|"[^"]*"(?:\(#loc\d*\))?)\)')
 _NAME = r"%[\w$.-]+"
-_OPERATION = re.compile(rf'(?:({_NAME})(?::(\d+))? = )?"?([a-z_]\w*(?:\.\w+)+)"?(.*)$')
+_OPERATION = re.compile(rf'(?:({_NAME}(?:, {_NAME})*)(?::(\d+))? = )?"?([a-z_]\w*(?:\.\w+)+)"?(.*)$')
 _DTYPES = {
     "f32": "float32",
     "f16": "float16",
     "bf16": "bfloat16",
     "i1": "bool",
-    "i8": "uint8",
+    "i8": "int8",
+    "f8E4M3FN": "float8_e4m3fn",
     "i32": "int32",
     "i64": "int64",
 }
@@ -107,7 +108,8 @@ def _constant(op: Operation) -> str:
 
 def _convert(op: Operation) -> str:
     (x,) = op.operands
-    return f"{x}.to({op.dtype})" if op.shape else f"int({x})"
+    bits = " & 255" if op.name == "arith.extui" and "xi8" in op.rest else ""
+    return f"({x}.to({op.dtype}){bits})" if op.shape else f"int({x})"
 
 
 def _compare(op: Operation) -> str:
@@ -140,7 +142,9 @@ _EXPRESSIONS: dict[str, Callable[[Operation], str]] = {
     "arith.maxsi": _call("m.largest"),
     "arith.minsi": _call("m.smallest"),
     "arith.maxnumf": _call("torch.fmax"),
-    **dict.fromkeys(("arith.extsi", "arith.extui", "arith.trunci", "arith.truncf", "arith.extf"), _convert),
+    **dict.fromkeys(("arith.extsi", "arith.extui", "arith.trunci", "arith.truncf", "arith.sitofp"), _convert),
+    "arith.shrui": _call("m.shift_right"),
+    "math.absf": _call("torch.abs"),
     "math.exp2": _call("torch.exp2"),
     "math.log2": _call("torch.log2"),
     "tt.get_program_id": lambda op: "w.program",
@@ -150,6 +154,10 @@ _EXPRESSIONS: dict[str, Callable[[Operation], str]] = {
     "tt.broadcast": lambda op: f"{op.operands[0]}.expand({op.shape})",
     "tt.reshape": lambda op: f"{op.operands[0]}.reshape({op.shape})",
     "tt.expand_dims": lambda op: f"{op.operands[0]}.unsqueeze({op.attribute('axis')})",
+    "tt.trans": lambda op: f"{op.operands[0]}.permute({re.findall(r'i32: ([0-9, ]+)>', op.rest)[0]})",
+    "tt.join": lambda op: f"torch.stack([{', '.join(op.operands)}], -1)",
+    "tt.split": lambda op: f"{op.operands[0]}.unbind(-1)",
+    "tt.bitcast": lambda op: f"{op.operands[0]}.contiguous().view({op.dtype})",
     "tt.addptr": lambda op: f"{op.operands[0]}.plus({op.operands[1]})",
     "tt.ptr_to_int": lambda op: op.operands[0],
     "tt.load": _call("m.load"),
@@ -221,7 +229,8 @@ class _Translation:
             if not found:
                 raise NotImplementedError(line)
             result, results, name, rest = found.groups()
-            op = Operation(result and _variable(result), int(results or 1), name, rest)
+            variable = result and ", ".join(_variable(x) for x in result.split(", "))
+            op = Operation(variable, int(results or 1), name, rest)
             if name == "scf.yield":
                 if op.operands:
                     self.write(f"{yields} = {', '.join(op.operands)}")

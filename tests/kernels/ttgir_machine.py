@@ -126,6 +126,11 @@ class Functions:
         return a - cls.divide(a, b) * b
 
     @staticmethod
+    def shift_right(a: torch.Tensor, b: Any) -> torch.Tensor:
+        """Of a 32-bit word, with zeros from above."""
+        return ((a.long() & 0xFFFFFFFF) >> b).to(torch.int32)
+
+    @staticmethod
     def largest(a: Any, b: Any) -> Any:
         return torch.maximum(a, b) if isinstance(a, torch.Tensor) else max(a, b)
 
@@ -180,7 +185,7 @@ class Functions:
         """Shared memory; 64-bit integers are barriers."""
         if dtype == torch.int64:
             return [Barrier() for _ in range(shape[0])]
-        return torch.full(shape, torch.nan if dtype.is_floating_point else 1 << 20, dtype=dtype)
+        return torch.full(shape, torch.nan if dtype.is_floating_point else 77).to(dtype)
 
     @staticmethod
     def local_store(value: torch.Tensor, memory: torch.Tensor) -> None:
@@ -289,7 +294,7 @@ class Warps:
         assert min(at) >= 0
 
         def copy() -> None:
-            memory.zero_()
+            memory.view(torch.uint8).zero_()
             part = _tile(tiles, at, memory.shape)
             memory[: part.shape[0], : part.shape[1]] = part
             barrier.loaded(memory.numel() * memory.element_size())
@@ -350,6 +355,8 @@ class Warps:
         if "raised" in text:
             sums, factor, raised = args
             return torch.where(raised != 0, sums * factor, sums)
+        if "cvt.rn.satfinite.e4m3x2" in text:
+            return _packed(*args)
         if "red.release" in text:
             where, number = args
             where.memory[where.at] += number
@@ -374,6 +381,12 @@ def _raised(block_max: torch.Tensor, row_max: torch.Tensor, threshold: torch.Ten
     among = torch.where(block_max.isnan(), -torch.inf, block_max).amax(1, keepdim=True)
     raised = torch.where(low, torch.maximum(among.expand(row_max.shape), row_max), row_max)
     return raised, torch.where(low, torch.exp2(row_max - raised), 1.0), low.int()
+
+
+def _packed(*values: torch.Tensor) -> torch.Tensor:
+    """Four numbers a word in e4m3, the first in its lowest byte."""
+    bits = [x.clamp(-448, 448).to(torch.float8_e4m3fn).view(torch.uint8).int() for x in values]
+    return bits[0] | bits[1] << 8 | bits[2] << 16 | bits[3] << 24
 
 
 def _tile(tiles: Any, at: tuple[int, ...], shape: torch.Size) -> torch.Tensor:
