@@ -1,4 +1,4 @@
-"""The Hopper kernel against the fp64 oracle; it has no interpreter, so all of this needs the GPU."""
+"""The Hopper kernel against the fp64 oracle, on the GPU; without one test_hopper_interpreted.py runs its IR."""
 
 from dataclasses import replace
 

@@ -13,8 +13,9 @@ from ..mask.block_mask import BlockMask
 
 # The kernel compiles with these and not before; CI compiles it with the oldest and the newest.
 OLDEST_TRITON = (3, 6)
-# Whether half-precision calls with blocks of 64 queries run in the Hopper kernel, two blocks a program. Off, since no
-# GPU has run it yet: it was compiled, and its barriers were simulated. On a Hopper GPU run
+# Whether half-precision calls with blocks of 64 queries run in the Hopper kernel, two blocks a program. Off: on
+# the first GPU that ran it every block got the first one's values, and no GPU has run it since that was mended. It is
+# interpreted by tests/kernels/test_hopper_interpreted.py. On a Hopper GPU run
 #     pytest -m gpu tests/kernels/test_hopper_pairs.py
 #     python benchmarks/kernels.py --sections pairs --lengths 32760,75600 --seconds 170 --json pairs.json
 # and set it to True if the one passes and the other shows it ahead of the portable kernel.

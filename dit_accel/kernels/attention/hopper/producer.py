@@ -116,7 +116,9 @@ def produce(
                 first, second, _first_full, _second_full, both = pair_header(row // 2, tile < sizes.num_tiles, lists)
                 short = gl.minimum(first, second)
                 block = gl.load(at + pair_entry(0, first, second, both, sizes.list_length))
-                prev_block, prev_stage = block, step % STAGES
+                # Numbers of their own, which no load reads: where this one was ``block`` the compiler took it for a
+                # variable that the loop leaves alone, and every step loaded the first one's values.
+                prev_block, prev_stage = gl.to_tensor(0), gl.to_tensor(0)
             for entry in range(0, count):
                 if PAIRED:
                     place = pair_entry(entry + 1, first, second, both, sizes.list_length)

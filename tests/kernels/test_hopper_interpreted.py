@@ -1,0 +1,56 @@
+"""The Hopper kernel, of 128 and of 64 queries a block and of 8 bits, run without a GPU against the fp64 oracle.
+
+``interpret_hopper.py`` compiles it and runs the compiler's IR, so that what Triton's front end makes of the source
+counts too. Layouts of registers and of shared memory are not seen here, and neither are the machine's fences.
+"""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from .interpret_hopper import CASES
+
+ROOT = Path(__file__).parents[2]
+
+
+def interpret(*arguments: str) -> list[dict]:
+    """What is wrong, of each case."""
+    command = [sys.executable, "-m", "tests.kernels.interpret_hopper", *arguments]
+    env = {**os.environ, "TRITON_INTERPRET": "0"}
+    run = subprocess.run(command, cwd=ROOT, env=env, capture_output=True, text=True, timeout=1200)
+    assert run.returncode == 0, run.stderr[-3000:]
+    return [json.loads(line) for line in run.stdout.splitlines()]
+
+
+@pytest.fixture(scope="module")
+def wrong() -> dict[str, str | None]:
+    return {row["name"]: row["wrong"] for row in interpret(*CASES)}
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_matches_oracle(case, wrong):
+    assert wrong[case] is None
+
+
+@pytest.mark.parametrize(
+    ("fault", "case", "said"),
+    [
+        ("first values", "pairs", "out: error"),
+        ("neighbour's block", "pairs apart", ""),
+        ("threads at a barrier", "pairs", "named barrier"),
+        ("given back early", "half", "out: error"),
+        ("loaded early", "pairs", ""),
+        ("a block's product is lost", "half", "out: error"),
+        ("another block's scale", "int8", "out: error"),
+        ("order of weights", "int8_fp8", "out: error"),
+        ("sums of an older maximum", "pairs steep", "out: error"),
+    ],
+)
+def test_a_fault_in_the_kernel_shows(fault, case, said):
+    (row,) = interpret(case, "--fault", fault, "--orders", "6")
+    assert row["wrong"] is not None
+    assert said in row["wrong"]
