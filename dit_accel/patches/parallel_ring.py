@@ -69,7 +69,7 @@ def attend_around(call: SharedCall) -> torch.Tensor:
     ordered = attn_mask
     if attn_mask is not None and places is not None:
         ordered = attn_mask[..., places.to(attn_mask.device)]
-    out = call.attend(AttentionInputs(q, k, v, ordered, scale), of_all_keys, shard, ring)
+    out = call.attend(AttentionInputs(q, k, v, ordered, scale), of_all_keys, shard, ring, call.learned)
     return out if exchange is None else exchange.back(out, tokens)
 
 

@@ -15,7 +15,8 @@ class LearnedCompensation(LearnedLayer):
     """Parameters of one attention layer's compensation."""
 
     def forward(self, out: torch.Tensor, call: AttentionCall, plan: AttentionPlan) -> torch.Tensor:
-        """The sparse output with what the layer adds to it, (B, S, H, D) in the model's order."""
+        """The sparse output with what the layer adds to it, (B, S, H, D) in the model's order; around a ring in that of
+        this process' slots."""
         raise NotImplementedError
 
 

@@ -1,0 +1,47 @@
+"""Compensations around a ring of processes: output and gradients are those of one process."""
+
+from __future__ import annotations
+
+from functools import cache
+from typing import Any
+
+import pytest
+import torch
+
+from dit_accel.patches.learned import is_learned
+from tests.patches import ring_learned_ranks
+from tests.patches.ring_learned_ranks import LEARNED, MODELS, RECIPES_OF
+from tests.patches.test_trained_in_parallel import assert_equal
+from tests.patches.trained_ranks import train
+from tests.patches.ulysses_ranks import ended
+
+# Wan and Qwen-Image modulate in float32, and each process adds up its own tokens' gradients there.
+TOLERANCE = {"wan": torch.finfo(torch.float32).eps, "qwen-image": torch.finfo(torch.float32).eps, "flux": 1e-10}
+
+
+def _ranks(world: int, work: Any, path: Any) -> list[dict[Any, Any]]:
+    assert ended(world, work, path) == [0] * world
+    return [torch.load(path / f"{rank}.pt", weights_only=False) for rank in range(world)]
+
+
+@pytest.fixture(scope="module", params=[2, 3])
+def ranks(request: Any, tmp_path_factory: Any) -> list[dict[Any, Any]]:
+    """What each process found."""
+    return _ranks(request.param, ring_learned_ranks.work, tmp_path_factory.mktemp("ranks"))
+
+
+@cache
+def alone(name: str, recipe: str) -> Any:
+    """The same in one process."""
+    build, inputs = MODELS[name]
+    return train(build(), inputs(), LEARNED[recipe])
+
+
+@pytest.mark.parametrize(("name", "recipe"), [(name, recipe) for name in MODELS for recipe in RECIPES_OF[name]])
+def test_a_ring_learns_what_one_process_learns(ranks, name, recipe):
+    wanted = alone(name, recipe)
+    learned = {each: grad for each, grad in wanted[1].items() if is_learned(each)}
+    assert len(learned) >= 2  # one in each layer at least
+    assert all(grad.any() for grad in learned.values())
+    for found in ranks:
+        assert_equal(found[name, recipe], wanted, TOLERANCE[name])
