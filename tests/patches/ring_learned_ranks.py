@@ -5,11 +5,17 @@ from __future__ import annotations
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
+import torch
 import torch.distributed as dist
 from diffusers import ContextParallelConfig
 
 from dit_accel import Recipe
+from dit_accel.kernels import BlockMask
+from dit_accel.kernels.linear.api import plus_linear_branch
+from dit_accel.ring import RingPart, RingShard
+from dit_accel.ring_sums import RingBlockSums, RingSums
 from dit_accel.stages.compensate.linear import LinearBranch
 from dit_accel.stages.select.pooled import Pooled
 from tests.patches.trained_ranks import Found, train
@@ -41,6 +47,57 @@ def summed(found: Found) -> Found:
     return found
 
 
+def branch_inputs() -> dict[str, torch.Tensor]:
+    """A call of 200 tokens in a permuted order, some of them hidden; blocks that are critical and negligible."""
+    generator = torch.Generator().manual_seed(0)
+    given = {name: torch.randn(2, 200, 3, 16, generator=generator) for name in ("q", "k", "v", "grad")}
+    given["weight"] = torch.randn(16, 16, generator=generator) / 4
+    given["bias"] = torch.randn(16, generator=generator)
+    given["rows"] = torch.randperm(200, generator=generator)
+    given["key_mask"] = torch.rand(2, 200, generator=generator) > 0.2
+    given["critical"] = torch.rand(2, 3, 7, 7, generator=generator) < 0.3
+    given["critical"][:, :, :, 3:] = True  # nothing of a process' keys
+    given["critical"][:, :, 5] = torch.rand(2, 3, 7, generator=generator) < 0.3
+    given["negligible"] = torch.rand(2, 3, 7, 7, generator=generator) < 0.2
+    return given
+
+
+EPS = {"blocks": 0.0, "all tokens": 1e-5}
+
+
+def branch(rank: int, world: int, backend: str, form: str) -> list[torch.Tensor]:
+    """Output and gradients, of q, k, v, weight and bias, of the linear branch around a ring."""
+    given = branch_inputs()
+    lengths = (90, 110) if world == 2 else (90, 60, 50)
+    own = slice(sum(lengths[:rank]), sum(lengths[: rank + 1]))
+    ring = RingShard(dist.group.WORLD, rank, lengths, None, "test")
+    part = RingPart.of(ring, given["rows"], torch.ones(7), (32, 32), torch.device("cpu"))
+    q, k, v = (given[name][:, own].clone().requires_grad_() for name in ("q", "k", "v"))
+    weight, bias = (given[name].clone().requires_grad_() for name in ("weight", "bias"))
+    masks: list[BlockMask | None] = [None, None]
+    if form == "blocks":
+        whole = [BlockMask.from_dense(given[name], 32, 32, 200, 200) for name in ("critical", "negligible")]
+        masks = [mask.parts(slice(0, 7), [part.k_span(rank)])[0] for mask in whole]
+    out = plus_linear_branch(
+        torch.zeros(2, part.queries.there(q).shape[1], 3, 16),
+        *(exchange.there(x) for exchange, x in ((part.queries, q), (part.keys, k), (part.keys, v))),
+        masks[0],
+        weight,
+        bias,
+        negligible=masks[1],
+        key_mask=part.key_mask_of(rank, given["key_mask"]),
+        eps=EPS[form],
+        backend=backend,
+        shared=(RingBlockSums if form == "blocks" else RingSums)(part),
+    )
+    out = part.queries.back(out)
+    out.backward(given["grad"][:, own])
+    grads = [x.grad for x in (q, k, v, weight, bias)]
+    for grad in grads[3:]:
+        dist.all_reduce(grad)
+    return [out.detach(), *grads]  # type: ignore[list-item]
+
+
 def work(rank: int, world: int, path: Path) -> None:
     """All that one process finds, in a file."""
     begin(rank, world, path)
@@ -48,4 +105,10 @@ def work(rank: int, world: int, path: Path) -> None:
     for name, (build, inputs) in MODELS.items():
         for recipe in RECIPES_OF[name]:
             found[name, recipe] = summed(train(in_ring(build(), world), inputs(), LEARNED[recipe]))
+    for form in EPS:
+        found["branch", "torch", form] = branch(rank, world, "torch", form)
+    if world == 2 and not torch.cuda.is_available():  # else Triton is not interpreted
+        found["branch", "triton", "all tokens"] = branch(rank, world, "triton", "all tokens")
+        with mock.patch("dit_accel.kernels.linear.triton.forward.STATE_BYTES", 0):  # head by head
+            found["branch", "triton", "blocks"] = branch(rank, world, "triton", "blocks")
     end(rank, path, found)

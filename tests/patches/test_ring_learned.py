@@ -9,6 +9,7 @@ import pytest
 import torch
 
 from dit_accel.patches.learned import is_learned
+from tests.kernels.test_linear_branch import oracle, rounding
 from tests.patches import ring_learned_ranks
 from tests.patches.ring_learned_ranks import LEARNED, MODELS, RECIPES_OF
 from tests.patches.test_trained_in_parallel import assert_equal
@@ -28,6 +29,25 @@ def _ranks(world: int, work: Any, path: Any) -> list[dict[Any, Any]]:
 def ranks(request: Any, tmp_path_factory: Any) -> list[dict[Any, Any]]:
     """What each process found."""
     return _ranks(request.param, ring_learned_ranks.work, tmp_path_factory.mktemp("ranks"))
+
+
+@pytest.mark.parametrize("form", ring_learned_ranks.EPS)
+@pytest.mark.parametrize("backend", ["torch", "triton"])
+def test_the_linear_branch_is_its_definition(ranks, backend, form):
+    if ("branch", backend, form) not in ranks[0]:
+        pytest.skip("Triton is interpreted by two processes, where there is no GPU")
+    given = ring_learned_ranks.branch_inputs()
+    exact = [given[name].double().requires_grad_() for name in ("q", "k", "v", "weight", "bias")]
+    marginal = ~(given["critical"] | given["negligible"]) if form == "blocks" else None
+    rows = given["rows"][None, None]
+    eps = ring_learned_ranks.EPS[form]
+    out = oracle(*exact[:3], "softmax", marginal, (32, 32), rows, given["key_mask"], eps) @ exact[3].T + exact[4]
+    out.backward(given["grad"].double())
+    unit = rounding(torch.float32)
+    for place, wanted in enumerate([out.detach(), *(x.grad for x in exact)]):
+        parts = [found["branch", backend, form][place] for found in ranks]
+        got = torch.cat(parts, 1) if place < 4 else parts[0]
+        assert (got - wanted).abs().max() <= 16 * unit * wanted.abs().max(), place
 
 
 @cache
