@@ -27,8 +27,8 @@ class RingSums:
 
     @property
     def tokens(self) -> int:
-        """Of the whole sequence."""
-        return self.part.ring.total
+        """Of the whole sequence, with its padding."""
+        return self.part.total
 
     def summed(self, own: torch.Tensor) -> torch.Tensor:
         """The sum over the processes, in all of them. All must call it."""

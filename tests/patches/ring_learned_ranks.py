@@ -16,7 +16,13 @@ from dit_accel.kernels import BlockMask
 from dit_accel.kernels.linear.api import plus_linear_branch
 from dit_accel.ring import RingPart, RingShard
 from dit_accel.ring_sums import RingBlockSums, RingSums
+from dit_accel.stages.compensate.coarse import CoarseBranch
 from dit_accel.stages.compensate.linear import LinearBranch
+from dit_accel.stages.compensate.output_gate import OutputGate
+from dit_accel.stages.compensate.residual import PooledResidual
+from dit_accel.stages.compensate.routed_heads import RoutedHeads
+from dit_accel.stages.order.cubes import Cubes
+from dit_accel.stages.select.learned import Learned
 from dit_accel.stages.select.pooled import Pooled
 from tests.patches.trained_ranks import Found, train
 from tests.patches.ulysses_ranks import begin, end, flux, flux_given, qwen, qwen_given, wan, wan_given
@@ -29,11 +35,25 @@ LEARNED = {
     "not selected, hedgehog": Recipe(SMALL_TILES, POOLED, LinearBranch("non_critical", "hedgehog")),
     "all tokens": Recipe(SMALL_TILES, POOLED, LinearBranch("all_tokens")),
     "all tokens, elu": Recipe(SMALL_TILES, replace(POOLED, block=(64, 32)), LinearBranch("all_tokens", "elu")),
+    "output gate": Recipe(SMALL_TILES, POOLED, OutputGate()),
+    # Of a padded sequence: the grid is ragged.
+    "coarse": Recipe(Cubes((2, 4, 4)), replace(POOLED, keep_own=False), CoarseBranch()),
+    "routed heads": Recipe(SMALL_TILES, POOLED, RoutedHeads(0.6)),
     "uneven blocks, relu": Recipe(SMALL_TILES, replace(POOLED, block=(64, 32)), LinearBranch("paper", "relu")),
+}
+INFERENCE = {
+    "residual": Recipe(SMALL_TILES, POOLED, PooledResidual()),
+    "residual of 8": Recipe(SMALL_TILES, replace(POOLED, block=(64, 32)), PooledResidual(tokens=8)),
+    "learned blocks": Recipe(SMALL_TILES, Learned(density=0.4, block=BLOCK)),
+    "values": Recipe(SMALL_TILES, Learned(density=0.4, block=BLOCK, form="values")),
 }
 # With text that comes interleaved, and with hidden keys.
 MODELS = {"wan": (wan, wan_given), "flux": (flux, flux_given), "qwen-image": (qwen, qwen_given)}
-RECIPES_OF = {"wan": tuple(LEARNED), "flux": ("paper", "all tokens"), "qwen-image": ("paper", "all tokens")}
+RECIPES_OF = {
+    "wan": tuple(LEARNED),
+    "flux": ("paper", "all tokens", "output gate", "coarse", "routed heads"),
+    "qwen-image": ("paper", "all tokens", "coarse"),
+}
 
 
 def in_ring(model: Any, ring: int, ulysses: int = 1, **options: Any) -> Any:

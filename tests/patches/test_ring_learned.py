@@ -17,7 +17,8 @@ from tests.patches.trained_ranks import train
 from tests.patches.ulysses_ranks import ended
 
 # Wan and Qwen-Image modulate in float32, and each process adds up its own tokens' gradients there.
-TOLERANCE = {"wan": torch.finfo(torch.float32).eps, "qwen-image": torch.finfo(torch.float32).eps, "flux": 1e-10}
+FLOAT32 = torch.finfo(torch.float32).eps
+TOLERANCE = {"wan": FLOAT32, "qwen-image": FLOAT32, "flux": 1e-10}
 
 
 def _ranks(world: int, work: Any, path: Any) -> list[dict[Any, Any]]:
@@ -63,5 +64,7 @@ def test_a_ring_learns_what_one_process_learns(ranks, name, recipe):
     learned = {each: grad for each, grad in wanted[1].items() if is_learned(each)}
     assert len(learned) >= 2  # one in each layer at least
     assert all(grad.any() for grad in learned.values())
+    # Means of blocks are float32, and products of other shapes round otherwise.
+    tolerances = (4 * FLOAT32, FLOAT32) if recipe == "coarse" else (TOLERANCE[name], 1e-11)
     for found in ranks:
-        assert_equal(found[name, recipe], wanted, TOLERANCE[name])
+        assert_equal(found[name, recipe], wanted, *tolerances)

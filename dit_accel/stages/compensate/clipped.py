@@ -46,6 +46,9 @@ class ClippedSoftmax(Compensation):
     is_static: ClassVar[bool] = True
     is_learned: ClassVar[bool] = True
     allows_pairs: ClassVar[bool] = True
+    whole: ClassVar[str] = (
+        "clips each weight by the sum of all, for whose gradient keys would have to go round twice more"
+    )
 
     def conflicts_with(self, select: Select) -> str | None:
         """A dense selection runs the model's own attention."""

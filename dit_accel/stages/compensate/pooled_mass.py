@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import ClassVar
 
 import torch
 
@@ -30,6 +31,8 @@ class PooledMass(Compensation):
     """
 
     gain_aware: bool = True
+
+    whole: ClassVar[str] = "weighs blocks beside single keys of text, and by what single tokens differ from their means"
 
     def choices(self, case: Case, backend: str) -> dict[Operation, Choice]:
         """The gains and the sum."""
