@@ -9,25 +9,34 @@ from unittest import mock
 
 import torch
 import torch.distributed as dist
-from diffusers import ContextParallelConfig
 
+import dit_accel
 from dit_accel import Recipe
 from dit_accel.kernels import BlockMask
 from dit_accel.kernels.linear.api import plus_linear_branch
 from dit_accel.ring import RingPart, RingShard
 from dit_accel.ring_sums import RingBlockSums, RingSums
+from dit_accel.stages.compensate.carried import Carried
+from dit_accel.stages.compensate.clipped import ClippedSoftmax
 from dit_accel.stages.compensate.coarse import CoarseBranch
 from dit_accel.stages.compensate.linear import LinearBranch
 from dit_accel.stages.compensate.output_gate import OutputGate
+from dit_accel.stages.compensate.pyramid import KeyPyramid
 from dit_accel.stages.compensate.residual import PooledResidual
 from dit_accel.stages.compensate.routed_heads import RoutedHeads
 from dit_accel.stages.order.cubes import Cubes
+from dit_accel.stages.schedule import Schedule
 from dit_accel.stages.select.learned import Learned
+from dit_accel.stages.select.mass import Mass
 from dit_accel.stages.select.pooled import Pooled
+from dit_accel.stages.select.static import Window
+from tests.patches import ulysses_ranks
+from tests.patches.ring_ranks import RAGGED, UNIFIED, in_ring
 from tests.patches.trained_ranks import Found, train
-from tests.patches.ulysses_ranks import begin, end, flux, flux_given, qwen, qwen_given, wan, wan_given
+from tests.patches.ulysses_ranks import begin, end, flux, flux_given, patched, qwen, qwen_given, wan, wan_given
 from tests.peaked import BLOCK
 from tests.recipes import SMALL_TILES
+from tests.tiny import TINY
 
 POOLED = Pooled(density=0.4, block=BLOCK)
 LEARNED = {
@@ -38,6 +47,7 @@ LEARNED = {
     "output gate": Recipe(SMALL_TILES, POOLED, OutputGate()),
     # Of a padded sequence: the grid is ragged.
     "coarse": Recipe(Cubes((2, 4, 4)), replace(POOLED, keep_own=False), CoarseBranch()),
+    "clipped softmax": Recipe(SMALL_TILES, POOLED, ClippedSoftmax()),
     "routed heads": Recipe(SMALL_TILES, POOLED, RoutedHeads(0.6)),
     "uneven blocks, relu": Recipe(SMALL_TILES, replace(POOLED, block=(64, 32)), LinearBranch("paper", "relu")),
 }
@@ -47,18 +57,22 @@ INFERENCE = {
     "learned blocks": Recipe(SMALL_TILES, Learned(density=0.4, block=BLOCK)),
     "values": Recipe(SMALL_TILES, Learned(density=0.4, block=BLOCK, form="values")),
 }
+# Dense: the first step, and those that search.
+SCHEDULE = Schedule(dense_fraction=0.2, refresh_at=(0.2, 0.6), dense_refresh=True, refresh_every=2)
+CARRIED = {
+    name: Recipe(SMALL_TILES, select, Carried(), schedule=SCHEDULE)
+    for name, select in (
+        ("window", Window(window=(1.0, 0.5, 0.5), block=BLOCK)),
+        ("mass", Mass(density=0.3, block=BLOCK)),
+    )
+}
 # With text that comes interleaved, and with hidden keys.
 MODELS = {"wan": (wan, wan_given), "flux": (flux, flux_given), "qwen-image": (qwen, qwen_given)}
 RECIPES_OF = {
     "wan": tuple(LEARNED),
     "flux": ("paper", "all tokens", "output gate", "coarse", "routed heads"),
-    "qwen-image": ("paper", "all tokens", "coarse"),
+    "qwen-image": ("paper", "all tokens", "coarse", "clipped softmax"),
 }
-
-
-def in_ring(model: Any, ring: int, ulysses: int = 1, **options: Any) -> Any:
-    model.enable_parallelism(config=ContextParallelConfig(ring_degree=ring, ulysses_degree=ulysses, **options))
-    return model
 
 
 def summed(found: Found) -> Found:
@@ -125,6 +139,19 @@ def work(rank: int, world: int, path: Path) -> None:
     for name, (build, inputs) in MODELS.items():
         for recipe in RECIPES_OF[name]:
             found[name, recipe] = summed(train(in_ring(build(), world), inputs(), LEARNED[recipe]))
+        for recipe, asked in INFERENCE.items():
+            found[name, recipe] = patched(in_ring(build(), world), inputs(), asked)
+    ragged = wan_given(*RAGGED)
+    for recipe in ("paper", "coarse", "output gate"):
+        found["anything", recipe] = summed(train(in_ring(wan(), world, ring_anything=True), ragged, LEARNED[recipe]))
+    for how in ("as stored", "reentrant"):
+        trained = train(in_ring(wan(), world), wan_given(), LEARNED["paper"], checkpointing=how)
+        found["checkpointing", how] = summed(trained)
+    for select in CARRIED:
+        pipe = ulysses_ranks.wan_pipeline()
+        in_ring(pipe.transformer, world)
+        found["carried", select] = run(pipe, CARRIED[select])
+    found["refused"] = refusal(world)
     for form in EPS:
         found["branch", "torch", form] = branch(rank, world, "torch", form)
     if world == 2 and not torch.cuda.is_available():  # else Triton is not interpreted
@@ -132,3 +159,44 @@ def work(rank: int, world: int, path: Path) -> None:
         with mock.patch("dit_accel.kernels.linear.triton.forward.STATE_BYTES", 0):  # head by head
             found["branch", "triton", "blocks"] = branch(rank, world, "triton", "blocks")
     end(rank, path, found)
+
+
+def run(pipe: Any, recipe: Recipe) -> tuple[torch.Tensor, Any]:
+    """Latents and summary of a run of a few steps."""
+    with dit_accel.patch(pipe, recipe) as handle:
+        return TINY["wan"].run(pipe, steps=6), handle.summary()
+
+
+def refusal(world: int) -> str:
+    """What is said of a compensation that cannot go around a ring."""
+    try:
+        patched(in_ring(wan(), world), wan_given(), Recipe(SMALL_TILES, POOLED, KeyPyramid()))
+    except ValueError as error:
+        return str(error)
+    return ""
+
+
+def compiled(rank: int, world: int, path: Path) -> None:
+    """What one process finds of compiled code, in a file."""
+    begin(rank, world, path)
+    found: dict[Any, Any] = {}
+    for recipe in COMPILED:
+        for how in ("blocks", "whole"):
+            trained = train(in_ring(wan(), world), wan_given(), LEARNED[recipe], compiled=how)
+            found[recipe, how] = summed(trained)
+    end(rank, path, found)
+
+
+def unified(rank: int, world: int, path: Path) -> None:
+    """Two rings of two."""
+    begin(rank, world, path)
+    found: dict[Any, Any] = {}
+    for name, (build, inputs) in UNIFIED.items():
+        for recipe in SHARED_TWICE:
+            found[name, recipe] = summed(train(in_ring(build(), 2, 2), inputs(), LEARNED[recipe]))
+    end(rank, path, found)
+
+
+COMPILED = ("paper", "output gate")
+# Of parameters for each head, of a gate, and of what compares heads.
+SHARED_TWICE = ("not selected, hedgehog", "output gate", "routed heads")

@@ -11,10 +11,11 @@ import torch
 from dit_accel.patches.learned import is_learned
 from tests.kernels.test_linear_branch import oracle, rounding
 from tests.patches import ring_learned_ranks
-from tests.patches.ring_learned_ranks import LEARNED, MODELS, RECIPES_OF
+from tests.patches.ring_learned_ranks import CARRIED, INFERENCE, LEARNED, MODELS, RECIPES_OF
+from tests.patches.ring_ranks import RAGGED, UNIFIED
 from tests.patches.test_trained_in_parallel import assert_equal
 from tests.patches.trained_ranks import train
-from tests.patches.ulysses_ranks import ended
+from tests.patches.ulysses_ranks import ended, patched, wan, wan_given, wan_pipeline
 
 # Wan and Qwen-Image modulate in float32, and each process adds up its own tokens' gradients there.
 FLOAT32 = torch.finfo(torch.float32).eps
@@ -58,13 +59,81 @@ def alone(name: str, recipe: str) -> Any:
     return train(build(), inputs(), LEARNED[recipe])
 
 
+def _tolerances(name: str, recipe: str) -> tuple[float, float]:
+    """Of gradients, and of the output."""
+    if recipe == "coarse":  # means of blocks are float32, and products of other shapes round otherwise
+        return 4 * FLOAT32, FLOAT32
+    # What gates make of their numbers is float32 too, token by token.
+    return 4 * FLOAT32 if recipe in ("output gate", "routed heads") else TOLERANCE[name], 1e-11
+
+
 @pytest.mark.parametrize(("name", "recipe"), [(name, recipe) for name in MODELS for recipe in RECIPES_OF[name]])
 def test_a_ring_learns_what_one_process_learns(ranks, name, recipe):
     wanted = alone(name, recipe)
     learned = {each: grad for each, grad in wanted[1].items() if is_learned(each)}
     assert len(learned) >= 2  # one in each layer at least
     assert all(grad.any() for grad in learned.values())
-    # Means of blocks are float32, and products of other shapes round otherwise.
-    tolerances = (4 * FLOAT32, FLOAT32) if recipe == "coarse" else (TOLERANCE[name], 1e-11)
     for found in ranks:
-        assert_equal(found[name, recipe], wanted, *tolerances)
+        assert_equal(found[name, recipe], wanted, *_tolerances(name, recipe))
+
+
+@pytest.mark.parametrize("recipe", INFERENCE)
+@pytest.mark.parametrize("name", MODELS)
+def test_a_ring_gives_what_one_process_gives(ranks, name, recipe):
+    build, inputs = MODELS[name]
+    bare = INFERENCE[recipe].with_fields({"compensate": "none"})
+    wanted, _ = patched(build(), inputs(), INFERENCE[recipe])
+    if not bare.select.is_learned:
+        without, _ = patched(build(), inputs(), bare)
+        assert (wanted - without).abs().max() > 1e-4 * wanted.abs().max()  # else the test shows nothing
+    for found in ranks:
+        out, summary = found[name, recipe]
+        assert (out - wanted).abs().max() < FLOAT32 * wanted.abs().max()
+        assert summary.sparse_calls == 2
+
+
+@pytest.mark.parametrize("recipe", ["paper", "coarse", "output gate"])
+def test_ragged_lengths(ranks, recipe):
+    wanted = train(wan(), wan_given(*RAGGED), LEARNED[recipe])
+    for found in ranks:
+        assert_equal(found["anything", recipe], wanted, *_tolerances("wan", recipe))
+
+
+@pytest.mark.parametrize("how", ["as stored", "reentrant"])
+def test_checkpointed_blocks_exchange_their_sums_again(ranks, how):
+    for found in ranks:
+        assert_equal(found["checkpointing", how], alone("wan", "paper"), TOLERANCE["wan"])
+
+
+@pytest.mark.parametrize("select", CARRIED)
+def test_what_a_dense_step_left_out_is_carried(ranks, select):
+    wanted, one = ring_learned_ranks.run(wan_pipeline(), CARRIED[select])
+    without, _ = ring_learned_ranks.run(wan_pipeline(), CARRIED[select].with_fields({"compensate": "none"}))
+    change = (wanted - without).abs().max()
+    for found in ranks:
+        out, summary = found["carried", select]
+        assert (out - wanted).abs().max() < 1e-3 * change
+        assert (summary.sparse_calls, summary.dense_calls) == (one.sparse_calls, one.dense_calls)
+
+
+def test_what_samples_single_keys_is_refused(ranks):
+    for found in ranks:
+        assert found["refused"].startswith(
+            "compensate KeyPyramid samples single keys of the whole sequence, which ring"
+        )
+
+
+def test_compiled_code_goes_round_with_gradients(tmp_path):
+    for found in _ranks(2, ring_learned_ranks.compiled, tmp_path):
+        for recipe in ring_learned_ranks.COMPILED:
+            for how in ("blocks", "whole"):
+                assert_equal(found[recipe, how], alone("wan", recipe), TOLERANCE["wan"])
+
+
+def test_two_rings_of_two(tmp_path):
+    found = _ranks(4, ring_learned_ranks.unified, tmp_path)
+    for name, (build, inputs) in UNIFIED.items():
+        for recipe in ring_learned_ranks.SHARED_TWICE:
+            wanted = train(build(), inputs(), LEARNED[recipe])
+            for one in found:
+                assert_equal(one[name, recipe], wanted, *_tolerances(name, recipe))

@@ -32,7 +32,7 @@ class PooledMass(Compensation):
 
     gain_aware: bool = True
 
-    whole: ClassVar[str] = "weighs blocks beside single keys of text, and by what single tokens differ from their means"
+    whole: ClassVar[str] = "weighs means of blocks beside single tokens of the whole sequence"
 
     def choices(self, case: Case, backend: str) -> dict[Operation, Choice]:
         """The gains and the sum."""
