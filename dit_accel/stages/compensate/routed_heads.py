@@ -73,7 +73,7 @@ class RoutedHeads(Compensation):
             batch, number, heads = share.shape
             length, block = call.q.shape[1], plan.mask.block_q
             # Other tokens than latents: a share that is above all others, in every head.
-            of_tokens = torch.full((batch, length, heads), math.inf, device=share.device)
+            of_tokens = torch.full((batch, length, heads), math.inf, dtype=share.dtype, device=share.device)
             of_tokens[:, first : first + number] = share
             if call.part is not None:
                 of_tokens = of_tokens.masked_fill(~latents_here(call, call.part)[..., 0], math.inf)
@@ -117,10 +117,11 @@ class HeadRouter(LearnedGate):
 
 
 def _shares(call: AttentionCall) -> tuple[torch.Tensor, int]:
-    """Shares of the heads in each latent, float32 ``[B, n, H]``, and the place of the first latent."""
+    """Shares of the heads in each latent, float32 (float64 kept) ``[B, n, H]``, and the place of the first latent."""
     gate, first = gate_of_latents(call)
-    sizes = call.q[:, first : first + gate.shape[1]].detach().float().norm(dim=-1)
-    logits = gate[..., 0].float() + sizes.clamp_min(1e-12).log()
+    wide = torch.promote_types(call.q.dtype, torch.float32)
+    sizes = call.q[:, first : first + gate.shape[1]].detach().to(wide).norm(dim=-1)
+    logits = gate[..., 0].to(wide) + sizes.clamp_min(1e-12).log()
     return logits.softmax(-1) if call.heads is None else _SoftmaxOfHeads.apply(logits, call.heads), first
 
 
