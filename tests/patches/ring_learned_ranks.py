@@ -13,7 +13,7 @@ import torch.distributed as dist
 import dit_accel
 from dit_accel import Recipe
 from dit_accel.kernels import BlockMask
-from dit_accel.kernels.linear.api import plus_linear_branch
+from dit_accel.kernels.linear.api import add_linear_branch, plus_linear_branch
 from dit_accel.ring import RingPart, RingShard
 from dit_accel.ring_sums import RingBlockSums, RingSums
 from dit_accel.stages.compensate.carried import Carried
@@ -44,6 +44,9 @@ LEARNED = {
     "not selected, hedgehog": Recipe(SMALL_TILES, POOLED, LinearBranch("non_critical", "hedgehog")),
     "all tokens": Recipe(SMALL_TILES, POOLED, LinearBranch("all_tokens")),
     "all tokens, elu": Recipe(SMALL_TILES, replace(POOLED, block=(64, 32)), LinearBranch("all_tokens", "elu")),
+    # Each head has an order of its own.
+    "axes per head": Recipe(ulysses_ranks.SPARSE["axes per head"].order, POOLED, LinearBranch("non_critical")),
+    "coarse, axes per head": Recipe(ulysses_ranks.SPARSE["axes per head"].order, POOLED, CoarseBranch()),
     "output gate": Recipe(SMALL_TILES, POOLED, OutputGate()),
     # Of a padded sequence: the grid is ragged.
     "coarse": Recipe(Cubes((2, 4, 4)), replace(POOLED, keep_own=False), CoarseBranch()),
@@ -70,7 +73,7 @@ CARRIED = {
 MODELS = {"wan": (wan, wan_given), "flux": (flux, flux_given), "qwen-image": (qwen, qwen_given)}
 RECIPES_OF = {
     "wan": tuple(LEARNED),
-    "flux": ("paper", "all tokens", "output gate", "coarse", "routed heads"),
+    "flux": ("paper", "all tokens", "output gate", "coarse", "routed heads", "coarse, axes per head"),
     "qwen-image": ("paper", "all tokens", "coarse", "clipped softmax"),
 }
 
@@ -100,7 +103,8 @@ EPS = {"blocks": 0.0, "all tokens": 1e-5}
 
 
 def branch(rank: int, world: int, backend: str, form: str) -> list[torch.Tensor]:
-    """Output and gradients, of q, k, v, weight and bias, of the linear branch around a ring."""
+    """Output, the same without gradients, and gradients of q, k, v, weight and bias, of the linear branch around a
+    ring."""
     given = branch_inputs()
     lengths = (90, 110) if world == 2 else (90, 60, 50)
     own = slice(sum(lengths[:rank]), sum(lengths[: rank + 1]))
@@ -112,24 +116,25 @@ def branch(rank: int, world: int, backend: str, form: str) -> list[torch.Tensor]
     if form == "blocks":
         whole = [BlockMask.from_dense(given[name], 32, 32, 200, 200) for name in ("critical", "negligible")]
         masks = [mask.parts(slice(0, 7), [part.k_span(rank)])[0] for mask in whole]
-    out = plus_linear_branch(
-        torch.zeros(2, part.queries.there(q).shape[1], 3, 16),
-        *(exchange.there(x) for exchange, x in ((part.queries, q), (part.keys, k), (part.keys, v))),
-        masks[0],
-        weight,
-        bias,
-        negligible=masks[1],
-        key_mask=part.key_mask_of(rank, given["key_mask"]),
-        eps=EPS[form],
-        backend=backend,
-        shared=(RingBlockSums if form == "blocks" else RingSums)(part),
-    )
-    out = part.queries.back(out)
+    there = [exchange.there(x) for exchange, x in ((part.queries, q), (part.keys, k), (part.keys, v))]
+    options: dict[str, Any] = {
+        "negligible": masks[1],
+        "key_mask": part.key_mask_of(rank, given["key_mask"]),
+        "eps": EPS[form],
+        "backend": backend,
+        "shared": (RingBlockSums if form == "blocks" else RingSums)(part),
+    }
+    out = part.queries.back(plus_linear_branch(torch.zeros_like(there[0]), *there, masks[0], weight, bias, **options))
     out.backward(given["grad"][:, own])
+    # The same without gradients takes another way.
+    there = [x.detach() for x in there]
+    alike = part.queries.back(
+        add_linear_branch(torch.zeros_like(there[0]), *there, masks[0], weight.detach(), bias.detach(), **options)
+    )
     grads = [x.grad for x in (q, k, v, weight, bias)]
     for grad in grads[3:]:
         dist.all_reduce(grad)
-    return [out.detach(), *grads]  # type: ignore[list-item]
+    return [out.detach(), alike, *grads]  # type: ignore[list-item]
 
 
 def work(rank: int, world: int, path: Path) -> None:
