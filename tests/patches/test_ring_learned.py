@@ -62,7 +62,7 @@ def alone(name: str, recipe: str) -> Any:
 def _tolerances(name: str, recipe: str) -> tuple[float, float]:
     """Of gradients, and of the output."""
     if recipe.startswith("coarse"):  # means of blocks are float32, and products of other shapes round otherwise
-        return 4 * FLOAT32, FLOAT32
+        return 4 * FLOAT32, 4 * FLOAT32
     # What gates make of their numbers is float32 too, token by token.
     return 4 * FLOAT32 if recipe in ("output gate", "routed heads") else TOLERANCE[name], 1e-11
 
@@ -88,7 +88,7 @@ def test_a_ring_gives_what_one_process_gives(ranks, name, recipe):
         assert (wanted - without).abs().max() > 1e-4 * wanted.abs().max()  # else the test shows nothing
     for found in ranks:
         out, summary = found[name, recipe]
-        assert (out - wanted).abs().max() < FLOAT32 * wanted.abs().max()
+        assert (out - wanted).abs().max() < 4 * FLOAT32 * wanted.abs().max()
         assert summary.sparse_calls == 2
 
 

@@ -193,4 +193,4 @@ def compiled(rank: int, world: int, path: Path) -> None:
 COMPILED = {"ulysses": ("ulysses", SLA), "ring": ("ring", POOLED)}
 # Heads and latent size that so many processes cannot share evenly.
 RAGGED = {2: (3, (3, 14, 10)), 3: (5, (3, 14, 22))}
-SHARDED = {"ulysses": SLA, "ring": POOLED}
+SHARDED = {"ulysses": SLA, "ring": SLA}
