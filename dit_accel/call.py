@@ -53,7 +53,8 @@ class AttentionCall:
         pairs: bool ``[B|1, H|1, S, S]``, which key (last) each query sees, where not all see the same.
         seen: ``pairs`` cut into the blocks of a plan, while the plan is made.
         unread: why its attention mask cannot be read; such a call stays dense.
-        gate: ``[B, n, H, D]``, what a learned gate made of the layer's input; None where there is none.
+        gate: ``[B, n, H, D]``, what a learned gate made of the layer's input, around a ring of the tokens of this
+            process' slots; None where there is none.
         router: what a learned selection has in this layer; None where there is none.
         heads: which heads of the layer these are, where several processes share them; None for all.
         ring: which tokens of the sequence these are, where several processes share them; None for all.
@@ -147,7 +148,8 @@ class AttentionCall:
         """
         assert isinstance(self.layout, TokenLayout)
         self.layout = self.layout.padded(count)
-        self.q, self.k, self.v = (F.pad(x, (0, 0, 0, 0, 0, count)) for x in (self.q, self.k, self.v))
+        if self.ring is None:  # around which no process has them, until tokens come to their slots
+            self.q, self.k, self.v = (F.pad(x, (0, 0, 0, 0, 0, count)) for x in (self.q, self.k, self.v))
         if self.pairs is not None:
             self.pairs = F.pad(self.pairs, (0, count, 0, count))
         else:
@@ -160,10 +162,14 @@ class AttentionCall:
         keys = part.keys.there(torch.cat([self.k, self.v], -1))
         self.k, self.v = (x.contiguous() for x in keys.split(self.k.shape[-1], -1))
 
+    def take_gate(self, gate: torch.Tensor) -> None:
+        """Take what a learned gate made of this process' tokens. All that share the tokens must call it."""
+        self.gate = gate if self.part is None else self.part.queries.there(gate)
+
     def of_queries(self, out: torch.Tensor) -> torch.Tensor:
         """The output ``[B, S, H, D]`` of the tokens that query, where the model left them, without padding."""
         if self.part is not None:
-            return self.part.queries.back(out)
+            return self.part.queries.back(out)  # in which no padding comes along
         if isinstance(self.layout, str):
             return out
         if self.layout.padding:

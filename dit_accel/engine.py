@@ -225,12 +225,18 @@ class Engine:
         """Let the compensation compare a dense step with what the plan of that step would have given."""
         with torch.no_grad(), torch.inference_mode(False), autocast_done(call):
             begin = self.sparse_time.start(call.q.device)
-            left_out = self.recipe.compensate.left_out(call, dense, lambda: self._kernel(call, plan))
+            left_out = self.recipe.compensate.left_out(call, dense, lambda: self._attend_kept(call, plan))
             self.sparse_time.stop(begin, call.q.device)
             self.planner.keep_left_out(call, left_out)
 
+    def _attend_kept(self, call: AttentionCall, plan: AttentionPlan) -> Attended:
+        """Attention over the kept blocks alone, wherever they are."""
+        if call.part is None:
+            return self._kernel(call, plan)
+        return attend_around(call, masks_around(call, plan), partial(self._kernel, with_lse=True))
+
     def _kernel(self, call: AttentionCall, plan: AttentionPlan, with_lse: bool = False) -> Attended:
-        """Attention over the kept blocks alone."""
+        """Attention over the kept blocks that this process has."""
         backend = self._attention_backend(call, plan)
         return self.recipe.precision.attend(call, plan, backend, with_lse or self.recipe.compensate.needs_lse)
 
@@ -262,16 +268,10 @@ class Engine:
                 raise RuntimeError(
                     f"{type(compensate).__name__} needs the input of layer {call.layer}, which its hook has not seen."
                 )
-            call.gate, module = learned[0], None
+            call.take_gate(learned[0])
+            module = None
         plan = call.plan = compensate.narrow(call, plan)
-
-        def sparse() -> Attended:
-            if parts is None:
-                return self._kernel(call, plan)
-            return attend_around(call, parts, partial(self._kernel, with_lse=True))
-
-        parts = None if call.part is None else masks_around(call, plan)
-        out, witness = compensate.attend(call, plan, sparse)
+        out, witness = compensate.attend(call, plan, lambda: self._attend_kept(call, plan))
         if not is_captured(call.q.device):  # a graph's tensors are its own, and what they hold changes with a replay
             self._count(call, plan, witness, book)
         if module is not None:

@@ -96,7 +96,8 @@ class LayoutTables:
 
         The same tensor for all layers: what hides keys is compared by content once a forward.
         """
-        batch, device, length = call.q.shape[0], call.q.device, call.k.shape[1]
+        batch, device = call.q.shape[0], call.q.device
+        length = call.k.shape[1] if call.ring is None else call.ring.total
 
         def visible() -> torch.Tensor:
             return (torch.arange(length + count, device=device) < length).expand(batch, -1)

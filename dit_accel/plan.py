@@ -56,7 +56,8 @@ class LeftOut:
 
     Attributes:
         made: the step.
-        difference: ``[B, S, H, D]``, dense less sparse attention of the tokens that query, in the call's dtype.
+        difference: ``[B, S, H, D]``, dense less sparse attention of the tokens that query, around a ring of this
+            process' slots; in the call's dtype.
         witness: 0-d, zero, or NaN where the difference holds one.
     """
 

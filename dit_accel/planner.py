@@ -64,21 +64,11 @@ class Planner:
         return found
 
     def pad(self, call: AttentionCall) -> None:
-        """Give a call the padding that the order expects.
-
-        Raises:
-            ValueError: it expects some where processes around a ring share the tokens.
-        """
+        """Give a call the padding that the order expects."""
         assert isinstance(call.layout, TokenLayout)
         count = self.recipe.order.padding(call.layout)
-        if not count:
-            return
-        if call.ring is not None:
-            raise ValueError(
-                f"{type(self.recipe.order).__name__} pads the sequence by {count} tokens, which ring attention shares "
-                "out: use ulysses_degree in place of ring_degree, or another order."
-            )
-        call.pad(count, self.tables.padding(call, count))
+        if count:
+            call.pad(count, self.tables.padding(call, count))
 
     @property
     def goes_round(self) -> bool:
@@ -113,7 +103,8 @@ class Planner:
             select = self.recipe.select
             shares = [share for layer in select.head_densities for share in layer] or [select.density or 0.3]
             work[blocks.forced_q[0, 0].cpu()] = len(shares) / sum(shares)
-        return RingPart.of(ring, blocks.rows, work, (blocks.block_q, blocks.block_k), blocks.device)
+        sizes = (blocks.block_q, blocks.block_k)
+        return RingPart.of(ring, blocks.rows, work, sizes, blocks.device, blocks.layout.padding)
 
     def plan(self, call: AttentionCall, book: LayerRecord) -> tuple[StepContext, AttentionPlan]:
         """The plan of a call, and when it was made."""

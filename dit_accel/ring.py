@@ -54,9 +54,11 @@ class RingShard:
         dist.all_gather(parts, padded, group=self.group)
         return torch.cat([part.narrow(dim, 0, length) for part, length in zip(parts, lengths, strict=True)], dim)
 
-    def gather_with_gradient(self, own: torch.Tensor) -> torch.Tensor:
-        """Every process' tokens, ``[B, s, H, D]`` to ``[B, S, H, D]`` in the processes' order. All must call it."""
-        out: torch.Tensor = _Gather.apply(own, self)
+    def gather_with_gradient(
+        self, own: torch.Tensor, dim: int = 1, lengths: Sequence[int] | None = None
+    ) -> torch.Tensor:
+        """:meth:`gather`, of tokens ``[B, s, H, D]`` if nothing else is said, with a gradient. All must call it."""
+        out: torch.Tensor = _Gather.apply(own, self, dim, self.lengths if lengths is None else lengths)
         return out
 
     def send(self, own: torch.Tensor, tokens: int, dim: int = 1) -> Passing:
@@ -96,8 +98,8 @@ class Exchange:
 
     Args:
         ring: who holds which tokens.
-        places: int64 ``[G, S]`` on the CPU: place, in the processes' order, of the token at each slot; ``G`` is 1, or
-            the heads where each has an order of its own.
+        places: int64 ``[G, S]`` on the CPU: place, in the processes' order, of the token at each slot, or behind all of
+            them at a slot of padding, which gets zeros; ``G`` is 1, or the heads where each has an order of its own.
         bounds: process ``r`` attends the slots from ``bounds[r]`` to ``bounds[r + 1]``.
     """
 
@@ -116,7 +118,7 @@ class Exchange:
         came = [(mine == rank).nonzero()[:, 0] for rank in range(ring.size)]
         self._sent_counts, self._came_counts = ([len(part) for part in parts] for parts in (sent, came))
         self._sent, self._came = (torch.cat(parts).to(device) for parts in (sent, came))
-        self._back, self._there = self._sent.argsort(), self._came.argsort()
+        self._back = self._sent.argsort()
         # Every process decides alike: all look at the whole sequence.
         stays = torch.equal(places[0], torch.arange(places.shape[1])) and list(bounds) == starts
         self.moves = not (stays and self._orders == 1)
@@ -127,7 +129,8 @@ class Exchange:
             return x
         batch, tokens, heads, dim = x.shape
         units = x.permute(1, 2, 0, 3).reshape(tokens * self._orders, -1).index_select(0, self._sent)
-        units = all_to_all(units, self._came_counts, self._sent_counts, self._group).index_select(0, self._there)
+        units = all_to_all(units, self._came_counts, self._sent_counts, self._group)
+        units = units.new_zeros(self._orders * self._slots, units.shape[1]).index_copy(0, self._came, units)
         units = units.view(self._orders, self._slots, heads // self._orders, batch, dim)
         return units.permute(3, 1, 0, 2, 4).reshape(batch, self._slots, heads, dim)
 
@@ -154,6 +157,7 @@ class RingPart:
         queries, keys: the exchanges.
         slots: int ``[S]``, or ``[H, S]`` with an order per head: token at each slot, in the model's order; None for the
             same.
+        total: slots of the whole sequence: its tokens, and padding behind them.
     """
 
     ring: RingShard
@@ -164,6 +168,7 @@ class RingPart:
     queries: Exchange
     keys: Exchange
     slots: torch.Tensor | None
+    total: int
 
     @classmethod
     def of(
@@ -173,6 +178,7 @@ class RingPart:
         work: torch.Tensor,
         blocks: tuple[int, int],
         device: torch.device,
+        padding: int = 0,
     ) -> RingPart:
         """Share blocks out: keys evenly, queries by work.
 
@@ -180,25 +186,30 @@ class RingPart:
             slots: token at each slot, int ``[S]`` or ``[H, S]``, or None.
             work: float ``[nq]``: expected work of each query block.
             blocks: tokens in a query and in a key block.
+            padding: slots of tokens behind the sequence, which no process has.
 
         Raises:
             ValueError: there are fewer blocks than processes.
         """
         block_q, block_k = blocks
-        number_k = -(-ring.total // block_k)
+        total = ring.total + padding
+        number_k = -(-total // block_k)
         if min(len(work), number_k) < ring.size:
             raise ValueError(
                 f"A sequence of {len(work)} query and {number_k} key blocks cannot be shared by ring_degree="
                 f"{ring.size} processes: choose smaller blocks, or ulysses_degree."
             )
         q_blocks, k_blocks = shared_out(work, ring.size), shared_out(torch.ones(number_k), ring.size)
-        order = torch.arange(ring.total) if slots is None else slots.long().cpu()
-        places = (order if ring.places is None else ring.places[order]).reshape(-1, ring.total)
+        order = torch.arange(total) if slots is None else slots.long().cpu()
+        place = torch.arange(total)
+        if ring.places is not None:
+            place[: ring.total] = ring.places
+        places = place[order].reshape(-1, total)
         queries, keys = (
-            Exchange(ring, places, [min(bound * block, ring.total) for bound in bounds], device)
+            Exchange(ring, places, [min(bound * block, total) for bound in bounds], device)
             for bounds, block in ((q_blocks, block_q), (k_blocks, block_k))
         )
-        return cls(ring, q_blocks, k_blocks, block_q, block_k, queries, keys, slots)
+        return cls(ring, q_blocks, k_blocks, block_q, block_k, queries, keys, slots, total)
 
     @cached_property
     def q_counts(self) -> list[int]:
@@ -220,7 +231,12 @@ class RingPart:
 
     def keys_of(self, rank: int) -> slice:
         """Slots of a process' keys."""
-        first, last = (min(bound * self.block_k, self.ring.total) for bound in self.k_blocks[rank : rank + 2])
+        first, last = (min(bound * self.block_k, self.total) for bound in self.k_blocks[rank : rank + 2])
+        return slice(first, last)
+
+    def queries_here(self) -> slice:
+        """Slots of this process' queries."""
+        first, last = (min(bound * self.block_q, self.total) for bound in (self.q_span().start, self.q_span().stop))
         return slice(first, last)
 
     def key_slots(self, rank: int) -> int:
@@ -241,9 +257,12 @@ class RingPart:
     def key_mask_of(self, rank: int, key_mask: torch.Tensor | None) -> torch.Tensor | None:
         """Which keys of a process are visible, bool ``[B, n]`` from ``[B, S]`` in the model's order; where heads share
         an order."""
+        return self.mask_at(self.keys_of(rank), key_mask)
+
+    def mask_at(self, span: slice, key_mask: torch.Tensor | None) -> torch.Tensor | None:
+        """:meth:`key_mask_of` any slots."""
         if key_mask is None:
             return None
-        span = self.keys_of(rank)
         return (key_mask[:, span] if self.slots is None else key_mask[:, self.slots[span].long()]).contiguous()
 
 
@@ -278,14 +297,15 @@ def all_to_all(x: torch.Tensor, came: list[int], sent: list[int], group: Any) ->
 
 class _Gather(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, own: torch.Tensor, ring: RingShard) -> torch.Tensor:
-        ctx.ring = ring
-        return ring.gather(own, 1, ring.lengths)
+    def forward(ctx: Any, own: torch.Tensor, ring: RingShard, dim: int, lengths: Sequence[int]) -> torch.Tensor:
+        ctx.ring, ctx.dim, ctx.lengths = ring, dim, lengths
+        return ring.gather(own, dim, lengths)
 
     @staticmethod
-    def backward(ctx: Any, grad: torch.Tensor) -> tuple[torch.Tensor, None]:
+    def backward(ctx: Any, grad: torch.Tensor) -> tuple[torch.Tensor, None, None, None]:
         ring: RingShard = ctx.ring
-        # Every process has gradients of all tokens, each of its own queries.
+        # Every process has gradients of all of it, each of its own queries.
         grad = grad.contiguous().clone()
         dist.all_reduce(grad, group=ring.group)
-        return grad.narrow(1, sum(ring.lengths[: ring.rank]), ring.lengths[ring.rank]), None
+        first, number = sum(ctx.lengths[: ring.rank]), ctx.lengths[ring.rank]
+        return grad.narrow(ctx.dim, first, number), None, None, None

@@ -27,6 +27,14 @@ def masks_around(call: AttentionCall, plan: AttentionPlan) -> list[BlockMask]:
     return plan.mask.parts(part.q_span(), spans, call.backend("selection"))
 
 
+def mask_of_own_keys(call: AttentionCall, mask: BlockMask) -> BlockMask:
+    """All query blocks of a sequence and the key blocks of this process around a ring."""
+    part = call.part
+    assert part is not None
+    own = part.k_span(part.ring.rank)
+    return mask.parts(slice(0, mask.num_blocks[0]), [own], call.backend("selection"))[0]
+
+
 def full_masks_around(call: AttentionCall) -> list[BlockMask]:
     """All blocks of this process' queries and of each process' keys around a ring."""
     part, block = call.part, 128

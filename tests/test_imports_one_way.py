@@ -13,7 +13,7 @@ PACKAGE = Path(__file__).parent.parent / "dit_accel"
 # From the ground up. Rooms in one line do not import each other.
 FLOORS = (
     ("files", "heads", "layout", "names", "plain_data", "process_group", "ring"),
-    ("parts", "tensor_files"),
+    ("parts", "ring_sums", "tensor_files"),
     ("kernels.common",),
     ("kernels.mask",),
     ("kernels.attention", "kernels.selection"),

@@ -10,10 +10,12 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any
 
 import torch
+import torch.nn.functional as F
 
 from ..call import AttentionInputs
 from ..heads import HeadShard
 from ..ring import RingShard
+from ..stages.compensate.protocol import Compensation
 from .head_exchange import HeadExchange
 from .shards import lengths_of, places_of, split, whole_mask
 
@@ -41,7 +43,8 @@ def attend_around(call: SharedCall) -> torch.Tensor:
     if isinstance(streams, str):
         return session.pass_by(layer, streams, dense)
     rank = config._ring_local_rank * config.ulysses_degree + config._ulysses_local_rank
-    if sum(split(stream, ranks)[rank] for stream in streams) != tokens:
+    own = tuple(split(stream, ranks)[rank] for stream in streams)
+    if sum(own) != tokens:
         reason = f"{tokens} of {total} tokens in this process are no equal part of text and latents"
         return session.pass_by(layer, reason, dense)
     if attn_mask is not None:
@@ -52,6 +55,11 @@ def attend_around(call: SharedCall) -> torch.Tensor:
     exchange = HeadExchange(config, q.shape[2]) if config.ulysses_degree > 1 else None
     if exchange is not None:
         q, k, v = (exchange.there(x) for x in (q, k, v))
+    learned = call.learned
+    if learned and session.engine.recipe.compensate.reads_input:
+        learned = [_gate_of_tokens(gate, tokens, own, int(session.family.text_first)) for gate in learned]
+        if exchange is not None:
+            learned = [exchange.there(gate) for gate in learned]
     each = config.ulysses_degree
     ring = RingShard(
         config._ring_mesh.get_group(),
@@ -69,7 +77,7 @@ def attend_around(call: SharedCall) -> torch.Tensor:
     ordered = attn_mask
     if attn_mask is not None and places is not None:
         ordered = attn_mask[..., places.to(attn_mask.device)]
-    out = call.attend(AttentionInputs(q, k, v, ordered, scale), of_all_keys, shard, ring)
+    out = call.attend(AttentionInputs(q, k, v, ordered, scale), of_all_keys, shard, ring, learned)
     return out if exchange is None else exchange.back(out, tokens)
 
 
@@ -86,15 +94,37 @@ def _tell(session: Session, config: Any, shard: HeadShard | None) -> None:
 def _refuse(session: Session) -> None:
     """Raise where a stage of the recipe needs all tokens in one process."""
     recipe, planner = session.engine.recipe, session.engine.planner
-    needs = None
+    needs, whole = None, Compensation.whole
     if not planner.goes_round:
         needs = f"select {type(recipe.select).__name__}"
     elif recipe.order.follows_call:
         needs = f"order {type(recipe.order).__name__}"
     elif not recipe.compensate.goes_round:
-        needs = f"compensate {type(recipe.compensate).__name__}"
+        needs, whole = f"compensate {type(recipe.compensate).__name__}", recipe.compensate.whole
     if needs is not None:
         raise ValueError(
-            f"{needs} looks at single tokens of the whole sequence, which ring attention shares out: use "
-            "ulysses_degree in place of ring_degree, or another recipe."
+            f"{needs} {whole}, which ring attention shares out: use ulysses_degree in place of ring_degree, or another "
+            "recipe."
         )
+
+
+def _gate_of_tokens(gate: torch.Tensor, tokens: int, own: tuple[int, ...], latents: int) -> torch.Tensor:
+    """What a learned gate made of this process' tokens ``[B, s, H, D]``, zero where it has seen the latents alone.
+
+    Args:
+        gate: of all of them, or of the latents.
+        tokens: s.
+        own: of them, of each stream.
+        latents: which stream these are.
+
+    Raises:
+        ValueError: it is of others.
+    """
+    if gate.shape[1] == tokens:
+        return gate
+    if len(own) == 1 or gate.shape[1] != own[latents]:
+        raise ValueError(
+            f"The layer's input has {gate.shape[1]} tokens here; a gate needs all {tokens} of this process, or their "
+            "latents."
+        )
+    return F.pad(gate, (0, 0, 0, 0, sum(own[:latents]), sum(own[latents + 1 :])))

@@ -19,14 +19,13 @@ from dit_accel.plan import AttentionPlan
 from dit_accel.ring import RingPart, RingShard
 from dit_accel.ring_attention import attend_around
 from dit_accel.stages.precision import Int8
-from dit_accel.stages.schedule import Schedule
 from dit_accel.stages.select.gate import GlobalGate
 from dit_accel.stages.select.mass import FrozenMass, Mass
 from dit_accel.stages.select.similarity_gate import GatedPooled
 from tests.patches import ulysses_ranks
 from tests.patches.ulysses_ranks import begin, end, flux, flux_given, gradients, out_of, patched, qwen, qwen_given, wan
 from tests.patches.ulysses_ranks import wan_given as wan_given
-from tests.peaked import BLOCK, RECIPES
+from tests.peaked import BLOCK
 from tests.recipes import POOLED, SMALL_TILES
 
 SPARSE = ulysses_ranks.SPARSE | {
@@ -164,7 +163,7 @@ def _refusals(world: int) -> dict[str, str]:
     said = {}
     for name, asked in (
         ("select", presets.psa()),
-        ("compensate", replace(RECIPES["residual"], schedule=Schedule())),
+        ("compensate", presets.agent()),
         ("order", presets.pbs()),
         ("blocks", Recipe(SMALL_TILES, replace(POOLED.select, block=(128, 128)))),  # type: ignore[type-var]
     ):

@@ -42,9 +42,9 @@ def assert_as_one(found: Any, name: str, recipe: Recipe) -> None:
     assert_equal(found, alone(name, recipe), TOLERANCE[name])
 
 
-def assert_equal(found: Any, wanted: Any, tolerance: float) -> None:
+def assert_equal(found: Any, wanted: Any, tolerance: float, of_output: float = 1e-11) -> None:
     (out, grads, summary), (one, own, _) = found, wanted
-    assert (out - one).abs().max() < 1e-11 * one.abs().max()
+    assert (out - one).abs().max() < of_output * one.abs().max()
     assert grads.keys() == own.keys()
     # Learned parameters have gradients of another size than weights.
     for learned in {is_learned(each) for each in own}:

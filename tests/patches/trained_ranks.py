@@ -23,6 +23,7 @@ from dit_accel.stages.compensate.clipped import ClippedSoftmax
 from dit_accel.stages.compensate.coarse import CoarseBranch
 from dit_accel.stages.compensate.linear import LinearBranch
 from dit_accel.stages.compensate.output_gate import OutputGate
+from dit_accel.stages.compensate.routed_heads import RoutedHeads
 from dit_accel.stages.order.cubes import Cubes
 from dit_accel.stages.select.learned import Learned
 from dit_accel.stages.select.mass import Mass
@@ -40,6 +41,7 @@ LEARNED = {
     "hedgehog": Recipe(SMALL_TILES, _POOLED, LinearBranch(feature_map="hedgehog", form="non_critical")),
     "clipped softmax": Recipe(SMALL_TILES, _POOLED, ClippedSoftmax()),
     "output gate": Recipe(SMALL_TILES, _POOLED, OutputGate()),
+    "routed heads": Recipe(SMALL_TILES, _POOLED, RoutedHeads(0.6)),
     # Of a padded sequence: the grid is ragged.
     "coarse": Recipe(Cubes((2, 4, 4)), Pooled(density=0.4, block=BLOCK, keep_own=False), CoarseBranch()),
     "seer": Recipe(SMALL_TILES, Learned(density=0.4, block=BLOCK)),
@@ -51,7 +53,7 @@ MODELS: dict[str, tuple[Callable[[], Any], Callable[[], dict[str, Any]]]] = {
     "flux": (flux, flux_given),
 }
 # Of a model whose text comes interleaved what treats tokens apart: gates, and masks of latents.
-RECIPES_OF = {"wan": tuple(LEARNED), "flux": ("sla", "output gate", "coarse")}
+RECIPES_OF = {"wan": tuple(LEARNED), "flux": ("sla", "output gate", "coarse", "routed heads")}
 
 Found = tuple[torch.Tensor, dict[str, torch.Tensor], Any]
 
@@ -191,4 +193,4 @@ def compiled(rank: int, world: int, path: Path) -> None:
 COMPILED = {"ulysses": ("ulysses", SLA), "ring": ("ring", POOLED)}
 # Heads and latent size that so many processes cannot share evenly.
 RAGGED = {2: (3, (3, 14, 10)), 3: (5, (3, 14, 22))}
-SHARDED = {"ulysses": SLA, "ring": POOLED}
+SHARDED = {"ulysses": SLA, "ring": SLA}

@@ -11,14 +11,13 @@ import dit_accel
 from dit_accel import Recipe
 from dit_accel.call import AttentionInputs
 from dit_accel.engine import Engine
-from dit_accel.heads import HeadShard
 from dit_accel.layout import StepContext, TokenLayout
 from dit_accel.stages.compensate.routed_heads import RoutedHeads
 from dit_accel.stages.order.axes import AxisOrder
 from dit_accel.stages.select.pooled import Pooled
 from dit_accel.training.config import FinetuneConfig
 from dit_accel.training.finetune import finetune
-from tests.calls import attend, call_of
+from tests.calls import attend
 from tests.recipes import SMALL_TILES
 from tests.tiny import TINY
 from tests.training.samples import samples, tiny_pipe
@@ -129,10 +128,6 @@ def test_what_cannot_be_is_refused():
     recipe = Recipe(order=orders, select=ROUTED.select, compensate=RoutedHeads())
     with pytest.raises(ValueError, match="use an order that all heads share"):
         run(recipe, layout, inputs, torch.zeros(1, layout.num_latent, HEADS, 1))
-    call = call_of(*inputs)
-    call.heads = HeadShard(HEADS, HEADS, 2 * HEADS, gather=lambda own: own, ranks=2)
-    with pytest.raises(ValueError, match="compares all heads, and under Ulysses this process has 4 of 8"):
-        RoutedHeads().narrow(call, None)
 
 
 def test_all_heads_change_nothing_and_a_trained_router_comes_back(tmp_path):

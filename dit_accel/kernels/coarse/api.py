@@ -7,6 +7,8 @@ one pass over the output; it runs in torch, pooling on Triton where that runs.
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -75,6 +77,22 @@ def block_means(
     return means
 
 
+@dataclass(frozen=True, eq=False)
+class SharedBlocks:
+    """How several processes share the blocks of a sequence, each some of the queries' and other keys'.
+
+    Attributes:
+        of_keys: ``[B, H, n, D]`` of this process' key blocks to ``[B, H, nk, D]`` of all, with a gradient. All must
+            call it.
+        queries: blocks that this process' queries are in.
+        query_mask: bool ``[B, S]``, which of its queries' tokens are visible; None for all.
+    """
+
+    of_keys: Callable[[torch.Tensor], torch.Tensor]
+    queries: slice
+    query_mask: torch.Tensor | None
+
+
 def add_coarse_attention(
     out: torch.Tensor,
     q: torch.Tensor,
@@ -89,6 +107,7 @@ def add_coarse_attention(
     first: int = 0,
     scale: float | None = None,
     backend: str = "auto",
+    shared: SharedBlocks | None = None,
 ) -> torch.Tensor:
     """``out + gate * coarse``, where every token of a block shares ``coarse = softmax(scale * Qc Kc^T) Vc``.
 
@@ -105,6 +124,8 @@ def add_coarse_attention(
         first: first token that has a gate.
         scale: of the logits, ``D ** -0.5`` when left out.
         backend: of the pooling, one of :data:`~dit_accel.kernels.BACKENDS`.
+        shared: several processes share the sequence: all tensors but ``closed`` are then of the slots of this one, and
+            there are no ``rows``.
 
     Returns:
         ``[B, S, H, D]`` in the dtype of ``out``.
@@ -116,16 +137,22 @@ def add_coarse_attention(
             f"gate must be [{batch}, n, {heads}, {dim}] for n of {length} tokens from {first} on, got "
             f"{tuple(gate.shape)}."
         )
-    options: dict[str, Any] = {"rows": rows, "key_mask": key_mask, "backend": backend}
-    q_mean, k_mean, v_mean = (block_means(x, block, **options) for x in (q, k, v))
-    shut = _tokens(length, block, rows, key_mask, q.device) == 0
+    query_mask = key_mask if shared is None else shared.query_mask
+    options: dict[str, Any] = {"rows": rows, "backend": backend}
+    q_mean = block_means(q, block, key_mask=query_mask, **options)
+    k_mean, v_mean = (block_means(x, block, key_mask=key_mask, **options) for x in (k, v))
+    seen = _tokens(k.shape[1], block, rows, key_mask, q.device)
+    if shared is not None:
+        k_mean, v_mean = shared.of_keys(torch.cat([k_mean, v_mean], -1)).split(dim, -1)
+        seen = shared.of_keys(seen[..., None])[..., 0]
+    shut = seen == 0
     if closed is not None:
         shut = shut | closed
     logits = q_mean @ k_mean.transpose(-1, -2) * scale_of(q, scale)
     # Where all is shut the weights of a softmax would be NaN.
     logits = logits.masked_fill(shut[..., None, :], torch.finfo(logits.dtype).min)
     coarse = logits.softmax(-1) @ v_mean
-    coarse = coarse.masked_fill(shut[..., None], 0.0)
+    coarse = coarse.masked_fill((shut if shared is None else shut[..., shared.queries])[..., None], 0.0)
     place = block_of_token(rows, length, block, q.device)[..., first : first + number].expand(batch, heads, number)
     spread = coarse.gather(2, place[..., None].expand(-1, -1, -1, dim)).transpose(1, 2)
     added = F.pad(spread * gate.to(spread.dtype), (0, 0, 0, 0, first, length - first - number))

@@ -27,6 +27,7 @@ from ..common.choice import Case, Choice, case_of, choose
 from ..common.tokens import gather_mask, gather_rows
 from ..mask.block_mask import BlockMask
 from .projection import project_heads
+from .shared import SharedSums, sum_states
 
 FeatureMap = Literal["softmax", "elu", "relu", "hedgehog"]
 FEATURE_MAPS = ("softmax", "elu", "relu", "hedgehog")
@@ -104,6 +105,7 @@ def linear_branch(
     key_mask: torch.Tensor | None = None,
     eps: float = 0.0,
     backend: str = "auto",
+    shared: SharedSums | None = None,
 ) -> torch.Tensor:
     """The linear branch's output, differentiable in q, k and v.
 
@@ -118,15 +120,17 @@ def linear_branch(
             original order.
         eps: added to the denominator.
         backend: one of :data:`~dit_accel.kernels.BACKENDS`; ``"auto"`` is Triton on CUDA.
+        shared: several processes share the sequence, and q, k, v and ``key_mask`` are of the slots of this one; there
+            are no ``rows``, and the masks are of all query blocks and this process' key blocks. All must call it.
 
     Returns:
         ``[B, Sq, H, D]`` in q's dtype; 0 for a query whose denominator is 0 (no marginal block).
     """
-    check_linear(q, k, v, critical, negligible, feature_map)
+    check_linear(q, k, v, critical, negligible, feature_map, rows, shared)
     if _in_triton(q, critical, feature_map, backend):
         from .triton.backward import LinearBranchFunction
 
-        options = (critical, negligible, feature_map, rows, key_mask, eps)
+        options = (critical, negligible, feature_map, rows, key_mask, eps, shared)
         return LinearBranchFunction.apply(q, k, v, None, None, None, *options)
     if critical is None:
         h, z = linear_states(k, v, k.shape[1], feature_map, rows=None, key_mask=key_mask)
@@ -137,6 +141,8 @@ def linear_branch(
         h = torch.einsum("bhij,bhjde->bhide", marginal.expand(*h.shape[:2], -1, -1), h)
         z = marginal @ z
         block_q = critical.block_q
+    if shared is not None:
+        h, z = sum_states(h, z, shared)
     phi = apply_feature_map(gather_rows(q, rows), feature_map)
     pad = -phi.shape[2] % block_q
     phi = F.pad(phi, (0, 0, 0, pad)).unflatten(2, (-1, block_q))
@@ -163,6 +169,7 @@ def add_linear_branch(
     key_mask: torch.Tensor | None = None,
     eps: float = 0.0,
     backend: str = "auto",
+    shared: SharedSums | None = None,
 ) -> torch.Tensor:
     """``out += linear_branch(...) @ weight.T + bias`` in place, without gradients: SLA's inference epilogue.
 
@@ -177,7 +184,7 @@ def add_linear_branch(
     Raises:
         ValueError: shapes do not fit together, or the named backend cannot run the call.
     """
-    check_linear(q, k, v, critical, negligible, feature_map)
+    check_linear(q, k, v, critical, negligible, feature_map, rows, shared)
     check_projection(out, q, weight, bias)
     with torch.no_grad():
         if _in_triton(q, critical, feature_map, backend):
@@ -185,11 +192,11 @@ def add_linear_branch(
 
             return linear_forward(
                 q, k, v, critical, negligible, feature_map, rows, key_mask, eps,
-                added=out, weight=weight, bias=bias, out=out,
+                added=out, weight=weight, bias=bias, out=out, shared=shared,
             )  # fmt: skip
         branch = linear_branch(
             q, k, v, critical, negligible=negligible, feature_map=feature_map, rows=rows,
-            key_mask=key_mask, eps=eps, backend="torch",
+            key_mask=key_mask, eps=eps, backend="torch", shared=shared,
         )  # fmt: skip
         return out.add_(project_heads(branch, weight, bias))
 
@@ -209,6 +216,7 @@ def plus_linear_branch(
     key_mask: torch.Tensor | None = None,
     eps: float = 0.0,
     backend: str = "auto",
+    shared: SharedSums | None = None,
 ) -> torch.Tensor:
     """``out + linear_branch(...) @ weight.T + bias`` as a new tensor, differentiable: SLA in training.
 
@@ -222,16 +230,16 @@ def plus_linear_branch(
     Raises:
         ValueError: shapes do not fit together, or the named backend cannot run the call.
     """
-    check_linear(q, k, v, critical, negligible, feature_map)
+    check_linear(q, k, v, critical, negligible, feature_map, rows, shared)
     check_projection(out, q, weight, bias)
     if _in_triton(q, critical, feature_map, backend):
         from .triton.backward import LinearBranchFunction
 
-        options = (critical, negligible, feature_map, rows, key_mask, eps)
+        options = (critical, negligible, feature_map, rows, key_mask, eps, shared)
         return LinearBranchFunction.apply(q, k, v, out, weight, bias, *options)
     branch = linear_branch(
         q, k, v, critical, negligible=negligible, feature_map=feature_map, rows=rows,
-        key_mask=key_mask, eps=eps, backend="torch",
+        key_mask=key_mask, eps=eps, backend="torch", shared=shared,
     )  # fmt: skip
     return out + project_heads(branch, weight, bias).to(out.dtype)
 
@@ -268,6 +276,8 @@ def check_linear(
     critical: BlockMask | None,
     negligible: BlockMask | None,
     feature_map: str,
+    rows: torch.Tensor | None = None,
+    shared: SharedSums | None = None,
 ) -> None:
     """Raise one clear error for arguments that do not fit together."""
     if feature_map not in FEATURE_MAPS:
@@ -277,6 +287,8 @@ def check_linear(
             "q, k and v must agree in batch, heads and head dim, and k and v in length, "
             f"got {tuple(q.shape)}, {tuple(k.shape)} and {tuple(v.shape)}."
         )
+    if shared is not None and rows is not None:
+        raise ValueError("Where processes share the sequence its tokens come in the order of their slots: no rows.")
     if critical is None:
         if negligible is not None:
             raise ValueError("negligible needs critical: the form over all tokens leaves no block out.")
@@ -284,9 +296,10 @@ def check_linear(
     for name, mask in (("critical", critical), ("negligible", negligible)):
         if mask is None:
             continue
-        if (mask.q_len, mask.kv_len) != (q.shape[1], k.shape[1]):
+        q_len = q.shape[1] if shared is None else shared.tokens
+        if (mask.q_len, mask.kv_len) != (q_len, k.shape[1]):
             raise ValueError(
-                f"{name} is a mask of {mask.q_len} x {mask.kv_len} tokens, q and k have {q.shape[1]} x {k.shape[1]}."
+                f"{name} is a mask of {mask.q_len} x {mask.kv_len} tokens, q and k have {q_len} x {k.shape[1]}."
             )
         if (mask.block_q, mask.block_k) != (critical.block_q, critical.block_k):
             raise ValueError(

@@ -59,6 +59,7 @@ class AgentTokens(Compensation):
     is_static: ClassVar[bool] = True
     attends_alone: ClassVar[bool] = True
     spans_references: ClassVar[bool] = False
+    whole: ClassVar[str] = "has one softmax of every agent over single keys of the whole sequence"
 
     def choices(self, case: Case, backend: str) -> dict[Operation, Choice]:
         """The two attentions, which torch's own kernels run."""

@@ -32,6 +32,7 @@ class Carried(Compensation):
     is_static: ClassVar[bool] = True
     allows_pairs: ClassVar[bool] = True
     watches_dense: ClassVar[bool] = True
+    goes_round: ClassVar[bool] = True
 
     def __post_init__(self) -> None:
         if not 0.0 < self.lasts <= 1.0:
@@ -44,6 +45,8 @@ class Carried(Compensation):
 
     def left_out(self, call: AttentionCall, dense: torch.Tensor, sparse: Callable[[], Attended]) -> LeftOut:
         """What a dense step keeps for :meth:`attend`."""
+        if call.part is not None:  # of its slots, so that no later step has to send it there
+            return LeftOut.of(call.step, call.part.queries.there(dense) - sparse()[0])
         return LeftOut.of(call.step, dense - call.of_queries(sparse()[0]))
 
     def attend(self, call: AttentionCall, _plan: AttentionPlan, sparse: Callable[[], Attended]) -> Attended:
@@ -55,7 +58,8 @@ class Carried(Compensation):
             if torch.is_grad_enabled() and out.requires_grad:
                 raise RuntimeError("Carried has no gradient; train with another compensation or without one.")
             # In place: padding and tokens that do not query have no difference.
-            call.of_queries(out).add_(call.left_out.difference, alpha=share)
+            added_to = call.of_queries(out) if call.part is None else out
+            added_to.add_(call.left_out.difference, alpha=share)
             if witness is not out:
                 witness = witness + call.left_out.witness
         return out, witness

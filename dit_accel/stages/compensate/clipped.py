@@ -27,7 +27,8 @@ class ClippedSoftmax(Compensation):
     outliers that 8 bits cannot hold. With ``alpha = 0`` and ``zeta = 1`` the weights are those of the softmax.
 
     A reference form: what clipping changes is computed in torch beside the kernel, in the model's dtype, and costs
-    more than the kernel. In 8 bits the output so has the error of the 8-bit softmax, no more.
+    more than the kernel. In 8 bits the output so has the error of the 8-bit softmax, no more. Around a ring each
+    process gathers keys and values of all for it, as a dense call does.
 
     Attributes:
         alpha: of every head before training, at least 0; about so many times the mean weight are taken off.
@@ -46,6 +47,7 @@ class ClippedSoftmax(Compensation):
     is_static: ClassVar[bool] = True
     is_learned: ClassVar[bool] = True
     allows_pairs: ClassVar[bool] = True
+    goes_round: ClassVar[bool] = True
 
     def conflicts_with(self, select: Select) -> str | None:
         """A dense selection runs the model's own attention."""
@@ -81,14 +83,14 @@ class ClippedSoftmaxLayer(LearnedCompensation):
         call.backend("clipped_softmax")  # torch whatever its name: there is nothing to hand it to
         # Straight through the bound, or a head that has come below it could not leave it.
         alpha = self.alpha + (self.alpha.clamp(min=0.0) - self.alpha).detach()
-        return out + clipping_change(
-            call.q,
-            call.k,
-            call.v,
-            plan.mask,
-            alpha,
-            zeta=self.choice.zeta,
-            rows=plan.rows,
-            key_mask=call.key_mask,
-            scale=call.scale,
-        )
+        k, v, mask, rows, key_mask = call.k, call.v, plan.mask, plan.rows, call.key_mask
+        if call.part is not None:
+            # A weight is clipped by the sum of all, which keys that go round would have to bring once more.
+            part, whole = call.part, slice(0, plan.mask.num_blocks[1])
+            lengths = [part.key_slots(rank) for rank in range(part.ring.size)]
+            k, v = (part.ring.gather_with_gradient(x, 1, lengths) for x in (k, v))
+            mask = mask.parts(part.q_span(), [whole], call.backend("selection"))[0]
+            rows, key_mask = None, part.mask_at(slice(0, part.total), key_mask)
+        zeta, scale = self.choice.zeta, call.scale
+        change = clipping_change(call.q, k, v, mask, alpha, zeta=zeta, rows=rows, key_mask=key_mask, scale=scale)
+        return out + change

@@ -4,15 +4,18 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from typing import ClassVar
 
 import torch
 
 from ...call import AttentionCall
 from ...kernels import BlockMask
-from ...kernels.coarse.api import add_coarse_attention, choose_coarse
+from ...kernels.coarse.api import SharedBlocks, add_coarse_attention, choose_coarse
 from ...kernels.common.choice import Case, Choice, Operation
 from ...plan import AttentionPlan, LayerMemory, SequenceBlocks
+from ...ring import RingPart
+from ..select.means import own_key_mask
 from ..select.protocol import Select
 from .learned import LearnedGate, gate_of_latents
 from .protocol import Attended, Compensation
@@ -35,6 +38,7 @@ class CoarseBranch(Compensation):
     is_learned: ClassVar[bool] = True
     reads_input: ClassVar[bool] = True
     spans_references: ClassVar[bool] = False
+    goes_round: ClassVar[bool] = True
 
     def conflicts_with(self, select: Select) -> str | None:
         """Queries and keys share their blocks."""
@@ -69,15 +73,22 @@ class CoarseBranch(Compensation):
             call.v,
             gate,
             block=plan.mask.block_k,
-            rows=plan.rows,
-            key_mask=call.key_mask,
+            rows=plan.rows if call.part is None else None,
+            key_mask=own_key_mask(call),
             closed=plan.compensation,
             first=first,
             scale=call.scale,
             backend=call.backend("selection"),
+            shared=None if call.part is None else _shared(call, call.part),
         )
         return out, witness
 
     def build_gate(self, heads: int, head_dim: int, width: int) -> LearnedGate:
         """The gate of one layer, zero."""
         return LearnedGate(heads, head_dim, width)
+
+
+def _shared(call: AttentionCall, part: RingPart) -> SharedBlocks:
+    """Means of keys are gathered around a ring, keys never."""
+    of_keys = partial(part.ring.gather_with_gradient, dim=2, lengths=part.k_counts)
+    return SharedBlocks(of_keys, part.q_span(), part.mask_at(part.queries_here(), call.key_mask))

@@ -8,6 +8,7 @@ from torch import nn
 
 from ...call import AttentionCall
 from ...plan import AttentionPlan
+from ...ring import RingPart
 from ..learned_layer import LearnedLayer
 
 
@@ -15,7 +16,8 @@ class LearnedCompensation(LearnedLayer):
     """Parameters of one attention layer's compensation."""
 
     def forward(self, out: torch.Tensor, call: AttentionCall, plan: AttentionPlan) -> torch.Tensor:
-        """The sparse output with what the layer adds to it, (B, S, H, D) in the model's order."""
+        """The sparse output with what the layer adds to it, (B, S, H, D) in the model's order; around a ring in that of
+        this process' slots."""
         raise NotImplementedError
 
 
@@ -40,12 +42,16 @@ class LearnedGate(LearnedLayer):
 def gate_of_latents(call: AttentionCall) -> tuple[torch.Tensor, int]:
     """What a :class:`LearnedGate` made of the latents, ``[B, n, H, D]``, and the place of the first in the sequence.
 
+    Around a ring it is of this process' slots, and zero where a slot holds another token.
+
     Raises:
         ValueError: the layer's input holds neither the latents alone nor the whole sequence.
     """
     layout, gate = call.layout, call.gate
     assert not isinstance(layout, str)
     assert gate is not None
+    if call.part is not None:
+        return torch.where(latents_here(call, call.part), gate, 0.0), 0
     length = layout.seq_len - layout.padding
     if gate.shape[1] not in (length, layout.num_latent):
         raise ValueError(
@@ -55,3 +61,13 @@ def gate_of_latents(call: AttentionCall) -> tuple[torch.Tensor, int]:
     if gate.shape[1] == length:
         gate = gate[:, layout.latent_start : layout.latent_start + layout.num_latent]
     return gate, layout.latent_start
+
+
+def latents_here(call: AttentionCall, part: RingPart) -> torch.Tensor:
+    """Which slots of this process' queries around a ring hold a latent of what is generated, bool
+    ``[1, n, H|1, 1]``."""
+    layout, span = call.layout, part.queries_here()
+    assert not isinstance(layout, str)
+    tokens = torch.arange(span.start, span.stop, device=call.q.device) if part.slots is None else part.slots[..., span]
+    found = (tokens >= layout.latent_start) & (tokens < layout.latent_start + layout.num_latent)
+    return found.reshape(-1, found.shape[-1]).T[None, ..., None]

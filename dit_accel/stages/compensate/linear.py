@@ -17,6 +17,9 @@ from ...kernels.linear.api import add_linear_branch, choose_linear, linear_branc
 from ...kernels.linear.projection import project_heads
 from ...kernels.selection.api import select_blocks
 from ...plan import AttentionPlan, LayerMemory, SequenceBlocks
+from ...ring_attention import mask_of_own_keys
+from ...ring_sums import RingBlockSums, RingSums
+from ..select.means import own_key_mask
 from ..select.pooled import pooled_scores_of
 from .learned import LearnedCompensation
 from .protocol import Compensation
@@ -60,6 +63,7 @@ class LinearBranch(Compensation):
             raise ValueError(f"compensate.negligible_share must lie in [0, 1), got {self.negligible_share}.")
 
     is_learned: ClassVar[bool] = True
+    goes_round: ClassVar[bool] = True
 
     def choices(self, case: Case, backend: str) -> dict[Operation, Choice]:
         """The branch."""
@@ -125,7 +129,7 @@ class LinearBranchLayer(LearnedCompensation):
 
     def forward(self, out: torch.Tensor, call: AttentionCall, plan: AttentionPlan) -> torch.Tensor:
         """See :meth:`LearnedCompensation.forward`; ``out`` may be changed in place without gradients."""
-        q, k, v, key_mask = call.q, call.k, call.v, call.key_mask
+        q, k, v, key_mask = call.q, call.k, call.v, own_key_mask(call)
         backend = call.backend("linear_branch")
         everything = self.choice.form == "all_tokens"
         critical = None if everything else plan.mask
@@ -133,6 +137,13 @@ class LinearBranchLayer(LearnedCompensation):
         if everything:
             # The sum over all tokens knows no order and no blocks.
             negligible, rows, eps = None, None, ALL_TOKENS_EPS
+        shared = None
+        if call.part is not None:
+            # Its tokens have come to their slots; of keys there are this process' alone.
+            rows, shared = None, (RingSums if everything else RingBlockSums)(call.part)
+            critical, negligible = (
+                None if mask is None else mask_of_own_keys(call, mask) for mask in (critical, negligible)
+            )
         options: dict[str, Any] = {
             "negligible": negligible,
             "feature_map": self.choice.feature_map,
@@ -140,6 +151,7 @@ class LinearBranchLayer(LearnedCompensation):
             "key_mask": key_mask,
             "eps": eps,
             "backend": backend,
+            "shared": shared,
         }
         maps = (self.feature_q, self.feature_k) if self.choice.feature_map == "hedgehog" else ()
         recorded = torch.is_grad_enabled() and any(

@@ -28,6 +28,7 @@ class OutputGate(Compensation):
     is_learned: ClassVar[bool] = True
     reads_input: ClassVar[bool] = True
     spans_references: ClassVar[bool] = False
+    goes_round: ClassVar[bool] = True
 
     def attend(self, call: AttentionCall, plan: AttentionPlan, sparse: Callable[[], Attended]) -> Attended:  # noqa: ARG002
         """The sparse attention, gated."""

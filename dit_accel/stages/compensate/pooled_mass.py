@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import ClassVar
 
 import torch
 
@@ -30,6 +31,8 @@ class PooledMass(Compensation):
     """
 
     gain_aware: bool = True
+
+    whole: ClassVar[str] = "weighs means of blocks beside single tokens of the whole sequence"
 
     def choices(self, case: Case, backend: str) -> dict[Operation, Choice]:
         """The gains and the sum."""

@@ -48,6 +48,7 @@ class KeyPyramid(Compensation):
             raise ValueError(f"compensate.share must lie in (0, 1], got {self.share}.")
 
     attends_alone: ClassVar[bool] = True
+    whole: ClassVar[str] = "samples single keys of the whole sequence"
 
     def choices(self, case: Case, backend: str) -> dict[Operation, Choice]:
         """The attention over all levels; the sample that chooses them."""

@@ -15,6 +15,7 @@ from ...kernels.common.choice import Case, Choice, Operation, choose
 from ...kernels.common.tokens import gather_mask, gather_rows
 from ...kernels.selection.api import pool_blocks
 from ...plan import AttentionPlan
+from ..select.means import own_key_mask
 from ..select.protocol import Select
 from .protocol import Attended, Compensation
 
@@ -43,6 +44,7 @@ class PooledResidual(Compensation):
 
     is_static: ClassVar[bool] = True
     needs_lse: ClassVar[bool] = True
+    goes_round: ClassVar[bool] = True
 
     def conflicts_with(self, select: Select) -> str | None:
         if select.is_dense:
@@ -73,32 +75,38 @@ class PooledResidual(Compensation):
         size = self.tokens or mask.block_k
         call.backend("residual")  # torch whatever its name: there is nothing to hand it to
         batch, length, heads, _ = q.shape
-        slots = None if plan.rows is None else plan.rows.long().expand(batch, heads, length)
-        queries = gather_rows(q, plan.rows)
+        rows, part = (plan.rows, None) if call.part is None else (None, call.part)
+        slots = None if rows is None else rows.long().expand(batch, heads, length)
+        queries = gather_rows(q, rows)
         backend = call.backend("selection")
-        mean_k, mean_v = (pool_blocks(x, size, rows=plan.rows, key_mask=key_mask, backend=backend) for x in (k, v))
+        own = own_key_mask(call)
+        mean_k, mean_v = (pool_blocks(x, size, rows=rows, key_mask=own, backend=backend) for x in (k, v))
+        if part is not None:
+            numbers = [-(-part.key_slots(rank) // size) for rank in range(part.ring.size)]
+            mean_k, mean_v = part.ring.gather(torch.stack([mean_k, mean_v]), 3, numbers)
         if key_mask is None:
-            key_mask = torch.ones(1, length, dtype=torch.bool, device=q.device)
-        visible = F.pad(gather_mask(key_mask, plan.rows), (0, -length % size))
+            key_mask = torch.ones(1, mask.kv_len, dtype=torch.bool, device=q.device)
+        visible = F.pad(gather_mask(key_mask, plan.rows), (0, -mask.kv_len % size))
         # A mean without visible keys has no weight: log 0.
         bias = visible.unflatten(2, (-1, size)).sum(3, dtype=torch.float32).log()
-        kept = mask.to_dense().repeat_interleave(mask.block_k // size, 3)[..., : mean_k.shape[2]]
+        kept = mask.to_dense() if part is None else mask.to_dense()[:, :, part.q_span()]
+        kept = kept.repeat_interleave(mask.block_k // size, 3)[..., : mean_k.shape[2]]
         rest, rest_lse = torch.empty_like(out), torch.empty_like(lse)
         group = max(1, LOGITS_AT_ONCE // (batch * heads * mask.block_q * mean_k.shape[2]))
-        for first in range(0, mask.num_blocks[0], group):
-            part = slice(first * mask.block_q, min((first + group) * mask.block_q, length))
-            rows = queries[:, :, part].float()
-            hidden = kept[:, :, first : first + group].repeat_interleave(mask.block_q, 2)[:, :, : rows.shape[2]]
-            logits = rows @ mean_k.transpose(-1, -2) * call.scale + bias[:, :, None]
+        for first in range(0, kept.shape[2], group):
+            run = slice(first * mask.block_q, min((first + group) * mask.block_q, length))
+            asked = queries[:, :, run].float()
+            hidden = kept[:, :, first : first + group].repeat_interleave(mask.block_q, 2)[:, :, : asked.shape[2]]
+            logits = asked @ mean_k.transpose(-1, -2) * call.scale + bias[:, :, None]
             logits = logits.masked_fill(hidden, -math.inf)
             total = logits.logsumexp(-1)
             weights = torch.exp(logits - total.masked_fill(total == -math.inf, 0.0)[..., None])
             found = (weights @ mean_v).to(out.dtype)
             if slots is None:
-                rest[:, part] = found.transpose(1, 2)
-                rest_lse[:, :, part] = total
+                rest[:, run] = found.transpose(1, 2)
+                rest_lse[:, :, run] = total
             else:
-                places = slots[:, :, part]
+                places = slots[:, :, run]
                 rest_lse.scatter_(2, places, total.to(lse.dtype))
                 wide = places.transpose(1, 2)[..., None].expand(-1, -1, -1, out.shape[-1])
                 rest.scatter_(1, wide, found.transpose(1, 2))

@@ -5,15 +5,16 @@ from __future__ import annotations
 import math
 from collections.abc import Callable
 from dataclasses import dataclass, replace
-from typing import ClassVar
+from typing import Any, ClassVar
 
 import torch
 import torch.nn.functional as F
 
 from ...call import AttentionCall
+from ...heads import HeadShard
 from ...plan import AttentionPlan
 from ..select.protocol import Select
-from .learned import LearnedGate, gate_of_latents
+from .learned import LearnedGate, gate_of_latents, latents_here
 from .protocol import Attended, Compensation
 
 
@@ -45,6 +46,7 @@ class RoutedHeads(Compensation):
     is_learned: ClassVar[bool] = True
     reads_input: ClassVar[bool] = True
     spans_references: ClassVar[bool] = False
+    goes_round: ClassVar[bool] = True
 
     def conflicts_with(self, select: Select) -> str | None:
         """A dense selection runs the model's own attention."""
@@ -59,33 +61,33 @@ class RoutedHeads(Compensation):
         """The plan without the blocks of heads that a block of queries does not run.
 
         Raises:
-            ValueError: the order gives each head blocks of other tokens, over which heads cannot be compared; or
-                a process has some of the heads alone, under Ulysses.
+            ValueError: the order gives each head blocks of other tokens, over which heads cannot be compared.
         """
-        if call.heads is not None:
+        if plan.rows is not None and plan.rows.shape[1] > 1:
             raise ValueError(
-                f"RoutedHeads compares all heads, and under Ulysses this process has {call.heads.number} of "
-                f"{call.heads.total}; run it in one process."
+                "RoutedHeads compares heads over the same tokens, and this order gives each head its own; use an order "
+                "that all heads share, such as tiles."
             )
         with torch.no_grad():
             share, first = _shares(call)
             batch, number, heads = share.shape
             length, block = call.q.shape[1], plan.mask.block_q
             # Other tokens than latents: a share that is above all others, in every head.
-            of_tokens = torch.full((batch, length, heads), math.inf, device=share.device)
+            of_tokens = torch.full((batch, length, heads), math.inf, dtype=share.dtype, device=share.device)
             of_tokens[:, first : first + number] = share
-            if plan.rows is not None:
-                if plan.rows.shape[1] > 1:
-                    raise ValueError(
-                        "RoutedHeads compares heads over the same tokens, and this order gives each head its own; use "
-                        "an order that all heads share, such as tiles."
-                    )
+            if call.part is not None:
+                of_tokens = of_tokens.masked_fill(~latents_here(call, call.part)[..., 0], math.inf)
+            elif plan.rows is not None:
                 rows = plan.rows[:, 0].long().expand(batch, length)
                 of_tokens = of_tokens.gather(1, rows[..., None].expand_as(of_tokens))
             of_blocks = F.pad(of_tokens, (0, 0, 0, -length % block)).unflatten(1, (-1, block)).sum(2)
-            best = of_blocks.topk(math.ceil(self.kept * heads), -1).indices
-            runs = torch.zeros_like(of_blocks, dtype=torch.bool).scatter_(-1, best, True) | of_blocks.isinf()
-            return replace(plan, mask=plan.mask.for_queries(runs.transpose(1, 2)), share=None)
+            if call.part is not None:
+                of_blocks = call.part.ring.gather(of_blocks, 1, call.part.q_counts)
+            of_heads = of_blocks if call.heads is None else call.heads.gather(of_blocks.mT).mT
+            best = of_heads.topk(math.ceil(self.kept * of_heads.shape[-1]), -1).indices
+            runs = torch.zeros_like(of_heads, dtype=torch.bool).scatter_(-1, best, True) | of_heads.isinf()
+            runs = runs if call.heads is None else call.heads.own(runs, -1)
+            return replace(plan, mask=plan.mask.for_queries(runs.mT), share=None)
 
     def attend(self, call: AttentionCall, _plan: AttentionPlan, sparse: Callable[[], Attended]) -> Attended:
         """The sparse attention of the heads that run; it is the router's shares that have a gradient."""
@@ -95,7 +97,7 @@ class RoutedHeads(Compensation):
         share, first = _shares(call)
         last = first + share.shape[1]
         # One, with the gradient of a share, of which the mean is one over the number of heads.
-        factor = 1.0 + (share - share.detach()) * share.shape[-1]
+        factor = 1.0 + (share - share.detach()) * (share.shape[-1] if call.heads is None else call.heads.total)
         latents = (out[:, first:last] * factor[..., None]).to(out.dtype)
         return torch.cat([out[:, :first], latents, out[:, last:]], 1), witness
 
@@ -115,7 +117,28 @@ class HeadRouter(LearnedGate):
 
 
 def _shares(call: AttentionCall) -> tuple[torch.Tensor, int]:
-    """Shares of the heads in each latent, float32 ``[B, n, H]``, and the place of the first latent."""
+    """Shares of the heads in each latent, float32 (float64 kept) ``[B, n, H]``, and the place of the first latent."""
     gate, first = gate_of_latents(call)
-    sizes = call.q[:, first : first + gate.shape[1]].detach().float().norm(dim=-1)
-    return (gate[..., 0].float() + sizes.clamp_min(1e-12).log()).softmax(-1), first
+    wide = torch.promote_types(call.q.dtype, torch.float32)
+    sizes = call.q[:, first : first + gate.shape[1]].detach().to(wide).norm(dim=-1)
+    logits = gate[..., 0].to(wide) + sizes.clamp_min(1e-12).log()
+    return logits.softmax(-1) if call.heads is None else _SoftmaxOfHeads.apply(logits, call.heads), first
+
+
+class _SoftmaxOfHeads(torch.autograd.Function):
+    """The softmax of ``[B, n, h]`` over all heads, of which each process has some: sums over heads are gathered."""
+
+    @staticmethod
+    def forward(ctx: Any, logits: torch.Tensor, heads: HeadShard) -> torch.Tensor:
+        total = heads.of_ranks(logits.logsumexp(-1).flatten()).logsumexp(0)
+        share = (logits - total.view(*logits.shape[:-1], 1)).exp()
+        ctx.save_for_backward(share)
+        ctx.heads = heads
+        return share
+
+    @staticmethod
+    def backward(ctx: Any, *grads: torch.Tensor) -> tuple[torch.Tensor, None]:
+        (share,) = ctx.saved_tensors
+        (grad,) = grads
+        total = ctx.heads.of_ranks((grad * share).sum(-1).flatten()).sum(0)
+        return share * (grad - total.view(*share.shape[:-1], 1)), None

@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
+from typing import ClassVar
 
 import torch
 import torch.nn.functional as F
@@ -12,9 +13,9 @@ from torch import nn
 
 from ...call import AttentionCall
 from ...kernels.common.tokens import gather_mask, gather_rows
-from ...kernels.selection.api import pool_blocks
 from ...plan import SequenceBlocks
 from ..learned_layer import LearnedLayer
+from .means import key_means, of_all_keys, own_key_mask, query_means, value_means
 
 ROTARY_BASE = 100.0
 """Of the rotary positions of blocks: the longest period is some 600 tokens of a grid."""
@@ -36,7 +37,12 @@ class GateForm(LearnedLayer):
     Args:
         heads, head_dim: of the layer.
         rank: how much it learns; a form may need none.
+
+    Attributes:
+        goes_round: what it reads are numbers of blocks, which processes around a ring can gather.
     """
+
+    goes_round: ClassVar[bool] = True
 
     def __init__(self, heads: int, head_dim: int, rank: int) -> None:  # noqa: ARG002
         super().__init__()
@@ -80,13 +86,14 @@ class PooledGate(GateForm):
 
     @staticmethod
     def gathered(blocks: SequenceBlocks, places: BlockPlaces, call: AttentionCall) -> tuple[torch.Tensor, ...]:
-        q_mean, k_mean = _means(blocks, call)
-        keys, seen = _cut(call.k, blocks, blocks.block_k, call.key_mask)
+        q_mean, k_mean = query_means(blocks, call), key_means(blocks, call)
+        rows = blocks.kernel_rows if call.part is None else None
+        keys, seen = _cut(call.k, rows, blocks.block_k, own_key_mask(call))
         ends = []
         for worst, best in ((-torch.inf, torch.amax), (torch.inf, torch.amin)):
             found = best(keys.masked_fill(~seen[..., None], worst), dim=3).float()
             ends.append(found.masked_fill(found.isinf(), 0.0))
-        return q_mean, k_mean, torch.cat(ends, -1), places.q, places.k
+        return q_mean, k_mean, of_all_keys(torch.cat(ends, -1), call), places.q, places.k
 
     def added(self, *gathered: torch.Tensor, scale: float) -> torch.Tensor:  # noqa: ARG002
         q_mean, k_mean, ends, place_q, place_k = gathered
@@ -114,7 +121,7 @@ class LowRankGate(GateForm):
         numbers = torch.arange(WAVES, device=places.k.device)
         frame, row, column = (math.pi * (places.k / last)[..., None] * numbers).cos().unbind(-2)
         waves = frame[..., :, None, None] * row[..., None, :, None] * column[..., None, None, :]
-        return (*_means(blocks, call), waves.flatten(-3))
+        return (query_means(blocks, call), key_means(blocks, call), waves.flatten(-3))
 
     def added(self, *gathered: torch.Tensor, scale: float) -> torch.Tensor:
         q_mean, k_mean, waves = gathered
@@ -131,6 +138,8 @@ class LinearGate(GateForm):
     its own entry. Parameters ``features_q`` and ``features_k [H, D, r]``, and ``gain [H]``, zero.
     """
 
+    goes_round: ClassVar[bool] = False
+
     def __init__(self, heads: int, head_dim: int, rank: int) -> None:
         super().__init__(heads, head_dim, rank)
         self.features_q = nn.Parameter(_random(heads, head_dim, rank))
@@ -140,8 +149,9 @@ class LinearGate(GateForm):
 
     @staticmethod
     def gathered(blocks: SequenceBlocks, places: BlockPlaces, call: AttentionCall) -> tuple[torch.Tensor, ...]:  # noqa: ARG004
-        queries = _cut(call.q, blocks, blocks.block_q, None)
-        return (*_means(blocks, call), *queries, *_cut(call.k, blocks, blocks.block_k, call.key_mask))
+        queries = _cut(call.q, blocks.kernel_rows, blocks.block_q, None)
+        means = query_means(blocks, call), key_means(blocks, call)
+        return (*means, *queries, *_cut(call.k, blocks.kernel_rows, blocks.block_k, call.key_mask))
 
     def added(self, *gathered: torch.Tensor, scale: float) -> torch.Tensor:  # noqa: ARG002
         queries, of_q, keys, of_k = gathered[2:]
@@ -163,9 +173,7 @@ class ValueGate(GateForm):
 
     @staticmethod
     def gathered(blocks: SequenceBlocks, places: BlockPlaces, call: AttentionCall) -> tuple[torch.Tensor, ...]:  # noqa: ARG004
-        backend = call.backend("selection")
-        values = pool_blocks(call.v, blocks.block_k, rows=blocks.kernel_rows, key_mask=call.key_mask, backend=backend)
-        return (*_means(blocks, call), values)
+        return (query_means(blocks, call), key_means(blocks, call), value_means(blocks, call))
 
     def added(self, *gathered: torch.Tensor, scale: float) -> torch.Tensor:  # noqa: ARG002
         heard = F.softplus((gathered[2] * self.weight.float()[:, None]).sum(-1))
@@ -185,17 +193,10 @@ def _random(*shape: int) -> torch.Tensor:
     return drawn / shape[-2] ** 0.5
 
 
-def _means(blocks: SequenceBlocks, call: AttentionCall) -> tuple[torch.Tensor, torch.Tensor]:
-    backend, rows = call.backend("selection"), blocks.kernel_rows
-    q_mean = pool_blocks(call.q, blocks.block_q, rows=rows, backend=backend)
-    return q_mean, pool_blocks(call.k, blocks.block_k, rows=rows, key_mask=call.key_mask, backend=backend)
-
-
 def _cut(
-    x: torch.Tensor, blocks: SequenceBlocks, block: int, mask: torch.Tensor | None
+    x: torch.Tensor, rows: torch.Tensor | None, block: int, mask: torch.Tensor | None
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Tokens by blocks ``[B, H, n, block, D]``, and which of them are seen ``[B|1, H|1, n, block]``."""
-    rows = blocks.kernel_rows
     tokens = gather_rows(x, rows)
     short = -tokens.shape[2] % block
     seen = torch.ones(1, 1, tokens.shape[2], dtype=torch.bool, device=x.device)

@@ -65,6 +65,11 @@ class Learned(Select):
         if self.rank < 6 or self.rank % 6:
             raise ValueError(f"select.rank must be a multiple of 6, got {self.rank}.")
 
+    @property
+    def goes_round(self) -> bool:  # type: ignore[override]
+        """Where its form reads numbers of blocks, which can be gathered."""
+        return FORMS[self.form].goes_round
+
     def with_density(self, density: float) -> Learned:
         return replace(self, density=density, head_densities=())
 

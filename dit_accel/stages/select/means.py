@@ -31,8 +31,7 @@ def _of_key_blocks(x: torch.Tensor, blocks: SequenceBlocks, call: AttentionCall)
     backend, part = call.backend("selection"), call.part
     if part is None:
         return pool_blocks(x, blocks.block_k, rows=blocks.kernel_rows, key_mask=call.key_mask, backend=backend)
-    own = pool_blocks(x, blocks.block_k, key_mask=own_key_mask(call), backend=backend)
-    return part.ring.gather(own, 2, part.k_counts)
+    return of_all_keys(pool_blocks(x, blocks.block_k, key_mask=own_key_mask(call), backend=backend), call)
 
 
 def query_similarity(blocks: SequenceBlocks, call: AttentionCall) -> torch.Tensor:
@@ -50,7 +49,7 @@ def key_similarity(blocks: SequenceBlocks, call: AttentionCall, centre: torch.Te
         rows, key_mask = blocks.kernel_rows, call.key_mask
         return self_similarity(call.k, blocks.block_k, rows=rows, key_mask=key_mask, centre=centre, backend=backend)
     own = self_similarity(call.k, blocks.block_k, key_mask=own_key_mask(call), centre=centre, backend=backend)
-    return part.ring.gather(own, 2, part.k_counts)
+    return of_all_keys(own, call)
 
 
 def mean_key(call: AttentionCall) -> torch.Tensor:
@@ -70,6 +69,11 @@ def mean_key(call: AttentionCall) -> torch.Tensor:
         sums = part.ring.gather(torch.cat([total, number], -1)[None], 0, [1] * part.ring.size).sum(0)
         total, number = sums[..., :-1], sums[..., -1:]
     return total / number.clamp_min(1)
+
+
+def of_all_keys(own: torch.Tensor, call: AttentionCall) -> torch.Tensor:
+    """``[B, H, n, ...]`` of the key blocks that this process has to ``[B, H, nk, ...]`` of all."""
+    return own if call.part is None else call.part.ring.gather(own, 2, call.part.k_counts)
 
 
 def own_key_mask(call: AttentionCall) -> torch.Tensor | None:

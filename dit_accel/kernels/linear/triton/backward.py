@@ -22,11 +22,13 @@ from torch.autograd.function import once_differentiable
 from ...common.launch import ceil_div, lead_strides, or_stand_in
 from ...mask.block_mask import BlockMask
 from ..projection import project_heads, sum_rows
+from ..shared import SharedSums
 from .backward_kernels import linear_dkv_bwd_kernel, linear_dq_bwd_kernel
 from .forward import (
     SPLITS,
     Shape,
     all_states,
+    chunks_of,
     combine,
     contiguous_lists,
     launch_block_states,
@@ -160,6 +162,7 @@ def linear_backward(
     mean: torch.Tensor | None = None,
     needs_keys: bool = True,
     needs_weight: bool = False,
+    shared: SharedSums | None = None,
 ) -> tuple[torch.Tensor, torch.Tensor | None, torch.Tensor | None, torch.Tensor | None]:
     """Gradients of q, k, v, contiguous, in their dtypes, and of ``weight``; None for those not needed.
 
@@ -168,10 +171,12 @@ def linear_backward(
     weight = None if weight is None else weight.to(q.dtype).contiguous()
     grad = grad.to(q.dtype)
     if critical is None:
-        return _all_tokens_backward(grad, q, k, v, kind, rows, key_mask, eps, weight, mean, needs_keys, needs_weight)
+        return _all_tokens_backward(
+            grad, q, k, v, kind, rows, key_mask, eps, weight, mean, needs_keys, needs_weight, shared
+        )
     values = v if weight is None else project_heads(v, weight)
     dq, dk, dv = _blocks_backward(
-        grad, q, k, values, critical, negligible, kind, rows, key_mask, eps, needs_keys or needs_weight
+        grad, q, k, values, critical, negligible, kind, rows, key_mask, eps, needs_keys or needs_weight, shared
     )
     dweight = None
     if needs_weight:
@@ -199,6 +204,7 @@ def _all_tokens_backward(
     mean: torch.Tensor,
     needs_keys: bool,
     needs_weight: bool,
+    shared: SharedSums | None,
 ) -> tuple[torch.Tensor, torch.Tensor | None, torch.Tensor | None, torch.Tensor | None]:
     shape = shape_of(q, k, None)
     total = shape.batch * shape.heads
@@ -207,7 +213,8 @@ def _all_tokens_backward(
     dq = torch.empty(q.shape, dtype=q.dtype, device=q.device)
     partial = torch.empty(total, groups, shape.state_width, dtype=torch.float32, device=q.device)
     states = combine(mean, weight, shape)
-    launch_dq(q, grad, rows, states, dq, partial, shape, kind, eps / shape.kv_len, 1.0, group_tokens=group)
+    tokens = shape.kv_len if shared is None else shared.tokens
+    launch_dq(q, grad, rows, states, dq, partial, shape, kind, eps / tokens, 1.0, group_tokens=group)
     dk = dv = dweight = None
     if needs_weight:
         partial = combine(partial, None, shape, dtype=torch.float32)
@@ -217,8 +224,10 @@ def _all_tokens_backward(
         dweight = torch.einsum("bhfe,bhfd->ed" if weight.dim() == 2 else "bhfe,bhfd->hed", dstate, state)
     if needs_keys:
         dk, dv = (torch.empty(k.shape, dtype=k.dtype, device=k.device) for _ in range(2))
+        if shared is not None:
+            partial = shared.spread(combine(partial, None, shape, dtype=torch.float32))
         dstates = combine(partial, None if weight is None else weight.mT.contiguous(), shape)
-        launch_dkv(k, v, None, key_mask, dstates, dk, dv, shape, kind, 1.0 / shape.kv_len)
+        launch_dkv(k, v, None, key_mask, dstates, dk, dv, shape, kind, 1.0 / tokens)
     return dq, dk, dv, dweight
 
 
@@ -234,29 +243,32 @@ def _blocks_backward(
     key_mask: torch.Tensor | None,
     eps: float,
     needs_keys: bool,
+    shared: SharedSums | None,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     shape = shape_of(q, k, critical)
     dq = torch.empty(q.shape, dtype=q.dtype, device=q.device)
     dk, dv = (torch.empty(k.shape, dtype=k.dtype, device=k.device) for _ in range(2))
     nq, nk = critical.num_blocks
-    scale = map_scale(nk)
+    scale = map_scale(shape, shared)
     marginal = scaled_map(critical, negligible, q.dtype, scale).expand(shape.batch, shape.heads, nq, nk)
     states = None
-    for batches, heads in shape.chunks(STATE_SHARE, 2):
+    for batches, heads in chunks_of(shape, STATE_SHARE, 2, shared):
         part = marginal[batches, heads].flatten(0, 1)
         if states is None or states.shape[0] != part.shape[0]:
             states, dstates = (q.new_empty(part.shape[0], nk, shape.state_width) for _ in range(2))
-            sums, dsums = (q.new_empty(part.shape[0], nq, shape.state_width) for _ in range(2))
+            sums = q.new_empty(part.shape[0], nq, shape.state_width)
+            dsums = q.new_empty(part.shape[0], ceil_div(shape.q_len, shape.block_q), shape.state_width)
         b, head = batches.start, heads.start
         launch_block_states(k, v, rows, key_mask, None, states, shape, kind, b, head)
         torch.bmm(part, states, out=sums)
         # The gain keeps summed gradients within float16's range until the last kernel takes it out again.
+        total = sums if shared is None else shared.summed(sums)
         launch_dq(
-            q, grad, rows, sums, dq, dsums, shape, kind, eps * scale, 1.0 / scale,
+            q, grad, rows, total, dq, dsums, shape, kind, eps * scale, 1.0 / scale,
             group_tokens=shape.block_q, batch0=b, head0=head,
         )  # fmt: skip
         if needs_keys:
-            torch.bmm(part.mT, dsums, out=dstates)
+            torch.bmm(part.mT, dsums if shared is None else shared.spread(dsums), out=dstates)
             launch_dkv(k, v, rows, key_mask, dstates, dk, dv, shape, kind, scale, batch0=b, head0=head)
     return dq, dk, dv
 
@@ -283,15 +295,16 @@ class LinearBranchFunction(torch.autograd.Function):
         rows: torch.Tensor | None,
         key_mask: torch.Tensor | None,
         eps: float,
+        shared: SharedSums | None,
     ) -> torch.Tensor:
         rows, key_mask = contiguous_lists(k, rows, key_mask)
         rest = (critical, negligible, kind, rows, key_mask, eps)
         mean = None
         if critical is None:
-            mean = all_states(k, v, key_mask, None, shape_of(q, k, None), kind, torch.float32)
+            mean = all_states(k, v, key_mask, None, shape_of(q, k, None), kind, torch.float32, shared)
         ctx.save_for_backward(q, k, v, weight, bias, mean)
-        ctx.rest = rest
-        return linear_forward(q, k, v, *rest, added=added, weight=weight, bias=bias, mean=mean)
+        ctx.rest, ctx.shared = rest, shared
+        return linear_forward(q, k, v, *rest, added=added, weight=weight, bias=bias, mean=mean, shared=shared)
 
     @staticmethod
     @once_differentiable
@@ -304,7 +317,7 @@ class LinearBranchFunction(torch.autograd.Function):
             with torch.autocast(grad.device.type, enabled=False):
                 dq, dk, dv, dweight = linear_backward(
                     grad, q, k, v, *ctx.rest, weight=weight, mean=mean,
-                    needs_keys=needs_k or needs_v, needs_weight=needs_weight,
+                    needs_keys=needs_k or needs_v, needs_weight=needs_weight, shared=ctx.shared,
                 )  # fmt: skip
         if needs_weight:
             dweight = dweight.to(weight.dtype)
@@ -312,4 +325,4 @@ class LinearBranchFunction(torch.autograd.Function):
             # Rows of one bias each: a head's, or a token's of all heads.
             rows = grad.flatten(0, 2) if bias.dim() == 1 else grad.flatten(0, 1).flatten(1)
             dbias = sum_rows(rows).view(bias.shape).to(bias.dtype)
-        return dq, dk, dv, grad if needs_added else None, dweight, dbias, *([None] * len(ctx.rest))
+        return dq, dk, dv, grad if needs_added else None, dweight, dbias, *([None] * (len(ctx.rest) + 1))

@@ -10,7 +10,7 @@ needs one product only.
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 
@@ -26,6 +26,7 @@ from ...common.launch import (
     register_limit,
 )
 from ...mask.block_mask import BlockMask
+from ..shared import SharedSums
 from .forward_kernels import (
     linear_combine_kernel,
     linear_out_fwd_kernel,
@@ -110,6 +111,13 @@ def shape_of(q: torch.Tensor, k: torch.Tensor, critical: BlockMask | None) -> Sh
     return Shape(batch, q_len, k.shape[1], heads, dim, block_q, block_k, q.dtype)
 
 
+def chunks_of(shape: Shape, share: float, buffers: int, shared: SharedSums | None) -> Iterator[tuple[slice, slice]]:
+    """:meth:`Shape.chunks`, the same in all processes that share a sequence: each exchanges states chunk by chunk."""
+    if shared is None:
+        return shape.chunks(share, buffers)
+    return replace(shape, q_len=shared.tokens, kv_len=shared.tokens).chunks(share / shared.processes, buffers)
+
+
 def scaled_map(critical: BlockMask, negligible: BlockMask | None, dtype: torch.dtype, scale: float) -> torch.Tensor:
     """:func:`marginal_map` with ``scale`` for 1: ``[B|1, H|1, nq, nk]``."""
     masks = [critical] if negligible is None else [critical, negligible]
@@ -124,8 +132,9 @@ def scaled_map(critical: BlockMask, negligible: BlockMask | None, dtype: torch.d
     return out
 
 
-def map_scale(nk: int) -> float:
+def map_scale(shape: Shape, shared: SharedSums | None) -> float:
     """A power of two near 1 / nk: keeps sums of states in float16's range, and cancels in the quotient."""
+    nk = ceil_div(shape.kv_len if shared is None else shared.tokens, shape.block_k)
     return 2.0 ** -max(0, nk.bit_length() - 1)
 
 
@@ -222,6 +231,7 @@ def all_states(
     shape: Shape,
     kind: str,
     dtype: torch.dtype | None = None,
+    shared: SharedSums | None = None,
 ) -> torch.Tensor:
     """The mean state over all tokens, ``[B * H, 1, D * D + D]`` in ``dtype`` (the input's if None)."""
     total = shape.batch * shape.heads
@@ -233,7 +243,10 @@ def all_states(
         k, v, None, key_mask, None, partial, shape, kind,
         group_tiles=group, per_block=False, batch0=0, head0=0,
     )  # fmt: skip
-    return combine(partial, weight, shape, 1.0 / shape.kv_len, dtype)
+    if shared is None:
+        return combine(partial, weight, shape, 1.0 / shape.kv_len, dtype)
+    own = combine(partial, None, shape, 1.0 / shared.tokens, torch.float32)
+    return combine(shared.summed(own), weight, shape, 1.0, dtype)
 
 
 def combine(
@@ -342,6 +355,7 @@ def linear_forward(
     bias: torch.Tensor | None = None,
     out: torch.Tensor | None = None,
     mean: torch.Tensor | None = None,
+    shared: SharedSums | None = None,
 ) -> torch.Tensor:
     """Forward on checked arguments: projected by ``weight``, onto ``added``, into ``out`` (a new tensor if None).
 
@@ -355,19 +369,20 @@ def linear_forward(
         out = torch.empty(q.shape, dtype=q.dtype if added is None else added.dtype, device=q.device)
     if critical is None:
         # The sum over tokens is scaled to a mean, so eps is scaled with it.
+        tokens = shape.kv_len if shared is None else shared.tokens
         if mean is None:
-            states = all_states(k, v, key_mask, weight, shape, kind)
+            states = all_states(k, v, key_mask, weight, shape, kind, shared=shared)
         else:
             states = combine(mean, weight, shape)
         group = ceil_div(shape.q_len, max(1, 2 * SPLITS // states.shape[0]))
         group = ceil_div(group, 64) * 64
-        launch_out(q, rows, states, out, bias, added, shape, kind, eps / shape.kv_len, group_tokens=group)
+        launch_out(q, rows, states, out, bias, added, shape, kind, eps / tokens, group_tokens=group)
         return out
     nq, nk = critical.num_blocks
-    scale = map_scale(nk)
+    scale = map_scale(shape, shared)
     marginal = scaled_map(critical, negligible, q.dtype, scale).expand(shape.batch, shape.heads, nq, nk)
     states = sums = None
-    for batches, heads in shape.chunks(STATE_SHARE, 1):
+    for batches, heads in chunks_of(shape, STATE_SHARE, 1, shared):
         part = marginal[batches, heads].flatten(0, 1)
         if states is None or states.shape[0] != part.shape[0]:
             states = torch.empty(part.shape[0], nk, shape.state_width, dtype=q.dtype, device=q.device)
@@ -375,8 +390,9 @@ def linear_forward(
         b, head = batches.start, heads.start
         launch_block_states(k, v, rows, key_mask, weight, states, shape, kind, b, head)
         torch.bmm(part, states, out=sums)
+        total = sums if shared is None else shared.summed(sums)
         launch_out(
-            q, rows, sums, out, bias, added, shape, kind, eps * scale,
+            q, rows, total, out, bias, added, shape, kind, eps * scale,
             group_tokens=shape.block_q, batch0=b, head0=head,
         )  # fmt: skip
     return out
