@@ -27,7 +27,7 @@ FIXED: dict[str, st.SearchStrategy[Order]] = {
     "tiles": st.builds(Tiles, sizes),
     "axes": st.builds(AxisOrder, st.lists(heads, min_size=1, max_size=3).map(tuple)),
     "chunks": st.builds(Chunks, st.integers(1, 4), st.tuples(*[st.integers(1, 5)] * 2), sizes),
-    "curve": st.just(Curve()),
+    "curve": st.builds(Curve, st.booleans()),
 }
 sorted_segments = st.builds(SortedSegments, sizes, st.integers(1, 200))
 
