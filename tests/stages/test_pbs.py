@@ -10,6 +10,7 @@ from dit_accel import Recipe, presets
 from dit_accel.call import AttentionCall, AttentionInputs
 from dit_accel.engine import Engine
 from dit_accel.layout import StepContext
+from dit_accel.quality.inspect_pipeline import _observations
 from dit_accel.run import Run
 from dit_accel.stages.order.sorted import SortedSegments
 from dit_accel.stages.schedule import Schedule
@@ -154,6 +155,22 @@ def test_a_kept_plan_moves_the_keys_of_later_steps():
     assert engine.records[0].plans_made == 1
     expected = masked_attention(q, later, v, _visible(layout, q, k, recipe.select))
     assert (out.double() - expected).abs().max() <= 4e-6 * expected.abs().max()
+
+
+def test_what_looks_at_a_plan_finds_the_keys_in_their_places():
+    """An inspection says what mass a plan keeps."""
+    layout = LAYOUTS["alone"]
+    q, k = inputs(layout)
+    recipe = Recipe(order=SortedSegments(SEGMENT, 16, TILE), select=Pooled(density=0.3, block=(32, 32)))
+    engine, calls = Engine(recipe, ["layer"], "auto", 0), []
+    engine.observer = calls.append
+    attend(engine, 0, AttentionInputs(q, k, k), layout, StepContext(), lambda: pytest.fail("ran dense"))
+    shown = _visible(layout, q, k, recipe.select)
+    weights = torch.einsum("bihd,bjhd->bhij", q.double(), k.double()).div(q.shape[-1] ** 0.5).softmax(-1)
+    kept = float((weights * shown).sum(-1).mean())
+    (found,) = [seen.pattern.recall for seen in _observations(calls[0], 0) if seen.order == "recipe"]
+    assert float(found.mean()) == pytest.approx(kept, abs=1e-5)
+    assert torch.equal(calls[0].k, k), "the call itself keeps its keys"
 
 
 def test_under_a_mask_of_pairs_no_key_moves():
