@@ -80,7 +80,7 @@ METHODS = (
         "rectified-default",
         lambda: presets.rectified(dense_fraction=DENSE, dense_layers=()),
         fixed=True,
-        note="the preset's own floor: a quarter of the blocks, 0.3 of the mass, neighbours and the first frame",
+        note="the preset's own floor: shares of the blocks and of the mass, neighbours and the first frame",
     ),
     Method("rectified-alone", lambda x: _rectified(x).with_fields({"compensate": "none"}), (0.001, 0.9)),
     Method("rectified-residual", lambda x: _residual(_rectified(x)), (0.001, 0.9)),

@@ -120,13 +120,13 @@ def mass(plan: AttentionPlan, prob: torch.Tensor) -> float:
     keep = plan.mask.to_dense()[0].expand(heads, -1, -1)
     if isinstance(plan.compensation, torch.Tensor) and plan.compensation.dtype == torch.int8:
         keep = (plan.compensation[0] > 0).expand(heads, -1, -1)
-    rows = torch.arange(length).expand(heads, -1)
-    if plan.rows is not None:
-        rows = plan.rows[0].long().expand(heads, -1)
-    place = torch.empty_like(rows).scatter_(1, rows, torch.arange(length).expand(heads, -1))
+    of_q, of_k = (
+        (torch.arange(length) if rows is None else rows[0].long()).expand(heads, -1).argsort(-1)
+        for rows in (plan.rows, plan.key_rows)
+    )
     total = 0.0
     for h in range(heads):
-        seen = keep[h][place[h] // plan.mask.block_q][:, place[h] // plan.mask.block_k]
+        seen = keep[h][of_q[h] // plan.mask.block_q][:, of_k[h] // plan.mask.block_k]
         total += float((prob[h].float() * seen).sum(-1).mean())
     return total / heads
 

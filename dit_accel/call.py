@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any, NamedTuple
 
 import torch
@@ -13,6 +13,7 @@ import torch.nn.functional as F
 from .heads import HeadShard
 from .kernels.common.choice import Choice, Operation
 from .kernels.common.scale import scale_of
+from .kernels.common.tokens import gather_rows
 from .kernels.mask.pairs import PairMask
 from .layout import StepContext, TokenLayout
 from .plan import AttentionPlan, LeftOut
@@ -122,6 +123,13 @@ class AttentionCall:
     def hidden_blocks(self) -> torch.Tensor | None:
         """bool ``[B|1, H|1, nq, nk]``: while a plan is made, blocks of which no query sees a key; else None."""
         return None if self.seen is None else ~self.seen.visible
+
+    def with_keys(self, keys: torch.Tensor | None) -> AttentionCall:
+        """The call with each token's key and value replaced by those of the token that ``keys`` has in its place."""
+        if keys is None:
+            return self
+        k, v = (gather_rows(x, keys).transpose(1, 2) for x in (self.k, self.v))
+        return replace(self, k=k, v=v)
 
     def repeat_heads(self) -> None:
         """Give each query head keys and values of its own (grouped-query attention: consecutive heads share them)."""

@@ -225,6 +225,7 @@ class Engine:
         """Let the compensation compare a dense step with what the plan of that step would have given."""
         with torch.no_grad(), torch.inference_mode(False), autocast_done(call):
             begin = self.sparse_time.start(call.q.device)
+            call = call.with_keys(plan.keys)
             left_out = self.recipe.compensate.left_out(call, dense, lambda: self._attend_kept(call, plan))
             self.sparse_time.stop(begin, call.q.device)
             self.planner.keep_left_out(call, left_out)
@@ -271,11 +272,12 @@ class Engine:
             call.take_gate(learned[0])
             module = None
         plan = call.plan = compensate.narrow(call, plan)
-        out, witness = compensate.attend(call, plan, lambda: self._attend_kept(call, plan))
+        moved = call.with_keys(plan.keys)
+        out, witness = compensate.attend(moved, plan, lambda: self._attend_kept(moved, plan))
         if not is_captured(call.q.device):  # a graph's tensors are its own, and what they hold changes with a replay
             self._count(call, plan, witness, book)
         if module is not None:
-            out = module.among(call.heads, learned)(out, call, plan)
+            out = module.among(call.heads, learned)(out, moved, plan)
         self.sparse_time.stop(begin, call.q.device)
         return out
 

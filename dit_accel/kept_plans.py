@@ -32,6 +32,7 @@ class KeptPlan:
     share: torch.Tensor
     means: BlockMeans | None = None
     chosen: StepContext | None = None
+    keys: torch.Tensor | None = None
 
     @classmethod
     def of(cls, call: AttentionCall, plan: AttentionPlan, means: BlockMeans | None = None) -> KeptPlan:
@@ -39,12 +40,12 @@ class KeptPlan:
         mask: BlockMask | PackedBlockMask = plan.mask
         if plan.mask.token_bits is None:
             mask = PackedBlockMask.of(plan.mask, call.key_mask is not None, call.backend("selection"))
-        return cls(call.step, plan.rows, mask, plan.compensation, plan.density, means)
+        return cls(call.step, plan.rows, mask, plan.compensation, plan.density, means, keys=plan.keys)
 
     @property
     def plan(self) -> AttentionPlan:
         mask = self.mask.lists() if isinstance(self.mask, PackedBlockMask) else self.mask
-        return AttentionPlan(self.rows, mask, self.compensation, self.share)
+        return AttentionPlan(self.rows, mask, self.compensation, self.share, self.keys)
 
 
 def kept_of(call: AttentionCall) -> Kept:

@@ -28,12 +28,14 @@ KEPT_LAYOUTS = 8
 class Prepared:
     """What a layout needs once: its blocks, and what a static selection worked out for them.
 
-    ``plans`` are those of static selections, which every run may use; one of a key mask belongs to its run. ``parts``
-    are shares of the processes around a ring.
+    ``keys`` are where the order moves them, see :class:`~dit_accel.plan.AttentionPlan`. ``plans`` are those of static
+    selections, which every run may use; one of a key mask belongs to its run. ``parts`` are shares of the processes
+    around a ring.
     """
 
     blocks: SequenceBlocks
     tables: Any
+    keys: torch.Tensor | None = None
     plans: dict[Select, KeptPlan] = field(default_factory=dict)
     parts: dict[Any, RingPart] = field(default_factory=dict)
 
@@ -69,7 +71,7 @@ class LayoutTables:
                 tables = self._order_tables.get((layout, device), lambda: order.prepare(layout, device))
                 rows = order.rows_of_call(layout, call, tables)
                 blocks = SequenceBlocks(layout, rows, *select.block, device)
-                return Prepared(blocks, select.prepare(blocks))
+                return Prepared(blocks, select.prepare(blocks), order.keys_of_call(layout, call, tables))
         variant = (order.variant(call.layer), None if call.heads is None else call.heads.place)
         # Two threads may run one transformer; the tables are built once.
         with self._lock:

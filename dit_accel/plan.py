@@ -32,17 +32,26 @@ class AttentionPlan:
         mask: kept blocks of the permuted sequence.
         compensation: what the recipe's compensation worked out for the blocks left out.
         share: :attr:`density` where it is known, of a plan that serves many steps.
+        keys: int32 ``[B, H, S]``, token whose key and value take each token's place; None where all keep theirs.
     """
 
     rows: torch.Tensor | None
     mask: BlockMask
     compensation: Any = None
     share: torch.Tensor | None = None
+    keys: torch.Tensor | None = None
 
     @cached_property
     def density(self) -> torch.Tensor:
         """Kept share of the block pairs, a 0-d tensor."""
         return self.mask.density() if self.share is None else self.share
+
+    @property
+    def key_rows(self) -> torch.Tensor | None:
+        """:attr:`rows` of the keys: the token whose key each slot of the permuted sequence holds."""
+        if self.keys is None or self.rows is None:
+            return self.rows if self.keys is None else self.keys
+        return self.keys.gather(-1, self.rows.long().expand(self.keys.shape))
 
     @cached_property
     def querying(self) -> torch.Tensor:

@@ -169,14 +169,14 @@ class Planner:
             memory = memory_of(call)
             memory.keeps_base = schedule.choose_every > 0 and keep
             prepared = self.tables.prepare(call)
-            mask, state = self._make(call, select, prepared, memory)
+            mask, state = self._make(call.with_keys(prepared.keys), select, prepared, memory)
             memory.found = None
             if not schedule.plans_after(call.step):
                 memory.lse = None
             if keep and schedule.drift_bound is not None and means is None:
                 means = BlockMeans.of(call, select.block)
         book.plans_made += 1
-        plan = AttentionPlan(prepared.blocks.kernel_rows, mask, state)
+        plan = AttentionPlan(prepared.blocks.kernel_rows, mask, state, keys=prepared.keys)
         if keep:
             call.used[call.layer] = plans[key] = KeptPlan.of(call, plan, means)
         return call.step, plan
@@ -190,13 +190,13 @@ class Planner:
             return self._reused(call, kept)
         if self.recipe.order.follows_call:
             assert isinstance(call.layout, TokenLayout)
-            prepared = Prepared(SequenceBlocks(call.layout, kept.rows, *select.block, call.q.device), None)
+            prepared = Prepared(SequenceBlocks(call.layout, kept.rows, *select.block, call.q.device), None, kept.keys)
         else:
             prepared = self.tables.prepare(call)
-        mask, state = self._make(call, select, prepared, memory, anew=True)
+        mask, state = self._make(call.with_keys(prepared.keys), select, prepared, memory, anew=True)
         memory.found = None
         book.plans_made += 1
-        plan = AttentionPlan(prepared.blocks.kernel_rows, mask, state)
+        plan = AttentionPlan(prepared.blocks.kernel_rows, mask, state, keys=prepared.keys)
         chosen = replace(KeptPlan.of(call, plan), made=kept.made, chosen=call.step)
         call.used[call.layer] = kept_of(call).plans[plan_key(call)] = chosen
         return kept.made, plan

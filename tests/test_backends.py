@@ -274,7 +274,7 @@ def test_by_name_a_gpu_runs_torch_alone(name, pretended):
         (RECIPES["sla"], Case(CUDA, torch.float32, 128), "linear_branch", "spill registers"),
         (RECIPES["sla"], Case(CUDA, torch.bfloat16, 160), "linear_branch", "head dim must be at most 128"),
         (RECIPES["hedgehog"], Case(CUDA, torch.bfloat16, 64), "linear_branch", "hedgehog"),
-        (RECIPES["psa"], Case(CUDA, torch.bfloat16, 64, recorded=True), "pyramid", "gradients"),
+        (RECIPES["psa"], Case(CUDA, torch.float64, 64, recorded=True), "pyramid", "torch.float64"),
         (RECIPES["mass"], Case(CUDA, torch.float64, 64), "block_mass", "torch.float64"),
         (RECIPES["agent"], Case(CUDA, torch.bfloat16, 64), "agents", "no Triton kernel"),
     ],
@@ -285,6 +285,13 @@ def test_falling_back_to_torch_on_a_gpu_is_recorded(recipe, case, operation, rea
     assert choice.name == "torch"
     assert reason in choice.reason
     assert Engine(recipe, LAYERS, "auto", 0).planner.choices(case, "auto")["selection"].name == "triton"
+
+
+@pytest.mark.parametrize("recorded", [False, True], ids=["inference", "training"])
+def test_a_gpu_trains_psa_with_the_kernels(recorded, pretended):
+    case = Case(CUDA, torch.bfloat16, 128, blocks=(128, 64), recorded=recorded)
+    choices = Engine(RECIPES["psa"], LAYERS, "auto", 0).planner.choices(case, "auto")
+    assert {choice.name for choice in choices.values()} == {"triton"}
 
 
 def test_an_old_gpu_chooses_torch_and_refuses_what_it_has_no_numbers_for(pretended):
@@ -361,13 +368,13 @@ def test_the_summary_has_a_line_for_each_operation():
 
 def test_reasons_of_several_kinds_of_calls_are_all_kept():
     engine = Engine(Recipe(select=Pooled(block=(32, 32)), compensate=KeyPyramid()), LAYERS, "auto", 0)
-    q, k, v = inputs(torch.device("cpu"), torch.float32)
-    for recorded in (False, True):
-        attend(engine, 0, AttentionInputs(q.requires_grad_(recorded), k, v), LAYOUT, StepContext(), lambda: v)
+    for dtype in (torch.float32, torch.float64):
+        q, k, v = inputs(torch.device("cpu"), dtype)
+        attend(engine, 0, AttentionInputs(q, k, v), LAYOUT, StepContext(), lambda v=v: v)
     (reason,) = engine.backends_used.to_dict()["pyramid"].values()
     assert "interpreter" in reason
     assert " / " in reason
-    assert "gradients" in reason
+    assert "torch.float64" in reason
 
 
 GPU_LAYOUT = TokenLayout((4, 16, 32), 0, 2048)

@@ -14,7 +14,6 @@ from dit_accel.stages.compensate.pooled_mass import PooledMass
 from dit_accel.stages.compensate.pyramid import KeyPyramid
 from dit_accel.stages.order.curve import Curve
 from dit_accel.stages.order.simple import Raster
-from dit_accel.stages.select.pooled import Pooled
 from dit_accel.stages.select.rectified import Reallocated
 from dit_accel.stages.select.sampled import Sampled, sampled_importance
 from dit_accel.stages.select.static import Window
@@ -152,14 +151,9 @@ def test_psa(name, order, hidden, similarity):
     assert density == pytest.approx(np.mean(read))
 
 
-def test_compensation_follows_the_call_and_pooled_mass_has_no_gradient():
+def test_compensation_follows_the_call_and_what_a_pyramid_takes():
     with pytest.raises(ValueError, match=r"PooledMass follows the queries and keys of a call .* got Window"):
         Recipe(select=Window(), compensate=PooledMass())
-    layout = LAYOUTS["alone"]
-    q, k = inputs(layout)
-    recipe = Recipe(select=Pooled(density=0.3, block=(32, 32)), compensate=PooledMass())
-    with pytest.raises(RuntimeError, match="no gradient"):
-        _run(recipe, layout, q.clone().requires_grad_(), k, k)
     with pytest.raises(ValueError, match="four non-decreasing shares"):
         KeyPyramid(cumulative=(0.5, 0.4, 0.7, 0.8))
     with pytest.raises(ValueError, match="empty or three cosines"):

@@ -54,11 +54,11 @@ def agent(
     tile and the dense phase are this package's.
 
     Deviations: agents are the mean queries of 3-D tiles, where AgentSD merges tokens by similarity and
-    projects them; keys are not merged; text queries attend as before.
+    projects them; keys are not merged; text queries attend as before. Merging is a reference form in
+    ``benchmarks/agent_forms.py``: agents by similarity lose a little less, merged keys more.
 
     Args:
         tile, sharpen, shortcut: see :class:`~dit_accel.stages.compensate.agent.AgentTokens`.
-        key_scales: likewise.
         dense_fraction: share of the denoising steps that stay dense at the start.
     """
     return Recipe(

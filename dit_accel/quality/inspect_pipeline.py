@@ -96,7 +96,10 @@ def _observations(call: AttentionCall, step: int) -> list[Observation]:
     if call.plan is not None:
         views["recipe"] = {"rows": call.plan.rows, "mask": call.plan.mask}
     given: dict[str, Any] = {"key_mask": call.key_mask, "pairs": call.pairs, "scale": call.scale}
+    keys = dict.fromkeys(views, call.k)
+    if call.plan is not None:
+        keys["recipe"] = call.with_keys(call.plan.keys).k
     return [
-        Observation(call.layer, step, name, block_pattern(call.q, call.k, **given, **view), call.step.sigma)
+        Observation(call.layer, step, name, block_pattern(call.q, keys[name], **given, **view), call.step.sigma)
         for name, view in views.items()
     ]

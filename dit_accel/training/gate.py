@@ -40,6 +40,8 @@ def gate_losses(handle: PatchHandle) -> Iterator[dict[int, list[torch.Tensor]]]:
 def divergence(call: AttentionCall, select: Learned) -> torch.Tensor:
     """Of one sparse call, a 0-d tensor with a gradient for its gate."""
     blocks = blocks_of(call, select)
+    assert call.plan is not None
+    call = call.with_keys(call.plan.keys)
     with torch.no_grad():
         tables = select.prepare(blocks)
         mass = exact_mass(call, blocks)

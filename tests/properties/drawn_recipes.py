@@ -55,6 +55,7 @@ FIELDS: dict[str, st.SearchStrategy[Any]] = {
     "lasts": st.sampled_from((0.1, 0.8, 1.0)),
     "top_p": shares,
     "sink_first_frame": st.booleans(),
+    "first_frame_apart": st.booleans(),
     "head_densities": densities,
     "similarity": st.sampled_from((-1.0, 0.0, 0.5)),
     "smooth_k": st.booleans(),

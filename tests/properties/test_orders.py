@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from math import prod
 
 import torch
@@ -27,7 +28,7 @@ FIXED: dict[str, st.SearchStrategy[Order]] = {
     "tiles": st.builds(Tiles, sizes),
     "axes": st.builds(AxisOrder, st.lists(heads, min_size=1, max_size=3).map(tuple)),
     "chunks": st.builds(Chunks, st.integers(1, 4), st.tuples(*[st.integers(1, 5)] * 2), sizes),
-    "curve": st.just(Curve()),
+    "curve": st.builds(Curve, st.booleans()),
 }
 sorted_segments = st.builds(SortedSegments, sizes, st.integers(1, 200))
 
@@ -81,18 +82,25 @@ def test_an_order_of_a_call(order: SortedSegments, layout: TokenLayout, seed: in
     q, k = normal(seed, 2, 2, layout.seq_len, 2, 8)
     k[1, seed % layout.seq_len, 0] += odd
     key_mask = None if seen == "all" else normal(seed, 2, layout.seq_len) > (0 if seen == "some" else 99)
-    rows = order.rows_of_call(layout, call_of(q, k, key_mask=key_mask))
-    assert rows.shape == (2, 2, layout.seq_len)
+    call = call_of(q, k, key_mask=key_mask)
+    rows, keys = order.rows_of_call(layout, call), order.keys_of_call(layout, call)
+    assert rows.shape == (layout.seq_len,)
     assert_order(rows, layout)
-    # Tokens stay in their segment of the grid.
+    assert keys.shape == (2, 2, layout.seq_len)
+    tokens = torch.arange(layout.seq_len).expand_as(keys)
+    assert torch.equal(keys.sort(-1).values, tokens.to(torch.int32))
+    # What is hidden stays where it is, and so does what is no latent.
+    latent = (tokens >= layout.latent_start) & (tokens < layout.latent_start + layout.num_latent)
+    seen_keys = torch.ones(2, layout.seq_len, dtype=torch.bool) if key_mask is None else key_mask
+    moves = keys != tokens
+    assert not (moves & ~(latent & seen_keys[:, None])).any()
+    # Of what moves, a segment of the grid is read whole before the next one begins.
     tile = fold_tile(order.segment, layout.grid[0])
-    places = SequenceBlocks(layout, rows, 16, 16, CPU).coordinates
-    segment = sum(
-        (place[..., : layout.num_latent] // size) * 10**n
-        for n, (place, size) in enumerate(zip(places, tile, strict=True))
-    )
-    for one in segment.flatten(0, 1).tolist():
-        entered = [here for n, here in enumerate(one) if n == 0 or one[n - 1] != here]
+    places = SequenceBlocks(layout, None, 16, 16, CPU).coordinates
+    segment = sum(place // size * 10**n for n, (place, size) in enumerate(zip(places, tile, strict=True)))
+    for b, h in itertools.product(range(2), range(2)):
+        read = [token for token in keys[b, h, rows.long()].tolist() if latent[b, h, token] and seen_keys[b, token]]
+        entered = [here for here, _ in itertools.groupby(segment[read].tolist())]
         assert len(entered) == len(set(entered)), "a segment is entered twice"
 
 

@@ -46,6 +46,9 @@ def attended(
 ) -> torch.Tensor:
     """Attention (B, S, H, D) of a call under a plan; queries that see nothing give 0."""
     batch, length, heads, _ = q.shape
+    if plan.keys is not None:
+        place = plan.keys.long().transpose(1, 2)[..., None].expand_as(k)
+        k, v = k.gather(1, place), v.gather(1, place)
     rows = torch.arange(length) if plan.rows is None else plan.rows.long()
     rows = rows.expand(batch, heads, length)
     tokens = plan.mask.to_tokens().expand(batch, heads, length, length)

@@ -103,6 +103,19 @@ def test_the_curve_visits_everything_in_small_steps(grid):
         assert diagonal == 0
 
 
+@pytest.mark.parametrize("grid", [(4, 8, 8), (3, 5, 7), (1, 9, 13)], ids=str)
+def test_the_first_frame_is_a_segment_of_the_curve(grid):
+    """The tokens of one frame come first, on a curve of their own, then those of the others, on theirs."""
+    per_frame = grid[1] * grid[2]
+    layout = TokenLayout(grid, 7, 7 + grid[0] * per_frame)
+    places = _places(Curve(first_frame_apart=True).rows(layout, CPU).tolist()[: grid[0] * per_frame], layout)
+    assert sorted(places) == list(itertools.product(*map(range, grid)))
+    assert {frame for frame, _, _ in places[:per_frame]} == {0}
+    for segment in (places[:per_frame], places[per_frame:]):
+        for pair in itertools.pairwise(segment):
+            assert max(abs(a - b) for a, b in zip(*pair, strict=True)) == 1
+
+
 def test_blocks_of_the_curve_are_compact():
     layout = TokenLayout((12, 30, 44), 0, 12 * 30 * 44)
 

@@ -6,6 +6,8 @@ import numpy as np
 import pytest
 import torch
 
+from dit_accel import presets
+from dit_accel.layout import TokenLayout
 from dit_accel.plan import SequenceBlocks
 from dit_accel.stages.order.axes import AxisOrder
 from dit_accel.stages.order.curve import Curve
@@ -14,7 +16,8 @@ from dit_accel.stages.select.rectified import Reallocated, pooled_shares
 from tests.calls import call_of
 from tests.stages.block_oracle import CPU, LAYOUTS, cases, half_hidden, inputs, per_head, selected, views
 
-CASES = cases(Raster(), Tiles((2, 4, 4)), Curve(), AxisOrder((("wfh", "fhw", "hwf"),)))
+CASES = cases(Raster(), Tiles((2, 4, 4)), Curve(), Curve(first_frame_apart=True), AxisOrder((("wfh", "fhw", "hwf"),)))
+WAN_480P = (21, 30, 52)  # latents of 81 frames of 832 x 480
 
 
 def _shares(view, i):
@@ -96,3 +99,28 @@ def test_hidden_text_may_hold_anything():
     assert torch.equal(
         selected(select, layout, None, q, k, key_mask), selected(select, layout, None, q, wild, key_mask)
     )
+
+
+def test_the_first_frame_costs_its_own_blocks():
+    """1,560 of 32,760 tokens: twelve whole blocks and a part of one, where one curve spreads them over 58."""
+    layout = TokenLayout(WAN_480P, 0, math.prod(WAN_480P))
+    count = [
+        int(SequenceBlocks(layout, order.rows(layout, CPU), 128, 128, CPU).first_frame_k.sum())
+        for order in (Curve(first_frame_apart=True), Curve())
+    ]
+    assert count == [13, 58]
+
+
+@pytest.mark.parametrize("peak", [0.0, 3.0], ids=["even attention", "peaked attention"])
+def test_the_presets_own_density_on_wan(peak):
+    """Even attention is what ``top_p`` asks most blocks of; peaked, a few blocks hold the mass, and a share is kept."""
+    recipe, layout = presets.rectified(), TokenLayout(WAN_480P, 0, math.prod(WAN_480P))
+    blocks = SequenceBlocks(layout, recipe.order.rows(layout, CPU), 128, 128, CPU)
+    generator = torch.Generator().manual_seed(0)
+    q, k = (torch.randn(1, layout.seq_len, 1, 16, generator=generator) for _ in range(2))
+    # Blocks of the curve share a direction, so that their means do not vanish.
+    away = torch.randn(-(-layout.seq_len // 128), 16, generator=generator).repeat_interleave(128, 0)
+    k[0, blocks.rows.long(), 0] += peak * away[: layout.seq_len]
+    q[0, blocks.rows.long(), 0] += peak * away[: layout.seq_len]
+    mask = recipe.select.select(blocks, recipe.select.prepare(blocks), call_of(q, k))
+    assert (0.19 if peak else 0.22) < float(mask.density()) < (0.21 if peak else 0.25)

@@ -72,20 +72,54 @@ def pyramid(q, k, v, call: AttentionCall) -> torch.Tensor:
     return torch.stack(outs).view(batch, heads, seq_len, dim).transpose(1, 2)
 
 
+def rectified(q, k, v, call: AttentionCall) -> torch.Tensor:
+    """Rectified SpaAttn from its definition: the shares of the plan are constants, as its blocks are."""
+    shares, mask = call.plan.compensation[0], call.plan.mask
+    left_out = ~mask.to_dense()
+    seen = masked_attention(q, k, v, plan_tokens(call) & key_mask_of(call)[:, None, None])
+    batch, seq_len, heads, dim = q.shape
+    rows = call.plan.rows.long().expand(batch, heads, seq_len)
+    visible, out = key_mask_of(call), torch.zeros_like(seen)
+    for b, h in itertools.product(range(batch), range(heads)):
+        means = []
+        for tokens in rows[b, h].split(mask.block_k):
+            shown = tokens[visible[b, tokens]]
+            means.append(v[b, shown, h].mean(0) if len(shown) else torch.zeros(dim, dtype=v.dtype))
+        for i, tokens in enumerate(rows[b, h].split(mask.block_q)):
+            weight = torch.where(left_out[b, h, i], shares[b, h, i], 0.0).double()
+            out[b, tokens, h] = (1.0 - weight.sum()) * seen[b, tokens, h] + weight @ torch.stack(means)
+    return out
+
+
+def key_mask_of(call: AttentionCall) -> torch.Tensor:
+    """bool ``[B, S]``."""
+    return torch.ones(call.q.shape[:2], dtype=torch.bool) if call.key_mask is None else call.key_mask
+
+
 RECIPES = {
     "sparge2": presets.sparge2(density=0.2, top_p=0.3, block=(32, 32)),
     "ssa": presets.ssa(density=0.3, block=(32, 32)),
     "clear": presets.clear(radius=3.0),
     "vmoba": presets.vmoba(temporal=1, spatial=(3, 3), volume=(2, 3, 3), block=(32, 32)),
-    "psa": presets.psa(cumulative=(0.2, 0.4, 0.6, 0.9), similarity=(), block=(32, 32)),
+    # Half of the tokens sampled: tiles of 16, the least that the kernels multiply.
+    "psa": presets.psa(cumulative=(0.2, 0.4, 0.6, 0.9), similarity=(), block=(32, 32)).with_fields(
+        {"select.share": 0.5, "compensate.share": 0.5}
+    ),
+    "rectified": presets.rectified(top_p=0.05, dense_layers=(), gain_aware=False).with_fields(
+        {"select.block": (32, 32), "select.neighbours": 0}
+    ),
 }
 CASES = [("alone", 64), ("text first", 96), ("text last", 128)]
 
 
 @pytest.mark.parametrize(("name", "dim"), CASES, ids=lambda x: str(x))
-@pytest.mark.parametrize("recipe_name", RECIPES)
-def test_gradients_against_the_definition(recipe_name, name, dim):
+@pytest.mark.parametrize(
+    ("recipe_name", "backend"), [*((recipe, "auto") for recipe in RECIPES), ("psa", "triton")], ids=str
+)
+def test_gradients_against_the_definition(recipe_name, backend, name, dim):
     recipe, layout = RECIPES[recipe_name], LAYOUTS[name]
+    if backend == "triton" and not capability.interpreted():
+        pytest.skip("no Triton here")
     generator = torch.Generator().manual_seed(7)
     q, k, v, upstream = (torch.randn(2, layout.seq_len, 2, dim, generator=generator) for _ in range(4))
     key_mask = None
@@ -93,7 +127,7 @@ def test_gradients_against_the_definition(recipe_name, name, dim):
         key_mask = torch.ones(2, layout.seq_len, dtype=torch.bool)
         key_mask[0, 168:] = False
         key_mask[1, 172:] = False
-    engine, calls = Engine(recipe, ["layer"], "auto", 0), []
+    engine, calls = Engine(recipe, ["layer"], backend, 0), []
     engine.observer = calls.append
     leaves = [tensor.clone().requires_grad_() for tensor in (q, k, v)]
     mask = None if key_mask is None else key_mask[:, None, None]
@@ -104,6 +138,10 @@ def test_gradients_against_the_definition(recipe_name, name, dim):
     if recipe_name == "psa":
         assert len(calls[0].plan.compensation.unique()) >= 4, "too few levels, the case shows nothing"
         wanted = pyramid(*twins, calls[0])
+    elif recipe_name == "rectified":
+        shares = calls[0].plan.compensation[0]
+        assert float(torch.where(calls[0].plan.mask.to_dense(), 0.0, shares).sum(-1).max()) > 0.1
+        wanted = rectified(*twins, calls[0])
     else:
         if recipe_name == "clear":
             tokens = circle_tokens(layout, 3.0)

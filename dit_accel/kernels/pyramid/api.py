@@ -23,8 +23,7 @@ CHUNK_LOGITS = 1 << 24
 
 def choose_pyramid(case: Case, backend: str = "auto") -> Choice:
     """The backend of :func:`pyramid_attention`; raises a ValueError if it is refused."""
-    gradients = "the kernels of its gradients have passed interpreted, not yet compiled on a GPU"
-    return choose("pyramid", backend, case, why_not_tiles(case), gradients if case.recorded else None)
+    return choose("pyramid", backend, case, why_not_tiles(case))
 
 
 def pyramid_attention(
@@ -56,7 +55,8 @@ def pyramid_attention(
         key_mask: see :func:`dit_accel.kernels.selection.api.pool_blocks`.
         scale: softmax scale, ``D ** -0.5`` when left out.
         return_lse: also return the natural log of the denominators, float32 ``[B, H, Sq]``.
-        backend: one of :data:`~dit_accel.kernels.BACKENDS`; ``"auto"`` is Triton on CUDA without gradients.
+        backend: one of :data:`~dit_accel.kernels.BACKENDS`; ``"auto"`` is Triton on CUDA, with gradients too;
+            the torch version computes every logit.
 
     Returns:
         ``[B, Sq, H, D]`` in q's dtype; a query that reads nothing gives 0 (and -inf).

@@ -13,7 +13,7 @@ import torch
 import torch.nn.functional as F
 
 from ..common.capability import why_not_kernels
-from ..common.choice import Case, Choice, choose
+from ..common.choice import Case, Choice, case_of, choose
 from ..common.scale import scale_of
 from ..common.tokens import gather_mask, gather_rows
 from ..mask.block_mask import BlockMask
@@ -22,7 +22,8 @@ from .api import pool_blocks, pooled_scores
 
 def choose_rectified(case: Case, backend: str = "auto") -> Choice:
     """The backend of this module's operations; raises a ValueError if it is refused."""
-    return choose("rectified", backend, case, why_not_kernels(case))
+    gradients = "the triton kernels have no gradients" if case.recorded else None
+    return choose("rectified", backend, case, why_not_kernels(case) or gradients)
 
 
 def pooled_attention(
@@ -155,10 +156,13 @@ def add_pooled_compensation(
     key_mask: torch.Tensor | None = None,
     backend: str = "auto",
 ) -> torch.Tensor:
-    """``out = R * out + sum of prob_J mean(V_J)`` in place, over blocks neither kept nor ruled out.
+    """``out = R * out + sum of prob_J mean(V_J)``, over blocks neither kept nor ruled out.
+
+    Differentiable in out and v: R and the shares are constants.
 
     Args:
-        out: ``[B, S, H, D]``, the sparse attention's output over ``kept``; changed in place and returned.
+        out: ``[B, S, H, D]``, the sparse attention's output over ``kept``; changed in place and returned, but where
+            gradients are recorded.
         v: ``[B, S, H, D]``.
         prob: float32 ``[B, H, nq, nk]``, from :func:`pooled_attention`.
         kept: the blocks that the sparse attention read.
@@ -174,13 +178,15 @@ def add_pooled_compensation(
             f"kept covers {kept.q_len} x {kept.kv_len} tokens in {kept.num_blocks} blocks, out and v have "
             f"{seq} x {v.shape[1]} and prob is {tuple(prob.shape)}."
         )
+    case = case_of(out, v)
+    backend = choose_rectified(case, backend).name
     left_out = ~kept.to_dense()
     if compensated is not None:
         left_out = left_out & compensated
     weight = torch.where(left_out, prob, 0.0)
     share = 1.0 - weight.sum(-1)
     extra = weight @ pool_blocks(v, kept.block_k, rows=rows, key_mask=key_mask, backend=backend)
-    if choose_rectified(Case(out.device), backend).name == "triton":
+    if backend == "triton":
         from .triton.rectified import blend_blocks_triton
 
         return blend_blocks_triton(out, share, extra, block_q, rows)
@@ -190,4 +196,5 @@ def add_pooled_compensation(
         slot_of = rows.long().expand(*share.shape[:2], seq).argsort(-1)[..., None]
         share, extra = share.gather(2, slot_of), extra.gather(2, slot_of.expand_as(extra))
     blended = out * share.transpose(1, 2) + extra.transpose(1, 2)
-    return out.copy_(blended)
+    # The attention's gradient needs its output as it was.
+    return blended.to(out.dtype) if case.recorded else out.copy_(blended)

@@ -23,7 +23,8 @@ class PooledMass(Compensation):
 
     ``out = R * sparse + sum of p_J mean(V_J)`` over the compensated blocks J, with p the reallocated shares
     of :func:`~dit_accel.stages.select.rectified.pooled_shares` and R the rest of the mass (arXiv
-    2511.19835). A plan that is reused keeps its shares. Inference only.
+    2511.19835). A plan that is reused keeps its shares, and to gradients they are constants, as the choice of blocks
+    is: queries and keys have theirs through the sparse attention, values through the means too.
 
     Attributes:
         gain_aware: compensate only blocks whose pooled logit exceeds the error that pooling may make; the
@@ -64,10 +65,9 @@ class PooledMass(Compensation):
 
     def attend(self, call: AttentionCall, plan: AttentionPlan, sparse: Callable[[], Attended]) -> Attended:
         """The sparse attention, scaled, plus the pooled one."""
-        _refuse_gradients(call.q, call.k, call.v)
         out, witness = sparse()
         shares, gains = plan.compensation
-        add_pooled_compensation(
+        out = add_pooled_compensation(
             out,
             call.v,
             shares,
@@ -78,8 +78,3 @@ class PooledMass(Compensation):
             backend=call.backend("rectified"),
         )
         return out, witness
-
-
-def _refuse_gradients(*tensors: torch.Tensor) -> None:
-    if torch.is_grad_enabled() and any(tensor.requires_grad for tensor in tensors):
-        raise RuntimeError("This compensation has no gradient; train with another or without one.")

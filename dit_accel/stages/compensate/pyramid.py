@@ -25,8 +25,9 @@ class KeyPyramid(Compensation):
 
     Blocks that the selection keeps are read in full. Of the others, those up to the first bound of the
     cumulative sampled importance of a row are read in full too, up to the second at level 2, then 4 and 8;
-    beyond the last bound they are left out. All levels share one softmax. Gradients go through a torch
-    path that computes every logit, in pieces: linear memory, no gain in speed.
+    beyond the last bound they are left out. All levels share one softmax. Gradients reach queries, keys and values
+    through the means and the denominators; levels have none. On a GPU kernels compute them; elsewhere a torch path
+    that computes every logit, in pieces: linear memory, no gain in speed.
 
     Attributes:
         cumulative: bounds of levels 1, 2, 4 and 8, non-decreasing shares in [0, 1].

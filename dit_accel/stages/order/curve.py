@@ -23,10 +23,24 @@ class Curve(Order):
     starts and at any block size. Used by PSA, Rectified SpaAttn (arXiv 2511.19835) and Jenga (2505.16864). A
     step goes to an adjacent token, except that a box with an odd side costs a diagonal step here and there.
     The construction is J. Cerveny's generalisation of Hilbert's curve to boxes of any size.
+
+    Attributes:
+        first_frame_apart: the first frame is a segment with a curve of its own, and the other frames follow. A
+            selection that always reads it then reads the blocks of one frame (Rectified SpaAttn), where one curve
+            spreads its tokens over a quarter of the blocks of 21 frames.
     """
 
+    first_frame_apart: bool = False
+
     def rows(self, layout: TokenLayout, device: torch.device, _layer: int = 0) -> torch.Tensor | None:
-        return whole_sequence(layout, partial(_curve_order, device=device))
+        return whole_sequence(layout, partial(self._of_grid, device=device))
+
+    def _of_grid(self, grid: Vector, device: torch.device) -> torch.Tensor:
+        frames, height, width = grid
+        if not self.first_frame_apart or frames == 1:
+            return _curve_order(grid, device)
+        rest = _curve_order((frames - 1, height, width), device) + height * width
+        return torch.cat([_curve_order((1, height, width), device), rest])
 
 
 def _curve_order(grid: Vector, device: torch.device) -> torch.Tensor:

@@ -20,7 +20,7 @@ class Order(Protocol):
     Attributes:
         permutes: it is another order than the model's.
         spans_references: it orders grids of references too; else these are other tokens.
-        follows_call: it depends on queries and keys, see :meth:`rows_of_call`.
+        follows_call: it depends on queries and keys, see :meth:`rows_of_call` and :meth:`keys_of_call`.
         needs_calibration: a calibration puts another order in its place.
         pads: it fills blocks with padding, see :meth:`padding`.
     """
@@ -68,3 +68,8 @@ class Order(Protocol):
         ``tables`` are what :meth:`prepare` returned, where that is at hand.
         """
         return self.rows(layout, call.q.device, call.layer)
+
+    def keys_of_call(self, layout: TokenLayout, call: AttentionCall, tables: Any = None) -> torch.Tensor | None:
+        """int32 ``[B, H, S]``: the token whose key and value take each token's place before the order is applied, in
+        attention the same keys; None where all keep theirs. ``tables`` as in :meth:`rows_of_call`."""
+        return None
