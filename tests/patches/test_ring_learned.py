@@ -123,6 +123,14 @@ def test_what_samples_single_keys_is_refused(ranks):
         )
 
 
+def test_the_form_that_is_refused_is_named(ranks):
+    for found in ranks:
+        assert found["refused", "form"] == (
+            "select Learned with form='linear', unlike others of its forms, looks at single tokens of the whole "
+            "sequence, which ring attention shares out: use ulysses_degree in place of ring_degree, or another recipe."
+        )
+
+
 def test_compiled_code_goes_round_with_gradients(tmp_path):
     for found in _ranks(2, ring_learned_ranks.compiled, tmp_path):
         for recipe in ring_learned_ranks.COMPILED:
