@@ -311,7 +311,7 @@ class Engine:
         if call.part is not None:
             counts = plan.mask.kv_num_blocks.float().mean((0, 1)) / blocks_k
             rows = call.part.q_counts
-            each = torch.stack([part.mean() for part in counts.split(rows)])
+            each = self.recipe.compensate.work(torch.stack([part.mean() for part in counts.split(rows)]), plan)
             density = each[call.part.ring.rank]
         pairs = torch.tensor(rows, device=each.device, dtype=each.dtype)
         if call.heads is not None:

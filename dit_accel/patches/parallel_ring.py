@@ -96,7 +96,7 @@ def _refuse(session: Session) -> None:
     recipe, planner = session.engine.recipe, session.engine.planner
     needs, whole = None, Compensation.whole
     if not planner.goes_round:
-        needs = f"select {type(recipe.select).__name__}"
+        needs, whole = f"select {type(recipe.select).__name__}", recipe.select.needs_whole
     elif recipe.order.follows_call:
         needs = f"order {type(recipe.order).__name__}"
     elif not recipe.compensate.goes_round:

@@ -156,7 +156,8 @@ def work(rank: int, world: int, path: Path) -> None:
         pipe = ulysses_ranks.wan_pipeline()
         in_ring(pipe.transformer, world)
         found["carried", select] = run(pipe, CARRIED[select])
-    found["refused"] = refusal(world)
+    found["refused"] = refusal(world, Recipe(SMALL_TILES, POOLED, KeyPyramid()))
+    found["refused", "form"] = refusal(world, Recipe(SMALL_TILES, Learned(density=0.4, block=BLOCK, form="linear")))
     for form in EPS:
         found["branch", "torch", form] = branch(rank, world, "torch", form)
     if world == 2 and not torch.cuda.is_available():  # else Triton is not interpreted
@@ -172,10 +173,10 @@ def run(pipe: Any, recipe: Recipe) -> tuple[torch.Tensor, Any]:
         return TINY["wan"].run(pipe, steps=6), handle.summary()
 
 
-def refusal(world: int) -> str:
-    """What is said of a compensation that cannot go around a ring."""
+def refusal(world: int, recipe: Recipe) -> str:
+    """What is said of a recipe that cannot go around a ring."""
     try:
-        patched(in_ring(wan(), world), wan_given(), Recipe(SMALL_TILES, POOLED, KeyPyramid()))
+        patched(in_ring(wan(), world), wan_given(), recipe)
     except ValueError as error:
         return str(error)
     return ""

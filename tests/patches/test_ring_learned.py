@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 from functools import cache
+from itertools import pairwise
 from typing import Any
 
 import pytest
 import torch
 
 from dit_accel.patches.learned import is_learned
+from dit_accel.ring import shared_out
 from tests.kernels.test_linear_branch import oracle, rounding
 from tests.patches import ring_learned_ranks
 from tests.patches.ring_learned_ranks import CARRIED, INFERENCE, LEARNED, MODELS, RECIPES_OF
@@ -92,6 +94,16 @@ def test_a_ring_gives_what_one_process_gives(ranks, name, recipe):
         assert summary.sparse_calls == 2
 
 
+@pytest.mark.parametrize("recipe", ["residual", "residual of 8"])
+def test_means_of_blocks_count_as_work_around_a_ring(ranks, recipe):
+    _, alone = patched(wan(), wan_given(), INFERENCE[recipe])
+    rows = torch.ones(-(-288 // INFERENCE[recipe].select.block[0]))
+    numbers = torch.tensor([last - first for first, last in pairwise(shared_out(rows, len(ranks)))])
+    for found in ranks:
+        densities = torch.tensor(found["wan", recipe][1].rank_densities)
+        assert float((densities * numbers).sum() / len(rows)) == pytest.approx(alone.density, rel=1e-6)
+
+
 @pytest.mark.parametrize("recipe", ["paper", "coarse", "output gate"])
 def test_ragged_lengths(ranks, recipe):
     wanted = train(wan(), wan_given(*RAGGED), LEARNED[recipe])
@@ -120,6 +132,14 @@ def test_what_samples_single_keys_is_refused(ranks):
     for found in ranks:
         assert found["refused"].startswith(
             "compensate KeyPyramid samples single keys of the whole sequence, which ring"
+        )
+
+
+def test_the_form_that_is_refused_is_named(ranks):
+    for found in ranks:
+        assert found["refused", "form"] == (
+            "select Learned with form='linear', unlike others of its forms, looks at single tokens of the whole "
+            "sequence, which ring attention shares out: use ulysses_degree in place of ring_degree, or another recipe."
         )
 
 

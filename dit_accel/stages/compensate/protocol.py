@@ -91,6 +91,11 @@ class Compensation(Protocol):
         """Share of the work of dense attention, a 0-d tensor: here that of the kept block pairs."""
         return plan.density
 
+    def work(self, kept: torch.Tensor, plan: AttentionPlan) -> torch.Tensor:
+        """:meth:`density` of some rows of a plan that keep the share ``kept`` of their block pairs: around a ring each
+        process has some."""
+        return kept
+
     def build(self, heads: int, head_dim: int) -> LearnedCompensation:
         """The learned part of one layer, which adds to what :meth:`attend` returns."""
         raise TypeError(f"{type(self).__name__} has nothing to learn.")

@@ -118,5 +118,8 @@ class PooledResidual(Compensation):
 
     def density(self, plan: AttentionPlan) -> torch.Tensor:
         """Kept share of all block pairs, and the means of the others counted as one key each."""
-        kept = plan.density
+        return self.work(plan.density, plan)
+
+    def work(self, kept: torch.Tensor, plan: AttentionPlan) -> torch.Tensor:
+        """The same of some rows."""
         return kept + (1.0 - kept) / (self.tokens or plan.mask.block_k)

@@ -70,6 +70,11 @@ class Learned(Select):
         """Where its form reads numbers of blocks, which can be gathered."""
         return FORMS[self.form].goes_round
 
+    @property
+    def needs_whole(self) -> str:  # type: ignore[override]
+        """Names the form: others go round."""
+        return f"with form={self.form!r}, unlike others of its forms, {Select.needs_whole}"
+
     def with_density(self, density: float) -> Learned:
         return replace(self, density=density, head_densities=())
 

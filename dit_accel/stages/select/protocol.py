@@ -38,6 +38,7 @@ class Select(Protocol):
         can_choose_anew: a later step can choose from what a search found, see :meth:`choose_anew`.
         goes_round: it can plan where processes around a ring share the tokens of a call; all come to the same mask. A
             static choice always can.
+        needs_whole: what it does with the whole sequence where it cannot, the predicate of a sentence.
     """
 
     is_dense: ClassVar[bool] = False
@@ -48,6 +49,7 @@ class Select(Protocol):
     per_head: ClassVar[bool] = False
     can_choose_anew: ClassVar[bool] = False
     goes_round: ClassVar[bool] = False
+    needs_whole: ClassVar[str] = "looks at single tokens of the whole sequence"
 
     @property
     def hides_tokens(self) -> bool:
