@@ -61,12 +61,13 @@ def attend_around(call: SharedCall) -> torch.Tensor:
         if exchange is not None:
             learned = [exchange.there(gate) for gate in learned]
     each = config.ulysses_degree
+    group = config._ring_mesh.get_group()
     ring = RingShard(
-        config._ring_mesh.get_group(),
+        group,
         config._ring_local_rank,
         tuple(sum(lengths[first : first + each]) for first in range(0, ranks, each)),
         places,
-        (config._ring_local_rank, tuple(lengths), tuple(streams), each),
+        (group, config._ring_local_rank, tuple(lengths), tuple(streams), each),
     )
     shard = None if exchange is None else exchange.shard
     _tell(session, config, shard)
