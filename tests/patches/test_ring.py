@@ -9,28 +9,22 @@ import torch
 
 from tests.patches import ring_ranks, ulysses_ranks
 from tests.patches.ring_ranks import MODELS, RAGGED, SPARSE, UNIFIED, recipes_of
-from tests.patches.ulysses_ranks import ended, patched, wan, wan_given
+from tests.patches.ulysses_ranks import found_by, patched, wan, wan_given
 
 # Of presets what looks at single tokens of the whole sequence.
 REFUSED = ("pbs", "psa", "rectified", "agent")
 
 
-def _ranks(world: int, work: Any, tmp_path_factory: Any) -> list[dict[Any, Any]]:
-    path = tmp_path_factory.mktemp("ranks")
-    assert ended(world, work, path) == [0] * world
-    return [torch.load(path / f"{rank}.pt", weights_only=False) for rank in range(world)]
-
-
 @pytest.fixture(scope="module", params=[2, 3])
 def ranks(request: Any, tmp_path_factory: Any) -> list[dict[Any, Any]]:
     """What each process found."""
-    return _ranks(request.param, ring_ranks.work, tmp_path_factory)
+    return found_by(request.param, ring_ranks.work, tmp_path_factory.mktemp("ranks"))
 
 
 @pytest.fixture(scope="module")
 def four(tmp_path_factory: Any) -> list[dict[Any, Any]]:
     """The same of two rings of two."""
-    return _ranks(4, ring_ranks.unified, tmp_path_factory)
+    return found_by(4, ring_ranks.unified, tmp_path_factory.mktemp("ranks"))
 
 
 @pytest.mark.parametrize("per_head", [False, True])

@@ -17,22 +17,17 @@ from tests.patches.ring_learned_ranks import CARRIED, INFERENCE, LEARNED, MODELS
 from tests.patches.ring_ranks import RAGGED, UNIFIED
 from tests.patches.test_trained_in_parallel import assert_equal
 from tests.patches.trained_ranks import train
-from tests.patches.ulysses_ranks import ended, patched, wan, wan_given, wan_pipeline
+from tests.patches.ulysses_ranks import found_by, patched, wan, wan_given, wan_pipeline
 
 # Wan and Qwen-Image modulate in float32, and each process adds up its own tokens' gradients there.
 FLOAT32 = torch.finfo(torch.float32).eps
 TOLERANCE = {"wan": FLOAT32, "qwen-image": FLOAT32, "flux": 1e-10}
 
 
-def _ranks(world: int, work: Any, path: Any) -> list[dict[Any, Any]]:
-    assert ended(world, work, path) == [0] * world
-    return [torch.load(path / f"{rank}.pt", weights_only=False) for rank in range(world)]
-
-
 @pytest.fixture(scope="module", params=[2, 3])
 def ranks(request: Any, tmp_path_factory: Any) -> list[dict[Any, Any]]:
     """What each process found."""
-    return _ranks(request.param, ring_learned_ranks.work, tmp_path_factory.mktemp("ranks"))
+    return found_by(request.param, ring_learned_ranks.work, tmp_path_factory.mktemp("ranks"))
 
 
 @pytest.mark.parametrize("form", ring_learned_ranks.EPS)
@@ -144,14 +139,14 @@ def test_the_form_that_is_refused_is_named(ranks):
 
 
 def test_compiled_code_goes_round_with_gradients(tmp_path):
-    for found in _ranks(2, ring_learned_ranks.compiled, tmp_path):
+    for found in found_by(2, ring_learned_ranks.compiled, tmp_path):
         for recipe in ring_learned_ranks.COMPILED:
             for how in ("blocks", "whole"):
                 assert_equal(found[recipe, how], alone("wan", recipe), TOLERANCE["wan"])
 
 
 def test_two_rings_of_two(tmp_path):
-    found = _ranks(4, ring_learned_ranks.unified, tmp_path)
+    found = found_by(4, ring_learned_ranks.unified, tmp_path)
     for name, (build, inputs) in UNIFIED.items():
         for recipe in ring_learned_ranks.SHARED_TWICE:
             wanted = train(build(), inputs(), LEARNED[recipe])

@@ -12,22 +12,17 @@ from dit_accel import Recipe
 from dit_accel.patches.learned import is_learned
 from tests.patches import trained_ranks
 from tests.patches.trained_ranks import COMPILED, KINDS, LEARNED, MASS, MODELS, RECIPES_OF, SHARDED, train
-from tests.patches.ulysses_ranks import ended, wan, wan_given
+from tests.patches.ulysses_ranks import found_by, wan, wan_given
 from tests.recipes import POOLED
 
 # Wan modulates in float32, and each process adds up its own tokens' gradients there.
 TOLERANCE = {"wan": torch.finfo(torch.float32).eps, "flux": 1e-10}
 
 
-def _ranks(world: int, work: Any, path: Any) -> list[dict[Any, Any]]:
-    assert ended(world, work, path) == [0] * world
-    return [torch.load(path / f"{rank}.pt", weights_only=False) for rank in range(world)]
-
-
 @pytest.fixture(scope="module", params=[2, 3])
 def ranks(request: Any, tmp_path_factory: Any) -> list[dict[Any, Any]]:
     """What each process found."""
-    return _ranks(request.param, trained_ranks.work, tmp_path_factory.mktemp("ranks"))
+    return found_by(request.param, trained_ranks.work, tmp_path_factory.mktemp("ranks"))
 
 
 @cache
@@ -91,13 +86,13 @@ def test_sharded_weights_have_the_gradients_of_one_process(ranks, kind, how):
 def test_groups_of_processes_have_samples_of_their_own(tmp_path):
     each = [train(wan(), trained_ranks.sample(number), trained_ranks.SLA) for number in range(2)]
     summed = {name: grad + each[1][1][name] for name, grad in each[0][1].items()}
-    for rank, found in enumerate(_ranks(4, trained_ranks.groups, tmp_path)):
+    for rank, found in enumerate(found_by(4, trained_ranks.groups, tmp_path)):
         out, _, summary = each[rank // 2]
         assert_equal(found["groups"], (out, summed, summary), TOLERANCE["wan"])
 
 
 def test_compiled_code_is_sparse_and_has_gradients(tmp_path):
-    for found in _ranks(2, trained_ranks.compiled, tmp_path):
+    for found in found_by(2, trained_ranks.compiled, tmp_path):
         for name, (_, recipe) in COMPILED.items():
             for how in ("blocks", "whole"):
                 assert_as_one(found[name, how], "wan", recipe)
