@@ -53,7 +53,7 @@ class WholePipeline:
         embeddings: arguments of the call in place of prompts, in a dtype and on a device.
         tiled: whether users decode in tiles at the usual sizes, for memory.
         shift: of the scheduler's noise levels.
-        autoencoder_dtype: in which diffusers' own example decodes.
+        autoencoder_dtype: in which diffusers' own example decodes, on a GPU.
         modules: names under which the pipeline holds no text encoder or tokenizer.
     """
 
@@ -88,7 +88,8 @@ class WholePipeline:
 
         with init_empty_weights(include_buffers=False):
             model: Any = getattr(diffusers, self.autoencoder)()
-        materialise(model, self.autoencoder_dtype, device)
+        # Convolutions in 16 bits crawl on a CPU.
+        materialise(model, torch.float32 if device.type == "cpu" else self.autoencoder_dtype, device)
         if self.tiled:
             model.enable_tiling()
         found: nn.Module = model.eval().requires_grad_(False)

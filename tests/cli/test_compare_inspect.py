@@ -47,7 +47,9 @@ def test_compare_of_dense_with_dense(tmp_path):
     data = json.loads(result.stdout)
     found = data["summaries"][1]
     assert (found["recipe"], found["metrics"]["psnr"]["mean"]) == ("dense (patched)", "inf")
-    assert found["speedup"]["low"] <= 1 <= found["speedup"]["high"]
+    # By chance alone all four runs of one side are the faster ones in one of 35 cases, and the range leaves 1 out.
+    assert found["speedup"]["low"] <= 1.2
+    assert found["speedup"]["high"] >= 1 / 1.2
     assert (found["speedup"]["count"], found["speedup"]["kind"]) == (4, "noise of the runs")
     assert all(len(clip["runs"]) == 4 for clip in data["results"])
 
