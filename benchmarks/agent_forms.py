@@ -21,10 +21,9 @@ import time
 from typing import Any
 
 import torch
-from judged_calls import arguments, dense, report, size_of_runs, sparse
+from judged_calls import arguments, dense, report, sparse
 from merged_tokens import Merging, merging, through
-from recorded_calls import calls_in_memory, pipeline
-from reuse_front import TUNING_PROMPTS
+from reference_forms import tuning_calls
 
 from dit_accel.call import AttentionCall
 from dit_accel.layout import TokenLayout
@@ -74,8 +73,7 @@ def main() -> None:
     args = parser.parse_args()
     begin = time.monotonic()
     torch.set_grad_enabled(False)
-    prompts = enumerate(TUNING_PROMPTS[2 : 2 + args.prompts], 2000)
-    tests = calls_in_memory(pipeline(args.device), prompts, density=args.density, **size_of_runs(args))
+    tests = tuning_calls(args)
     rows: dict[str, dict[str, float]] = {}
     norm = 0.0
     for call in tests:

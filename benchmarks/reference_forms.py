@@ -17,6 +17,7 @@ Nothing is trained: these are the places at which a training would begin.
 
 from __future__ import annotations
 
+import argparse
 import math
 import time
 from typing import Any
@@ -113,14 +114,19 @@ def forms(call: AttentionCall) -> dict[str, torch.Tensor]:
     }
 
 
+def tuning_calls(args: argparse.Namespace) -> list[AttentionCall]:
+    """Calls of `--prompts` dense runs, of prompts that no table reports."""
+    prompts = enumerate(TUNING_PROMPTS[2 : 2 + args.prompts], 2000)
+    return calls_in_memory(pipeline(args.device), prompts, density=args.density, **size_of_runs(args))
+
+
 def main() -> None:
     parser = arguments(__doc__, device="cpu")
     parser.add_argument("--prompts", type=int, default=1)
     args = parser.parse_args()
     begin = time.monotonic()
     torch.set_grad_enabled(False)
-    prompts = enumerate(TUNING_PROMPTS[2 : 2 + args.prompts], 2000)
-    tests = calls_in_memory(pipeline(args.device), prompts, density=args.density, **size_of_runs(args))
+    tests = tuning_calls(args)
     errors: dict[str, float] = {}
     norm = density = 0.0
     for call in tests:
