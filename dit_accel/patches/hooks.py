@@ -97,7 +97,8 @@ class PublishLayer(Hook):
 
     def __init__(self, session: Session, layer: int, counts: torch.Tensor) -> None:
         self.announced = (session, layer)
-        self.layer = torch.tensor([session.id, layer])
+        # On the CPU whatever the default device is: every call reads it.
+        self.layer = torch.tensor([session.id, layer], device="cpu")
         self.counts = counts
 
     def __call__(self, module: nn.Module, _args: tuple[Any, ...]) -> None:

@@ -24,7 +24,7 @@ from .ambient import EAGER, LatentTokens
 from .families import Family
 from .forwards import KEPT_FORWARDS, Forward, KeptForwards, addresses_of, in_backward
 from .parallel_watch import Watch
-from .placement import place_latents
+from .placement import ReadPlaces, place_latents
 from .progress import PipelineSchedules, RunTracker, running_pipeline
 from .shards import heads_of_tensor_parallel, splits_text
 
@@ -50,6 +50,7 @@ class _Thread(threading.local):
         self, model: weakref.ref[nn.Module], pipe: weakref.ref[Any] | None, schedules: PipelineSchedules
     ) -> None:
         self.runs = RunTracker(model, pipe, schedules)
+        self.places = ReadPlaces()
         self.forward: Forward | None = None
         # What a backward repeats: the whole transformer of a forward, or a compiled block of it.
         self.whole: Forward | None = None
@@ -116,8 +117,7 @@ class Session:
             thread.forward = None
             return
         if latents is not None and latents.ids is not None:
-            # One small copy to the host per forward.
-            latents = self.family.place(latents)
+            latents = thread.places.place(self.family, latents)
         number = next(self._numbers)
         run, step, unknown = thread.runs.next_forward(number, EAGER.branch, timestep)
         if unknown is not None and self.engine.recipe.schedule.follows_steps:
