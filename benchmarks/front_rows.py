@@ -117,6 +117,20 @@ CARRIED = (
     ),
 )
 
+# Of those the best, with blocks of 64 queries, densities between, and a difference that weighs less sooner or later.
+_FINER = "ear:density={},block={},dense_fraction=.034@schedule.refresh_at=(0.0,{}),compensate=carried,compensate.lasts={}"
+CARRIED_FINER = (
+    *(
+        _FINER.format(density, block, points, 0.8)
+        for density, block, points in product((0.1, 0.15, 0.2), ("(64,64)", "(128,64)"), (POINTS[0], POINTS[2]))
+        if density != 0.2 or block == "(64,64)"
+    ),
+    *(_FINER.format(0.1, "(64,64)", points, lasts) for points, lasts in product((POINTS[0], POINTS[2]), (0.4, 1.0))),
+    *(f"ear:density={density},block=(64,64)" for density in (0.1, 0.2)),
+    "mass:density=.1",
+    "mass:density=.2",
+)
+
 # What `max` could be: fewer pairs, chosen better, or something in place of those that are left out.
 DRAFT_LISTS = ("(0,1,2,4,7,11,17,23,29)", "(0,1,2,4,7,10,14,19,24,29)")
 DRAFTS = (
@@ -138,5 +152,6 @@ SETS = {
     "windows": WINDOWS,
     "anew": ANEW,
     "carried": CARRIED,
+    "carried_finer": CARRIED_FINER,
     "drafts": DRAFTS,
 }
