@@ -32,7 +32,7 @@ def generations(rows: list[dict[str, Any]]) -> list[str]:
     for on in CARDS:
         here = [row for row in rows if row["card"] == on.name]
         kernel = (
-            "Hopper's for blocks of 128 queries and head dims 64 and 128, else portable"
+            "Hopper's for blocks of 64 and 128 queries and head dims 64 and 128, else portable"
             if on.target == 90
             else "portable"
         )

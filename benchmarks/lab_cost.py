@@ -19,7 +19,9 @@ POOLED = 0.0077
 CELLS = 0.0117
 """The same over 16-token cells: 64 times 128 / 16 more scores, a 256th of a dense attention's, on top. An estimate."""
 BLOCKS_OF_64 = 1.45
-"""A kept pair with blocks of 64 queries against one of 128: 61 ms against 42, three layers of Wan at 720p."""
+"""A kept pair with blocks of 64 queries against one of 128: 61 ms against 42, three layers of Wan at 720p.
+
+In the portable kernel, as all of the laboratory's tables; Hopper's takes 1.02 to 1.15 times (docs/performance.md)."""
 
 
 @dataclass(frozen=True)

@@ -34,7 +34,7 @@ VARIANTS: dict[str, tuple[int, int, dict[str, Any]]] = {
     "int8 rows": (128, 128, {"precision": "int8", "rows": True}),
     "int8_fp8": (128, 128, {"precision": "int8_fp8"}),
     "pairs": (64, 128, {"queries": 64}),
-    "pairs free": (64, 128, {"queries": 64, "turns": False, "dtype": torch.float16}),
+    "pairs turns": (64, 128, {"queries": 64, "turns": True, "dtype": torch.float16}),
     "pairs 128": (128, 128, {"queries": 64, "key_mask": True}),
     "pairs D=64": (64, 64, {"queries": 64}),
     "pairs rows": (64, 128, {"queries": 64, "rows": True}),
@@ -94,7 +94,7 @@ def main() -> None:
         ready = precision and reference_quantize(q, k, v, 128, block_k, precision=precision)
         config = None
         if "turns" in settings:
-            config = hopper_forward.default_config(hopper_forward.PAIR_KEYS, dim, None, rows is not None)
+            config = hopper_forward.default_config(hopper_forward.PAIR_KEYS, dim, None, rows is not None, pairs=True)
             config = replace(config, take_turns=settings["turns"])
         hopper_forward.hopper_forward(q, k, v, mask, rows, hidden, 0.1, quantized=ready or None, config=config)
         print(json.dumps({"name": name, "ptx": kernel.ptx, "shared": kernel.shared}), flush=True)

@@ -21,7 +21,7 @@ def forward_of(block_k, dim, permuted, **changes):
 
     if torch.cuda.get_device_capability() != (9, 0):
         pytest.skip("it needs a GPU of compute capability 9.0")
-    config = replace(default_config(PAIR_KEYS, dim, None, permuted), **changes)
+    config = replace(default_config(PAIR_KEYS, dim, None, permuted, pairs=True), **changes)
 
     def forward(q, k, v, mask, rows, hide, scale):
         # Freed memory of the outputs' sizes, so that what no program writes shows.
@@ -212,15 +212,16 @@ def test_lists_made_on_the_gpu_are_those_made_in_torch(block_k, device):
 
 
 @pytest.mark.gpu
-def test_switched_on_it_is_the_choice_and_trains(monkeypatch, device):
+def test_it_is_the_choice_and_trains(monkeypatch, device):
     """Forward by pairs, gradients by the portable kernels from its output and log-sum-exp."""
     if torch.cuda.get_device_capability() != (9, 0):
         pytest.skip("it needs a GPU of compute capability 9.0")
     q, k, v, mask, _, _, visible = build(length=1000, block=(64, 64), dim=128, dtype=torch.bfloat16)
     q, k, v, mask, visible = (x.to(device) for x in (q, k, v, mask, visible))
-    assert "portable kernel" in choose_backend(q, k, v, mask).reason
-    monkeypatch.setattr(variants, "PAIRS_ON_HOPPER", True)
     assert choose_backend(q, k, v, mask).reason.endswith("Hopper kernel")
+    with monkeypatch.context() as off:
+        off.setattr(variants, "PAIRS_ON_HOPPER", False)
+        assert "portable kernel" in choose_backend(q, k, v, mask).reason
     leaves = [x.requires_grad_() for x in (q, k, v)]
     grad = torch.randn_like(q)
     found = torch.autograd.grad(block_sparse_attention(*leaves, mask), leaves, grad)
@@ -229,15 +230,13 @@ def test_switched_on_it_is_the_choice_and_trains(monkeypatch, device):
         assert (ours.double() - theirs).norm() <= 1e-2 * theirs.norm()
 
 
-def test_it_is_not_chosen_before_it_was_measured(monkeypatch):
+def test_it_is_the_choice_unless_it_is_switched_off(monkeypatch):
     """Two steps of one decision: the switch, and then what the kernel itself asks for."""
     q, k, v, mask, _, _, _ = build(length=256, block=(64, 64), dim=128, dtype=torch.bfloat16)
     monkeypatch.setattr(variants, "_why_not_gluon", lambda q: None)
-    assert variants.why_not_hopper_half(q, k, v, mask, None) == (
-        "its form for blocks of 64 queries has not been measured yet"
-    )
-    monkeypatch.setattr(variants, "PAIRS_ON_HOPPER", True)
     assert variants.why_not_hopper_half(q, k, v, mask, None) == "it needs a GPU of compute capability 9.0"
+    monkeypatch.setattr(variants, "PAIRS_ON_HOPPER", False)
+    assert variants.why_not_hopper_half(q, k, v, mask, None) == "its form for blocks of 64 queries is switched off"
 
 
 def test_in_8_bits_it_takes_128_queries(monkeypatch):

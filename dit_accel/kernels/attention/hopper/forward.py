@@ -85,12 +85,18 @@ def why_not_shape(q: torch.Tensor, mask: BlockMask, pairs: bool = False) -> str 
 
 
 def default_config(
-    block_k: int, dim: int, precision: str | None, permuted: bool = False, has_bits: bool = False
+    block_k: int,
+    dim: int,
+    precision: str | None,
+    permuted: bool = False,
+    has_bits: bool = False,
+    pairs: bool = False,
 ) -> HopperConfig:
     """The fastest that was measured at head dim 128, and buffers that fit shared memory elsewhere.
 
     ``precision`` is None for half-precision inputs. ``has_bits``: many blocks have token bits, and applying them takes
-    a consumer longer than its turn should.
+    a consumer longer than its turn should. ``pairs``: two blocks of 64 queries a program; with turns a block that
+    is late would hold up both consumers.
     """
     half = 2 * dim
     in_row = half if precision is None else dim
@@ -101,7 +107,7 @@ def default_config(
     most = (3 if precision == "int8" else 4) * 128 // block_k
     return HopperConfig(
         min(most, stages),
-        take_turns=not has_bits and (block_k == 128 if precision else 64 in (block_k, dim)),
+        take_turns=not (has_bits or pairs) and (block_k == 128 if precision else 64 in (block_k, dim)),
     )
 
 
@@ -200,7 +206,7 @@ def _launch(
         values = quantized.v.contiguous()
     has_bits = mask.kv_bits is not None and mask.token_bits.shape[0] > 0
     block_k = PAIR_KEYS if paired else mask.block_k
-    config = config or default_config(block_k, dim, precision, rows is not None, has_bits)
+    config = config or default_config(block_k, dim, precision, rows is not None, has_bits, paired)
     programs = multiprocessors(q.device.index or 0)
     moved = rows is not None and quantized is None
     ring = min(config.ring or ring_heads(batch, heads), heads) if moved else heads
