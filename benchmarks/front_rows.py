@@ -118,7 +118,9 @@ CARRIED = (
 )
 
 # Of those the best, with blocks of 64 queries, densities between, and a difference that weighs less sooner or later.
-_FINER = "ear:density={},block={},dense_fraction=.034@schedule.refresh_at=(0.0,{}),compensate=carried,compensate.lasts={}"
+_FINER = (
+    "ear:density={},block={},dense_fraction=.034@schedule.refresh_at=(0.0,{}),compensate=carried,compensate.lasts={}"
+)
 CARRIED_FINER = (
     *(
         _FINER.format(density, block, points, 0.8)

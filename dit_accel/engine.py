@@ -209,9 +209,10 @@ class Engine:
             if call.ring is not None:
                 self.planner.deal(call)
             exact = self._searched_attention(call)
-            begin = self.plan_time.start(call.q.device)
+            begin, before = self.plan_time.start(call.q.device), book.plans_made
             made, plan = self._plan(call, book)
-            planned = self.plan_time.stop(begin, call.q.device)
+            # A kept plan takes no time worth an event, which costs the host more.
+            planned = begin if book.plans_made == before else self.plan_time.stop(begin, call.q.device)
             if not self.planner.is_search(call, made):
                 call.plan = plan
                 call.left_out = self.planner.left_out(call)

@@ -246,6 +246,38 @@ def test_a_packed_mask_has_the_lists_of_the_mask(masked, block_k, kv_len, device
         assert torch.equal(found.kv_indices[b, h, i, :count], mask.kv_indices[b, h, i, :count])
 
 
+def test_small_lists_are_unpacked_once(device, monkeypatch):
+    keep = torch.rand(1, 2, 3, 40, generator=torch.Generator().manual_seed(0)) < 0.4
+    mask = BlockMask.from_dense(keep, 16, 16, 48, 640).to(device)
+    small = PackedBlockMask.of(mask, key_mask=False)
+    assert small.lists() is small.lists()
+    monkeypatch.setattr("dit_accel.kernels.mask.packed.SMALL_LISTS", small.lists().kv_indices.nbytes - 1)
+    large = PackedBlockMask.of(mask, key_mask=False)
+    first, second = large.lists(), large.lists()
+    assert first is not second
+    assert torch.equal(first.to_dense(), second.to_dense())
+    assert torch.equal(first.to_dense().cpu(), keep)
+
+
+@pytest.mark.gpu
+def test_lists_that_a_cuda_graph_unpacks_are_its_own():
+    """They hold nothing before its replay, so that no call outside it may read them."""
+    keep = torch.rand(1, 2, 3, 40, generator=torch.Generator().manual_seed(0)) < 0.4
+    mask = BlockMask.from_dense(keep, 16, 16, 48, 640).to("cuda")
+    PackedBlockMask.of(mask, key_mask=False).lists()  # compiles
+    packed = PackedBlockMask.of(mask, key_mask=False)
+    _ = packed._width  # waits for the device
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        inside = packed.lists()
+    outside = packed.lists()
+    assert outside is not inside
+    assert outside is packed.lists()
+    assert torch.equal(outside.to_dense().cpu(), keep)
+    graph.replay()
+    assert torch.equal(inside.to_dense().cpu(), keep)
+
+
 @pytest.mark.parametrize("nk", [7, 33, 130])
 def test_lists_of_bits(nk, device):
     """The kernel that lists bits, row by row in plain Python."""

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 
 import torch
@@ -11,6 +11,10 @@ import torch.nn.functional as F
 from ..common.capability import choose_selection
 from ..common.choice import Case
 from .block_mask import BlockMask
+
+# Bytes of a mask's lists that are kept beside its bits. To unpack them anew takes the host a sixth of a call, which
+# counts where sequences are short and lists small.
+SMALL_LISTS = 1 << 19
 
 
 @dataclass(frozen=True, eq=False)
@@ -36,6 +40,7 @@ class PackedBlockMask:
     q_len: int
     kv_len: int
     backend: str = "torch"
+    _kept: BlockMask | None = field(default=None, init=False, repr=False)
 
     @classmethod
     def of(cls, mask: BlockMask, key_mask: bool, backend: str = "auto") -> PackedBlockMask:
@@ -75,10 +80,20 @@ class PackedBlockMask:
         return max(1, int(self.longest))
 
     def lists(self) -> BlockMask:
-        """The mask, its lists no longer than its longest row; in Triton in one launch.
+        """The mask, its lists no longer than its longest row; in Triton in one launch, and small ones once and for all.
 
         Waits for the device to have packed it, the first time, and not for what came later.
         """
+        if self._kept is not None:
+            return self._kept
+        mask = self._unpacked()
+        # What a CUDA graph makes while it is captured is the graph's own.
+        captured = mask.kv_indices.device.type == "cuda" and torch.cuda.is_current_stream_capturing()
+        if mask.kv_indices.nbytes <= SMALL_LISTS and not captured:
+            object.__setattr__(self, "_kept", mask)
+        return mask
+
+    def _unpacked(self) -> BlockMask:
         nk = -(-self.kv_len // self.block_k)
         short = nk - 1 if self.kv_len % self.block_k else -1
         if self.backend == "triton":
