@@ -119,7 +119,8 @@ def _strides(vae: nn.Module, side: int) -> dict[str, int]:
     Raises:
         ValueError: an autoencoder that has no such tiles, or tiles that are no more than their overlap.
     """
-    found, ratio = {}, int(getattr(vae, "spatial_compression_ratio", 0))
+    ratio = int(getattr(vae, "spatial_compression_ratio", 0))
+    found: dict[str, int] = {}
     for axis in ("height", "width"):
         least, stride = (getattr(vae, f"tile_sample_{name}_{axis}", None) for name in ("min", "stride"))
         if least is None or stride is None or not ratio:
