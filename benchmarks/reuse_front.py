@@ -245,7 +245,7 @@ class Front:
     def dense(self, number: int, prompt: str) -> Generated:
         path = self.folder / f"{number}.pt"
         if not path.exists():
-            made = generate_clip(self.pipe, prompt, number, self.arguments).in_8_bits()
+            made = generate_clip(self.pipe, prompt, number, self.arguments)
             torch.save({"frames": made.frames, "latents": made.latents, "seconds": made.seconds}, path)
         kept = torch.load(path)
         return Generated(kept["frames"], True, kept["latents"], kept["seconds"])
@@ -256,7 +256,7 @@ class Front:
         last = self.pipe.transformer.blocks[-1]
         with patch(self.pipe, recipe) as handle:
             count = last.register_forward_hook(lambda *_: computed.update([self.pipe.scheduler.step_index or 0]))
-            made = generate_clip(self.pipe, prompt, number, self.arguments).in_8_bits()
+            made = generate_clip(self.pipe, prompt, number, self.arguments)
             count.remove()
             summary = handle.summary()
         pair = ClipPair(dense.frames, made.frames, 16.0, dense.latents, made.latents)

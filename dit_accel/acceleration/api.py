@@ -31,8 +31,9 @@ def accelerate(
         recipe: of attention, as :func:`~dit_accel.patch` takes it.
         compile: torch.compile of the transformers' repeated blocks.
         linear: ``"fp8"`` or ``"int8"`` for the blocks' linear layers, through torchao; None leaves them as they are.
-        vae: how the autoencoder runs: some of ``tiled``, ``sliced``, ``channels_last``, ``bf16``, ``fp16`` and
-            ``compiled``, separated by commas. None leaves it as it is.
+        vae: how the autoencoder runs: some of ``tiled``, ``sliced``, ``channels_last``, ``bf16``, ``fp16``,
+            ``compiled``, ``frames=N`` and ``tile=N``, separated by commas
+            (:func:`~dit_accel.acceleration.decoding.set_vae`). None leaves it as it is.
         options: further ones of :func:`~dit_accel.patch`, such as ``density`` or ``backend``.
 
     Returns:

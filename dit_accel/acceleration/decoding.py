@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -10,10 +11,14 @@ from torch import nn
 
 from ..patches.install import replace_method
 from .compiled import compile_module
+from .frame_groups import decode_in_groups
 from .kept import KeptTensors
 
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16}
 SETTINGS = ("tiled", "sliced", "channels_last", *DTYPES, "compiled")
+# Those that have a number, as in "frames=8".
+NUMBERED = ("frames", "tile")
+_NUMBERED = re.compile(rf"({'|'.join(NUMBERED)})=([1-9]\d*)")
 # By the rank of a convolution's weight.
 CHANNELS_LAST = {4: torch.channels_last, 5: torch.channels_last_3d}
 # How diffusers names what tiling and slicing set.
@@ -27,13 +32,16 @@ def set_vae(pipe: Any, settings: str | Sequence[str]) -> tuple[Callable[[], None
         pipe: a pipeline with a ``vae``.
         settings: some of :data:`SETTINGS`, as a sequence or separated by commas. ``tiled`` and ``sliced`` take less
             memory and no less time; ``channels_last`` orders the convolutions' weights as their kernels read them;
-            ``bf16`` and ``fp16`` change the dtype; ``compiled`` compiles the decoder.
+            ``bf16`` and ``fp16`` change the dtype; ``compiled`` compiles the decoder; ``frames=N`` decodes N latent
+            frames at once, where Wan's autoencoder takes one after another; ``tile=N`` is ``tiled`` in tiles of N
+            pixels a side, which overlap as the autoencoder's own do.
 
     Returns:
         The undo, after which weights and switches are the same to the bit, and a sentence for the summary.
 
     Raises:
-        ValueError: an unknown setting, two dtypes, or a pipeline whose autoencoder has no such switch.
+        ValueError: an unknown setting, two dtypes, or a pipeline whose autoencoder has no such switch. Nothing has
+            been touched then.
     """
     chosen = read_settings(settings)
     vae = getattr(pipe, "vae", None)
@@ -42,11 +50,18 @@ def set_vae(pipe: Any, settings: str | Sequence[str]) -> tuple[Callable[[], None
     for setting, method in (("tiled", "enable_tiling"), ("sliced", "enable_slicing")):
         if setting in chosen and not hasattr(vae, method):
             raise ValueError(f"{type(vae).__name__} cannot be {setting}.")
+    numbers = {found[1]: int(found[2]) for found in map(_NUMBERED.fullmatch, chosen) if found}
+    strides = _strides(vae, numbers["tile"]) if "tile" in numbers else {}
+    grouped = decode_in_groups(vae, numbers["frames"]) if "frames" in numbers else None
     switches = {name: value for name, value in vars(vae).items() if name.startswith(SWITCHES)}
     kept = KeptTensors()
     undone: list[Callable[[], None]] = [lambda: vars(vae).update(switches), kept.give_back]
+    if grouped is not None:
+        undone.append(grouped)
     if "tiled" in chosen:
         vae.enable_tiling()  # type: ignore[operator]
+    if strides:
+        vae.enable_tiling(**strides)  # type: ignore[operator]
     if "sliced" in chosen:
         vae.enable_slicing()  # type: ignore[operator]
     for name in chosen:
@@ -83,15 +98,41 @@ def read_settings(settings: str | Sequence[str]) -> tuple[str, ...]:
     """The settings of a text or a sequence, in their usual order.
 
     Raises:
-        ValueError: one is unknown, or there are two dtypes.
+        ValueError: one is unknown, or there are two dtypes, or two numbers for a setting.
     """
     given = [name.strip() for name in (settings.split(",") if isinstance(settings, str) else settings)]
-    unknown = [name for name in given if name not in SETTINGS]
+    numbered = sorted({name for name in given if _NUMBERED.fullmatch(name)})
+    unknown = [name for name in given if name not in SETTINGS and name not in numbered]
     if unknown or not given:
-        raise ValueError(f"vae takes some of {', '.join(SETTINGS)}, got {', '.join(unknown) or 'none'}.")
+        known = (*SETTINGS, *(f"{name}=N" for name in NUMBERED))
+        raise ValueError(f"vae takes some of {', '.join(known)}, got {', '.join(unknown) or 'none'}.")
     if len(set(given) & set(DTYPES)) > 1:
         raise ValueError(f"vae takes one of {', '.join(DTYPES)}, got both.")
-    return tuple(name for name in SETTINGS if name in given)
+    if len({name.partition("=")[0] for name in numbered}) < len(numbered):
+        raise ValueError(f"vae takes one number for each setting, got {', '.join(numbered)}.")
+    return (*(name for name in SETTINGS if name in given), *numbered)
+
+
+def _strides(vae: nn.Module, side: int) -> dict[str, int]:
+    """Arguments of ``enable_tiling`` for square tiles of ``side`` pixels.
+
+    Raises:
+        ValueError: an autoencoder that has no such tiles, or tiles that are no more than their overlap.
+    """
+    ratio = int(getattr(vae, "spatial_compression_ratio", 0))
+    found: dict[str, int] = {}
+    for axis in ("height", "width"):
+        least, stride = (getattr(vae, f"tile_sample_{name}_{axis}", None) for name in ("min", "stride"))
+        if least is None or stride is None or not ratio:
+            raise ValueError(f"{type(vae).__name__} has no tiles whose side can be set, got vae=tile={side}.")
+        overlap = least - stride
+        if side % ratio or side <= overlap:
+            raise ValueError(
+                f"vae takes tiles of a multiple of {ratio} pixels, more than their overlap of {overlap}, "
+                f"got tile={side}."
+            )
+        found |= {f"tile_sample_min_{axis}": side, f"tile_sample_stride_{axis}": side - overlap}
+    return found
 
 
 def _cast(vae: nn.Module, dtype: torch.dtype, kept: KeptTensors) -> None:

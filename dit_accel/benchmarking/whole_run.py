@@ -10,7 +10,6 @@ from contextlib import ExitStack
 from dataclasses import asdict, dataclass
 from typing import Any
 
-import numpy as np
 import torch
 from torch import nn
 
@@ -21,6 +20,7 @@ from ..acceleration.linears import refuse_format
 from ..api import patch
 from ..patches.summary import PatchSummary
 from ..pipelines.architectures import Architecture
+from ..pipelines.pixels import make_pixels
 from ..pipelines.whole import TextEncoder, WholePipeline, whole_pipeline
 from ..quality.bootstrap import Interval
 from ..quality.turns import LONG_WARM_UP_STEPS, measured_in_turns, speed_up
@@ -241,18 +241,21 @@ class _Side:
 
         with timed_blocks(self._model) as blocks:
             begin = _now(device)
-            frames = self._pipe(
-                **self._call,
-                num_inference_steps=min(LONG_WARM_UP_STEPS, self._num_steps) if short else self._num_steps,
-                generator=torch.Generator("cpu").manual_seed(0),
-                callback_on_step_end=mark,
-                output_type="np",
-            ).frames
+            steps = min(LONG_WARM_UP_STEPS, self._num_steps) if short else self._num_steps
+            made = make_pixels(
+                self._pipe,
+                {
+                    **self._call,
+                    "num_inference_steps": steps,
+                    "generator": torch.Generator("cpu").manual_seed(0),
+                    "callback_on_step_end": mark,
+                },
+            )
             end = _now(device)
             in_blocks = blocks.seconds()
-        self.finite = self.finite and bool(np.isfinite(frames).all())
-        steps = tuple(after - before for before, after in zip([begin, *marks], marks, strict=False))
-        return RunTimes(self._text, steps, in_blocks, end - marks[-1])
+        self.finite = self.finite and made.nan_values == 0
+        seconds = tuple(after - before for before, after in zip([begin, *marks], marks, strict=False))
+        return RunTimes(self._text, seconds, in_blocks, end - marks[-1])
 
 
 def _now(device: torch.device) -> float:

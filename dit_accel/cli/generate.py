@@ -103,7 +103,8 @@ def generate(
         typer.Option(
             metavar="SETTINGS",
             help="The accelerated side's autoencoder: some of tiled, sliced, channels_last, bf16, fp16, compiled, "
-            "separated by commas.",
+            "frames=N (Wan: N latent frames at once), tile=N (tiles of N pixels), separated by commas. channels_last "
+            "helps Wan and costs HunyuanVideo time.",
         ),
     ] = None,
     backend: BackendOption = "auto",

@@ -14,6 +14,7 @@ import numpy as np
 import torch
 
 from .encode import write_animation, write_mp4, write_png
+from .pixels import make_pixels
 
 FRAMES_PER_SECOND = {"Wan": 16.0, "HunyuanVideo": 24.0, "CogVideoX": 8.0, "LTX": 25.0}
 # x264's constant rate factor: low enough that a file hides nothing of what a recipe changed.
@@ -28,7 +29,7 @@ class Generated:
 
     Attributes:
         frames: uint8 ``[F, H, W, 3]``; an image has one frame.
-        seconds: wall-clock time of the whole call: text encoder, denoising and decoding.
+        seconds: wall-clock time of the whole call, until ``frames`` are there: text encoder, denoising and decoding.
         fps: frames a second that the model was trained for.
         is_video: whether the pipeline makes videos.
         nan_values: pixel values that were not finite; they are black in ``frames``.
@@ -93,19 +94,15 @@ def generate(
     generator = torch.Generator("cpu").manual_seed(seed)
     _wait(pipe)
     start = time.perf_counter()
-    output = pipe(prompt=prompt, generator=generator, output_type="np", **given)
+    made = make_pixels(pipe, {"prompt": prompt, "generator": generator, **given})
     _wait(pipe)
     seconds = time.perf_counter() - start
-    is_video = hasattr(output, "frames")
-    values = np.asarray(output.frames[0] if is_video else output.images[:1], dtype=np.float32)
-    finite = np.isfinite(values)
-    pixels = np.where(finite, values, 0.0).clip(0.0, 1.0) * 255.0
     return Generated(
-        frames=pixels.round().astype(np.uint8),
+        frames=made.levels.numpy(),
         seconds=seconds,
         fps=frames_per_second(pipe),
-        is_video=is_video,
-        nan_values=int(finite.size - finite.sum()),
+        is_video=made.is_video,
+        nan_values=made.nan_values,
     )
 
 

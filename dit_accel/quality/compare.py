@@ -276,7 +276,7 @@ class _Run:
 
     def _generate(self, i: int) -> Generated:
         prompt, seed = self.pairs[i]
-        return generate_clip(self.pipe, prompt, seed, self.arguments).in_8_bits()
+        return generate_clip(self.pipe, prompt, seed, self.arguments)
 
     def _tell(self, i: int, title: str, seconds: float, left: str = "") -> None:
         prompt, seed = self.pairs[i]

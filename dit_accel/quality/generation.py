@@ -5,13 +5,13 @@ from __future__ import annotations
 import inspect
 import time
 from collections.abc import Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Any
 
 import torch
 
+from ..pipelines.pixels import Pixels, make_pixels
 from .stages import StageClock, Stages, at_first_forward
-from .video import as_video, to_uint8
 
 
 @dataclass(frozen=True, eq=False)
@@ -19,10 +19,10 @@ class Generated:
     """What one call of a pipeline gave.
 
     Attributes:
-        frames: float32 ``[F, H, W, 3]`` in [0, 1] on the CPU; an image is one frame.
+        frames: uint8 ``[F, H, W, 3]`` on the CPU, what a viewer gets; an image is one frame.
         finite: whether the pipeline's pixels were all finite; those that were not are 0 in ``frames``.
         latents: the latents after the last denoising step, or None if the pipeline shows none.
-        seconds: wall time of the whole call, the device idle before and after.
+        seconds: wall time of the whole call, until ``frames`` are there, the device idle before and after.
         stages: of these seconds; None where the pipeline does not show them.
     """
 
@@ -31,10 +31,6 @@ class Generated:
     latents: torch.Tensor | None
     seconds: float
     stages: Stages | None = None
-
-    def in_8_bits(self) -> Generated:
-        """The same with uint8 frames in 0..255, what a viewer gets, in a quarter of the memory."""
-        return replace(self, frames=to_uint8(self.frames))
 
 
 def compiles(pipe: Any) -> bool:
@@ -57,7 +53,7 @@ def generate_clip(pipe: Any, prompt: str, seed: int, arguments: Mapping[str, Any
         arguments: further arguments of the call, such as ``num_inference_steps``.
 
     Raises:
-        ValueError: ``arguments`` sets what this function sets, or the output holds no frames.
+        ValueError: ``arguments`` sets what this function sets, or the output holds no frames in [0, 1].
     """
     arguments = dict(arguments or {})
     taken = {"prompt", "generator", "output_type", "callback_on_step_end"} & arguments.keys()
@@ -77,16 +73,27 @@ def generate_clip(pipe: Any, prompt: str, seed: int, arguments: Mapping[str, Any
     start = time.perf_counter()
     clock = StageClock(pipe)
     with at_first_forward(pipe, clock.forward):
-        output = pipe(prompt=prompt, generator=generator, output_type="np", **arguments)
+        made = make_pixels(pipe, {"prompt": prompt, "generator": generator, **arguments})
     _wait_for_device()
     seconds = time.perf_counter() - start
-    frames = frames_of(output)
-    finite = bool(frames.isfinite().all())
-    if not finite:
-        frames = frames.nan_to_num(0.0, 0.0, 0.0)
+    # Before anything else: the last stage ends where the clock is asked.
+    stages = clock.stages(seconds)
     latents = last[0].detach().float().cpu() if last else None
-    clip = as_video(frames, "the pipeline's output")
-    return Generated(clip, finite, latents, seconds, clock.stages(seconds))
+    return Generated(checked_clip(made), made.nan_values == 0, latents, seconds, stages)
+
+
+def checked_clip(made: Pixels) -> torch.Tensor:
+    """The frames of what a pipeline made, uint8 ``[F, H, W, 3]``.
+
+    Raises:
+        ValueError: another shape, or values outside [0, 1].
+    """
+    name, shape = "the pipeline's output", list(made.levels.shape)
+    if len(shape) != 4 or shape[-1] != 3 or 0 in shape:
+        raise ValueError(f"{name} must be [frames, height, width, 3] with no empty side, got {shape}.")
+    if made.low < 0 or made.high > 1:
+        raise ValueError(f"{name} must lie in [0, 1], got values from {made.low:.4g} to {made.high:.4g}.")
+    return made.levels
 
 
 def shortened(pipe: Any, arguments: Mapping[str, Any], steps: int) -> dict[str, Any]:
@@ -101,18 +108,3 @@ def _takes(pipe: Any, argument: str) -> bool:
 def _wait_for_device() -> None:
     if torch.cuda.is_initialized():
         torch.cuda.synchronize()
-
-
-def frames_of(output: Any) -> torch.Tensor:
-    """The first clip, or the first image as one frame, of a pipeline's output: ``[F, H, W, 3]``.
-
-    Raises:
-        ValueError: the output holds none.
-    """
-    clips = getattr(output, "frames", None)
-    if clips is not None:
-        return torch.as_tensor(clips[0])
-    images = getattr(output, "images", None)
-    if images is not None:
-        return torch.as_tensor(images[:1])
-    raise ValueError(f"{type(output).__name__} has neither frames nor images.")

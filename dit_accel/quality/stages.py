@@ -51,7 +51,7 @@ class StageClock:
         self._count += 1
 
     def stages(self, total: float) -> Stages | None:
-        """At the end of the call, which took ``total`` seconds; None where it did not show its stages."""
+        """Right at the end of the call, which took ``total`` seconds; None where it did not show its stages."""
         if not self._first or not self._count:
             return None
         self._decode.stop(self._step, self._device)

@@ -15,10 +15,11 @@ import torch
 from ..api import patch
 from ..calibration.runs import begin
 from ..patches.progress import sigmas_of
-from ..quality.generation import frames_of
+from ..pipelines.pixels import make_pixels
+from ..quality.generation import checked_clip
 from ..quality.metrics import METRICS, measure
 from ..quality.stages import at_first_forward
-from ..quality.video import ClipPair, as_video, to_uint8
+from ..quality.video import ClipPair
 from ..recipe import Recipe
 from .lists import Trajectory, sampled
 from .time_model import RunSeconds
@@ -90,7 +91,7 @@ def make_clip(
         progress(step, pipe.num_timesteps)
         return tensors
 
-    call = {**begin(arguments, seed), "output_type": "np", "callback_on_step_end": after}
+    call = {**begin(arguments, seed), "callback_on_step_end": after}
     with ExitStack() as stack:
         stack.enter_context(torch.no_grad())
         handle = None if recipe is None else stack.enter_context(patch(pipe, recipe))
@@ -99,7 +100,7 @@ def make_clip(
         stack.enter_context(at_first_forward(pipe, lambda: first.append(now(pipe))))
         noise = stack.enter_context(_first_sample(pipe.scheduler))
         start = now(pipe)
-        output = pipe(**call)
+        made = make_pixels(pipe, call)
         end = now(pipe)
         notes = () if handle is None else handle.summary().notes
     schedule = getattr(pipe.scheduler, "timesteps", ())
@@ -108,11 +109,14 @@ def make_clip(
             f"tune needs runs of all steps of the schedule, and this one ran {len(marks)} of {len(schedule)}."
         )
     steps = tuple(after - before for before, after in zip([first[0], *marks], marks, strict=False))
-    frames = frames_of(output)
-    finite = bool(frames.isfinite().all())
-    clip = to_uint8(as_video(frames if finite else frames.nan_to_num(0.0, 0.0, 0.0), "the pipeline's output"))
     seconds = RunSeconds(steps, first[0] - start + end - marks[-1])
-    return Clip(clip, finite, seconds, _trajectory(noise, latents, pipe.scheduler, len(steps)), notes)
+    return Clip(
+        checked_clip(made),
+        made.nan_values == 0,
+        seconds,
+        _trajectory(noise, latents, pipe.scheduler, len(steps)),
+        notes,
+    )
 
 
 def measured(dense: torch.Tensor, clip: Clip, metrics: tuple[str, ...]) -> dict[str, float]:

@@ -59,10 +59,16 @@ def test_channels_last_weights():
 @pytest.mark.parametrize(
     ("settings", "said"),
     [
-        ("fast", "vae takes some of tiled, sliced, channels_last, bf16, fp16, compiled, got fast"),
+        ("fast", "bf16, fp16, compiled, frames=N, tile=N, got fast"),
         ("bf16,fp16", "vae takes one of bf16, fp16, got both"),
         ("", "got none"),
         ([], "got none"),
+        ("frames", "got frames"),
+        ("frames=0", "got frames=0"),
+        ("bf16,frames=x", "got frames=x"),
+        ("frames=2,frames=4", "vae takes one number for each setting, got frames=2, frames=4"),
+        ("tile=100", "vae takes tiles of a multiple of 8 pixels, more than their overlap of 64, got tile=100"),
+        ("frames=2,tile=64", "more than their overlap of 64, got tile=64"),
     ],
 )
 def test_bad_settings_are_refused_and_change_nothing(settings, said):
@@ -72,6 +78,38 @@ def test_bad_settings_are_refused_and_change_nothing(settings, said):
         dit_accel.accelerate(pipe, POOLED, vae=settings)
     assert _same(pipe.vae, before)
     dit_accel.patch(pipe, POOLED).remove()
+
+
+@pytest.mark.parametrize("family", ["cogvideox", "flux"])
+def test_tiles_of_another_kind_are_refused(family):
+    pipe = TINY[family].build()
+    with pytest.raises(
+        ValueError, match=f"{type(pipe.vae).__name__} has no tiles whose side can be set, got vae=tile=64"
+    ):
+        set_vae(pipe, "tile=64")
+
+
+@pytest.mark.parametrize("family", ["wan", "hunyuan", "ltx", "qwen-image"])
+def test_larger_tiles(family):
+    """Fewer of them, and where all is one tile the very pixels of an autoencoder without."""
+    tiny = TINY[family]
+    pipe = tiny.build()
+    call = {"output_type": "pt", "height": 352, "width": 384} | ({} if family == "qwen-image" else {"num_frames": 1})
+    before = _state(pipe.vae)
+    calls: list[int] = []
+    pipe.vae.decoder.register_forward_hook(lambda *_: calls.append(1))
+    whole = tiny.run(pipe, steps=1, **call)
+    alone = len(calls)
+    for side, tiles in ((256, 4), (384, 1)):
+        calls.clear()
+        undo, said = set_vae(pipe, f"tile={side}")
+        assert said == f"autoencoder: tile={side}"
+        got = tiny.run(pipe, steps=1, **call)
+        assert len(calls) == tiles * alone
+        assert torch.equal(got, whole) == (tiles == 1)
+        assert (got - whole).abs().mean() <= 0.02
+        undo()
+        assert _same(pipe.vae, before)
 
 
 def test_a_switch_that_the_user_had_set_stays():

@@ -304,12 +304,12 @@ def test_compiled_blocks_are_compiled_before_they_are_timed(monkeypatch):
     pipe.transformer.compile_repeated_blocks(fullgraph=True, backend="eager")
     asked = {"target": "psnr=10", "prompts": prompts(count=1), "verify": 1}
     compiled = run(pipe, None, **asked)
-    assert calls == ["latent", "np"] * (1 + len(compiled.runs))
+    assert calls == ["latent", "pt"] * (1 + len(compiled.runs))
     calls.clear()
     plain = run(pipeline(), None, **asked)
     # Once dense, and once for each kind of attention.
     assert calls.count("latent") == 2
-    assert calls.count("np") == 1 + len(plain.runs)
+    assert calls.count("pt") == 1 + len(plain.runs)
     assert compiled.row.speedup == plain.row.speedup == 2.0
     assert [row.fidelity for row in compiled.runs] == pytest.approx([row.fidelity for row in plain.runs], abs=0.1)
 

@@ -1,0 +1,137 @@
+"""Several latent frames in a call of the decoder: the pixels that diffusers' own loop gives, in any grouping."""
+
+from __future__ import annotations
+
+import copy
+
+import diffusers
+import pytest
+import torch
+
+from dit_accel.acceleration.decoding import set_vae
+from dit_accel.acceleration.frame_groups import decode_in_groups
+from tests.tiny import TINY
+
+COMMON = {"base_dim": 4, "dim_mult": [1, 2, 4, 4], "num_res_blocks": 1, "temperal_downsample": [False, True, True]}
+PATCHED = {"is_residual": True, "in_channels": 12, "out_channels": 12, "patch_size": 2}
+# As Wan 2.1 has it, Wan 2.2 5B (pixels in patches, shortcuts around whole blocks), and the built-in model.
+CONFIGS = {
+    "wan2.1": {**COMMON, "z_dim": 4},
+    "wan2.2": {**COMMON, **PATCHED, "decoder_base_dim": 6, "z_dim": 6, "scale_factor_spatial": 16},
+    "embedded": {**COMMON, **PATCHED, "dim_mult": [1, 2, 2], "temperal_downsample": [True, True], "z_dim": 4},
+}
+
+
+def autoencoder(name: str, dtype: torch.dtype = torch.float64) -> diffusers.AutoencoderKLWan:
+    torch.manual_seed(0)
+    channels = CONFIGS[name]["z_dim"]
+    statistics = {"latents_mean": [0.0] * channels, "latents_std": [1.0] * channels}
+    return diffusers.AutoencoderKLWan(**CONFIGS[name], **statistics).to(dtype).eval().requires_grad_(False)
+
+
+def latents(vae: diffusers.AutoencoderKLWan, frames: int, batch: int = 1) -> torch.Tensor:
+    generator = torch.Generator().manual_seed(1)
+    return 2 * torch.randn(batch, vae.config.z_dim, frames, 3, 4, generator=generator, dtype=vae.dtype)
+
+
+@pytest.mark.parametrize("frames", [1, 5, 29, 81])
+@pytest.mark.parametrize("name", CONFIGS)
+def test_any_grouping_gives_the_same_pixels(name, frames):
+    vae = autoencoder(name)
+    z = latents(vae, (frames - 1) // 4 + 1)
+    expected = vae.decode(z).sample
+    assert expected.shape[2] == frames
+    assert expected.std() > 0.05
+    for group in (1, 2, 3, 4, 7, 20, 64):
+        undo = decode_in_groups(vae, group)
+        got = vae.decode(z).sample
+        undo()
+        assert (got - expected).abs().max() <= 1e-12, group
+
+
+@pytest.mark.parametrize("name", CONFIGS)
+def test_in_float32_to_rounding(name):
+    """The error to float64 is the loop's own: convolutions may add up in another order, and nothing else differs."""
+    vae = autoencoder(name)
+    z = latents(vae, 8)
+    exact = vae.decode(z).sample
+    vae, z = vae.float(), z.float()
+    own = (vae.decode(z).sample - exact).abs().max()
+    decode_in_groups(vae, 4)
+    assert (vae.decode(z).sample - exact).abs().max() <= 2 * own + 4 * torch.finfo(torch.float32).eps
+
+
+def test_a_call_of_the_decoder_for_each_group():
+    """The first latent frame by itself, then groups, the last as long as it comes; nothing stays of the last clip."""
+    vae, seen = autoencoder("wan2.1"), []
+    vae.decoder.register_forward_pre_hook(
+        lambda _, given, options: seen.append((given[0].shape[2], options["first_chunk"])), with_kwargs=True
+    )
+    decode_in_groups(vae, 3)
+    z = latents(vae, 9)
+    first = vae.decode(z).sample
+    assert seen == [(1, True), (3, False), (3, False), (2, False)]
+    assert all(kept is None for kept in vae._feat_map)
+    assert torch.equal(vae.decode(z, return_dict=False)[0], first)
+
+
+def test_batches_slices_copies_and_tiles():
+    vae = autoencoder("wan2.2")
+    z = latents(vae, 6, batch=2)
+    expected = vae.decode(z).sample
+    vae.enable_tiling(64, 64, 32, 32)
+    wide = torch.cat([z, z], dim=-1)
+    tiled = vae.decode(wide).sample
+    vae.use_tiling = False
+    undo = decode_in_groups(vae, 4)
+    twin = copy.deepcopy(vae)
+    twin.use_slicing = True
+    for one in (vae, twin):
+        assert (one.decode(z).sample - expected).abs().max() <= 1e-12
+    # Tiles are diffusers' own, to the bit; what is no larger than a tile is not cut.
+    twin.use_slicing, twin.use_tiling = False, True
+    assert torch.equal(twin.decode(wide).sample, tiled)
+    assert (twin.decode(z).sample - expected).abs().max() <= 1e-12
+    undo()
+    assert "_decode" not in vars(vae)
+    assert torch.equal(vae.decode(z).sample, expected)
+    undo = decode_in_groups(twin, 2)
+    undo()
+    assert twin._decode._frames == 4  # what it had before
+
+
+def test_encoding_is_left_alone():
+    vae = autoencoder("wan2.1")
+    pixels = torch.rand(1, 3, 9, 24, 32, dtype=torch.float64)
+    expected = vae.encode(pixels).latent_dist.parameters
+    undo = decode_in_groups(vae, 4)
+    assert torch.equal(vae.encode(pixels).latent_dist.parameters, expected)
+    vae.decode(latents(vae, 3))
+    assert torch.equal(vae.encode(pixels).latent_dist.parameters, expected)
+    undo()
+
+
+@pytest.mark.parametrize("family", ["hunyuan", "cogvideox", "ltx", "flux", "qwen-image"])
+def test_other_autoencoders_are_refused(family):
+    pipe = TINY[family].build()
+    with pytest.raises(ValueError, match=rf"^vae=frames=4 is for AutoencoderKLWan, got {type(pipe.vae).__name__}\.$"):
+        set_vae(pipe, "bf16,frames=4")
+    assert pipe.vae.dtype == torch.float32
+
+
+def test_within_a_pipeline_beside_other_settings():
+    tiny = TINY["wan"]
+    pipe = tiny.build()
+    plain = tiny.run(pipe, output_type="pt")
+    undo, said = set_vae(pipe, "frames=2, bf16,compiled")
+    assert said == "autoencoder: bf16, compiled, frames=2"
+    undo()
+    undo, _ = set_vae(pipe, ["frames=2"])
+    calls = []
+    hook = pipe.vae.decoder.register_forward_hook(lambda *_: calls.append(1))
+    got = tiny.run(pipe, output_type="pt")
+    assert len(calls) == 2  # three latent frames
+    assert (got - plain).abs().max() <= 1e-5
+    hook.remove()
+    undo()
+    assert torch.equal(tiny.run(pipe, output_type="pt"), plain)
