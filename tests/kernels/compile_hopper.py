@@ -39,6 +39,22 @@ VARIANTS: dict[str, tuple[int, int, dict[str, Any]]] = {
     "pairs D=64": (64, 64, {"queries": 64}),
     "pairs rows": (64, 128, {"queries": 64, "rows": True}),
     "pairs rows bits": (128, 128, {"queries": 64, "rows": True, "bits": True, "key_mask": True}),
+    "pairs int8": (64, 128, {"queries": 64, "precision": "int8"}),
+    "pairs int8 rows": (128, 128, {"queries": 64, "precision": "int8", "rows": True, "key_scales": "thread"}),
+    "pairs int8 rows bits": (
+        64,
+        128,
+        {"queries": 64, "precision": "int8", "rows": True, "bits": True, "key_mask": True, "key_scales": "thread"},
+    ),
+    "pairs int8 turns": (64, 128, {"queries": 64, "precision": "int8", "turns": True, "key_scales": "thread"}),
+    "pairs int8 D=64": (64, 64, {"queries": 64, "precision": "int8", "key_mask": True}),
+    "pairs int8_fp8": (64, 128, {"queries": 64, "precision": "int8_fp8"}),
+    "pairs int8_fp8 rows bits": (
+        128,
+        128,
+        {"queries": 64, "precision": "int8_fp8", "rows": True, "bits": True, "key_mask": True},
+    ),
+    "pairs int8_fp8 D=64": (64, 64, {"queries": 64, "precision": "int8_fp8", "rows": True}),
     "pairs rows D=64": (64, 64, {"queries": 64, "rows": True, "key_mask": True, "dtype": torch.float16}),
 }
 
@@ -91,10 +107,11 @@ def main() -> None:
         rows = torch.arange(LENGTH, dtype=torch.int32).expand(1, HEADS, LENGTH) if settings.get("rows") else None
         hidden = torch.ones(1, LENGTH, dtype=torch.bool) if settings.get("key_mask") else None
         precision = settings.get("precision")
-        ready = precision and reference_quantize(q, k, v, 128, block_k, precision=precision)
+        options = {"precision": precision, "key_scales": settings.get("key_scales", "block")}
+        ready = precision and reference_quantize(q, k, v, block_q, block_k, **options)
         config = None
         if "turns" in settings:
-            config = hopper_forward.default_config(hopper_forward.PAIR_KEYS, dim, None, rows is not None, pairs=True)
+            config = hopper_forward.default_config(64, dim, precision, rows is not None, pairs=True)
             config = replace(config, take_turns=settings["turns"])
         hopper_forward.hopper_forward(q, k, v, mask, rows, hidden, 0.1, quantized=ready or None, config=config)
         print(json.dumps({"name": name, "ptx": kernel.ptx, "shared": kernel.shared}), flush=True)

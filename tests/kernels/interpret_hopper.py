@@ -21,7 +21,15 @@ from triton.backends.nvidia.compiler import CUDABackend
 from triton.runtime import driver
 
 from dit_accel.kernels import BlockMask, quantized_block_sparse_attention
-from dit_accel.kernels.attention.hopper import consumer, named_barriers, pair_consumer, producer, softmax
+from dit_accel.kernels.attention.hopper import (
+    consumer,
+    epilogue,
+    named_barriers,
+    pair_consumer,
+    producer,
+    scales,
+    softmax,
+)
 from dit_accel.kernels.attention.hopper import forward as hopper_forward
 from dit_accel.kernels.common.launch import LOG2_E
 from dit_accel.kernels.common.quantized_inputs import reference_quantize
@@ -45,13 +53,48 @@ CASES: dict[str, dict[str, Any]] = {
     "int8_fp8": {"block": (128, 128), "length": 390, "precision": "int8_fp8", "empty_rows": True},
     "int8_fp8 rows bits": {"block": (128, 64), "length": 300, "precision": "int8_fp8", "rows": (1, 3), "bits": True},
     "pairs": {"block": (64, 64), "length": 640},
-    "pairs 128": {"block": (64, 128), "length": 500, "empty_rows": True, "take_turns": False},
+    "pairs 128": {"block": (64, 128), "length": 500, "empty_rows": True, "take_turns": True},
     "pairs D=64": {"block": (64, 64), "length": 390, "dim": 64, "key_mask": True, "stages": 3},
     "pairs rows": {"block": (64, 64), "length": 500, "rows": (1, 3), "empty_rows": True, "ring": 2},
-    "pairs rows bits": {"block": (64, 128), "length": 300, "rows": (1, 3), "bits": True, "key_mask": True},
+    "pairs rows bits": {
+        "block": (64, 128),
+        "length": 300,
+        "rows": (1, 3),
+        "bits": True,
+        "key_mask": True,
+        "take_turns": True,
+    },
+    "pairs int8": {"block": (64, 64), "length": 640, "precision": "int8"},
+    "pairs int8 apart": {
+        "block": (64, 64),
+        "length": 390,
+        "precision": "int8",
+        "key_scales": "thread",
+        "lists": "apart",
+        "take_turns": True,
+    },
+    "pairs int8 rows": {"block": (64, 128), "length": 500, "precision": "int8", "rows": (1, 3), "key_mask": True},
+    "pairs int8_fp8": {"block": (64, 64), "length": 640, "precision": "int8_fp8", "empty_rows": True},
+    "pairs int8_fp8 one empty": {"block": (64, 64), "length": 500, "precision": "int8_fp8", "lists": "one empty"},
+    "pairs int8_fp8 rows bits": {
+        "block": (64, 128),
+        "length": 300,
+        "precision": "int8_fp8",
+        "key_scales": "thread",
+        "rows": (1, 3),
+        "bits": True,
+    },
+    "pairs int8_fp8 steep": {
+        "block": (64, 64),
+        "length": 390,
+        "precision": "int8_fp8",
+        "dim": 64,
+        "slope": 400.0,
+        "stages": 3,
+    },
     "half steep": {"block": (128, 64), "length": 390, "slope": 400.0},
     "pairs steep": {"block": (64, 64), "length": 390, "slope": 400.0},
-    "pairs apart": {"block": (64, 64), "length": 500, "lists": "apart"},
+    "pairs apart": {"block": (64, 64), "length": 500, "lists": "apart", "take_turns": True},
     "pairs one empty": {"block": (64, 64), "length": 500, "lists": "one empty", "stages": 4},
 }
 # Faults put into the kernel's source, of which each must show: where, what stands there, and what is put in its place.
@@ -86,6 +129,18 @@ FAULTS = {
     "a block's product is lost": (consumer.consume, "acc, entry > 1, FP8", "acc, entry > 2, FP8"),
     "another block's scale": (consumer.consume, "scales_at + following * SCALES", "scales_at + entry * SCALES"),
     "order of weights": (softmax.pack_p_fp8, "[first, second, third, fourth]", "[first, third, second, fourth]"),
+    "another block's scale, pairs": (
+        pair_consumer.consume_pair,
+        "gl.load(scales_at + following * SCALES)",
+        "gl.load(scales_at + entry * SCALES)",
+    ),
+    "another head's scales": (scales.key_scales_at, "sizes.k_rows // BLOCK_K", "sizes.k_rows // (2 * BLOCK_K)"),
+    "a product of the wrong factor": (
+        pair_consumer.consume_pair,
+        "rescale_and_add_o(acc, prev_acc_scale, pv)",
+        "rescale_and_add_o(acc, acc_scale, pv)",
+    ),
+    "rows behind a last pair": (epilogue.epilogue, "slot < sizes.q_rows if PAIRED else None", "None"),
     "sums of an older maximum": (softmax.scale_apply_exp2, "row_sum * acc_scale +", "row_sum +"),
 }
 
@@ -149,7 +204,7 @@ def find_fault(case: dict[str, Any], seed: int) -> str | None:
     ready = reference_quantize(q, k, v, *settings["block"], rows=rows, **options) if options else None
     block_k = hopper_forward.PAIR_KEYS if mask.block_q == 64 else mask.block_k
     default = hopper_forward.default_config(block_k, q.shape[-1], options.get("precision"), rows is not None)
-    chosen = replace(default, **{"take_turns": True, **config})
+    chosen = replace(default, **{"take_turns": mask.block_q == 128, **config})
     hopper_forward.hopper_fwd_kernel = Interprets(KERNEL, seed)
     scale = q.shape[-1] ** -0.5
     try:
@@ -171,6 +226,8 @@ def find_fault(case: dict[str, Any], seed: int) -> str | None:
     try:
         assert_close(out, exact, eager, q.dtype, "out")
         seen = exact_lse.isfinite()
+        error = (out.double() - exact.double()).norm() / exact.double().norm()
+        assert ready is None or error <= 2 * rounding + UNIT_ROUNDOFF[q.dtype], f"out: relative error {error:.3e}"
         assert torch.equal(lse.isfinite(), seen), "lse is finite elsewhere"
         assert_close(lse[seen], exact_lse[seen], eager_lse[seen], torch.float32, "lse")
         assert torch.all(out[~seen.transpose(1, 2)] == 0), "out of rows that see nothing"

@@ -120,11 +120,11 @@ def test_one_key_never_stands_for_two_of_tritons_variants(monkeypatch):
     monkeypatch.setattr(forward, "query_pairs", lambda mask, block_k, _backend: query_pairs(mask, block_k, "torch"))
     for (q, k, v), mask, rows, key_mask in hopper_calls():
         forward.hopper_forward(q, k, v, mask, rows, key_mask, 0.125)
-        in_eights = mask.block_q == 128 and q.shape[0] == 2 and q.dtype == torch.float16
+        in_eights = q.shape[0] == 2 and q.dtype == torch.float16
         for precision in ("int8", "int8_fp8") if in_eights else ():
             for key_scales in ("block", "thread"):
                 quantized = reference_quantize(
-                    q, k, v, 128, mask.block_k, precision=precision, rows=rows, key_scales=key_scales
+                    q, k, v, mask.block_q, mask.block_k, precision=precision, rows=rows, key_scales=key_scales
                 )
                 forward.hopper_forward(q, k, v, mask, rows, key_mask, 0.125, quantized=quantized)
     assert len(found) > 50

@@ -47,6 +47,10 @@ def test_matches_oracle(case, wrong):
         ("a block's product is lost", "half", "out: error"),
         ("another block's scale", "int8", "out: error"),
         ("order of weights", "int8_fp8", "out: error"),
+        ("another block's scale, pairs", "pairs int8", "out: error"),
+        ("another head's scales", "pairs int8 rows", "out: error"),
+        ("a product of the wrong factor", "pairs int8_fp8", "out: error"),
+        ("rows behind a last pair", "pairs int8 apart", "out of bounds"),
         ("sums of an older maximum", "pairs steep", "out: error"),
     ],
 )

@@ -239,13 +239,13 @@ def test_it_is_the_choice_unless_it_is_switched_off(monkeypatch):
     assert variants.why_not_hopper_half(q, k, v, mask, None) == "its form for blocks of 64 queries is switched off"
 
 
-def test_in_8_bits_it_takes_128_queries(monkeypatch):
+@pytest.mark.parametrize(("block", "why_not"), [((64, 128), None), ((32, 64), "got 32x64"), ((64, 32), "got 64x32")])
+def test_which_blocks_it_takes(block, why_not, monkeypatch):
     from dit_accel.kernels.attention.hopper import forward
 
     class OnGpu:
         is_cuda, device, dtype, shape = True, torch.device("cuda", 0), torch.bfloat16, (1, 256, 3, 128)
 
     monkeypatch.setattr(forward, "compute_capability", lambda index: (9, 0))
-    mask = build(length=256, block=(64, 64))[3]
-    assert forward.why_not_shape(OnGpu, mask, pairs=True) is None
-    assert forward.why_not_shape(OnGpu, mask) == "it takes blocks of 128x64 and 128x128, got 64x64"
+    said = forward.why_not_shape(OnGpu, build(length=256, block=block)[3])
+    assert said == (why_not and f"it takes blocks of 64 or 128 queries and keys, {why_not}")

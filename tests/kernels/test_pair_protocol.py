@@ -1,8 +1,9 @@
 """Who waits for whom where two query blocks of 64 share a program of the Hopper kernel, checked without a GPU.
 
 In test_hopper_interpreted.py the kernel itself runs, in a few orders. Here the producer, every warp of both consumers
-and the warps that store are written as in ``hopper/producer.py``, ``pair_consumer.py`` and ``store.py``, with a
-``yield`` wherever others may go on, and loads arrive after any time, in any order. The barriers are the hardware's: one
+and the warps that store are written as in ``hopper/producer.py``, ``pair_consumer.py``, ``epilogue.py`` and
+``store.py``, of half precision and of 8 bits, with a ``yield`` wherever others may go on, and loads arrive after any
+time, in any order. The barriers are the hardware's: one
 in shared memory knows the parity of its phase and no more, a named one counts threads. Which block a step loads and how
 buffers are counted is the kernel's own code.
 """
@@ -17,12 +18,13 @@ from .test_ring_protocol import HOPPER, digest
 # What the model was written from. A function that has changed needs a look at the model, and then its new digest here.
 MODELLED = {
     "producer.py": {"produce": "9e30e5742323", "load_v": "153ea7cd2ead"},
-    "pair_consumer.py": {"consume_pair": "f59a612b8dba", "own_header": "39949c6ebb31"},
+    "pair_consumer.py": {"consume_pair": "30fa667f1de2", "own_header": "39949c6ebb31"},
     "named_barriers.py": {
         "pair_release": "1a79eb49a148",
         "pair_acquire_v": "8432fa560ab5",
         "pair_tail": "93fd436173e9",
     },
+    "epilogue.py": {"epilogue": "8f78c6045b2c"},
     "store.py": {"store_loop": "1d7076655adc", "store_o": "7ae42d5d48b2"},
 }
 WARPS = 2  # of a consumer, where the kernel has four
@@ -94,18 +96,27 @@ class Named:
 
 
 class Program:
-    """One program with its tiles, each ``(first, second, shared)``; ``mutation`` names a rule that is left out."""
+    """One program with its tiles, each ``(first, second, shared)``; ``mutation`` names a rule that is left out.
 
-    def __init__(self, tiles, stages, turns, permuted, chance, mutation=""):
+    ``quantized``: the producer loads queries that are permuted too, consumers give them back, and outputs have two
+    buffers of their own.
+    """
+
+    def __init__(self, tiles, stages, turns, permuted, quantized, chance, mutation=""):
         self.tiles, self.stages, self.turns, self.permuted = tiles, stages, turns, permuted
-        self.chance, self.mutation = chance, mutation
+        self.quantized, self.chance, self.mutation = quantized, chance, mutation
         self.k_full, self.v_full = ([Barrier() for _ in range(stages)] for _ in range(2))
         self.q_full, self.q_empty = ([Barrier() for _ in range(4)] for _ in range(2))
-        self.o_full = [Barrier(WARPS) for _ in range(4)]
+        self.o_full = [Barrier(WARPS) for _ in range(2 if quantized else 4)]
+        self.o_empty = [Barrier() for _ in range(2)]
+        # What outputs leave through, and whose rows in memory are known.
+        self.o_smem, self.row_idx = [None] * 2, [None] * 4
         self.empty = [Named() for _ in range(stages)]
         self.turn = [Named(), Named()]
         # Of every buffer what lies there: (tile, list, entry), or None while it is being written.
         self.k_smem, self.v_smem, self.q_smem = [None] * stages, [None] * stages, [None] * 4
+        if quantized:
+            self.q_empty = [Barrier(WARPS) for _ in range(4)]
         self.clock, self.flying = 0, []
         self.read = []  # (tile, list, entry) of each product, by warp
         self.stored = []
@@ -144,7 +155,7 @@ class Program:
             before = None
             for entry in range(count):
                 stage = step % self.stages
-                if entry == 0 and not self.permuted:
+                if entry == 0 and (self.quantized or not self.permuted):
                     yield from self.load_q(tile, turn)
                 self.load(self.k_full[stage], self.k_smem, stage, self.block(tile, entry))
                 yield
@@ -178,22 +189,37 @@ class Program:
             if self.permuted and tile is not None:
                 for wg in range(2):
                     buffer = turn % 2 * 2 + wg
-                    self.q_smem[buffer] = (tile, wg)
+                    self.row_idx[buffer] = (tile, wg)
                     yield
-                    self.q_full[buffer].arrive()
+                    if not self.quantized:
+                        self.q_smem[buffer] = (tile, wg)
+                        yield
+                        self.q_full[buffer].arrive()
             if before is not None:
                 for wg in range(2):
-                    buffer = (turn - 1) % 2 * 2 + wg
-                    while not self.o_full[buffer].passed((turn - 1) // 2 & 1):
-                        yield
-                    if self.q_smem[buffer] != (before, wg, "out"):
-                        raise Wrong("an output is stored from a buffer that holds another thing")
-                    self.stored.append((before, wg))
-                    yield
-                    if not self.permuted:
-                        self.q_empty[buffer].arrive()
+                    yield from self.store_o(before, wg, turn - 1)
+            for wg in range(2 if self.quantized else 0):
+                self.o_empty[wg].arrive()
             before = tile
             turn += 1
+
+    def store_o(self, tile, wg, turn):
+        buffer = turn % 2 * 2 + wg
+        at, phase = (wg, turn) if self.quantized else (buffer, turn // 2)
+        while not self.o_full[at].passed(phase & 1):
+            yield
+        outputs = self.o_smem if self.quantized else self.q_smem
+        if outputs[at] != (tile, wg, "out"):
+            raise Wrong("an output is stored from a buffer that holds another thing")
+        self.need_rows(tile, wg, buffer)
+        self.stored.append((tile, wg))
+        yield
+        if not self.permuted and not self.quantized:
+            self.q_empty[buffer].arrive()
+
+    def need_rows(self, tile, wg, buffer):
+        if self.permuted and self.row_idx[buffer] != (tile, wg):
+            raise Wrong("rows in memory of another tile")
 
     def release(self, who, stage, alternate):
         self.empty[stage].arrive(who, 128 // WARPS, OWNER if alternate else BOTH)
@@ -257,7 +283,7 @@ class Program:
                 yield
                 self.product(self.v_smem[held[0]], held[1], "values")
                 held = None
-            yield from self.leave_output(tile, wg, buffer)
+            yield from self.leave_output(tile, wg, buffer, turn)
             for entry in range(count, other):
                 if self.turns and entry > 0 and self.mutation != "no turns at the end":
                     yield from self.turn[wg].sync(who, threads, 256)
@@ -274,15 +300,22 @@ class Program:
         if self.turns and wg == 0:
             yield from self.turn[0].sync(who, threads, 256)
 
-    def leave_output(self, tile, wg, buffer):
+    def leave_output(self, tile, wg, buffer, turn):
         """The warps meet before they arrive and after."""
-        barrier = self.o_full[buffer]
+        at, outputs = (wg, self.o_smem) if self.quantized else (buffer, self.q_smem)
+        if self.quantized and self.mutation != "an output's buffer is not waited for":
+            while not self.o_empty[wg].passed(turn & 1):
+                yield
+        self.need_rows(tile, wg, buffer)
+        barrier = self.o_full[at]
         done = barrier.done
         if barrier.missing == 1:
-            self.q_smem[buffer] = (tile, wg, "out")
+            outputs[at] = (tile, wg, "out")
         barrier.arrive()
         while barrier.done == done:
             yield
+        if self.quantized and self.mutation != "queries are not given back":
+            self.q_empty[buffer].arrive()
 
     def product(self, found, expected, what):
         if found != expected:
@@ -334,7 +367,8 @@ def programs(count, mutation="", seed=0):
                 second = first
             tiles.append((first, second, chance.choice([0, chance.randint(0, min(first, second))])))
         stages, turns, permuted = chance.randint(4, 6), chance.random() < 0.5, chance.random() < 0.5
-        yield Program(tiles, stages, turns, permuted, chance, mutation)
+        quantized = number % 2 == 1
+        yield Program(tiles, stages + 2 * quantized, turns, permuted, quantized, chance, mutation)
 
 
 def test_every_block_is_read_in_its_own_time_and_nobody_waits_for_ever():
@@ -351,12 +385,14 @@ def test_every_block_is_read_in_its_own_time_and_nobody_waits_for_ever():
         "unread blocks are not given back",
         "no turns at the end",
         "next keys first",
+        "an output's buffer is not waited for",
+        "queries are not given back",
     ],
 )
 def test_without_a_rule_it_goes_wrong(mutation):
     """Else the model would show nothing."""
     wrong = 0
-    for program in programs(300, mutation):
+    for program in programs(600, mutation):
         try:
             program.run()
         except (RuntimeError, AssertionError):

@@ -17,6 +17,7 @@ from .named_barriers import (
     warp_scheduler_barrier_arrive,
     warp_scheduler_barrier_sync,
 )
+from .scales import key_scales_at, query_scales
 from .softmax import (
     FP8_MAX_OFFSET,
     FP8_RESCALE_THRESHOLD,
@@ -143,11 +144,8 @@ def consume(
             buffer = (turn % 2) * 2
             q_tile = shared.q_smem.index(buffer + WG)
             if QUANTIZED:
-                slot = first_slot + gl.arange(0, 64, layout=gl.SliceLayout(1, LANES))[:, None]
-                row_scale = gl.load(tensors.q_scale_ptr + head * sizes.q_rows + slot) * tensors.softmax_scale_log2
-                scales_at = tensors.k_scale_ptr + head * (sizes.k_rows // BLOCK_K) * SCALES
-                if THREAD_SCALES:
-                    scales_at += gl.arange(0, 4, layout=gl.SliceLayout(0, LANES))[None, :]
+                row_scale = query_scales(head, first_slot, sizes, tensors, LANES)
+                scales_at = key_scales_at(head, sizes, tensors, BLOCK_K, THREAD_SCALES, LANES)
                 key_scale = gl.load(scales_at + gl.load(at) * SCALES)
                 following = gl.load(at + 1, mask=count > 1, other=0)
             else:

@@ -30,6 +30,7 @@ def epilogue(
     FP8: gl.constexpr,
     ROW: gl.constexpr,
     O_LAYOUT: gl.constexpr,
+    PAIRED: gl.constexpr = False,
 ):
     """Normalise a tile's 64 rows, store their log-sum-exp, and leave their output in shared memory."""
     O_ROW: gl.constexpr = gl.SliceLayout(1, O_LAYOUT)
@@ -48,8 +49,10 @@ def epilogue(
     if PERMUTED:
         row = shared.row_idx.index(buffer).load(ROW)
     if QUANTIZED:
-        # Smoothing took scale * q . mean(k) from every logit of the row.
-        lse += gl.load(tensors.q_shift_ptr + head * sizes.q_rows + slot) * (tensors.softmax_scale_log2 * LN_2_)
+        # Smoothing took scale * q . mean(k) from every logit of the row. A last pair may have one block of rows only.
+        in_block = slot < sizes.q_rows if PAIRED else None
+        shift = gl.load(tensors.q_shift_ptr + head * sizes.q_rows + slot, mask=in_block)
+        lse += shift * (tensors.softmax_scale_log2 * LN_2_)
     lse = gl.where(nothing, float("-inf"), lse)
     gl.store(tensors.lse_ptr + head * tensors.q_len + row, lse, mask=slot < tensors.q_len)
     acc = acc * gl.convert_layout(1.0 / safe, O_ROW)[:, None]

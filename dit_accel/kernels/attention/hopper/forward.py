@@ -1,6 +1,6 @@
 """Launch of the Hopper kernel: which calls it can run, and the call, half precision in place or quantised.
 
-Blocks of 64 queries are taken two at a time, in half precision; blocks of 128 keys are then two of 64.
+Blocks of 64 queries are taken two at a time; blocks of 128 keys are then two of 64.
 """
 
 from __future__ import annotations
@@ -48,7 +48,7 @@ def why_not_hopper(
     q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, mask: BlockMask, rows: torch.Tensor | None
 ) -> str | None:
     """Why this kernel cannot run a half-precision call that the Triton backend can, or None if it can."""
-    reason = why_not_shape(q, mask, pairs=True)
+    reason = why_not_shape(q, mask)
     if reason is not None:
         return reason
     for name, x in (("q", q), ("k", k), ("v", v)):
@@ -67,20 +67,16 @@ def _why_not_tiles(x: torch.Tensor, by_head: bool = True) -> str | None:
     return None
 
 
-def why_not_shape(q: torch.Tensor, mask: BlockMask, pairs: bool = False) -> str | None:
-    """Why this kernel can take neither these inputs nor a quantised copy of them, or None if it can.
-
-    ``pairs``: whether it may take two blocks of 64 queries at a time, which it does in half precision.
-    """
+def why_not_shape(q: torch.Tensor, mask: BlockMask) -> str | None:
+    """Why this kernel can take neither these inputs nor a quantised copy of them, or None if it can."""
     if not q.is_cuda or compute_capability(q.device.index or 0) != (9, 0):
         return "it needs a GPU of compute capability 9.0"
     if q.dtype not in (torch.float16, torch.bfloat16):
         return f"it takes float16 or bfloat16, got {q.dtype}"
     if q.shape[-1] not in (64, 128):
         return f"it takes head dims 64 and 128, got {q.shape[-1]}"
-    if mask.block_q not in ((64, 128) if pairs else (128,)) or mask.block_k not in (64, 128):
-        sizes = ("64x64, 64x128, " if pairs else "") + "128x64 and 128x128"
-        return f"it takes blocks of {sizes}, got {mask.block_q}x{mask.block_k}"
+    if mask.block_q not in (64, 128) or mask.block_k not in (64, 128):
+        return f"it takes blocks of 64 or 128 queries and keys, got {mask.block_q}x{mask.block_k}"
     return None
 
 
@@ -196,16 +192,20 @@ def _launch(
     kv_len = k.shape[1]
     out = torch.empty((batch, q_len, heads, dim), dtype=q.dtype, device=q.device)
     lse = torch.empty((batch, heads, q_len), dtype=torch.float32, device=q.device)
-    nq, nk = mask.num_blocks
+    nq = mask.num_blocks[0]
     rows = int32_rows(rows)
     paired = mask.block_q == _ROWS
+    block_k = PAIR_KEYS if paired else mask.block_k
     fp8 = quantized is not None and quantized.v_scale is not None
     precision = None if quantized is None else "int8_fp8" if fp8 else "int8"
     values = quantized.v if precision == "int8" and _why_not_tiles(quantized.v) is None else None
     if precision == "int8" and values is None:
         values = quantized.v.contiguous()
+    k_scale = None if quantized is None else quantized.k_scale
+    if k_scale is not None and mask.block_k != block_k:
+        # Both halves of a block of keys have its scales.
+        k_scale = k_scale.repeat_interleave(mask.block_k // block_k, 2)
     has_bits = mask.kv_bits is not None and mask.token_bits.shape[0] > 0
-    block_k = PAIR_KEYS if paired else mask.block_k
     config = config or default_config(block_k, dim, precision, rows is not None, has_bits, paired)
     programs = multiprocessors(q.device.index or 0)
     moved = rows is not None and quantized is None
@@ -265,8 +265,8 @@ def _launch(
             q_tiles = _tiles(q_in.flatten(0, 1), _ROWS, dim)
             keys = (q_in, q_in)
             v_scale = lse if quantized.v_scale is None else quantized.v_scale[b]
-            scales = (quantized.q_scale[b], quantized.k_scale[b], v_scale, quantized.q_shift[b])
-            planes = (nq * mask.block_q, nk * mask.block_k, 0)
+            scales = (quantized.q_scale[b], k_scale[b], v_scale, quantized.q_shift[b])
+            planes = (q_in.shape[1], quantized.k.shape[2], 0)
         hidden_in = _entry(key_mask_bytes, b)
         args = (
             q_tiles,

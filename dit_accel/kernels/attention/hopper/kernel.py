@@ -221,7 +221,7 @@ def hopper_fwd_kernel(
     SECOND: gl.constexpr = 1
     # Registers of a thread. The other warps fill a warpgroup. With 64 keys consumers leave some, and neither the store
     # warps of a permuted call nor the producer of pairs need keep theirs in memory.
-    IN_ORDER: gl.constexpr = 224 if PAIRED else 240
+    IN_ORDER: gl.constexpr = (232 if FP8 else 224) if PAIRED else 240
     CONSUMER: gl.constexpr = 208 if PERMUTE_KV and BLOCK_K == 64 else IN_ORDER
     OTHER: gl.constexpr = 504 - 2 * CONSUMER
     gl.warp_specialize(

@@ -15,15 +15,20 @@ from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
 from triton.experimental.gluon.language.nvidia.hopper import mbarrier, warpgroup_mma, warpgroup_mma_wait
 
-from .consumer import advance_stage
+from .consumer import advance_stage, pv_gemm
 from .epilogue import epilogue
 from .named_barriers import pair_release, warp_scheduler_barrier_arrive, warp_scheduler_barrier_sync
+from .scales import key_scales_at, query_scales
 from .softmax import (
+    FP8_MAX_OFFSET,
+    FP8_RESCALE_THRESHOLD,
     RESCALE_THRESHOLD,
     ROW_MAX_INIT,
     apply_mask,
     block_row_max,
     by_thread,
+    pack_p_fp8,
+    rescale_and_add_o,
     rescale_o,
     scale_apply_exp2,
     update_row_max,
@@ -74,26 +79,30 @@ def consume_pair(
     stream could not go on while this consumer still needed its last values. Those are given back with the next step
     that this consumer has to do with, at most two steps on.
     """
-    gl.static_assert(BLOCK_K == 64 and not (QUANTIZED or THREAD_SCALES))
+    gl.static_assert(BLOCK_K == 64)
     dtype: gl.constexpr = shared.o_smem.dtype
     S_LAYOUT: gl.constexpr = gl.NVMMADistributedLayout(
-        version=[3, 0], warps_per_cta=[4, 1], instr_shape=[16, BLOCK_K, 16]
+        version=[3, 0], warps_per_cta=[4, 1], instr_shape=[16, BLOCK_K, 32 if QUANTIZED else 16]
     )
     O_LAYOUT: gl.constexpr = gl.NVMMADistributedLayout(
-        version=[3, 0], warps_per_cta=[4, 1], instr_shape=[16, HEAD_DIM, 16]
+        version=[3, 0], warps_per_cta=[4, 1], instr_shape=[16, HEAD_DIM, 32 if FP8 else 16]
     )
-    OPERAND: gl.constexpr = gl.DotOperandLayout(operand_index=0, parent=O_LAYOUT, k_width=2)
+    OPERAND: gl.constexpr = gl.DotOperandLayout(operand_index=0, parent=O_LAYOUT, k_width=4 if FP8 else 2)
     # In registers: products of 64 keys read as many bytes of q as of k, and shared memory could not keep up.
-    QUERIES: gl.constexpr = gl.DotOperandLayout(operand_index=0, parent=S_LAYOUT, k_width=2)
+    QUERIES: gl.constexpr = gl.DotOperandLayout(operand_index=0, parent=S_LAYOUT, k_width=4 if QUANTIZED else 2)
     ROW: gl.constexpr = gl.SliceLayout(1, S_LAYOUT)
     O_ROW: gl.constexpr = gl.SliceLayout(1, O_LAYOUT)
-    start = gl.zeros([64, BLOCK_K], gl.float32, layout=S_LAYOUT)
+    MAX_OFFSET: gl.constexpr = FP8_MAX_OFFSET if FP8 else 0.0
+    THRESHOLD: gl.constexpr = FP8_RESCALE_THRESHOLD if FP8 else RESCALE_THRESHOLD
+    SCALES: gl.constexpr = 4 if THREAD_SCALES else 1
+    start = gl.zeros([64, BLOCK_K], gl.int32 if QUANTIZED else gl.float32, layout=S_LAYOUT)
     LANES: gl.constexpr = gl.SliceLayout(1, gl.SliceLayout(3, by_thread(start).type.layout))
-    score_scale = gl.full([64, 1], tensors.softmax_scale_log2, gl.float32, layout=LANES)
+    if not QUANTIZED:
+        score_scale = gl.full([64, 1], tensors.softmax_scale_log2, gl.float32, layout=LANES)
     # Of the next step of the stream.
     stage, phase = gl.to_tensor(0), gl.to_tensor(0)
     turn = gl.to_tensor(0)
-    tile, work_idx = initial_work_tile(scheduler, PERMUTED)
+    tile, work_idx = initial_work_tile(scheduler, PERMUTED and not QUANTIZED)
     if TAKE_TURNS and WG == 1:
         warp_scheduler_barrier_arrive(WG, sizes.num_tiles)
     list_row, count, other, full, both = own_header(tile, sizes, lists, WG)
@@ -115,6 +124,11 @@ def consume_pair(
             row_max = gl.full([64, 4], ROW_MAX_INIT, gl.float32, layout=LANES)
             row_sum = gl.zeros([64, 4], gl.float32, layout=LANES)
             if count > 0:
+                if QUANTIZED:
+                    row_scale = query_scales(head, first_slot, sizes, tensors, LANES)
+                    scales_at = key_scales_at(head, sizes, tensors, BLOCK_K, THREAD_SCALES, LANES)
+                    score_scale = row_scale * gl.load(scales_at + gl.load(at) * SCALES)
+                    following = gl.load(at + 1, mask=count > 1, other=0)
                 queries = shared.q_smem.index(buffer).load(QUERIES)
                 # Of the second list, where the first one begins with a block of its own.
                 stage, phase = skip_stage(stage, phase, (both < WG) & (short > 0), STAGES)
@@ -122,10 +136,10 @@ def consume_pair(
                 qk_token = warpgroup_mma(
                     queries, shared.k_smem.index(stage).permute([1, 0]), start, use_acc=False, is_async=True
                 )
-                scores = warpgroup_mma_wait(0, deps=[qk_token])
+                first_scores = warpgroup_mma_wait(0, deps=[qk_token]).to(gl.float32)
                 if full == 0:
-                    scores = apply_mask(
-                        scores,
+                    first_scores = apply_mask(
+                        first_scores,
                         gl.load(at),
                         gl.load(bits_at),
                         lists.bits_ptr,
@@ -138,9 +152,11 @@ def consume_pair(
                         HAS_KEY_MASK,
                         64,
                     )
-                block_max = block_row_max(scores, score_scale)
-                row_max, acc_scale, rescale = update_row_max(block_max, row_max, RESCALE_THRESHOLD)
-                p, row_sum = scale_apply_exp2(scores, row_max, acc_scale, row_sum, score_scale, 0.0)
+                block_max = block_row_max(first_scores, score_scale)
+                row_max, acc_scale, rescale = update_row_max(block_max, row_max, THRESHOLD)
+                p, row_sum = scale_apply_exp2(first_scores, row_max, acc_scale, row_sum, score_scale, MAX_OFFSET)
+                if FP8:
+                    p_operand = pack_p_fp8(p)
                 prev_stage = stage
                 next_stage, next_phase = advance_stage(stage, phase, STAGES)
                 next_stage, next_phase = skip_stage(next_stage, next_phase, (both <= WG) & (short > WG), STAGES)
@@ -157,21 +173,26 @@ def consume_pair(
                         block = gl.load(at + begin, mask=begin < end, other=0)
                         bit_row = gl.load(bits_at + begin, mask=begin < end, other=0)
                     for entry in range(begin, end):
-                        p_operand = gl.convert_layout(p.to(dtype), OPERAND)
+                        if QUANTIZED:
+                            # Two dependent loads, each one block ahead of its use.
+                            score_scale = row_scale * gl.load(scales_at + following * SCALES)
+                            following = gl.load(at + entry + 1, mask=entry + 1 < count, other=0)
+                        if not FP8:
+                            p_operand = gl.convert_layout(p.to(dtype), OPERAND)
                         if TAKE_TURNS:
                             warp_scheduler_barrier_sync(WG)
                         qk_token = warpgroup_mma(
                             queries, shared.k_smem.index(stage).permute([1, 0]), start, use_acc=False, is_async=True
                         )
-                        # While the scores are being made.
-                        acc = rescale_o(acc, acc_scale, rescale)
-                        pv_token = warpgroup_mma(
-                            p_operand, shared.v_smem.index(prev_stage), acc, use_acc=entry > 1, is_async=True
-                        )
+                        if not FP8:
+                            # While the scores are being made.
+                            acc = rescale_o(acc, acc_scale, rescale)
+                        prev_acc_scale = acc_scale
+                        pv_token = pv_gemm(p_operand, shared.v_smem.index(prev_stage), acc, entry > 1, FP8, OPERAND)
                         scores = warpgroup_mma_wait(1, deps=[qk_token])
                         if partial:
                             scores = apply_mask(
-                                scores,
+                                scores.to(gl.float32),
                                 block,
                                 bit_row,
                                 lists.bits_ptr,
@@ -187,25 +208,35 @@ def consume_pair(
                             block = gl.load(at + entry + 1, mask=entry + 1 < end, other=0)
                             bit_row = gl.load(bits_at + entry + 1, mask=entry + 1 < end, other=0)
                         block_max = block_row_max(scores, score_scale)
-                        row_max, acc_scale, rescale = update_row_max(block_max, row_max, RESCALE_THRESHOLD)
+                        row_max, acc_scale, rescale = update_row_max(block_max, row_max, THRESHOLD)
                         if TAKE_TURNS:
                             warp_scheduler_barrier_arrive(WG, sizes.num_tiles)
-                        p, row_sum = scale_apply_exp2(scores, row_max, acc_scale, row_sum, score_scale, 0.0)
+                        p, row_sum = scale_apply_exp2(scores, row_max, acc_scale, row_sum, score_scale, MAX_OFFSET)
                         next_stage, next_phase = advance_stage(stage, phase, STAGES)
                         skip = (both <= entry + WG) & (entry + WG < short)
                         next_stage, next_phase = skip_stage(next_stage, next_phase, skip, STAGES)
                         mbarrier.wait(shared.v_full.index(stage), phase)
                         mbarrier.wait(shared.k_full.index(next_stage), next_phase, pred=entry + 1 < count)
-                        acc, p_operand = warpgroup_mma_wait(0, deps=[pv_token, p_operand])
+                        if FP8:
+                            # As in consumer.py: the assembler keeps the operand's registers until here.
+                            pv = warpgroup_mma_wait(0, deps=[pv_token])
+                            acc = rescale_and_add_o(acc, prev_acc_scale, pv)
+                        else:
+                            acc, p_operand = warpgroup_mma_wait(0, deps=[pv_token, p_operand])
                         pair_release(stage, (both <= entry) & (entry < short))
                         prev_stage, stage, phase = stage, next_stage, next_phase
+                        if FP8:
+                            p_operand = pack_p_fp8(p)
 
-                acc = rescale_o(acc, acc_scale, rescale)
-                p_operand = gl.convert_layout(p.to(dtype), OPERAND)
-                pv_token = warpgroup_mma(
-                    p_operand, shared.v_smem.index(prev_stage), acc, use_acc=count > 1, is_async=True
-                )
-                acc = warpgroup_mma_wait(0, deps=[pv_token])
+                if not FP8:
+                    acc = rescale_o(acc, acc_scale, rescale)
+                    p_operand = gl.convert_layout(p.to(dtype), OPERAND)
+                pv_token = pv_gemm(p_operand, shared.v_smem.index(prev_stage), acc, count > 1, FP8, OPERAND)
+                pv = warpgroup_mma_wait(0, deps=[pv_token])
+                if FP8:
+                    acc = rescale_and_add_o(acc, acc_scale, pv)
+                else:
+                    acc = pv
             epilogue(
                 acc,
                 row_max,
@@ -222,6 +253,7 @@ def consume_pair(
                 FP8,
                 ROW,
                 O_LAYOUT,
+                PAIRED=True,
             )
             for entry in range(count, other):
                 # The other list goes on alone.
