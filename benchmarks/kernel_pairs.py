@@ -1,4 +1,4 @@
-"""Blocks of 64 queries, two in a program of the Hopper kernel, beside the portable kernel: a section of kernels.py."""
+"""Blocks of 64 queries, two in a program of the Hopper kernel, beside the portable kernel: sections of kernels.py."""
 
 from __future__ import annotations
 
@@ -33,6 +33,20 @@ def section_pairs(report: Report, args: argparse.Namespace) -> None:
                     compare(report, q, k, v, mask, rows, {**labels, "tokens": "permuted"})
 
 
+def section_pairs_in_8_bits(report: Report, args: argparse.Namespace) -> None:
+    """INT8 queries and keys, and FP8 values, with lists by chance; at density 0.2 permuted rows too."""
+    for length in args.lengths:
+        q, k, v = inputs(length, args.heads, args.head_dim)
+        rows = torch.rand(1, args.heads, length, device=q.device).argsort(-1).to(torch.int32)
+        for density in (0.2, 0.05):
+            mask = pair_mask(args.heads, length, 64, density, 0.0, q.device)
+            for precision in ("int8", "int8_fp8"):
+                labels = {"section": "pairs8", "S": length, "block": "64x64", "density": density}
+                compare_in_8_bits(report, q, k, v, mask, None, precision, labels)
+                if density == 0.2:
+                    compare_in_8_bits(report, q, k, v, mask, rows, precision, {**labels, "tokens": "permuted"})
+
+
 def pair_mask(heads: int, length: int, block_q: int, density: float, alike: float, device: torch.device) -> BlockMask:
     """The blocks of 64 keys with the largest of random scores, as many in every row."""
     nq, nk = -(-length // block_q), -(-length // 64)
@@ -53,11 +67,7 @@ def shared_share(mask: BlockMask) -> float:
 
 def compare(report: Report, q, k, v, mask: BlockMask, rows: torch.Tensor | None, labels: dict[str, object]) -> None:
     """All of them in turns; lists are paired in every call, as a plan's are that is unpacked for it."""
-    wide = pair_mask(q.shape[2], q.shape[1], 128, float(labels["density"]), 0.0, q.device)
-
-    def check(name: str, call: Callable[[], torch.Tensor]) -> dict[str, object]:
-        return checked(q, k, v, wide if "128x64" in name else mask, rows)(name, call)
-
+    wide, check = beside_wide(q, k, v, mask, rows, labels)
     makers = {
         "portable": lambda: portable(q, k, v, mask, rows),
         "pairs, free": lambda: hopper(q, k, v, mask, rows, take_turns=False),
@@ -67,14 +77,54 @@ def compare(report: Report, q, k, v, mask: BlockMask, rows: torch.Tensor | None,
     report.turns(makers, check, "portable", operations(q, mask), **labels)
 
 
-def portable(q, k, v, mask: BlockMask, rows: torch.Tensor | None) -> Callable[[], torch.Tensor]:
+def compare_in_8_bits(
+    report: Report, q, k, v, mask: BlockMask, rows, precision: str, labels: dict[str, object]
+) -> None:
+    """All of them in turns, from inputs that are quantised already; in half precision pairs once more."""
+    wide, check = beside_wide(q, k, v, mask, rows, labels)
+    makers = {
+        f"portable {precision}": lambda: portable(q, k, v, mask, rows, precision),
+        f"pairs {precision}, free": lambda: hopper(q, k, v, mask, rows, precision, take_turns=False),
+        f"pairs {precision}, turns": lambda: hopper(q, k, v, mask, rows, precision, take_turns=True),
+        f"hopper 128x64 {precision}": lambda: hopper(q, k, v, wide, rows, precision),
+        "pairs half": lambda: hopper(q, k, v, mask, rows, take_turns=False),
+    }
+    report.turns(makers, check, f"portable {precision}", operations(q, mask), **labels)
+
+
+def beside_wide(q, k, v, mask: BlockMask, rows, labels: dict[str, object]) -> tuple[BlockMask, Callable]:
+    """Blocks of 128 queries at the same density, and what checks a call with the mask that it has."""
+    wide = pair_mask(q.shape[2], q.shape[1], 128, float(labels["density"]), 0.0, q.device)
+
+    def check(name: str, call: Callable[[], torch.Tensor]) -> dict[str, object]:
+        return checked(q, k, v, wide if "128x64" in name else mask, rows)(name, call)
+
+    return wide, check
+
+
+def portable(q, k, v, mask: BlockMask, rows, precision: str | None = None) -> Callable[[], torch.Tensor]:
     from dit_accel.kernels.attention.triton.forward import forward
+    from dit_accel.kernels.quantized.triton.forward import quantized_forward
 
-    return lambda: forward(q, k, v, mask, rows, None, q.shape[-1] ** -0.5)[0]
+    scale = q.shape[-1] ** -0.5
+    if precision is None:
+        return lambda: forward(q, k, v, mask, rows, None, scale)[0]
+    ready = quantized(q, k, v, mask, rows, precision)
+    return lambda: quantized_forward(ready, mask, rows, None, scale, q.shape[2], q.dtype)[0]
 
 
-def hopper(q, k, v, mask: BlockMask, rows: torch.Tensor | None, **changes: object) -> Callable[[], torch.Tensor]:
+def hopper(
+    q, k, v, mask: BlockMask, rows, precision: str | None = None, **changes: object
+) -> Callable[[], torch.Tensor]:
     from dit_accel.kernels.attention.hopper.forward import default_config, hopper_forward
 
-    config = replace(default_config(64, q.shape[-1], None, rows is not None), **changes)
-    return lambda: hopper_forward(q, k, v, mask, rows, None, q.shape[-1] ** -0.5, config=config)[0]
+    scale = q.shape[-1] ** -0.5
+    config = replace(default_config(64, q.shape[-1], precision, rows is not None), **changes)
+    ready = None if precision is None else quantized(q, k, v, mask, rows, precision)
+    return lambda: hopper_forward(q, k, v, mask, rows, None, scale, quantized=ready, config=config)[0]
+
+
+def quantized(q, k, v, mask: BlockMask, rows, precision: str):
+    from dit_accel.kernels.quantized.triton.prologue import quantize_inputs
+
+    return quantize_inputs(q, k, v, mask.block_q, mask.block_k, precision=precision, rows=rows)

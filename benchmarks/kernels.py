@@ -48,7 +48,7 @@ from kernel_cases import (
     sla_error,
     sparse_fa4,
 )
-from kernel_pairs import section_pairs
+from kernel_pairs import section_pairs, section_pairs_in_8_bits
 from kernel_rows import section_rows
 
 from dit_accel.kernels import BlockMask, QuantizedInputs, block_sparse_attention
@@ -306,6 +306,7 @@ SECTIONS = {
     "sla": section_sla,
     "hopper": section_hopper,
     "pairs": section_pairs,
+    "pairs8": section_pairs_in_8_bits,
 }
 
 

@@ -331,6 +331,37 @@ def test_the_pairs_section_runs_dry_and_checks_each_form_with_its_own_mask(cases
     assert [row.get("tokens") for row in report.rows[4:8]] == ["permuted"] * 4
 
 
+def test_the_section_of_pairs_in_8_bits_runs_dry(cases, monkeypatch):
+    """On the CPU, by the reference in place of the kernels."""
+    from dit_accel.kernels import block_sparse_attention, quantized_block_sparse_attention
+
+    def call(q, k, v, mask, rows, precision=None, **_changes):
+        if precision is None:
+            return lambda: block_sparse_attention(q, k, v, mask, rows=rows, backend="torch")
+        return lambda: quantized_block_sparse_attention(q, k, v, mask, precision=precision, rows=rows, backend="torch")
+
+    module = importlib.import_module("kernel_pairs")
+    torch.manual_seed(0)
+    monkeypatch.setattr(cases, "DRY", True)
+    monkeypatch.setattr(cases, "extra_memory_share", lambda call, q: 0.0)
+    monkeypatch.setattr(module, "inputs", lambda *shape: [torch.randn(1, *shape) for _ in range(3)])
+    monkeypatch.setattr(module, "portable", call)
+    monkeypatch.setattr(module, "hopper", call)
+    report = cases.Report()
+    module.section_pairs_in_8_bits(report, argparse.Namespace(lengths=[1000], heads=2, head_dim=16))
+    ops = [["portable {}", "pairs {}, free", "pairs {}, turns", "hopper 128x64 {}", "pairs half"]] * 6
+    names = ["int8", "int8", "int8_fp8", "int8_fp8", "int8", "int8_fp8"]
+    assert [row["op"] for row in report.rows] == [
+        op.format(name) for group, name in zip(ops, names, strict=True) for op in group
+    ]
+    assert [row.get("tokens") for row in report.rows[::5]] == [None, "permuted", None, "permuted", None, None]
+    most = {"int8": 2e-2, "int8_fp8": 5e-2, "half": 1e-5}
+    for row in report.rows:
+        kind = next(name for name in ("int8_fp8", "int8", "half") if name in row["op"])
+        assert row["error"] < most[kind], row
+        assert kind == "half" or row["error"] > 1e-3
+
+
 def test_lists_of_neighbours_are_as_alike_as_asked(cases):
     module = importlib.import_module("kernel_pairs")
     torch.manual_seed(0)

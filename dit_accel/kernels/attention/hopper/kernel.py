@@ -220,7 +220,8 @@ def hopper_fwd_kernel(
     FIRST: gl.constexpr = 0
     SECOND: gl.constexpr = 1
     # Registers of a thread. The other warps fill a warpgroup. With 64 keys consumers leave some, and neither the store
-    # warps of a permuted call nor the producer of pairs need keep theirs in memory.
+    # warps of a permuted call nor the producer of pairs need keep theirs in memory. FP8 products take registers
+    # of their own beside the output's.
     IN_ORDER: gl.constexpr = (232 if FP8 else 224) if PAIRED else 240
     CONSUMER: gl.constexpr = 208 if PERMUTE_KV and BLOCK_K == 64 else IN_ORDER
     OTHER: gl.constexpr = 504 - 2 * CONSUMER
