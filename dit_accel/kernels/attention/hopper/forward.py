@@ -9,6 +9,7 @@ import copy
 from collections.abc import Hashable
 from dataclasses import dataclass
 from functools import cache
+from typing import NamedTuple
 
 import torch
 from triton.experimental.gluon import language as gl
@@ -112,17 +113,28 @@ def ring_heads(batch: int, heads: int) -> int:
     return min(heads, max(2, int(2 * RING_SHARE * batch * heads)))
 
 
-def _tiles(x: torch.Tensor, rows: int, columns: int) -> TensorDescriptor:
+class _Matrix(NamedTuple):
+    """Rows that lie ``stride`` elements apart from where ``begin`` does; no view is made of it, which takes the host as
+    long as a fifth of the launch."""
+
+    begin: torch.Tensor
+    length: int
+    width: int
+    stride: int
+
+
+def _tiles(x: _Matrix, rows: int, columns: int) -> TensorDescriptor:
     """Tiles ``[rows, columns]`` of a matrix; what lies past its last row reads as zero and is not written."""
-    key = (x.shape, x.stride(), x.dtype, rows, columns)
+    begin, *sizes = x
+    key = (*sizes, begin.dtype, rows, columns)
     kept = _DESCRIPTORS.get(key)
-    if kept is not None and x.data_ptr() % 16 == 0:
+    if kept is not None and begin.data_ptr() % 16 == 0:
         # Of a matrix like this one all else was checked, which takes as long as to launch the kernel.
         tiles = copy.copy(kept)
-        tiles.base = x
+        tiles.base = begin
         return tiles
-    layout = _shared_layout(x.element_size(), columns)
-    tiles = TensorDescriptor(x, list(x.shape), list(x.stride()), [rows, columns], layout)
+    layout = _shared_layout(begin.element_size(), columns)
+    tiles = TensorDescriptor(begin, [x.length, x.width], [x.stride, 1], [rows, columns], layout)
     if len(_DESCRIPTORS) >= MOST_KEPT:
         _DESCRIPTORS.clear()
     kept = _DESCRIPTORS[key] = copy.copy(tiles)
@@ -136,10 +148,16 @@ def _shared_layout(element_bytes: int, columns: int) -> gl.NVMMASharedLayout:
     return gl.NVMMASharedLayout(swizzle_byte_width=swizzle, element_bitwidth=8 * element_bytes, rank=2)
 
 
-def _side_by_side(x: torch.Tensor, entry: int) -> torch.Tensor:
+def _side_by_side(x: torch.Tensor, entry: int) -> _Matrix:
     """An entry of ``[B, S, H, D]`` with adjacent heads as the matrix ``[S, H * D]``."""
     _, length, heads, dim = x.shape
-    return x.as_strided((length, heads * dim), (x.stride(1), 1), x.storage_offset() + entry * x.stride(0))
+    return _Matrix(_entry(x, entry), length, heads * dim, x.stride(1))
+
+
+def _stacked(x: torch.Tensor) -> _Matrix:
+    """``[N, S, D]`` as the matrix ``[N * S, D]``."""
+    number, length, width = x.shape
+    return _Matrix(x.contiguous(), number * length, width, width)
 
 
 def _entry(x: torch.Tensor, entry: int) -> torch.Tensor:
@@ -211,7 +229,7 @@ def _launch(
     moved = rows is not None and quantized is None
     ring = min(config.ring or ring_heads(batch, heads), heads) if moved else heads
     if moved:
-        in_order = torch.empty((2, kv_len, ring, dim), dtype=k.dtype, device=k.device)
+        keys_in_order, values_in_order = torch.empty((2, 1, kv_len, ring, dim), dtype=k.dtype, device=k.device).unbind()
     lists: BlockMask | QueryPairs = mask
     if paired:
         lists = query_pairs(mask, block_k, "triton")
@@ -251,7 +269,7 @@ def _launch(
             q_in = _entry(q, b)
             keys = (_entry(k, b), _entry(v, b))
             k_in, v_in = (
-                (_side_by_side(in_order, 0), _side_by_side(in_order, 1))
+                (_side_by_side(keys_in_order, 0), _side_by_side(values_in_order, 0))
                 if moved
                 else (_side_by_side(k, b), _side_by_side(v, b))
             )
@@ -260,9 +278,9 @@ def _launch(
             planes = (0, 0, dim)
         else:
             q_in = quantized.q[b]
-            k_in = quantized.k[b].flatten(0, 1)
-            v_in = quantized.v[b].flatten(0, 1) if fp8 else _side_by_side(values, b)
-            q_tiles = _tiles(q_in.flatten(0, 1), _ROWS, dim)
+            k_in = _stacked(quantized.k[b])
+            v_in = _stacked(quantized.v[b]) if fp8 else _side_by_side(values, b)
+            q_tiles = _tiles(_stacked(q_in), _ROWS, dim)
             keys = (q_in, q_in)
             v_scale = lse if quantized.v_scale is None else quantized.v_scale[b]
             scales = (quantized.q_scale[b], k_scale[b], v_scale, quantized.q_shift[b])
