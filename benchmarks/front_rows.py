@@ -117,15 +117,53 @@ CARRIED = (
     ),
 )
 
-# What `max` could be: fewer pairs, chosen better, or something in place of those that are left out.
-DRAFT_LISTS = ("(0,1,2,4,7,11,17,23,29)", "(0,1,2,4,7,10,14,19,24,29)")
+# How a list goes on between its steps, attention dense: the line's slope, and what is made good. Lists of 9 steps with
+# and without the last step, which goes a tenth as far as the one before; of 8 and 10; those of the profiles.
+ENDING = "(0,1,2,4,8,13,18,23,27)"
+LISTS_OF_NINE = (
+    "(0,1,2,4,7,11,17,23,29)",
+    "(0,1,2,4,7,11,16,21,26)",
+    "(0,1,2,5,9,14,19,23,27)",
+    "(0,1,3,6,10,15,20,24,27)",
+    "(0,1,3,6,11,17,22,26,28)",
+)
+OTHER_LISTS = (
+    "(0,1,3,7,12,18,23,27)",
+    "(0,1,2,4,8,14,20,26)",
+    "(0,1,2,4,8,12,16,20,24,27)",
+    "(0,1,3,6,10,14,19,23,26,28)",
+    "(0,1,2,4,6,9,12,16,20,24,27,29)",
+    "(0,1,2,4,6,9,12,15,18,21,24,27)",
+    "(0,1,2,3,4,5,6,8,10,12,14,17,20,23,26,28,29)",
+)
+CONTINUED = (
+    *(
+        f"dense+listed:computed={ENDING},order=1,slope={slope},correction={correction}"
+        for slope, correction in ((1, 0), (1, 1), (0.7, 1), (0.5, 1), (0.5, 0.7), (0.5, 0), (0.3, 1), (0, 1))
+    ),
+    *(
+        f"dense+listed:computed={computed},order=1{more}"
+        for computed in (*LISTS_OF_NINE, *OTHER_LISTS)
+        for more in ("", ",slope=.5,correction=1")
+    ),
+)
+
+# What `max` could be: fewer pairs, chosen better, or something in place of those that are left out; one dense step, or
+# a second one, which searches anew, where less noise is left.
+DRAFT_LISTS = (ENDING, "(0,1,2,4,8,12,16,20,24,27)")
+_CONTINUED = "order=1,slope=.5,correction=1"
 DRAFTS = (
     *(
-        BEST.format(density) + f",dense_fraction=0.034{more}+listed:computed={computed},order=1"
-        for density, computed in product((0.15, 0.2), DRAFT_LISTS)
-        for more in ("", "@compensate=carried", "@compensate=residual")
+        BEST.format(density) + f",dense_fraction={share}@schedule.refresh_at={points}{more}"
+        f"+listed:computed={computed},{_CONTINUED}"
+        for computed, density, share, points, more in (
+            *product(DRAFT_LISTS, (0.15, 0.2), (0.034,), ("(0.0,)",), ("", ",compensate=residual")),
+            *product(DRAFT_LISTS, (0.15, 0.25), (0.0,), ("(0.0,)",), ("",)),
+            *product(DRAFT_LISTS, (0.15, 0.2), (0.0,), ("(0.0,0.13)", "(0.0,0.26)"), ("", ",compensate=carried")),
+        )
     ),
-    *(f"dense+listed:computed={computed},order=1" for computed in DRAFT_LISTS),
+    *(f"mass:density={density},dense_fraction=0.034+listed:computed={ENDING},{_CONTINUED}" for density in (0.15, 0.2)),
+    *(f"dense+listed:computed={computed},{_CONTINUED}" for computed in DRAFT_LISTS),
     "max",
 )
 
@@ -138,5 +176,6 @@ SETS = {
     "windows": WINDOWS,
     "anew": ANEW,
     "carried": CARRIED,
+    "continued": CONTINUED,
     "drafts": DRAFTS,
 }
