@@ -131,6 +131,7 @@ LISTS_OF_NINE = (
 OTHER_LISTS = (
     "(0,1,3,7,12,18,23,27)",
     "(0,1,2,4,8,14,20,26)",
+    "(0,1,4,9,15,21,26)",
     "(0,1,2,4,8,12,16,20,24,27)",
     "(0,1,3,6,10,14,19,23,26,28)",
     "(0,1,2,4,6,9,12,16,20,24,27,29)",
@@ -149,22 +150,36 @@ CONTINUED = (
     ),
 )
 
-# What `max` could be: fewer pairs, chosen better, or something in place of those that are left out; one dense step, or
-# a second one, which searches anew, where less noise is left.
-DRAFT_LISTS = (ENDING, "(0,1,2,4,8,12,16,20,24,27)")
+# What `max` could be, at about a tenth of dense: fewer steps or fewer pairs; pairs chosen anew between searches, or
+# something in place of those that are left out; one dense step in place of two.
 _CONTINUED = "order=1,slope=.5,correction=1"
+_ANEW = ",schedule.choose_every=1"
+DRAFT_LISTS = {
+    0.15: ENDING,
+    0.19: "(0,1,3,7,12,18,23,27)",
+    0.23: "(0,1,4,9,15,21,26)",
+    0.12: "(0,1,2,4,8,12,16,20,24,27)",
+}
 DRAFTS = (
     *(
-        BEST.format(density) + f",dense_fraction={share}@schedule.refresh_at={points}{more}"
-        f"+listed:computed={computed},{_CONTINUED}"
-        for computed, density, share, points, more in (
-            *product(DRAFT_LISTS, (0.15, 0.2), (0.034,), ("(0.0,)",), ("", ",compensate=residual")),
-            *product(DRAFT_LISTS, (0.15, 0.25), (0.0,), ("(0.0,)",), ("",)),
-            *product(DRAFT_LISTS, (0.15, 0.2), (0.0,), ("(0.0,0.13)", "(0.0,0.26)"), ("", ",compensate=carried")),
+        BEST.format(density)
+        + f",dense_fraction=0.034@schedule.refresh_at=(0.0,){more}+listed:computed={computed},{_CONTINUED}"
+        for (density, computed), more in product(
+            DRAFT_LISTS.items(), ("", _ANEW, ",compensate=residual", _ANEW + ",compensate=residual")
         )
     ),
-    *(f"mass:density={density},dense_fraction=0.034+listed:computed={ENDING},{_CONTINUED}" for density in (0.15, 0.2)),
-    *(f"dense+listed:computed={computed},{_CONTINUED}" for computed in DRAFT_LISTS),
+    *(
+        BEST.format(density)
+        + f",dense_fraction=0.0@schedule.refresh_at=(0.0,){more}+listed:computed={computed},{_CONTINUED}"
+        for (density, computed), more in product(((0.26, ENDING), (0.3, "(0,1,3,7,12,18,23,27)")), ("", _ANEW))
+    ),
+    *(
+        f"mass:density={density},dense_fraction=0.034+listed:computed={computed},{_CONTINUED}"
+        for density, computed in DRAFT_LISTS.items()
+    ),
+    *(f"dense+listed:computed={computed},{_CONTINUED}" for computed in DRAFT_LISTS.values()),
+    f"max:density=.15@reuse.computed={ENDING}",
+    "max:density=.15",
     "max",
 )
 
