@@ -133,15 +133,69 @@ CARRIED_FINER = (
     "mass:density=.2",
 )
 
-# What `max` could be: fewer pairs, chosen better, or something in place of those that are left out.
-DRAFT_LISTS = ("(0,1,2,4,7,11,17,23,29)", "(0,1,2,4,7,10,14,19,24,29)")
+# How a list goes on between its steps, attention dense: the line's slope, and what is made good. Lists of 9 steps with
+# and without the last step, which goes a tenth as far as the one before; of 8 and 10; those of the profiles.
+ENDING = "(0,1,2,4,8,13,18,23,27)"
+LISTS_OF_NINE = (
+    "(0,1,2,4,7,11,17,23,29)",
+    "(0,1,2,4,7,11,16,21,26)",
+    "(0,1,2,5,9,14,19,23,27)",
+    "(0,1,3,6,10,15,20,24,27)",
+    "(0,1,3,6,11,17,22,26,28)",
+    "(0,1,2,4,8,13,19,24,28)",
+)
+OTHER_LISTS = (
+    "(0,1,3,7,12,18,23,27)",
+    "(0,1,2,4,8,14,20,26)",
+    "(0,1,4,9,15,21,26)",
+    "(0,1,2,4,8,12,16,20,24,27)",
+    "(0,1,3,6,10,14,19,23,26,28)",
+    "(0,1,2,4,6,9,12,16,20,24,27,29)",
+    "(0,1,2,4,6,9,12,15,18,21,24,27)",
+    "(0,1,2,3,4,5,6,8,10,12,14,17,20,23,26,28,29)",
+)
+CONTINUED = (
+    *(
+        f"dense+listed:computed={ENDING},order=1,slope={slope},correction={correction}"
+        for slope, correction in ((1, 0), (1, 1), (0.7, 1), (0.5, 1), (0.5, 0.7), (0.5, 0), (0.3, 1), (0, 1))
+    ),
+    *(
+        f"dense+listed:computed={computed},order=1{more}"
+        for computed in (*LISTS_OF_NINE, *OTHER_LISTS)
+        for more in ("", ",slope=.5,correction=1")
+    ),
+)
+
+# What `max` could be, at about a tenth of dense: fewer steps or fewer pairs; pairs chosen anew between searches, or
+# something in place of those that are left out; one dense step in place of two.
+_CONTINUED = "order=1,slope=.5,correction=1"
+_ANEW = ",schedule.choose_every=1"
+DRAFT_LISTS = {
+    0.15: ENDING,
+    0.19: "(0,1,3,7,12,18,23,27)",
+    0.23: "(0,1,4,9,15,21,26)",
+    0.12: "(0,1,2,4,8,12,16,20,24,27)",
+}
 DRAFTS = (
     *(
-        BEST.format(density) + f",dense_fraction=0.034{more}+listed:computed={computed},order=1"
-        for density, computed in product((0.15, 0.2), DRAFT_LISTS)
-        for more in ("", "@compensate=carried", "@compensate=residual")
+        BEST.format(density)
+        + f",dense_fraction=0.034@schedule.refresh_at=(0.0,){more}+listed:computed={computed},{_CONTINUED}"
+        for (density, computed), more in product(
+            DRAFT_LISTS.items(), ("", _ANEW, ",compensate=residual", _ANEW + ",compensate=residual")
+        )
     ),
-    *(f"dense+listed:computed={computed},order=1" for computed in DRAFT_LISTS),
+    *(
+        BEST.format(density)
+        + f",dense_fraction=0.0@schedule.refresh_at=(0.0,){more}+listed:computed={computed},{_CONTINUED}"
+        for (density, computed), more in product(((0.26, ENDING), (0.3, "(0,1,3,7,12,18,23,27)")), ("", _ANEW))
+    ),
+    *(
+        f"mass:density={density},dense_fraction=0.034+listed:computed={computed},{_CONTINUED}"
+        for density, computed in DRAFT_LISTS.items()
+    ),
+    *(f"dense+listed:computed={computed},{_CONTINUED}" for computed in DRAFT_LISTS.values()),
+    f"max:density=.15@reuse.computed={ENDING}",
+    "max:density=.15",
     "max",
 )
 
@@ -155,5 +209,6 @@ SETS = {
     "anew": ANEW,
     "carried": CARRIED,
     "carried_finer": CARRIED_FINER,
+    "continued": CONTINUED,
     "drafts": DRAFTS,
 }

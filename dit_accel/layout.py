@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
+from itertools import pairwise
 from math import prod
 
 Grid = tuple[int, int, int]
@@ -150,6 +151,8 @@ class StepContext:
         computed: forwards of this branch, in this run before this one, that ran all blocks; None where all do.
         guided: whether the pipeline says that it also runs a branch without the prompt; models distilled to few steps
             have none.
+        sigmas: noise levels of all steps of the run, and mostly the one behind the last; empty where the scheduler
+            has none.
     """
 
     index: int | None = None
@@ -159,6 +162,15 @@ class StepContext:
     forward_id: int = 0
     computed: int | None = None
     guided: bool = False
+    sigmas: tuple[float, ...] = field(default=(), repr=False, compare=False)
+
+    @property
+    def lengths(self) -> tuple[float, ...]:
+        """How far each step of the run goes in noise level; 1 each where that is not known."""
+        count = self.num_steps or 0
+        if len(self.sigmas) <= count:
+            return (1.0,) * count
+        return tuple(abs(now - then) for now, then in pairwise(self.sigmas[: count + 1]))
 
     @property
     def progress(self) -> float | None:

@@ -26,7 +26,7 @@ class _Trajectory:
 
     schedule: weakref.ref[torch.Tensor]
     scheduler: weakref.ref[Any]
-    sigmas: list[float]
+    sigmas: tuple[float, ...]
     run: Run = field(default_factory=Run)
     index: int | None = None
     # What tells the timestep that the transformer was given, read only while the scheduler shows no progress.
@@ -132,7 +132,7 @@ class RunTracker:
         if index is None:
             return found.run, StepContext(branch=branch, forward_id=forward_id), "its scheduler shows no progress"
         sigma = found.sigmas[index] if index < len(found.sigmas) else None
-        step = StepContext(index, len(schedule), sigma, branch, forward_id, guided=is_guided(pipe))
+        step = StepContext(index, len(schedule), sigma, branch, forward_id, guided=is_guided(pipe), sigmas=found.sigmas)
         return found.run, step, None
 
     def _bare_forward(self, forward_id: int, name: str | None, why: str | None) -> tuple[Run, StepContext, str | None]:
@@ -164,7 +164,7 @@ class RunTracker:
         for one in self._trajectories:
             if one.schedule() is schedule and one.scheduler() is scheduler:
                 return one
-        found = _Trajectory(weakref.ref(schedule), weakref.ref(scheduler), sigmas_of(scheduler))
+        found = _Trajectory(weakref.ref(schedule), weakref.ref(scheduler), tuple(sigmas_of(scheduler)))
         self._trajectories.append(found)
         return found
 

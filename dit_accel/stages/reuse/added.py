@@ -44,9 +44,9 @@ class AddedState(BaseState):
         self.forced = self.skips = False
         self.leading = leading
 
-    def keep(self, added: Streams, order: int) -> None:
-        """Remember what the blocks added in this step, or what stands for it."""
-        self.added = [*self.added, (self.index, added)][-1 - order :]
+    def keep(self, added: Streams, steps: int) -> None:
+        """Remember what the blocks added in this step, or what stands for it, and in so many steps at most."""
+        self.added = [*self.added, (self.index, added)][-steps:]
 
     def part(self) -> None:
         """Remember how far this branch is from the leading one, where both computed this step."""
@@ -76,17 +76,18 @@ class AddedState(BaseState):
         assert latents is not None
         return latents
 
-    def expected(self, order: int) -> Streams:
-        """What the blocks would add at this step."""
-        step, latest = self.added[-1]
-        if order == 0 or len(self.added) < 2:
-            return latest
-        before, earlier = self.added[-2]
-        share = (self.index - step) / (step - before)
-        return tuple(
-            None if now is None or then is None else now + (now - then) * share
-            for now, then in zip(latest, earlier, strict=True)
+    def expected(self, shares: Callable[[Sequence[int]], Sequence[float]]) -> Streams:
+        """What the blocks would add at this step, by shares of what the computed steps differ by, latest first."""
+        found = self.added[-1][1]
+        pairs = zip(
+            reversed(self.added), reversed(self.added[:-1]), shares([step for step, _ in self.added]), strict=False
         )
+        for (_, latest), (_, earlier), share in pairs:
+            found = tuple(
+                None if so_far is None or now is None or then is None else so_far + (now - then) * share
+                for so_far, now, then in zip(found, latest, earlier, strict=True)
+            )
+        return found
 
 
 class _AddedHook(ModelHook):
@@ -97,7 +98,8 @@ class _AddedHook(ModelHook):
         states: StateManager,
         computes: Callable[[], bool],
         guides: Callable[[], bool],
-        order: int,
+        kept: int,
+        shares: Callable[[Sequence[int]], Sequence[float]],
         is_first: bool,
         is_last: bool,
     ) -> None:
@@ -105,7 +107,8 @@ class _AddedHook(ModelHook):
         self.states = states
         self.computes = computes
         self.guides = guides
-        self.order = order
+        self.kept = kept
+        self.shares = shares
         self.is_first = is_first
         self.is_last = is_last
 
@@ -131,7 +134,7 @@ class _AddedHook(ModelHook):
         output = run(*args, **kwargs)
         if self.is_last:
             added = tuple(map(_difference, self._streams(output), state.entered))
-            state.keep(added, self.order)
+            state.keep(added, self.kept)
             state.part()
             state.entered = ()
         return output
@@ -141,10 +144,10 @@ class _AddedHook(ModelHook):
         if state.forced or not state.added:
             return None
         if not self.computes():
-            return state.expected(self.order)
+            return state.expected(self.shares)
         expected = None if self.guides() else state.following()
         if expected is not None:
-            state.keep(expected, self.order)
+            state.keep(expected, self.kept)
         return expected
 
     def _given(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Streams:
@@ -186,7 +189,8 @@ def apply_added(
     blocks: Sequence[str],
     computes: Callable[[], bool],
     guides: Callable[[], bool],
-    order: int,
+    kept: int,
+    shares: Callable[[Sequence[int]], Sequence[float]],
 ) -> None:
     """Put the hooks on the blocks of a transformer.
 
@@ -194,10 +198,12 @@ def apply_added(
         blocks: their paths, in the order of execution.
         computes: whether the step under way runs them, asked once a forward.
         guides: whether all its guidance branches do, asked where it runs them.
-        order: of the continuation: 0 or 1.
+        kept: how many computed steps are remembered.
+        shares: of their numbers, rising, to what is added to the latest at the step under way: shares of its difference
+            to the one before, of that one's to its own, and so on.
     """
     states = StateManager(AddedState)  # type: ignore[arg-type]
     for path in blocks:
-        hook = _AddedHook(states, computes, guides, order, path == blocks[0], path == blocks[-1])
+        hook = _AddedHook(states, computes, guides, kept, shares, path == blocks[0], path == blocks[-1])
         registry = HookRegistry.check_if_exists_or_initialize(stand_in.get_submodule(path))
         registry.register_hook(hook, "dit_accel_added")

@@ -10,6 +10,7 @@ from typing import Any, ClassVar
 from torch import nn
 
 from ...layout import StepContext
+from .continuation import Continuation
 from .protocol import Reuse, Surroundings
 
 
@@ -25,6 +26,10 @@ class Listed(Reuse):
         num_steps: of the run that the list is for. In a run of another number the computed steps lie as on the list;
             :meth:`of_run` says how many there are.
         order: 1 continues what the blocks added in the last two computed steps in a straight line, 0 repeats the last.
+        slope: share of the line's slope.
+        correction: share of what the skipped steps before a computed one were off, as it shows, that those behind it
+            make good; see :class:`~dit_accel.stages.reuse.continuation.Continuation`. It keeps what the blocks added
+            in one step more.
         guided: those of the computed steps at which every guidance branch runs all blocks; empty for all of them. At
             the others the first branch alone does, mostly that of the prompt. What the blocks add in another one is
             then what they added in the first, less the difference of the two at the last guided step.
@@ -36,6 +41,8 @@ class Listed(Reuse):
     num_steps: int = 30
     order: int = 0
     guided: tuple[int, ...] = ()
+    slope: float = 1.0
+    correction: float = 0.0
 
     def __post_init__(self) -> None:
         if self.num_steps < 1:
@@ -46,6 +53,9 @@ class Listed(Reuse):
             raise ValueError(f"reuse.computed must lie in 0 to {self.num_steps - 1}, got {self.computed}.")
         if self.order not in (0, 1):
             raise ValueError(f"reuse.order must be 0 or 1, got {self.order}.")
+        for name in ("slope", "correction"):
+            if not 0.0 <= getattr(self, name) <= 1.0:
+                raise ValueError(f"reuse.{name} must lie in [0, 1], got {getattr(self, name)}.")
         if list(self.guided) != sorted(set(self.guided)) or not set(self.guided) <= set(self.computed):
             raise ValueError(
                 f"reuse.guided must list steps of reuse.computed {self.computed} in rising order, got {self.guided}."
@@ -54,6 +64,18 @@ class Listed(Reuse):
     @property
     def shares_guidance(self) -> bool:
         return bool(self.guided)
+
+    @property
+    def continuation(self) -> Continuation:
+        return Continuation(self.slope * self.order, self.correction)
+
+    def shares(self, computed: Sequence[int], step: StepContext) -> tuple[float, ...]:
+        """What stands for a step that is not listed, from the last computed ones, see :class:`Continuation`."""
+        assert step.index is not None
+        assert step.num_steps is not None
+        listed = (one for one in self.of_run(step.num_steps) if one > step.index)
+        upcoming = next(listed, step.num_steps)
+        return self.continuation.shares(computed, step.index, upcoming, step.lengths)
 
     def computes(self, step: StepContext) -> bool:
         """Whether a step of a run is listed."""
@@ -94,7 +116,12 @@ class Listed(Reuse):
         from .added import apply_added
 
         apply_added(
-            stand_in, blocks, lambda: self.computes(around.step()), lambda: self.guides(around.step()), self.order
+            stand_in,
+            blocks,
+            lambda: self.computes(around.step()),
+            lambda: self.guides(around.step()),
+            self.continuation.kept,
+            lambda computed: self.shares(computed, around.step()),
         )
 
     def begin(self, state: Any, step: StepContext, leading: Any | None) -> None:
