@@ -20,13 +20,11 @@ class PaddedInside(WanCausalConv3d):
         """Of frames ``[B, C, F, h, w]`` and those before them, zeros where there are fewer than it reads."""
         width, _, height, _, before, _ = (int(side) for side in self._padding)
         if before:
-            frames = [x]
-            if cache_x is not None:
-                frames.insert(0, cache_x.to(x.device))
-                before -= cache_x.shape[2]
-            if before:
-                frames.insert(0, x.new_zeros(*x.shape[:2], before, *x.shape[3:]))
-            x = torch.cat(frames, dim=2)
+            if cache_x is None:
+                x = _behind_zeros(x, before)
+            else:
+                known = cache_x.to(x.device)
+                x = torch.cat([_behind_zeros(known, before - known.shape[2]), x], dim=2)
         return F.conv3d(x, self.weight, self.bias, self.stride, [0, height, width])
 
 
@@ -39,6 +37,11 @@ class FoldedNorm(WanRMS_norm):
         unit = F.normalize(wide, dim=1 if self.channel_first else -1).to(x.dtype)
         scaled = unit * (self.scale * self.gamma)
         return scaled + self.bias if isinstance(self.bias, torch.Tensor) else scaled
+
+
+def _behind_zeros(frames: torch.Tensor, count: int) -> torch.Tensor:
+    # Padding keeps the order in memory (channels last), which zeros of their own would not have.
+    return F.pad(frames, (0, 0, 0, 0, count, 0)) if count else frames
 
 
 LEANER: dict[type[nn.Module], type[nn.Module]] = {WanCausalConv3d: PaddedInside, WanRMS_norm: FoldedNorm}
