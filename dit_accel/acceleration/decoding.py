@@ -33,8 +33,8 @@ def set_vae(pipe: Any, settings: str | Sequence[str]) -> tuple[Callable[[], None
         settings: some of :data:`SETTINGS`, as a sequence or separated by commas. ``tiled`` and ``sliced`` take less
             memory and no less time; ``channels_last`` orders the convolutions' weights as their kernels read them;
             ``bf16`` and ``fp16`` change the dtype; ``compiled`` compiles the decoder; ``frames=N`` decodes N latent
-            frames at once, where Wan's autoencoder takes one after another; ``tile=N`` is ``tiled`` in tiles of N
-            pixels a side, which overlap as the autoencoder's own do.
+            frames at once, where Wan's autoencoder takes one after another, and copies less; ``tile=N`` is ``tiled``
+            in tiles of N pixels a side, which overlap as the autoencoder's own do.
 
     Returns:
         The undo, after which weights and switches are the same to the bit, and a sentence for the summary.

@@ -10,6 +10,7 @@ make four, and stays alone.
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import torch
@@ -19,16 +20,32 @@ from ..patches.install import replace_method
 
 
 def decode_in_groups(vae: nn.Module, frames: int) -> Callable[[], None]:
-    """Let an autoencoder decode so many latent frames at once, where it decodes no tiles. Returns the undo.
+    """Let an autoencoder decode so many latent frames at once, where it decodes no tiles, and copy less in either case.
+
+    Returns:
+        The undo.
 
     Raises:
         ValueError: an autoencoder that does not decode frame by frame as ``AutoencoderKLWan`` does.
     """
     from diffusers import AutoencoderKLWan
 
+    from .wan_layers import LEANER
+
     if not isinstance(vae, AutoencoderKLWan):
         raise ValueError(f"vae=frames={frames} is for AutoencoderKLWan, got {type(vae).__name__}.")
-    return replace_method(vae, "_decode", GroupedDecode(vae, frames))
+    decoder: nn.Module = vae.get_submodule("decoder")
+    undone = [replace_method(vae, "_decode", GroupedDecode(vae, frames))]
+    for module in decoder.modules():
+        if type(module) in LEANER:
+            undone.append(partial(setattr, module, "__class__", type(module)))
+            module.__class__ = LEANER[type(module)]
+
+    def undo() -> None:
+        while undone:
+            undone.pop()()
+
+    return undo
 
 
 class GroupedDecode:
