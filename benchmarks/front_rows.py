@@ -174,9 +174,27 @@ DRAFTS = (
         for (density, computed), more in product(((0.26, ENDING), (0.3, "(0,1,3,7,12,18,23,27)")), ("", _ANEW))
     ),
     *(
-        f"mass:density={density},dense_fraction=0.034+listed:computed={computed},{_CONTINUED}"
-        for density, computed in DRAFT_LISTS.items()
+        f"{name}:density={density},dense_fraction=0.034@schedule.refresh_at=(0.0,){_ANEW}"
+        f"+listed:computed={ENDING},order=1,slope={slope},correction={correction}"
+        for name, density, slope, correction in (
+            *product(("ear",), (0.15,), (0.7, 1), (1,)),
+            ("ear", 0.15, 0.5, 0),
+            ("ear", 0.15, 0.5, 0.7),
+            ("ear", 0.12, 0.5, 1),
+            ("mass", 0.15, 0.5, 1),
+        )
     ),
+    # `fast` and `balanced` likewise.
+    *(
+        f"{name}@schedule.choose_every={anew},reuse.computed={computed},reuse.slope=.5,reuse.correction=1"
+        for name, computed in (
+            ("fast", "(0,1,2,4,6,9,12,15,18,21,24,27)"),
+            ("balanced", "(0,1,2,3,4,5,6,8,10,12,14,16,18,20,22,25,28)"),
+        )
+        for anew in (0, 1)
+    ),
+    "fast",
+    "balanced",
     *(f"dense+listed:computed={computed},{_CONTINUED}" for computed in DRAFT_LISTS.values()),
     f"max:density=.15@reuse.computed={ENDING}",
     "max:density=.15",
