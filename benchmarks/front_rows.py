@@ -156,8 +156,9 @@ _CONTINUED = "order=1,slope=.5,correction=1"
 _ANEW = ",schedule.choose_every=1"
 DRAFT_LISTS = {
     0.15: ENDING,
-    0.19: "(0,1,3,7,12,18,23,27)",
-    0.23: "(0,1,4,9,15,21,26)",
+    0.185: "(0,1,3,7,12,18,23,27)",
+    0.18: "(0,1,2,4,9,15,21,26)",
+    0.22: "(0,1,4,9,15,21,26)",
     0.12: "(0,1,2,4,8,12,16,20,24,27)",
 }
 DRAFTS = (
@@ -201,6 +202,34 @@ DRAFTS = (
     "max",
 )
 
+# Eight steps of 30 at .105 of dense: which, and how they go on.
+_EIGHT = "(0,1,3,7,12,18,23,27)"
+EIGHT = (
+    *(
+        f"{name}:density=.185,dense_fraction=0.034@schedule.choose_every=1"
+        f"+listed:computed={computed},order=1,slope={slope},correction={correction}"
+        for name, computed, slope, correction in (
+            *product(("ear",), (_EIGHT,), (0.3, 0.5, 0.7, 1), (1,)),
+            *product(("ear",), (_EIGHT,), (0.5, 1), (0, 0.7)),
+            *product(
+                ("ear",),
+                (
+                    "(0,1,3,6,11,17,22,27)",
+                    "(0,1,3,7,12,18,24,28)",
+                    "(0,1,3,7,12,17,22,26)",
+                    "(0,1,2,5,10,16,22,27)",
+                    "(0,1,4,8,13,18,23,27)",
+                ),
+                (0.5,),
+                (1,),
+            ),
+            ("mass", _EIGHT, 0.5, 1),
+        )
+    ),
+    f"dense+listed:computed={_EIGHT},order=1,slope=.5,correction=1",
+    "max:density=.2",
+)
+
 SETS = {
     "reuse": REUSE,
     "profiles": PROFILES,
@@ -212,4 +241,5 @@ SETS = {
     "carried": CARRIED,
     "continued": CONTINUED,
     "drafts": DRAFTS,
+    "eight": EIGHT,
 }
