@@ -172,8 +172,9 @@ _CONTINUED = "order=1,slope=.5,correction=1"
 _ANEW = ",schedule.choose_every=1"
 DRAFT_LISTS = {
     0.15: ENDING,
-    0.19: "(0,1,3,7,12,18,23,27)",
-    0.23: "(0,1,4,9,15,21,26)",
+    0.185: "(0,1,3,7,12,18,23,27)",
+    0.18: "(0,1,2,4,9,15,21,26)",
+    0.22: "(0,1,4,9,15,21,26)",
     0.12: "(0,1,2,4,8,12,16,20,24,27)",
 }
 DRAFTS = (
@@ -190,13 +191,59 @@ DRAFTS = (
         for (density, computed), more in product(((0.26, ENDING), (0.3, "(0,1,3,7,12,18,23,27)")), ("", _ANEW))
     ),
     *(
-        f"mass:density={density},dense_fraction=0.034+listed:computed={computed},{_CONTINUED}"
-        for density, computed in DRAFT_LISTS.items()
+        f"{name}:density={density},dense_fraction=0.034@schedule.refresh_at=(0.0,){_ANEW}"
+        f"+listed:computed={ENDING},order=1,slope={slope},correction={correction}"
+        for name, density, slope, correction in (
+            *product(("ear",), (0.15,), (0.7, 1), (1,)),
+            ("ear", 0.15, 0.5, 0),
+            ("ear", 0.15, 0.5, 0.7),
+            ("ear", 0.12, 0.5, 1),
+            ("mass", 0.15, 0.5, 1),
+        )
     ),
+    # `fast` and `balanced` likewise.
+    *(
+        f"{name}@schedule.choose_every={anew},reuse.computed={computed},reuse.slope=.5,reuse.correction=1"
+        for name, computed in (
+            ("fast", "(0,1,2,4,6,9,12,15,18,21,24,27)"),
+            ("balanced", "(0,1,2,3,4,5,6,8,10,12,14,16,18,20,22,25,28)"),
+        )
+        for anew in (0, 1)
+    ),
+    "fast",
+    "balanced",
     *(f"dense+listed:computed={computed},{_CONTINUED}" for computed in DRAFT_LISTS.values()),
     f"max:density=.15@reuse.computed={ENDING}",
     "max:density=.15",
     "max",
+)
+
+# Eight steps of 30 at .105 of dense: which, and how they go on.
+_EIGHT = "(0,1,3,7,12,18,23,27)"
+EIGHT = (
+    *(
+        f"{name}:density=.185,dense_fraction=0.034@schedule.choose_every=1"
+        f"+listed:computed={computed},order=1,slope={slope},correction={correction}"
+        for name, computed, slope, correction in (
+            *product(("ear",), (_EIGHT,), (0.3, 0.5, 0.7, 1), (1,)),
+            *product(("ear",), (_EIGHT,), (0.5, 1), (0, 0.7)),
+            *product(
+                ("ear",),
+                (
+                    "(0,1,3,6,11,17,22,27)",
+                    "(0,1,3,7,12,18,24,28)",
+                    "(0,1,3,7,12,17,22,26)",
+                    "(0,1,2,5,10,16,22,27)",
+                    "(0,1,4,8,13,18,23,27)",
+                ),
+                (0.5,),
+                (1,),
+            ),
+            ("mass", _EIGHT, 0.5, 1),
+        )
+    ),
+    f"dense+listed:computed={_EIGHT},order=1,slope=.5,correction=1",
+    "max:density=.2",
 )
 
 SETS = {
@@ -211,4 +258,5 @@ SETS = {
     "carried_finer": CARRIED_FINER,
     "continued": CONTINUED,
     "drafts": DRAFTS,
+    "eight": EIGHT,
 }
