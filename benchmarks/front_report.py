@@ -34,6 +34,7 @@ class Row:
         kind: a key of :data:`KINDS`.
         computed: share of the forwards that ran all blocks.
         density: mean over these, dense steps with them.
+        searches: of a run.
         steps: of a run.
         metrics: means over clips; what could not be measured is missing.
     """
@@ -42,6 +43,7 @@ class Row:
     kind: str
     computed: float
     density: float
+    searches: int
     steps: int
     metrics: dict[str, Interval]
 
@@ -59,6 +61,7 @@ class Row:
             kind_of(row["recipe"]),
             sum(clip["computed_share"] for clip in clips) / len(clips),
             sum(clip["mean_density"] for clip in clips) / len(clips),
+            searches_of(row["recipe"]),
             steps,
             metrics,
         )
@@ -75,7 +78,7 @@ class Row:
         The built-in model's own times say little: so few tokens wait for the host.
         """
         step = self.computed * (REST + ATTENTION * self.density) + (1 - self.computed) * SKIPPED
-        searched = 0.0 if self.kind == "cache" else SEARCH
+        searched = self.searches * SEARCH
         return (self.steps * (REST + ATTENTION) + AROUND) / (self.steps * step + searched + AROUND)
 
 
@@ -84,6 +87,13 @@ def kind_of(recipe: dict[str, Any]) -> str:
     skips = recipe.get("reuse", {}).get("kind", "none") != "none"
     dense = recipe.get("select", {}).get("kind", "dense") == "dense"
     return "cache" if skips and dense else "both" if skips else "sparse"
+
+
+def searches_of(recipe: dict[str, Any]) -> int:
+    """How many steps of a run search, of a recipe as plain data; not those that only choose anew."""
+    if recipe.get("select", {}).get("kind") != "mass":
+        return 0
+    return max(1, len(recipe.get("schedule", {}).get("refresh_at", ())))
 
 
 def rows_of(result: dict[str, Any]) -> list[Row]:

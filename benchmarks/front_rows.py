@@ -29,6 +29,7 @@ PROFILES = ("balanced", "fast", "max")
 
 # The front of the docs: steps skipped alone, sparse attention alone, both. Lists are of 30 steps, and serve 10 too.
 FAST_LIST = "listed:computed=(0,1,2,4,6,9,12,16,20,24,27,29),order=1"
+NINE_LIST = "listed:computed=(0,1,3,6,10,15,20,24,27),order=1,slope=.5,correction=1"
 FRONT = (
     "mass:density=.3",
     "mass:density=.25,dense_fraction=.1",
@@ -37,8 +38,14 @@ FRONT = (
     "dense+first_block:threshold=.12",
     "dense+energy:threshold=.3",
     f"dense+{FAST_LIST}",
+    f"dense+{NINE_LIST}",
+    "mass:density=.2",
+    "carried",
+    "carried:density=.1",
     "mass:density=.25,dense_fraction=.1+first_block:threshold=.12",
     "mass:density=.25,dense_fraction=.1+energy:threshold=.3",
+    f"ear:density=.26,dense_fraction=0.0@schedule.choose_every=1+{NINE_LIST}",
+    f"mass:density=.25,dense_fraction=.034+{NINE_LIST}",
     *PROFILES,
 )
 

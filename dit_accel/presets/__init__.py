@@ -14,7 +14,7 @@ from ..stages.select.pooled import Pooled
 from ..stages.select.static import Window
 from .grid import clear, dina, gna, masformer, na, patterns, radial, sta
 from .profiles import balanced, fast, maximal
-from .searched import FEW_STEPS, adaspa, ear, mass, paro, pbs, psa, rectified, recycled, sparge, sparsed, vmoba
+from .searched import FEW_STEPS, adaspa, carried, ear, mass, paro, pbs, psa, rectified, recycled, sparge, sparsed, vmoba
 from .trained import seer, sla, sparge2, ssa, vsa
 from .whole import agent, sage
 
@@ -100,6 +100,7 @@ PRESETS: dict[str, Callable[..., Recipe]] = {
     "pooled": pooled,
     "mass": mass,
     "ear": ear,
+    "carried": carried,
     "recycled": recycled,
     "adaspa": adaspa,
     "paro": paro,

@@ -7,20 +7,23 @@ from dataclasses import replace
 from ..recipe import Recipe
 from ..stages.reuse.energy import Energy
 from ..stages.reuse.listed import Listed
+from ..stages.reuse.protocol import Reuse
 from .searched import mass
 
 # Steps of a run of 30. The first lie closer: there a skipped step costs most. Chosen by eight prompts of the embedded
-# model that no table reports (docs/reuse.md).
+# model that no table reports (docs/reuse.md), as is how they go on between them.
 NUM_STEPS = 30
 BALANCED_STEPS = (0, 1, 2, 3, 4, 5, 6, 8, 10, 12, 14, 17, 20, 23, 26, 28, 29)
 FAST_STEPS = (0, 1, 2, 4, 6, 9, 12, 16, 20, 24, 27, 29)
-MAX_STEPS = (0, 1, 2, 4, 7, 11, 17, 23, 29)
+MAX_STEPS = (0, 1, 3, 6, 11, 17, 22, 26, 28)
+SLOPE, CORRECTION = 0.5, 1.0
 
 
 def balanced(density: float = 0.3, dense_fraction: float = 0.2, threshold: float | None = None) -> Recipe:
     """A whole run at a fidelity that few eyes tell from dense: 17 of 30 steps, with sparse attention.
 
-    :func:`mass` in a list of steps; between them what the blocks added goes on in a straight line.
+    :func:`mass` in a list of steps; between them what the blocks added goes on in a line of half its slope, and what
+    that was off is made good in the next gap (:class:`~dit_accel.stages.reuse.continuation.Continuation`).
 
     Args:
         density: kept share of the latent blocks.
@@ -50,5 +53,8 @@ def maximal(density: float = 0.25, dense_fraction: float = 0.034, threshold: flo
 
 
 def _profile(density: float, dense_fraction: float, threshold: float | None, computed: tuple[int, ...]) -> Recipe:
-    reuse = Listed(computed, NUM_STEPS, order=1) if threshold is None else Energy(threshold, order=1, max_skipped=4)
+    if threshold is None:
+        reuse: Reuse = Listed(computed, NUM_STEPS, order=1, slope=SLOPE, correction=CORRECTION)
+    else:
+        reuse = Energy(threshold, order=1, max_skipped=4)
     return replace(mass(density=density, dense_fraction=dense_fraction), reuse=reuse)

@@ -85,13 +85,14 @@ def test_a_list_serves_runs_of_other_lengths(steps: int, expected: list[int]) ->
 
 @pytest.mark.parametrize("listed", [BALANCED_STEPS, FAST_STEPS, MAX_STEPS, (0, 29), (0, 5, 29), tuple(range(30))])
 def test_a_list_has_its_shape_in_every_run(listed: tuple[int, ...]) -> None:
-    """It begins with the first step, ends with the last, and a longer run computes no fewer."""
+    """It begins with the first step, ends where the list does, and a longer run computes no fewer."""
     stage = Listed(listed, 30)
     assert stage.of_run(30) == listed
     counts = []
     for steps in range(2, 121):
         found = stage.of_run(steps)
-        assert (found[0], found[-1]) == (0, steps - 1)
+        assert found[0] == 0
+        assert abs(found[-1] - listed[-1] / 29 * (steps - 1)) <= (0 if listed[-1] == 29 else 0.5) or len(found) == steps
         assert list(found) == sorted(set(found))
         counts.append(len(found))
         # On the trajectory no computed step is far from where the list has one.
