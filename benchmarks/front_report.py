@@ -20,6 +20,16 @@ BEGIN, END = "<!-- front: benchmarks/reuse_front.py --docs -->\n", "<!-- end of 
 # step and what else a computed step does, what a search adds to its step, a skipped step, and text and decoding.
 ATTENTION, REST, SEARCH, SKIPPED, AROUND = 0.76, 0.29, 0.34, 0.012, 3.3
 
+# Rows whose names stand in the picture.
+NAMED = {
+    "mass:density=.3": "default",
+    "carried": "carried",
+    "carried:density=.1": "carried, 0.1",
+    "balanced": "balanced",
+    "fast": "fast",
+    "max": "max",
+}
+
 KINDS = {"cache": "steps skipped", "sparse": "sparse attention", "both": "both"}
 # Column, digits, and whether more is better.
 SHOWN = {"ssim": ("SSIM", 4), "lpips": ("LPIPS", 4), "flicker": ("flicker", 2)}
@@ -160,6 +170,11 @@ def draw(results: Sequence[dict[str, Any]], picture: Path) -> None:
             if some:
                 speeds, means = [row.speedup for row in some], [one.mean for one in psnr]
                 panel.errorbar(speeds, means, bars, fmt="o", ms=4, lw=0.8, color=colours[kind], label=label)
+            named = [(row, place.mean) for row, place in zip(some, psnr, strict=True) if row.name in NAMED]
+            for number, (row, height) in enumerate(named):
+                # Neighbours' names one above and one below.
+                offset = (5, -11 if number % 2 else 4)
+                panel.annotate(NAMED[row.name], (row.speedup, height), offset, textcoords="offset points", fontsize=8)
         panel.set_title(f"{result['settings']['steps']} steps")
         panel.set_xlabel("whole run of Wan 2.1 1.3B, times faster, composed")
         panel.grid(alpha=0.3)
