@@ -12,6 +12,7 @@ import torch
 from dit_accel.plan import AttentionPlan
 from dit_accel.recipe import Recipe
 from dit_accel.stages.compensate.agent import AgentTokens
+from dit_accel.stages.compensate.carried import Carried
 from dit_accel.stages.compensate.clipped import ClippedSoftmax
 from dit_accel.stages.compensate.linear import LinearBranch
 from dit_accel.stages.compensate.none import NoCompensation
@@ -162,6 +163,7 @@ def _agents(compensate: AgentTokens, head: _Head) -> torch.Tensor:
 
 _RULES: dict[type, Callable[[Any, _Head], torch.Tensor]] = {
     NoCompensation: _kept_alone,
+    Carried: _kept_alone,  # what it adds is the call's, not the plan's: test_carried.py, test_invariants.py
     LinearBranch: _kept_alone,  # an untrained branch adds nothing
     ClippedSoftmax: _kept_alone,  # without its layer nothing is clipped (tests/training/test_clipped_softmax.py)
     PooledResidual: _residual,
