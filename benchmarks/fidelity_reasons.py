@@ -35,7 +35,6 @@ def main() -> None:
     parser.add_argument("--steps", type=int, nargs="+", default=[2, 5, 8], help="of 10")
     parser.add_argument("--layers", type=int, nargs="+", default=list(range(8)))
     parser.add_argument("--prompt", default=PROMPT)
-    parser.add_argument("--calls", type=Path, help="keep the recorded calls here, and use them if they are there")
     parser.add_argument("--json", type=Path)
     args = parser.parse_args()
     torch.set_grad_enabled(False)
@@ -60,8 +59,6 @@ def main() -> None:
 
 def recorded(args: argparse.Namespace) -> list[AttentionCall]:
     """Calls with the prompt of some steps of a dense run, in the model's dtype, on the CPU."""
-    if args.calls and args.calls.exists():
-        return list(torch.load(args.calls, weights_only=False))
     settings = builtins()["embedded"].settings
     pipe = load("embedded")
     pipe.set_progress_bar_config(disable=True)
@@ -75,8 +72,6 @@ def recorded(args: argparse.Namespace) -> list[AttentionCall]:
     arguments = call_arguments(pipe, **(vars(settings) | {"steps": 10}))
     with patch(pipe, "dense") as handle, handle.observe(keep):
         pipe(prompt=args.prompt, generator=torch.Generator().manual_seed(0), output_type="latent", **arguments)
-    if args.calls:
-        torch.save(found, args.calls)
     return found
 
 
