@@ -11,6 +11,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
+import numpy as np
 import torch
 
 # Rounded together on a GPU: few launches, and little memory beside the clip. A CPU's caches hold one.
@@ -84,6 +85,8 @@ def pixels_of(output: Any, channels_first: bool = False) -> Pixels:
     if channels_first:
         frames = frames.movedim(-3, -1)
     is_video = getattr(output, "frames", None) is not None
+    if not frames.numel():
+        return Pixels(frames.cpu().to(torch.uint8), is_video, 0, 0.0, 0.0)
     if frames.dtype == torch.uint8:
         return Pixels(frames.cpu(), is_video, 0, float(frames.min()) / 255, float(frames.max()) / 255)
     low, high = (float(end) for end in frames.aminmax())
@@ -108,8 +111,20 @@ def frames_of(output: Any) -> torch.Tensor:
     """
     clips = getattr(output, "frames", None)
     if clips is not None:
-        return torch.as_tensor(clips[0])
+        return _tensor_of(clips[0])
     images = getattr(output, "images", None)
     if images is not None:
-        return torch.as_tensor(images[:1])
+        return _tensor_of(images[:1])
     raise ValueError(f"{type(output).__name__} has neither frames nor images.")
+
+
+def _tensor_of(values: Any) -> torch.Tensor:
+    """Of a tensor, an array, a picture, or a list of these."""
+    if isinstance(values, torch.Tensor):
+        return values.detach()
+    if isinstance(values, (list, tuple)):
+        return torch.stack([_tensor_of(one) for one in values])
+    # A picture's own memory cannot be written, and torch knows no array that runs backwards.
+    if not isinstance(values, np.ndarray) or min(values.strides, default=0) < 0:
+        values = np.array(values, order="C")
+    return torch.from_numpy(values)

@@ -287,6 +287,15 @@ def test_a_run_of_any_length_guides_at_the_points_of_the_list(steps: int) -> Non
     assert len(guided) <= len(stage.guided)
 
 
+@pytest.mark.parametrize(("listed", "steps"), [(26, 8), (42, 8), (26, 15), (51, 29), (8, 26), (12, 15)])
+def test_the_last_step_of_a_list_is_the_last_of_a_run(listed: int, steps: int) -> None:
+    """Numbers of steps whose quotient is rounded: 25 times 7 / 25 is more than 7."""
+    computed = (*range(listed - 1), 59)
+    stage = Listed(computed, 60, guided=(0, 59))
+    guided = [step for step in range(steps) if stage.guides(StepContext(step, steps))]
+    assert guided == [0, stage.of_run(steps)[-1]]
+
+
 @pytest.mark.parametrize("guided", [(3,), (2, 0), (0, 0), (-1,)])
 def test_guided_steps_are_of_the_computed_ones(guided: tuple[int, ...]) -> None:
     with pytest.raises(ValueError, match=r"reuse\.guided must list steps of reuse\.computed"):

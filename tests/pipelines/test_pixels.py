@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import warnings
 from types import SimpleNamespace
 from typing import Any
 
@@ -10,9 +11,11 @@ import numpy as np
 import pytest
 import torch
 from diffusers.video_processor import VideoProcessor
+from PIL import Image
 
 from dit_accel.pipelines import load
 from dit_accel.pipelines.pixels import Pixels, gives_device_tensors, make_pixels, pixels_of
+from dit_accel.quality.generation import checked_clip
 from tests.tiny import TINY
 
 VIDEOS = ("wan", "wan-vace", "hunyuan", "cogvideox", "ltx")
@@ -108,6 +111,33 @@ def test_levels_stay_levels_and_nothing_is_refused():
     assert torch.equal(pixels_of(SimpleNamespace(frames=levels[None])).levels, levels)
     with pytest.raises(ValueError, match="SimpleNamespace has neither frames nor images"):
         pixels_of(SimpleNamespace(sample=levels))
+
+
+@pytest.mark.parametrize("field", ["frames", "images"])
+@pytest.mark.parametrize("form", ["tensors", "arrays", "pictures", "backwards", "learns"])
+def test_what_pipelines_of_others_return(form, field):
+    """Lists of frames, pictures where none were asked for, arrays that run backwards, and what has a gradient."""
+    values = torch.rand(3, 4, 5, 3, generator=torch.Generator().manual_seed(0))
+    expected = levels_of(values.numpy())
+    given: Any = {
+        "tensors": list(values),
+        "arrays": list(values.numpy()),
+        "pictures": [Image.fromarray(frame) for frame in expected],
+        "backwards": values.flip(0).numpy()[::-1],
+        "learns": values.requires_grad_(),
+    }[form]
+    output = SimpleNamespace(frames=[given]) if field == "frames" else SimpleNamespace(images=given)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        made = pixels_of(output)
+    assert np.array_equal(made.levels.numpy(), expected if field == "frames" else expected[:1])
+    assert made.is_video is (field == "frames")
+
+
+def test_no_frames_are_refused_where_a_clip_is_checked():
+    made = pixels_of(SimpleNamespace(frames=torch.zeros(1, 0, 4, 5, 3)))
+    with pytest.raises(ValueError, match=r"no empty side, got \[0, 4, 5, 3\]"):
+        checked_clip(made)
 
 
 class Outside(type(TINY["wan"].build())):

@@ -88,9 +88,10 @@ class Listed(Reuse):
         if not self.guided or step.index is None or not step.num_steps:
             return True
         run = self.of_run(step.num_steps)
-        # Where a run computes fewer steps than are listed, one may take the part of two.
-        behind = (len(run) - 1) / max(len(self.computed) - 1, 1)
-        return step.index in {run[ceil(self.computed.index(one) * behind)] for one in self.guided}
+        # Where a run computes fewer steps than are listed, one may take the part of two. In whole numbers: a quotient
+        # that is rounded up may lie behind the last step.
+        places, of_list = len(run) - 1, max(len(self.computed) - 1, 1)
+        return step.index in {run[-(-self.computed.index(one) * places // of_list)] for one in self.guided}
 
     def of_run(self, num_steps: int) -> tuple[int, ...]:
         """The steps to compute of a run of any number of steps, the first and the last of the list's kept.
