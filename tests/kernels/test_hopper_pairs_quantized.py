@@ -180,7 +180,7 @@ def test_no_call_runs_it_before_a_gpu_has(monkeypatch):
     q, _, _, mask, _, _, _ = build(length=256, block=(64, 64), dim=128, dtype=torch.bfloat16)
     monkeypatch.setattr(variants, "_why_not_gluon", lambda q: None)
     monkeypatch.setattr(variants, "PAIRS_IN_8_BITS", False)
-    said = "its 8-bit form for blocks of 64 queries has not run on a GPU yet"
+    said = "its 8-bit form for blocks of 64 queries has not been timed yet"
     assert variants.why_not_hopper_quantized(q, mask, smooth_q=False) == said
     monkeypatch.setattr(variants, "PAIRS_IN_8_BITS", True)
     assert variants.why_not_hopper_quantized(q, mask, smooth_q=False) == "it needs a GPU of compute capability 9.0"

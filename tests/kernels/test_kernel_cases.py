@@ -309,13 +309,8 @@ def test_tile_order(script):
     assert rows_module.tiled_rows(32760, torch.device("cpu")) is None
 
 
-def test_the_pairs_section_runs_dry_and_checks_each_form_with_its_own_mask(cases, script, monkeypatch):
-    """On the CPU, by another backend in place of the kernels."""
-    from dit_accel.kernels import block_sparse_attention
-
-    def call(q, k, v, mask, rows, **_changes):
-        return lambda: block_sparse_attention(q, k, v, mask, rows=rows, backend="torch")
-
+def dry_pairs(cases, monkeypatch, call):
+    """The module of pairs, with ``call`` in place of its kernels."""
     module = importlib.import_module("kernel_pairs")
     torch.manual_seed(0)
     monkeypatch.setattr(cases, "DRY", True)
@@ -323,6 +318,17 @@ def test_the_pairs_section_runs_dry_and_checks_each_form_with_its_own_mask(cases
     monkeypatch.setattr(module, "inputs", lambda *shape: [torch.randn(1, *shape) for _ in range(3)])
     monkeypatch.setattr(module, "portable", call)
     monkeypatch.setattr(module, "hopper", call)
+    return module
+
+
+def test_the_pairs_section_runs_dry_and_checks_each_form_with_its_own_mask(cases, script, monkeypatch):
+    """On the CPU, by another backend in place of the kernels."""
+    from dit_accel.kernels import block_sparse_attention
+
+    def call(q, k, v, mask, rows, **_changes):
+        return lambda: block_sparse_attention(q, k, v, mask, rows=rows, backend="torch")
+
+    module = dry_pairs(cases, monkeypatch, call)
     report = cases.Report()
     module.section_pairs(report, argparse.Namespace(lengths=[1000], heads=2, head_dim=16))
     assert [row for row in report.rows if not row["error"] < 1e-5] == []
@@ -340,13 +346,7 @@ def test_the_section_of_pairs_in_8_bits_runs_dry(cases, monkeypatch):
             return lambda: block_sparse_attention(q, k, v, mask, rows=rows, backend="torch")
         return lambda: quantized_block_sparse_attention(q, k, v, mask, precision=precision, rows=rows, backend="torch")
 
-    module = importlib.import_module("kernel_pairs")
-    torch.manual_seed(0)
-    monkeypatch.setattr(cases, "DRY", True)
-    monkeypatch.setattr(cases, "extra_memory_share", lambda call, q: 0.0)
-    monkeypatch.setattr(module, "inputs", lambda *shape: [torch.randn(1, *shape) for _ in range(3)])
-    monkeypatch.setattr(module, "portable", call)
-    monkeypatch.setattr(module, "hopper", call)
+    module = dry_pairs(cases, monkeypatch, call)
     report = cases.Report()
     module.section_pairs_in_8_bits(report, argparse.Namespace(lengths=[1000], heads=2, head_dim=16))
     ops = [["portable {}", "pairs {}, free", "pairs {}, turns", "hopper 128x64 {}", "pairs half"]] * 6

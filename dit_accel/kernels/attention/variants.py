@@ -16,8 +16,7 @@ OLDEST_TRITON = (3, 6)
 # Whether half-precision calls with blocks of 64 queries run in the Hopper kernel, two blocks a program: on an H200 1.7
 # to 1.9 times as fast as the portable kernel at head dim 128, and 1.07 to 1.15 times at 64 (notes/hopper_pairs.md).
 PAIRS_ON_HOPPER = True
-# The same of 8-bit calls. Off: they are compiled and interpreted (tests/kernels/test_hopper_interpreted.py), and no GPU
-# has run them. On a Hopper GPU run
+# The same of 8-bit calls. Off: their tests passed on an H200, and nobody has timed them. On a Hopper GPU run
 #     pytest -m gpu tests/kernels/test_hopper_pairs_quantized.py
 #     python benchmarks/kernels.py --sections pairs8 --lengths 32760,75600 --seconds 170 --json pairs8.json
 # and set it to True if the one passes and the other shows them ahead of the portable kernel.
@@ -52,7 +51,7 @@ def why_not_hopper_quantized(q: torch.Tensor, mask: BlockMask, smooth_q: bool) -
     if smooth_q:
         return "it does not add the mean query's logits back"
     if mask.block_q == 64 and not PAIRS_IN_8_BITS:
-        return "its 8-bit form for blocks of 64 queries has not run on a GPU yet"
+        return "its 8-bit form for blocks of 64 queries has not been timed yet"
     from .hopper.forward import why_not_shape
 
     return why_not_shape(q, mask)

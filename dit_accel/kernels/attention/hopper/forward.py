@@ -114,8 +114,8 @@ def ring_heads(batch: int, heads: int) -> int:
 
 
 class _Matrix(NamedTuple):
-    """Rows that lie ``stride`` elements apart from where ``begin`` does; no view is made of it, which takes the host as
-    long as a fifth of the launch."""
+    """Rows that lie ``stride`` elements apart from where ``begin`` does; a view of each would be one more operation of
+    the host."""
 
     begin: torch.Tensor
     length: int
