@@ -23,7 +23,7 @@ ATTENTION, REST, SEARCH, SKIPPED, AROUND = 0.76, 0.29, 0.34, 0.012, 3.3
 # Rows whose names stand in the picture.
 NAMED = {
     "mass:density=.3": "default",
-    "carried": "carried",
+    "carried:density=.2,query_stride=1": "carried, 0.2",
     "carried:density=.1": "carried, 0.1",
     "balanced": "balanced",
     "fast": "fast",

@@ -10,18 +10,18 @@ from functools import partial
 import torch
 
 from .call import AttentionCall, autocast_done, dtype_of_attention
-from .kernels import block_sparse_attention
-from .kernels.attention.api import choose_backend
+from .dense_kernel import SEARCH, keeps_up_with_dense, kernel_over_all
 from .kernels.common.choice import Case, Choice, Operation, case_of
 from .layout import StepContext, TokenLayout
 from .plan import AttentionPlan
 from .planner import Planner
 from .recipe import Recipe
 from .records import BackendsUsed, LayerRecord, SharedWork
-from .ring_attention import attend_around, full_masks_around, masks_around
+from .ring_attention import attend_around, masks_around
 from .run import Run
 from .stages.compensate.protocol import Attended
 from .stages.learned_layer import LearnedLayer
+from .stages.schedule import DENSE_PHASE
 from .step_log import Placed, StepLog
 from .timing import Moment, Stopwatch, is_captured
 
@@ -31,7 +31,6 @@ logger = logging.getLogger("dit_accel")
 MOST_FORCED = 0.7
 # On a CPU dense attention is slow enough for a few thousand tokens to gain.
 LEAST_ON_CPU = 2048
-_SEARCH: Operation = "search_attention"
 # A server sees any number of sizes; advice about this many is enough.
 MOST_ADVISED = 64
 
@@ -196,6 +195,8 @@ class Engine:
         """The output, and whether it is the model's own attention's."""
         book = LayerRecord("") if call.repeated else self.records[call.layer]
         reason = call.unread or self._dense_reason(call)
+        if reason == DENSE_PHASE and self.recipe.schedule.own_dense:
+            dense = self._dense_by_kernel(call, dense)
         if reason is not None:
             return self._run_dense(call, reason, dense, book), True
         with autocast_done(call):
@@ -330,32 +331,28 @@ class Engine:
         memory = self.planner.memory_of_search(call)
         if memory is None:
             return None
-        operation = _SEARCH
-        parts = None if call.part is None else full_masks_around(call)
-        mask = self.planner.tables.full_mask(call) if parts is None else parts[0]
-        choice = choose_backend(
-            call.q, call.k, call.v, mask, key_mask=call.key_mask, backend=self.backend, operation=operation
-        )
+        choice, kernel = kernel_over_all(call, self.planner.tables, self.backend)
         # In torch the model's own attention is several times faster over all blocks, and the search's own pass cheap.
         if choice.name in ("reference", "torch"):
             return None
-        self.backends_used.add(operation, choice)
-
-        def kernel(call: AttentionCall, plan: AttentionPlan) -> tuple[torch.Tensor, torch.Tensor]:
-            key_mask, scale, name = call.key_mask, call.scale, choice.name
-            attended = block_sparse_attention(
-                call.q, call.k, call.v, plan.mask, key_mask=key_mask, scale=scale, return_lse=True, backend=name
-            )
-            assert isinstance(attended, tuple)
-            return attended
-
+        self.backends_used.add(SEARCH, choice)
         begin = self.dense_time.start(call.q.device)
-        if parts is None:
-            out, memory.lse = kernel(call, AttentionPlan(None, mask))
-        else:
-            out, memory.lse = attend_around(call, parts, kernel)
+        out, memory.lse = kernel()
         self.dense_time.stop(begin, call.q.device)
         return out
+
+    def _dense_by_kernel(self, call: AttentionCall, dense: Callable[[], torch.Tensor]) -> Callable[[], torch.Tensor]:
+        """This package's kernel for a step of the dense phase where it keeps up with the model's own attention."""
+        if call.pairs is not None or call.ring is not None or any(x.requires_grad for x in (call.q, call.k, call.v)):
+            return dense
+        with autocast_done(call):
+            call.repeat_heads()
+            call.spread_queries()
+            choice, kernel = kernel_over_all(call, self.planner.tables, self.backend)
+        if not keeps_up_with_dense(choice):
+            return dense
+        self.backends_used.add(SEARCH, choice)
+        return lambda: call.of_queries(kernel()[0])
 
     def _run_dense(
         self, call: AttentionCall, reason: str, dense: Callable[[], torch.Tensor], book: LayerRecord

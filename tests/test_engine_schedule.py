@@ -204,8 +204,8 @@ def test_a_search_step_is_exact_and_plans_what_two_passes_would(own, name, hidde
         return block_sparse_attention(*args, backend="torch", **options)
 
     if own:  # as on a GPU, where the search takes the log-sum-exp of the step's attention
-        monkeypatch.setattr("dit_accel.engine.choose_backend", lambda *_, **__: Choice("triton", ""))
-        monkeypatch.setattr("dit_accel.engine.block_sparse_attention", ours)
+        monkeypatch.setattr("dit_accel.dense_kernel.choose_backend", lambda *_, **__: Choice("triton", ""))
+        monkeypatch.setattr("dit_accel.dense_kernel.block_sparse_attention", ours)
     recipe = getattr(presets, name)(density=0.3, block=(32, 32))
     engine = Engine(recipe, ["layer"], "auto", 0)
     q, k, v = _inputs()

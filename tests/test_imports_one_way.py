@@ -28,6 +28,7 @@ FLOORS = (
     ("presets",),
     ("extending",),
     ("layout_tables",),
+    ("dense_kernel",),
     ("planner",),
     ("engine", "frozen_planner"),
     ("patches",),

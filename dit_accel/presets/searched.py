@@ -73,7 +73,7 @@ def recycled(density: float = 0.2, full_every: int = 5, block: tuple[int, int] =
     """
     return Recipe(
         order=Tiles(),
-        select=Mass(density=density, head_adaptive=False, block=block),
+        select=Mass(density=density, head_adaptive=False, block=block, cache_lse=False),
         schedule=Schedule(refresh_every=full_every, dense_refresh=True),
     )
 
@@ -109,6 +109,7 @@ def carried(
     dense_at: tuple[float, ...] = (0.2, 0.5),
     lasts: float = 1.0,
     block: tuple[int, int] = (64, 64),
+    query_stride: int = 4,
 ) -> Recipe:
     """A few dense steps, and between them sparse attention with what it left out in the last one: :func:`ear`'s blocks,
     and the residual of DiTFastAttn (arXiv 2406.08552).
@@ -125,9 +126,17 @@ def carried(
         dense_at: progress of the run, from 0 to 1, at which a step is dense besides the first.
         lasts: share of the run's steps after which nothing is added.
         block: tokens in a query and in a key block.
+        query_stride: one of so many queries of a block is asked in a search.
     """
     return ear(density, dense_fraction=0.034, block=block).with_fields(
-        {"schedule.refresh_at": (0.0, *dense_at), "compensate": "carried", "compensate.lasts": lasts}
+        {
+            "schedule.refresh_at": (0.0, *dense_at),
+            "schedule.own_dense": True,
+            "select.cache_lse": False,  # an older one would say that rows whose logits grew matter more
+            "select.query_stride": query_stride,
+            "compensate": "carried",
+            "compensate.lasts": lasts,
+        }
     )
 
 

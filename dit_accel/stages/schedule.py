@@ -9,6 +9,8 @@ from ..layout import StepContext
 from .compensate.protocol import Compensation
 from .select.protocol import Select
 
+DENSE_PHASE = "dense phase"
+
 
 @dataclass(frozen=True)
 class Schedule:
@@ -36,6 +38,9 @@ class Schedule:
             step is not dense. Acts in a pipeline only.
         few_steps: runs without guidance of at most so many steps have no dense step, neither a dense phase nor a dense
             search: a plan then serves the very step that makes it. 0: no run has few steps.
+        own_dense: steps of the dense phase take this package's kernel, over all blocks, where that is as fast as the
+            model's own attention (:mod:`dit_accel.dense_kernel`); outputs then differ by rounding. A search that
+            needs the log-sum-exp does so anyway.
         drift_bound: reuse a plan while the mean query and key of every block have changed by at most this
             share since it was made (see :class:`~dit_accel.stages.drift.BlockMeans`), and make it again when
             they have. ``refresh_every`` above 1 and ``refresh_at`` still limit its age. Costs one read of
@@ -53,6 +58,7 @@ class Schedule:
     drift_bound: float | None = None
     choose_every: int = 0
     few_steps: int = 0
+    own_dense: bool = False
 
     def __post_init__(self) -> None:
         if not 0.0 <= self.dense_fraction <= 1.0:
@@ -120,7 +126,7 @@ class Schedule:
         if step.index is not None and step.num_steps and not self._has_few_steps(step):
             ahead = step.index + (1 if self.plan_in_dense_phase else 0)
             if ahead / step.num_steps < self.dense_fraction:
-                return "dense phase"
+                return DENSE_PHASE
         return None
 
     def searches_densely(self, step: StepContext) -> bool:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from dit_accel.kernels.selection.block_mass import block_mass, strided_block_mass
+from dit_accel.kernels.selection.block_mass import block_mass, sampled_slots, strided_block_mass
 
 from .operations import CountedOperations
 from .test_selection import NAMED, permutations
@@ -71,6 +71,28 @@ def test_block_mass(backend, batch, seq, heads, dim, block_q, block_k, permuted,
     torch.testing.assert_close(stale, mass * torch.e**-0.5, atol=tol * block_q, rtol=1e-5)
 
 
+def sample_of(number, block, stride):
+    """Places in a block of ``number`` tokens: of every ``stride`` one, moved by the digits of its number."""
+    places = []
+    for first in range(0, number, stride):
+        digits, rest, left = 0, first // stride, block // stride
+        while left > 1:
+            digits, rest, left = digits + rest % stride, rest // stride, left // stride
+        places.append(min(first + digits % stride, number - 1))
+    return places
+
+
+def test_a_sample_leaves_no_row_of_a_tile_out():
+    """Tiles of 4 x 4 x 4: with every fourth token the first ones alone would be of one column."""
+    for stride in (2, 4, 8):
+        places = torch.tensor(sample_of(64, 64, stride))
+        assert torch.equal(sampled_slots(64, 64, stride, places.device), places)
+        for axis in (places // 16, places // 4 % 4, places % 4):
+            assert torch.bincount(axis, minlength=4).tolist() == [64 // stride // 4] * 4, stride
+    assert sampled_slots(70, 64, 2, places.device)[-3:].tolist() == [64, 67, 69]
+    assert torch.equal(sampled_slots(9, 8, 1, places.device), torch.arange(9))
+
+
 def oracle_of_a_sample(q, k, block_q, block_k, stride, rows=None, key_mask=None):
     """Float64 softmax of every ``stride``-th query of a block alone; its mass counts for all tokens of its block."""
     batch, seq, heads, _ = q.shape
@@ -83,7 +105,7 @@ def oracle_of_a_sample(q, k, block_q, block_k, stride, rows=None, key_mask=None)
         for h in range(heads):
             for i in range(mass.shape[2]):
                 tokens = order[b][h][i * block_q : (i + 1) * block_q]
-                sample = [token for place, token in enumerate(tokens) if place % stride == 0]
+                sample = [tokens[place] for place in sample_of(len(tokens), block_q, stride)]
                 logits = q[b, sample, h] @ k[b, :, h].T * q.shape[-1] ** -0.5
                 shares = logits.masked_fill(~shown[b], -torch.inf).softmax(-1).nan_to_num(0.0).sum(0)
                 for j in range(mass.shape[3]):

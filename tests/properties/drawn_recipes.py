@@ -89,6 +89,7 @@ FIELDS: dict[str, st.SearchStrategy[Any]] = {
     "density_points": points,
     "density_over": st.sampled_from(("progress", "sigma")),
     "choose_every": st.integers(0, 2),
+    "own_dense": st.booleans(),
     "few_steps": st.sampled_from((0, 3, 8)),
     "drift_bound": st.sampled_from((None, 0.1)),
     "FirstBlock.threshold": st.sampled_from((0.0, 0.05, 2.0)),

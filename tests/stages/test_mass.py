@@ -8,6 +8,7 @@ from dit_accel import presets
 from dit_accel.plan import LayerMemory
 from dit_accel.stages.order.simple import Raster, Tiles
 from dit_accel.stages.select.mass import FrozenMass, Mass, adapted_densities
+from tests.kernels.test_block_mass import sample_of
 from tests.stages.block_oracle import (
     CPU,
     LAYOUTS,
@@ -90,7 +91,7 @@ def test_every_nth_query_stands_for_its_block(name, order, hidden, stride):
 
     def choose(view):
         probabilities = view.probabilities()
-        sampled = [tokens[::stride] for tokens in view.q_blocks]
+        sampled = [np.asarray(tokens)[sample_of(len(tokens), block[0], stride)] for tokens in view.q_blocks]
         mass = np.array([[probabilities[np.ix_(a, b)].sum() for b in view.k_blocks] for a in sampled])
         return [
             best({j: mass[i, j] for j in view.candidates}, 0.34) if view.candidates else set()
@@ -175,3 +176,33 @@ def test_text_does_not_sway_the_isolated_choice():
     loud[:, layout.num_latent :] *= 5.0
     pick = FrozenMass(density=0.3, block=(32, 32))
     assert torch.equal(selected(pick, layout, None, q, k), selected(pick, layout, None, q, loud))
+
+
+@pytest.mark.parametrize("stride", [1, 4])
+def test_a_search_takes_the_log_sum_exp_of_its_own_step_or_of_the_first(stride):
+    """A row whose logits grew since would seem to matter more: budgets of a layer would go there."""
+    layout, block = next(iter(LAYOUTS.values())), (32, 32)
+    rows = Tiles().rows(layout, CPU)
+    q, k = inputs(layout, heads=3)
+    grown = q * torch.linspace(0.5, 3.0, q.shape[1])[:, None, None]
+
+    def second(cached):
+        select = Mass(0.3, False, block=block, budget="layer", query_stride=stride, cache_lse=cached)
+        memory = LayerMemory(lse=_log_sum_exp(q, k))
+        if not cached:  # what the step before found is gone when a search begins, and its own may be there
+            selected(select, layout, rows, q, k, None, memory)
+            assert memory.lse is None
+            given = LayerMemory(lse=_log_sum_exp(grown, k))
+            assert torch.equal(
+                selected(select, layout, rows, grown, k, None, given), selected(select, layout, rows, grown, k, None)
+            )
+            assert given.lse is None
+        return selected(select, layout, rows, grown, k, None, memory)
+
+    alone = selected(Mass(0.3, False, block=block, budget="layer", query_stride=stride), layout, rows, grown, k, None)
+    assert torch.equal(second(cached=False), alone)
+    assert not torch.equal(second(cached=True), alone), "the case shows nothing"
+
+
+def _log_sum_exp(q, k):
+    return torch.einsum("bqhd,bkhd->bhqk", q, k).mul(q.shape[-1] ** -0.5).logsumexp(-1)

@@ -11,6 +11,7 @@ from ..common.capability import is_amd
 from ..common.choice import Choice
 from ..mask.block_mask import BlockMask
 
+ON_HOPPER = "Hopper kernel"
 # The kernel compiles with these and not before; CI compiles it with the oldest and the newest.
 OLDEST_TRITON = (3, 6)
 # Whether half-precision calls with blocks of 64 queries run in the Hopper kernel, two blocks a program: on an H200 1.7
@@ -25,7 +26,7 @@ PAIRS_IN_8_BITS = False
 
 def kernel_of(choice: Choice, why_not_hopper: str | None) -> Choice:
     """A choice of Triton whose reason also names the kernel."""
-    kernel = f"portable kernel, not the Hopper one: {why_not_hopper}" if why_not_hopper else "Hopper kernel"
+    kernel = f"portable kernel, not the Hopper one: {why_not_hopper}" if why_not_hopper else ON_HOPPER
     return Choice(choice.name, f"{choice.reason}; {kernel}")
 
 

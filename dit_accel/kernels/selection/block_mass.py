@@ -94,14 +94,14 @@ def strided_block_mass(
     scale: float | None = None,
     backend: str = "auto",
 ) -> torch.Tensor:
-    """:func:`block_mass` of every n-th query of a block, which stands for those up to the next one.
+    """:func:`block_mass` of one query of every n in a block, which stands for all of them.
 
     Each sampled query has its exact softmax over all keys. Masses are scaled to the tokens of their query block, so
     that those of a row of blocks add up to the number of its queries, as the exact ones do.
 
     Args:
-        query_stride: n, a divisor of ``block_q``; the first slot of each block is one of the sample. Triton needs
-            blocks of 16 queries that are left.
+        query_stride: n, a divisor of ``block_q``; the first slot of each block is one of the sample, see
+            :func:`sampled_slots`; with ``seen`` the first of every n. Triton needs blocks of 16 queries that are left.
         q, k, block_q, block_k, lse, rows, key_mask, seen, scale, backend: as for :func:`block_mass`.
 
     Returns:
@@ -113,10 +113,14 @@ def strided_block_mass(
     if query_stride < 1 or block_q % query_stride:
         raise ValueError(f"query_stride must divide a query block of {block_q} tokens, got {query_stride}.")
     tokens, heads = q.shape[1:3]
+    if seen is None:
+        slots = sampled_slots(tokens, block_q, query_stride, q.device)
+    else:  # whose blocks of token pairs many pairs of blocks share: the same slots of each
+        slots = torch.arange(0, tokens, query_stride, device=q.device)
     if rows is None:
-        q, lse = q[:, ::query_stride], None if lse is None else lse[..., ::query_stride]
+        q, lse = q[:, slots], None if lse is None else lse[..., slots]
     else:
-        sample = rows[..., ::query_stride]
+        sample = rows[..., slots]
         lse = None if lse is None else torch.take_along_dim(lse, sample.long(), dim=2)
         q, k = gather_rows(q, sample).transpose(1, 2), gather_rows(k, rows).transpose(1, 2)
         if key_mask is not None:
@@ -143,6 +147,21 @@ def strided_block_mass(
     mass[:, :, :-1] *= query_stride
     mass[:, :, -1] *= last / -(-last // query_stride)
     return mass
+
+
+def sampled_slots(tokens: int, block: int, stride: int, device: torch.device) -> torch.Tensor:
+    """int64 ``[ceil(tokens / stride)]``: one slot of every ``stride``, not always the first.
+
+    Which one is the sum of the digits of its number within the block, to the base ``stride``: so no row or column of a
+    block of a grid is left out. Behind the last token it is the last token.
+    """
+    number = torch.arange(-(-tokens // stride), device=device)
+    if stride == 1:
+        return number
+    place, rest, left = torch.zeros_like(number), number % (block // stride), block // stride
+    while left > 1:
+        place, rest, left = place + rest % stride, rest // stride, left // stride
+    return (number * stride + place % stride).clamp_max(tokens - 1)
 
 
 @torch.no_grad()

@@ -52,7 +52,8 @@ class Mass(Select):
             fewer. Of ``n = min(heads with recall above recall_target, heads // 2)`` best heads the density
             is halved, and that of the n worst heads raised as much.
         recall_target: share of the mass that a head's mask must hold to count as well recalled.
-        cache_lse: normalise later searches with the first search's log-sum-exp.
+        cache_lse: normalise later searches with the first search's log-sum-exp, as the paper does; else each search
+            takes that of its own step.
         block: tokens in a query and in a key block.
         head_densities: in place of ``density`` and of ``head_adaptive``, see
             :class:`~dit_accel.stages.select.pooled.Pooled`.
@@ -61,8 +62,8 @@ class Mass(Select):
             routing (SVG-EAR, arXiv 2603.08982) ranks by an estimate of the same.
         budget: "row": every query block reads as many key blocks; "head", "layer": as many pairs in all, chosen among
             all rows of a head or of all heads, with each row's own blocks and its best one. Not the paper's.
-        query_stride: every n-th query of a block stands for all: a search takes about so much less time. It must divide
-            a query block. Not the paper's, whose masses are of all queries.
+        query_stride: one query of every n in a block stands for all: a search takes about so much less time. It must
+            divide a query block. Not the paper's, whose masses are of all queries.
     """
 
     density: float = 0.2
@@ -109,7 +110,7 @@ class Mass(Select):
 
     def uses_lse(self, _layout: TokenLayout, _key_mask: torch.Tensor | None) -> bool:
         """Whether the log-sum-exp of the call's dense attention would spare :meth:`select` a pass."""
-        return self.cache_lse
+        return True
 
     def choices(self, case: Case, backend: str) -> dict[Operation, Choice]:
         """Block masses."""
@@ -125,10 +126,9 @@ class Mass(Select):
         memory: LayerMemory | None = None,
     ) -> BlockMask:
         """Mask of one call from its queries and keys."""
-        known = memory.lse if memory is not None and self.cache_lse else None
-        mass, lse = self._mass(blocks, call, known)
-        if memory is not None and self.cache_lse and lse is not None:
-            memory.lse = lse
+        mass, lse = self._mass(blocks, call, None if memory is None else memory.lse)
+        if memory is not None:
+            memory.lse = lse if self.cache_lse else None
         if memory is not None and memory.keeps_base:
             share = mass / mass.sum(-1, keepdim=True).clamp_min(torch.finfo(mass.dtype).tiny)
             memory.base = ((share + LEAST_SHARE).log() - MOVED_BY * pooled_scores_of(blocks, call, call.scale)).half()

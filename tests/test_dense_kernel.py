@@ -1,0 +1,84 @@
+"""Steps of the dense phase by the block-sparse kernel."""
+
+import pytest
+import torch
+
+from dit_accel import engine as engines
+from dit_accel import presets
+from dit_accel.call import AttentionInputs
+from dit_accel.dense_kernel import keeps_up_with_dense
+from dit_accel.engine import Engine
+from dit_accel.kernels.attention.variants import ON_HOPPER, kernel_of
+from dit_accel.kernels.common.choice import Choice
+from dit_accel.layout import StepContext, TokenLayout
+from tests.calls import attend
+from tests.stages.oracle import masked_attention
+
+LAYOUT = TokenLayout((4, 8, 8), 0, 256)
+RECIPE = presets.mass(density=0.3, dense_fraction=0.3, block=(32, 32)).with_fields({"schedule.own_dense": True})
+FIRST = StepContext(index=0, num_steps=10)
+
+
+def _tensors(queries=256, heads=4, kv_heads=4, dtype=torch.float64):
+    generator = torch.Generator().manual_seed(0)
+    shapes = ((1, queries, heads, 16), (1, 256, kv_heads, 16), (1, 256, kv_heads, 16))
+    return [torch.randn(shape, generator=generator, dtype=dtype) for shape in shapes]
+
+
+@pytest.fixture
+def kept_up(monkeypatch):
+    """As if there were a kernel that is as fast."""
+    monkeypatch.setattr(engines, "keeps_up_with_dense", lambda choice: True)
+
+
+def _first_step(inputs, layout=LAYOUT, recipe=RECIPE):
+    """The output of the first step, and whether the model's own attention ran."""
+    engine, ran = Engine(recipe, ["layer"], "reference", 0), []
+
+    def own():
+        ran.append(True)
+        return inputs.v
+
+    out = attend(engine, 0, inputs, layout, FIRST, own)
+    assert dict(engine.records[0].dense_calls) == {"dense phase": 1}
+    return out, bool(ran)
+
+
+@pytest.mark.parametrize("case", ["plain", "masked", "grouped", "few queries"])
+def test_the_kernel_attends_to_all(kept_up, case):
+    layout, key_mask = LAYOUT, None
+    q, k, v = _tensors(kv_heads=2 if case == "grouped" else 4, queries=64 if case == "few queries" else 256)
+    if case == "masked":
+        key_mask = torch.arange(256)[None] < 200
+    if case == "few queries":
+        layout = TokenLayout((4, 8, 8), 0, 256, queries=(64, 64))
+    out, own = _first_step(AttentionInputs(q, k, v, key_mask), layout)
+    assert not own
+    k, v = (x.repeat_interleave(4 // x.shape[2], dim=2) for x in (k, v))
+    shown = torch.ones(q.shape[1], 256, dtype=torch.bool) if key_mask is None else key_mask.expand(256, -1)
+    expected = masked_attention(q, k, v, shown[None, None])
+    assert out.shape == q.shape
+    assert (out - expected).abs().max() <= 1e-12
+
+
+def test_what_it_cannot_do_is_the_models_own(kept_up):
+    q, k, v = _tensors()
+    inputs = AttentionInputs(q, k, v)
+    assert _first_step(inputs, recipe=RECIPE.with_fields({"schedule.own_dense": False}))[1]
+    q.requires_grad_()
+    assert _first_step(AttentionInputs(q, k, v))[1], "gradients"
+    pairs = torch.ones(1, 1, 256, 256, dtype=torch.bool).tril()
+    engine = Engine(RECIPE, ["layer"], "reference", 0)
+    called = []
+    attend(engine, 0, AttentionInputs(*_tensors(), pairs), LAYOUT, FIRST, lambda: called.append(1) or inputs.v)
+    assert called, "queries that see different keys"
+
+
+def test_no_kernel_but_hoppers_is_taken_for_fast():
+    fastest = Choice("triton", "the fastest that runs here")
+    assert kernel_of(fastest, None).reason.endswith(ON_HOPPER)
+    assert keeps_up_with_dense(kernel_of(fastest, None))
+    assert not keeps_up_with_dense(kernel_of(fastest, "the GPU is no Hopper"))
+    assert not keeps_up_with_dense(Choice("torch", "no GPU"))
+    q, k, v = _tensors()
+    assert _first_step(AttentionInputs(q, k, v))[1]
