@@ -167,20 +167,19 @@ def test_nan_in_a_value_reaches_the_rows_that_see_it_and_no_others(device):
 
 @pytest.mark.gpu
 @pytest.mark.parametrize("precision", PRECISIONS)
-def test_switched_on_it_is_what_the_operation_runs(precision, monkeypatch, device):
+def test_it_is_what_the_operation_runs(precision, device):
     built = build(length=1000, block=(64, 64), dim=128, dtype=torch.bfloat16, rows=(1, 3))[:6]
     want, _ = quantized_call(*built, precision, device)[0]()
     q, k, v, mask, rows, _ = (None if x is None else x.to(device) for x in built)
-    monkeypatch.setattr(variants, "PAIRS_IN_8_BITS", True)
     assert variants.why_not_hopper_quantized(q, mask, smooth_q=False) is None
     assert torch.equal(quantized_block_sparse_attention(q, k, v, mask, rows=rows, precision=precision), want)
 
 
-def test_no_call_runs_it_before_a_gpu_has(monkeypatch):
-    q, _, _, mask, _, _, _ = build(length=256, block=(64, 64), dim=128, dtype=torch.bfloat16)
+def test_no_call_runs_it_where_nobody_has_timed_it(monkeypatch):
     monkeypatch.setattr(variants, "_why_not_gluon", lambda q: None)
-    monkeypatch.setattr(variants, "PAIRS_IN_8_BITS", False)
-    said = "its 8-bit form for blocks of 64 queries has not been timed yet"
-    assert variants.why_not_hopper_quantized(q, mask, smooth_q=False) == said
-    monkeypatch.setattr(variants, "PAIRS_IN_8_BITS", True)
-    assert variants.why_not_hopper_quantized(q, mask, smooth_q=False) == "it needs a GPU of compute capability 9.0"
+    why = {}
+    for dim in (64, 128):
+        q, _, _, mask, _, _, _ = build(length=256, block=(64, 64), dim=dim, dtype=torch.bfloat16)
+        why[dim] = variants.why_not_hopper_quantized(q, mask, smooth_q=False)
+    assert why[64] == "its 8-bit form for blocks of 64 queries has not been timed at head dim 64"
+    assert why[128] == "it needs a GPU of compute capability 9.0"
