@@ -8,6 +8,7 @@ from dit_accel import patch, presets
 from dit_accel.call import AttentionInputs
 from dit_accel.engine import Engine
 from dit_accel.layout import StepContext, TokenLayout
+from dit_accel.patches.placement import is_of_graph
 from tests.calls import attend
 
 pytestmark = pytest.mark.gpu
@@ -149,3 +150,59 @@ def test_a_patched_transformers_forward_is_captured(options):
         replayed = graph.output.clone()
         assert torch.equal(replayed, forward())
         assert handle.summary().sparse_calls == 2 * (3 + 1)
+
+
+def _positions(width, tokens=384):
+    """(image, row, column) of tokens in rows of ``width``, a 0-d tensor; float32 ``[tokens, 3]``."""
+    place = torch.arange(tokens, device=width.device)
+    return torch.stack([torch.zeros_like(place), place // width, place % width], -1).float()
+
+
+def _flux():
+    from diffusers import FluxTransformer2DModel
+
+    torch.manual_seed(0)
+    sizes = {"in_channels": 16, "num_attention_heads": 2, "attention_head_dim": 64, "axes_dims_rope": (16, 24, 24)}
+    text = {"joint_attention_dim": 16, "pooled_projection_dim": 16, "guidance_embeds": False}
+    model = FluxTransformer2DModel(**sizes, **text, num_layers=1, num_single_layers=1).to("cuda", torch.bfloat16).eval()
+    drawn = torch.Generator("cuda").manual_seed(1)
+
+    def draw(*shape):
+        return torch.randn(shape, device="cuda", dtype=torch.bfloat16, generator=drawn)
+
+    given = {"hidden_states": draw(1, 384, 16), "encoder_hidden_states": draw(1, 16, 16), "return_dict": False}
+    given |= {"pooled_projections": draw(1, 16), "timestep": torch.ones(1, device="cuda", dtype=torch.bfloat16)}
+    return model, given | {"txt_ids": torch.zeros(16, 3, device="cuda")}
+
+
+def test_positions_that_a_graph_computes_are_read_anew():
+    """A replay writes another grid to the same address, and no version tells."""
+    model, given = _flux()
+    width = torch.tensor(24, device="cuda")
+    with torch.no_grad():
+        graph = captured(lambda: _positions(width), warm_ups=1)
+        assert is_of_graph(graph.output)
+        assert not is_of_graph(given["hidden_states"])
+        with patch(model, "window", window=(1, 3, 3)):
+            for size in (24, 16, 24, 32):
+                width.fill_(size)
+                graph.replay()
+                got = model(**given, img_ids=graph.output)[0]
+                assert torch.equal(got, model(**given, img_ids=graph.output.clone())[0])
+
+
+def test_reduce_overhead_knows_the_grid_of_each_forward():
+    """Inside one graph of the whole transformer, positions come in memory of the graph's own."""
+    model, given = _flux()
+    sizes, grids = (24, 16, 24, 32), []
+    ids = [_positions(torch.tensor(size, device="cuda")) for size in sizes]
+    run = torch.compile(model, mode="reduce-overhead")
+    with (
+        torch.no_grad(),
+        patch(model, "window") as handle,
+        handle.observe(lambda _, call: grids.append(call.layout.grid)),
+    ):
+        for one in ids:
+            for _ in range(3):
+                run(**given, img_ids=one)
+    assert grids == [(1, 384 // size, size) for size in sizes for _ in range(3 * 2)]
