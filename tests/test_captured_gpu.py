@@ -1,5 +1,7 @@
 """Sparse calls in CUDA graphs: what a replay computes, what it waits for, and what is counted."""
 
+import gc
+
 import pytest
 import torch
 
@@ -9,6 +11,7 @@ from dit_accel.call import AttentionInputs
 from dit_accel.engine import Engine
 from dit_accel.layout import StepContext, TokenLayout
 from dit_accel.patches.placement import is_of_graph
+from dit_accel.run import Run
 from tests.calls import attend
 
 pytestmark = pytest.mark.gpu
@@ -150,6 +153,57 @@ def test_a_patched_transformers_forward_is_captured(options):
         replayed = graph.output.clone()
         assert torch.equal(replayed, forward())
         assert handle.summary().sparse_calls == 2 * (3 + 1)
+
+
+@pytest.mark.parametrize("block", [(128, 128), (64, 64)], ids=["", "64-query blocks"])
+def test_a_capture_in_which_a_plan_is_due_leaves_the_older_one(block):
+    """The next call outside the graph plans for itself, as if there had been no capture."""
+    recipe = presets.pooled(refresh_every=3).with_fields({"select.block": block})
+    engines = [Engine(recipe, ["layer"], "auto", 0) for _ in range(2)]
+    forwards = [iter(range(1, 100)) for _ in engines]
+
+    def call(which, tensors):
+        step = StepContext(forward_id=next(forwards[which]))
+        return attend(engines[which], 0, AttentionInputs(*tensors), LAYOUT, step, lambda: tensors[0])
+
+    with torch.no_grad():
+        mine = draw(0)
+        graph = captured(lambda: call(0, mine), warm_ups=3)
+        for _ in range(3):
+            call(1, mine)
+        new = draw(1)
+        for tensor, other in zip(mine, new, strict=True):
+            tensor.copy_(other)
+        graph.replay()
+        torch.cuda.synchronize()
+        replayed = graph.output.clone()
+        assert torch.equal(call(0, new), call(1, new))
+        assert torch.equal(replayed, call(1, new))  # a plan of the replay's own queries and keys
+
+
+def test_a_graph_outlives_the_run_of_its_plan():
+    engine = Engine(presets.pooled(refresh_every=1_000_000), ["layer"], "auto", 0)
+    q, k, v = draw(0)
+    forwards = iter(range(1, 100))
+
+    def call():
+        step = StepContext(forward_id=next(forwards))
+        return attend(engine, 0, AttentionInputs(q, k, v), LAYOUT, step, lambda: q)
+
+    with torch.no_grad():
+        graph = captured(call, warm_ups=2)
+        graph.replay()
+        torch.cuda.synchronize()
+        expected = graph.output.clone()
+        engine.run = Run()
+        engine.planner.tables.clear()
+        gc.collect()
+        # What was freed is now others'.
+        filled = [torch.full((size,), -1, dtype=torch.int32, device="cuda") for size in 256 * [512] + 64 * [1 << 16]]
+        graph.replay()
+        torch.cuda.synchronize()
+        assert torch.equal(graph.output, expected)
+        assert all(bool((one == -1).all()) for one in filled)
 
 
 def _positions(width, tokens=384):
