@@ -13,7 +13,6 @@ from .planner import Planner
 from .recipe import Recipe
 from .records import LayerRecord
 from .stages.select.frozen import FrozenMasks
-from .timing import is_captured
 
 
 class FrozenPlanner(Planner):
@@ -92,7 +91,7 @@ class FrozenPlanner(Planner):
             finally:
                 call.seen = None
             plan = AttentionPlan(blocks.kernel_rows, mask, compensate.prepare(blocks, mask, call))
-        if not call.repeated and not is_captured(call.q.device):
+        if not call.repeated and not call.captured:
             plans[place] = (version, KeptPlan.of(call, plan))
         book.plans_made += 1
         return plan

@@ -14,7 +14,6 @@ from .layout import StepContext, TokenLayout
 from .plan import AttentionPlan, LayerMemory
 from .run import Kept
 from .stages.drift import BlockMeans
-from .timing import is_captured
 
 
 @dataclass(frozen=True, eq=False)
@@ -57,7 +56,7 @@ def kept_of(call: AttentionCall) -> Kept:
     """
     assert isinstance(call.layout, TokenLayout)
     kept = call.run.kept(call.layout, call.mask, call.step.forward_id)
-    return kept.apart() if is_captured(call.q.device) else kept
+    return kept.apart() if call.captured else kept
 
 
 def plan_key(call: AttentionCall) -> tuple[Any, ...]:

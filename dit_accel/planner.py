@@ -24,7 +24,7 @@ from .ring import RingPart, RingShard
 from .stages.compensate.protocol import Compensation
 from .stages.drift import BlockMeans
 from .stages.select.protocol import Select
-from .timing import Stopwatch, is_captured
+from .timing import Stopwatch
 
 
 class Planner:
@@ -115,7 +115,7 @@ class Planner:
             with torch.inference_mode(False):
                 return self.plan(call, book)
         found = self._plan(call, book)
-        if is_captured(call.q.device):
+        if call.captured:
             self._hold(call)
         return found
 
@@ -142,7 +142,7 @@ class Planner:
             prepared = self.tables.prepare(call)
             if call.mask is None:
                 plans: dict[Any, Any] = prepared.plans
-                if is_captured(call.q.device):
+                if call.captured:
                     plans = dict(plans)  # see kept_of
                 key: Any = select
             else:
@@ -194,7 +194,7 @@ class Planner:
                 means = BlockMeans.of(call, select.block)
         book.plans_made += 1
         plan = AttentionPlan(prepared.blocks.kernel_rows, mask, state, keys=prepared.keys)
-        if keep and not is_captured(call.q.device):
+        if keep and not call.captured:
             call.used[call.layer] = plans[key] = KeptPlan.of(call, plan, means)
         return call.step, plan
 
@@ -214,7 +214,7 @@ class Planner:
         memory.found = None
         book.plans_made += 1
         plan = AttentionPlan(prepared.blocks.kernel_rows, mask, state, keys=prepared.keys)
-        if not is_captured(call.q.device):
+        if not call.captured:
             chosen = replace(KeptPlan.of(call, plan), made=kept.made, chosen=call.step)
             call.used[call.layer] = kept_of(call).plans[plan_key(call)] = chosen
         return kept.made, plan

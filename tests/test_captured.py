@@ -7,8 +7,8 @@ from contextlib import contextmanager
 import pytest
 import torch
 
-from dit_accel import engine as engine_module
-from dit_accel import frozen_planner, kept_plans, planner, presets
+from dit_accel import call as call_module
+from dit_accel import presets
 from dit_accel import run as run_module
 from dit_accel import timing as timing_module
 from dit_accel.call import AttentionInputs
@@ -23,7 +23,7 @@ from tests.calls import attend
 LAYOUT = TokenLayout((1, 16, 16), 16, 272)
 
 
-MODULES = (engine_module, frozen_planner, kept_plans, planner, run_module, timing_module)
+MODULES = (call_module, run_module, timing_module)
 
 
 @contextmanager
@@ -157,7 +157,7 @@ def test_a_captured_call_is_not_counted_and_a_later_one_is(monkeypatch):
         return attend(engine, 0, AttentionInputs(q, k, v), LAYOUT, step, lambda: q)
 
     before = call(0)
-    monkeypatch.setattr(engine_module, "is_captured", lambda _device: True)
+    monkeypatch.setattr(call_module, "is_captured", lambda _device: True)
     assert torch.equal(call(1), before)
     assert engine.records[0].sparse_calls == 1
     assert len(engine.records[0].densities._parts) == 1
