@@ -20,6 +20,7 @@ from .plan import AttentionPlan, LeftOut
 from .records import BackendsUsed
 from .ring import RingPart, RingShard
 from .run import Run
+from .timing import is_captured
 
 
 class AttentionInputs(NamedTuple):
@@ -64,6 +65,7 @@ class AttentionCall:
         plan: what a sparse call ran; None for a dense one.
         choices: the backend of each of the recipe's operations; None outside an engine, where each chooses by itself.
         backends_used: where the backends that ran are recorded; None outside an engine.
+        captured: it goes into a CUDA graph, whose replays compute it.
     """
 
     layer: int
@@ -89,6 +91,7 @@ class AttentionCall:
     plan: AttentionPlan | None = None
     choices: Mapping[Operation, Choice] | None = None
     backends_used: BackendsUsed | None = None
+    captured: bool = False
 
     @classmethod
     def of(
@@ -110,9 +113,11 @@ class AttentionCall:
             unread = "a mask of token pairs under ring attention"
         used = {} if used is None else used
         scale = scale_of(q, scale)
-        return cls(
+        call = cls(
             layer, step, q, k, v, key_mask, scale, layout, run, used, repeated, pairs, unread=unread, ring=ring
         )  # fmt: skip
+        call.captured = is_captured(q.device)
+        return call
 
     @property
     def mask(self) -> torch.Tensor | None:

@@ -23,7 +23,7 @@ from .stages.compensate.protocol import Attended
 from .stages.learned_layer import LearnedLayer
 from .stages.schedule import DENSE_PHASE
 from .step_log import Placed, StepLog
-from .timing import Moment, Stopwatch, is_captured
+from .timing import Moment, Stopwatch
 
 logger = logging.getLogger("dit_accel")
 
@@ -276,7 +276,7 @@ class Engine:
         plan = call.plan = compensate.narrow(call, plan)
         moved = call.with_keys(plan.keys)
         out, witness = compensate.attend(moved, plan, lambda: self._attend_kept(moved, plan))
-        if not is_captured(call.q.device):  # a graph's tensors are its own, and what they hold changes with a replay
+        if not call.captured:  # a graph's tensors are its own, and what they hold changes with a replay
             self._count(call, plan, witness, book)
         if module is not None:
             out = module.among(call.heads, learned)(out, moved, plan)

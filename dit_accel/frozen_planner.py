@@ -91,7 +91,7 @@ class FrozenPlanner(Planner):
             finally:
                 call.seen = None
             plan = AttentionPlan(blocks.kernel_rows, mask, compensate.prepare(blocks, mask, call))
-        if not call.repeated:
+        if not call.repeated and not call.captured:
             plans[place] = (version, KeptPlan.of(call, plan))
         book.plans_made += 1
         return plan

@@ -49,9 +49,14 @@ class KeptPlan:
 
 
 def kept_of(call: AttentionCall) -> Kept:
-    """What the run of a call keeps for its layout and key mask."""
+    """What the run of a call keeps for its layout and key mask.
+
+    What a CUDA graph makes while it is captured is the graph's own: it holds nothing before a replay, something else
+    after each, and its memory ends with the graph. No other call finds it.
+    """
     assert isinstance(call.layout, TokenLayout)
-    return call.run.kept(call.layout, call.mask, call.step.forward_id)
+    kept = call.run.kept(call.layout, call.mask, call.step.forward_id)
+    return kept.apart() if call.captured else kept
 
 
 def plan_key(call: AttentionCall) -> tuple[Any, ...]:

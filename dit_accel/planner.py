@@ -41,6 +41,8 @@ class Planner:
         self.density: float | None = None
         self.parts = {part: Stopwatch() for part in ("order", "select", "compensate")}
         self.tables = LayoutTables(recipe, self.parts["order"])
+        # What CUDA graphs read of runs and layouts, which forget it earlier.
+        self._of_graphs: dict[int, Any] = {}
 
     def choices(self, case: Case, backend: str) -> dict[Operation, Choice]:
         """The backend of each operation that calls of a case run, as far as the case tells.
@@ -112,7 +114,20 @@ class Planner:
             # Plans and tables outlive the call, and a training may save for its backward what a validation made.
             with torch.inference_mode(False):
                 return self.plan(call, book)
-        return self._plan(call, book)
+        found = self._plan(call, book)
+        if call.captured:
+            self._hold(call)
+        return found
+
+    def _hold(self, call: AttentionCall) -> None:
+        """Keep, for as long as the patch, what a graph that is captured may read in its replays."""
+        kept = kept_of(call)
+        read = list(kept.plans.values())
+        for memory in kept.memories.values():
+            read += [memory.lse, memory.base, memory.left_out]
+        if not self.recipe.order.follows_call:
+            read.append(self.tables.prepare(call))
+        self._of_graphs.update({id(one): one for one in read})
 
     def _plan(self, call: AttentionCall, book: LayerRecord) -> tuple[StepContext, AttentionPlan]:
         if call.repeated and call.layer in call.used:
@@ -127,6 +142,8 @@ class Planner:
             prepared = self.tables.prepare(call)
             if call.mask is None:
                 plans: dict[Any, Any] = prepared.plans
+                if call.captured:
+                    plans = dict(plans)  # see kept_of
                 key: Any = select
             else:
                 plans = kept_of(call).plans
@@ -177,7 +194,7 @@ class Planner:
                 means = BlockMeans.of(call, select.block)
         book.plans_made += 1
         plan = AttentionPlan(prepared.blocks.kernel_rows, mask, state, keys=prepared.keys)
-        if keep:
+        if keep and not call.captured:
             call.used[call.layer] = plans[key] = KeptPlan.of(call, plan, means)
         return call.step, plan
 
@@ -197,8 +214,9 @@ class Planner:
         memory.found = None
         book.plans_made += 1
         plan = AttentionPlan(prepared.blocks.kernel_rows, mask, state, keys=prepared.keys)
-        chosen = replace(KeptPlan.of(call, plan), made=kept.made, chosen=call.step)
-        call.used[call.layer] = kept_of(call).plans[plan_key(call)] = chosen
+        if not call.captured:
+            chosen = replace(KeptPlan.of(call, plan), made=kept.made, chosen=call.step)
+            call.used[call.layer] = kept_of(call).plans[plan_key(call)] = chosen
         return kept.made, plan
 
     @staticmethod
@@ -300,6 +318,7 @@ class Planner:
     def forget(self) -> None:
         """Drop every cached table; plans are dropped with their runs."""
         self.tables.clear()
+        self._of_graphs.clear()
 
     def _selection_choices(self, case: Case, backend: str) -> dict[Operation, Choice]:
         """The backends of the recipe's own selection; see :meth:`choices`."""

@@ -6,7 +6,7 @@ import itertools
 import threading
 from collections import OrderedDict
 from collections.abc import Callable, Hashable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any, Generic, TypeVar, cast
 
 import torch
@@ -60,6 +60,11 @@ class Kept:
     plans: dict[Hashable, Any] = field(default_factory=dict)
     memories: dict[Hashable, LayerMemory] = field(default_factory=dict)
     ran: dict[Hashable, _Ran] = field(default_factory=dict)
+
+    def apart(self) -> Kept:
+        """The same, to which a call may add what no other call is to find."""
+        memories = {key: replace(memory) for key, memory in self.memories.items()}
+        return Kept(dict(self.plans), memories, {key: replace(ran) for key, ran in self.ran.items()})
 
     def forwards_before(self, layer: Hashable, forward_id: int) -> int:
         """In how many forwards before this one the layer ran, in a branch: a cache may have skipped it in others."""

@@ -1,5 +1,7 @@
 """Sparse calls in CUDA graphs: what a replay computes, what it waits for, and what is counted."""
 
+import gc
+
 import pytest
 import torch
 
@@ -8,6 +10,8 @@ from dit_accel import patch, presets
 from dit_accel.call import AttentionInputs
 from dit_accel.engine import Engine
 from dit_accel.layout import StepContext, TokenLayout
+from dit_accel.patches.placement import is_of_graph
+from dit_accel.run import Run
 from tests.calls import attend
 
 pytestmark = pytest.mark.gpu
@@ -149,3 +153,110 @@ def test_a_patched_transformers_forward_is_captured(options):
         replayed = graph.output.clone()
         assert torch.equal(replayed, forward())
         assert handle.summary().sparse_calls == 2 * (3 + 1)
+
+
+@pytest.mark.parametrize("block", [(128, 128), (64, 64)], ids=["", "64-query blocks"])
+def test_a_capture_in_which_a_plan_is_due_leaves_the_older_one(block):
+    """The next call outside the graph plans for itself, as if there had been no capture."""
+    recipe = presets.pooled(refresh_every=3).with_fields({"select.block": block})
+    engines = [Engine(recipe, ["layer"], "auto", 0) for _ in range(2)]
+    forwards = [iter(range(1, 100)) for _ in engines]
+
+    def call(which, tensors):
+        step = StepContext(forward_id=next(forwards[which]))
+        return attend(engines[which], 0, AttentionInputs(*tensors), LAYOUT, step, lambda: tensors[0])
+
+    with torch.no_grad():
+        mine = draw(0)
+        graph = captured(lambda: call(0, mine), warm_ups=3)
+        for _ in range(3):
+            call(1, mine)
+        new = draw(1)
+        for tensor, other in zip(mine, new, strict=True):
+            tensor.copy_(other)
+        graph.replay()
+        torch.cuda.synchronize()
+        replayed = graph.output.clone()
+        assert torch.equal(call(0, new), call(1, new))
+        assert torch.equal(replayed, call(1, new))  # a plan of the replay's own queries and keys
+
+
+def test_a_graph_outlives_the_run_of_its_plan():
+    engine = Engine(presets.pooled(refresh_every=1_000_000), ["layer"], "auto", 0)
+    q, k, v = draw(0)
+    forwards = iter(range(1, 100))
+
+    def call():
+        step = StepContext(forward_id=next(forwards))
+        return attend(engine, 0, AttentionInputs(q, k, v), LAYOUT, step, lambda: q)
+
+    with torch.no_grad():
+        graph = captured(call, warm_ups=2)
+        graph.replay()
+        torch.cuda.synchronize()
+        expected = graph.output.clone()
+        engine.run = Run()
+        engine.planner.tables.clear()
+        gc.collect()
+        # What was freed is now others'.
+        filled = [torch.full((size,), -1, dtype=torch.int32, device="cuda") for size in 256 * [512] + 64 * [1 << 16]]
+        graph.replay()
+        torch.cuda.synchronize()
+        assert torch.equal(graph.output, expected)
+        assert all(bool((one == -1).all()) for one in filled)
+
+
+def _positions(width, tokens=384):
+    """(image, row, column) of tokens in rows of ``width``, a 0-d tensor; float32 ``[tokens, 3]``."""
+    place = torch.arange(tokens, device=width.device)
+    return torch.stack([torch.zeros_like(place), place // width, place % width], -1).float()
+
+
+def _flux():
+    from diffusers import FluxTransformer2DModel
+
+    torch.manual_seed(0)
+    sizes = {"in_channels": 16, "num_attention_heads": 2, "attention_head_dim": 64, "axes_dims_rope": (16, 24, 24)}
+    text = {"joint_attention_dim": 16, "pooled_projection_dim": 16, "guidance_embeds": False}
+    model = FluxTransformer2DModel(**sizes, **text, num_layers=1, num_single_layers=1).to("cuda", torch.bfloat16).eval()
+    drawn = torch.Generator("cuda").manual_seed(1)
+
+    def draw(*shape):
+        return torch.randn(shape, device="cuda", dtype=torch.bfloat16, generator=drawn)
+
+    given = {"hidden_states": draw(1, 384, 16), "encoder_hidden_states": draw(1, 16, 16), "return_dict": False}
+    given |= {"pooled_projections": draw(1, 16), "timestep": torch.ones(1, device="cuda", dtype=torch.bfloat16)}
+    return model, given | {"txt_ids": torch.zeros(16, 3, device="cuda")}
+
+
+def test_positions_that_a_graph_computes_are_read_anew():
+    """A replay writes another grid to the same address, and no version tells."""
+    model, given = _flux()
+    width = torch.tensor(24, device="cuda")
+    with torch.no_grad():
+        graph = captured(lambda: _positions(width), warm_ups=1)
+        assert is_of_graph(graph.output)
+        assert not is_of_graph(given["hidden_states"])
+        with patch(model, "window", window=(1, 3, 3)):
+            for size in (24, 16, 24, 32):
+                width.fill_(size)
+                graph.replay()
+                got = model(**given, img_ids=graph.output)[0]
+                assert torch.equal(got, model(**given, img_ids=graph.output.clone())[0])
+
+
+def test_reduce_overhead_knows_the_grid_of_each_forward():
+    """Inside one graph of the whole transformer, positions come in memory of the graph's own."""
+    model, given = _flux()
+    sizes, grids = (24, 16, 24, 32), []
+    ids = [_positions(torch.tensor(size, device="cuda")) for size in sizes]
+    run = torch.compile(model, mode="reduce-overhead")
+    with (
+        torch.no_grad(),
+        patch(model, "window") as handle,
+        handle.observe(lambda _, call: grids.append(call.layout.grid)),
+    ):
+        for one in ids:
+            for _ in range(3):
+                run(**given, img_ids=one)
+    assert grids == [(1, 384 // size, size) for size in sizes for _ in range(3 * 2)]

@@ -62,6 +62,8 @@ def test_bad_fields(changes, message):
 def test_bad_presets_and_options():
     with pytest.raises(ValueError, match="Unknown recipe 'faster'; known are dense, window, pooled"):
         presets.resolve("faster")
+    with pytest.raises(ValueError, match=r"Unknown recipe 'mass:density=.3': options stand beside the name, as in"):
+        presets.resolve("mass:density=.3")
     with pytest.raises(ValueError, match="'pooled' has no option 'sparsity'; its options are density"):
         presets.resolve("pooled", sparsity=0.9)
     with pytest.raises(ValueError, match="go with a preset's name"):

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import ExitStack
+from functools import partial
 from typing import Any
 
 import torch
@@ -13,6 +15,7 @@ from ..patches.install import replace_method
 from .compiled import compile_module
 from .frame_groups import decode_in_groups
 from .kept import KeptTensors
+from .stacked import StackedChange
 
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16}
 SETTINGS = ("tiled", "sliced", "channels_last", *DTYPES, "compiled")
@@ -21,6 +24,12 @@ NUMBERED = ("frames", "tile")
 _NUMBERED = re.compile(rf"({'|'.join(NUMBERED)})=([1-9]\d*)")
 # By the rank of a convolution's weight.
 CHANNELS_LAST = {4: torch.channels_last, 5: torch.channels_last_3d}
+# What an autoencoder has that can be set so. diffusers gives the methods to those, too, that have no such switch.
+NEEDED = {
+    "tiled": ("enable_tiling", "use_tiling"),
+    "sliced": ("enable_slicing", "use_slicing"),
+    "compiled": ("decoder",),
+}
 # How diffusers names what tiling and slicing set.
 SWITCHES = ("use_", "tile_")
 
@@ -47,51 +56,61 @@ def set_vae(pipe: Any, settings: str | Sequence[str]) -> tuple[Callable[[], None
     vae = getattr(pipe, "vae", None)
     if not isinstance(vae, nn.Module):
         raise ValueError(f"{type(pipe).__name__} has no autoencoder to set, got vae={','.join(chosen)!r}.")
-    for setting, method in (("tiled", "enable_tiling"), ("sliced", "enable_slicing")):
-        if setting in chosen and not hasattr(vae, method):
+    for setting, needed in NEEDED.items():
+        if setting in chosen and not all(hasattr(vae, name) for name in needed):
             raise ValueError(f"{type(vae).__name__} cannot be {setting}.")
     numbers = {found[1]: int(found[2]) for found in map(_NUMBERED.fullmatch, chosen) if found}
     strides = _strides(vae, numbers["tile"]) if "tile" in numbers else {}
-    grouped = decode_in_groups(vae, numbers["frames"]) if "frames" in numbers else None
-    switches = {name: value for name, value in vars(vae).items() if name.startswith(SWITCHES)}
-    kept = KeptTensors()
-    undone: list[Callable[[], None]] = [lambda: vars(vae).update(switches), kept.give_back]
-    if grouped is not None:
-        undone.append(grouped)
-    if "tiled" in chosen:
-        vae.enable_tiling()  # type: ignore[operator]
-    if strides:
-        vae.enable_tiling(**strides)  # type: ignore[operator]
-    if "sliced" in chosen:
-        vae.enable_slicing()  # type: ignore[operator]
-    for name in chosen:
-        if name in DTYPES:
+    put_on = partial(_put_on, vae, chosen, strides, numbers.get("frames"))
+    return StackedChange(vae, put_on).undo, f"autoencoder: {', '.join(chosen)}"
+
+
+def _put_on(vae: Any, chosen: Sequence[str], strides: Mapping[str, int], frames: int | None) -> Callable[[], None]:
+    """Change an autoencoder. Returns the undo."""
+    with ExitStack() as undone:
+        if frames is not None:
+            undone.callback(decode_in_groups(vae, frames))
+        before = _switches(vae)
+        if "tiled" in chosen:
+            vae.enable_tiling()
+        if strides:
+            vae.enable_tiling(**strides)
+        if "sliced" in chosen:
+            vae.enable_slicing()
+        # Those alone: a user may have set others when this is undone.
+        changed = {name: before[name] for name, value in _switches(vae).items() if before[name] != value}
+        undone.callback(vars(vae).update, changed)
+        kept = KeptTensors()
+        undone.callback(kept.give_back)
+        for name in DTYPES.keys() & chosen:
             _cast(vae, DTYPES[name], kept)
-            undone += [
-                replace_method(vae, method, CastInput(getattr(vae, method), DTYPES[name]))
-                for method in ("encode", "decode")
-            ]
-    if "channels_last" in chosen:
-        _order_channels_last(vae, kept)
-    if "compiled" in chosen:
-        undone.append(compile_module(vae.decoder))  # type: ignore[arg-type]
+            for method in ("encode", "decode"):
+                undone.callback(replace_method(vae, method, CastInput(vae, getattr(vae, method))))
+        if "channels_last" in chosen:
+            _order_channels_last(vae, kept)
+        if "compiled" in chosen:
+            undone.callback(compile_module(vae.decoder))
+        return undone.pop_all().close
 
-    def undo() -> None:
-        while undone:
-            undone.pop()()
 
-    return undo, f"autoencoder: {', '.join(chosen)}"
+def _switches(vae: nn.Module) -> dict[str, Any]:
+    return {name: value for name, value in vars(vae).items() if name.startswith(SWITCHES)}
 
 
 class CastInput:
-    """A method of an autoencoder whose first argument comes in whatever dtype the pipeline computes in."""
+    """A method of an autoencoder whose first argument comes in whatever dtype the pipeline computes in.
 
-    def __init__(self, method: Callable[..., Any], dtype: torch.dtype) -> None:
+    It becomes the dtype of the weights as they are then: a second cast may lie on top of this one.
+    """
+
+    def __init__(self, vae: nn.Module, method: Callable[..., Any]) -> None:
+        self._vae = vae
         self._method = method
-        self._dtype = dtype
 
     def __call__(self, given: torch.Tensor, *args: Any, **options: Any) -> Any:
-        return self._method(given.to(self._dtype), *args, **options)
+        from diffusers.models.modeling_utils import get_parameter_dtype
+
+        return self._method(given.to(get_parameter_dtype(self._vae)), *args, **options)
 
 
 def read_settings(settings: str | Sequence[str]) -> tuple[str, ...]:

@@ -123,6 +123,12 @@ def refuse_calibration(recipe: Recipe, out: Path | None) -> None:
     if recipe.select.is_learned:
         name = type(recipe.select).__name__
         raise ValueError(f"{name} chooses by a gate of each layer, which a calibration does not know.")
+    if recipe.compensate.watches_dense:
+        name = type(recipe.compensate).__name__
+        raise ValueError(
+            f"{name} keeps something of dense steps that make plans, and a calibration makes them before: calibrate "
+            "with another compensation."
+        )
     if recipe.order.pads:
         name = type(recipe.order).__name__
         raise ValueError(f"{name} fills blocks with padding, which a calibration does not know.")

@@ -192,7 +192,13 @@ def at_density(recipe: Recipe, density: float) -> Recipe:
 
 
 def check_select(recipe: Recipe) -> None:
-    """Raise ValueError where the recipe's selection takes no density per head."""
+    """Raise ValueError where the recipe's selection takes no density per head, or errors are of whole runs."""
+    if recipe.compensate.watches_dense:
+        name = type(recipe.compensate).__name__
+        raise ValueError(
+            f"{name} adds what dense steps of a run kept, and a search runs single forwards: search with another "
+            "compensation."
+        )
     if not recipe.select.has_head_densities:
         raise ValueError(f"{type(recipe.select).__name__} has no density per head; pooled and mass selections have.")
 

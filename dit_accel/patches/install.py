@@ -118,11 +118,13 @@ def _watch_gradients(
 
 
 def replace_method(model: nn.Module, name: str, replacement: Callable[..., Any]) -> Callable[[], None]:
-    """Shadow a method of one instance. Returns the undo."""
+    """Shadow a method of one instance. Returns the undo, which leaves what others have put in its place since."""
     before = vars(model).get(name)
     setattr(model, name, replacement)
 
     def undo() -> None:
+        if vars(model).get(name) is not replacement:
+            return
         delattr(model, name)
         if before is not None:
             setattr(model, name, before)

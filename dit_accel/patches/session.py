@@ -116,10 +116,10 @@ class Session:
         if thread.whole is not None:
             thread.forward = None
             return
-        if latents is not None and latents.ids is not None:
-            latents = thread.places.place(self.family, latents)
         number = next(self._numbers)
         run, step, unknown = thread.runs.next_forward(number, EAGER.branch, timestep)
+        if latents is not None and latents.ids is not None:
+            latents = thread.places.place(self.family, latents, None if step.index is None else run)
         if unknown is not None and self.engine.recipe.schedule.follows_steps:
             self.engine.note(f"The denoising step is unknown: {unknown}. Plans are made as for a bare transformer.")
         thread.forward = Forward(number, run, step, latents, traced)

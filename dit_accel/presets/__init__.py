@@ -166,6 +166,12 @@ def resolve(recipe: Recipe | str, **options: Any) -> Recipe:
         return recipe
     if recipe.endswith(".json"):
         return resolve(Recipe.load(recipe), **options)
+    name, colon, _ = recipe.partition(":")
+    if colon and name in NAMES:
+        raise ValueError(
+            f"Unknown recipe {recipe!r}: options stand beside the name, as in patch(pipe, {name!r}, density=0.2), or "
+            f"on the command line '{name}; select.density=0.2'."
+        )
     preset = NAMES.get(recipe)
     allowed = inspect.signature(preset).parameters
     for name in options:

@@ -88,3 +88,24 @@ def test_a_pipeline_without_an_autoencoder_says_so():
     pipe.vae = None
     with pytest.raises(ValueError, match="WanPipeline has no autoencoder to set, got vae='bf16'"):
         dit_accel.accelerate(pipe, POOLED, vae="bf16")
+
+
+@pytest.mark.parametrize("recipe", ["carried", "fast"])
+def test_a_pipeline_of_the_same_components_is_accelerated_with_the_first(recipe):
+    """Its own acceleration is refused before its autoencoder is touched."""
+    tiny = TINY["wan"]
+    pipe = tiny.build()
+    other = type(pipe)(**pipe.components)
+    other.scheduler = type(pipe.scheduler).from_config(pipe.scheduler.config)
+    plain = tiny.run(other, output_type="pt")
+    handle = dit_accel.accelerate(pipe, recipe, vae="bf16")
+    accelerated = tiny.run(pipe, output_type="pt")
+    assert not torch.equal(accelerated, plain)
+    with pytest.raises(ValueError, match="transformer is patched already"):
+        dit_accel.accelerate(other, "dense", vae="frames=2,fp16")
+    assert pipe.vae.dtype == torch.bfloat16
+    assert "_decode" not in vars(pipe.vae)
+    assert torch.equal(tiny.run(other, output_type="pt"), accelerated)
+    handle.remove()
+    assert torch.equal(tiny.run(other, output_type="pt"), plain)
+    assert torch.equal(tiny.run(pipe, output_type="pt"), plain)

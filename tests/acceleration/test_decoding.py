@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from types import SimpleNamespace
+
 import pytest
 import torch
 
@@ -119,3 +121,120 @@ def test_a_switch_that_the_user_had_set_stays():
     undo()
     assert pipe.vae.use_tiling
     assert pipe.vae.tile_sample_min_height == 64
+
+
+def test_a_switch_that_the_user_sets_meanwhile_stays():
+    pipe = TINY["wan"].build()
+    undo, _ = set_vae(pipe, "sliced,bf16")
+    pipe.vae.enable_tiling(tile_sample_min_height=64)
+    undo()
+    assert pipe.vae.use_tiling
+    assert pipe.vae.tile_sample_min_height == 64
+    assert not pipe.vae.use_slicing
+
+
+def test_a_method_that_the_user_wraps_meanwhile_stays():
+    pipe, tiny = TINY["wan"].build(), TINY["wan"]
+    plain = tiny.run(pipe, steps=1, output_type="pt")
+    undo, _ = set_vae(pipe, "bf16,frames=2")
+    calls, ours = [], pipe.vae.decode
+
+    def wrapper(*args, **options):
+        calls.append(1)
+        return ours(*args, **options)
+
+    pipe.vae.decode = wrapper
+    undo()
+    assert pipe.vae.decode is wrapper
+    assert torch.equal(tiny.run(pipe, steps=1, output_type="pt"), plain)
+    assert calls == [1]
+
+
+def test_a_method_that_others_put_back_meanwhile_is_no_error():
+    pipe = TINY["wan"].build()
+    before = _state(pipe.vae)
+    undo, _ = set_vae(pipe, "bf16")
+    del pipe.vae.decode
+    undo()
+    assert _same(pipe.vae, before)
+    assert not {"decode", "encode"} & vars(pipe.vae).keys()
+
+
+@pytest.mark.parametrize("setting", ["tiled", "sliced", "compiled"])
+def test_an_autoencoder_without_such_a_switch_is_refused(setting):
+    """diffusers' mixin gives ``enable_tiling`` to all, and fails when it is called."""
+    from diffusers import AsymmetricAutoencoderKL
+
+    vae = AsymmetricAutoencoderKL(
+        down_block_out_channels=(32,), up_block_out_channels=(32,), norm_num_groups=8, latent_channels=4
+    )
+    if setting == "compiled":
+        del vae.decoder
+    with pytest.raises(ValueError, match=f"AsymmetricAutoencoderKL cannot be {setting}"):
+        set_vae(SimpleNamespace(vae=vae), f"bf16,{setting}")
+    assert vae.dtype == torch.float32
+
+
+def test_the_last_of_two_dtypes_holds_and_the_first_holds_again():
+    vae = TINY["flux"].build().vae
+    latents = torch.randn(1, vae.config.latent_channels, 8, 8, generator=torch.Generator().manual_seed(0))
+    pipe = SimpleNamespace(vae=vae)
+    plain = vae.decode(latents).sample
+    undo_bf16, _ = set_vae(pipe, "bf16")
+    rounded = vae.decode(latents).sample
+    undo_fp16, _ = set_vae(pipe, "fp16")
+    assert vae.dtype == vae.decode(latents).sample.dtype == vae.encode(plain).latent_dist.mean.dtype == torch.float16
+    undo_fp16()
+    assert torch.equal(vae.decode(latents).sample, rounded)
+    undo_fp16, _ = set_vae(pipe, "fp16")
+    undo_bf16()
+    alone = TINY["flux"].build().vae
+    set_vae(SimpleNamespace(vae=alone), "fp16")
+    assert torch.equal(vae.decode(latents).sample, alone.decode(latents).sample)
+    undo_fp16()
+    assert torch.equal(vae.decode(latents).sample, plain)
+
+
+def test_weights_that_a_pipeline_casts_itself_get_their_own_dtype():
+    """Some pipelines make their autoencoder float32 before they decode."""
+    pipe = SimpleNamespace(vae=TINY["flux"].build().vae)
+    undo, _ = set_vae(pipe, "bf16")
+    pipe.vae.to(torch.float32)
+    latents = torch.randn(1, pipe.vae.config.latent_channels, 8, 8, dtype=torch.bfloat16)
+    assert pipe.vae.decode(latents).sample.dtype == torch.float32
+    undo()
+
+
+def test_a_decoder_that_two_compile_is_compiled_until_the_last_is_undone():
+    pipe = SimpleNamespace(vae=TINY["flux"].build().vae)
+    first, second = set_vae(pipe, "compiled")[0], set_vae(pipe, "compiled")[0]
+    first()
+    assert pipe.vae.decoder._compiled_call_impl is not None
+    second()
+    assert pipe.vae.decoder._compiled_call_impl is None
+
+
+@pytest.mark.parametrize("order", [(0, 1, 2), (1, 2, 0), (2, 1, 0)])
+@pytest.mark.parametrize("settings", [("bf16", "frames=2", "tile=96"), ("frames=2,bf16", "frames=3", "bf16,sliced")])
+def test_pipelines_that_share_an_autoencoder_give_it_back_in_any_order(settings, order):
+    """What is left at each point is what the others' settings alone make of it."""
+    pipe, tiny = TINY["wan"].build(), TINY["wan"]
+    pipes = [pipe, *(type(pipe)(**pipe.components | {"transformer": tiny.build().transformer}) for _ in settings[1:])]
+    before = _state(pipe.vae)
+    plain = tiny.run(pipe, steps=1, output_type="pt")
+    handles = [dit_accel.accelerate(one, "dense", vae=said) for one, said in zip(pipes, settings, strict=True)]
+    left = list(settings)
+    for number in order:
+        handles[number].remove()
+        left.remove(settings[number])
+        alone = tiny.build()
+        for said in left:
+            set_vae(alone, said)
+        assert all(
+            torch.equal(one, other) for one, other in zip(pipe.vae.parameters(), alone.vae.parameters(), strict=True)
+        )
+        assert torch.equal(tiny.run(pipe, steps=1, output_type="pt"), tiny.run(alone, steps=1, output_type="pt"))
+        handles[number].remove()
+    assert _same(pipe.vae, before)
+    assert not {"decode", "encode", "_decode"} & vars(pipe.vae).keys()
+    assert torch.equal(tiny.run(pipe, steps=1, output_type="pt"), plain)

@@ -343,7 +343,12 @@ def test_per_head_densities_are_kept():
 
 def test_nothing_to_calibrate_is_said():
     pipe = TINY["wan"].build(1)
-    for recipe, words in (("na", "nothing to calibrate"), ("dense", "nothing to calibrate"), ("pbs", "each call anew")):
+    for recipe, words in (
+        ("na", "nothing to calibrate"),
+        ("dense", "nothing to calibrate"),
+        ("pbs", "each call anew"),
+        ("carried", "calibrate with another compensation"),
+    ):
         with pytest.raises(ValueError, match=words):
             calibrate(pipe, ["a"], recipe)
     with pytest.raises(ValueError, match="non-empty"):

@@ -110,8 +110,11 @@ WITHOUT_A_MODEL = [
     ([*GENERATE, "--recipe", "cut.json"], "cut.json holds no recipe: Unterminated string"),
     ([*GENERATE, "--recipe", "window", "--set", HUGE], "order.shape must be finite and below"),
     ([*GENERATE, "--recipe", "pooled", "--set", "select.density=[bold]"], "must be a Python literal"),
+    ([*GENERATE, "--recipe", "carried:density=0.1"], "or on the command line 'carried; select.density=0.2'"),
     ([*CALIBRATE, "--recipe", "na"], "nothing to calibrate"),
+    ([*CALIBRATE, "--recipe", "carried"], "Carried keeps something of dense steps that make plans"),
     ([*SEARCH, "--recipe", "na"], "has no density per head"),
+    ([*SEARCH, "--recipe", "carried"], "Carried adds what dense steps of a run kept"),
     ([*SEARCH, "--order", "xyz"], "order.axes must hold fhw"),
     # Files to read.
     ([*CALIBRATE, "--prompts-file", "latin.txt"], "latin.txt must be UTF-8 text: invalid"),

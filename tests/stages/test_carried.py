@@ -10,7 +10,7 @@ from dit_accel import Recipe, presets
 from dit_accel.call import AttentionInputs
 from dit_accel.engine import Engine
 from dit_accel.frozen_planner import FrozenPlanner
-from dit_accel.layout import StepContext, TokenLayout
+from dit_accel.layout import LatentGrid, StepContext, TokenLayout
 from dit_accel.run import Run
 from dit_accel.stages.compensate.carried import Carried
 from dit_accel.stages.order.simple import Raster, Tiles
@@ -30,6 +30,11 @@ SELECTS = {
     "pooled": Pooled(density=0.3, block=BLOCK),
     "mass": Mass(density=0.3, block=BLOCK),
     "window": Window(window=(1, 3, 3), block=BLOCK),
+}
+
+MORE = {
+    "references": TokenLayout((1, 8, 9), 6, 150, (LatentGrid((1, 5, 6), 78), LatentGrid((1, 6, 7), 108))),
+    "ragged": TokenLayout((3, 7, 9), 5, 196),
 }
 
 
@@ -65,12 +70,14 @@ def _seen(plan, layout: TokenLayout) -> torch.Tensor:
         ("pooled", "text first", True, Tiles((2, 4, 4)), torch.float32),
         ("mass", "text last", True, Tiles((2, 4, 4)), torch.float32),
         ("mass", "text first", False, Tiles((2, 4, 4)), torch.bfloat16),
+        ("mass", "references", True, Tiles((2, 4, 4)), torch.float32),
+        ("pooled", "ragged", True, Tiles((2, 4, 4)), torch.float32),
     ],
-    ids=["plain", "pooled", "mass", "bfloat16"],
+    ids=["plain", "pooled", "mass", "bfloat16", "references", "ragged"],
 )
 def test_the_equation(kind, name, hidden, order, dtype):
     """Two branches in turns: dense less sparse attention of the last dense step, times 1 - age / lasts."""
-    layout = LAYOUTS[name]
+    layout = (LAYOUTS | MORE)[name]
     engine = Engine(Recipe(order, SELECTS[kind], Carried(LASTS), schedule=SCHEDULE), ["layer"], "auto", 0)
     calls = []
     engine.observer = calls.append

@@ -25,10 +25,12 @@ class PackedBlockMask:
         kept: uint8 ``[B, H, nq, ceil(nk / 8)]``; bit ``j % 8`` of byte ``j // 8`` says whether key block ``j`` is
             read.
         partial: likewise, which of them need masking; None where only a short last block does.
-        longest: entries in the longest row, 0-d on the CPU; there once ``arrived`` has happened.
-        arrived: None where the mask was packed on the CPU or in torch.
+        longest: entries in the longest row, 0-d on the CPU; there once ``arrived`` has happened. All that there could
+            be where a CUDA graph packed the mask.
+        arrived: None where the mask was packed on the CPU, in torch or by a graph.
         block_q, block_k, q_len, kv_len: as in the mask.
         backend: "triton" or "torch", which packed the mask and unpacks it.
+        of_graph: packed while a CUDA graph was captured, whose replays write other bits: lists of it are never kept.
     """
 
     kept: torch.Tensor
@@ -40,6 +42,7 @@ class PackedBlockMask:
     q_len: int
     kv_len: int
     backend: str = "torch"
+    of_graph: bool = False
     _kept: BlockMask | None = field(default=None, init=False, repr=False)
 
     @classmethod
@@ -56,13 +59,17 @@ class PackedBlockMask:
         if mask.token_bits is not None:
             raise ValueError("A mask with token bits cannot be packed: a bit a block does not hold them.")
         backend = choose_selection(Case(mask.kv_indices.device), backend).name
-        longest = mask.kv_num_blocks.max().to("cpu", non_blocking=True)
+        captured = _is_captured(mask.kv_indices.device)
+        if captured:
+            longest = torch.tensor(mask.num_blocks[1], device="cpu")
+        else:
+            longest = mask.kv_num_blocks.max().to("cpu", non_blocking=True)
         arrived = None
         if backend == "triton":
             from .triton_lists import bits_of_block_lists
 
             kept, partial = bits_of_block_lists(mask, key_mask)
-            if mask.kv_indices.is_cuda:
+            if mask.kv_indices.is_cuda and not captured:
                 arrived = torch.cuda.Event()
                 arrived.record(torch.cuda.current_stream(mask.kv_indices.device))
         else:
@@ -70,7 +77,8 @@ class PackedBlockMask:
             kept, partial = pack_bits(keep), None
             if key_mask:
                 partial = pack_bits(keep & ~replace(mask, kv_num_blocks=mask.kv_num_full).to_dense())
-        return cls(kept, partial, longest, arrived, mask.block_q, mask.block_k, mask.q_len, mask.kv_len, backend)
+        sizes = (mask.block_q, mask.block_k, mask.q_len, mask.kv_len)
+        return cls(kept, partial, longest, arrived, *sizes, backend, captured)
 
     @cached_property
     def _width(self) -> int:
@@ -88,8 +96,8 @@ class PackedBlockMask:
             return self._kept
         mask = self._unpacked()
         # What a CUDA graph makes while it is captured is the graph's own.
-        captured = mask.kv_indices.device.type == "cuda" and torch.cuda.is_current_stream_capturing()
-        if mask.kv_indices.nbytes <= SMALL_LISTS and not captured:
+        owned = self.of_graph or _is_captured(mask.kv_indices.device)
+        if mask.kv_indices.nbytes <= SMALL_LISTS and not owned:
             object.__setattr__(self, "_kept", mask)
         return mask
 
@@ -105,6 +113,10 @@ class PackedBlockMask:
         partial = None if self.partial is None else unpack_bits(self.partial, nk)
         sizes = (self.block_q, self.block_k, self.q_len, self.kv_len)
         return BlockMask.from_dense(keep, *sizes, partial=partial, backend="torch").trimmed()
+
+
+def _is_captured(device: torch.device) -> bool:
+    return device.type == "cuda" and torch.cuda.is_current_stream_capturing()
 
 
 def pack_bits(keep: torch.Tensor) -> torch.Tensor:
