@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from dit_accel.quality import ClipPair, MetricUnavailable
+from dit_accel.quality import ClipPair, MetricUnavailable, flicker
 from dit_accel.quality.flicker import Flicker, FlickerExcess, FlickerFlow, _reference_flow, _sample
 from tests.quality.clips import moving_clip, with_blinking
 
@@ -64,3 +64,22 @@ def test_an_image_gives_a_reason(metric: Flicker) -> None:
     clip = moving_clip(1)
     with pytest.raises(MetricUnavailable, match="at least 2 frames, got 1"):
         metric(ClipPair(clip, clip))
+
+
+def test_the_dense_clips_flow_is_found_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    """And values are those of pairs that know nothing of each other, also of the dense clip beside another one."""
+    found = []
+    monkeypatch.setattr(flicker, "_reference_flow", lambda pair: found.append(pair) or _reference_flow(pair))
+    dense, other = moving_clip(5, speed=2.0), moving_clip(5, speed=-1.0)
+    clips = [with_blinking(dense, 0.03), with_blinking(dense, 0.09), other]
+    metrics = (FlickerFlow(), FlickerExcess())
+    alone = [[metric(ClipPair(dense, clip)) for metric in metrics] for clip in clips]
+    assert len(found) == 6
+    found.clear()
+    pair = ClipPair(dense, dense)
+    together = [[metric(pair.beside(clip)) for metric in metrics] for clip in clips]
+    assert together == alone
+    assert len(found) == 1
+    assert not ClipPair(other, dense).known
+    with pytest.raises(ValueError, match="one shape"):
+        pair.beside(moving_clip(4))
