@@ -58,6 +58,7 @@ def compare(
     pictures: bool = True,
     parts: Parts | None = None,
     on_clip: Callable[[str, str, int, Generated], None] = lambda _name, _prompt, _seed, _made: None,
+    on_report: Callable[[ComparisonReport], None] = lambda _report: None,
     progress: Callable[[str], None] = lambda _line: None,
 ) -> ComparisonReport:
     """Generate every prompt with every seed, dense and under each recipe, and report the differences.
@@ -90,6 +91,7 @@ def compare(
         parts: where finished clips are kept, in a folder that was claimed for these very settings: those that are there
             are not made again. None keeps none.
         on_clip: called with each clip that is made, by the name of its recipe, prompt and seed.
+        on_report: called behind each clip that is made, with the report so far.
         progress: called with one line per generation.
 
     Returns:
@@ -150,6 +152,7 @@ def compare(
             if parts is not None:
                 parts.write(_part(i), {"results": [*map(result_to_json, made)], "warm_sparse": run.warm_sparse})
             write_json(report(), run.out)
+            on_report(report())
     finally:
         if results:
             write_report(report(), run.out)
