@@ -1,5 +1,6 @@
 """Flicker: zero without it, the injected size with it, blind to steady errors."""
 
+import numpy as np
 import pytest
 import torch
 
@@ -33,6 +34,15 @@ def test_size_of_blinking_brightness(metric: Flicker) -> None:
 def test_a_steady_shift_is_no_flicker(metric: Flicker) -> None:
     clip = with_blinking(moving_clip(), 0.0)
     assert metric(ClipPair(clip, clip + 0.1)) == pytest.approx(0, abs=1e-3)
+
+
+def test_flicker_is_its_definition() -> None:
+    """Against float64 numpy, of clips whose every transition differs."""
+    drawn = torch.Generator().manual_seed(0)
+    pair = ClipPair(*(torch.rand(5, 9, 7, 3, generator=drawn) for _ in range(2)))
+    changes = [np.diff(clip.numpy().astype(np.float64), axis=0) for clip in (pair.candidate, pair.reference)]
+    # Differences of two float32 numbers below 1 are off by at most 3 roundings of 2^-24.
+    assert Flicker()(pair) == pytest.approx(255 * np.abs(changes[0] - changes[1]).mean(), abs=255 * 3 * 2**-24)
 
 
 def test_flow_forgives_an_error_that_moves_with_the_content() -> None:
