@@ -1,6 +1,6 @@
 # An image with dit_accel, its command line and its models, from the wheels in dist/:
 #
-#     python -m build --wheel --outdir dist . && python -m build --wheel --outdir dist models
+#     for project in . models models_long; do python -m build --wheel --outdir dist $project; done
 #     docker build -t dit-accel .
 #     docker run --gpus all -v "$PWD/outputs:/outputs" dit-accel generate --prompt "..." --out /outputs/clip.mp4
 FROM python:3.11-slim
@@ -13,7 +13,7 @@ RUN apt-get update \
 COPY constraints.txt dist/*.whl /tmp/
 # A wheel's name holds its version: the shell finds it, and pip wants the extras behind it.
 RUN wheel=$(ls /tmp/dit_accel-*.whl) \
-    && pip install --no-cache-dir --constraint /tmp/constraints.txt "${wheel}[cli,compile]" /tmp/dit_accel_models-*.whl \
+    && pip install --no-cache-dir --constraint /tmp/constraints.txt "${wheel}[cli,compile]" /tmp/dit_accel_models*.whl \
     && rm /tmp/*.whl /tmp/constraints.txt
 
 # Nobody needs to be root to use a GPU.

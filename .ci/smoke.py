@@ -1,6 +1,7 @@
 """What a user of the installed wheels relies on: import, a patched forward, the command line, and the built-in model.
 
-Run after each of dit-accel, dit-accel[cli] and dit-accel-models: what is not installed yet is missed in one sentence.
+Run after each of dit-accel, dit-accel[cli], dit-accel-models and dit-accel-models-long: what is not installed yet is
+missed in one sentence.
 """
 
 from __future__ import annotations
@@ -78,4 +79,23 @@ else:
                 assert ran.returncode == 0, ran
                 assert out.stat().st_size > 1000
         done += ["clip", "clip of an adapter"]
+        if find_spec("dit_accel_models_long") is None:
+            assert "embedded-long" not in adapters
+            refused(
+                "The model 'embedded-long' comes with dit-accel-models-long, which is not installed: `pip install "
+                "./models ./models_long` in a checkout of dit-accel.",
+                "generate",
+                "embedded-long",
+                *clip,
+                "clip.mp4",
+            )
+            done.append("long model missed in one sentence")
+        else:
+            assert adapters["embedded-long"] == [], adapters
+            with tempfile.TemporaryDirectory() as folder:
+                out = Path(folder, "clip.mp4")
+                ran = command("generate", "embedded-long", *clip, str(out))
+                assert ran.returncode == 0, ran
+                assert out.stat().st_size > 1000
+            done.append("clip of the long model")
 print(f"Python {platform.python_version()}, torch {torch.__version__}: {', '.join(done)}")

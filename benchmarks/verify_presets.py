@@ -37,6 +37,8 @@ from dit_accel.parts import Parts
 from dit_accel.pipelines import load
 from dit_accel.pipelines.builtin import builtins
 from dit_accel.pipelines.generate import call_arguments, frames_per_second
+from dit_accel.plain_data import as_plain
+from dit_accel.quality.card import interval_text
 from dit_accel.quality.compare import compare
 from dit_accel.quality.frechet import SMALLEST_FRAMES, I3d, find_weights, frechet_distance, video_features
 from dit_accel.quality.generation import Generated, generate_clip, shortened
@@ -44,6 +46,7 @@ from dit_accel.quality.measurement import MetricUnavailable
 from dit_accel.quality.prompts import DEFAULT_PROMPTS
 from dit_accel.quality.report import REPORT, read_report
 from dit_accel.quality.results import DENSE, ComparisonReport, result_to_json, summary_to_json
+from dit_accel.quality.sequence import first_sequence
 from dit_accel.quality.turns import LONG_WARM_UP_STEPS
 
 from .fidelity_presets import at_density
@@ -62,6 +65,8 @@ SMALL = (RESULTS / "fidelity_h200.json", RESULTS / "fidelity_h100.json")
 # Recorded calls are long: of few layers and steps.
 CALLS, AT = 12, (0.3, 0.6, 0.9)
 ADVICE = "give another --out"
+# Beside the rows' parts: tokens, and arguments of the call.
+RUN = "run"
 
 
 def main() -> None:
@@ -97,7 +102,7 @@ def main() -> None:
         rows = rows_of(args.methods, args.densities)  # an unknown name is found before anything is loaded
         parts = Parts(args.out, ADVICE)
         parts.claim(settings_of(args))
-        if any(parts.read(row.name) is None for row in rows):
+        if any(parts.read(name) is None for name in (RUN, *(row.name for row in rows))):
             prepare(args, rows, parts)
         launch(args)
         result = merged(args, rows, parts)
@@ -128,6 +133,8 @@ def opened(args: argparse.Namespace) -> tuple[Any, dict[str, Any]]:
 def prepare(args: argparse.Namespace, rows: Sequence[Row], parts: Parts) -> None:
     """Fit, calibrate and try each row once, so that all processes run the very same recipes."""
     pipe, arguments = opened(args)
+    sequence = first_sequence(pipe, OTHER_PROMPTS[0], arguments)
+    parts.write(RUN, {"sequence": None if sequence is None else asdict(sequence), "call": as_plain(arguments)})
     calls = recorded(pipe, arguments) if any(row.method.is_fitted for row in rows) else []
     for row in rows:
         if parts.read(row.name) is not None:
@@ -278,6 +285,7 @@ def merged(args: argparse.Namespace, rows: Sequence[Row], parts: Parts) -> dict[
     facts = {
         **environment(torch.device(args.device)),
         "settings": settings_of(args),
+        **parts.read(RUN),
         "prompts": args.prompts,
         "processes_on_a_gpu": -(-min(args.processes * args.gpus, args.prompts) // args.gpus),
         "gpus": args.gpus,
@@ -344,11 +352,8 @@ def shown(result: Mapping[str, Any]) -> str:
                     f"{row['density']['mean']:.3f}",
                     f"{row['dense_seconds']['median']:.2f}",
                     f"{row['total_seconds']['median']:.2f}",
-                    _ends(row["speedup"], 2, "median"),
-                    *(
-                        _ends(row["metrics"].get(name), 4 if name in ("ssim", "lpips") else 2, "mean")
-                        for name in METRICS
-                    ),
+                    interval_text(row["speedup"], 2, "median"),
+                    *(_mean(row["metrics"].get(name), 4 if name in ("ssim", "lpips") else 2) for name in METRICS),
                     "-" if fvd is None else f"{fvd:.1f}",
                     "-" if share is None else f"{share['mean']:.2f}",
                 ]
@@ -377,9 +382,7 @@ def _lasting(rows: Sequence[Mapping[str, Any]]) -> list[str]:
     lines = ["", f"A plan at density {REFRESH_DENSITY:g} serves", "", "| steps | PSNR, dB | SSIM |", "|---|---|---|"]
     for age, row in aged:
         steps = "all" if refresh_name(age) == "plan-once" else str(age)
-        lines.append(
-            _line([steps, _ends(row["metrics"].get("psnr"), 2, "mean"), _ends(row["metrics"].get("ssim"), 4, "mean")])
-        )
+        lines.append(_line([steps, _mean(row["metrics"].get("psnr"), 2), _mean(row["metrics"].get("ssim"), 4)]))
     return lines
 
 
@@ -387,13 +390,8 @@ def _psnr(row: Mapping[str, Any]) -> float:
     return float(row["metrics"]["psnr"]["mean"]) if "psnr" in row["metrics"] else float("-inf")
 
 
-def _ends(found: Mapping[str, Any] | None, digits: int, middle: str) -> str:
-    if found is None:
-        return "-"
-    value, low, high = (float(found[end]) for end in (middle, "low", "high"))
-    return (
-        f"{value:.{digits}f} ({low:.{digits}f} to {high:.{digits}f})" if found["count"] > 1 else f"{value:.{digits}f}"
-    )
+def _mean(found: Mapping[str, Any] | None, digits: int) -> str:
+    return "-" if found is None else interval_text(found, digits, "mean")
 
 
 def _line(cells: Sequence[str]) -> str:

@@ -5,11 +5,13 @@ from __future__ import annotations
 import re
 from importlib.util import find_spec
 from pathlib import Path
+from typing import Any
 
 import pytest
 from packaging.requirements import Requirement
 
 import dit_accel
+from dit_accel.pipelines import companion
 
 if find_spec("tomllib") is None:
     import tomli as tomllib
@@ -25,15 +27,19 @@ def _text(name: str) -> str:
 
 PROJECT = tomllib.loads(_text("pyproject.toml"))["project"]
 MODELS = tomllib.loads(_text("models/pyproject.toml"))
+LONG = tomllib.loads(_text("models_long/pyproject.toml"))
 
 
 def test_one_version_everywhere() -> None:
     comfyui = tomllib.loads(_text("integrations/comfyui/pyproject.toml"))["project"]["version"]
-    models = MODELS["project"]
+    models, long = MODELS["project"], LONG["project"]
     (cited,) = re.findall(r"^version: (\S+)$", _text("CITATION.cff"), re.MULTILINE)
-    assert PROJECT["version"] == dit_accel.__version__ == comfyui == models["version"] == cited
+    assert PROJECT["version"] == dit_accel.__version__ == comfyui == models["version"] == long["version"] == cited
     assert PROJECT["optional-dependencies"]["models"] == [f"dit-accel-models=={PROJECT['version']}"]
-    assert f'__version__ = "{PROJECT["version"]}"' in _text("models/dit_accel_models/__init__.py")
+    assert PROJECT["optional-dependencies"]["long"] == [f"dit-accel-models-long=={PROJECT['version']}"]
+    assert long["dependencies"] == PROJECT["optional-dependencies"]["models"]
+    for package in ("models/dit_accel_models", "models_long/dit_accel_models_long"):
+        assert f'__version__ = "{PROJECT["version"]}"' in _text(f"{package}/__init__.py")
 
 
 def test_the_changelog_has_the_version_and_its_date() -> None:
@@ -55,24 +61,29 @@ def test_core_dependencies_are_what_patch_needs() -> None:
 
 
 def test_weights_are_apart() -> None:
-    """The wheel is code alone; the other holds all that lies beside it, and neither asks for the other unasked."""
+    """The wheel is code alone; the others hold all that lies beside it, and it asks for neither unasked."""
     files = [path for path in (ROOT / "dit_accel").rglob("*") if path.is_file() and "__pycache__" not in path.parts]
     assert {path.suffix for path in files} == {".py", ".json", ".typed"}
     assert sum(path.stat().st_size for path in files) < 10e6
     data = MODELS["tool"]["setuptools"]["package-data"]["dit_accel_models"]
     there = {path.name for path in (ROOT / "models" / "dit_accel_models").glob("embedded*")}
     assert {"embedded", "embedded_adapters"} <= there <= {pattern.removesuffix("/**/*") for pattern in data}
+    assert LONG["tool"]["setuptools"]["package-data"] == {"dit_accel_models_long": ["embedded_long/**/*"]}
+    there = {path.name for path in (ROOT / "models_long" / "dit_accel_models_long").iterdir() if path.is_dir()}
+    assert there - {"__pycache__"} == {"embedded_long"}
     extras = PROJECT["optional-dependencies"]
-    assert [name for name, asked in extras.items() if any("dit-accel-models" in one for one in asked)] == ["models"]
+    asking = [name for name, asked in extras.items() if any("dit-accel-models" in one for one in asked)]
+    assert asking == ["models", "long"]
 
 
-def test_both_are_of_one_kind() -> None:
-    models = MODELS["project"]
+@pytest.mark.parametrize(("folder", "project"), [("models", MODELS), ("models_long", LONG)])
+def test_all_are_of_one_kind(folder: str, project: dict[str, Any]) -> None:
+    models = project["project"]
     assert {name: models[name] for name in ("license", "license-files", "requires-python")} == {
         name: PROJECT[name] for name in ("license", "license-files", "requires-python")
     }
-    assert _text("models/LICENSE") == _text("LICENSE")
-    assert "](" not in _text("models/README.md"), "an index of packages knows no path of the checkout"
+    assert _text(f"{folder}/LICENSE") == _text("LICENSE")
+    assert "](" not in _text(f"{folder}/README.md"), "an index of packages knows no path of the checkout"
 
 
 @pytest.mark.parametrize("page", ["README.md", "docs/install.md", "models/README.md"])
@@ -82,6 +93,15 @@ def test_the_command_installs_both(page: str) -> None:
     assert MODELS["project"]["dependencies"] == []
     asked = (*PROJECT["dependencies"], *PROJECT["optional-dependencies"]["cli"])
     assert not any("dit-accel-models" in one for one in asked)
+
+
+def test_the_long_model_is_installed_with_what_it_needs() -> None:
+    """Its distribution asks for the other, which is on no index: pip is given both folders."""
+    for page in ("docs/install.md", "models_long/README.md"):
+        assert re.search(r'^pip install \./models \./models_long "\.\[cli\]"', _text(page), re.MULTILINE)
+    assert companion.LONG.install == "./models ./models_long"
+    for one in companion.HOMES.values():
+        assert (ROOT / one.folder / one.package / "__init__.py").is_file()
 
 
 @pytest.mark.parametrize(

@@ -35,6 +35,7 @@ from .options import (
 from .settings import Asked
 
 if TYPE_CHECKING:
+    from ..quality.results import ComparisonReport
     from ..recipe import Recipe
 
 DEFAULT = Path("outputs/verify")
@@ -79,7 +80,7 @@ def verify(
 ) -> None:
     """Run a model dense and accelerated, in turns, and write a card: seconds, fidelity, what ran; JSON and a page.
 
-    Seconds and decibels are of the same runs. Interrupted, it goes on with the next clip.
+    Seconds and decibels are of the same runs. Interrupted, it leaves a card of the clips so far, and can go on.
     """
     quiet_libraries()
     import_modules(imports)
@@ -108,9 +109,10 @@ def verify(
     )
     parts = comparison.claim(out, DEFAULT, start_over)
     path = parts.folder / FILE
-    if comparison.finished(parts) is not None and path.exists():
-        card = read_card(path)
-    else:
+    finished = comparison.finished(parts) is not None and path.exists()
+    card = read_card(path) if finished else {}
+    # One of a run that was killed may lack its last clip.
+    if card.get("clips") != comparison.clips:
         _, builtin, pipe = open_model(model, number, target, quiet=as_json)
         card = _made(comparison, pipe, builtin, parts, note or "")
     if as_json:
@@ -139,23 +141,27 @@ def _made(comparison: Comparison, pipe: Any, builtin: Any, parts: Any, note: str
 
     arguments = comparison.arguments(pipe, builtin)
     sequence = first_sequence(pipe, comparison.prompts[0], arguments)
+
+    def written(report: ComparisonReport) -> dict[str, Any]:
+        card = make_card(
+            report,
+            environment=environment(comparison.device),
+            settings={
+                "dtype": str(comparison.dtype).removeprefix("torch."),
+                "compiled": comparison.compiled,
+                "call": as_plain(arguments),
+            },
+            recipes={name: "auto" if one is None else short_line(one) for name, one in comparison.recipes.items()},
+            sequence=sequence,
+            random_weights=bool(builtin and "RANDOM" in builtin.description),
+            note=note,
+        )
+        write_card(card, parts.folder)
+        return card
+
     # Attention is not timed: of every run the stages are.
-    report = comparison.run(pipe, builtin, parts, dense_attention_clips=0, warm_up_steps=LONG_WARM_UP_STEPS)
-    card = make_card(
-        report,
-        environment=environment(comparison.device),
-        settings={
-            "dtype": str(comparison.dtype).removeprefix("torch."),
-            "compiled": comparison.compiled,
-            "call": as_plain(arguments),
-        },
-        recipes={name: "auto" if one is None else short_line(one) for name, one in comparison.recipes.items()},
-        sequence=sequence,
-        random_weights=bool(builtin and "RANDOM" in builtin.description),
-        note=note,
-    )
-    write_card(card, parts.folder)
-    return card
+    options: dict[str, Any] = {"dense_attention_clips": 0, "warm_up_steps": LONG_WARM_UP_STEPS}
+    return written(comparison.run(pipe, builtin, parts, on_report=written, **options))
 
 
 def _show(card: dict[str, Any], folder: Path) -> None:

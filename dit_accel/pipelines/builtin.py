@@ -1,4 +1,4 @@
-"""Models that have a name: the trained ones of dit-accel-models, and a random one. Nothing is downloaded for them."""
+"""Models that have a name: trained ones, of distributions of their own, and a random one. Nothing is downloaded."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from .companion import NAMES, absent, adapters, find_folder
+from .companion import HOMES, NAMES, absent, adapters, find_folder
 from .settings import Settings
 
 if TYPE_CHECKING:
@@ -75,5 +75,5 @@ def builtin_named(name: str) -> Builtin | None:
     """
     found = builtins().get(name)
     if found is None and name in NAMES and not Path(name).is_dir():
-        raise ValueError(absent(f"The model {name!r}"))
+        raise ValueError(absent(f"The model {name!r}", HOMES[name]))
     return found

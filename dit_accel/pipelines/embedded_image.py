@@ -9,7 +9,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from .companion import check_files, folder_of
+from .companion import autoencoder_for, check_files, folder_of
 from .settings import Settings
 
 if TYPE_CHECKING:
@@ -49,7 +49,7 @@ def load_embedded_image(dtype: torch.dtype | None = None, folder: Path | None = 
     # Part by part: reading them all at once, the pipeline would say that two of them are not FLUX's own.
     pipe = diffusers.FluxKontextPipeline(
         scheduler=diffusers.FlowMatchEulerDiscreteScheduler.from_pretrained(folder / "scheduler"),
-        vae=ImageAutoencoder.of(folder_of("embedded") / "vae"),
+        vae=ImageAutoencoder.of(autoencoder_for("embedded-image")),
         text_encoder=transformers.CLIPTextModel.from_pretrained(folder / "text_encoder", **given),
         tokenizer=tokenizer.from_pretrained(folder / "tokenizer"),
         text_encoder_2=transformers.UMT5EncoderModel.from_pretrained(folder / "text_encoder_2", **given),

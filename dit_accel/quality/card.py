@@ -133,7 +133,7 @@ def _row(card: Mapping[str, Any], recipe: Mapping[str, Any]) -> str:
         recipe["recipe"],
         f"{card['dense']['total_seconds']['median']:.2f}",
         f"{recipe['total_seconds']['median']:.2f}",
-        _interval(recipe["speedup"], 2, "median"),
+        interval_text(recipe["speedup"], 2, "median"),
         *(_metric(card, recipe, name) for name in ("psnr", "ssim", "lpips", "flicker")),
         f"{density}{computed}",
     ]
@@ -152,10 +152,15 @@ def run_of(card: Mapping[str, Any]) -> str:
 
 def _metric(card: Mapping[str, Any], recipe: Mapping[str, Any], name: str) -> str:
     found = recipe["metrics"].get(name)
-    return "-" if found is None or card["random_weights"] else _interval(found, METRICS[name].digits, "mean")
+    return "-" if found is None or card["random_weights"] else interval_text(found, METRICS[name].digits, "mean")
 
 
-def _interval(found: Mapping[str, Any], digits: int, middle: str) -> str:
+def interval_text(found: Mapping[str, Any], digits: int, middle: str) -> str:
+    """``35.00 (30.00 to 40.00)`` of an interval as JSON holds it; without the ends where one clip has none.
+
+    Args:
+        middle: ``mean`` or ``median``.
+    """
     ends = [_number(found[end], digits) for end in (middle, "low", "high")]
     return f"{ends[0]} ({ends[1]} to {ends[2]})" if found["count"] > 1 else ends[0]
 

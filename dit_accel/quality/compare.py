@@ -58,6 +58,7 @@ def compare(
     pictures: bool = True,
     parts: Parts | None = None,
     on_clip: Callable[[str, str, int, Generated], None] = lambda _name, _prompt, _seed, _made: None,
+    on_report: Callable[[ComparisonReport], None] = lambda _report: None,
     progress: Callable[[str], None] = lambda _line: None,
 ) -> ComparisonReport:
     """Generate every prompt with every seed, dense and under each recipe, and report the differences.
@@ -90,6 +91,7 @@ def compare(
         parts: where finished clips are kept, in a folder that was claimed for these very settings: those that are there
             are not made again. None keeps none.
         on_clip: called with each clip that is made, by the name of its recipe, prompt and seed.
+        on_report: called behind each clip that is made, with the report so far.
         progress: called with one line per generation.
 
     Returns:
@@ -150,6 +152,7 @@ def compare(
             if parts is not None:
                 parts.write(_part(i), {"results": [*map(result_to_json, made)], "warm_sparse": run.warm_sparse})
             write_json(report(), run.out)
+            on_report(report())
     finally:
         if results:
             write_report(report(), run.out)
@@ -208,10 +211,12 @@ class _Run:
             clips.setdefault(name, (made, summary))
             # Of the others only the seconds are kept.
             timed[name].append(made if len(timed[name]) == 0 else replace(made, frames=made.frames[:0], latents=None))
-        dense, _ = clips[DENSE]
         results = [self._result(i, number, name, timed[name], clips[name][1]) for number, name in enumerate(variants)]
+        dense, _ = clips[DENSE]
+        # Of the dense clip alone is found once what metrics of several recipes need.
+        pair = ClipPair(dense.frames, dense.frames, self.fps, dense.latents)
         for n, name in enumerate(self.recipes, start=1):
-            results[n] = replace(results[n], metrics=self._measure(clips[name][0], dense))
+            results[n] = replace(results[n], metrics=self._measure(clips[name][0], pair))
         for name in variants:
             self.on_clip(name, *self.pairs[i], clips[name][0])
         if timers:
@@ -268,11 +273,11 @@ class _Run:
             shape=(frames, height, width),
         )
 
-    def _measure(self, made: Generated, dense: Generated) -> dict[str, Measurement]:
+    def _measure(self, made: Generated, pair: ClipPair) -> dict[str, Measurement]:
         if not made.finite:
             reason = "the clip holds NaN or infinite pixels."
             return {metric.name: Measurement(reason=reason) for metric in self.metrics}
-        return measure(ClipPair(dense.frames, made.frames, self.fps, dense.latents, made.latents), self.metrics)
+        return measure(pair.beside(made.frames, made.latents), self.metrics)
 
     def _generate(self, i: int) -> Generated:
         prompt, seed = self.pairs[i]

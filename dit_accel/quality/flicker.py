@@ -5,7 +5,6 @@ from __future__ import annotations
 from dataclasses import dataclass
 from itertools import pairwise
 from typing import Any
-from weakref import WeakKeyDictionary
 
 import torch
 import torch.nn.functional as F
@@ -13,8 +12,8 @@ import torch.nn.functional as F
 from .measurement import MetricUnavailable
 from .video import ClipPair, to_uint8
 
-# Two metrics need the flow of one pair; it goes when the pair goes.
-_flows: WeakKeyDictionary[ClipPair, tuple[torch.Tensor, torch.Tensor]] = WeakKeyDictionary()
+# Two metrics need the dense clip's flow, for every clip beside it, and it takes longer than all else of them.
+_FLOW = "flow"
 
 
 def _require_frames(pair: ClipPair, metric: str) -> None:
@@ -38,7 +37,11 @@ class Flicker:
     def __call__(self, pair: ClipPair) -> float:
         """Mean over pixels, channels and frame transitions."""
         _require_frames(pair, self.label)
-        return 255 * (pair.candidate.diff(dim=0) - pair.reference.diff(dim=0)).abs().double().mean().item()
+        # Frame by frame: changes of a long clip fit into no cache.
+        total, frames = 0.0, zip(pair.candidate, pair.reference, strict=True)
+        for (before, r_before), (after, r_after) in pairwise(frames):
+            total += ((after - before) - (r_after - r_before)).abs().double().sum().item()
+        return 255 * total / pair.reference[1:].numel()
 
 
 @dataclass(frozen=True)
@@ -92,9 +95,9 @@ def _mean_where(values: torch.Tensor, where: torch.Tensor) -> float:
 
 def _warp_residuals(pair: ClipPair) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """Residuals of reference and candidate ``[F-1, H, W, 3]``, and where the flow holds ``[F-1, H, W]``."""
-    if pair not in _flows:
-        _flows[pair] = _reference_flow(pair)
-    to_previous, seen = _flows[pair]
+    if _FLOW not in pair.known:
+        pair.known[_FLOW] = _reference_flow(pair)
+    to_previous, seen = pair.known[_FLOW]
     residuals = []
     for clip in (pair.reference, pair.candidate):
         residuals.append(clip[1:] - _sample(clip[:-1], to_previous))

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
@@ -47,6 +47,7 @@ class ClipPair:
         reference, candidate: ``[F, H, W, 3]``, anything :func:`as_video` takes; stored as float32 in [0, 1].
         fps: frames per second.
         reference_latents, candidate_latents: optional final latents before the VAE, any equal shape.
+        known: what metrics found of the reference alone, by their own names; :meth:`beside` hands it on.
     """
 
     reference: torch.Tensor
@@ -54,6 +55,7 @@ class ClipPair:
     fps: float = 16.0
     reference_latents: torch.Tensor | None = None
     candidate_latents: torch.Tensor | None = None
+    known: dict[str, Any] = field(default_factory=dict, repr=False)
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "reference", as_video(self.reference, "reference"))
@@ -64,3 +66,14 @@ class ClipPair:
             )
         if not self.fps > 0:
             raise ValueError(f"fps must be positive, got {self.fps}.")
+
+    def beside(self, candidate: torch.Tensor, candidate_latents: torch.Tensor | None = None) -> ClipPair:
+        """The same dense clip and another accelerated one; what is known of the dense clip is not found again.
+
+        Args:
+            candidate, candidate_latents: as for the pair itself.
+
+        Raises:
+            ValueError: the clips do not pair.
+        """
+        return replace(self, candidate=candidate, candidate_latents=candidate_latents)

@@ -129,7 +129,8 @@ def test_an_interrupted_run_goes_on_and_keeps_finished_clips(tmp_path: Path, run
     asked = [*MODEL, *SMALL, *ONE, *TWO, "--out", str(tmp_path)]
     runs["allowed"] = 3  # within the second clip
     assert run(*asked).exit_code == 130
-    assert not (tmp_path / "card.json").exists()
+    sofar = json.loads((tmp_path / "card.json").read_text())
+    assert (sofar["clips"], sofar["prompts"]) == (1, ["a cat"])
     (part,) = (tmp_path / "parts").iterdir()
     kept = part.read_bytes()
     runs |= {"allowed": 1000, "made": []}
@@ -149,6 +150,10 @@ def test_an_interrupted_run_goes_on_and_keeps_finished_clips(tmp_path: Path, run
     assert runs["made"] == []
     assert again == data
     assert loads == ["random-wan"] * 2
+    # Killed before its card had the last clip: the card is made anew, and no clip is.
+    (tmp_path / "card.json").write_text(json.dumps(sofar))
+    assert run_json(*asked)["results"] == data["results"]
+    assert runs["made"] == []
 
 
 @pytest.mark.parametrize(

@@ -13,18 +13,20 @@ from torch import nn
 from dit_accel import load_adapter
 from dit_accel.pipelines import companion, load
 from dit_accel.pipelines.builtin import builtin_named, builtins
+from dit_accel.pipelines.companion import Distribution
+from dit_accel.pipelines.embedded_long import load_embedded_long
 from tests.cli.test_commands import run
 
 ROOT = Path(__file__).parents[2]
 
 
-def home(folder: Path, *names: str) -> Path:
+def home(folder: Path, *names: str, of: Distribution = companion.MODELS) -> Path:
     """A package whose models have checksums and nothing else."""
-    package = folder / companion.PACKAGE
+    package = folder / of.package
     for name in names:
         (package / name).mkdir(parents=True)
         (package / name / companion.CHECKSUMS).write_text("{}")
-    package.mkdir(exist_ok=True)
+    package.mkdir(exist_ok=True, parents=True)
     (package / "__init__.py").touch()
     return package
 
@@ -43,6 +45,7 @@ def nowhere(not_installed: None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 def test_a_checkout_needs_no_installation() -> None:
     there = ROOT / "models" / "dit_accel_models"
     assert companion.folder_of("embedded") == there / "embedded"
+    assert companion.folder_of("embedded-long") == ROOT / "models_long" / "dit_accel_models_long" / "embedded_long"
     assert companion.adapters() == {name: there / "embedded_adapters" / name for name in companion.ADAPTERS}
     assert builtins()["embedded"].adapters == companion.adapters()
 
@@ -57,12 +60,17 @@ def test_nor_does_its_folder_on_the_path(tmp_path: Path) -> None:
 
 
 def test_what_is_installed_comes_first(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(companion, "CHECKOUT", home(tmp_path / "checkout", "embedded", "embedded_long"))
+    checkout = tmp_path / "checkout"
+    monkeypatch.setattr(companion, "CHECKOUT", checkout)
+    home(checkout / "models", "embedded", "embedded_image")
+    long = home(checkout / "models_long", "embedded_long", of=companion.LONG)
     installed = home(tmp_path / "installed", "embedded")
-    monkeypatch.delitem(sys.modules, companion.PACKAGE, raising=False)
+    monkeypatch.delitem(sys.modules, installed.name, raising=False)
     monkeypatch.syspath_prepend(str(installed.parent))
     assert companion.folder_of("embedded") == installed / "embedded"
-    assert companion.folder_of("embedded-long") == tmp_path / "checkout" / companion.PACKAGE / "embedded_long"
+    assert companion.folder_of("embedded-long") == long / "embedded_long"
+    assert companion.folder_of("embedded-image") == checkout / "models" / installed.name / "embedded_image"
+    (checkout / "models" / installed.name / "embedded_image" / companion.CHECKSUMS).unlink()
     with pytest.raises(ValueError, match=r"model 'embedded-image' .* does not hold it: models/README\.md") as refused:
         load("embedded-image")
     assert str(installed) in str(refused.value)
@@ -72,14 +80,29 @@ def test_what_is_installed_comes_first(tmp_path: Path, monkeypatch: pytest.Monke
 @pytest.mark.parametrize("name", companion.NAMES)
 def test_a_missing_model_is_said_in_one_sentence(name: str) -> None:
     assert list(builtins()) == ["random-wan"]
+    brought = {"embedded-long": ("dit-accel-models-long", "./models ./models_long")}
+    distribution, folders = brought.get(name, ("dit-accel-models", "./models"))
     sentence = (
-        f"The model {name!r} comes with dit-accel-models, which is not installed: `pip install ./models` in a checkout "
+        f"The model {name!r} comes with {distribution}, which is not installed: `pip install {folders}` in a checkout "
         "of dit-accel."
     )
     for asked in (load, builtin_named, companion.folder_of):
         with pytest.raises(ValueError) as refused:
             asked(name)
         assert str(refused.value) == sentence
+
+
+def test_a_missing_autoencoder_is_said_in_one_sentence(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The long model is there, and what it shares with the small one is not."""
+    long = companion.folder_of("embedded-long")
+    monkeypatch.setattr(companion, "find_spec", lambda name: None)
+    monkeypatch.setattr(companion, "CHECKOUT", tmp_path)
+    with pytest.raises(ValueError) as refused:
+        load_embedded_long(folder=long)
+    assert str(refused.value) == (
+        "The autoencoder of 'embedded-long' comes with dit-accel-models, which is not installed: "
+        "`pip install ./models` in a checkout of dit-accel."
+    )
 
 
 @pytest.mark.usefixtures("nowhere")

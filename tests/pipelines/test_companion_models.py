@@ -1,4 +1,4 @@
-"""The two larger models of dit-accel-models, made here with random weights: they load by name and run."""
+"""The two larger models, made here with random weights: they load by name and run."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ import dit_accel
 from dit_accel.cli.main import app
 from dit_accel.pipelines import load
 from dit_accel.pipelines.builtin import builtins
-from dit_accel.pipelines.companion import folder_of
+from dit_accel.pipelines.companion import HOMES, folder_of
 from dit_accel.pipelines.image_autoencoder import ImageAutoencoder
 
 EXAMPLES = Path(__file__).parents[2] / "examples" / "train_embedded"
@@ -50,24 +50,26 @@ def save_run(folder: Path, built: dict[str, Any]) -> None:
 
 @pytest.fixture(scope="module")
 def package(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
-    """A `dit_accel_models` with both models, as `export.py` writes them, where Python finds it."""
+    """Packages with both models, as `export.py` writes them, where Python finds them."""
     root = tmp_path_factory.mktemp("models")
-    home = root / "dit_accel_models"
-    home.mkdir()
-    (home / "__init__.py").touch()
+    homes = {name: root / HOMES[name].package for name in BUILT}
+    for home in homes.values():
+        home.mkdir()
+        (home / "__init__.py").touch()
     sys.path.insert(0, str(EXAMPLES))
     try:
         from export import put_together, write
 
         for name, built in BUILT.items():
             save_run(root / name, built)
-            write(put_together(root / name, None), home / name.replace("-", "_"))
+            write(put_together(root / name, None), homes[name] / name.replace("-", "_"))
     finally:
         sys.path.remove(str(EXAMPLES))
     sys.path.insert(0, str(root))
-    yield home
+    yield root
     sys.path.remove(str(root))
-    sys.modules.pop("dit_accel_models", None)
+    for home in homes.values():
+        sys.modules.pop(home.name, None)
 
 
 def call(pipe: Any, **more: Any) -> Any:
@@ -188,13 +190,15 @@ def test_recipes_run_sparse_on_them(package: Path, name: str) -> None:
     assert not torch.equal(*(found.frames if name == "embedded-long" else found.images for found in (dense, sparse)))
 
 
-def test_a_damaged_model_names_what_brings_it(package: Path) -> None:
-    file = package / "embedded_image" / "scheduler" / "scheduler_config.json"
+@pytest.mark.parametrize("name", list(BUILT))
+def test_a_damaged_model_names_what_brings_it(package: Path, name: str) -> None:
+    home = HOMES[name]
+    file = package / home.package / name.replace("-", "_") / "scheduler" / "scheduler_config.json"
     whole = file.read_text()
     file.write_text(whole + " ")
     try:
-        with pytest.raises(ValueError, match=r"scheduler_config\.json.*Install dit-accel-models again"):
-            load("embedded-image")
+        with pytest.raises(ValueError, match=rf"scheduler_config\.json.*Install {home.name} again"):
+            load(name)
     finally:
         file.write_text(whole)
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import json
 import sys
 import zipfile
 from collections.abc import Iterator
@@ -13,7 +14,7 @@ import pytest
 import torch
 from PIL import Image, ImageDraw
 
-from dit_accel.pipelines.companion import folder_of
+from dit_accel.pipelines.companion import CHECKSUMS, folder_of
 
 AUTOENCODER = str(folder_of("embedded") / "vae")
 EXAMPLES = Path(__file__).parents[2] / "examples" / "train_embedded"
@@ -218,6 +219,25 @@ def test_a_wrong_stage_is_refused(text: str, said: str, capsys: pytest.CaptureFi
     with pytest.raises(SystemExit):
         read_arguments(["--stages", text])
     assert said in capsys.readouterr().err
+
+
+def test_training_goes_on_from_the_released_long_model(sprites: Path, tmp_path: Path) -> None:
+    """Weights and averages are those of the folder, and what is exported without a step is the folder again."""
+    from export import put_together, write
+
+    folder = folder_of("embedded-long")
+    words = (
+        "--patch", "2", "--heads", "2", "--head-dim", "128", "--time-shift", "5", "--concentration", "0",
+        "--warm-start", str(folder),
+    )  # fmt: skip
+    trainer = build(sprites, *words)
+    trainer.save_average(tmp_path / "run")
+    write(put_together(tmp_path / "run", None), tmp_path / "again")
+    digests = [json.loads((place / CHECKSUMS).read_text()) for place in (folder, tmp_path / "again")]
+    weights = [{name: one[name] for name in one if name.endswith(".safetensors")} for one in digests]
+    assert len(weights[0]) == 2
+    assert weights[0] == weights[1]
+    assert set(digests[0]) == set(digests[1])
 
 
 def test_stages_end_on_whole_steps() -> None:

@@ -14,10 +14,13 @@ import pytest
 import torch
 
 from dit_accel.parts import Parts
+from dit_accel.quality import flicker
 from dit_accel.quality.compare import compare
 from dit_accel.quality.generation import generate_clip
+from dit_accel.quality.metrics import METRICS
 from dit_accel.quality.prompts import DEFAULT_PROMPTS
 from dit_accel.quality.results import DENSE
+from dit_accel.quality.video import ClipPair
 from tests.quality.clips import moving_clip
 
 
@@ -133,6 +136,25 @@ def test_everything_is_paired(tmp_path: Path) -> None:
     assert len(list((tmp_path / "clips").iterdir())) == 12
     assert (tmp_path / "index.html").is_file()
     assert (tmp_path / "side_by_side.mp4").is_file()
+
+
+def test_the_dense_clips_flow_is_found_once_a_prompt(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """For all recipes and metrics; the values are those of each pair by itself."""
+    found: list[ClipPair] = []
+    by_itself = flicker._reference_flow
+    monkeypatch.setattr(flicker, "_reference_flow", lambda pair: found.append(pair) or by_itself(pair))
+    clips: dict[tuple[str, str], torch.Tensor] = {}
+    names = ["flicker_flow", "flicker_excess"]
+    report = compare(
+        FakePipe(), _RECIPES, ["a cat", "a dog"], out=tmp_path, patch=FakeHandle, metrics=names, pictures=False,
+        on_clip=lambda name, prompt, seed, made: clips.update({(name, prompt): made.frames}),
+    )  # fmt: skip
+    assert len(found) == 2
+    for name in _RECIPES:
+        for prompt in ("a cat", "a dog"):
+            pair = ClipPair(clips[DENSE, prompt], clips[name, prompt])
+            alone = {metric: METRICS[metric](pair) for metric in names}
+            assert {key: one.value for key, one in report.result(name, prompt, 0).metrics.items()} == alone
 
 
 def test_a_broken_recipe_fails_before_anything_is_generated(tmp_path: Path) -> None:

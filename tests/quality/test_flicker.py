@@ -1,9 +1,10 @@
 """Flicker: zero without it, the injected size with it, blind to steady errors."""
 
+import numpy as np
 import pytest
 import torch
 
-from dit_accel.quality import ClipPair, MetricUnavailable
+from dit_accel.quality import ClipPair, MetricUnavailable, flicker
 from dit_accel.quality.flicker import Flicker, FlickerExcess, FlickerFlow, _reference_flow, _sample
 from tests.quality.clips import moving_clip, with_blinking
 
@@ -35,6 +36,15 @@ def test_a_steady_shift_is_no_flicker(metric: Flicker) -> None:
     assert metric(ClipPair(clip, clip + 0.1)) == pytest.approx(0, abs=1e-3)
 
 
+def test_flicker_is_its_definition() -> None:
+    """Against float64 numpy, of clips whose every transition differs."""
+    drawn = torch.Generator().manual_seed(0)
+    pair = ClipPair(*(torch.rand(5, 9, 7, 3, generator=drawn) for _ in range(2)))
+    changes = [np.diff(clip.numpy().astype(np.float64), axis=0) for clip in (pair.candidate, pair.reference)]
+    # Differences of two float32 numbers below 1 are off by at most 3 roundings of 2^-24.
+    assert Flicker()(pair) == pytest.approx(255 * np.abs(changes[0] - changes[1]).mean(), abs=255 * 3 * 2**-24)
+
+
 def test_flow_forgives_an_error_that_moves_with_the_content() -> None:
     """Recoloured content blinks at a fixed pixel but not along its motion."""
     clip = with_blinking(moving_clip(6, speed=3.0), 0.0)
@@ -64,3 +74,22 @@ def test_an_image_gives_a_reason(metric: Flicker) -> None:
     clip = moving_clip(1)
     with pytest.raises(MetricUnavailable, match="at least 2 frames, got 1"):
         metric(ClipPair(clip, clip))
+
+
+def test_the_dense_clips_flow_is_found_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    """And values are those of pairs that know nothing of each other, also of the dense clip beside another one."""
+    found = []
+    monkeypatch.setattr(flicker, "_reference_flow", lambda pair: found.append(pair) or _reference_flow(pair))
+    dense, other = moving_clip(5, speed=2.0), moving_clip(5, speed=-1.0)
+    clips = [with_blinking(dense, 0.03), with_blinking(dense, 0.09), other]
+    metrics = (FlickerFlow(), FlickerExcess())
+    alone = [[metric(ClipPair(dense, clip)) for metric in metrics] for clip in clips]
+    assert len(found) == 6
+    found.clear()
+    pair = ClipPair(dense, dense)
+    together = [[metric(pair.beside(clip)) for metric in metrics] for clip in clips]
+    assert together == alone
+    assert len(found) == 1
+    assert not ClipPair(other, dense).known
+    with pytest.raises(ValueError, match="one shape"):
+        pair.beside(moving_clip(4))
