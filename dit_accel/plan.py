@@ -66,18 +66,31 @@ class LeftOut:
     Attributes:
         made: the step.
         difference: ``[B, S, H, D]``, dense less sparse attention of the tokens that query, around a ring of this
-            process' slots; in the call's dtype.
+            process' slots; in the call's dtype, or int8.
+        scale: of int8, float32 ``[B, S, H, 1]``: one for each token and head.
         witness: 0-d, zero, or NaN where the difference holds one.
     """
 
     made: StepContext
     difference: torch.Tensor
+    scale: torch.Tensor | None
     witness: torch.Tensor
 
     @classmethod
-    def of(cls, made: StepContext, difference: torch.Tensor) -> LeftOut:
-        """A difference of this step."""
-        return cls(made, difference, difference.sum(dtype=torch.float32) * 0.0)
+    def of(cls, made: StepContext, difference: torch.Tensor, bits: int = 16) -> LeftOut:
+        """A difference of this step, kept as it is or in 8 bits."""
+        witness, scale = difference.sum(dtype=torch.float32) * 0.0, None
+        if bits == 8:
+            scale = difference.abs().amax(-1, keepdim=True).float().clamp_min(torch.finfo(torch.float32).tiny) / 127
+            difference = (difference / scale).round_().to(torch.int8)
+        return cls(made, difference, scale, witness)
+
+    def add_to(self, out: torch.Tensor, share: float) -> None:
+        """Add a share of the difference to ``[B, S, H, D]``, in place."""
+        if self.scale is None:
+            out.add_(self.difference, alpha=share)
+        else:
+            out.addcmul_(self.difference.to(out.dtype), (self.scale * share).to(out.dtype))
 
 
 @dataclass

@@ -53,6 +53,7 @@ FIELDS: dict[str, st.SearchStrategy[Any]] = {
     "zeta": st.sampled_from((1.0, 1.03)),
     "kept": st.sampled_from((0.25, 0.75, 1.0)),
     "lasts": st.sampled_from((0.1, 0.8, 1.0)),
+    "bits": st.sampled_from((8, 16)),
     "slope": st.sampled_from((0.0, 0.5, 1.0)),
     "correction": st.sampled_from((0.0, 0.7, 1.0)),
     "top_p": shares,

@@ -64,21 +64,23 @@ def _seen(plan, layout: TokenLayout) -> torch.Tensor:
 
 
 @pytest.mark.parametrize(
-    ("kind", "name", "hidden", "order", "dtype"),
+    ("kind", "name", "hidden", "order", "dtype", "bits"),
     [
-        ("pooled", "alone", False, Raster(), torch.float32),
-        ("pooled", "text first", True, Tiles((2, 4, 4)), torch.float32),
-        ("mass", "text last", True, Tiles((2, 4, 4)), torch.float32),
-        ("mass", "text first", False, Tiles((2, 4, 4)), torch.bfloat16),
-        ("mass", "references", True, Tiles((2, 4, 4)), torch.float32),
-        ("pooled", "ragged", True, Tiles((2, 4, 4)), torch.float32),
+        ("pooled", "alone", False, Raster(), torch.float32, 16),
+        ("pooled", "text first", True, Tiles((2, 4, 4)), torch.float32, 16),
+        ("mass", "text last", True, Tiles((2, 4, 4)), torch.float32, 16),
+        ("mass", "text first", False, Tiles((2, 4, 4)), torch.bfloat16, 16),
+        ("mass", "references", True, Tiles((2, 4, 4)), torch.float32, 16),
+        ("pooled", "ragged", True, Tiles((2, 4, 4)), torch.float32, 16),
+        ("mass", "ragged", False, Tiles((2, 4, 4)), torch.float32, 8),
+        ("pooled", "text first", True, Tiles((2, 4, 4)), torch.bfloat16, 8),
     ],
-    ids=["plain", "pooled", "mass", "bfloat16", "references", "ragged"],
+    ids=["plain", "pooled", "mass", "bfloat16", "references", "ragged", "8 bits", "8 bits, bfloat16"],
 )
-def test_the_equation(kind, name, hidden, order, dtype):
+def test_the_equation(kind, name, hidden, order, dtype, bits):
     """Two branches in turns: dense less sparse attention of the last dense step, times 1 - age / lasts."""
     layout = (LAYOUTS | MORE)[name]
-    engine = Engine(Recipe(order, SELECTS[kind], Carried(LASTS), schedule=SCHEDULE), ["layer"], "auto", 0)
+    engine = Engine(Recipe(order, SELECTS[kind], Carried(LASTS, bits), schedule=SCHEDULE), ["layer"], "auto", 0)
     calls = []
     engine.observer = calls.append
     key_mask = half_hidden(layout) if hidden else None
@@ -98,6 +100,8 @@ def test_the_equation(kind, name, hidden, order, dtype):
                 assert engine.records[0].sparse_calls == before
                 assert torch.equal(out, dense.to(dtype))
                 if index:
+                    left = kept.memories[(0, step.branch, 2, q.device)].left_out
+                    assert left.difference.dtype == (torch.int8 if bits == 8 else dtype)
                     plan = kept.plans[(0, step.branch, 2, q.device)].plan
                     sparse = _attention(q, k, v, _seen(plan, layout) & visible)
                     left_out[branch] = (index, dense - sparse)
@@ -110,7 +114,11 @@ def test_the_equation(kind, name, hidden, order, dtype):
             added += share > 0
             # Each of the three terms rounds once to the dtype (bfloat16: 2^-9 of its size), the kernel likewise.
             bound = {torch.float32: 1e-5, torch.bfloat16: 4 * 2.0**-8}[dtype] * expected.abs().max()
-            assert (out.double() - expected).abs().max() <= bound
+            # Half a step of 127 of the largest of a token and head.
+            rounded = share * difference.abs().amax(-1, keepdim=True) / 254 if bits == 8 else torch.zeros(1)
+            assert ((out.double() - expected).abs() - rounded).max() <= bound
+            if bits == 8 and share and dtype == torch.float32:
+                assert (out.double() - expected).abs().max() > bound, "it is not in 8 bits"
             largest = max(largest, float((share * difference).abs().max() / expected.abs().max()))
     assert added == 2 * (4 + 2)
     assert largest > 0.1, "nothing that shows was added"
@@ -160,9 +168,10 @@ def test_a_new_run_and_a_bare_model_carry_nothing():
     assert torch.equal(out_of(engine, StepContext(3, STEPS, forward_id=3)), torch.full((2, 189, 3, 16), 1e3))
 
 
-def test_a_nan_of_the_difference_shows():
+@pytest.mark.parametrize("bits", [8, 16])
+def test_a_nan_of_the_difference_shows(bits):
     layout = LAYOUTS["alone"]
-    engine = Engine(Recipe(Raster(), SELECTS["pooled"], Carried(), schedule=SCHEDULE), ["layer"], "auto", 0)
+    engine = Engine(Recipe(Raster(), SELECTS["pooled"], Carried(bits=bits), schedule=SCHEDULE), ["layer"], "auto", 0)
     for index in (1, 2):
         q, k, v = _inputs(layout, index, 0, torch.float32)
         step = StepContext(index, STEPS, forward_id=index)
@@ -188,6 +197,7 @@ def test_two_pipelines_and_a_second_run():
         ({"schedule.dense_refresh": False, "schedule.plan_in_dense_phase": False}, "needs dense steps now and then"),
         ({"schedule.refresh_at": ()}, "needs dense steps now and then"),
         ({"compensate.lasts": 0.0}, r"compensate.lasts must be a share of the steps in \(0, 1\], got 0.0"),
+        ({"compensate.bits": 4}, "compensate.bits must be 8 or 16, got 4"),
         ({"compensate.lasts": 1.5}, "got 1.5"),
         ({"select": "dense"}, "a dense selection leaves nothing out"),
     ],

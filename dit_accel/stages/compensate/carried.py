@@ -25,9 +25,12 @@ class Carried(Compensation):
 
     Attributes:
         lasts: share of the run's steps after which nothing is added.
+        bits: 16 keeps the difference in the call's dtype, 8 in integers with a scale for each token and head, which
+            takes half the memory and loses up to 1/254 of a head's largest difference.
     """
 
     lasts: float = 0.8
+    bits: int = 16
 
     is_static: ClassVar[bool] = True
     allows_pairs: ClassVar[bool] = True
@@ -37,6 +40,8 @@ class Carried(Compensation):
     def __post_init__(self) -> None:
         if not 0.0 < self.lasts <= 1.0:
             raise ValueError(f"compensate.lasts must be a share of the steps in (0, 1], got {self.lasts}.")
+        if self.bits not in (8, 16):
+            raise ValueError(f"compensate.bits must be 8 or 16, got {self.bits}.")
 
     def conflicts_with(self, select: Select) -> str | None:
         if select.is_dense:
@@ -46,8 +51,8 @@ class Carried(Compensation):
     def left_out(self, call: AttentionCall, dense: torch.Tensor, sparse: Callable[[], Attended]) -> LeftOut:
         """What a dense step keeps for :meth:`attend`."""
         if call.part is not None:  # of its slots, so that no later step has to send it there
-            return LeftOut.of(call.step, call.part.queries.there(dense) - sparse()[0])
-        return LeftOut.of(call.step, dense - call.of_queries(sparse()[0]))
+            return LeftOut.of(call.step, call.part.queries.there(dense) - sparse()[0], self.bits)
+        return LeftOut.of(call.step, dense - call.of_queries(sparse()[0]), self.bits)
 
     def attend(self, call: AttentionCall, _plan: AttentionPlan, sparse: Callable[[], Attended]) -> Attended:
         """Sparse attention and a share of the difference."""
@@ -59,7 +64,7 @@ class Carried(Compensation):
                 raise RuntimeError("Carried has no gradient; train with another compensation or without one.")
             # In place: padding and tokens that do not query have no difference.
             added_to = call.of_queries(out) if call.part is None else out
-            added_to.add_(call.left_out.difference, alpha=share)
+            call.left_out.add_to(added_to, share)
             if witness is not out:
                 witness = witness + call.left_out.witness
         return out, witness
