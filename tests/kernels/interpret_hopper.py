@@ -92,6 +92,20 @@ CASES: dict[str, dict[str, Any]] = {
         "slope": 400.0,
         "stages": 3,
     },
+    "half ahead": {"block": (128, 64), "length": 500, "dim": 64, "scores_ahead": True, "empty_rows": True, "stages": 3},
+    "half ahead turns": {"block": (128, 64), "length": 390, "dim": 64, "scores_ahead": True, "take_turns": True},
+    "half ahead rows bits": {
+        "block": (128, 64),
+        "length": 300,
+        "dim": 64,
+        "rows": (1, 3),
+        "bits": True,
+        "key_mask": True,
+        "scores_ahead": True,
+        "take_turns": False,
+        "ring": 2,
+    },
+    "half ahead steep": {"block": (128, 64), "length": 390, "dim": 64, "slope": 400.0, "scores_ahead": True},
     "half steep": {"block": (128, 64), "length": 390, "slope": 400.0},
     "pairs steep": {"block": (64, 64), "length": 390, "slope": 400.0},
     "pairs apart": {"block": (64, 64), "length": 500, "lists": "apart", "take_turns": True},
@@ -190,7 +204,7 @@ def find_fault(case: dict[str, Any], seed: int) -> str | None:
     """What is wrong with a case's output and log-sum-exp, or None."""
     settings = {"dim": 128, "dtype": torch.bfloat16, **case}
     options = {name: settings.pop(name) for name in ("precision", "key_scales") if name in settings}
-    config = {name: settings.pop(name) for name in ("ring", "stages", "take_turns") if name in settings}
+    config = {name: settings.pop(name) for name in ("ring", "stages", "take_turns", "scores_ahead") if name in settings}
     kept, slope = settings.pop("lists", None), settings.pop("slope", None)
     q, k, v, mask, rows, hide, visible = build(**settings)
     length = q.shape[1]

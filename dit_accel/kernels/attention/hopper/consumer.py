@@ -84,12 +84,18 @@ def consume(
     QUANTIZED: gl.constexpr,
     FP8: gl.constexpr,
     THREAD_SCALES: gl.constexpr,
+    SCORES_AHEAD: gl.constexpr,
 ):
     """Attention of 64 query rows of every tile of this program.
 
     Tiles are a pipeline too: the last product of one runs beside the first scores of the next, and what is left
     of a tile then, normalising and storing, delays nothing that is in flight but this warpgroup's next scores.
+
+    With ``SCORES_AHEAD`` a block's scores are made during the softmax of the block before, and no softmax waits for
+    them. The scores beside a tile's last block are of nothing, and nobody reads them.
     """
+    # Keys go back a step later than they could, so that a third stage is needed to load into.
+    gl.static_assert(not SCORES_AHEAD or (STAGES > 2 and not QUANTIZED))
     dtype: gl.constexpr = shared.o_smem.dtype
     K_INSTR: gl.constexpr = 32 if QUANTIZED else 16
     S_LAYOUT: gl.constexpr = gl.NVMMADistributedLayout(
@@ -191,6 +197,11 @@ def consume(
                     HAS_BITS,
                     HAS_KEY_MASK,
                 )
+            if SCORES_AHEAD:
+                mbarrier.wait(shared.k_full.index(next_stage), next_phase, pred=count > 1)
+                ahead_token = warpgroup_mma(
+                    queries, shared.k_smem.index(next_stage).permute([1, 0]), start, use_acc=False, is_async=True
+                )
             prev_row_max, prev_row_sum = row_max, row_sum
             row_max = gl.full([64, 4], ROW_MAX_INIT, gl.float32, layout=LANES)
             row_sum = gl.zeros([64, 4], gl.float32, layout=LANES)
@@ -200,11 +211,17 @@ def consume(
             p, row_sum = scale_apply_exp2(first_scores, row_max, acc_scale, row_sum, score_scale, MAX_OFFSET)
             if FP8:
                 acc_scale = gl.zeros([64, 4], gl.float32, layout=LANES)
-            consumer_wait(shared, stage, phase, next_stage, next_phase, count > 1)
+            if SCORES_AHEAD:
+                later_stage, later_phase = advance_stage(next_stage, next_phase, STAGES)
+                consumer_wait(shared, stage, phase, later_stage, later_phase, count > 2)
+            else:
+                consumer_wait(shared, stage, phase, next_stage, next_phase, count > 1)
             if FP8:
                 pv = warpgroup_mma_wait(0, deps=[pv_token])
                 acc = rescale_and_add_o(acc, prev_acc_scale, pv)
                 p_operand = pack_p_fp8(p)
+            elif SCORES_AHEAD:
+                acc, p_operand, ahead = warpgroup_mma_wait(0, deps=[pv_token, p_operand, ahead_token])
             else:
                 acc, p_operand = warpgroup_mma_wait(0, deps=[pv_token, p_operand])
             consumer_release_v(stage, STAGES)
@@ -251,16 +268,20 @@ def consume(
                         p_operand = gl.convert_layout(p.to(dtype), OPERAND)
                     if TAKE_TURNS:
                         warp_scheduler_barrier_sync(WG)
+                    qk_stage = next_stage if SCORES_AHEAD else stage
                     qk_token = warpgroup_mma(
-                        queries, shared.k_smem.index(stage).permute([1, 0]), start, use_acc=False, is_async=True
+                        queries, shared.k_smem.index(qk_stage).permute([1, 0]), start, use_acc=False, is_async=True
                     )
                     if not FP8:
                         # While the scores are being made.
                         acc = rescale_o(acc, acc_scale, rescale)
                     prev_acc_scale = acc_scale
                     pv_token = pv_gemm(p_operand, shared.v_smem.index(prev_stage), acc, entry > 1, FP8, OPERAND)
-                    qk = warpgroup_mma_wait(1, deps=[qk_token])
-                    consumer_release_k(stage, tensors.kv_len, STAGES)
+                    if SCORES_AHEAD:
+                        qk = ahead
+                    else:
+                        qk = warpgroup_mma_wait(1, deps=[qk_token])
+                        consumer_release_k(stage, tensors.kv_len, STAGES)
                     scores = qk
                     if partial:
                         if not ASK_AHEAD:
@@ -292,11 +313,17 @@ def consume(
                     p, row_sum = scale_apply_exp2(scores, row_max, acc_scale, row_sum, score_scale, MAX_OFFSET)
                     # Here, before the product: the waits' branches keep the assembler from moving the wait for the
                     # product up, in front of the exponentials it shall overlap.
-                    consumer_wait(shared, stage, phase, next_stage, next_phase, entry + 1 < count)
+                    if SCORES_AHEAD:
+                        later_stage, later_phase = advance_stage(next_stage, next_phase, STAGES)
+                        consumer_wait(shared, stage, phase, later_stage, later_phase, entry + 2 < count)
+                    else:
+                        consumer_wait(shared, stage, phase, next_stage, next_phase, entry + 1 < count)
                     if FP8:
                         # The wait takes no 8-bit operand; the assembler keeps its registers until here.
                         pv = warpgroup_mma_wait(0, deps=[pv_token])
                         acc = rescale_and_add_o(acc, prev_acc_scale, pv)
+                    elif SCORES_AHEAD:
+                        acc, p_operand, ahead = warpgroup_mma_wait(0, deps=[pv_token, p_operand, qk_token])
                     else:
                         acc, p_operand = warpgroup_mma_wait(0, deps=[pv_token, p_operand])
                     consumer_release_v(stage, STAGES)

@@ -43,6 +43,7 @@ class HopperConfig:
     stages: int
     take_turns: bool
     ring: int | None = None
+    scores_ahead: bool = False
 
 
 def why_not_hopper(
@@ -257,6 +258,7 @@ def _launch(
         "FP8": fp8,
         "THREAD_SCALES": quantized is not None and quantized.scales_by_thread,
         "PAIRED": paired,
+        "SCORES_AHEAD": config.scores_ahead,
     }
     grid = (min(nq * heads, programs), 1, 1)
     perm = index if rows is None else rows

@@ -129,6 +129,7 @@ def hopper_fwd_kernel(
     FP8: gl.constexpr,
     THREAD_SCALES: gl.constexpr,
     PAIRED: gl.constexpr,
+    SCORES_AHEAD: gl.constexpr,
 ):
     """Query blocks of 128 rows, or ``PAIRED`` ones of 64, of the heads of one batch entry.
 
@@ -246,6 +247,7 @@ def hopper_fwd_kernel(
                     QUANTIZED,
                     FP8,
                     THREAD_SCALES,
+                    SCORES_AHEAD,
                 ),
             ),
             (
@@ -267,6 +269,7 @@ def hopper_fwd_kernel(
                     QUANTIZED,
                     FP8,
                     THREAD_SCALES,
+                    SCORES_AHEAD,
                 ),
             ),
             (
