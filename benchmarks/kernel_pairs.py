@@ -47,14 +47,16 @@ def section_pairs_in_8_bits(report: Report, args: argparse.Namespace) -> None:
                     compare_in_8_bits(report, q, k, v, mask, rows, precision, {**labels, "tokens": "permuted"})
 
 
-def pair_mask(heads: int, length: int, block_q: int, density: float, alike: float, device: torch.device) -> BlockMask:
-    """The blocks of 64 keys with the largest of random scores, as many in every row."""
-    nq, nk = -(-length // block_q), -(-length // 64)
+def pair_mask(
+    heads: int, length: int, block_q: int, density: float, alike: float, device: torch.device, block_k: int = 64
+) -> BlockMask:
+    """The blocks of ``block_k`` keys with the largest of random scores, as many in every row."""
+    nq, nk = -(-length // block_q), -(-length // block_k)
     score = torch.rand(1, heads, nq, nk, device=device)
     score += alike * torch.rand(1, heads, -(-nq // 2), nk, device=device).repeat_interleave(2, 2)[:, :, :nq]
     picked = score.topk(max(1, int(nk * density))).indices
     keep = torch.zeros_like(score, dtype=torch.bool).scatter_(-1, picked, True)
-    return BlockMask.from_dense(keep, block_q, 64, length, length)
+    return BlockMask.from_dense(keep, block_q, block_k, length, length)
 
 
 def shared_share(mask: BlockMask) -> float:

@@ -106,6 +106,27 @@ CASES: dict[str, dict[str, Any]] = {
         "ring": 2,
     },
     "half ahead steep": {"block": (128, 64), "length": 390, "dim": 64, "slope": 400.0, "scores_ahead": True},
+    "half wide": {"block": (128, 64), "length": 500, "dim": 64, "wide_steps": True, "empty_rows": True, "stages": 2},
+    "half wide rows bits": {
+        "block": (128, 64),
+        "length": 300,
+        "dim": 64,
+        "rows": (1, 3),
+        "bits": True,
+        "key_mask": True,
+        "wide_steps": True,
+        "stages": 4,
+        "ring": 2,
+    },
+    "half wide steep": {
+        "block": (128, 64),
+        "length": 1000,
+        "dim": 64,
+        "slope": 400.0,
+        "wide_steps": True,
+        "keep_q": True,
+        "stages": 3,
+    },
     "half steep": {"block": (128, 64), "length": 390, "slope": 400.0},
     "pairs steep": {"block": (64, 64), "length": 390, "slope": 400.0},
     "pairs apart": {"block": (64, 64), "length": 500, "lists": "apart", "take_turns": True},
@@ -204,7 +225,11 @@ def find_fault(case: dict[str, Any], seed: int) -> str | None:
     """What is wrong with a case's output and log-sum-exp, or None."""
     settings = {"dim": 128, "dtype": torch.bfloat16, **case}
     options = {name: settings.pop(name) for name in ("precision", "key_scales") if name in settings}
-    config = {name: settings.pop(name) for name in ("ring", "stages", "take_turns", "scores_ahead") if name in settings}
+    config = {
+        name: settings.pop(name)
+        for name in ("ring", "stages", "take_turns", "scores_ahead", "wide_steps", "keep_q")
+        if name in settings
+    }
     kept, slope = settings.pop("lists", None), settings.pop("slope", None)
     q, k, v, mask, rows, hide, visible = build(**settings)
     length = q.shape[1]

@@ -37,13 +37,22 @@ _DESCRIPTORS: dict[Hashable, TensorDescriptor] = {}
 class HopperConfig:
     """Buffers of key and value blocks, of pairs three at least, and whether the consumers take turns at products.
 
-    ``ring``: heads of a permuted call whose keys and values are in order at a time, in place of :func:`ring_heads`.
+    Attributes:
+        ring: heads of a permuted call whose keys and values are in order at a time, in place of :func:`ring_heads`.
+        scores_ahead: scores are made a block ahead, during the softmax of the block before. Half precision, blocks of
+            128 queries, three stages at least; at head dim 128 registers spill.
+        wide_steps: two listed blocks of 64 keys are a step, and have one stage. Half precision, blocks of 128 queries,
+            head dim 64; not with ``scores_ahead``.
+        keep_q: whether consumers keep queries in registers; as a rule, in place of None, where a step has 64 keys.
+            With so few a product reads as many bytes of q as of k, and shared memory could not keep up.
     """
 
     stages: int
     take_turns: bool
     ring: int | None = None
     scores_ahead: bool = False
+    wide_steps: bool = False
+    keep_q: bool | None = None
 
 
 def why_not_hopper(
@@ -259,6 +268,8 @@ def _launch(
         "THREAD_SCALES": quantized is not None and quantized.scales_by_thread,
         "PAIRED": paired,
         "SCORES_AHEAD": config.scores_ahead,
+        "WIDE_STEPS": config.wide_steps,
+        "KEEP_Q": block_k == 64 and not config.wide_steps if config.keep_q is None else config.keep_q,
     }
     grid = (min(nq * heads, programs), 1, 1)
     perm = index if rows is None else rows
