@@ -106,7 +106,7 @@ CASES: dict[str, dict[str, Any]] = {
         "ring": 2,
     },
     "half ahead steep": {"block": (128, 64), "length": 390, "dim": 64, "slope": 400.0, "scores_ahead": True},
-    "half wide": {"block": (128, 64), "length": 500, "dim": 64, "wide_steps": True, "empty_rows": True, "stages": 2},
+    "half wide": {"block": (128, 64), "length": 1000, "dim": 64, "wide_steps": True, "empty_rows": True, "stages": 2},
     "half wide rows bits": {
         "block": (128, 64),
         "length": 300,
@@ -156,6 +156,36 @@ FAULTS = {
         f"{WAIT}{' ' * 20}consumer_release_v(stage, STAGES)",
         f"consumer_release_v(stage, STAGES)\n{' ' * 20}{WAIT}",
     ),
+    "keys given back early": (
+        consumer.consume,
+        "acc, p_operand, ahead = warpgroup_mma_wait(0, deps=[pv_token, p_operand, qk_token])\n"
+        f"{' ' * 20}else:\n{' ' * 24}{WAIT}{' ' * 20}consumer_release_v(stage, STAGES)",
+        f"consumer_release_v(next_stage, STAGES)\n{' ' * 24}"
+        "acc, p_operand, ahead = warpgroup_mma_wait(0, deps=[pv_token, p_operand, qk_token])\n"
+        f"{' ' * 20}else:\n{' ' * 24}{WAIT}",
+    ),
+    "scores of the block at hand": (
+        consumer.consume,
+        "qk_stage = next_stage if SCORES_AHEAD else stage",
+        "qk_stage = stage",
+    ),
+    "keys not waited for": (
+        consumer.consume,
+        "later_stage, later_phase, entry + 2 < steps)",
+        "later_stage, later_phase, entry + 3 < steps)",
+    ),
+    "a second block that is not there": (
+        softmax.mask_two_blocks,
+        "block = gl.where(listed, block, kv_len // BLOCK_K + 1)",
+        "block = gl.where(listed, block, block)",
+    ),
+    "a partial block beside a full one": (
+        softmax.mask_two_blocks,
+        "entry + 1 < full, second, masked",
+        "entry < full, second, masked",
+    ),
+    "a step too few": (consumer.consume, "(count + 1) // 2 if WIDE_STEPS", "count // 2 if WIDE_STEPS"),
+    "the other block": (producer.produce, "at + 2 * entry + 3, mask", "at + 2 * entry + 2, mask"),
     "loaded early": (
         named_barriers.pair_acquire_v,
         "_sync(V_EMPTY + (step + PAIR_LAG) % STAGES, threads)",
