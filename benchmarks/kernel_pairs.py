@@ -121,7 +121,8 @@ def hopper(
     from dit_accel.kernels.attention.hopper.forward import default_config, hopper_forward
 
     scale = q.shape[-1] ** -0.5
-    config = replace(default_config(64, q.shape[-1], precision, rows is not None), **changes)
+    pairs = mask.block_q == 64
+    config = replace(default_config(64, q.shape[-1], precision, rows is not None, pairs=pairs), **changes)
     ready = None if precision is None else quantized(q, k, v, mask, rows, precision)
     return lambda: hopper_forward(q, k, v, mask, rows, None, scale, quantized=ready, config=config)[0]
 

@@ -16,7 +16,8 @@ from kernel_pairs import pair_mask
 
 from dit_accel.kernels import BlockMask
 
-# Changes of the configuration that is used. Two blocks a step are of head dim 64.
+# Changes of the configuration without either form. Two blocks a step are of head dim 64.
+PLAIN: dict[str, object] = {"scores_ahead": False, "wide_steps": False}
 FORMS: dict[str, dict[str, object]] = {
     "used": {},
     "turns": {"take_turns": True},
@@ -62,5 +63,7 @@ def compare(report: Report, q, k, v, mask: BlockMask, rows: torch.Tensor | None,
 def hopper(q, k, v, mask: BlockMask, rows, **changes: object) -> Callable[[], torch.Tensor]:
     from dit_accel.kernels.attention.hopper.forward import default_config, hopper_forward
 
-    config = replace(default_config(mask.block_k, q.shape[-1], None, rows is not None), **changes)
+    config = default_config(mask.block_k, q.shape[-1], None, rows is not None)
+    if changes:
+        config = replace(config, **(PLAIN | changes))
     return lambda: hopper_forward(q, k, v, mask, rows, None, q.shape[-1] ** -0.5, config=config)[0]

@@ -272,7 +272,9 @@ def find_fault(case: dict[str, Any], seed: int) -> str | None:
         visible = visible_tokens(mask, None, rows)
     ready = reference_quantize(q, k, v, *settings["block"], rows=rows, **options) if options else None
     block_k = hopper_forward.PAIR_KEYS if mask.block_q == 64 else mask.block_k
-    default = hopper_forward.default_config(block_k, q.shape[-1], options.get("precision"), rows is not None)
+    default = hopper_forward.default_config(
+        block_k, q.shape[-1], options.get("precision"), rows is not None, pairs=mask.block_q == 64
+    )
     chosen = replace(default, **{"take_turns": mask.block_q == 128, **config})
     hopper_forward.hopper_fwd_kernel = Interprets(KERNEL, seed)
     scale = q.shape[-1] ** -0.5

@@ -146,6 +146,26 @@ def test_buffers_fit_and_have_a_named_barrier_each(permuted, block_k, dim, preci
 
 
 @pytest.mark.parametrize(
+    ("switch", "field"), [("SCORES_AHEAD_AT_64", "scores_ahead"), ("TWO_BLOCKS_A_STEP_AT_64", "wide_steps")]
+)
+def test_a_form_of_a_step_is_of_head_dim_64_alone(switch, field, monkeypatch):
+    from dit_accel.kernels.attention.hopper.forward import default_config
+
+    shapes = [(64, 64, None, False), (64, 64, None, True), (64, 64, "int8", False), (64, 128, None, False)]
+    shapes += [(128, 64, None, False)]
+    usual = [default_config(*shape) for shape in shapes]
+    pairs = default_config(64, 64, None, pairs=True)
+    assert not any(getattr(config, field) for config in (*usual, pairs))
+    monkeypatch.setattr(variants, switch, True)
+    found = [default_config(*shape) for shape in shapes]
+    assert [getattr(config, field) for config in found] == [True, True, False, False, False]
+    assert found[2:] == usual[2:]
+    assert default_config(64, 64, None, pairs=True) == pairs
+    # As many bytes of keys and values as without.
+    assert [config.stages for config in found[:2]] == [4 if field == "wide_steps" else 8] * 2
+
+
+@pytest.mark.parametrize(
     ("batch", "heads", "ring"),
     [(1, 12, 3), (2, 12, 7), (1, 40, 12), (1, 24, 7), (1, 7, 2), (1, 4, 2), (1, 1, 1), (9, 2, 2)],
 )

@@ -30,7 +30,8 @@ def forward_of(form, permuted):
 
     if torch.cuda.get_device_capability() != (9, 0):
         pytest.skip("it needs a GPU of compute capability 9.0")
-    config = replace(default_config(64, 64, None, permuted), **FORMS[form])
+    plain = {"scores_ahead": False, "wide_steps": False}
+    config = replace(default_config(64, 64, None, permuted), **(plain | FORMS[form]))
 
     def forward(q, k, v, mask, rows, hide, scale):
         # Freed memory of the outputs' sizes, so that what no program writes shows.

@@ -21,6 +21,7 @@ from ...common.launch import LOG2_E, int32_rows, list_strides
 from ...common.quantized_inputs import QuantizedInputs
 from ...mask.block_mask import BlockMask
 from ...mask.query_pairs import QueryPairs, query_pairs
+from .. import variants
 from .kernel import hopper_fwd_kernel
 
 _ROWS = 64  # query rows of a consumer warpgroup
@@ -110,11 +111,16 @@ def default_config(
     value_row = dim if precision == "int8_fp8" else half
     # Outputs of quantised calls have a buffer of their own, and so has a block on its way into order.
     other = 128 * half if precision is not None else block_k * half if permuted else 0
-    stages = (_SHARED_BYTES - 2 * 128 * in_row - other) // (block_k * (in_row + value_row))
-    most = (3 if precision == "int8" else 4) * 128 // block_k
+    free = precision is None and not pairs and block_k == dim == 64
+    wide, ahead = (free and on for on in (variants.TWO_BLOCKS_A_STEP_AT_64, variants.SCORES_AHEAD_AT_64))
+    step_keys = 2 * block_k if wide else block_k
+    stages = (_SHARED_BYTES - 2 * 128 * in_row - other) // (step_keys * (in_row + value_row))
+    most = (3 if precision == "int8" else 4) * 128 // step_keys
     return HopperConfig(
         min(most, stages),
-        take_turns=not (has_bits or pairs) and (block_k == 128 if precision else 64 in (block_k, dim)),
+        take_turns=not (has_bits or pairs or ahead) and (block_k == 128 if precision else 64 in (block_k, dim)),
+        scores_ahead=ahead,
+        wide_steps=wide,
     )
 
 
