@@ -23,15 +23,23 @@ FORMS: dict[str, dict[str, object]] = {
     "turns": {"take_turns": True},
     "free": {"take_turns": False},
     "q shared": {"take_turns": True, "keep_q": False},
-    "ahead, free": {"take_turns": False, "scores_ahead": True},
+    "ahead": {"take_turns": False, "scores_ahead": True},
     "ahead, turns": {"take_turns": True, "scores_ahead": True},
-    "ahead, free, q shared": {"take_turns": False, "scores_ahead": True, "keep_q": False},
+    "ahead, q shared": {"take_turns": False, "scores_ahead": True, "keep_q": False},
 }
 WIDE: dict[str, dict[str, object]] = {
     "wide, free": {"take_turns": False, "wide_steps": True, "keep_q": False, "stages": 4},
     "wide, turns": {"take_turns": True, "wide_steps": True, "keep_q": False, "stages": 4},
     "wide, turns, q kept": {"take_turns": True, "wide_steps": True, "keep_q": True, "stages": 4},
-    "wide, turns, 6 stages": {"take_turns": True, "wide_steps": True, "keep_q": False, "stages": 6},
+    "wide ahead": {"take_turns": False, "wide_steps": True, "keep_q": False, "stages": 4, "scores_ahead": True},
+    "wide ahead, turns": {"take_turns": True, "wide_steps": True, "keep_q": False, "stages": 4, "scores_ahead": True},
+    "wide ahead, 6 stages": {
+        "take_turns": False,
+        "wide_steps": True,
+        "keep_q": False,
+        "stages": 6,
+        "scores_ahead": True,
+    },
 }
 
 

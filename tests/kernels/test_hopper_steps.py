@@ -21,6 +21,8 @@ FORMS = {
     "ahead stages": {"scores_ahead": True, "take_turns": False, "stages": 3},
     "wide": {"wide_steps": True, "take_turns": False, "stages": 4},
     "wide turns": {"wide_steps": True, "take_turns": True, "stages": 4, "keep_q": True},
+    "wide ahead": {"wide_steps": True, "scores_ahead": True, "take_turns": False, "stages": 4},
+    "wide ahead turns": {"wide_steps": True, "scores_ahead": True, "take_turns": True, "stages": 3},
     "wide stages": {"wide_steps": True, "take_turns": True, "stages": 2},
 }
 

@@ -21,7 +21,7 @@ PAIRS_ON_HOPPER = True
 #     python benchmarks/kernels.py --sections pairs8 --lengths 32760,75600 --seconds 170 --json pairs8.json
 # and set it to True if the one passes and the other shows them ahead of the portable kernel.
 PAIRS_IN_8_BITS = False
-# How half-precision blocks of 128 x 64 run at head dim 64: scores made a block ahead, or two blocks a step, not both.
+# How half-precision blocks of 128 x 64 run at head dim 64: scores made a block ahead, and two blocks a step.
 # Off: nobody has timed them (notes/hopper_head_dim_64.md). On a Hopper GPU run
 #     pytest -m gpu tests/kernels/test_hopper_steps.py
 #     python benchmarks/kernels.py --sections steps --lengths 32760 --head-dim 64 --seconds 140 --json steps64.json

@@ -40,10 +40,10 @@ class HopperConfig:
 
     Attributes:
         ring: heads of a permuted call whose keys and values are in order at a time, in place of :func:`ring_heads`.
-        scores_ahead: scores are made a block ahead, during the softmax of the block before. Half precision, blocks of
-            128 queries, three stages at least; at head dim 128 registers spill.
+        scores_ahead: scores are made a block ahead, beside the exponentials of the block before. Half precision, blocks
+            of 128 queries, three stages at least.
         wide_steps: two listed blocks of 64 keys are a step, and have one stage. Half precision, blocks of 128 queries,
-            head dim 64; not with ``scores_ahead``.
+            head dim 64.
         keep_q: whether consumers keep queries in registers; as a rule, in place of None, where a step has 64 keys.
             With so few a product reads as many bytes of q as of k, and shared memory could not keep up.
     """
