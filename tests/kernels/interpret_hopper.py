@@ -188,8 +188,8 @@ FAULTS = {
     ),
     "scores of the block at hand": (
         consumer.consume,
-        f"{' ' * 20}    qk_token = warpgroup_mma(\n{' ' * 28}queries, shared.k_smem.index(next_stage)",
-        f"{' ' * 20}    qk_token = warpgroup_mma(\n{' ' * 28}queries, shared.k_smem.index(stage)",
+        "shared.k_smem.index(next_stage)",
+        "shared.k_smem.index(stage)",
     ),
     "keys not waited for": (
         consumer.consume,
