@@ -24,7 +24,7 @@ PAIRS_IN_8_BITS = False
 # How half-precision blocks of 128 x 64 run at head dim 64: scores made a block ahead, and two blocks a step.
 # Off: nobody has timed them (notes/hopper_head_dim_64.md). On a Hopper GPU run
 #     pytest -m gpu tests/kernels/test_hopper_steps.py
-#     python benchmarks/kernels.py --sections steps --lengths 32760 --head-dim 64 --seconds 140 --json steps64.json
+#     python benchmarks/kernels.py --sections steps --lengths 32760 --head-dim 64 --seconds 150 --json steps64.json
 # and set to True what is ahead of "used".
 SCORES_AHEAD_AT_64 = False
 TWO_BLOCKS_A_STEP_AT_64 = False
