@@ -33,6 +33,11 @@ RECIPES: dict[str, tuple[str, dict[str, Any], dict[str, Any]]] = {
     "pooled": ("pooled", {}, {}),
     "pooled, one plan": ("pooled", {"refresh_every": 1_000_000}, {}),
     "mass at every call": ("mass", {}, {"schedule": "schedule"}),
+    "mass, one plan, 64 queries": (
+        "mass",
+        {"block": (64, 64)},
+        {"schedule": "schedule", "schedule.refresh_every": 1_000_000},
+    ),
     "pooled, int8": ("pooled", {}, {"precision": "int8"}),
     "window": ("window", {}, {}),
 }

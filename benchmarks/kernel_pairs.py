@@ -47,14 +47,16 @@ def section_pairs_in_8_bits(report: Report, args: argparse.Namespace) -> None:
                     compare_in_8_bits(report, q, k, v, mask, rows, precision, {**labels, "tokens": "permuted"})
 
 
-def pair_mask(heads: int, length: int, block_q: int, density: float, alike: float, device: torch.device) -> BlockMask:
-    """The blocks of 64 keys with the largest of random scores, as many in every row."""
-    nq, nk = -(-length // block_q), -(-length // 64)
+def pair_mask(
+    heads: int, length: int, block_q: int, density: float, alike: float, device: torch.device, block_k: int = 64
+) -> BlockMask:
+    """The blocks of ``block_k`` keys with the largest of random scores, as many in every row."""
+    nq, nk = -(-length // block_q), -(-length // block_k)
     score = torch.rand(1, heads, nq, nk, device=device)
     score += alike * torch.rand(1, heads, -(-nq // 2), nk, device=device).repeat_interleave(2, 2)[:, :, :nq]
     picked = score.topk(max(1, int(nk * density))).indices
     keep = torch.zeros_like(score, dtype=torch.bool).scatter_(-1, picked, True)
-    return BlockMask.from_dense(keep, block_q, 64, length, length)
+    return BlockMask.from_dense(keep, block_q, block_k, length, length)
 
 
 def shared_share(mask: BlockMask) -> float:
@@ -119,7 +121,8 @@ def hopper(
     from dit_accel.kernels.attention.hopper.forward import default_config, hopper_forward
 
     scale = q.shape[-1] ** -0.5
-    config = replace(default_config(64, q.shape[-1], precision, rows is not None), **changes)
+    pairs = mask.block_q == 64
+    config = replace(default_config(64, q.shape[-1], precision, rows is not None, pairs=pairs), **changes)
     ready = None if precision is None else quantized(q, k, v, mask, rows, precision)
     return lambda: hopper_forward(q, k, v, mask, rows, None, scale, quantized=ready, config=config)[0]
 

@@ -50,6 +50,7 @@ from kernel_cases import (
 )
 from kernel_pairs import section_pairs, section_pairs_in_8_bits
 from kernel_rows import section_rows
+from kernel_steps import section_steps
 
 from dit_accel.kernels import BlockMask, QuantizedInputs, block_sparse_attention
 
@@ -307,6 +308,7 @@ SECTIONS = {
     "hopper": section_hopper,
     "pairs": section_pairs,
     "pairs8": section_pairs_in_8_bits,
+    "steps": section_steps,
 }
 
 

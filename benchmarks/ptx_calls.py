@@ -204,6 +204,10 @@ def attention_calls(target: int) -> Iterator[tuple[str, Call]]:
             ((128, 128), 128, "int8_fp8", ""), ((128, 64), 128, "int8_fp8", "rows thread"),
             ((64, 64), 128, "int8_fp8", "rows hidden"),
         ]  # fmt: skip
+    if target == 90:
+        from dit_accel.kernels.mask.packed import PackedBlockMask
+
+        yield "unpack pairs", lambda: PackedBlockMask.of(mask_of(256, (64, 64), False), True, "triton").lists()
     for eight in eights:
         yield " ".join(map(str, ("quantized", *eight))).strip(), lambda eight=eight: quantized(*eight)
 

@@ -22,11 +22,22 @@ from dit_accel.kernels.common.quantized_inputs import reference_quantize
 from dit_accel.kernels.mask.query_pairs import query_pairs
 
 LENGTH, HEADS = 256, 2
+AHEAD = {"scores_ahead": True, "take_turns": False}
+WIDE = {"wide_steps": True, "stages": 4}
+WIDE_AHEAD = WIDE | AHEAD
 VARIANTS: dict[str, tuple[int, int, dict[str, Any]]] = {
     # name: (keys a block, head dim, settings)
     "half": (128, 128, {}),
     "half 64": (64, 128, {}),
     "half D=64": (128, 64, {"key_mask": True}),
+    "ahead D=64": (64, 64, {"changes": AHEAD}),
+    "ahead rows D=64": (64, 64, {"rows": True, "key_mask": True, "changes": AHEAD}),
+    "ahead rows bits D=64": (64, 64, {"rows": True, "key_mask": True, "bits": True, "changes": AHEAD}),
+    "wide D=64": (64, 64, {"changes": WIDE}),
+    "wide rows D=64": (64, 64, {"rows": True, "key_mask": True, "changes": WIDE}),
+    "wide bits D=64": (64, 64, {"key_mask": True, "bits": True, "changes": WIDE}),
+    "wide ahead D=64": (64, 64, {"changes": WIDE_AHEAD}),
+    "wide ahead rows D=64": (64, 64, {"rows": True, "changes": WIDE_AHEAD}),
     "rows": (128, 128, {"rows": True}),
     "rows 64": (64, 128, {"rows": True}),
     "rows D=64": (64, 64, {"rows": True, "key_mask": True}),
@@ -34,7 +45,7 @@ VARIANTS: dict[str, tuple[int, int, dict[str, Any]]] = {
     "int8 rows": (128, 128, {"precision": "int8", "rows": True}),
     "int8_fp8": (128, 128, {"precision": "int8_fp8"}),
     "pairs": (64, 128, {"queries": 64}),
-    "pairs turns": (64, 128, {"queries": 64, "turns": True, "dtype": torch.float16}),
+    "pairs turns": (64, 128, {"queries": 64, "changes": {"take_turns": True}, "dtype": torch.float16}),
     "pairs 128": (128, 128, {"queries": 64, "key_mask": True}),
     "pairs D=64": (64, 64, {"queries": 64}),
     "pairs rows": (64, 128, {"queries": 64, "rows": True}),
@@ -46,7 +57,11 @@ VARIANTS: dict[str, tuple[int, int, dict[str, Any]]] = {
         128,
         {"queries": 64, "precision": "int8", "rows": True, "bits": True, "key_mask": True, "key_scales": "thread"},
     ),
-    "pairs int8 turns": (64, 128, {"queries": 64, "precision": "int8", "turns": True, "key_scales": "thread"}),
+    "pairs int8 turns": (
+        64,
+        128,
+        {"queries": 64, "precision": "int8", "changes": {"take_turns": True}, "key_scales": "thread"},
+    ),
     "pairs int8 D=64": (64, 64, {"queries": 64, "precision": "int8", "key_mask": True}),
     "pairs int8_fp8": (64, 128, {"queries": 64, "precision": "int8_fp8"}),
     "pairs int8_fp8 rows bits": (
@@ -110,9 +125,9 @@ def main() -> None:
         options = {"precision": precision, "key_scales": settings.get("key_scales", "block")}
         ready = precision and reference_quantize(q, k, v, block_q, block_k, **options)
         config = None
-        if "turns" in settings:
-            config = hopper_forward.default_config(64, dim, precision, rows is not None, pairs=True)
-            config = replace(config, take_turns=settings["turns"])
+        if "changes" in settings:
+            config = hopper_forward.default_config(64, dim, precision, rows is not None, pairs=block_q == 64)
+            config = replace(config, **settings["changes"])
         hopper_forward.hopper_forward(q, k, v, mask, rows, hidden, 0.1, quantized=ready or None, config=config)
         print(json.dumps({"name": name, "ptx": kernel.ptx, "shared": kernel.shared}), flush=True)
 

@@ -92,6 +92,63 @@ CASES: dict[str, dict[str, Any]] = {
         "slope": 400.0,
         "stages": 3,
     },
+    "half ahead": {"block": (128, 64), "length": 500, "dim": 64, "scores_ahead": True, "empty_rows": True, "stages": 3},
+    "half ahead turns": {"block": (128, 64), "length": 390, "dim": 64, "scores_ahead": True, "take_turns": True},
+    "half ahead rows bits": {
+        "block": (128, 64),
+        "length": 300,
+        "dim": 64,
+        "rows": (1, 3),
+        "bits": True,
+        "key_mask": True,
+        "scores_ahead": True,
+        "take_turns": False,
+        "ring": 2,
+    },
+    "half ahead steep": {"block": (128, 64), "length": 390, "dim": 64, "slope": 400.0, "scores_ahead": True},
+    "half wide": {"block": (128, 64), "length": 1000, "dim": 64, "wide_steps": True, "empty_rows": True, "stages": 2},
+    "half wide ahead": {
+        "block": (128, 64),
+        "length": 1000,
+        "dim": 64,
+        "wide_steps": True,
+        "scores_ahead": True,
+        "empty_rows": True,
+        "stages": 3,
+        "take_turns": False,
+    },
+    "half wide ahead rows bits": {
+        "block": (128, 64),
+        "length": 300,
+        "dim": 64,
+        "rows": (1, 3),
+        "bits": True,
+        "key_mask": True,
+        "wide_steps": True,
+        "scores_ahead": True,
+        "stages": 4,
+        "ring": 2,
+    },
+    "half wide rows bits": {
+        "block": (128, 64),
+        "length": 300,
+        "dim": 64,
+        "rows": (1, 3),
+        "bits": True,
+        "key_mask": True,
+        "wide_steps": True,
+        "stages": 4,
+        "ring": 2,
+    },
+    "half wide steep": {
+        "block": (128, 64),
+        "length": 1000,
+        "dim": 64,
+        "slope": 400.0,
+        "wide_steps": True,
+        "keep_q": True,
+        "stages": 3,
+    },
     "half steep": {"block": (128, 64), "length": 390, "slope": 400.0},
     "pairs steep": {"block": (64, 64), "length": 390, "slope": 400.0},
     "pairs apart": {"block": (64, 64), "length": 500, "lists": "apart", "take_turns": True},
@@ -121,6 +178,36 @@ FAULTS = {
         f"{WAIT}{' ' * 20}consumer_release_v(stage, STAGES)",
         f"consumer_release_v(stage, STAGES)\n{' ' * 20}{WAIT}",
     ),
+    "keys given back early": (
+        consumer.consume,
+        "acc, p_operand, ahead = warpgroup_mma_wait(0, deps=[pv_token, p_operand, qk_token])\n"
+        f"{' ' * 20}else:\n{' ' * 24}{WAIT}{' ' * 20}consumer_release_v(stage, STAGES)",
+        f"consumer_release_v(next_stage, STAGES)\n{' ' * 24}"
+        "acc, p_operand, ahead = warpgroup_mma_wait(0, deps=[pv_token, p_operand, qk_token])\n"
+        f"{' ' * 20}else:\n{' ' * 24}{WAIT}",
+    ),
+    "scores of the block at hand": (
+        consumer.consume,
+        "shared.k_smem.index(next_stage)",
+        "shared.k_smem.index(stage)",
+    ),
+    "keys not waited for": (
+        consumer.consume,
+        "later_stage, later_phase, entry + 2 < steps)",
+        "later_stage, later_phase, entry + 3 < steps)",
+    ),
+    "a second block that is not there": (
+        softmax.mask_two_blocks,
+        "block = gl.where(listed, block, kv_len // BLOCK_K + 1)",
+        "block = gl.where(listed, block, block)",
+    ),
+    "a partial block beside a full one": (
+        softmax.mask_two_blocks,
+        "entry + 1 < full, second, masked",
+        "entry < full, second, masked",
+    ),
+    "a step too few": (consumer.consume, "(count + 1) // 2 if WIDE_STEPS", "count // 2 if WIDE_STEPS"),
+    "the other block": (producer.produce, "at + 2 * entry + 3, mask", "at + 2 * entry + 2, mask"),
     "loaded early": (
         named_barriers.pair_acquire_v,
         "_sync(V_EMPTY + (step + PAIR_LAG) % STAGES, threads)",
@@ -190,7 +277,11 @@ def find_fault(case: dict[str, Any], seed: int) -> str | None:
     """What is wrong with a case's output and log-sum-exp, or None."""
     settings = {"dim": 128, "dtype": torch.bfloat16, **case}
     options = {name: settings.pop(name) for name in ("precision", "key_scales") if name in settings}
-    config = {name: settings.pop(name) for name in ("ring", "stages", "take_turns") if name in settings}
+    config = {
+        name: settings.pop(name)
+        for name in ("ring", "stages", "take_turns", "scores_ahead", "wide_steps", "keep_q")
+        if name in settings
+    }
     kept, slope = settings.pop("lists", None), settings.pop("slope", None)
     q, k, v, mask, rows, hide, visible = build(**settings)
     length = q.shape[1]
@@ -203,7 +294,9 @@ def find_fault(case: dict[str, Any], seed: int) -> str | None:
         visible = visible_tokens(mask, None, rows)
     ready = reference_quantize(q, k, v, *settings["block"], rows=rows, **options) if options else None
     block_k = hopper_forward.PAIR_KEYS if mask.block_q == 64 else mask.block_k
-    default = hopper_forward.default_config(block_k, q.shape[-1], options.get("precision"), rows is not None)
+    default = hopper_forward.default_config(
+        block_k, q.shape[-1], options.get("precision"), rows is not None, pairs=mask.block_q == 64
+    )
     chosen = replace(default, **{"take_turns": mask.block_q == 128, **config})
     hopper_forward.hopper_fwd_kernel = Interprets(KERNEL, seed)
     scale = q.shape[-1] ** -0.5

@@ -15,6 +15,7 @@ from dit_accel.kernels.attention import variants
 from .compile_hopper import VARIANTS
 
 ROOT = Path(__file__).parents[2]
+FORMS = [name for name in VARIANTS if name.startswith(("ahead", "wide"))]
 
 
 def shared_addresses(ptx: str) -> tuple[set[int], set[int]]:
@@ -88,7 +89,7 @@ def test_no_scratch_lies_on_a_barrier(variant, compiled):
     assert not barriers & stores
 
 
-@pytest.mark.parametrize("variant", ["half", "half 64", "half D=64", "int8", "int8_fp8"])
+@pytest.mark.parametrize("variant", ["half", "half 64", "half D=64", "int8", "int8_fp8", *FORMS])
 def test_no_product_waits_for_the_one_before(variant, compiled, tmp_path):
     """The assembler waits after every product as soon as registers are copied between two of them, and only says so."""
     assert "serialized" not in assembled(compiled[variant], tmp_path)
@@ -101,6 +102,14 @@ def test_pairs_spill_next_to_nothing_and_no_product_waits(variant, compiled, tmp
     spilled = max(int(n) for n in re.findall(r"(\d+) bytes spill", said))
     # Of token bits in permuted calls, nearly all of it once a tile: what was seen with the oldest Triton, and a little.
     most = {"pairs rows bits": 32, "pairs int8 rows bits": 48, "pairs int8_fp8 rows bits": 80}
+    assert spilled <= most.get(variant, 0)
+
+
+@pytest.mark.parametrize("variant", FORMS)
+def test_forms_of_a_step_spill_next_to_nothing(variant, compiled, tmp_path):
+    spilled = max(int(n) for n in re.findall(r"(\d+) bytes spill stores", assembled(compiled[variant], tmp_path)))
+    # Outside of the loop of full blocks: what was seen with either Triton, and a little.
+    most = {"wide rows D=64": 40, "wide bits D=64": 88, "wide ahead D=64": 160, "wide ahead rows D=64": 160}
     assert spilled <= most.get(variant, 0)
 
 
@@ -134,6 +143,26 @@ def test_buffers_fit_and_have_a_named_barrier_each(permuted, block_k, dim, preci
     # way into order: below 227 KiB.
     other = 128 * dim * 2 if precision else block_k * dim * 2 if permuted else 0
     assert 256 * dim * query + config.stages * block_k * dim * (query + value) + other <= 224 * 1024
+
+
+@pytest.mark.parametrize(
+    ("switch", "field"), [("SCORES_AHEAD_AT_64", "scores_ahead"), ("TWO_BLOCKS_A_STEP_AT_64", "wide_steps")]
+)
+def test_a_form_of_a_step_is_of_head_dim_64_alone(switch, field, monkeypatch):
+    from dit_accel.kernels.attention.hopper.forward import default_config
+
+    shapes = [(64, 64, None, False), (64, 64, None, True), (64, 64, "int8", False), (64, 128, None, False)]
+    shapes += [(128, 64, None, False)]
+    usual = [default_config(*shape) for shape in shapes]
+    pairs = default_config(64, 64, None, pairs=True)
+    assert not any(getattr(config, field) for config in (*usual, pairs))
+    monkeypatch.setattr(variants, switch, True)
+    found = [default_config(*shape) for shape in shapes]
+    assert [getattr(config, field) for config in found] == [True, True, False, False, False]
+    assert found[2:] == usual[2:]
+    assert default_config(64, 64, None, pairs=True) == pairs
+    # As many bytes of keys and values as without.
+    assert [config.stages for config in found[:2]] == [4 if field == "wide_steps" else 8] * 2
 
 
 @pytest.mark.parametrize(

@@ -52,6 +52,13 @@ def test_matches_oracle(case, wrong):
         ("a product of the wrong factor", "pairs int8_fp8", "out: error"),
         ("rows behind a last pair", "pairs int8 apart", "out of bounds"),
         ("sums of an older maximum", "pairs steep", "out: error"),
+        ("keys given back early", "half ahead", "named barrier"),
+        ("scores of the block at hand", "half ahead", "out: error"),
+        ("keys not waited for", "half ahead", "out: error"),
+        ("a second block that is not there", "half wide", "error"),
+        ("a partial block beside a full one", "half wide", "error"),
+        ("a step too few", "half wide", "all warps wait"),
+        ("the other block", "half wide", "out: error"),
     ],
 )
 def test_a_fault_in_the_kernel_shows(fault, case, said):

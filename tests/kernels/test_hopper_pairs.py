@@ -7,6 +7,7 @@ import torch
 
 from dit_accel.kernels import BlockMask, block_sparse_attention, choose_backend
 from dit_accel.kernels.attention import variants
+from dit_accel.kernels.mask.packed import PackedBlockMask
 from dit_accel.kernels.mask.query_pairs import query_pairs
 
 from .oracle import UNIT_ROUNDOFF, assert_close, dense_attention, random_mask, visible_tokens
@@ -62,6 +63,22 @@ def test_matches_oracle(turns, case, shape, dtype, device):
     block_k, dim = shape
     built = build(block=(64, block_k), dim=dim, dtype=dtype, **CASES[case])
     check(forward_of(block_k, dim, built[4] is not None, take_turns=turns), *built, device)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("length", [2500, 2570], ids=["even", "odd"])
+@pytest.mark.parametrize("key_mask", [False, True], ids=["plain", "key_mask"])
+def test_a_kept_plan_is_unpacked_to_the_pairs_of_its_mask(key_mask, length, monkeypatch, device):
+    monkeypatch.setattr("dit_accel.kernels.mask.packed.UNPACKED_IN_PAIRS", True)
+    q, k, v, mask, _, hide, _ = build(length=length, block=(64, 64), dim=128, dtype=torch.bfloat16, key_mask=key_mask)
+    q, k, v, mask = (x.to(device) for x in (q, k, v, mask))
+    hide = None if hide is None else hide.to(device)
+    forward = forward_of(64, 128, False)
+    unpacked = PackedBlockMask.of(mask, key_mask).lists()
+    assert unpacked.paired is not None
+    expected, found = (forward(q, k, v, x, None, hide, 128**-0.5) for x in (mask, unpacked))
+    assert torch.equal(found[0], expected[0])
+    assert torch.equal(found[1], expected[1])
 
 
 def lists(name, heads, nq, nk):

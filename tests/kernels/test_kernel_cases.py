@@ -6,6 +6,7 @@ import importlib.util
 import math
 import random
 import statistics
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -335,6 +336,30 @@ def test_the_pairs_section_runs_dry_and_checks_each_form_with_its_own_mask(cases
     ops = ["portable", "pairs, free", "pairs, turns", "hopper 128x64"]
     assert [row["op"] for row in report.rows] == ops * (2 * 3 + 1)
     assert [row.get("tokens") for row in report.rows[4:8]] == ["permuted"] * 4
+
+
+@pytest.mark.parametrize("dim", [64, 128])
+def test_the_section_of_steps_runs_dry_and_checks_each_form_with_its_own_mask(dim, cases, monkeypatch):
+    """On the CPU, by another backend in place of the kernel; configurations are real ones."""
+    from dit_accel.kernels import block_sparse_attention
+    from dit_accel.kernels.attention.hopper.forward import HopperConfig
+
+    module = importlib.import_module("kernel_steps")
+    torch.manual_seed(0)
+    monkeypatch.setattr(cases, "DRY", True)
+    monkeypatch.setattr(cases, "extra_memory_share", lambda call, q: 0.0)
+    monkeypatch.setattr(module, "inputs", lambda *shape: [torch.randn(1, *shape) for _ in range(3)])
+
+    def call(q, k, v, mask, rows, **changes):
+        replace(HopperConfig(3, True), **changes)
+        return lambda: block_sparse_attention(q, k, v, mask, rows=rows, backend="torch")
+
+    monkeypatch.setattr(module, "hopper", call)
+    report = cases.Report()
+    module.section_steps(report, argparse.Namespace(lengths=[1000], heads=2, head_dim=dim))
+    assert [row for row in report.rows if not row["error"] < 1e-5] == []
+    assert len(report.rows) == 4 * (15 if dim == 64 else 9)
+    assert {row["op"] for row in report.rows} >= {"used", "ahead", "128x128, turns"}
 
 
 def test_the_section_of_pairs_in_8_bits_runs_dry(cases, monkeypatch):

@@ -1,9 +1,12 @@
 """Lists of two query blocks at a time against a loop over blocks, in torch and in the interpreted kernel."""
 
+from dataclasses import replace
+
 import pytest
 import torch
 
 from dit_accel.kernels import BlockMask
+from dit_accel.kernels.mask.packed import PackedBlockMask
 from dit_accel.kernels.mask.query_pairs import query_pairs
 
 from .oracle import random_mask
@@ -80,3 +83,47 @@ def test_a_block_that_does_not_fall_into_such_parts_is_refused():
     mask = BlockMask.from_dense(torch.ones(1, 1, 2, 2, dtype=torch.bool), 64, 64, 128, 128)
     with pytest.raises(ValueError, match="block_k must divide the mask's 64, got 128"):
         query_pairs(mask, 128)
+
+
+@pytest.mark.parametrize("hidden", [False, True], ids=["plain", "key_mask"])
+@pytest.mark.parametrize("length", [64, 400, 750])
+def test_a_packed_mask_is_unpacked_to_pairs(length, hidden, monkeypatch):
+    """Both lists of a pair, the mask's own, and the header, as of the lists before packing."""
+    monkeypatch.setattr("dit_accel.kernels.mask.packed.reads_pairs", lambda x: True)
+    torch.manual_seed(length)
+    keep = torch.rand(2, 3, -(-length // 64), -(-(length + 100) // 64)) < 0.5
+    keep[:, 0, -1] = False
+    partial = (torch.rand(keep.shape) < 0.3) & keep if hidden else None
+    mask = BlockMask.from_dense(keep, 64, 64, length, length + 100, partial=partial, backend="torch")
+    packed = PackedBlockMask.of(mask, hidden, backend="triton")
+    unpacked = packed.lists()
+    assert unpacked.paired is not None
+    assert query_pairs(unpacked, 64, "triton") is unpacked.paired
+    expected = query_pairs(mask, 64, "torch")
+    assert torch.equal(unpacked.paired.header, expected.header)
+    # As long as the longest row, and behind a row's last entry nothing is said.
+    found, entries = unpacked.paired.kv_indices, expected.header[..., :2].flatten(2)
+    listed = torch.arange(found.shape[-1]) < entries[..., None]
+    assert found.shape[2] == expected.kv_indices.shape[2]
+    assert torch.equal(found[listed], expected.kv_indices[..., : found.shape[-1]][listed])
+    assert torch.equal(unpacked.kv_num_blocks, mask.kv_num_blocks)
+    assert torch.equal(unpacked.kv_num_full, mask.kv_num_full)
+    assert torch.equal(unpacked.to_dense(), mask.to_dense())
+    assert torch.equal(unpacked.partial_to_dense(), mask.partial_to_dense())
+
+
+def test_what_is_made_of_an_unpacked_mask_has_no_pairs(monkeypatch):
+    monkeypatch.setattr("dit_accel.kernels.mask.packed.reads_pairs", lambda x: True)
+    torch.manual_seed(0)
+    mask = random_mask((1, 2), 500, 500, 64, 64)
+    unpacked = PackedBlockMask.of(mask, False, backend="triton").lists()
+    assert unpacked.paired is not None
+    fewer = unpacked.for_queries(torch.arange(8) % 3 == 0)
+    for made in (fewer, unpacked.trimmed(), unpacked.to("cpu"), replace(unpacked, q_len=499)):
+        assert made.paired is None
+    assert torch.equal(query_pairs(fewer, 64, "torch").header[..., 0], fewer.kv_num_blocks[..., ::2])
+    # Halves of blocks are others.
+    monkeypatch.setattr("dit_accel.kernels.mask.packed.SMALL_LISTS", 0)
+    for blocks in ((64, 128), (128, 64)):
+        other = PackedBlockMask.of(random_mask((1, 2), 500, 500, *blocks), False, backend="triton")
+        assert other.lists().paired is None

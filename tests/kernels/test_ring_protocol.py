@@ -23,7 +23,7 @@ MODELLED = {
         "kv_blocks_of_head": "b6b3589a0b26",
     },
     "producer.py": {
-        "produce": "9e30e5742323",
+        "produce": "fbccb38d60ae",
         "count_loaded": "2f12a3fbec89",
         "report_loaded": "63180b7e21e7",
     },

@@ -3,15 +3,18 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from functools import cached_property
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 
 from ..common.capability import choose_selection
 from ..common.choice import Case
 from .token_bits import unpack_tokens
+
+if TYPE_CHECKING:
+    from .query_pairs import QueryPairs
 
 
 @dataclass(frozen=True, eq=False)
@@ -49,6 +52,9 @@ class BlockMask:
     kv_len: int
     kv_bits: torch.Tensor | None = None
     token_bits: torch.Tensor | None = None
+    # These lists in pairs of rows, where whoever made them made both at once. What is made of a mask has none: its
+    # blocks are others.
+    paired: QueryPairs | None = field(default=None, init=False, repr=False)
 
     def __post_init__(self) -> None:
         nq, nk = self.num_blocks

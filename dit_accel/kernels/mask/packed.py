@@ -8,10 +8,14 @@ from functools import cached_property
 import torch
 import torch.nn.functional as F
 
-from ..common.capability import choose_selection
+from ..common.capability import choose_selection, compute_capability, is_amd
 from ..common.choice import Case
 from .block_mask import BlockMask
+from .query_pairs import QueryPairs
 
+# Whether lists of 64 x 64 blocks are unpacked in pairs where the kernel reads them so. Off, since its test has not run on
+# a GPU: pytest -m gpu tests/kernels/test_hopper_pairs.py -k kept_plan.
+UNPACKED_IN_PAIRS = False
 # Bytes of a mask's lists that are kept beside its bits. To unpack them anew takes the host a sixth of a call, which
 # counts where sequences are short and lists small.
 SMALL_LISTS = 1 << 19
@@ -105,8 +109,16 @@ class PackedBlockMask:
         nk = -(-self.kv_len // self.block_k)
         short = nk - 1 if self.kv_len % self.block_k else -1
         if self.backend == "triton":
-            from .triton_lists import block_lists_of_bits
+            from .triton_lists import block_lists_of_bits, paired_lists_of_bits
 
+            if self.block_q == self.block_k == 64 and reads_pairs(self.kept):
+                paired, number, number_full, header = paired_lists_of_bits(
+                    self.kept, self.partial, nk, short, self._width
+                )
+                indices = paired[:, :, : number.shape[2]]
+                mask = BlockMask(number, indices, number_full, self.block_q, self.block_k, self.q_len, self.kv_len)
+                object.__setattr__(mask, "paired", QueryPairs(header, paired, None, None, self.block_k))
+                return mask
             indices, number, number_full = block_lists_of_bits(self.kept, self.partial, nk, short, self._width)
             return BlockMask(number, indices, number_full, self.block_q, self.block_k, self.q_len, self.kv_len)
         keep = unpack_bits(self.kept, nk)
@@ -117,6 +129,11 @@ class PackedBlockMask:
 
 def _is_captured(device: torch.device) -> bool:
     return device.type == "cuda" and torch.cuda.is_current_stream_capturing()
+
+
+def reads_pairs(x: torch.Tensor) -> bool:
+    """Whether the kernel of a tensor's GPU reads the lists of 64-query blocks in pairs: Hopper's."""
+    return UNPACKED_IN_PAIRS and x.is_cuda and not is_amd() and compute_capability(x.device.index or 0) == (9, 0)
 
 
 def pack_bits(keep: torch.Tensor) -> torch.Tensor:

@@ -35,7 +35,8 @@ class QueryPairs:
 
 
 def query_pairs(mask: BlockMask, block_k: int, backend: str = "auto") -> QueryPairs:
-    """Pair the query blocks of a mask; in Triton in one launch, without a host sync.
+    """Pair the query blocks of a mask; in Triton in one launch, without a host sync. Of one that is unpacked on a GPU
+    whose kernel reads pairs they are there.
 
     Args:
         block_k: tokens in a key block of the result, the mask's own number or a whole part of it. Where the last key
@@ -47,6 +48,8 @@ def query_pairs(mask: BlockMask, block_k: int, backend: str = "auto") -> QueryPa
     """
     if mask.block_k % block_k:
         raise ValueError(f"block_k must divide the mask's {mask.block_k}, got {block_k}.")
+    if mask.paired is not None and mask.paired.block_k == block_k:
+        return mask.paired
     parts = mask.block_k // block_k
     bits = mask.token_bits
     if bits is not None and parts > 1:

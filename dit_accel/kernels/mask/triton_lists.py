@@ -27,13 +27,51 @@ def unpack_fwd_kernel(
     """One row's lists from its bits; the key block ``short`` is partial where it is kept."""
     pid = tl.program_id(0).to(tl.int64)
     j = tl.arange(0, WIDTH)
-    place = pid * num_bytes + j // 8
-    kept = (tl.load(kept_ptr + place, mask=j < nk, other=0) >> (j % 8)) & 1
+    rank = rank_of_bits(kept_ptr, partial_ptr, pid, j, j < nk, num_bytes, short)
+    write_lists(rank, j, pid, indices_ptr + pid * longest, num_ptr, num_full_ptr)
+
+
+@triton.jit
+def rank_of_bits(kept_ptr, partial_ptr, row, j, there, num_bytes, short):
+    """Rank of each block ``j`` of a row as in :func:`list_fwd_kernel`; 2 where it is not ``there``."""
+    place = row * num_bytes + j // 8
+    kept = (tl.load(kept_ptr + place, mask=there, other=0) >> (j % 8)) & 1
     partial = (j == short).to(tl.int32)
     if partial_ptr is not None:
-        partial |= (tl.load(partial_ptr + place, mask=j < nk, other=0) >> (j % 8)) & 1
-    rank = tl.where(kept != 0, partial, 2)
-    write_lists(rank, j, pid, indices_ptr + pid * longest, num_ptr, num_full_ptr)
+        partial |= (tl.load(partial_ptr + place, mask=there, other=0) >> (j % 8)) & 1
+    return tl.where(kept != 0, partial, 2)
+
+
+@triton.jit
+def unpack_pairs_fwd_kernel(
+    kept_ptr, partial_ptr, indices_ptr, num_ptr, num_full_ptr, header_ptr, nq, nk, num_bytes, longest, short,
+    WIDTH: tl.constexpr,
+):  # fmt: skip
+    """The lists of two rows from their bits, with what both read in full first."""
+    pairs = (nq + 1) // 2
+    pid = tl.program_id(0).to(tl.int64)
+    row = pid // pairs * nq + pid % pairs * 2
+    paired = pid % pairs * 2 + 1 < nq
+    j = tl.arange(0, WIDTH)
+    first = rank_of_bits(kept_ptr, partial_ptr, row, j, j < nk, num_bytes, short)
+    second = rank_of_bits(kept_ptr, partial_ptr, row + 1, j, (j < nk) & paired, num_bytes, short)
+    both = ((first == 0) & (second == 0)).to(tl.int32)
+    header_ptr += pid * 5
+    for half in tl.static_range(2):
+        rank = second if half else first
+        full, partial = (rank == 0).to(tl.int32), (rank == 1).to(tl.int32)
+        num_full = tl.sum(full, 0)
+        number = num_full + tl.sum(partial, 0)
+        own = tl.sum(both, 0) + tl.cumsum(full - both, 0)
+        place = tl.where(both != 0, tl.cumsum(both, 0), own) - 1
+        place = tl.where(partial != 0, num_full + tl.cumsum(partial, 0) - 1, place)
+        tl.store(indices_ptr + (pid * 2 + half) * longest + place, j, mask=rank < 2)
+        there = paired if half else True
+        tl.store(num_ptr + row + half, number, mask=there)
+        tl.store(num_full_ptr + row + half, num_full, mask=there)
+        tl.store(header_ptr + half, number)
+        tl.store(header_ptr + 2 + half, num_full)
+    tl.store(header_ptr + 4, tl.sum(both, 0))
 
 
 @triton.jit
@@ -132,8 +170,9 @@ def write_bit_rows(bit_rows_ptr, number, num_full, slot, paired_bits_ptr, at, PA
         tl.store(paired_bits_ptr + (at + slot) * PARTS + part, own, mask=partial)
 
 
-_LIST, _UNPACK, _PACK, _PAIR = (
-    KeptKernel(kernel) for kernel in (list_fwd_kernel, unpack_fwd_kernel, pack_fwd_kernel, pair_fwd_kernel)
+_LIST, _UNPACK, _UNPACK_PAIRS, _PACK, _PAIR = (
+    KeptKernel(kernel)
+    for kernel in (list_fwd_kernel, unpack_fwd_kernel, unpack_pairs_fwd_kernel, pack_fwd_kernel, pair_fwd_kernel)
 )
 
 
@@ -185,6 +224,25 @@ def block_lists_of_bits(
             WIDTH=width, num_warps=row_warps(width, False),
         )  # fmt: skip
     return indices, number, number_full
+
+
+def paired_lists_of_bits(
+    kept: torch.Tensor, partial: torch.Tensor | None, nk: int, short: int, longest: int
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
+    """:func:`block_lists_of_bits` in the order of :class:`QueryPairs`, with a row for each head's last block's partner;
+    and the header."""
+    *lead, nq, num_bytes = kept.shape
+    pairs = -(-nq // 2)
+    indices = torch.zeros(*lead, 2 * pairs, longest, dtype=torch.int32, device=kept.device)
+    number, number_full = torch.empty(2, *lead, nq, dtype=torch.int32, device=kept.device).unbind()
+    header = torch.empty(*lead, pairs, 5, dtype=torch.int32, device=kept.device)
+    width = max(32, power_of_two(nk))
+    with torch.cuda.device_of(kept):
+        _UNPACK_PAIRS[(header.numel() // 5,)](
+            kept, partial, indices, number, number_full, header, nq, nk, num_bytes, longest, short,
+            WIDTH=width, num_warps=row_warps(2 * width, False),
+        )  # fmt: skip
+    return indices, number, number_full, header
 
 
 def query_pairs_triton(mask: BlockMask, parts: int) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor | None]:

@@ -26,10 +26,13 @@ from .softmax import (
     apply_mask,
     block_row_max,
     by_thread,
+    exp2_with_sums,
+    mask_two_blocks,
     pack_p_fp8,
     rescale_and_add_o,
     rescale_o,
     scale_apply_exp2,
+    scale_below_max,
     unpack_p_fp8,
     update_row_max,
 )
@@ -84,27 +87,39 @@ def consume(
     QUANTIZED: gl.constexpr,
     FP8: gl.constexpr,
     THREAD_SCALES: gl.constexpr,
+    SCORES_AHEAD: gl.constexpr,
+    WIDE_STEPS: gl.constexpr,
+    KEEP_Q: gl.constexpr,
 ):
     """Attention of 64 query rows of every tile of this program.
 
     Tiles are a pipeline too: the last product of one runs beside the first scores of the next, and what is left
     of a tile then, normalising and storing, delays nothing that is in flight but this warpgroup's next scores.
+
+    With ``SCORES_AHEAD`` a block's scores are made beside the exponentials of the block before, in the registers that
+    its scores have left, and no softmax waits for them. Beside a tile's last block they are of nothing, and not read.
+
+    With ``WIDE_STEPS`` a step is of two listed blocks of 64 keys, and waits, votes and products begun come half as
+    often. A step with a partial block, or with one block alone, is masked.
     """
+    # Keys go back a step later than they could, so that a third stage is needed to load into.
+    gl.static_assert(not SCORES_AHEAD or (STAGES > 2 and not QUANTIZED))
+    # Rows of 128 bytes: the halves of a buffer lie one behind the other.
+    gl.static_assert(not WIDE_STEPS or (BLOCK_K == 64 and HEAD_DIM == 64 and not QUANTIZED))
+    STEP_K: gl.constexpr = 2 * BLOCK_K if WIDE_STEPS else BLOCK_K
     dtype: gl.constexpr = shared.o_smem.dtype
     K_INSTR: gl.constexpr = 32 if QUANTIZED else 16
     S_LAYOUT: gl.constexpr = gl.NVMMADistributedLayout(
-        version=[3, 0], warps_per_cta=[4, 1], instr_shape=[16, BLOCK_K, K_INSTR]
+        version=[3, 0], warps_per_cta=[4, 1], instr_shape=[16, STEP_K, K_INSTR]
     )
     O_LAYOUT: gl.constexpr = gl.NVMMADistributedLayout(
         version=[3, 0], warps_per_cta=[4, 1], instr_shape=[16, HEAD_DIM, 32 if FP8 else 16]
     )
     OPERAND: gl.constexpr = gl.DotOperandLayout(operand_index=0, parent=O_LAYOUT, k_width=4 if FP8 else 2)
     QUERIES: gl.constexpr = gl.DotOperandLayout(operand_index=0, parent=S_LAYOUT, k_width=4 if QUANTIZED else 2)
-    # With 64 keys a product reads as many bytes of q as of k, and shared memory could not keep up.
-    KEEP_Q: gl.constexpr = BLOCK_K == 64
     # What is hidden in a partial block is read at places that are read before: with 64 keys a block ahead, so that the
     # second load need not wait for the first. With 128 keys that takes registers which there are not.
-    ASK_AHEAD: gl.constexpr = BLOCK_K == 64
+    ASK_AHEAD: gl.constexpr = STEP_K == 64
     ROW: gl.constexpr = gl.SliceLayout(1, S_LAYOUT)
     O_ROW: gl.constexpr = gl.SliceLayout(1, O_LAYOUT)
     MAX_OFFSET: gl.constexpr = FP8_MAX_OFFSET if FP8 else 0.0
@@ -115,7 +130,7 @@ def consume(
     prev_stage = gl.to_tensor(STAGES - 1)
     turn = gl.to_tensor(0)
     tile, work_idx = initial_work_tile(scheduler, PERMUTED and not QUANTIZED)
-    start = gl.zeros([64, BLOCK_K], gl.int32 if QUANTIZED else gl.float32, layout=S_LAYOUT)
+    start = gl.zeros([64, STEP_K], gl.int32 if QUANTIZED else gl.float32, layout=S_LAYOUT)
     LANES: gl.constexpr = gl.SliceLayout(1, gl.SliceLayout(3, by_thread(start).type.layout))
     if TAKE_TURNS and WG == 1:
         warp_scheduler_barrier_arrive(WG, sizes.num_tiles)
@@ -128,7 +143,7 @@ def consume(
     row_sum = gl.zeros([64, 4], gl.float32, layout=LANES)
     acc_scale = gl.zeros([64, 4], gl.float32, layout=LANES)
     rescale = gl.zeros([64, 4], gl.int32, layout=LANES)
-    p = gl.zeros([64, BLOCK_K], gl.float32, layout=S_LAYOUT)
+    p = gl.zeros([64, STEP_K], gl.float32, layout=S_LAYOUT)
     if FP8:
         p_operand = pack_p_fp8(p)
     list_row, count, full = tile_header(tile, sizes, lists)
@@ -141,6 +156,7 @@ def consume(
         key_mask_at = lists.key_mask_ptr + head * tensors.perm_head_stride
         first_slot = tile_block(tile, sizes.nq) * 128 + WG * 64
         if count > 0:
+            steps, full_steps = (count + 1) // 2 if WIDE_STEPS else count, full // 2 if WIDE_STEPS else full
             buffer = (turn % 2) * 2
             q_tile = shared.q_smem.index(buffer + WG)
             if QUANTIZED:
@@ -177,34 +193,65 @@ def consume(
             qk = warpgroup_mma_wait(1, deps=[qk_token])
             consumer_release_k(stage, tensors.kv_len, STAGES)
             first_scores = qk.to(gl.float32)
-            if full == 0:
-                first_scores = apply_mask(
-                    first_scores,
-                    gl.load(at),
-                    gl.load(bits_at),
-                    lists.bits_ptr,
-                    key_mask_at,
-                    tensors.kv_len,
-                    WG,
-                    BLOCK_K,
-                    S_LAYOUT,
-                    HAS_BITS,
-                    HAS_KEY_MASK,
-                )
+            if full_steps == 0:
+                if WIDE_STEPS:
+                    first_scores = mask_two_blocks(
+                        first_scores,
+                        gl.to_tensor(0),
+                        count,
+                        full,
+                        at,
+                        bits_at,
+                        lists.bits_ptr,
+                        key_mask_at,
+                        tensors.kv_len,
+                        WG,
+                        BLOCK_K,
+                        HAS_BITS,
+                        HAS_KEY_MASK,
+                    )
+                else:
+                    first_scores = apply_mask(
+                        first_scores,
+                        gl.load(at),
+                        gl.load(bits_at),
+                        lists.bits_ptr,
+                        key_mask_at,
+                        tensors.kv_len,
+                        WG,
+                        BLOCK_K,
+                        S_LAYOUT,
+                        HAS_BITS,
+                        HAS_KEY_MASK,
+                    )
             prev_row_max, prev_row_sum = row_max, row_sum
             row_max = gl.full([64, 4], ROW_MAX_INIT, gl.float32, layout=LANES)
             row_sum = gl.zeros([64, 4], gl.float32, layout=LANES)
             score_scale = row_scale * key_scale
             block_max = block_row_max(first_scores, score_scale)
             row_max, acc_scale, rescale = update_row_max(block_max, row_max, THRESHOLD)
-            p, row_sum = scale_apply_exp2(first_scores, row_max, acc_scale, row_sum, score_scale, MAX_OFFSET)
+            if SCORES_AHEAD:
+                p = scale_below_max(first_scores, row_max, score_scale)
+                mbarrier.wait(shared.k_full.index(next_stage), next_phase, pred=steps > 1)
+                qk_token = warpgroup_mma(
+                    queries, shared.k_smem.index(next_stage).permute([1, 0]), start, use_acc=False, is_async=True
+                )
+                p, row_sum = exp2_with_sums(p, acc_scale, row_sum)
+            else:
+                p, row_sum = scale_apply_exp2(first_scores, row_max, acc_scale, row_sum, score_scale, MAX_OFFSET)
             if FP8:
                 acc_scale = gl.zeros([64, 4], gl.float32, layout=LANES)
-            consumer_wait(shared, stage, phase, next_stage, next_phase, count > 1)
+            if SCORES_AHEAD:
+                later_stage, later_phase = advance_stage(next_stage, next_phase, STAGES)
+                consumer_wait(shared, stage, phase, later_stage, later_phase, steps > 2)
+            else:
+                consumer_wait(shared, stage, phase, next_stage, next_phase, steps > 1)
             if FP8:
                 pv = warpgroup_mma_wait(0, deps=[pv_token])
                 acc = rescale_and_add_o(acc, prev_acc_scale, pv)
                 p_operand = pack_p_fp8(p)
+            elif SCORES_AHEAD:
+                acc, p_operand, ahead = warpgroup_mma_wait(0, deps=[pv_token, p_operand, qk_token])
             else:
                 acc, p_operand = warpgroup_mma_wait(0, deps=[pv_token, p_operand])
             consumer_release_v(stage, STAGES)
@@ -231,12 +278,12 @@ def consume(
                 # What is left of the last tile is multiplied by 0 next; NaN and inf would survive that.
                 acc = gl.where(gl.abs(acc) < float("inf"), acc, 0.0)
             prev_tile = tile
-            prev_use_acc = count > 1
+            prev_use_acc = steps > 1
             turn += 1
 
             for partial in gl.static_range(2):
-                begin = gl.maximum(full, 1) if partial else 1
-                end = count if partial else full
+                begin = gl.maximum(full_steps, 1) if partial else 1
+                end = steps if partial else full_steps
                 if partial and ASK_AHEAD:
                     block = gl.load(at + begin, mask=begin < end, other=0)
                     bit_row = gl.load(bits_at + begin, mask=begin < end, other=0)
@@ -251,18 +298,38 @@ def consume(
                         p_operand = gl.convert_layout(p.to(dtype), OPERAND)
                     if TAKE_TURNS:
                         warp_scheduler_barrier_sync(WG)
-                    qk_token = warpgroup_mma(
-                        queries, shared.k_smem.index(stage).permute([1, 0]), start, use_acc=False, is_async=True
-                    )
+                    if not SCORES_AHEAD:
+                        qk_token = warpgroup_mma(
+                            queries, shared.k_smem.index(stage).permute([1, 0]), start, use_acc=False, is_async=True
+                        )
                     if not FP8:
                         # While the scores are being made.
                         acc = rescale_o(acc, acc_scale, rescale)
                     prev_acc_scale = acc_scale
                     pv_token = pv_gemm(p_operand, shared.v_smem.index(prev_stage), acc, entry > 1, FP8, OPERAND)
-                    qk = warpgroup_mma_wait(1, deps=[qk_token])
-                    consumer_release_k(stage, tensors.kv_len, STAGES)
+                    if SCORES_AHEAD:
+                        qk = ahead
+                    else:
+                        qk = warpgroup_mma_wait(1, deps=[qk_token])
+                        consumer_release_k(stage, tensors.kv_len, STAGES)
                     scores = qk
-                    if partial:
+                    if partial and WIDE_STEPS:
+                        scores = mask_two_blocks(
+                            qk,
+                            2 * entry,
+                            count,
+                            full,
+                            at,
+                            bits_at,
+                            lists.bits_ptr,
+                            key_mask_at,
+                            tensors.kv_len,
+                            WG,
+                            BLOCK_K,
+                            HAS_BITS,
+                            HAS_KEY_MASK,
+                        )
+                    elif partial:
                         if not ASK_AHEAD:
                             block = gl.load(at + entry)
                             bit_row = gl.load(bits_at + entry)
@@ -289,14 +356,31 @@ def consume(
                         # Now: the product that is left keeps the matrix units busy until the other consumer's scores
                         # begin; before that those would slow it down.
                         warp_scheduler_barrier_arrive(WG, sizes.num_tiles)
-                    p, row_sum = scale_apply_exp2(scores, row_max, acc_scale, row_sum, score_scale, MAX_OFFSET)
+                    if SCORES_AHEAD:
+                        p = scale_below_max(scores, row_max, score_scale)
+                        qk_token = warpgroup_mma(
+                            queries,
+                            shared.k_smem.index(next_stage).permute([1, 0]),
+                            start,
+                            use_acc=False,
+                            is_async=True,
+                        )
+                        p, row_sum = exp2_with_sums(p, acc_scale, row_sum)
+                    else:
+                        p, row_sum = scale_apply_exp2(scores, row_max, acc_scale, row_sum, score_scale, MAX_OFFSET)
                     # Here, before the product: the waits' branches keep the assembler from moving the wait for the
                     # product up, in front of the exponentials it shall overlap.
-                    consumer_wait(shared, stage, phase, next_stage, next_phase, entry + 1 < count)
+                    if SCORES_AHEAD:
+                        later_stage, later_phase = advance_stage(next_stage, next_phase, STAGES)
+                        consumer_wait(shared, stage, phase, later_stage, later_phase, entry + 2 < steps)
+                    else:
+                        consumer_wait(shared, stage, phase, next_stage, next_phase, entry + 1 < steps)
                     if FP8:
                         # The wait takes no 8-bit operand; the assembler keeps its registers until here.
                         pv = warpgroup_mma_wait(0, deps=[pv_token])
                         acc = rescale_and_add_o(acc, prev_acc_scale, pv)
+                    elif SCORES_AHEAD:
+                        acc, p_operand, ahead = warpgroup_mma_wait(0, deps=[pv_token, p_operand, qk_token])
                     else:
                         acc, p_operand = warpgroup_mma_wait(0, deps=[pv_token, p_operand])
                     consumer_release_v(stage, STAGES)

@@ -129,6 +129,9 @@ def hopper_fwd_kernel(
     FP8: gl.constexpr,
     THREAD_SCALES: gl.constexpr,
     PAIRED: gl.constexpr,
+    SCORES_AHEAD: gl.constexpr,
+    WIDE_STEPS: gl.constexpr,
+    KEEP_Q: gl.constexpr,
 ):
     """Query blocks of 128 rows, or ``PAIRED`` ones of 64, of the heads of one batch entry.
 
@@ -138,9 +141,10 @@ def hopper_fwd_kernel(
     kernel itself puts them. Quantised ones are in order already.
     """
     PERMUTE_KV: gl.constexpr = PERMUTED and not QUANTIZED
+    STEP_K: gl.constexpr = 2 * BLOCK_K if WIDE_STEPS else BLOCK_K
     q_smem = gl.allocate_shared_memory(q_desc.dtype, [4, 64, HEAD_DIM], q_desc.layout)
-    k_smem = gl.allocate_shared_memory(k_desc.dtype, [STAGES, BLOCK_K, HEAD_DIM], k_desc.layout)
-    V_ROWS: gl.constexpr = HEAD_DIM if FP8 else BLOCK_K
+    k_smem = gl.allocate_shared_memory(k_desc.dtype, [STAGES, STEP_K, HEAD_DIM], k_desc.layout)
+    V_ROWS: gl.constexpr = HEAD_DIM if FP8 else STEP_K
     V_COLS: gl.constexpr = BLOCK_K if FP8 else HEAD_DIM
     v_smem = gl.allocate_shared_memory(v_desc.dtype, [STAGES, V_ROWS, V_COLS], v_desc.layout)
     # Half-precision outputs leave through the buffers of their queries.
@@ -223,7 +227,8 @@ def hopper_fwd_kernel(
     # warps of a permuted call nor the producer of pairs need keep theirs in memory. FP8 products take registers
     # of their own beside the output's.
     IN_ORDER: gl.constexpr = (232 if FP8 else 224) if PAIRED else 240
-    CONSUMER: gl.constexpr = 208 if PERMUTE_KV and BLOCK_K == 64 else IN_ORDER
+    PERMUTED_64: gl.constexpr = 216 if SCORES_AHEAD else 208
+    CONSUMER: gl.constexpr = PERMUTED_64 if PERMUTE_KV and STEP_K == 64 else IN_ORDER
     OTHER: gl.constexpr = 504 - 2 * CONSUMER
     gl.warp_specialize(
         [
@@ -246,6 +251,9 @@ def hopper_fwd_kernel(
                     QUANTIZED,
                     FP8,
                     THREAD_SCALES,
+                    SCORES_AHEAD,
+                    WIDE_STEPS,
+                    KEEP_Q,
                 ),
             ),
             (
@@ -267,6 +275,9 @@ def hopper_fwd_kernel(
                     QUANTIZED,
                     FP8,
                     THREAD_SCALES,
+                    SCORES_AHEAD,
+                    WIDE_STEPS,
+                    KEEP_Q,
                 ),
             ),
             (
@@ -285,6 +296,7 @@ def hopper_fwd_kernel(
                     PERMUTE_KV,
                     FP8,
                     PAIRED,
+                    WIDE_STEPS,
                 ),
             ),
             (store_loop, (out_desc, shared, scheduler, lists, sizes, tensors, HEAD_DIM, PERMUTED, QUANTIZED, PAIRED)),

@@ -38,11 +38,30 @@ def count_loaded(head, last_head, tiles, empty_ptr, shared, steps, STAGES: gl.co
 
 @gluon.jit
 def load_v(
-    descriptors, shared, sizes, head, block, stage, BLOCK_K: gl.constexpr, HEAD_DIM: gl.constexpr, FP8: gl.constexpr
+    descriptors,
+    shared,
+    sizes,
+    head,
+    block,
+    beside,
+    stage,
+    BLOCK_K: gl.constexpr,
+    HEAD_DIM: gl.constexpr,
+    FP8: gl.constexpr,
+    WIDE_STEPS: gl.constexpr,
 ):
-    """A block of values into its buffer, which is free."""
-    mbarrier.expect(shared.v_full.index(stage), descriptors.v.block_type.nbytes)
-    if FP8:
+    """A block of values, or two side by side, into their buffer, which is free."""
+    mbarrier.expect(shared.v_full.index(stage), descriptors.v.block_type.nbytes * (2 if WIDE_STEPS else 1))
+    if WIDE_STEPS:
+        column = head % sizes.ring * HEAD_DIM
+        buffer = shared.v_smem.index(stage)
+        tma.async_copy_global_to_shared(
+            descriptors.v, [block * BLOCK_K, column], shared.v_full.index(stage), buffer.slice(0, BLOCK_K)
+        )
+        tma.async_copy_global_to_shared(
+            descriptors.v, [beside * BLOCK_K, column], shared.v_full.index(stage), buffer.slice(BLOCK_K, BLOCK_K)
+        )
+    elif FP8:
         tma.async_copy_global_to_shared(
             descriptors.v,
             [head * HEAD_DIM, block * BLOCK_K],
@@ -73,6 +92,7 @@ def produce(
     PERMUTE_KV: gl.constexpr,
     FP8: gl.constexpr,
     PAIRED: gl.constexpr,
+    WIDE_STEPS: gl.constexpr,
 ):
     """Stream Q (unless its rows are permuted), K and V of every tile of this program, and take its tiles.
 
@@ -119,10 +139,18 @@ def produce(
                 # Numbers of their own, which no load reads: where this one was ``block`` the compiler took it for a
                 # variable that the loop leaves alone, and every step loaded the first one's values.
                 prev_block, prev_stage = gl.to_tensor(0), gl.to_tensor(0)
-            for entry in range(0, count):
+            steps = count
+            if WIDE_STEPS:
+                # Two blocks a step. A last one alone is loaded twice: weights of 0 need values that are finite.
+                steps = (count + 1) // 2
+                beside = gl.load(at + 1, mask=count > 1, other=block)
+            for entry in range(0, steps):
                 if PAIRED:
                     place = pair_entry(entry + 1, first, second, both, sizes.list_length)
                     following = gl.load(at + place, mask=entry + 1 < count, other=0)
+                elif WIDE_STEPS:
+                    following = gl.load(at + 2 * entry + 2, mask=2 * entry + 2 < count, other=0)
+                    following_beside = gl.load(at + 2 * entry + 3, mask=2 * entry + 3 < count, other=following)
                 else:
                     following = gl.load(at + entry + 1, mask=entry + 1 < count, other=0)
                 stage = step % STAGES
@@ -143,13 +171,20 @@ def produce(
                                 shared.q_smem.index(buffer),
                             )
                 producer_acquire_k(step, STAGES)
-                mbarrier.expect(shared.k_full.index(stage), descriptors.k.block_type.nbytes)
+                mbarrier.expect(shared.k_full.index(stage), descriptors.k.block_type.nbytes * (2 if WIDE_STEPS else 1))
                 tma.async_copy_global_to_shared(
                     descriptors.k,
                     [head * sizes.k_rows + block * BLOCK_K, column],
                     shared.k_full.index(stage),
-                    shared.k_smem.index(stage),
+                    shared.k_smem.index(stage).slice(0, BLOCK_K) if WIDE_STEPS else shared.k_smem.index(stage),
                 )
+                if WIDE_STEPS:
+                    tma.async_copy_global_to_shared(
+                        descriptors.k,
+                        [head * sizes.k_rows + beside * BLOCK_K, column],
+                        shared.k_full.index(stage),
+                        shared.k_smem.index(stage).slice(BLOCK_K, BLOCK_K),
+                    )
                 if entry == 0:
                     # Here, so that the consumers find the answer when they begin the tile.
                     next_tile = advance_to_next_work(scheduler, work_idx, PERMUTE_KV)
@@ -170,18 +205,34 @@ def produce(
                     # After the next keys, which a consumer needs half a step earlier.
                     if entry > 0:
                         pair_acquire_v(step - 1, history, STAGES)
-                        load_v(descriptors, shared, sizes, head, prev_block, prev_stage, BLOCK_K, HEAD_DIM, FP8)
+                        load_v(
+                            descriptors, shared, sizes, head, prev_block, 0, prev_stage, BLOCK_K, HEAD_DIM, FP8, False
+                        )
                     history = history * 2 + ((entry >= both) & (entry < 2 * short - both)).to(gl.int32)
                     prev_block, prev_stage = block, stage
                 else:
                     producer_acquire_v(step, STAGES)
-                    load_v(descriptors, shared, sizes, head, block, stage, BLOCK_K, HEAD_DIM, FP8)
+                    load_v(
+                        descriptors,
+                        shared,
+                        sizes,
+                        head,
+                        block,
+                        beside if WIDE_STEPS else 0,
+                        stage,
+                        BLOCK_K,
+                        HEAD_DIM,
+                        FP8,
+                        WIDE_STEPS,
+                    )
                 block = following
+                if WIDE_STEPS:
+                    beside = following_beside
                 step += 1
             if PAIRED:
                 # With the tile, whose blocks are counted as loaded before the next one's keys are waited for.
                 pair_acquire_v(step - 1, history, STAGES)
-                load_v(descriptors, shared, sizes, head, prev_block, prev_stage, BLOCK_K, HEAD_DIM, FP8)
+                load_v(descriptors, shared, sizes, head, prev_block, 0, prev_stage, BLOCK_K, HEAD_DIM, FP8, False)
             turn += 1
         else:
             next_tile = advance_to_next_work(scheduler, work_idx, PERMUTE_KV)

@@ -55,6 +55,49 @@ def apply_mask(
 
 
 @gluon.jit
+def mask_two_blocks(
+    scores,
+    entry,
+    count,
+    full,
+    at,
+    bits_at,
+    bits_ptr,
+    key_mask_ptr,
+    kv_len,
+    WG: gl.constexpr,
+    BLOCK_K: gl.constexpr,
+    HAS_BITS: gl.constexpr,
+    HAS_KEY_MASK: gl.constexpr,
+):
+    """:func:`apply_mask` of listed blocks ``entry`` and ``entry + 1``, side by side in ``scores [64, 2 * BLOCK_K]``.
+
+    The first ``full`` of the list are left as they are. Behind its last one, the ``count``-th, nothing is seen.
+    """
+    LAYOUT: gl.constexpr = scores.type.layout
+    halves = gl.split(scores.reshape([64, 2, BLOCK_K]).permute([0, 2, 1]))
+    HALF: gl.constexpr = halves[0].type.layout
+    first, second = halves
+    block = gl.load(at + entry)
+    bit_row = gl.load(bits_at + entry)
+    masked = apply_mask(
+        first, block, bit_row, bits_ptr, key_mask_ptr, kv_len, WG, BLOCK_K, HALF, HAS_BITS, HAS_KEY_MASK
+    )
+    first = gl.where(entry < full, first, masked)
+    listed = entry + 1 < count
+    block = gl.load(at + entry + 1, mask=listed, other=0)
+    bit_row = gl.load(bits_at + entry + 1, mask=listed, other=0)
+    # Past the last key where nothing is listed.
+    block = gl.where(listed, block, kv_len // BLOCK_K + 1)
+    masked = apply_mask(
+        second, block, bit_row, bits_ptr, key_mask_ptr, kv_len, WG, BLOCK_K, HALF, HAS_BITS, HAS_KEY_MASK
+    )
+    second = gl.where(entry + 1 < full, second, masked)
+    both = gl.join(first, second).permute([0, 2, 1]).reshape([64, 2 * BLOCK_K])
+    return gl.convert_layout(both, LAYOUT, assert_trivial=True)
+
+
+@gluon.jit
 def by_thread(scores):
     """``[64, keys]`` as ``[64, keys / 8, 4, 2]``: keys ``8 n + 2 c + (0, 1)`` are held by lane ``c`` of four."""
     return scores.reshape([64, scores.shape[1] // 8, 4, 2])
@@ -194,6 +237,23 @@ def scale_apply_exp2(scores, row_max, acc_scale, row_sum, score_scale, MAX_OFFSE
     p = gl.exp2(wide.to(gl.float32) * score_scale.expand_dims(1).expand_dims(3) - offset)
     row_sum = row_sum * acc_scale + gl.sum(gl.sum(p, 3), 1)
     return as_rows(p, scores), row_sum
+
+
+@gluon.jit
+def scale_below_max(scores, row_max, score_scale):
+    """``scores * score_scale - row_max``, exponents that :func:`exp2_with_sums` takes. Apart from it, so that the
+    registers of the scores are free before the exponentials."""
+    wide = by_thread(scores)
+    x = wide * score_scale.expand_dims(1).expand_dims(3) - row_max.expand_dims(1).expand_dims(3)
+    return as_rows(x, scores)
+
+
+@gluon.jit
+def exp2_with_sums(x, acc_scale, row_sum):
+    """``2 ** x``, and the row sums with it."""
+    p = gl.exp2(by_thread(x))
+    row_sum = row_sum * acc_scale + gl.sum(gl.sum(p, 3), 1)
+    return as_rows(p, x), row_sum
 
 
 @gluon.jit
