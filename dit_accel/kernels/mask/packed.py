@@ -13,7 +13,7 @@ from ..common.choice import Case
 from .block_mask import BlockMask
 from .query_pairs import QueryPairs
 
-# Whether lists of 64 x 64 blocks are unpacked in pairs where the kernel reads them so. Off, since its test has not run on
+# Whether lists of 64 x 64 blocks are unpacked in pairs where the kernel reads them so. Off: its test has not run on
 # a GPU: pytest -m gpu tests/kernels/test_hopper_pairs.py -k kept_plan.
 UNPACKED_IN_PAIRS = False
 # Bytes of a mask's lists that are kept beside its bits. To unpack them anew takes the host a sixth of a call, which
