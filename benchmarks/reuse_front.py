@@ -2,7 +2,10 @@
 
 Every prompt is generated dense once, then under each row, with the same seed. A row is a preset, or one with a reuse:
 
-    PRESET[:OPTION=VALUE,...][@FIELD=VALUE,...][+REUSE[:FIELD=VALUE,...]]
+    PRESET[:OPTION=VALUE,...][@FIELD=VALUE,...][+REUSE[:FIELD=VALUE,...]][/LINEAR]
+
+LINEAR is the format of the linear layers, fp8 or int8. A whole run leaves layers as narrow as this model's alone; here
+all are cast, so that there is something to see.
 
     python benchmarks/reuse_front.py --prompts 16 --steps 30 --out front.json
     python benchmarks/reuse_front.py --rows dense+first_block:threshold=.12 "mass:density=.3+listed:computed=(0,3)"
@@ -27,6 +30,7 @@ import subprocess
 import sys
 import time
 from collections import Counter
+from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
@@ -35,6 +39,7 @@ from front_report import PAGE, PICTURE, write_docs
 from front_rows import SETS
 
 from dit_accel import Recipe, patch, presets
+from dit_accel.acceleration.linears import quantize_linears, refuse_format
 from dit_accel.pipelines import load
 from dit_accel.pipelines.generate import call_arguments
 from dit_accel.quality.bootstrap import bootstrap_mean
@@ -55,6 +60,8 @@ TUNING_PROMPTS = (
     "an owl flying up in space",
     "three orange birds flying left in a cloudy sky",
 )
+# Narrower than any layer of the built-in model.
+EVERY_WIDTH = 16
 METRICS = ("psnr", "ssim", "lpips", "flicker", "latent_mse")
 
 
@@ -100,13 +107,21 @@ def main() -> None:
     show(Front(pipe, args).run(recipes))
 
 
+def linear_of(row: str) -> str | None:
+    """The format of a row's linear layers; None where they stay as they are."""
+    return row.partition("/")[2] or None
+
+
 def recipe_of(row: str) -> Recipe:
     """The recipe of a row.
 
     Raises:
         ValueError: what a row or a value does not allow.
     """
-    named, _, reuse = row.partition("+")
+    linear = linear_of(row)
+    if linear is not None:
+        refuse_format(linear)
+    named, _, reuse = row.partition("/")[0].partition("+")
     named, _, changed = named.partition("@")
     name, _, options = named.partition(":")
     recipe = presets.resolve(name, **{key: ast.literal_eval(value) for key, value in pairs(options)})
@@ -222,7 +237,7 @@ class Front:
                     raise SystemExit(f"{self.args.out} has {row} of another version; give another --out.")
                 if str(number) in known["clips"] or time.monotonic() > self.end:
                     continue
-                clip = known["clips"][str(number)] = self.clip(recipe, number, prompt, dense)
+                clip = known["clips"][str(number)] = self.clip(recipe, linear_of(row), number, prompt, dense)
                 print(
                     f"prompt {number}, {row}: {clip['psnr']} dB, {clip['seconds']:.1f} s", file=sys.stderr, flush=True
                 )
@@ -250,11 +265,14 @@ class Front:
         kept = torch.load(path)
         return Generated(kept["frames"], True, kept["latents"], kept["seconds"])
 
-    def clip(self, recipe: Recipe, number: int, prompt: str, dense: Generated) -> dict[str, Any]:
+    def clip(self, recipe: Recipe, linear: str | None, number: int, prompt: str, dense: Generated) -> dict[str, Any]:
         """One clip under a recipe, and what it lost."""
         computed: Counter[int] = Counter()
         last = self.pipe.transformer.blocks[-1]
-        with patch(self.pipe, recipe) as handle:
+        with ExitStack() as undone:
+            if linear is not None:
+                undone.callback(quantize_linears(self.pipe, linear, least_width=EVERY_WIDTH)[0])
+            handle = undone.enter_context(patch(self.pipe, recipe))
             count = last.register_forward_hook(lambda *_: computed.update([self.pipe.scheduler.step_index or 0]))
             made = generate_clip(self.pipe, prompt, number, self.arguments)
             count.remove()

@@ -51,6 +51,17 @@ def test_a_run_has_what_the_table_needs(front: Any, made: Path) -> None:
     assert kinds == dict(zip(ROWS, [("sparse", 1.0), ("cache", 2 / 3), ("both", 2 / 3)], strict=True))
 
 
+def test_a_row_says_what_its_linear_layers_are_in(front: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("dit_accel.acceleration.linears.find_spec", lambda name: object())
+    assert front.linear_of("fast/int8") == "int8"
+    assert front.linear_of("dense+listed:computed=(0,2)") is None
+    assert front.recipe_of("mass:density=.3+listed:computed=(0,2)/fp8") == front.recipe_of(
+        "mass:density=.3+listed:computed=(0,2)"
+    )
+    with pytest.raises(ValueError, match="linear must be one of fp8, int8, or None, got 'int4'"):
+        front.recipe_of("fast/int4")
+
+
 def test_what_is_made_is_not_made_again(front: Any, made: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     before = made.read_text()
     monkeypatch.setattr(front, "generate_clip", None)
