@@ -81,7 +81,7 @@ class LeftOut:
         """A difference of this step, kept as it is or in 8 bits."""
         witness, scale = difference.sum(dtype=torch.float32) * 0.0, None
         if bits == 8:
-            scale = difference.abs().amax(-1, keepdim=True).float().clamp_min(torch.finfo(torch.float32).tiny) / 127
+            scale = (difference.abs().amax(-1, keepdim=True).float() / 127).clamp_min(torch.finfo(torch.float32).tiny)
             difference = (difference / scale).round_().to(torch.int8)
         return cls(made, difference, scale, witness)
 
@@ -90,7 +90,8 @@ class LeftOut:
         if self.scale is None:
             out.add_(self.difference, alpha=share)
         else:
-            out.addcmul_(self.difference.to(out.dtype), (self.scale * share).to(out.dtype))
+            # Summed in float32: in half precision the scale would lose as much as the 8 bits, or become zero.
+            out.addcmul_(self.difference, self.scale * share)
 
 
 @dataclass

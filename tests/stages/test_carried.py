@@ -11,6 +11,7 @@ from dit_accel.call import AttentionInputs
 from dit_accel.engine import Engine
 from dit_accel.frozen_planner import FrozenPlanner
 from dit_accel.layout import LatentGrid, StepContext, TokenLayout
+from dit_accel.plan import LeftOut
 from dit_accel.run import Run
 from dit_accel.stages.compensate.carried import Carried
 from dit_accel.stages.order.simple import Raster, Tiles
@@ -166,6 +167,24 @@ def test_a_new_run_and_a_bare_model_carry_nothing():
     assert torch.equal(out_of(engine, bare), out_of(plain, bare))
     engine.run = Run()
     assert torch.equal(out_of(engine, StepContext(3, STEPS, forward_id=3)), torch.full((2, 189, 3, 16), 1e3))
+
+
+@pytest.mark.parametrize("size", [1e-5, 1e-3, 1.0, 1e3])
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32, torch.float64])
+def test_eight_bits_lose_half_a_step_whatever_the_dtype(dtype, size):
+    """And one rounding of the output: a scale in half precision would lose as much again, or all of it."""
+    generator = torch.Generator().manual_seed(0)
+    difference, out = ((torch.randn(2, 9, 2, 16, generator=generator) * size).to(dtype) for _ in range(2))
+    difference[0, 0] = 0.0
+    expected = out.double() + 0.7 * difference.double()
+    rounded = 0.7 * difference.double().abs().amax(-1, keepdim=True) / 254
+    whole = out.clone()
+    LeftOut.of(StepContext(), difference, 8).add_to(out, 0.7)
+    smallest = torch.finfo(dtype).tiny * torch.finfo(dtype).eps
+    # The scale itself is float32.
+    rounding = torch.finfo(dtype).eps / 2 * expected.abs() + 2.0**-20 * rounded + smallest
+    assert ((out.double() - expected).abs() - rounded <= rounding).all()
+    assert torch.equal(out[0, 0], whole[0, 0])
 
 
 @pytest.mark.parametrize("bits", [8, 16])
