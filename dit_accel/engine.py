@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 import threading
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from functools import partial
 
 import torch
@@ -345,14 +346,20 @@ class Engine:
         """This package's kernel for a step of the dense phase where it keeps up with the model's own attention."""
         if call.pairs is not None or call.ring is not None or any(x.requires_grad for x in (call.q, call.k, call.v)):
             return dense
-        with autocast_done(call):
-            call.repeat_heads()
-            call.spread_queries()
-            choice, kernel = kernel_over_all(call, self.planner.tables, self.backend)
+        own = replace(call)  # observers see a dense call as it was given, and nothing holds copies that no kernel reads
+        with autocast_done(own):
+            own.repeat_heads()
+            own.spread_queries()
+            choice, kernel = kernel_over_all(own, self.planner.tables, self.backend)
         if not keeps_up_with_dense(choice):
             return dense
         self.backends_used.add(SEARCH, choice)
-        return lambda: call.of_queries(kernel()[0])
+
+        def attended() -> torch.Tensor:
+            with autocast_done(own):
+                return own.of_queries(kernel()[0])
+
+        return attended
 
     def _run_dense(
         self, call: AttentionCall, reason: str, dense: Callable[[], torch.Tensor], book: LayerRecord

@@ -61,6 +61,31 @@ def test_the_kernel_attends_to_all(kept_up, case):
     assert (out - expected).abs().max() <= 1e-12
 
 
+@pytest.mark.parametrize("keeps_up", [False, True])
+@pytest.mark.parametrize("few", [False, True], ids=["grouped", "few queries"])
+def test_an_observer_sees_a_dense_call_as_it_was_given(monkeypatch, few, keeps_up):
+    monkeypatch.setattr(engines, "keeps_up_with_dense", lambda choice: keeps_up)
+    layout = TokenLayout((4, 8, 8), 0, 256, queries=(64, 64)) if few else LAYOUT
+    inputs = AttentionInputs(*_tensors(queries=64 if few else 256, kv_heads=4 if few else 2))
+    engine, seen = Engine(RECIPE, ["layer"], "reference", 0), []
+    engine.observer = seen.append
+    attend(engine, 0, inputs, layout, FIRST, lambda: inputs.q)
+    (call,) = seen
+    assert call.q is inputs.q
+    assert call.k is inputs.k
+    assert call.v is inputs.v
+
+
+def test_autocast_casts_the_call_and_nothing_within_the_kernel(kept_up):
+    inputs = AttentionInputs(*_tensors(dtype=torch.float32))
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        out, own = _first_step(inputs)
+    assert not own
+    cast, _ = _first_step(AttentionInputs(*(x.bfloat16() for x in inputs[:3])))
+    assert out.dtype == torch.bfloat16
+    assert torch.equal(out, cast)
+
+
 def test_what_it_cannot_do_is_the_models_own(kept_up):
     q, k, v = _tensors()
     inputs = AttentionInputs(q, k, v)
