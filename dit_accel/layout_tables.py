@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import threading
+from collections.abc import Callable, Hashable
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 
@@ -19,6 +20,8 @@ from .run import Bounded
 from .stages.select.protocol import Select
 from .stages.select.static import FullSelect
 from .timing import Stopwatch
+
+TableT = TypeVar("TableT")
 
 # A server sees any number of sizes; the tables of this many stay.
 KEPT_LAYOUTS = 8
@@ -43,14 +46,19 @@ class Prepared:
 class LayoutTables:
     """Tables of a few layouts, those that calls had last. Threads may share them.
 
+    What a CUDA graph makes while it is captured is its own, and no other call finds it; see
+    :func:`~dit_accel.kept_plans.kept_of`.
+
     Args:
         recipe: whose order and selection they are of.
         order_time: of making them.
+        of_graphs: takes what a captured call reads, by id, since other layouts may take its place here.
     """
 
-    def __init__(self, recipe: Recipe, order_time: Stopwatch) -> None:
+    def __init__(self, recipe: Recipe, order_time: Stopwatch, of_graphs: dict[int, Any]) -> None:
         self.recipe = recipe
         self._order_time = order_time
+        self._of_graphs = of_graphs
         self._prepared: Bounded[dict[Any, Prepared]] = Bounded(KEPT_LAYOUTS)
         self._full_masks: Bounded[BlockMask] = Bounded(KEPT_LAYOUTS)
         self._order_tables: Bounded[Any] = Bounded(KEPT_LAYOUTS)
@@ -68,7 +76,7 @@ class LayoutTables:
         if order.follows_call:
             # Nothing to keep but the plan, and what the order worked out for the layout.
             with self._order_time.timing(device):
-                tables = self._order_tables.get((layout, device), lambda: order.prepare(layout, device))
+                tables = self._found(call, self._order_tables, (layout, device), lambda: order.prepare(layout, device))
                 rows = order.rows_of_call(layout, call, tables)
                 blocks = SequenceBlocks(layout, rows, *select.block, device)
                 return Prepared(blocks, select.prepare(blocks), order.keys_of_call(layout, call, tables))
@@ -76,10 +84,15 @@ class LayoutTables:
         # Two threads may run one transformer; the tables are built once.
         with self._lock:
             variants = self._prepared.get((layout, device), dict)
-            if variant not in variants:
+            prepared = variants.get(variant)
+            if prepared is None:
                 with self._order_time.timing(device):
-                    variants[variant] = self._prepare_anew(call)
-            return variants[variant]
+                    prepared = self._prepare_anew(call)
+                if not call.captured:
+                    variants[variant] = prepared
+            elif call.captured:
+                self._of_graphs[id(prepared)] = prepared
+            return prepared
 
     def _prepare_anew(self, call: AttentionCall) -> Prepared:
         assert isinstance(call.layout, TokenLayout)
@@ -104,7 +117,7 @@ class LayoutTables:
         def visible() -> torch.Tensor:
             return (torch.arange(length + count, device=device) < length).expand(batch, -1)
 
-        return self._padding.get((length, count, batch, device), visible)
+        return self._found(call, self._padding, (length, count, batch, device), visible)
 
     def full_mask(self, call: AttentionCall) -> BlockMask:
         """All blocks of a layout, in the model's order."""
@@ -120,7 +133,17 @@ class LayoutTables:
 
         if call.key_mask is not None:
             return make()
-        return self._full_masks.get((call.layout, call.q.device), make)
+        return self._found(call, self._full_masks, (call.layout, call.q.device), make)
+
+    def _found(self, call: AttentionCall, tables: Bounded[TableT], key: Hashable, make: Callable[[], TableT]) -> TableT:
+        """The entry of a key, made where there is none."""
+        if not call.captured:
+            return tables.get(key, make)
+        if key not in tables.entries:
+            return make()
+        found = tables.get(key, make)
+        self._of_graphs[id(found)] = found
+        return found
 
     def clear(self) -> None:
         """Drop all of them."""

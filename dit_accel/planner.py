@@ -40,9 +40,9 @@ class Planner:
         self.recipe = recipe
         self.density: float | None = None
         self.parts = {part: Stopwatch() for part in ("order", "select", "compensate")}
-        self.tables = LayoutTables(recipe, self.parts["order"])
         # What CUDA graphs read of runs and layouts, which forget it earlier.
         self._of_graphs: dict[int, Any] = {}
+        self.tables = LayoutTables(recipe, self.parts["order"], self._of_graphs)
 
     def choices(self, case: Case, backend: str) -> dict[Operation, Choice]:
         """The backend of each operation that calls of a case run, as far as the case tells.
@@ -120,13 +120,11 @@ class Planner:
         return found
 
     def _hold(self, call: AttentionCall) -> None:
-        """Keep, for as long as the patch, what a graph that is captured may read in its replays."""
+        """Keep, for as long as the patch, what a graph that is captured may read of its run in its replays."""
         kept = kept_of(call)
         read = list(kept.plans.values())
         for memory in kept.memories.values():
             read += [memory.lse, memory.base, memory.left_out]
-        if not self.recipe.order.follows_call:
-            read.append(self.tables.prepare(call))
         self._of_graphs.update({id(one): one for one in read})
 
     def _plan(self, call: AttentionCall, book: LayerRecord) -> tuple[StepContext, AttentionPlan]:

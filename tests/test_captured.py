@@ -2,12 +2,13 @@
 
 import gc
 import weakref
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 
 import pytest
 import torch
 
 from dit_accel import call as call_module
+from dit_accel import engine as engine_module
 from dit_accel import presets
 from dit_accel import run as run_module
 from dit_accel import timing as timing_module
@@ -116,6 +117,60 @@ def test_what_a_graph_reads_stays_as_long_as_the_patch(preset):
     layer.engine.planner.forget()
     gc.collect()
     assert all(one() is None for one in read)
+
+
+def _tables(engine):
+    """What an engine keeps of its layouts, by kind."""
+    tables = engine.planner.tables
+    return {
+        "blocks": [one for kept in tables._prepared.entries.values() for one in kept.values()],
+        "padding": [*tables._padding.entries.values()],
+        "order": [*tables._order_tables.entries.values()],
+        "full mask": [*tables._full_masks.entries.values()],
+    }
+
+
+TABLES = [
+    ("window", {}, 5, {"blocks"}),
+    ("pooled", {"order": "cubes", "order.shape": (1, 1, 32), "select.block": (32, 32)}, 5, {"blocks", "padding"}),
+    ("pbs", {}, 5, {"order"}),
+    ("window", {"schedule": "schedule", "schedule.dense_fraction": 0.3, "schedule.own_dense": True}, 1, {"full mask"}),
+]
+
+
+@pytest.mark.parametrize(
+    ("preset", "fields", "step", "kinds"), TABLES, ids=["blocks", "padding", "order", "all blocks"]
+)
+def test_tables_that_a_graph_reads_stay_when_other_layouts_take_their_place(monkeypatch, preset, fields, step, kinds):
+    monkeypatch.setattr(engine_module, "keeps_up_with_dense", lambda _choice: True)
+    layer = Layer(presets.resolve(preset).with_fields(fields))
+    layer.call(0, step, 10)
+    found = _tables(layer.engine)
+    assert {kind for kind in kinds if found[kind]} == kinds
+    read = [weakref.ref(one) for kind in kinds for one in found[kind]]
+    del found
+    with capture():
+        layer.call(1, step, 10)
+    layer.engine.run = Run()
+    layer.engine.planner.tables.clear()
+    gc.collect()
+    assert all(one() is not None for one in read)
+    layer.engine.planner.forget()
+    gc.collect()
+    assert all(one() is None for one in read)
+
+
+@pytest.mark.parametrize(
+    ("preset", "fields", "step", "kinds"), TABLES, ids=["blocks", "padding", "order", "all blocks"]
+)
+def test_tables_that_a_graph_makes_serve_no_other_call(monkeypatch, preset, fields, step, kinds):
+    monkeypatch.setattr(engine_module, "keeps_up_with_dense", lambda _choice: True)
+    layer = Layer(presets.resolve(preset).with_fields(fields))
+    with capture(), suppress(RuntimeError):  # a mask of padding that nobody has seen before
+        layer.call(0, step, 10)
+    assert not any(_tables(layer.engine).values())
+    layer.call(1, step, 10)
+    assert {kind for kind, found in _tables(layer.engine).items() if found} >= kinds
 
 
 def test_lists_of_bits_that_a_graph_packed_are_made_anew():
