@@ -125,6 +125,11 @@ class AttentionCall:
         return self.key_mask if self.pairs is None else self.pairs
 
     @property
+    def is_counted(self) -> bool:
+        """Whether it stands in the records: a repeated call was counted, and a captured one computes nothing yet."""
+        return not (self.repeated or self.captured)
+
+    @property
     def hidden_blocks(self) -> torch.Tensor | None:
         """bool ``[B|1, H|1, nq, nk]``: while a plan is made, blocks of which no query sees a key; else None."""
         return None if self.seen is None else ~self.seen.visible

@@ -121,8 +121,8 @@ class Engine:
         if self.backend != "auto":  # which takes what runs
             q = call.q
             self._refuse(q.device, dtype_of_attention(q.device, q.dtype), q.shape[-1], call.key_mask is not None)
-        # Another thread may end the recording meanwhile; a repeated call is of a step that was counted.
-        steps = None if call.repeated else self.steps
+        # Another thread may end the recording meanwhile.
+        steps = self.steps if call.is_counted else None
         begun = None if steps is None else steps.start(call.q.device)
         out, was_dense = self._attend(call, dense, learned)
         if steps is not None:
@@ -194,7 +194,7 @@ class Engine:
         learned: Sequence[torch.Tensor] | None,
     ) -> tuple[torch.Tensor, bool]:
         """The output, and whether it is the model's own attention's."""
-        book = LayerRecord("") if call.repeated else self.records[call.layer]
+        book = self.records[call.layer] if call.is_counted else LayerRecord("")
         reason = call.unread or self._dense_reason(call)
         if reason == DENSE_PHASE and self.recipe.schedule.own_dense:
             dense = self._dense_by_kernel(call, dense)
@@ -246,7 +246,7 @@ class Engine:
 
     def _plan(self, call: AttentionCall, book: LayerRecord) -> tuple[StepContext, AttentionPlan]:
         steps = self.steps
-        if steps is None or call.repeated:
+        if steps is None or not call.is_counted:
             return self.planner.plan(call, book)
         own = LayerRecord("")  # other threads count in the layer's
         found = self.planner.plan(call, own)
@@ -301,7 +301,7 @@ class Engine:
                 book.hidden.add(density - seen)
             book.sparse_calls += 1
         steps = self.steps
-        if steps is not None and not call.repeated:
+        if steps is not None and call.is_counted:
             steps.add_sparse(call, density)
 
     def _density(self, call: AttentionCall, plan: AttentionPlan) -> torch.Tensor:
@@ -369,7 +369,7 @@ class Engine:
         with self._counting:
             book.dense_calls[reason] += 1
         steps = self.steps
-        if steps is not None and not call.repeated:
+        if steps is not None and call.is_counted:
             steps.add_dense(call, reason)
         begin = self.dense_time.start(call.q.device)
         out = dense()

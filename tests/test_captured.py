@@ -18,6 +18,7 @@ from dit_accel.kernels import BlockMask
 from dit_accel.kernels.mask import packed
 from dit_accel.layout import StepContext, TokenLayout
 from dit_accel.run import Run
+from dit_accel.step_log import StepLog
 from dit_accel.timing import Stopwatch
 from tests.calls import attend
 
@@ -219,6 +220,25 @@ def test_a_captured_call_is_not_counted_and_a_later_one_is(monkeypatch):
     monkeypatch.undo()
     call(2)
     assert engine.records[0].sparse_calls == 2
+
+
+def test_a_captured_call_that_is_dense_or_plans_is_not_counted():
+    layer = Layer(presets.carried())
+    (record,) = layer.engine.records
+
+    def counts():
+        steps = [(one.dense_calls, one.sparse_calls, one.plans_made) for one in layer.engine.steps.records()]
+        return dict(record.dense_calls), record.sparse_calls, record.plans_made, str(steps)
+
+    layer.engine.steps = StepLog()
+    for step in (0, 1, 2):  # dense phase, search, sparse
+        layer.call(step, step, 30)
+    before = counts()
+    assert before[:3] == ({"dense phase": 1, "search step": 1}, 1, 1)
+    with capture():
+        for step in (0, 15, 16):
+            layer.call(step, step, 30)
+    assert counts() == before
 
 
 def test_a_key_mask_is_known_by_its_tensor_alone(monkeypatch):
