@@ -165,10 +165,8 @@ class Planner:
         keep = schedule.keeps_plans and not call.repeated
         plans = kept_of(call).plans if keep else {}
         key = plan_key(call)
-        if keep and call.step.index is not None and call.step.computed is None:
-            # Another package's cache may skip some blocks of a forward, and tells nobody.
-            before = kept_of(call).forwards_before(key, call.step.forward_id)
-            call.step = replace(call.step, computed=before)
+        if keep:
+            self._count_forwards(call)
         kept = plans.get(key)
         means = None
         with torch.no_grad():
@@ -195,6 +193,14 @@ class Planner:
         if keep and not call.captured:
             call.used[call.layer] = plans[key] = KeptPlan.of(call, plan, means)
         return call.step, plan
+
+    @staticmethod
+    def _count_forwards(call: AttentionCall) -> None:
+        """Tell a call in how many forwards its layer ran before, by which the age of a plan counts: another package's
+        cache may skip some blocks of a forward, and tells nobody."""
+        if call.step.index is not None and call.step.computed is None:
+            before = kept_of(call).forwards_before(plan_key(call), call.step.forward_id)
+            call.step = replace(call.step, computed=before)
 
     def _chosen_anew(
         self, call: AttentionCall, select: Select, kept: KeptPlan, book: LayerRecord
@@ -307,6 +313,8 @@ class Planner:
         assert isinstance(call.layout, TokenLayout)
         if not select.uses_lse(call.layout, call.key_mask) or any(x.requires_grad for x in (call.q, call.k, call.v)):
             return None
+        if schedule.keeps_plans and not call.repeated:
+            self._count_forwards(call)  # as the plan will: what is found for a search that does not come would stay
         kept = kept_of(call).plans.get(plan_key(call))
         if kept is not None and not schedule.needs_plan(call.step, kept.made):
             return None
