@@ -47,7 +47,7 @@ class ClipPair:
         reference, candidate: ``[F, H, W, 3]``, anything :func:`as_video` takes; stored as float32 in [0, 1].
         fps: frames per second.
         reference_latents, candidate_latents: optional final latents before the VAE, any equal shape.
-        known: what metrics found of the reference alone, by their own names; :meth:`beside` hands it on.
+        known: what metrics found of the reference alone, by their own names; :meth:`beside` alone hands it on.
     """
 
     reference: torch.Tensor
@@ -55,11 +55,12 @@ class ClipPair:
     fps: float = 16.0
     reference_latents: torch.Tensor | None = None
     candidate_latents: torch.Tensor | None = None
-    known: dict[str, Any] = field(default_factory=dict, repr=False)
+    known: dict[str, Any] = field(default_factory=dict, init=False, repr=False)
 
     def __post_init__(self) -> None:
+        is_itself = self.candidate is self.reference  # of a long clip two copies in floating point are 0.8 GB
         object.__setattr__(self, "reference", as_video(self.reference, "reference"))
-        object.__setattr__(self, "candidate", as_video(self.candidate, "candidate"))
+        object.__setattr__(self, "candidate", self.reference if is_itself else as_video(self.candidate, "candidate"))
         if self.reference.shape != self.candidate.shape:
             raise ValueError(
                 f"paired clips must have one shape, got {list(self.reference.shape)} and {list(self.candidate.shape)}."
@@ -76,4 +77,6 @@ class ClipPair:
         Raises:
             ValueError: the clips do not pair.
         """
-        return replace(self, candidate=candidate, candidate_latents=candidate_latents)
+        pair = replace(self, candidate=candidate, candidate_latents=candidate_latents)
+        object.__setattr__(pair, "known", self.known)
+        return pair

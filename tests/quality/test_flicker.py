@@ -1,5 +1,7 @@
 """Flicker: zero without it, the injected size with it, blind to steady errors."""
 
+import dataclasses
+
 import numpy as np
 import pytest
 import torch
@@ -74,6 +76,21 @@ def test_an_image_gives_a_reason(metric: Flicker) -> None:
     clip = moving_clip(1)
     with pytest.raises(MetricUnavailable, match="at least 2 frames, got 1"):
         metric(ClipPair(clip, clip))
+
+
+def test_a_pair_of_another_dense_clip_knows_nothing_of_the_first() -> None:
+    dense, other = moving_clip(5, speed=2.0), moving_clip(5, speed=-1.0)
+    pair = ClipPair(dense, with_blinking(dense, 0.03))
+    FlickerFlow()(pair)
+    moved = dataclasses.replace(pair, reference=other)
+    assert FlickerFlow()(moved) == FlickerFlow()(ClipPair(other, pair.candidate))
+
+
+def test_a_clip_beside_itself_is_held_once() -> None:
+    clip = (moving_clip(3) * 255).to(torch.uint8)
+    pair = ClipPair(clip, clip)
+    assert pair.candidate is pair.reference
+    assert torch.equal(pair.reference, clip / 255)
 
 
 def test_the_dense_clips_flow_is_found_once(monkeypatch: pytest.MonkeyPatch) -> None:
