@@ -55,8 +55,8 @@ class Run:
         steps = "steps unknown" if self.steps is None else f"{self.steps} steps"
         guidance = "" if self.guidance is None else f", guidance {self.guidance:g}"
         return (
-            f"{self.model}, {frames} frames of {width} x {height}{tokens}, {steps}{guidance}, {self.dtype}, "
-            f"{'compiled' if self.compiled else 'eager'}, {self.clips} clip{'s' * (self.clips != 1)}, {self.device}, "
+            f"{self.model}, {frames} frame{'s' * (frames != 1)} of {width} x {height}{tokens}, {steps}{guidance}, "
+            f"{self.dtype}, {'compiled' if self.compiled else 'eager'}, {self.clips} clip{'s' * (self.clips != 1)}, {self.device}, "
             f"torch {self.torch}"
         )
 
@@ -86,7 +86,7 @@ class Row:
         """Under :data:`HEADS`."""
         density, share = self.summary["density"], self.summary["computed_share"]
         return [
-            f"`{self.name}`",
+            f"`{_plain(self.name)}`",
             "-" if density is None else f"{density['mean']:.3f}",
             "-" if share is None or steps is None else f"{steps * share['mean']:.0f} of {steps}",
             f"{self.dense_seconds['median']:.2f}",
@@ -109,25 +109,31 @@ class Source:
     rows: tuple[Row, ...]
 
 
+class Refused(ValueError):
+    """What a file holds cannot stand in the table; the message names the file."""
+
+
 def read(path: Path) -> Source:
-    """A card or a table.
+    """A card or a table, of which :func:`table` can be made.
 
     Raises:
         ValueError: it is neither, its weights are random, or its seconds are of processes that shared a GPU.
     """
     try:
         data = json.loads(path.read_text(encoding="utf-8"))
-        if data.get("format") == FORMAT:
-            return _of_card(path)
-        return _of_table(path, data)
-    except (OSError, KeyError, TypeError, AttributeError, IndexError, json.JSONDecodeError) as error:
+        source = _of_card(path) if data.get("format") == FORMAT else _of_table(path, data)
+        table([source])
+    except Refused:
+        raise
+    except (OSError, ValueError, KeyError, TypeError, AttributeError, IndexError, RecursionError) as error:
         raise ValueError(f"{path} is neither a card nor a table of presets: {error!r}.") from error
+    return source
 
 
 def _of_card(path: Path) -> Source:
     card = read_card(path)
     if card["random_weights"]:
-        raise ValueError(f"{path} is of random weights, whose fidelity means nothing.")
+        raise Refused(f"{path} is of random weights, whose fidelity means nothing.")
     sequence = card["sequence"]
     run = Run(
         card["model"],
@@ -149,9 +155,7 @@ def _of_table(path: Path, table: Mapping[str, Any]) -> Source:
     facts, rows = table["facts"], table["rows"]
     settings, sequence = facts["settings"], facts["sequence"]
     if facts["processes_on_a_gpu"] != 1:
-        raise ValueError(
-            f"{path} has seconds of {facts['processes_on_a_gpu']} processes on one GPU, which say nothing."
-        )
+        raise Refused(f"{path} has seconds of {facts['processes_on_a_gpu']} processes on one GPU, which say nothing.")
     frames, height, width = rows[0]["each"][0]["shape"]
     run = Run(
         settings["model"],
@@ -180,7 +184,7 @@ def table(sources: Sequence[Source]) -> str:
         if source.run != sources[0].run:
             raise ValueError(f"one table is of one run, got {sources[0].run} and {source.run}.")
     run = sources[0].run
-    commands = list(dict.fromkeys(OUT.sub("", source.command) for source in sources))
+    commands = list(dict.fromkeys(_plain(OUT.sub("", source.command)) for source in sources))
     rows = [(row, number) for number, source in enumerate(sources, start=1) for row in source.rows]
     rows.sort(key=lambda found: -found[0].psnr)
     has_fvd, several = any(row.fvd is not None for row, _ in rows), len(commands) > 1
@@ -191,6 +195,11 @@ def table(sources: Sequence[Source]) -> str:
         lines.append(_line([*row.cells(run.steps), *fvd, *([str(number)] if several else [])]))
     ends = "95 % over clips" if run.clips >= FEWEST_CLIPS else "the range over clips, of times the noise of the runs"
     return "\n".join([f"{escaped(str(run))}. In brackets {ends}.", "", "```", *commands, "```", "", *lines])
+
+
+def _plain(text: str) -> str:
+    """Text within backticks, whoever wrote it: of one line, and not their end."""
+    return " ".join(text.split()).replace("`", "'")
 
 
 def _line(cells: Sequence[str]) -> str:
@@ -214,12 +223,15 @@ def main() -> None:
     parser.add_argument("files", nargs="*", type=Path, help="show the table of these; default: ours")
     parser.add_argument("--write", action="store_true", help="put ours into docs/fidelity.md")
     asked = parser.parse_args()
-    if asked.write:
-        if asked.files:
-            parser.error("--write puts ours into the page: copy your files to benchmarks/results first")
-        PAGE.write_text(page(PAGE.read_text(encoding="utf-8")), encoding="utf-8")
-    else:
-        print(table([read(path) for path in asked.files or ours()]))
+    if asked.write and asked.files:
+        parser.error("--write puts ours into the page: copy your files to benchmarks/results first")
+    try:
+        if asked.write:
+            PAGE.write_text(page(PAGE.read_text(encoding="utf-8")), encoding="utf-8")
+        else:
+            print(table([read(path) for path in asked.files or ours()]))
+    except ValueError as error:
+        parser.error(str(error))
 
 
 if __name__ == "__main__":

@@ -104,6 +104,79 @@ def test_other_files_are_named(tmp_path: Path) -> None:
         read(write(tmp_path, "card", cards.card(random_weights=True)))
 
 
+def _bent(path: str, value: Any, data: Any) -> dict[str, Any]:
+    """A copy with another value at a path of keys and numbers."""
+    bent = json.loads(json.dumps(data))
+    *places, last = [int(key) if key.isdigit() else key for key in path.split(".")]
+    inner = bent
+    for key in places:
+        inner = inner[key]
+    inner[last] = value
+    return dict(bent)
+
+
+@pytest.mark.parametrize(
+    ("path", "value"),
+    [
+        ("settings.call.guidance_scale", "x"),
+        ("settings.call.guidance_scale", [1]),
+        ("command", None),
+        ("clips", "9"),
+        ("recipes.0.recipe", 5),
+        ("num_steps", "9"),
+    ],
+)
+def test_a_card_that_no_table_can_show_is_named_where_it_is_read(path: str, value: Any, tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match=r"bent\.json is neither a card nor a table of presets: "):
+        read(write(tmp_path, "bent", _bent(path, value, cards.card())))
+
+
+@pytest.mark.parametrize(
+    ("path", "value"),
+    [
+        *((f"rows.0.{name}", "x") for name in ("density", "computed_share", "total_seconds", "speedup", "metrics")),
+        ("rows.0.dense_seconds", {}),
+        ("rows.0.fvd", "x"),
+        ("rows.0.each.0.shape", [1, 2]),
+        ("facts.prompts", "x"),
+        ("rows", []),
+    ],
+)
+def test_a_table_that_no_table_can_show_is_named_where_it_is_read(path: str, value: Any, tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match=r"bent\.json is neither a card nor a table of presets: "):
+        read(write(tmp_path, "bent", _bent(path, value, presets_table())))
+
+
+@pytest.mark.parametrize("content", [b"\xff\xfe{}", b"", b"[" * 100_000], ids=["no UTF-8", "empty", "deep"])
+def test_what_is_no_json_is_named(content: bytes, tmp_path: Path) -> None:
+    (tmp_path / "bent.json").write_bytes(content)
+    with pytest.raises(ValueError, match=r"bent\.json is neither a card nor a table of presets: "):
+        read(tmp_path / "bent.json")
+
+
+def test_no_text_of_a_file_ends_its_place_on_the_page(tmp_path: Path) -> None:
+    card = _bent("command", "run\n```\n<script>", cards.card())
+    card = _bent("recipes.0.recipe", "a`|b\n<b>", card)
+    plain, bent = (
+        table([read(write(tmp_path, name, one))]).splitlines() for name, one in (("card", cards.card()), ("bent", card))
+    )
+    assert len(bent) == len(plain)
+    assert [line.count("|") for line in bent] == [line.count("|") for line in plain]
+    assert bent[3] == "run " + 3 * "'" + " <script>"
+    assert bent[-1].startswith("| `a'/b <b>` |")
+
+
+def test_one_frame_is_one(tmp_path: Path) -> None:
+    assert ", 1 frame of 80 x 48" in table([read(write(tmp_path, "card", cards.card() | {"frames": 1}))])
+
+
+def test_a_bad_file_is_one_sentence(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: Any) -> None:
+    monkeypatch.setattr("sys.argv", ["long_table", str(tmp_path / "none.json")])
+    with pytest.raises(SystemExit):
+        long_table.main()
+    assert "none.json is neither a card nor a table of presets" in capsys.readouterr().err
+
+
 def test_our_files_change_the_page_and_nothing_around_the_table(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
