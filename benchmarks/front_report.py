@@ -107,7 +107,16 @@ def searches_of(recipe: dict[str, Any]) -> int:
 
 
 def rows_of(result: dict[str, Any]) -> list[Row]:
-    """The most faithful row first."""
+    """The most faithful row first.
+
+    Raises:
+        SystemExit: a row has its linear layers in 8 bits, of which no composed time is.
+    """
+    cast = [name for name in result["rows"] if "/" in name]
+    if cast:
+        raise SystemExit(
+            f"Times of {', '.join(cast)} cannot be composed: those of a step are of 16-bit layers. Use --show."
+        )
     rows = [Row.of(name, row, result["settings"]["steps"]) for name, row in result["rows"].items() if row["clips"]]
     return sorted(rows, key=lambda row: -row.metrics["psnr"].mean)
 

@@ -56,8 +56,8 @@ class Run:
         guidance = "" if self.guidance is None else f", guidance {self.guidance:g}"
         return (
             f"{self.model}, {frames} frame{'s' * (frames != 1)} of {width} x {height}{tokens}, {steps}{guidance}, "
-            f"{self.dtype}, {'compiled' if self.compiled else 'eager'}, {self.clips} clip{'s' * (self.clips != 1)}, {self.device}, "
-            f"torch {self.torch}"
+            f"{self.dtype}, {'compiled' if self.compiled else 'eager'}, {self.clips} clip{'s' * (self.clips != 1)}, "
+            f"{self.device}, torch {self.torch}"
         )
 
 

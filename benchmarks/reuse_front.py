@@ -109,7 +109,8 @@ def main() -> None:
 
 def linear_of(row: str) -> str | None:
     """The format of a row's linear layers; None where they stay as they are."""
-    return row.partition("/")[2] or None
+    _, given, linear = row.partition("/")
+    return linear if given else None
 
 
 def recipe_of(row: str) -> Recipe:

@@ -58,8 +58,19 @@ def test_a_row_says_what_its_linear_layers_are_in(front: Any, monkeypatch: pytes
     assert front.recipe_of("mass:density=.3+listed:computed=(0,2)/fp8") == front.recipe_of(
         "mass:density=.3+listed:computed=(0,2)"
     )
-    with pytest.raises(ValueError, match="linear must be one of fp8, int8, or None, got 'int4'"):
-        front.recipe_of("fast/int4")
+    for row, linear in (("fast/int4", "int4"), ("fast/", ""), ("fast/int8/fp8", "int8/fp8")):
+        with pytest.raises(ValueError, match=f"linear must be one of fp8, int8, or None, got '{linear}'"):
+            front.recipe_of(row)
+
+
+def test_times_of_linear_layers_in_8_bits_are_not_composed(front: Any, made: Path, tmp_path: Path) -> None:
+    result = json.loads(made.read_text())
+    result["rows"]["dense/int8"] = result["rows"].pop(ROWS[0])
+    (tmp_path / "cast.json").write_text(json.dumps(result))
+    page = tmp_path / "page.md"
+    with pytest.raises(SystemExit, match="Times of dense/int8 cannot be composed"):
+        front.write_docs([tmp_path / "cast.json"], page, tmp_path / "picture.png")
+    assert not page.exists()
 
 
 def test_what_is_made_is_not_made_again(front: Any, made: Path, monkeypatch: pytest.MonkeyPatch) -> None:
