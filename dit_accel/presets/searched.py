@@ -114,10 +114,10 @@ def carried(
     """A few dense steps, and between them sparse attention with what it left out in the last one: :func:`ear`'s blocks,
     and the residual of DiTFastAttn (arXiv 2406.08552).
 
-    The first two steps of thirty and one at each point of ``dense_at`` are dense and search. What their plan would have
-    left out is added in the steps after them, less and less. It keeps a tensor like the output for each layer and
-    guidance branch: 0.1 GB for 32,760 tokens of 12 heads of 128, 0.7 GB for 118,800 of 24; half of it with
-    ``compensate.bits=8``.
+    The first two steps of thirty and one at each point of ``dense_at`` are dense, and all but the first search. What
+    their plan would have left out is added in the steps after them, less and less. It keeps a tensor like the output
+    for each layer and guidance branch: 0.1 GB for 32,760 tokens of 12 heads of 128, 0.7 GB for 118,800 of 24; half of
+    it with ``compensate.bits=8``.
 
     Deviations: the paper has a fixed window, carries its residual unweighted to the next full step, and finds the steps
     by a search; here blocks follow content, and the weight falls with age.
