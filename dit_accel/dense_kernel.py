@@ -16,12 +16,16 @@ from .plan import AttentionPlan
 from .ring_attention import attend_around, full_masks_around
 
 SEARCH: Operation = "search_attention"
+DENSE: Operation = "dense_attention"
 
 
 def kernel_over_all(
-    call: AttentionCall, tables: LayoutTables, backend: str
+    call: AttentionCall, tables: LayoutTables, backend: str, operation: Operation
 ) -> tuple[Choice, Callable[[], tuple[torch.Tensor, torch.Tensor]]]:
     """Which backend attends to all blocks of a call, and what computes it.
+
+    Args:
+        operation: what an error calls it, :data:`SEARCH` or :data:`DENSE`.
 
     Returns:
         The choice, and a function without arguments that returns the output, ``[B, S, H, D]``, and the log-sum-exp,
@@ -29,7 +33,7 @@ def kernel_over_all(
     """
     parts = None if call.part is None else full_masks_around(call)
     mask = tables.full_mask(call) if parts is None else parts[0]
-    choice = choose_backend(call.q, call.k, call.v, mask, key_mask=call.key_mask, backend=backend, operation=SEARCH)
+    choice = choose_backend(call.q, call.k, call.v, mask, key_mask=call.key_mask, backend=backend, operation=operation)
 
     def kernel(call: AttentionCall, plan: AttentionPlan) -> tuple[torch.Tensor, torch.Tensor]:
         key_mask, scale = call.key_mask, call.scale

@@ -11,7 +11,7 @@ from functools import partial
 import torch
 
 from .call import AttentionCall, autocast_done, dtype_of_attention
-from .dense_kernel import SEARCH, keeps_up_with_dense, kernel_over_all
+from .dense_kernel import DENSE, SEARCH, keeps_up_with_dense, kernel_over_all
 from .kernels.common.choice import Case, Choice, Operation, case_of
 from .layout import StepContext, TokenLayout
 from .plan import AttentionPlan
@@ -332,7 +332,7 @@ class Engine:
         memory = self.planner.memory_of_search(call)
         if memory is None:
             return None
-        choice, kernel = kernel_over_all(call, self.planner.tables, self.backend)
+        choice, kernel = kernel_over_all(call, self.planner.tables, self.backend, SEARCH)
         # In torch the model's own attention is several times faster over all blocks, and the search's own pass cheap.
         if choice.name in ("reference", "torch"):
             return None
@@ -350,10 +350,10 @@ class Engine:
         with autocast_done(own):
             own.repeat_heads()
             own.spread_queries()
-            choice, kernel = kernel_over_all(own, self.planner.tables, self.backend)
+            choice, kernel = kernel_over_all(own, self.planner.tables, self.backend, DENSE)
         if not keeps_up_with_dense(choice):
             return dense
-        self.backends_used.add(SEARCH, choice)
+        self.backends_used.add(DENSE, choice)
 
         def attended() -> torch.Tensor:
             with autocast_done(own):

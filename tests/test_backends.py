@@ -232,8 +232,8 @@ def assert_launched(launched: set[str], used: dict[str, dict[str, str]]) -> None
     """Every operation that is recorded ran in Triton, and no other did."""
     assert used
     assert all(list(names) == ["triton"] for names in used.values()), used
-    # A search's dense attention and, on Hopper, 8-bit attention run in attention's kernel.
-    shared = {"attention", "search_attention", "quantized_attention"}
+    # Dense attention, of a search or not, and, on Hopper, 8-bit attention run in attention's kernel.
+    shared = {"attention", "search_attention", "dense_attention", "quantized_attention"}
     assert launched - shared - {"hopper"} == set(used) - shared
     assert bool(launched & {*shared, "hopper"}) == bool(shared & set(used))
     assert ("quantized_attention" in launched) == ("quantized_attention" in used)

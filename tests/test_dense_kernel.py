@@ -61,6 +61,13 @@ def test_the_kernel_attends_to_all(kept_up, case):
     assert (out - expected).abs().max() <= 1e-12
 
 
+def test_the_summary_does_not_call_it_a_search(kept_up):
+    inputs = AttentionInputs(*_tensors())
+    engine = Engine(RECIPE, ["layer"], "reference", 0)
+    attend(engine, 0, inputs, LAYOUT, FIRST, lambda: inputs.v)
+    assert engine.backends_used.to_dict() == {"dense_attention": {"reference": "asked for by name"}}
+
+
 @pytest.mark.parametrize("keeps_up", [False, True])
 @pytest.mark.parametrize("few", [False, True], ids=["grouped", "few queries"])
 def test_an_observer_sees_a_dense_call_as_it_was_given(monkeypatch, few, keeps_up):

@@ -20,6 +20,7 @@ BACKENDS = ("auto", "triton", "torch", "reference", "fa4")
 Operation = Literal[
     "attention",
     "search_attention",
+    "dense_attention",
     "quantized_attention",
     "selection",
     "gate",
