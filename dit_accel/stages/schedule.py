@@ -39,8 +39,9 @@ class Schedule:
         few_steps: runs without guidance of at most so many steps have no dense step, neither a dense phase nor a dense
             search: a plan then serves the very step that makes it. 0: no run has few steps.
         own_dense: steps of the dense phase take this package's kernel, over all blocks, where that is as fast as the
-            model's own attention (:mod:`dit_accel.dense_kernel`); outputs then differ by rounding. A search that
-            needs the log-sum-exp does so anyway.
+            model's own attention (:mod:`dit_accel.dense_kernel`); outputs then differ by rounding. A call keeps the
+            model's own attention where it needs gradients, has a mask of token pairs, or is shared around a ring. A
+            search that needs the log-sum-exp takes the kernel in any case.
         drift_bound: reuse a plan while the mean query and key of every block have changed by at most this
             share since it was made (see :class:`~dit_accel.stages.drift.BlockMeans`), and make it again when
             they have. ``refresh_every`` above 1 and ``refresh_at`` still limit its age. Costs one read of
