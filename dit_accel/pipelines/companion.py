@@ -120,6 +120,8 @@ def check_files(folder: Path, of: Distribution = MODELS) -> None:
         digests: dict[str, str] = json.loads(index.read_text())
     except ValueError as error:
         raise ValueError(f"The model is damaged: {index} is not JSON. {advice}") from error
+    if not isinstance(digests, dict):
+        raise ValueError(f"The model is damaged: {index} has no digests by file. {advice}")
     for name, expected in digests.items():
         file = folder / name
         if not file.is_file():

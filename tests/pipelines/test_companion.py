@@ -50,6 +50,13 @@ def test_a_checkout_needs_no_installation() -> None:
     assert builtins()["embedded"].adapters == companion.adapters()
 
 
+@pytest.mark.parametrize("text", ["[]", "1", "null", "{", ""])
+def test_damaged_checksums_are_named(text: str, tmp_path: Path) -> None:
+    (tmp_path / companion.CHECKSUMS).write_text(text)
+    with pytest.raises(ValueError, match=r"The model is damaged: .*checksums\.json .* Install dit-accel-models again"):
+        companion.check_files(tmp_path)
+
+
 def test_nor_does_its_folder_on_the_path(tmp_path: Path) -> None:
     script = "from dit_accel.pipelines.companion import folder_of; print(folder_of('embedded'))"
     # -S: without what is installed beside Python.
