@@ -171,10 +171,10 @@ def test_a_new_run_and_a_bare_model_carry_nothing():
 
 @pytest.mark.parametrize("size", [1e-5, 1e-3, 1.0, 1e3])
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32, torch.float64])
-def test_eight_bits_lose_half_a_step_whatever_the_dtype(dtype, size):
+def test_eight_bits_lose_half_a_step_whatever_the_dtype(dtype, size, device):
     """And one rounding of the output: a scale in half precision would lose as much again, or all of it."""
     generator = torch.Generator().manual_seed(0)
-    difference, out = ((torch.randn(2, 9, 2, 16, generator=generator) * size).to(dtype) for _ in range(2))
+    difference, out = (torch.randn(2, 9, 2, 16, generator=generator).mul(size).to(device, dtype) for _ in range(2))
     difference[0, 0] = 0.0
     expected = out.double() + 0.7 * difference.double()
     rounded = 0.7 * difference.double().abs().amax(-1, keepdim=True) / 254
