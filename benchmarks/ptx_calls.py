@@ -271,6 +271,7 @@ def selection_calls(dims: Sizes = ((64, HALF), (96, FULL), (128, HALF))) -> Iter
     mask = BlockMask.from_dense(*lists, backend="torch")
     yield "pack", lambda: PackedBlockMask.of(mask, True, **backend).lists()
     yield "pack short", lambda: PackedBlockMask.of(mask, False, **backend).lists()
+    yield "cut", lambda: mask.parts(slice(0, 10), [slice(0, 20), slice(20, 40)], "triton")
     out, v = tensors(2, 2555, 128, HALF)
     prob = torch.rand(BATCH, HEADS, 20, 40)
     for rows in (None, permutation(2555)):
@@ -348,7 +349,7 @@ def merge_calls(dims: Sizes = ((64, HALF), (96, FULL), (128, HALF))) -> Iterator
         lse = torch.zeros(BATCH, HEADS, 300)
         yield (
             f"merge {dim} {dtype}",
-            lambda out=out, part=part, lse=lse: merge_attention(out, lse, part, lse.clone(), "triton"),
+            lambda out=out, part=part, lse=lse: merge_attention(out, lse, part, lse.clone(), backend="triton"),
         )
 
 
