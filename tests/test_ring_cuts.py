@@ -1,8 +1,9 @@
-"""What a ring cuts from a kept plan: once, as bits, and never what another plan, ring or mask had."""
+"""What a ring cuts from a kept plan: once, as bits, and never what another plan, ring or mask had; and in which order
+it sends, cuts, attends and merges."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
 from itertools import pairwise
@@ -19,7 +20,7 @@ from dit_accel.kernels.mask.packed import PackedBlockMask
 from dit_accel.layout import StepContext, TokenLayout
 from dit_accel.plan import AttentionPlan
 from dit_accel.ring import RingPart, RingShard
-from dit_accel.ring_attention import mask_of_own_keys, masks_around, shares_of_work
+from dit_accel.ring_attention import attend_around, mask_of_own_keys, masks_around, shares_of_work
 
 LAYOUT = TokenLayout((1, 10, 20), 0, 200)
 
@@ -155,9 +156,14 @@ def test_what_inference_cut_serves_a_training():
     kept = KeptPlan.of(call, _plan(keep))
     with torch.inference_mode():
         masks_around(call, kept.plan)(0)
+        masks_around(call, kept.plan)(0)  # unpacked, small lists to stay
         shares_of_work(call, kept.plan)
+    (cut,) = kept.shares.blocks._cut.values()
+    assert isinstance(cut[0], PackedBlockMask)
+    assert not cut[0].kept.is_inference()
     assert not masks_around(call, kept.plan)(0).kv_indices.is_inference()
     assert not shares_of_work(call, kept.plan).is_inference()
+    assert not kept.plan.mask.kv_indices.is_inference()  # whole, as the first cut read it
 
 
 def test_shares_of_work_are_worked_out_once():
@@ -170,3 +176,54 @@ def test_shares_of_work_are_worked_out_once():
     assert shares_of_work(call, kept.plan) is found
     other = _call(2, 0)
     assert shares_of_work(other, kept.plan).shape == (2,)
+
+
+class _Arrives:
+    def __init__(self, held: Sequence[torch.Tensor]) -> None:
+        self.held = held
+
+    def arrived(self) -> Sequence[torch.Tensor]:
+        return self.held
+
+
+def test_keys_are_sent_before_blocks_are_cut_and_parts_are_rounded_once():
+    """Three processes; what each part gives is told, in bfloat16."""
+    generator = torch.Generator().manual_seed(0)
+    call = _call(3, 1)
+    done = []
+    parts = [torch.randn(1, 64, 2, 8, generator=generator).bfloat16() for _ in range(3)]
+    lses = [torch.randn(1, 2, 64, generator=generator) for _ in range(3)]
+    call.q = torch.zeros(1, 64, 2, 8, dtype=torch.bfloat16)
+    call.k = call.v = torch.zeros(1, call.part.key_slots(1), 2, 8, dtype=torch.bfloat16)
+
+    def send(_ring: RingShard, own: Sequence[torch.Tensor], tokens: int) -> _Arrives:
+        done.append(("send", own[0].shape[1], tokens))
+        return _Arrives([x.new_zeros(1, tokens, 2, 8) for x in own])
+
+    def mask_of(rank: int) -> BlockMask:
+        done.append(("cut", rank))
+        return BlockMask.from_dense(torch.ones(1, 1, 2, 1, dtype=torch.bool), 32, 64, 64, 64)
+
+    order = iter((1, 0, 2))  # from the process before
+
+    def attend(here: AttentionCall, _plan: AttentionPlan) -> tuple[torch.Tensor, torch.Tensor]:
+        rank = next(order)
+        assert here.k.shape[1] == call.part.key_slots(rank)
+        done.append(("attend", rank))
+        return parts[rank].clone(), lses[rank].clone()
+
+    with mock.patch.object(RingShard, "send", send):
+        out, lse = attend_around(call, mask_of, attend)
+    slots = [call.part.key_slots(rank) for rank in range(3)]
+    assert done == [
+        ("send", slots[1], slots[0]), ("cut", 1), ("attend", 1),
+        ("send", slots[0], slots[2]), ("cut", 0), ("attend", 0),
+        ("cut", 2), ("attend", 2),
+    ]  # fmt: skip
+    weights = torch.stack(lses).double().softmax(0).transpose(2, 3)[..., None]
+    exact = (weights * torch.stack(parts).double()).sum(0)
+    assert torch.allclose(lse.double(), torch.stack(lses).double().logsumexp(0), atol=1e-6)
+    assert out.dtype == torch.bfloat16
+    # Half a unit in the last place, and what float32 adds before it.
+    bound = torch.finfo(torch.bfloat16).eps / 2 * exact.abs() + 16 * torch.finfo(torch.float32).eps
+    assert bool(((out.double() - exact).abs() <= bound).all())
