@@ -47,9 +47,10 @@ class RingShard:
 
     def gather(self, own: torch.Tensor, dim: int, lengths: Sequence[int]) -> torch.Tensor:
         """Every process' part along ``dim``, one after another; process ``r`` has ``lengths[r]``. All must call it."""
-        longest = max(lengths)
-        padded = own.new_zeros(*own.shape[:dim], longest, *own.shape[dim + 1 :])
-        padded.narrow(dim, 0, own.shape[dim]).copy_(own)
+        longest, padded = max(lengths), own.contiguous()
+        if own.shape[dim] < longest:  # nobody reads what stands behind
+            padded = own.new_empty(*own.shape[:dim], longest, *own.shape[dim + 1 :])
+            padded.narrow(dim, 0, own.shape[dim]).copy_(own)
         parts = [torch.empty_like(padded) for _ in lengths]
         dist.all_gather(parts, padded, group=self.group)
         return torch.cat([part.narrow(dim, 0, length) for part, length in zip(parts, lengths, strict=True)], dim)

@@ -43,6 +43,25 @@ def test_parts_make_the_whole(backend, dtype, device):
 
 
 @pytest.mark.parametrize("backend", ["torch", "triton"])
+def test_half_precision_is_rounded_where_it_is_asked_for_alone(backend, device):
+    # float16: the interpreter cuts bfloat16 off where a GPU rounds.
+    _, _, exact = _parts(torch.Generator().manual_seed(0))
+    parts = [(out.half().to(device), lse.float().to(device)) for out, lse in exact]
+    weights = torch.stack([lse.double() for _, lse in parts]).softmax(0).nan_to_num(0.0).transpose(2, 3)[..., None]
+    wanted = (weights * torch.stack([out.double() for out, _ in parts])).sum(0)
+    before = parts[1][0].clone(), parts[1][1].clone()
+    between = merge_attention(parts[0][0].clone(), parts[0][1].clone(), *parts[1], backend=backend)
+    assert between[0].dtype == torch.float32
+    assert torch.equal(parts[1][0], before[0])
+    assert torch.equal(parts[1][1], before[1])
+    found, _ = merge_attention(*between, *parts[2], torch.float16, backend)
+    assert found.dtype == torch.float16
+    # Half a unit in the last place, and what the merges round in float32 of outputs of unit size.
+    single = 16 * torch.finfo(torch.float32).eps * wanted.abs().max()
+    assert bool(((found.double() - wanted).abs() <= torch.finfo(torch.float16).eps / 2 * wanted.abs() + single).all())
+
+
+@pytest.mark.parametrize("backend", ["torch", "triton"])
 def test_nan_shows_where_it_is_seen_and_nowhere_else(backend, device):
     out, lse = torch.zeros(1, 4, 1, 16, device=device), torch.zeros(1, 1, 4, device=device)
     part, part_lse = torch.zeros_like(out), torch.zeros_like(lse)
