@@ -275,6 +275,7 @@ def selection_calls(dims: Sizes = ((64, HALF), (96, FULL), (128, HALF))) -> Iter
     mask = BlockMask.from_dense(*lists, backend="torch")
     yield "pack", lambda: PackedBlockMask.of(mask, True, **backend).lists()
     yield "pack short", lambda: PackedBlockMask.of(mask, False, **backend).lists()
+    yield "cut", lambda: mask.parts(slice(0, 10), [slice(0, 20), slice(20, 40)], "triton")
     out, v = tensors(2, 2555, 128, HALF)
     prob = torch.rand(BATCH, HEADS, 20, 40)
     for rows in (None, permutation(2555)):
@@ -347,13 +348,17 @@ def merge_calls(dims: Sizes = ((64, HALF), (96, FULL), (128, HALF))) -> Iterator
     """Attention to parts of the keys put together, of every head dim."""
     from dit_accel.kernels.attention.merge import merge_attention
 
+    # The last of two parts, the first of several, one between, and the last of those.
     for dim, dtype in dims:
-        out, part = (tensors(1, 300, dim, kind)[0] for kind in (FULL, dtype))
-        lse = torch.zeros(BATCH, HEADS, 300)
-        yield (
-            f"merge {dim} {dtype}",
-            lambda out=out, part=part, lse=lse: merge_attention(out, lse, part, lse.clone(), "triton"),
-        )
+        for held, into in ((dtype, dtype), (dtype, None), (FULL, None), (FULL, dtype)):
+            out, part = (tensors(1, 300, dim, kind)[0] for kind in (held, dtype))
+            lse = torch.zeros(BATCH, HEADS, 300)
+            yield (
+                f"merge {dim} {dtype} {held} to {into}",
+                lambda out=out, part=part, lse=lse, into=into: merge_attention(
+                    out, lse, part, lse.clone(), into, "triton"
+                ),
+            )
 
 
 def calls(target: int) -> dict[str, Call]:

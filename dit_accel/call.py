@@ -176,9 +176,8 @@ class AttentionCall:
     def deal(self, part: RingPart) -> None:
         """Exchange tokens with the other processes of a ring for those of this process' slots. All must call it."""
         self.part = part
+        self.k, self.v = part.keys.there_together(self.k, self.v)
         self.q = part.queries.there(self.q)
-        keys = part.keys.there(torch.cat([self.k, self.v], -1))
-        self.k, self.v = (x.contiguous() for x in keys.split(self.k.shape[-1], -1))
 
     def take_gate(self, gate: torch.Tensor) -> None:
         """Take what a learned gate made of this process' tokens. All that share the tokens must call it."""

@@ -45,7 +45,7 @@ def kernel_over_all(
 
     if parts is None:
         return choice, lambda: kernel(call, AttentionPlan(None, mask))
-    return choice, lambda: attend_around(call, parts, kernel)
+    return choice, lambda: attend_around(call, parts.__getitem__, kernel)
 
 
 def keeps_up_with_dense(choice: Choice) -> bool:

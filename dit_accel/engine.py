@@ -18,7 +18,7 @@ from .plan import AttentionPlan
 from .planner import Planner
 from .recipe import Recipe
 from .records import BackendsUsed, LayerRecord, SharedWork
-from .ring_attention import attend_around, masks_around
+from .ring_attention import attend_around, masks_around, shares_of_work
 from .run import Run
 from .stages.compensate.protocol import Attended
 from .stages.learned_layer import LearnedLayer
@@ -309,12 +309,11 @@ class Engine:
         density = self.recipe.compensate.density(plan)
         if call.heads is None and call.part is None:
             return density
-        blocks_q, blocks_k = plan.mask.num_blocks
-        each, rows = density[None], [blocks_q]
-        if call.part is not None:
-            counts = plan.mask.kv_num_blocks.float().mean((0, 1)) / blocks_k
+        if call.part is None:
+            each, rows = density[None], [plan.mask.num_blocks[0]]
+        else:
             rows = call.part.q_counts
-            each = self.recipe.compensate.work(torch.stack([part.mean() for part in counts.split(rows)]), plan)
+            each = self.recipe.compensate.work(shares_of_work(call, plan), plan)
             density = each[call.part.ring.rank]
         pairs = torch.tensor(rows, device=each.device, dtype=each.dtype)
         if call.heads is not None:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -11,7 +11,7 @@ from .call import AttentionCall
 from .kernels import BlockMask
 from .kernels.mask.packed import PackedBlockMask
 from .layout import StepContext, TokenLayout
-from .plan import AttentionPlan, LayerMemory
+from .plan import AttentionPlan, LayerMemory, PlanShares
 from .run import Kept
 from .stages.drift import BlockMeans
 
@@ -22,7 +22,7 @@ class KeptPlan:
     were chosen, where that was later.
 
     The mask of a single layer is packed: the lists of all layers and branches of a large model are gigabytes.
-    ``share`` is the mask's density, worked out once.
+    ``share`` is the mask's density, worked out once; ``shares`` what processes around a ring have of it.
     """
 
     made: StepContext
@@ -33,6 +33,7 @@ class KeptPlan:
     means: BlockMeans | None = None
     chosen: StepContext | None = None
     keys: torch.Tensor | None = None
+    shares: PlanShares = field(default_factory=PlanShares)
 
     @classmethod
     def of(cls, call: AttentionCall, plan: AttentionPlan, means: BlockMeans | None = None) -> KeptPlan:
@@ -40,12 +41,15 @@ class KeptPlan:
         mask: BlockMask | PackedBlockMask = plan.mask
         if plan.mask.token_bits is None:
             mask = PackedBlockMask.of(plan.mask, call.key_mask is not None, call.backend("selection"))
-        return cls(call.step, plan.rows, mask, plan.compensation, plan.density, means, keys=plan.keys)
+        kept = cls(call.step, plan.rows, mask, plan.compensation, plan.density, means, keys=plan.keys)
+        plan.with_shares(kept.shares)  # what the first call cuts serves the next ones
+        return kept
 
     @property
     def plan(self) -> AttentionPlan:
-        mask = self.mask.lists() if isinstance(self.mask, PackedBlockMask) else self.mask
-        return AttentionPlan(self.rows, mask, self.compensation, self.share, self.keys)
+        """The plan, its mask packed until it is read."""
+        plan = AttentionPlan(self.rows, self.mask, self.compensation, self.share, self.keys)
+        return plan.with_shares(self.shares)
 
 
 def kept_of(call: AttentionCall) -> Kept:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import cached_property
 from typing import Any
 
@@ -10,6 +10,8 @@ import torch
 import torch.nn.functional as F
 
 from .kernels import BlockMask
+from .kernels.mask.cuts import MaskCuts
+from .kernels.mask.packed import PackedBlockMask
 from .layout import StepContext, TokenLayout
 
 
@@ -23,23 +25,55 @@ def tokens_on_grids(layout: TokenLayout, device: torch.device) -> torch.Tensor:
 
 
 @dataclass(frozen=True, eq=False)
+class PlanShares:
+    """What processes around a ring have of one plan that is kept, worked out once.
+
+    Attributes:
+        blocks: of its mask.
+        negligible: of the mask that its compensation made.
+        work: kept share of the blocks of each process' queries, float ``[n]``, by how many blocks these are.
+    """
+
+    blocks: MaskCuts = field(default_factory=MaskCuts)
+    negligible: MaskCuts = field(default_factory=MaskCuts)
+    work: dict[tuple[int, ...], torch.Tensor] = field(default_factory=dict)
+
+
+@dataclass(frozen=True, eq=False)
 class AttentionPlan:
     """The plan of one layer: token order and block mask. Schedules keep it, the engine executes it.
 
     Attributes:
         rows: int32 ``[B|1, H|1, S]``, token read by each slot of the permuted sequence; None for raster
             order.
-        mask: kept blocks of the permuted sequence.
+        kept: :attr:`mask`, or its bits.
         compensation: what the recipe's compensation worked out for the blocks left out.
         share: :attr:`density` where it is known, of a plan that serves many steps.
         keys: int32 ``[B, H, S]``, token whose key and value take each token's place; None where all keep theirs.
+        shares: what processes around a ring have of a plan that is kept; None of others.
     """
 
     rows: torch.Tensor | None
-    mask: BlockMask
+    kept: BlockMask | PackedBlockMask
     compensation: Any = None
     share: torch.Tensor | None = None
     keys: torch.Tensor | None = None
+    shares: PlanShares | None = field(default=None, init=False)
+
+    @cached_property
+    def mask(self) -> BlockMask:
+        """Kept blocks of the permuted sequence; unpacked when they are first read."""
+        if not isinstance(self.kept, PackedBlockMask):
+            return self.kept
+        # Small lists outlive the call, and a training may save for its backward what a validation made.
+        with torch.inference_mode(False):
+            return self.kept.lists()
+
+    def with_shares(self, shares: PlanShares) -> AttentionPlan:
+        """This very plan, which is kept: what is worked out for a ring stays. One of another mask (``replace``) has
+        none."""
+        object.__setattr__(self, "shares", shares)
+        return self
 
     @cached_property
     def density(self) -> torch.Tensor:

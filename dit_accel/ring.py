@@ -47,9 +47,10 @@ class RingShard:
 
     def gather(self, own: torch.Tensor, dim: int, lengths: Sequence[int]) -> torch.Tensor:
         """Every process' part along ``dim``, one after another; process ``r`` has ``lengths[r]``. All must call it."""
-        longest = max(lengths)
-        padded = own.new_zeros(*own.shape[:dim], longest, *own.shape[dim + 1 :])
-        padded.narrow(dim, 0, own.shape[dim]).copy_(own)
+        longest, padded = max(lengths), own.contiguous()
+        if own.shape[dim] < longest:  # nobody reads what stands behind
+            padded = own.new_empty(*own.shape[:dim], longest, *own.shape[dim + 1 :])
+            padded.narrow(dim, 0, own.shape[dim]).copy_(own)
         parts = [torch.empty_like(padded) for _ in lengths]
         dist.all_gather(parts, padded, group=self.group)
         return torch.cat([part.narrow(dim, 0, length) for part, length in zip(parts, lengths, strict=True)], dim)
@@ -61,17 +62,15 @@ class RingShard:
         out: torch.Tensor = _Gather.apply(own, self, dim, self.lengths if lengths is None else lengths)
         return out
 
-    def send(self, own: torch.Tensor, tokens: int, dim: int = 1) -> Passing:
-        """Begin to send a tensor to the next process, and to receive one like it of ``tokens`` along ``dim`` from the
-        one before."""
-        own = own.contiguous()
-        shape = [*own.shape]
-        shape[dim] = tokens
-        received = own.new_empty(shape)
-        after, before = ((self.rank + step) % self.size for step in (1, -1))
-        sends = dist.P2POp(dist.isend, own, dist.get_global_rank(self.group, after), self.group)
-        receives = dist.P2POp(dist.irecv, received, dist.get_global_rank(self.group, before), self.group)
-        return Passing(own, received, dist.batch_isend_irecv([sends, receives]))
+    def send(self, own: Sequence[torch.Tensor], tokens: int) -> Passing:
+        """Begin to send tensors ``[B, s, H, D]`` to the next process, and to receive as many of ``tokens`` tokens each
+        from the one before. They go as they are: put together they would be written once more."""
+        sent = [x.contiguous() for x in own]
+        received = [x.new_empty(x.shape[0], tokens, *x.shape[2:]) for x in sent]
+        after, before = (dist.get_global_rank(self.group, (self.rank + step) % self.size) for step in (1, -1))
+        operations = [dist.P2POp(dist.isend, x, after, self.group, tag) for tag, x in enumerate(sent)]
+        operations += [dist.P2POp(dist.irecv, x, before, self.group, tag) for tag, x in enumerate(received)]
+        return Passing(sent, received, dist.batch_isend_irecv(operations))
 
     def holder(self, step: int) -> int:
         """Whose keys are here after ``step`` passings."""
@@ -80,13 +79,13 @@ class RingShard:
 
 @dataclass(frozen=True, eq=False)
 class Passing:
-    """A tensor under way around the ring; what is sent must not change before it has arrived."""
+    """Tensors under way around the ring; what is sent must not change before it has arrived."""
 
-    sent: torch.Tensor
-    received: torch.Tensor
+    sent: list[torch.Tensor]
+    received: list[torch.Tensor]
     works: list[Any]
 
-    def arrived(self) -> torch.Tensor:
+    def arrived(self) -> list[torch.Tensor]:
         """What came from the process before."""
         for work in self.works:
             work.wait()
@@ -113,37 +112,78 @@ class Exchange:
         # A unit is what an order moves as one: a token, or a token's vector of one head.
         unit = (places - starts[ring.rank]) * self._orders + torch.arange(self._orders)[:, None]
         spans = [slice(first, last) for first, last in pairwise(bounds)]
-        sent = [unit[:, span][owner[:, span] == ring.rank] for span in spans]
-        mine = owner[:, spans[ring.rank]].flatten()
-        came = [(mine == rank).nonzero()[:, 0] for rank in range(ring.size)]
-        self._sent_counts, self._came_counts = ([len(part) for part in parts] for parts in (sent, came))
-        self._sent, self._came = (torch.cat(parts).to(device) for parts in (sent, came))
-        self._back = self._sent.argsort()
+        others = [rank for rank in range(ring.size) if rank != ring.rank]
+        owner, unit = owner.T, unit.T  # slot by slot, as units of tokens are counted
+        mine, here = (x[spans[ring.rank]].flatten() for x in (owner, unit))
+        stays = (mine == ring.rank).nonzero()[:, 0]
+        sent = {rank: unit[spans[rank]][owner[spans[rank]] == ring.rank] for rank in others}
+        came = {rank: (mine == rank).nonzero()[:, 0] for rank in others}
+        self._sent_counts, self._came_counts = (
+            [len(parts[rank]) if rank in parts else 0 for rank in range(ring.size)] for parts in (sent, came)
+        )
+        self._sent, self._came = (torch.cat([parts[rank] for rank in others]).to(device) for parts in (sent, came))
+        # What stays is copied in one pass over all; where something else belongs, that pass writes anything.
+        local = torch.zeros(self._orders * self._slots, dtype=torch.int64)
+        local[stays] = here[stays]
+        home = torch.zeros(self._orders * self._tokens, dtype=torch.int64)
+        home[here[stays]] = stays
+        self._local, self._home = local.to(device), home.to(device)
+        padding = (mine == ring.size).nonzero()[:, 0]
+        self._padding = padding.to(device) if len(padding) else None
         # Every process decides alike: all look at the whole sequence.
-        stays = torch.equal(places[0], torch.arange(places.shape[1])) and list(bounds) == starts
-        self.moves = not (stays and self._orders == 1)
+        self.moves = not (
+            self._orders == 1 and torch.equal(places[0], torch.arange(places.shape[1])) and list(bounds) == starts
+        )
+        at = torch.bucketize(torch.arange(places.shape[1]), torch.tensor(bounds[1:]), right=True)
+        self._crosses = bool(((owner != at[:, None]) & (owner < ring.size)).any())
 
     def there(self, x: torch.Tensor) -> torch.Tensor:
-        """``[B, s, H, D]`` of this process' tokens to ``[B, n, H, D]`` of its slots."""
+        """``[B, s, H, D]`` of this process' tokens to ``[B, n, H, D]`` of its slots. All must call it."""
+        return self.there_together(x)[0]
+
+    def there_together(self, *tensors: torch.Tensor) -> tuple[torch.Tensor, ...]:
+        """:meth:`there` of several, all sent before the first is waited for."""
         if not self.moves:
-            return x
-        batch, tokens, heads, dim = x.shape
-        units = x.permute(1, 2, 0, 3).reshape(tokens * self._orders, -1).index_select(0, self._sent)
-        units = all_to_all(units, self._came_counts, self._sent_counts, self._group)
-        units = units.new_zeros(self._orders * self._slots, units.shape[1]).index_copy(0, self._came, units)
-        units = units.view(self._orders, self._slots, heads // self._orders, batch, dim)
-        return units.permute(3, 1, 0, 2, 4).reshape(batch, self._slots, heads, dim)
+            return tensors
+        found: tuple[torch.Tensor, ...] = _Moved.apply(self, True, *tensors)
+        return found
 
     def back(self, x: torch.Tensor) -> torch.Tensor:
-        """``[B, n, H, D]`` of this process' slots to ``[B, s, H, D]`` of its tokens."""
+        """``[B, n, H, D]`` of this process' slots to ``[B, s, H, D]`` of its tokens. All must call it."""
         if not self.moves:
             return x
-        batch, slots, heads, dim = x.shape
-        units = x.reshape(batch, slots, self._orders, -1, dim).permute(2, 1, 3, 0, 4)
-        units = units.reshape(self._orders * slots, -1).index_select(0, self._came)
-        units = all_to_all(units, self._sent_counts, self._came_counts, self._group).index_select(0, self._back)
-        units = units.view(self._tokens, self._orders, heads // self._orders, batch, dim)
-        return units.permute(3, 0, 1, 2, 4).reshape(batch, self._tokens, heads, dim)
+        found: tuple[torch.Tensor] = _Moved.apply(self, False, x)
+        return found[0]
+
+    def moved(self, outward: bool, tensors: Sequence[torch.Tensor]) -> list[torch.Tensor]:
+        """:meth:`there`, or else :meth:`back`, without a gradient: only what changes hands is packed and sent, and what
+        stays is copied meanwhile."""
+        goes, comes, stays = (self._sent, self._came, self._local) if outward else (self._came, self._sent, self._home)
+        counts = (self._came_counts, self._sent_counts) if outward else (self._sent_counts, self._came_counts)
+        units = [self._units(x) for x in tensors]
+        coming = [self._begun(x.index_select(0, goes), *counts) for x in units] if self._crosses else []
+        found = [x.index_select(0, stays) for x in units]
+        for x, (received, work) in zip(found, coming, strict=False):
+            work.wait()
+            x.index_copy_(0, comes, received)
+        if outward and self._padding is not None:
+            for x in found:
+                x.index_fill_(0, self._padding, 0)
+        return [self._tensor(x, like) for x, like in zip(found, tensors, strict=True)]
+
+    def _begun(self, x: torch.Tensor, came: list[int], sent: list[int]) -> tuple[torch.Tensor, Any]:
+        received = x.new_empty(sum(came), x.shape[1])
+        return received, dist.all_to_all_single(received, x, came, sent, group=self._group, async_op=True)
+
+    def _units(self, x: torch.Tensor) -> torch.Tensor:
+        """``[n * orders, W]`` of ``[B, n, H, D]``: tokens, or with an order per head those of each head."""
+        batch, tokens, heads, dim = x.shape
+        return x.permute(1, 2, 0, 3).reshape(tokens * self._orders, heads // self._orders * batch * dim)
+
+    def _tensor(self, units: torch.Tensor, like: torch.Tensor) -> torch.Tensor:
+        """The inverse of :meth:`_units`, contiguous."""
+        batch, _, heads, dim = like.shape
+        return units.view(-1, heads, batch, dim).permute(2, 0, 1, 3).contiguous()
 
 
 @dataclass(frozen=True, eq=False)
@@ -244,15 +284,17 @@ class RingPart:
         span = self.keys_of(rank)
         return span.stop - span.start
 
-    def around(self, own: torch.Tensor, dim: int = 1) -> Iterator[tuple[int, torch.Tensor]]:
-        """Rank and keys, along ``dim``, of every process, this one's first. Each is sent on before it is used."""
+    def around(self, *own: torch.Tensor) -> Iterator[tuple[int, Sequence[torch.Tensor]]]:
+        """Rank and what each process has of ``own``, ``[B, n, H, D]`` of its keys; this one's first. Each is sent on
+        before it is used."""
+        held: Sequence[torch.Tensor] = own
         for step in range(self.ring.size):
             passing = None
             if step + 1 < self.ring.size:
-                passing = self.ring.send(own, self.key_slots(self.ring.holder(step + 1)), dim)
-            yield self.ring.holder(step), own
+                passing = self.ring.send(held, self.key_slots(self.ring.holder(step + 1)))
+            yield self.ring.holder(step), held
             if passing is not None:
-                own = passing.arrived()
+                held = passing.arrived()
 
     def key_mask_of(self, rank: int, key_mask: torch.Tensor | None) -> torch.Tensor | None:
         """Which keys of a process are visible, bool ``[B, n]`` from ``[B, S]`` in the model's order; where heads share
@@ -274,6 +316,19 @@ def shared_out(work: torch.Tensor, parts: int) -> tuple[int, ...]:
         nearest = int((sums - sums[-1] * part / parts).abs().argmin())
         bounds.append(min(max(nearest, bounds[-1] + 1), len(work) - parts + part))
     return (*bounds, len(work))
+
+
+class _Moved(torch.autograd.Function):
+    """Each token is at one slot: the gradient of an exchange is the other one."""
+
+    @staticmethod
+    def forward(ctx: Any, exchange: Exchange, outward: bool, *tensors: torch.Tensor) -> tuple[torch.Tensor, ...]:
+        ctx.exchange, ctx.outward = exchange, outward
+        return tuple(exchange.moved(outward, tensors))
+
+    @staticmethod
+    def backward(ctx: Any, *grads: torch.Tensor) -> tuple[Any, ...]:
+        return None, None, *_Moved.apply(ctx.exchange, not ctx.outward, *grads)
 
 
 class _AllToAll(torch.autograd.Function):

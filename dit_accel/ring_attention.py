@@ -12,6 +12,7 @@ from .call import AttentionCall
 from .kernels import BlockMask
 from .kernels.attention.merge import merge_attention
 from .kernels.common.tokens import hidden_blocks
+from .kernels.mask.cuts import MaskCuts
 from .plan import AttentionPlan
 from .ring import RingPart, RingShard
 
@@ -19,20 +20,50 @@ from .ring import RingPart, RingShard
 Attend = Callable[[AttentionCall, AttentionPlan], tuple[torch.Tensor, torch.Tensor]]
 
 
-def masks_around(call: AttentionCall, plan: AttentionPlan) -> list[BlockMask]:
-    """A plan's blocks of this process' queries and of each process' keys around a ring."""
+def masks_around(call: AttentionCall, plan: AttentionPlan) -> Callable[[int], BlockMask]:
+    """A plan's blocks of this process' queries and of each process' keys around a ring; cut once a plan."""
     part = call.part
     assert part is not None
     spans = [part.k_span(rank) for rank in range(part.ring.size)]
-    return plan.mask.parts(part.q_span(), spans, call.backend("selection"))
+    cuts = None if plan.shares is None else plan.shares.blocks
+    return _cut(call, cuts, lambda: plan.mask, part.q_span(), spans)
 
 
-def mask_of_own_keys(call: AttentionCall, mask: BlockMask) -> BlockMask:
-    """All query blocks of a sequence and the key blocks of this process around a ring."""
+def mask_of_own_keys(call: AttentionCall, cuts: MaskCuts | None, mask: Callable[[], BlockMask]) -> BlockMask:
+    """All query blocks of a sequence and the key blocks of this process around a ring.
+
+    Args:
+        cuts: of the mask, where its plan is kept.
+        mask: gives it.
+    """
     part = call.part
     assert part is not None
-    own = part.k_span(part.ring.rank)
-    return mask.parts(slice(0, mask.num_blocks[0]), [own], call.backend("selection"))[0]
+    return _cut(call, cuts, mask, slice(0, part.q_blocks[-1]), [part.k_span(part.ring.rank)])(0)
+
+
+def _cut(
+    call: AttentionCall, cuts: MaskCuts | None, mask: Callable[[], BlockMask], queries: slice, keys: list[slice]
+) -> Callable[[int], BlockMask]:
+    hides, backend = call.key_mask is not None, call.backend("selection")
+    # What a CUDA graph makes while it is captured is its own.
+    cuts, keep = (MaskCuts(), False) if cuts is None else (cuts, not call.captured)
+    return cuts.parts(mask, queries, keys, key_mask=hides, keep=keep, backend=backend)
+
+
+def shares_of_work(call: AttentionCall, plan: AttentionPlan) -> torch.Tensor:
+    """Kept share of the blocks of each process' queries around a ring, float ``[n]``; worked out once a plan."""
+    part = call.part
+    assert part is not None
+    place = tuple(part.q_counts)
+    known = {} if plan.shares is None else plan.shares.work
+    if place in known:
+        return known[place]
+    with torch.inference_mode(False):
+        counts = plan.mask.kv_num_blocks.float().mean((0, 1)) / plan.mask.num_blocks[1]
+        found = torch.stack([blocks.mean() for blocks in counts.split(part.q_counts)])
+    if not call.captured:
+        known[place] = found
+    return found
 
 
 def full_masks_around(call: AttentionCall) -> list[BlockMask]:
@@ -52,7 +83,9 @@ def full_masks_around(call: AttentionCall) -> list[BlockMask]:
     return masks
 
 
-def attend_around(call: AttentionCall, masks: Sequence[BlockMask], attend: Attend) -> tuple[torch.Tensor, torch.Tensor]:
+def attend_around(
+    call: AttentionCall, mask_of: Callable[[int], BlockMask], attend: Attend
+) -> tuple[torch.Tensor, torch.Tensor]:
     """Attention of this process' slots to the kept blocks of all keys, and its log-sum-exp.
 
     The keys of the process before are on their way while those at hand are attended. Gradients let keys and values go
@@ -60,16 +93,16 @@ def attend_around(call: AttentionCall, masks: Sequence[BlockMask], attend: Atten
 
     Args:
         call: its tensors are of this process' slots; ``call.part`` says which those are.
-        masks: of these queries, and of each process' keys.
+        mask_of: these queries' blocks of a process' keys; asked for when those are at hand, behind the first send.
         attend: one call of the kernels.
     """
     part = call.part
     assert part is not None
-    masks_of_keys = [part.key_mask_of(rank, call.key_mask) for rank in range(part.ring.size)]
+    key_mask = call.key_mask
 
     def attend_to(rank: int, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        here = replace(call, q=q, k=k, v=v, key_mask=masks_of_keys[rank], part=None)
-        return attend(here, AttentionPlan(None, masks[rank]))
+        here = replace(call, q=q, k=k, v=v, key_mask=part.key_mask_of(rank, key_mask), part=None)
+        return attend(here, AttentionPlan(None, mask_of(rank)))
 
     out, lse = _Around.apply(call.q, call.k, call.v, part, attend_to, call.backend("selection"))
     return out, lse
@@ -80,17 +113,19 @@ class _Around(torch.autograd.Function):
     def forward(
         ctx: Any, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, part: RingPart, attend_to: Any, backend: str
     ) -> tuple[torch.Tensor, torch.Tensor]:
-        total: torch.Tensor | None = None
-        lse: torch.Tensor | None = None
-        for rank, keys in part.around(torch.stack([k, v]), dim=2):
-            out, part_lse = attend_to(rank, q, *keys)
-            if total is None or lse is None:
-                total, lse = out.to(part_lse.dtype, copy=True).contiguous(), part_lse.clone().contiguous()
+        total: tuple[torch.Tensor, torch.Tensor] | None = None
+        left = part.ring.size
+        for rank, keys in part.around(k, v):
+            left -= 1
+            found = attend_to(rank, q, *keys)
+            if total is None:
+                total = found
             else:
-                merge_attention(total, lse, out, part_lse, backend)
+                # Parts are as the kernels wrote them; what is merged once more must not be rounded meanwhile.
+                out, part_lse = found
+                total = merge_attention(*total, out, part_lse, q.dtype if left == 0 else None, backend)
         assert total is not None
-        assert lse is not None
-        out = total.to(q.dtype)
+        out, lse = total
         ctx.save_for_backward(q, k, v, out, lse)
         ctx.part, ctx.attend_to = part, attend_to
         ctx.mark_non_differentiable(lse)
@@ -104,15 +139,14 @@ class _Around(torch.autograd.Function):
         wide = lse.dtype
         d_q = torch.zeros(q.shape, dtype=wide, device=q.device)
         # Gradients of keys and values travel with them, one step behind, and a last step brings them home.
-        d_kv: torch.Tensor | None = None
         behind = None
-        for rank, keys in part.around(torch.stack([k, v]), dim=2):
+        for rank, keys in part.around(k, v):
             found = _gradients(q, keys, out, lse, grad, lambda *given, rank=rank: ctx.attend_to(rank, *given))
             d_q += found[0]
-            d_kv = torch.stack(found[1:]).to(wide)
+            d_keys = [x.to(wide) for x in found[1:]]
             if behind is not None:
-                d_kv += behind.arrived()
-            behind = ring.send(d_kv, part.key_slots((rank - 1) % ring.size), dim=2)
+                d_keys = [x.add_(came) for x, came in zip(d_keys, behind.arrived(), strict=True)]
+            behind = ring.send(d_keys, part.key_slots((rank - 1) % ring.size))
         assert behind is not None
         d_k, d_v = behind.arrived()
         return d_q.to(q.dtype), d_k.to(k.dtype), d_v.to(v.dtype), None, None, None
@@ -120,7 +154,7 @@ class _Around(torch.autograd.Function):
 
 def _gradients(
     q: torch.Tensor,
-    keys: torch.Tensor,
+    keys: Sequence[torch.Tensor],
     out: torch.Tensor,
     lse: torch.Tensor,
     grad: torch.Tensor,

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
+from typing import Any
 
 import torch
 import torch.distributed as dist
 
-from .ring import RingPart, all_to_all
+from .ring import RingPart
 
 
 @dataclass(frozen=True, eq=False)
@@ -30,11 +33,21 @@ class RingSums:
         """Of the whole sequence, with its padding."""
         return self.part.total
 
-    def summed(self, own: torch.Tensor) -> torch.Tensor:
-        """The sum over the processes, in all of them. All must call it."""
+    def begin(self, own: torch.Tensor) -> Callable[[], torch.Tensor]:
+        """Begin to add up over the processes; what is returned waits, and gives all of them the sum. All must call it.
+        ``own`` must not change before."""
         total = own.contiguous().clone()
-        dist.all_reduce(total, group=self.part.ring.group)
-        return total
+        work = dist.all_reduce(total, group=self.part.ring.group, async_op=True)
+
+        def arrived() -> torch.Tensor:
+            work.wait()
+            return total
+
+        return arrived
+
+    def summed(self, own: torch.Tensor) -> torch.Tensor:
+        """:meth:`begin`, and wait."""
+        return self.begin(own)()
 
     def spread(self, grad: torch.Tensor) -> torch.Tensor:
         """The gradient of :meth:`summed`: what each process' queries have of it, added up. All must call it."""
@@ -45,14 +58,22 @@ class RingSums:
 class RingBlockSums(RingSums):
     """Sums of which every block of queries has its own, along dimension -2."""
 
-    def summed(self, own: torch.Tensor) -> torch.Tensor:
-        """``[..., nq, W]`` of all query blocks to ``[..., n, W]`` of this process', summed. All must call it."""
-        counts, rank = self.part.q_counts, self.part.ring.rank
-        units = own.movedim(-2, 0)
-        came = [counts[rank]] * self.processes
-        parts = all_to_all(units, came, counts, self.part.ring.group)
-        return parts.unflatten(0, (self.processes, -1)).sum(0).movedim(0, -2).contiguous()
+    def begin(self, own: torch.Tensor) -> Callable[[], torch.Tensor]:
+        """Of ``[..., nq, W]`` of all query blocks the sums ``[..., n, W]`` of this process'."""
+        counts, ring = self.part.q_counts, self.part.ring
+        units = own.movedim(-2, 0).contiguous()
+        came = [counts[ring.rank]] * self.processes
+        received = units.new_empty(sum(came), *units.shape[1:])
+        work = dist.all_to_all_single(received, units, came, counts, group=ring.group, async_op=True)
+
+        return partial(_added, units, received, work, self.processes)
 
     def spread(self, grad: torch.Tensor) -> torch.Tensor:
         """``[..., n, W]`` of this process' query blocks to ``[..., nq, W]`` of all. All must call it."""
         return self.part.ring.gather(grad, grad.dim() - 2, self.part.q_counts)
+
+
+def _added(_sent: torch.Tensor, received: torch.Tensor, work: Any, processes: int) -> torch.Tensor:
+    """The sum of what came from each process; what was sent lives until then."""
+    work.wait()
+    return received.unflatten(0, (processes, -1)).sum(0).movedim(0, -2).contiguous()

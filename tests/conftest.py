@@ -86,6 +86,7 @@ SLOW = frozenset(
         "patches/test_reuse_runs",
         "patches/test_run_identity",
         "patches/test_ring",
+        "patches/test_ring_kept",
         "patches/test_ring_learned",
         "patches/test_tasks",
         "patches/test_together",

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from itertools import pairwise
+from unittest import mock
 
 import pytest
 import torch
@@ -45,3 +46,45 @@ def test_places_of_tokens_are_made_once_and_serve_a_training_behind_an_inference
     (x[there] * torch.arange(8.0)).sum().backward()
     assert x.grad is not None
     assert torch.equal(x.grad[there], torch.arange(8.0))
+
+
+@pytest.mark.parametrize("per_head", [False, True])
+def test_only_tokens_that_change_hands_are_sent(per_head):
+    generator = torch.Generator().manual_seed(0)
+    # A few of 64 tokens change their places with others, in each head or in all heads alike.
+    slots = torch.arange(64).repeat(3 if per_head else 1, 1)
+    for row in slots:
+        first, second = torch.randperm(64, generator=generator)[:12].chunk(2)
+        row[first], row[second] = row[second].clone(), row[first].clone()
+    rings = [RingShard(None, rank, (40, 24), None, "test") for rank in range(2)]
+    given = slots if per_head else slots[0]
+    keys = [RingPart.of(ring, given, torch.ones(4), (16, 16), torch.device("cpu")).keys for ring in rings]
+    x = torch.randn(2, 64, 3, 4, generator=generator)
+    own = [x[:, :40], x[:, 40:]]
+    # Of the first 40 tokens those at slots of the second half, and of the others those at slots of the first.
+    there, here = (slots[:, 32:] < 40).sum(), (slots[:, :32] >= 40).sum()
+    heads = 1 if per_head else 3
+    packed: list[torch.Tensor] = []
+
+    def pack(out: torch.Tensor, sent: torch.Tensor, came: list[int], counts: list[int], **_: object) -> mock.Mock:
+        rank = len(packed)
+        assert counts == ([0, int(there)] if rank == 0 else [int(here), 0])
+        assert came == ([0, int(here)] if rank == 0 else [int(there), 0])
+        assert out.shape[1] == sent.shape[1] == heads * 2 * 4
+        packed.append(sent)
+        return mock.Mock()
+
+    with mock.patch("torch.distributed.all_to_all_single", pack):
+        for exchange, tokens in zip(keys, own, strict=True):
+            exchange.there(tokens)
+    # The same again, now that it is known what comes.
+    arrive = iter(packed[::-1])
+
+    def unpack(out: torch.Tensor, *_: object, **__: object) -> mock.Mock:
+        out.copy_(next(arrive))
+        return mock.Mock()
+
+    with mock.patch("torch.distributed.all_to_all_single", unpack):
+        found = torch.cat([exchange.there(tokens) for exchange, tokens in zip(keys, own, strict=True)], 1)
+    wanted = torch.stack([x[:, slots[head if per_head else 0], head] for head in range(3)], 2)
+    assert torch.equal(found, wanted)

@@ -47,6 +47,7 @@ class Shared:
         device: "cuda" or "cpu".
         batch, layers, repeats, backend, compiled: see :func:`~dit_accel.benchmarking.forward.bench_forward`.
         dense_backend: attention of the dense variants, by diffusers' name.
+        dense: whether dense forwards are measured beside the patched ones.
     """
 
     arch: str
@@ -64,6 +65,7 @@ class Shared:
     backend: str = "auto"
     dense_backend: str = "native"
     compiled: bool = False
+    dense: bool = True
 
     @property
     def processes(self) -> int:
@@ -155,6 +157,8 @@ def measure(shared: Shared) -> dict[str, Any]:
             models[name].enable_parallelism(config=config, cp_plan=plan)  # type: ignore[operator]
         if shared.ring > 1 and shared.dense_backend == "native":
             del models["dense, shared"]  # which has no log-sum-exp for diffusers' own ring
+        if not shared.dense:
+            models = {name: model for name, model in models.items() if name.startswith("patched")}
         recipe = None if shared.recipe is None else Recipe.from_dict(shared.recipe)
         handles = {
             name: stack.enter_context(patch(model, recipe, backend=shared.backend))

@@ -8,7 +8,8 @@ from pathlib import Path
 import pytest
 import torch
 
-from dit_accel.benchmarking.context_parallel import Shared, refuse
+from dit_accel import presets
+from dit_accel.benchmarking.context_parallel import Shared, bench_shared, refuse
 from tests.cli.documented import documented_keys
 from tests.cli.test_commands import run
 
@@ -58,3 +59,11 @@ def test_fewer_gpus_than_processes_are_refused(monkeypatch: pytest.MonkeyPatch) 
     shared = Shared("wan2.1-1.3b", 64, 64, 9, 1, 2, None, "bfloat16", "cuda")
     with pytest.raises(ValueError, match="--context-parallel 2 needs as many GPUs, and this machine has 1"):
         refuse(shared)
+
+
+def test_dense_forwards_may_be_left_out() -> None:
+    recipe = presets.resolve("pooled", density=0.3).to_dict()
+    shared = Shared("wan2.1-1.3b", 128, 128, 9, 2, 1, recipe, "float32", "cpu", layers=1, repeats=1, dense=False)
+    data = bench_shared(shared)
+    assert [list(row["timings"]) for row in data["ranks"]] == [["patched, one", "patched, shared"]] * 2
+    assert list(data["speedup"]) == ["over patched, one"]

@@ -32,7 +32,8 @@ def test_parts_make_the_whole(backend, dtype, device):
     out, lse, parts = _parts(torch.Generator().manual_seed(0))
     found, found_lse = (x.to(device, dtype).contiguous() for x in parts[0])
     for part, part_lse in parts[1:]:
-        merge_attention(found, found_lse, part.to(device, dtype), part_lse.to(device, dtype), backend)
+        given = (part.to(device, dtype), part_lse.to(device, dtype))
+        found, found_lse = merge_attention(found, found_lse, *given, backend=backend)
     # Outputs are of unit size; each merge rounds two exponentials, two products and a sum.
     bound = 16 * torch.finfo(dtype).eps
     assert float((found.double().cpu() - out).abs().max()) < bound * float(out.abs().max())
@@ -42,19 +43,39 @@ def test_parts_make_the_whole(backend, dtype, device):
 
 
 @pytest.mark.parametrize("backend", ["torch", "triton"])
+def test_half_precision_is_rounded_where_it_is_asked_for_alone(backend, device):
+    # float16: the interpreter cuts bfloat16 off where a GPU rounds.
+    _, _, exact = _parts(torch.Generator().manual_seed(0))
+    parts = [(out.half().to(device), lse.float().to(device)) for out, lse in exact]
+    weights = torch.stack([lse.double() for _, lse in parts]).softmax(0).nan_to_num(0.0).transpose(2, 3)[..., None]
+    wanted = (weights * torch.stack([out.double() for out, _ in parts])).sum(0)
+    before = parts[1][0].clone(), parts[1][1].clone()
+    between = merge_attention(parts[0][0].clone(), parts[0][1].clone(), *parts[1], backend=backend)
+    assert between[0].dtype == torch.float32
+    assert torch.equal(parts[1][0], before[0])
+    assert torch.equal(parts[1][1], before[1])
+    found, _ = merge_attention(*between, *parts[2], torch.float16, backend)
+    assert found.dtype == torch.float16
+    # Half a unit in the last place, and what the merges round in float32 of outputs of unit size.
+    single = 16 * torch.finfo(torch.float32).eps * wanted.abs().max()
+    assert bool(((found.double() - wanted).abs() <= torch.finfo(torch.float16).eps / 2 * wanted.abs() + single).all())
+
+
+@pytest.mark.parametrize("backend", ["torch", "triton"])
 def test_nan_shows_where_it_is_seen_and_nowhere_else(backend, device):
     out, lse = torch.zeros(1, 4, 1, 16, device=device), torch.zeros(1, 1, 4, device=device)
     part, part_lse = torch.zeros_like(out), torch.zeros_like(lse)
     part[0, 0], part_lse[0, 0, 0] = torch.nan, torch.nan
     part[0, 1], part_lse[0, 0, 1] = torch.nan, -torch.inf  # nobody sees that one
-    merge_attention(out, lse, part, part_lse, backend)
+    out, lse = merge_attention(out, lse, part, part_lse, backend=backend)
     assert out[0, 0].isnan().all()
     assert lse[0, 0, 0].isnan()
     assert not out[0, 1:].isnan().any()
     assert not lse[0, 0, 1:].isnan().any()
 
 
-def test_the_parts_of_a_mask_are_its_blocks():
+@pytest.mark.parametrize("backend", ["torch", "triton"])
+def test_the_parts_of_a_mask_are_its_blocks(backend, device):
     generator = torch.Generator().manual_seed(0)
     keep = torch.rand(1, 2, 5, 7, generator=generator) < 0.5
     partial = torch.rand(1, 2, 5, 7, generator=generator) < 0.5
@@ -62,10 +83,12 @@ def test_the_parts_of_a_mask_are_its_blocks():
     bits = torch.randint(-(2**31), 2**31 - 1, (2, 64, 1), dtype=torch.int32, generator=generator)
     mask = BlockMask.from_dense(keep, 64, 32, 300, 210, partial=partial, bit_rows=bit_rows, token_bits=bits)
     whole = mask.to_tokens()
+    mask = mask.to(device)
     spans = [slice(0, 3), slice(3, 4), slice(4, 7)]
     for rows in (slice(0, 2), slice(2, 5)):
-        parts = mask.parts(rows, spans)
+        parts = [part.to("cpu") for part in mask.parts(rows, spans, backend)]
         tokens = torch.cat([part.to_tokens() for part in parts], -1)
         assert torch.equal(tokens, whole[:, :, 64 * rows.start : 64 * rows.stop])
         for part, span in zip(parts, spans, strict=True):
-            assert torch.equal(part.partial_to_dense(), mask.partial_to_dense()[:, :, rows, span])
+            assert torch.equal(part.partial_to_dense(), mask.to("cpu").partial_to_dense()[:, :, rows, span])
+            assert bool((part.kv_num_full <= part.kv_num_blocks).all())

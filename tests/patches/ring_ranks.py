@@ -95,7 +95,7 @@ def _operation(rank: int, world: int, per_head: bool) -> list[torch.Tensor]:
             here.q, here.k, here.v, plan.mask, key_mask=here.key_mask, scale=here.scale, return_lse=True
         )
 
-    out, lse = attend_around(call, masks, attend)
+    out, lse = attend_around(call, masks.__getitem__, attend)
     out = call.of_queries(out)
     out.backward(grad[:, own])
     return [out.detach(), lse, *[x.grad for x in leaves]]  # type: ignore[list-item]

@@ -7,6 +7,7 @@ head, whose bytes are half of its keys' and values' at blocks of 128 tokens and 
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any, Protocol
 
 import torch
@@ -25,6 +26,11 @@ class SharedSums(Protocol):
 
     @property
     def tokens(self) -> int: ...
+
+    def begin(self, own: torch.Tensor) -> Callable[[], torch.Tensor]:
+        """Begin with :meth:`summed`: what is returned waits for it, and ``own`` must not change before. All must call
+        both."""
+        ...
 
     def summed(self, own: torch.Tensor) -> torch.Tensor:
         """Sums over all keys for this process' queries, of what this process' keys give to all: dimension -2 counts the

@@ -217,8 +217,12 @@ class BlockMask:
         Args:
             queries: first block, and the one behind the last.
             keys: likewise, of each run.
-            backend: see :meth:`from_dense`.
+            backend: see :meth:`from_dense`; in Triton a launch a run.
         """
+        if choose_selection(Case(self.kv_indices.device), backend).name == "triton":
+            from .triton_lists import cut_lists_triton
+
+            return [cut_lists_triton(self, queries, span) for span in keys]
         q_len = min(queries.stop * self.block_q, self.q_len) - queries.start * self.block_q
         rows = replace(
             self,

@@ -170,9 +170,39 @@ def write_bit_rows(bit_rows_ptr, number, num_full, slot, paired_bits_ptr, at, PA
         tl.store(paired_bits_ptr + (at + slot) * PARTS + part, own, mask=partial)
 
 
-_LIST, _UNPACK, _UNPACK_PAIRS, _PACK, _PAIR = (
+@triton.jit
+def cut_fwd_kernel(
+    indices_ptr, num_ptr, num_full_ptr, bit_rows_ptr, cut_ptr, cut_num_ptr, cut_full_ptr, cut_bits_ptr, nq, first_q,
+    rows, length, first, stop, width, ENTRIES: tl.constexpr,
+):  # fmt: skip
+    """The entries of one row from key block ``first`` up to ``stop``, in the order that they have."""
+    pid = tl.program_id(0).to(tl.int64)
+    row = pid // rows * nq + first_q + pid % rows
+    slot = tl.arange(0, ENTRIES)
+    number, num_full, index = row_of_lists(row, True, indices_ptr, num_ptr, num_full_ptr, slot, length)
+    taken = (slot < number) & (index >= first) & (index < stop)
+    count = tl.sum(taken.to(tl.int32), 0)
+    place = pid * width + tl.cumsum(taken.to(tl.int32), 0) - 1
+    behind = (slot >= count) & (slot < width)
+    tl.store(cut_ptr + place, index - first, mask=taken)
+    tl.store(cut_ptr + pid * width + slot, 0, mask=behind)
+    if bit_rows_ptr is not None:
+        tl.store(cut_bits_ptr + place, tl.load(bit_rows_ptr + row * length + slot, mask=taken, other=-1), mask=taken)
+        tl.store(cut_bits_ptr + pid * width + slot, -1, mask=behind)
+    tl.store(cut_num_ptr + pid, count)
+    tl.store(cut_full_ptr + pid, tl.sum((taken & (slot < num_full)).to(tl.int32), 0))
+
+
+_LIST, _UNPACK, _UNPACK_PAIRS, _PACK, _PAIR, _CUT = (
     KeptKernel(kernel)
-    for kernel in (list_fwd_kernel, unpack_fwd_kernel, unpack_pairs_fwd_kernel, pack_fwd_kernel, pair_fwd_kernel)
+    for kernel in (
+        list_fwd_kernel,
+        unpack_fwd_kernel,
+        unpack_pairs_fwd_kernel,
+        pack_fwd_kernel,
+        pair_fwd_kernel,
+        cut_fwd_kernel,
+    )
 )
 
 
@@ -262,6 +292,31 @@ def query_pairs_triton(mask: BlockMask, parts: int) -> tuple[torch.Tensor, torch
             PARTS=parts, ENTRIES=max(32, power_of_two(length)), WIDTH=width, num_warps=row_warps(2 * width, False),
         )  # fmt: skip
     return header, paired, paired_bits
+
+
+def cut_lists_triton(mask: BlockMask, queries: slice, keys: slice) -> BlockMask:
+    """The mask of a run of query blocks and one of key blocks, in one launch; see :meth:`BlockMask.parts`.
+
+    Entries past a row's number are 0.
+    """
+    number, number_full, indices = (x.contiguous() for x in (mask.kv_num_blocks, mask.kv_num_full, mask.kv_indices))
+    nq, length = indices.shape[2:]
+    rows, width = queries.stop - queries.start, min(length, keys.stop - keys.start)
+    lead = (*indices.shape[:2], rows)
+    cut = torch.empty(*lead, width, dtype=torch.int32, device=indices.device)
+    cut_number, cut_full = torch.empty(2, *lead, dtype=torch.int32, device=indices.device).unbind()
+    bit_rows = None if mask.kv_bits is None else mask.kv_bits.contiguous()
+    cut_bits = None if bit_rows is None else torch.empty_like(cut)
+    entries = max(32, power_of_two(length))
+    with torch.cuda.device_of(indices):
+        _CUT[(cut_number.numel(),)](
+            indices, number, number_full, bit_rows, cut, cut_number, cut_full, cut_bits, nq, queries.start, rows,
+            length, keys.start, keys.stop, width, ENTRIES=entries, num_warps=row_warps(entries, False),
+        )  # fmt: skip
+    q_len = min(queries.stop * mask.block_q, mask.q_len) - queries.start * mask.block_q
+    kv_len = min(keys.stop * mask.block_k, mask.kv_len) - keys.start * mask.block_k
+    sizes = (mask.block_q, mask.block_k, q_len, kv_len)
+    return BlockMask(cut_number, cut, cut_full, *sizes, cut_bits, mask.token_bits)
 
 
 def row_warps(width: int, by_mass: bool) -> int:

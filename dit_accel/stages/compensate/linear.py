@@ -132,7 +132,7 @@ class LinearBranchLayer(LearnedCompensation):
         q, k, v, key_mask = call.q, call.k, call.v, own_key_mask(call)
         backend = call.backend("linear_branch")
         everything = self.choice.form == "all_tokens"
-        critical = None if everything else plan.mask
+        critical = None if everything or call.part is not None else plan.mask
         negligible, rows, eps = plan.compensation, plan.rows, 0.0
         if everything:
             # The sum over all tokens knows no order and no blocks.
@@ -141,9 +141,10 @@ class LinearBranchLayer(LearnedCompensation):
         if call.part is not None:
             # Its tokens have come to their slots; of keys there are this process' alone.
             rows, shared = None, (RingSums if everything else RingBlockSums)(call.part)
-            critical, negligible = (
-                None if mask is None else mask_of_own_keys(call, mask) for mask in (critical, negligible)
-            )
+            lowest, shares = negligible, plan.shares
+            blocks, others = (None, None) if shares is None else (shares.blocks, shares.negligible)
+            critical = None if everything else mask_of_own_keys(call, blocks, lambda: plan.mask)
+            negligible = None if lowest is None else mask_of_own_keys(call, others, lambda: lowest)
         options: dict[str, Any] = {
             "negligible": negligible,
             "feature_map": self.choice.feature_map,

@@ -87,7 +87,7 @@ class RoutedHeads(Compensation):
             best = of_heads.topk(math.ceil(self.kept * of_heads.shape[-1]), -1).indices
             runs = torch.zeros_like(of_heads, dtype=torch.bool).scatter_(-1, best, True) | of_heads.isinf()
             runs = runs if call.heads is None else call.heads.own(runs, -1)
-            return replace(plan, mask=plan.mask.for_queries(runs.mT), share=None)
+            return replace(plan, kept=plan.mask.for_queries(runs.mT), share=None)
 
     def attend(self, call: AttentionCall, _plan: AttentionPlan, sparse: Callable[[], Attended]) -> Attended:
         """The sparse attention of the heads that run; it is the router's shares that have a gradient."""

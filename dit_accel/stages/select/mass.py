@@ -295,11 +295,11 @@ def _mass_around(
     }
     known = lse
     if known is None:
-        for rank, keys in part.around(call.k):
+        for rank, (keys,) in part.around(call.k):
             _, found = block_mass(call.q, keys, key_mask=part.key_mask_of(rank, key_mask), **sizes)
             known = found if known is None else torch.logaddexp(known, found)
     masses: dict[int, torch.Tensor] = {}
-    for rank, keys in part.around(call.k):
+    for rank, (keys,) in part.around(call.k):
         given = {"lse": known, "key_mask": part.key_mask_of(rank, key_mask), **sizes}
         if query_stride > 1:
             masses[rank] = strided_block_mass(call.q, keys, query_stride=query_stride, **given)

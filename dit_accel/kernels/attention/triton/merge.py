@@ -13,10 +13,14 @@ _ROWS = 32
 
 @triton.jit(do_not_specialize=("heads", "length"))
 def merge_kernel(
+    into_ptr,
     out_ptr,
     lse_ptr,
     part_ptr,
     part_lse_ptr,
+    stride_ib,
+    stride_is,
+    stride_ih,
     stride_ob,
     stride_os,
     stride_oh,
@@ -29,7 +33,7 @@ def merge_kernel(
     BLOCK_D: tl.constexpr,
     HEAD_DIM: tl.constexpr,
 ):
-    """``out`` and ``lse`` of both sets of keys, from those of one and of the other."""
+    """``into``, which may be ``out``, and ``lse`` of both sets of keys, from those of one and of the other."""
     plane = tl.program_id(1).to(tl.int64)
     batch, head = plane // heads, plane % heads
     row = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
@@ -46,26 +50,31 @@ def merge_kernel(
     total = keep + take
     scale = tl.where(total == 0.0, 1.0, total)
     wide = row.to(tl.int64)[:, None]
-    out_ptrs = out_ptr + batch * stride_ob + head * stride_oh + wide * stride_os + offs_d
-    out = tl.load(out_ptrs, mask=live, other=0.0)
+    out = tl.load(out_ptr + batch * stride_ob + head * stride_oh + wide * stride_os + offs_d, mask=live, other=0.0)
     part = tl.load(part_ptr + batch * stride_pb + head * stride_ph + wide * stride_ps + offs_d, mask=live, other=0.0)
     keep, take = (keep / scale)[:, None], (take / scale)[:, None]
     # A NaN of a part whose weight is 0 must not come through.
-    added = tl.where(take == 0.0, 0.0, part.to(tl.float32) * take)
-    tl.store(out_ptrs, out * keep + added, mask=live)
+    kept = tl.where(keep == 0.0, 0.0, out.to(tl.float32) * keep)
+    taken = tl.where(take == 0.0, 0.0, part.to(tl.float32) * take)
+    into_ptrs = into_ptr + batch * stride_ib + head * stride_ih + wide * stride_is + offs_d
+    tl.store(into_ptrs, (kept + taken).to(into_ptr.dtype.element_ty), mask=live)
     tl.store(lse_ptr + at, base + tl.log(total), mask=inside)
 
 
-def merge_triton(out: torch.Tensor, lse: torch.Tensor, part: torch.Tensor, part_lse: torch.Tensor) -> None:
-    """See :func:`dit_accel.kernels.attention.merge.merge_attention`; ``out`` is float32."""
+def merge_triton(
+    out: torch.Tensor, lse: torch.Tensor, part: torch.Tensor, part_lse: torch.Tensor, dtype: torch.dtype
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """See :func:`dit_accel.kernels.attention.merge.merge_attention`; ``lse`` is float32."""
     batch, length, heads, dim = out.shape
-    part = unit_stride(part)
+    out, part, lse = unit_stride(out), unit_stride(part), lse.contiguous()
+    into = out if out.dtype == dtype else out.new_empty(out.shape, dtype=dtype)
     merge_kernel[(ceil_div(length, _ROWS), batch * heads)](
+        into,
         out,
         lse,
         part,
         part_lse.contiguous(),
-        *token_strides(out, part),
+        *token_strides(into, out, part),
         heads,
         length,
         ROWS=_ROWS,
@@ -73,3 +82,4 @@ def merge_triton(out: torch.Tensor, lse: torch.Tensor, part: torch.Tensor, part_
         HEAD_DIM=dim,
         num_warps=4,
     )
+    return into, lse

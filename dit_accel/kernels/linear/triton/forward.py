@@ -9,7 +9,7 @@ needs one product only.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 
 import torch
@@ -382,17 +382,31 @@ def linear_forward(
     scale = map_scale(shape, shared)
     marginal = scaled_map(critical, negligible, q.dtype, scale).expand(shape.batch, shape.heads, nq, nk)
     states = sums = None
-    for batches, heads in chunks_of(shape, STATE_SHARE, 1, shared):
-        part = marginal[batches, heads].flatten(0, 1)
-        if states is None or states.shape[0] != part.shape[0]:
-            states = torch.empty(part.shape[0], nk, shape.state_width, dtype=q.dtype, device=q.device)
-            sums = torch.empty(part.shape[0], nq, shape.state_width, dtype=q.dtype, device=q.device)
-        b, head = batches.start, heads.start
-        launch_block_states(k, v, rows, key_mask, weight, states, shape, kind, b, head)
-        torch.bmm(part, states, out=sums)
-        total = sums if shared is None else shared.summed(sums)
+
+    def finish(total: torch.Tensor, b: int, head: int) -> None:
         launch_out(
             q, rows, total, out, bias, added, shape, kind, eps * scale,
             group_tokens=shape.block_q, batch0=b, head0=head,
         )  # fmt: skip
+
+    # Sums of some heads are under way while the states of the next are made: two chunks at a time are alive.
+    under_way: tuple[Callable[[], torch.Tensor], int, int] | None = None
+    for batches, heads in chunks_of(shape, STATE_SHARE, 1 if shared is None else 2, shared):
+        part = marginal[batches, heads].flatten(0, 1)
+        if states is None or states.shape[0] != part.shape[0]:
+            states = torch.empty(part.shape[0], nk, shape.state_width, dtype=q.dtype, device=q.device)
+        if sums is None or shared is not None or sums.shape[0] != part.shape[0]:
+            sums = torch.empty(part.shape[0], nq, shape.state_width, dtype=q.dtype, device=q.device)
+        b, head = batches.start, heads.start
+        launch_block_states(k, v, rows, key_mask, weight, states, shape, kind, b, head)
+        torch.bmm(part, states, out=sums)
+        if shared is None:
+            finish(sums, b, head)
+            continue
+        begun = shared.begin(sums)
+        if under_way is not None:
+            finish(under_way[0](), *under_way[1:])
+        under_way = begun, b, head
+    if under_way is not None:
+        finish(under_way[0](), *under_way[1:])
     return out
