@@ -99,6 +99,7 @@ def test_what_it_cannot_do_is_the_models_own(kept_up):
     assert _first_step(inputs, recipe=RECIPE.with_fields({"schedule.own_dense": False}))[1]
     q.requires_grad_()
     assert _first_step(AttentionInputs(q, k, v))[1], "gradients"
+    assert _first_step(AttentionInputs(*_tensors()[:2], _tensors()[2][..., :8]))[1], "values of another head dim"
     pairs = torch.ones(1, 1, 256, 256, dtype=torch.bool).tril()
     engine = Engine(RECIPE, ["layer"], "reference", 0)
     called = []
