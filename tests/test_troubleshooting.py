@@ -10,6 +10,7 @@ from pathlib import Path
 import pytest
 
 from dit_accel.patches.reasons import CACHED, NO_LATENTS, PASSED
+from dit_accel.stages.schedule import DENSE_PHASE
 
 ROOT = Path(__file__).parent.parent
 PACKAGE = ROOT / "dit_accel"
@@ -71,7 +72,7 @@ def in_code(places: dict[str, tuple[str, ...]]) -> set[str]:
 def dense_reasons() -> set[str]:
     """All of them; what passes a layer by in compiled code is a list already."""
     everywhere = {text for path in PACKAGE.rglob("*.py") for text in counted(path.read_text(encoding="utf-8"))}
-    return in_code(DENSE) | everywhere | (set(PASSED) - {CACHED}) | {NO_LATENTS}
+    return in_code(DENSE) | everywhere | (set(PASSED) - {CACHED}) | {NO_LATENTS, DENSE_PHASE}
 
 
 def of_page(*headings: str) -> list[str]:
