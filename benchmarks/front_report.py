@@ -179,11 +179,10 @@ def draw(results: Sequence[dict[str, Any]], picture: Path) -> None:
             if some:
                 speeds, means = [row.speedup for row in some], [one.mean for one in psnr]
                 panel.errorbar(speeds, means, bars, fmt="o", ms=4, lw=0.8, color=colours[kind], label=label)
-            named = [(row, place.mean) for row, place in zip(some, psnr, strict=True) if row.name in NAMED]
-            for number, (row, height) in enumerate(named):
-                # Neighbours' names one above and one below.
-                offset = (5, -11 if number % 2 else 4)
-                panel.annotate(NAMED[row.name], (row.speedup, height), offset, textcoords="offset points", fontsize=8)
+        for number, (place, names) in enumerate(names_by_place(rows).items()):
+            # Neighbours' names one above and one below.
+            offset = (5, -11 if number % 2 else 4)
+            panel.annotate(", ".join(names), place, offset, textcoords="offset points", fontsize=8)
         panel.set_title(f"{result['settings']['steps']} steps")
         panel.set_xlabel("whole run of Wan 2.1 1.3B, times faster, composed")
         panel.grid(alpha=0.3)
@@ -192,6 +191,16 @@ def draw(results: Sequence[dict[str, Any]], picture: Path) -> None:
     picture.parent.mkdir(parents=True, exist_ok=True)
     figure.savefig(picture, dpi=130, bbox_inches="tight")
     pyplot.close(figure)
+
+
+def names_by_place(rows: Sequence[Row]) -> dict[tuple[float, float], list[str]]:
+    """Names of the picture by speed-up and PSNR, the slowest first: rows that do the same are one point."""
+    found: dict[tuple[float, float], list[str]] = {}
+    for row in sorted(rows, key=lambda row: row.speedup):
+        if row.name in NAMED:
+            place = (round(row.speedup, 2), round(row.metrics["psnr"].mean, 1))
+            found.setdefault(place, []).append(NAMED[row.name])
+    return found
 
 
 def page(text: str, results: Sequence[dict[str, Any]], link: str) -> str:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import sys
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -71,6 +72,14 @@ def test_times_of_linear_layers_in_8_bits_are_not_composed(front: Any, made: Pat
     with pytest.raises(SystemExit, match="Times of dense/int8 cannot be composed"):
         front.write_docs([tmp_path / "cast.json"], page, tmp_path / "picture.png")
     assert not page.exists()
+
+
+def test_rows_that_do_the_same_have_one_label(front: Any, made: Path) -> None:
+    report = sys.modules["front_report"]
+    row = report.rows_of(json.loads(made.read_text()))[0]
+    rows = [replace(row, name=name) for name in ("fast", "max")]
+    assert list(report.names_by_place(rows).values()) == [["fast", "max"]]
+    assert report.names_by_place([replace(row, name="dense")]) == {}
 
 
 def test_what_is_made_is_not_made_again(front: Any, made: Path, monkeypatch: pytest.MonkeyPatch) -> None:
