@@ -343,9 +343,9 @@ class Engine:
 
     def _dense_by_kernel(self, call: AttentionCall, dense: Callable[[], torch.Tensor]) -> Callable[[], torch.Tensor]:
         """This package's kernel for a step of the dense phase where it keeps up with the model's own attention."""
-        if call.pairs is not None or call.ring is not None or any(x.requires_grad for x in (call.q, call.k, call.v)):
+        if call.pairs is not None or call.ring is not None or call.k.shape != call.v.shape:
             return dense
-        if call.k.shape != call.v.shape:
+        if case_of(call.q, call.k, call.v).recorded:
             return dense
         own = replace(call)  # observers see a dense call as it was given, and nothing holds copies that no kernel reads
         with autocast_done(own):

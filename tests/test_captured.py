@@ -93,6 +93,17 @@ def test_the_first_call_of_a_layout_leaves_no_static_plan():
     assert len(prepared.plans) == 1
 
 
+def _stays_as_long_as_the_patch(layer, read):
+    """What weak references in ``read`` are of is there after the run and after other layouts, and goes at the end."""
+    layer.engine.run = Run()
+    layer.engine.planner.tables.clear()
+    gc.collect()
+    assert all(one() is not None for one in read)
+    layer.engine.planner.forget()
+    gc.collect()
+    assert all(one() is None for one in read)
+
+
 @pytest.mark.parametrize("preset", ["pooled", "carried"])
 def test_what_a_graph_reads_stays_as_long_as_the_patch(preset):
     """Its replays read the plan's memory, also after the run that made the plan."""
@@ -111,13 +122,7 @@ def test_what_a_graph_reads_stays_as_long_as_the_patch(preset):
     del kept
     with capture():
         layer.call(3, 3, 10)
-    layer.engine.run = Run()
-    layer.engine.planner.tables.clear()
-    gc.collect()
-    assert all(one() is not None for one in read)
-    layer.engine.planner.forget()
-    gc.collect()
-    assert all(one() is None for one in read)
+    _stays_as_long_as_the_patch(layer, read)
 
 
 def _tables(engine):
@@ -152,13 +157,7 @@ def test_tables_that_a_graph_reads_stay_when_other_layouts_take_their_place(monk
     del found
     with capture():
         layer.call(1, step, 10)
-    layer.engine.run = Run()
-    layer.engine.planner.tables.clear()
-    gc.collect()
-    assert all(one() is not None for one in read)
-    layer.engine.planner.forget()
-    gc.collect()
-    assert all(one() is None for one in read)
+    _stays_as_long_as_the_patch(layer, read)
 
 
 @pytest.mark.parametrize(
