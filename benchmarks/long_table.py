@@ -20,7 +20,7 @@ from pathlib import Path
 from typing import Any
 
 from dit_accel.quality.bootstrap import FEWEST_CLIPS
-from dit_accel.quality.card import FORMAT, escaped, interval_text, read_card
+from dit_accel.quality.card import FORMAT, beside, escaped, interval_text, read_card
 from dit_accel.quality.metrics import METRICS
 
 ROOT = Path(__file__).parent.parent
@@ -48,6 +48,7 @@ class Run:
     clips: int
     device: str
     torch: str
+    beside: tuple[str, ...] = ()
 
     def __str__(self) -> str:
         frames, height, width = self.size
@@ -57,7 +58,7 @@ class Run:
         return (
             f"{self.model}, {frames} frame{'s' * (frames != 1)} of {width} x {height}{tokens}, {steps}{guidance}, "
             f"{self.dtype}, {'compiled' if self.compiled else 'eager'}, {self.clips} clip{'s' * (self.clips != 1)}, "
-            f"{self.device}, torch {self.torch}"
+            f"{self.device}, torch {self.torch}" + "".join(f"; accelerated side: {what}" for what in self.beside)
         )
 
 
@@ -146,6 +147,7 @@ def _of_card(path: Path) -> Source:
         card["clips"],
         card["device"]["name"],
         card["versions"]["torch"],
+        tuple(beside(card)),
     )
     dense = card["dense"]["total_seconds"]
     return Source(run, card["command"], tuple(Row(one["recipe"], one, dense) for one in card["recipes"]))

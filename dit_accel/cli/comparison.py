@@ -5,6 +5,7 @@ from __future__ import annotations
 import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -31,6 +32,7 @@ class Comparison:
         metrics: names; None for all.
         pictures: whether clips are saved.
         compiled: whether the transformer's blocks are, on both sides.
+        linear, vae: what :func:`~dit_accel.accelerate` does beside attention, on the accelerated side alone.
     """
 
     model: str
@@ -44,6 +46,8 @@ class Comparison:
     repeat: int = 1
     pictures: bool = True
     compiled: bool = False
+    linear: str | None = None
+    vae: str | None = None
 
     @property
     def clips(self) -> int:
@@ -103,6 +107,7 @@ class Comparison:
         Raises:
             ValueError: the folder is of another model, or what ``compare`` refuses.
         """
+        from ..acceleration.api import accelerate
         from ..acceleration.compiled import compile_blocks
         from ..calibration.identity import describe_pipeline
         from ..patches.said_once import said_once
@@ -123,6 +128,7 @@ class Comparison:
                     generate_kwargs=arguments,
                     out=parts.folder,
                     fps=frames_per_second(pipe),
+                    patch=partial(accelerate, linear=self.linear, vae=self.vae),
                     repeat=self.repeat,
                     facts={"model": self.model, "command": " ".join(["dit-accel", *sys.argv[1:]])},
                     pictures=self.pictures,
@@ -147,5 +153,7 @@ class Comparison:
             "repeat": self.repeat,
             "pictures": self.pictures,
             "compiled": self.compiled,
+            "linear": self.linear,
+            "vae": self.vae,
             **decisive(self.dtype, self.device),
         }

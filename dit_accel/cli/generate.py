@@ -26,10 +26,12 @@ from .options import (
     GuidanceOption,
     ImportOption,
     JsonOption,
+    LinearOption,
     ModelArgument,
     SetOption,
     SizeOption,
     StepsOption,
+    VaeOption,
     import_modules,
     quiet_libraries,
     read_device,
@@ -38,6 +40,7 @@ from .options import (
     read_prompts,
     read_recipe,
     read_seed,
+    refuse_beside_attention,
 )
 from .output import free_name
 from .processes import Processes
@@ -95,18 +98,8 @@ def generate(
         typer.Option(metavar="model|sequential|group", help="Keep what does not run in the CPU's memory."),
     ] = None,
     compiled: Annotated[bool, typer.Option("--compile", help="torch.compile of the transformer's blocks.")] = False,
-    linear: Annotated[
-        str | None, typer.Option(metavar="fp8|int8", help="The accelerated side's linear layers in 8 bits, by torchao.")
-    ] = None,
-    vae: Annotated[
-        str | None,
-        typer.Option(
-            metavar="SETTINGS",
-            help="The accelerated side's autoencoder: some of tiled, sliced, channels_last, bf16, fp16, compiled, "
-            "frames=N (Wan: N latent frames at once), tile=N (tiles of N pixels), separated by commas. channels_last "
-            "helps Wan and costs HunyuanVideo time.",
-        ),
-    ] = None,
+    linear: LinearOption = None,
+    vae: VaeOption = None,
     backend: BackendOption = "auto",
     compare_dense: Annotated[
         bool, typer.Option("--compare-dense", help="Also generate dense with the same seed, in turns, and compare.")
@@ -157,8 +150,6 @@ def generate(
     import torch
 
     from ..acceleration.api import change_beside_attention
-    from ..acceleration.decoding import read_settings
-    from ..acceleration.linears import refuse_format
     from ..api import patch
     from ..patches.artifact import CalibrationArtifact
     from ..pipelines.encode import refuse_missing_encoder
@@ -172,10 +163,7 @@ def generate(
     from ..training.adapter import load_adapter
     from .model import choose_model, open_model, will_make_video
 
-    if vae is not None:
-        read_settings(vae)
-    if linear is not None:
-        refuse_format(linear, target)
+    refuse_beside_attention(linear, vae, target)
     name, builtin = choose_model(model)
     folder = None if adapter is None else find_adapter(adapter, builtin)
     few_steps = {} if folder is None else settings_of_adapter(folder, None if compare_dense else asked)

@@ -49,9 +49,36 @@ DtypeOption = Annotated[
     str | None, typer.Option(metavar="fp32|fp16|bf16", help="Default: bf16 on a GPU or a CPU with AMX, else fp32.")
 ]
 DeviceOption = Annotated[str | None, typer.Option(help="Default: cuda if there is a GPU, else cpu.")]
+LinearOption = Annotated[
+    str | None, typer.Option(metavar="fp8|int8", help="The accelerated side's linear layers in 8 bits, by torchao.")
+]
+VaeOption = Annotated[
+    str | None,
+    typer.Option(
+        metavar="SETTINGS",
+        help="The accelerated side's autoencoder: some of tiled, sliced, channels_last, bf16, fp16, compiled, "
+        "frames=N (Wan: N latent frames at once), tile=N (tiles of N pixels), separated by commas. channels_last "
+        "helps Wan and costs HunyuanVideo time.",
+    ),
+]
 StartOverOption = Annotated[bool, typer.Option("--start-over", help="Forget what the folder holds of earlier runs.")]
 JsonOption = Annotated[bool, typer.Option("--json", help="Print one JSON object and nothing else.")]
 DebugOption = Annotated[bool, typer.Option("--debug", help="Show the traceback of an error.")]
+
+
+def refuse_beside_attention(linear: str | None, vae: str | None, device: torch.device) -> None:
+    """Refuse, before a model is loaded, what ``--linear`` and ``--vae`` cannot be.
+
+    Raises:
+        ValueError: an unknown setting, or linear layers that this device or what is installed cannot have.
+    """
+    from ..acceleration.decoding import read_settings
+    from ..acceleration.linears import refuse_format
+
+    if vae is not None:
+        read_settings(vae)
+    if linear is not None:
+        refuse_format(linear, device)
 
 
 def read_size(text: str) -> tuple[int, int]:

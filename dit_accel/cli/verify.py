@@ -19,11 +19,13 @@ from .options import (
     GuidanceOption,
     ImportOption,
     JsonOption,
+    LinearOption,
     ModelArgument,
     PromptsFileOption,
     SizeOption,
     StartOverOption,
     StepsOption,
+    VaeOption,
     import_modules,
     quiet_libraries,
     read_device,
@@ -31,6 +33,7 @@ from .options import (
     read_prompts,
     read_recipe,
     read_seed,
+    refuse_beside_attention,
 )
 from .settings import Asked
 
@@ -64,6 +67,8 @@ def verify(
     compiled: Annotated[
         bool, typer.Option("--compile", help="torch.compile of the transformer's blocks, of dense runs too.")
     ] = False,
+    linear: LinearOption = None,
+    vae: VaeOption = None,
     repeat: Annotated[int, typer.Option(min=1, help="Timed runs of each clip, dense and under each recipe.")] = 1,
     metrics: Annotated[str | None, typer.Option(help="Names, by comma. Default: all that run.")] = None,
     note: Annotated[str | None, typer.Option(help="For the card, such as what else runs on the machine.")] = None,
@@ -88,6 +93,7 @@ def verify(
     prompts = read_prompts(prompt, prompts_file)
     target = read_device(device)
     number = read_dtype(dtype, target)
+    refuse_beside_attention(linear, vae, target)
     recipes = _read_recipes(profiles, recipe or ())
 
     from ..quality.card import FILE, read_card
@@ -106,6 +112,8 @@ def verify(
         repeat,
         pictures,
         compiled,
+        linear,
+        vae,
     )
     parts = comparison.claim(out, DEFAULT, start_over)
     path = parts.folder / FILE
@@ -149,6 +157,8 @@ def _made(comparison: Comparison, pipe: Any, builtin: Any, parts: Any, note: str
             settings={
                 "dtype": str(comparison.dtype).removeprefix("torch."),
                 "compiled": comparison.compiled,
+                "linear": comparison.linear,
+                "vae": comparison.vae,
                 "call": as_plain(arguments),
             },
             recipes={name: "auto" if one is None else short_line(one) for name, one in comparison.recipes.items()},

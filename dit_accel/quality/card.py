@@ -145,9 +145,18 @@ def run_of(card: Mapping[str, Any]) -> str:
     frames = "" if card["frames"] == 1 else f" x {card['frames']}"
     tokens = "" if card["sequence"] is None else f", {card['sequence']['latent_tokens']:,} tokens"
     steps = "" if card["num_steps"] is None else f", {card['num_steps']} steps"
-    how = f"{card['settings']['dtype']}, {'compiled' if card['settings']['compiled'] else 'eager'}"
+    how = ", ".join(
+        [f"{card['settings']['dtype']}, {'compiled' if card['settings']['compiled'] else 'eager'}", *beside(card)]
+    )
     clips = f"{card['clips']} clip{'' if card['clips'] == 1 else 's'}"
     return f"{card['width']} x {card['height']}{frames}{tokens}{steps}, {how}, {clips}"
+
+
+def beside(card: Mapping[str, Any]) -> list[str]:
+    """What of the accelerated side is changed beside attention, in words. Cards before these settings have none."""
+    settings = card["settings"]
+    linear, vae = settings.get("linear"), settings.get("vae")
+    return [*([f"linear layers in {linear}"] if linear else []), *([f"autoencoder {vae}"] if vae else [])]
 
 
 def _metric(card: Mapping[str, Any], recipe: Mapping[str, Any], name: str) -> str:
