@@ -121,6 +121,8 @@ class Planner:
 
     def _hold(self, call: AttentionCall) -> None:
         """Keep, for as long as the patch, what a graph that is captured may read of its run in its replays."""
+        if not call.run.knows(call.mask):
+            return
         kept = kept_of(call)
         read = list(kept.plans.values())
         for memory in kept.memories.values():

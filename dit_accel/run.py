@@ -109,6 +109,10 @@ class Run:
         number = 0 if key_mask is None else self._number(key_mask, forward_id)
         return self._kept.get((layout, number), Kept)
 
+    def knows(self, key_mask: torch.Tensor | None) -> bool:
+        """Whether something may be kept of calls with this key mask: no forward has shown the content of another."""
+        return key_mask is None or any(seen.place[1:] == _place(key_mask) for seen in self._masks)
+
     def reused(self, branch: Hashable, make: Callable[[], KeptT]) -> KeptT:
         """What a branch keeps of its blocks' results for the steps that skip them."""
         return cast("KeptT", self._reused.get(branch, make))
@@ -121,7 +125,7 @@ class Run:
 
     def _number(self, mask: torch.Tensor, forward_id: int) -> int:
         # A held mask's memory does not become another's, and nobody changes it within a forward.
-        place = (forward_id, mask.data_ptr(), mask.shape, mask.stride())
+        place = (forward_id, *_place(mask))
         captured = is_captured(mask.device)
         for seen in self._masks:
             if seen.place == place or (captured and seen.place[1:] == place[1:]):
@@ -140,3 +144,7 @@ class Run:
         seen = _SeenMask(next(self._numbers), mask.clone(), mask, place)
         self._masks = [*self._masks[1 - KEPT_PLACES :], seen]
         return seen.number
+
+
+def _place(mask: torch.Tensor) -> tuple[Hashable, ...]:
+    return mask.data_ptr(), mask.shape, mask.stride()

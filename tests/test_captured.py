@@ -249,6 +249,16 @@ def test_a_key_mask_is_known_by_its_tensor_alone(monkeypatch):
         run.kept(LAYOUT, mask.clone(), 2)
 
 
+@pytest.mark.parametrize("preset", ["pooled", "mass"])
+def test_a_captured_call_that_keeps_no_plan_needs_no_known_key_mask(preset):
+    """Its plan is made in the graph, at each replay, and nothing that a run keeps is read."""
+    recipe = presets.resolve(preset, density=0.5).with_fields({"schedule": "schedule", "select.block": (16, 16)})
+    layer, hidden = Layer(recipe), torch.arange(LAYOUT.seq_len)[None] > 40
+    expected = layer.call(1, key_mask=hidden)
+    with capture():
+        assert torch.equal(layer.call(1, key_mask=hidden), expected)
+
+
 def test_a_kept_plans_density_is_worked_out_once(monkeypatch):
     density, counted = BlockMask.density, []
     monkeypatch.setattr(BlockMask, "density", lambda mask: counted.append(mask) or density(mask))
