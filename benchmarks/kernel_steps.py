@@ -16,30 +16,18 @@ from kernel_pairs import pair_mask
 
 from dit_accel.kernels import BlockMask
 
-# Changes of the configuration without either form. Two blocks a step are of head dim 64.
-PLAIN: dict[str, object] = {"scores_ahead": False, "wide_steps": False}
+# Two blocks a step are of head dim 64.
+SINGLE: dict[str, object] = {"wide_steps": False}
 FORMS: dict[str, dict[str, object]] = {
     "used": {},
     "turns": {"take_turns": True},
     "free": {"take_turns": False},
     "q shared": {"take_turns": True, "keep_q": False},
-    "ahead": {"take_turns": False, "scores_ahead": True},
-    "ahead, turns": {"take_turns": True, "scores_ahead": True},
-    "ahead, q shared": {"take_turns": False, "scores_ahead": True, "keep_q": False},
 }
 WIDE: dict[str, dict[str, object]] = {
     "wide, free": {"take_turns": False, "wide_steps": True, "keep_q": False, "stages": 4},
     "wide, turns": {"take_turns": True, "wide_steps": True, "keep_q": False, "stages": 4},
     "wide, turns, q kept": {"take_turns": True, "wide_steps": True, "keep_q": True, "stages": 4},
-    "wide ahead": {"take_turns": False, "wide_steps": True, "keep_q": False, "stages": 4, "scores_ahead": True},
-    "wide ahead, turns": {"take_turns": True, "wide_steps": True, "keep_q": False, "stages": 4, "scores_ahead": True},
-    "wide ahead, 6 stages": {
-        "take_turns": False,
-        "wide_steps": True,
-        "keep_q": False,
-        "stages": 6,
-        "scores_ahead": True,
-    },
 }
 
 
@@ -73,5 +61,5 @@ def hopper(q, k, v, mask: BlockMask, rows, **changes: object) -> Callable[[], to
 
     config = default_config(mask.block_k, q.shape[-1], None, rows is not None)
     if changes:
-        config = replace(config, **(PLAIN | changes))
+        config = replace(config, **(SINGLE | changes))
     return lambda: hopper_forward(q, k, v, mask, rows, None, q.shape[-1] ** -0.5, config=config)[0]

@@ -252,7 +252,7 @@ def test_a_key_mask_is_known_by_its_tensor_alone(monkeypatch):
 @pytest.mark.parametrize("preset", ["pooled", "mass"])
 def test_a_captured_call_that_keeps_no_plan_needs_no_known_key_mask(preset):
     """Its plan is made in the graph, at each replay, and nothing that a run keeps is read."""
-    recipe = presets.resolve(preset, density=0.5).with_fields({"schedule": "schedule", "select.block": (16, 16)})
+    recipe = presets.resolve(preset, density=0.5).with_fields({"schedule": "schedule", "select.block": (32, 32)})
     layer, hidden = Layer(recipe), torch.arange(LAYOUT.seq_len)[None] > 40
     expected = layer.call(1, key_mask=hidden)
     with capture():

@@ -22,22 +22,15 @@ from dit_accel.kernels.common.quantized_inputs import reference_quantize
 from dit_accel.kernels.mask.query_pairs import query_pairs
 
 LENGTH, HEADS = 256, 2
-AHEAD = {"scores_ahead": True, "take_turns": False}
 WIDE = {"wide_steps": True, "stages": 4}
-WIDE_AHEAD = WIDE | AHEAD
 VARIANTS: dict[str, tuple[int, int, dict[str, Any]]] = {
     # name: (keys a block, head dim, settings)
     "half": (128, 128, {}),
     "half 64": (64, 128, {}),
     "half D=64": (128, 64, {"key_mask": True}),
-    "ahead D=64": (64, 64, {"changes": AHEAD}),
-    "ahead rows D=64": (64, 64, {"rows": True, "key_mask": True, "changes": AHEAD}),
-    "ahead rows bits D=64": (64, 64, {"rows": True, "key_mask": True, "bits": True, "changes": AHEAD}),
     "wide D=64": (64, 64, {"changes": WIDE}),
     "wide rows D=64": (64, 64, {"rows": True, "key_mask": True, "changes": WIDE}),
     "wide bits D=64": (64, 64, {"key_mask": True, "bits": True, "changes": WIDE}),
-    "wide ahead D=64": (64, 64, {"changes": WIDE_AHEAD}),
-    "wide ahead rows D=64": (64, 64, {"rows": True, "changes": WIDE_AHEAD}),
     "rows": (128, 128, {"rows": True}),
     "rows 64": (64, 128, {"rows": True}),
     "rows D=64": (64, 64, {"rows": True, "key_mask": True}),

@@ -92,43 +92,7 @@ CASES: dict[str, dict[str, Any]] = {
         "slope": 400.0,
         "stages": 3,
     },
-    "half ahead": {"block": (128, 64), "length": 500, "dim": 64, "scores_ahead": True, "empty_rows": True, "stages": 3},
-    "half ahead turns": {"block": (128, 64), "length": 390, "dim": 64, "scores_ahead": True, "take_turns": True},
-    "half ahead rows bits": {
-        "block": (128, 64),
-        "length": 300,
-        "dim": 64,
-        "rows": (1, 3),
-        "bits": True,
-        "key_mask": True,
-        "scores_ahead": True,
-        "take_turns": False,
-        "ring": 2,
-    },
-    "half ahead steep": {"block": (128, 64), "length": 390, "dim": 64, "slope": 400.0, "scores_ahead": True},
     "half wide": {"block": (128, 64), "length": 1000, "dim": 64, "wide_steps": True, "empty_rows": True, "stages": 2},
-    "half wide ahead": {
-        "block": (128, 64),
-        "length": 1000,
-        "dim": 64,
-        "wide_steps": True,
-        "scores_ahead": True,
-        "empty_rows": True,
-        "stages": 3,
-        "take_turns": False,
-    },
-    "half wide ahead rows bits": {
-        "block": (128, 64),
-        "length": 300,
-        "dim": 64,
-        "rows": (1, 3),
-        "bits": True,
-        "key_mask": True,
-        "wide_steps": True,
-        "scores_ahead": True,
-        "stages": 4,
-        "ring": 2,
-    },
     "half wide rows bits": {
         "block": (128, 64),
         "length": 300,
@@ -279,7 +243,7 @@ def find_fault(case: dict[str, Any], seed: int) -> str | None:
     options = {name: settings.pop(name) for name in ("precision", "key_scales") if name in settings}
     config = {
         name: settings.pop(name)
-        for name in ("ring", "stages", "take_turns", "scores_ahead", "wide_steps", "keep_q")
+        for name in ("ring", "stages", "take_turns", "wide_steps", "keep_q")
         if name in settings
     }
     kept, slope = settings.pop("lists", None), settings.pop("slope", None)

@@ -15,7 +15,7 @@ from dit_accel.kernels.attention import variants
 from .compile_hopper import VARIANTS
 
 ROOT = Path(__file__).parents[2]
-FORMS = [name for name in VARIANTS if name.startswith(("ahead", "wide"))]
+FORMS = [name for name in VARIANTS if name.startswith("wide")]
 
 
 def shared_addresses(ptx: str) -> tuple[set[int], set[int]]:
@@ -109,7 +109,7 @@ def test_pairs_spill_next_to_nothing_and_no_product_waits(variant, compiled, tmp
 def test_forms_of_a_step_spill_next_to_nothing(variant, compiled, tmp_path):
     spilled = max(int(n) for n in re.findall(r"(\d+) bytes spill stores", assembled(compiled[variant], tmp_path)))
     # Outside of the loop of full blocks: what was seen with either Triton, and a little.
-    most = {"wide rows D=64": 40, "wide bits D=64": 88, "wide ahead D=64": 160, "wide ahead rows D=64": 160}
+    most = {"wide rows D=64": 40, "wide bits D=64": 88}
     assert spilled <= most.get(variant, 0)
 
 
@@ -145,24 +145,16 @@ def test_buffers_fit_and_have_a_named_barrier_each(permuted, block_k, dim, preci
     assert 256 * dim * query + config.stages * block_k * dim * (query + value) + other <= 224 * 1024
 
 
-@pytest.mark.parametrize(
-    ("switch", "field"), [("SCORES_AHEAD_AT_64", "scores_ahead"), ("TWO_BLOCKS_A_STEP_AT_64", "wide_steps")]
-)
-def test_a_form_of_a_step_is_of_head_dim_64_alone(switch, field, monkeypatch):
+def test_two_blocks_a_step_are_of_head_dim_64_alone():
     from dit_accel.kernels.attention.hopper.forward import default_config
 
     shapes = [(64, 64, None, False), (64, 64, None, True), (64, 64, "int8", False), (64, 128, None, False)]
     shapes += [(128, 64, None, False)]
-    usual = [default_config(*shape) for shape in shapes]
-    pairs = default_config(64, 64, None, pairs=True)
-    assert not any(getattr(config, field) for config in (*usual, pairs))
-    monkeypatch.setattr(variants, switch, True)
     found = [default_config(*shape) for shape in shapes]
-    assert [getattr(config, field) for config in found] == [True, True, False, False, False]
-    assert found[2:] == usual[2:]
-    assert default_config(64, 64, None, pairs=True) == pairs
-    # As many bytes of keys and values as without.
-    assert [config.stages for config in found[:2]] == [4 if field == "wide_steps" else 8] * 2
+    assert [config.wide_steps for config in found] == [True, True, False, False, False]
+    assert not default_config(64, 64, None, pairs=True).wide_steps
+    # Stages of 128 keys, and no consumer waits for its turn.
+    assert [(config.stages, config.take_turns) for config in found[:2]] == [(4, False)] * 2
 
 
 @pytest.mark.parametrize(

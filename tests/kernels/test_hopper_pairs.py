@@ -68,8 +68,7 @@ def test_matches_oracle(turns, case, shape, dtype, device):
 @pytest.mark.gpu
 @pytest.mark.parametrize("length", [2500, 2570], ids=["even", "odd"])
 @pytest.mark.parametrize("key_mask", [False, True], ids=["plain", "key_mask"])
-def test_a_kept_plan_is_unpacked_to_the_pairs_of_its_mask(key_mask, length, monkeypatch, device):
-    monkeypatch.setattr("dit_accel.kernels.mask.packed.UNPACKED_IN_PAIRS", True)
+def test_a_kept_plan_is_unpacked_to_the_pairs_of_its_mask(key_mask, length, device):
     q, k, v, mask, _, hide, _ = build(length=length, block=(64, 64), dim=128, dtype=torch.bfloat16, key_mask=key_mask)
     q, k, v, mask = (x.to(device) for x in (q, k, v, mask))
     hide = None if hide is None else hide.to(device)

@@ -1,4 +1,4 @@
-"""Forms of a key step of the Hopper kernel that are off, against the fp64 oracle; all of it needs the GPU.
+"""Forms of a key step of the Hopper kernel at head dim 64, against the fp64 oracle; all of it needs the GPU.
 
 Without one they run in test_hopper_interpreted.py.
 """
@@ -16,13 +16,9 @@ from .test_hopper import CASES
 from .test_hopper_pairs import check
 
 FORMS = {
-    "ahead": {"scores_ahead": True, "take_turns": False},
-    "ahead turns": {"scores_ahead": True, "take_turns": True, "keep_q": False},
-    "ahead stages": {"scores_ahead": True, "take_turns": False, "stages": 3},
-    "wide": {"wide_steps": True, "take_turns": False, "stages": 4},
+    "single": {"wide_steps": False, "take_turns": True, "stages": 8},
+    "wide": {},
     "wide turns": {"wide_steps": True, "take_turns": True, "stages": 4, "keep_q": True},
-    "wide ahead": {"wide_steps": True, "scores_ahead": True, "take_turns": False, "stages": 4},
-    "wide ahead turns": {"wide_steps": True, "scores_ahead": True, "take_turns": True, "stages": 3},
     "wide stages": {"wide_steps": True, "take_turns": True, "stages": 2},
 }
 
@@ -32,8 +28,7 @@ def forward_of(form, permuted):
 
     if torch.cuda.get_device_capability() != (9, 0):
         pytest.skip("it needs a GPU of compute capability 9.0")
-    plain = {"scores_ahead": False, "wide_steps": False}
-    config = replace(default_config(64, 64, None, permuted), **(plain | FORMS[form]))
+    config = replace(default_config(64, 64, None, permuted), **FORMS[form])
 
     def forward(q, k, v, mask, rows, hide, scale):
         # Freed memory of the outputs' sizes, so that what no program writes shows.

@@ -22,12 +22,6 @@ PAIRS_ON_HOPPER = True
 #     python benchmarks/kernels.py --sections pairs8 --lengths 32760 --head-dim 64 --seconds 100 --json pairs8.json
 # and add it if it is ahead of the portable kernel there.
 PAIRS_IN_8_BITS_AT = (128,)
-# How half-precision blocks of 128 x 64 run at head dim 64: scores made a block ahead, and two blocks a step.
-# On an H200 two blocks a step without turns take 0.85 of the time at density 0.2 (notes/hopper_head_dim_64.md). Off:
-# their tests have not run on a GPU: pytest -m gpu tests/kernels/test_hopper_steps.py. Scores ahead as they now are were
-# not timed: kernels.py --sections steps --lengths 32760 --head-dim 64 --seconds 150.
-SCORES_AHEAD_AT_64 = False
-TWO_BLOCKS_A_STEP_AT_64 = False
 
 
 def kernel_of(choice: Choice, why_not_hopper: str | None) -> Choice:

@@ -13,9 +13,6 @@ from ..common.choice import Case
 from .block_mask import BlockMask
 from .query_pairs import QueryPairs
 
-# Whether lists of 64 x 64 blocks are unpacked in pairs where the kernel reads them so. Off: its test has not run on
-# a GPU: pytest -m gpu tests/kernels/test_hopper_pairs.py -k kept_plan.
-UNPACKED_IN_PAIRS = False
 # Bytes of a mask's lists that are kept beside its bits. To unpack them anew takes the host a sixth of a call, which
 # counts where sequences are short and lists small.
 SMALL_LISTS = 1 << 19
@@ -133,7 +130,7 @@ def _is_captured(device: torch.device) -> bool:
 
 def reads_pairs(x: torch.Tensor) -> bool:
     """Whether the kernel of a tensor's GPU reads the lists of 64-query blocks in pairs: Hopper's."""
-    return UNPACKED_IN_PAIRS and x.is_cuda and not is_amd() and compute_capability(x.device.index or 0) == (9, 0)
+    return x.is_cuda and not is_amd() and compute_capability(x.device.index or 0) == (9, 0)
 
 
 def pack_bits(keep: torch.Tensor) -> torch.Tensor:

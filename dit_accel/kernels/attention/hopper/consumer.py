@@ -26,13 +26,11 @@ from .softmax import (
     apply_mask,
     block_row_max,
     by_thread,
-    exp2_with_sums,
     mask_two_blocks,
     pack_p_fp8,
     rescale_and_add_o,
     rescale_o,
     scale_apply_exp2,
-    scale_below_max,
     unpack_p_fp8,
     update_row_max,
 )
@@ -87,7 +85,6 @@ def consume(
     QUANTIZED: gl.constexpr,
     FP8: gl.constexpr,
     THREAD_SCALES: gl.constexpr,
-    SCORES_AHEAD: gl.constexpr,
     WIDE_STEPS: gl.constexpr,
     KEEP_Q: gl.constexpr,
 ):
@@ -96,14 +93,9 @@ def consume(
     Tiles are a pipeline too: the last product of one runs beside the first scores of the next, and what is left
     of a tile then, normalising and storing, delays nothing that is in flight but this warpgroup's next scores.
 
-    With ``SCORES_AHEAD`` a block's scores are made beside the exponentials of the block before, in the registers that
-    its scores have left, and no softmax waits for them. Beside a tile's last block they are of nothing, and not read.
-
     With ``WIDE_STEPS`` a step is of two listed blocks of 64 keys, and waits, votes and products begun come half as
     often. A step with a partial block, or with one block alone, is masked.
     """
-    # Keys go back a step later than they could, so that a third stage is needed to load into.
-    gl.static_assert(not SCORES_AHEAD or (STAGES > 2 and not QUANTIZED))
     # Rows of 128 bytes: the halves of a buffer lie one behind the other.
     gl.static_assert(not WIDE_STEPS or (BLOCK_K == 64 and HEAD_DIM == 64 and not QUANTIZED))
     STEP_K: gl.constexpr = 2 * BLOCK_K if WIDE_STEPS else BLOCK_K
@@ -230,28 +222,14 @@ def consume(
             score_scale = row_scale * key_scale
             block_max = block_row_max(first_scores, score_scale)
             row_max, acc_scale, rescale = update_row_max(block_max, row_max, THRESHOLD)
-            if SCORES_AHEAD:
-                p = scale_below_max(first_scores, row_max, score_scale)
-                mbarrier.wait(shared.k_full.index(next_stage), next_phase, pred=steps > 1)
-                qk_token = warpgroup_mma(
-                    queries, shared.k_smem.index(next_stage).permute([1, 0]), start, use_acc=False, is_async=True
-                )
-                p, row_sum = exp2_with_sums(p, acc_scale, row_sum)
-            else:
-                p, row_sum = scale_apply_exp2(first_scores, row_max, acc_scale, row_sum, score_scale, MAX_OFFSET)
+            p, row_sum = scale_apply_exp2(first_scores, row_max, acc_scale, row_sum, score_scale, MAX_OFFSET)
             if FP8:
                 acc_scale = gl.zeros([64, 4], gl.float32, layout=LANES)
-            if SCORES_AHEAD:
-                later_stage, later_phase = advance_stage(next_stage, next_phase, STAGES)
-                consumer_wait(shared, stage, phase, later_stage, later_phase, steps > 2)
-            else:
-                consumer_wait(shared, stage, phase, next_stage, next_phase, steps > 1)
+            consumer_wait(shared, stage, phase, next_stage, next_phase, steps > 1)
             if FP8:
                 pv = warpgroup_mma_wait(0, deps=[pv_token])
                 acc = rescale_and_add_o(acc, prev_acc_scale, pv)
                 p_operand = pack_p_fp8(p)
-            elif SCORES_AHEAD:
-                acc, p_operand, ahead = warpgroup_mma_wait(0, deps=[pv_token, p_operand, qk_token])
             else:
                 acc, p_operand = warpgroup_mma_wait(0, deps=[pv_token, p_operand])
             consumer_release_v(stage, STAGES)
@@ -298,20 +276,16 @@ def consume(
                         p_operand = gl.convert_layout(p.to(dtype), OPERAND)
                     if TAKE_TURNS:
                         warp_scheduler_barrier_sync(WG)
-                    if not SCORES_AHEAD:
-                        qk_token = warpgroup_mma(
-                            queries, shared.k_smem.index(stage).permute([1, 0]), start, use_acc=False, is_async=True
-                        )
+                    qk_token = warpgroup_mma(
+                        queries, shared.k_smem.index(stage).permute([1, 0]), start, use_acc=False, is_async=True
+                    )
                     if not FP8:
                         # While the scores are being made.
                         acc = rescale_o(acc, acc_scale, rescale)
                     prev_acc_scale = acc_scale
                     pv_token = pv_gemm(p_operand, shared.v_smem.index(prev_stage), acc, entry > 1, FP8, OPERAND)
-                    if SCORES_AHEAD:
-                        qk = ahead
-                    else:
-                        qk = warpgroup_mma_wait(1, deps=[qk_token])
-                        consumer_release_k(stage, tensors.kv_len, STAGES)
+                    qk = warpgroup_mma_wait(1, deps=[qk_token])
+                    consumer_release_k(stage, tensors.kv_len, STAGES)
                     scores = qk
                     if partial and WIDE_STEPS:
                         scores = mask_two_blocks(
@@ -356,31 +330,14 @@ def consume(
                         # Now: the product that is left keeps the matrix units busy until the other consumer's scores
                         # begin; before that those would slow it down.
                         warp_scheduler_barrier_arrive(WG, sizes.num_tiles)
-                    if SCORES_AHEAD:
-                        p = scale_below_max(scores, row_max, score_scale)
-                        qk_token = warpgroup_mma(
-                            queries,
-                            shared.k_smem.index(next_stage).permute([1, 0]),
-                            start,
-                            use_acc=False,
-                            is_async=True,
-                        )
-                        p, row_sum = exp2_with_sums(p, acc_scale, row_sum)
-                    else:
-                        p, row_sum = scale_apply_exp2(scores, row_max, acc_scale, row_sum, score_scale, MAX_OFFSET)
+                    p, row_sum = scale_apply_exp2(scores, row_max, acc_scale, row_sum, score_scale, MAX_OFFSET)
                     # Here, before the product: the waits' branches keep the assembler from moving the wait for the
                     # product up, in front of the exponentials it shall overlap.
-                    if SCORES_AHEAD:
-                        later_stage, later_phase = advance_stage(next_stage, next_phase, STAGES)
-                        consumer_wait(shared, stage, phase, later_stage, later_phase, entry + 2 < steps)
-                    else:
-                        consumer_wait(shared, stage, phase, next_stage, next_phase, entry + 1 < steps)
+                    consumer_wait(shared, stage, phase, next_stage, next_phase, entry + 1 < steps)
                     if FP8:
                         # The wait takes no 8-bit operand; the assembler keeps its registers until here.
                         pv = warpgroup_mma_wait(0, deps=[pv_token])
                         acc = rescale_and_add_o(acc, prev_acc_scale, pv)
-                    elif SCORES_AHEAD:
-                        acc, p_operand, ahead = warpgroup_mma_wait(0, deps=[pv_token, p_operand, qk_token])
                     else:
                         acc, p_operand = warpgroup_mma_wait(0, deps=[pv_token, p_operand])
                     consumer_release_v(stage, STAGES)

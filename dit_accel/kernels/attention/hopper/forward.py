@@ -21,7 +21,6 @@ from ...common.launch import LOG2_E, int32_rows, list_strides
 from ...common.quantized_inputs import QuantizedInputs
 from ...mask.block_mask import BlockMask
 from ...mask.query_pairs import QueryPairs, query_pairs
-from .. import variants
 from .kernel import hopper_fwd_kernel
 
 _ROWS = 64  # query rows of a consumer warpgroup
@@ -40,8 +39,6 @@ class HopperConfig:
 
     Attributes:
         ring: heads of a permuted call whose keys and values are in order at a time, in place of :func:`ring_heads`.
-        scores_ahead: scores are made a block ahead, beside the exponentials of the block before. Half precision, blocks
-            of 128 queries, three stages at least.
         wide_steps: two listed blocks of 64 keys are a step, and have one stage. Half precision, blocks of 128 queries,
             head dim 64.
         keep_q: whether consumers keep queries in registers; as a rule, in place of None, where a step has 64 keys.
@@ -51,7 +48,6 @@ class HopperConfig:
     stages: int
     take_turns: bool
     ring: int | None = None
-    scores_ahead: bool = False
     wide_steps: bool = False
     keep_q: bool | None = None
 
@@ -111,15 +107,13 @@ def default_config(
     value_row = dim if precision == "int8_fp8" else half
     # Outputs of quantised calls have a buffer of their own, and so has a block on its way into order.
     other = 128 * half if precision is not None else block_k * half if permuted else 0
-    free = precision is None and not pairs and block_k == dim == 64
-    wide, ahead = (free and on for on in (variants.TWO_BLOCKS_A_STEP_AT_64, variants.SCORES_AHEAD_AT_64))
+    wide = precision is None and not pairs and block_k == dim == 64
     step_keys = 2 * block_k if wide else block_k
     stages = (_SHARED_BYTES - 2 * 128 * in_row - other) // (step_keys * (in_row + value_row))
     most = (3 if precision == "int8" else 4) * 128 // step_keys
     return HopperConfig(
         min(most, stages),
-        take_turns=not (has_bits or pairs or ahead) and (block_k == 128 if precision else 64 in (block_k, dim)),
-        scores_ahead=ahead,
+        take_turns=not (has_bits or pairs or wide) and (block_k == 128 if precision else 64 in (block_k, dim)),
         wide_steps=wide,
     )
 
@@ -273,7 +267,6 @@ def _launch(
         "FP8": fp8,
         "THREAD_SCALES": quantized is not None and quantized.scales_by_thread,
         "PAIRED": paired,
-        "SCORES_AHEAD": config.scores_ahead,
         "WIDE_STEPS": config.wide_steps,
         "KEEP_Q": block_k == 64 and not config.wide_steps if config.keep_q is None else config.keep_q,
     }

@@ -129,7 +129,6 @@ def hopper_fwd_kernel(
     FP8: gl.constexpr,
     THREAD_SCALES: gl.constexpr,
     PAIRED: gl.constexpr,
-    SCORES_AHEAD: gl.constexpr,
     WIDE_STEPS: gl.constexpr,
     KEEP_Q: gl.constexpr,
 ):
@@ -227,8 +226,7 @@ def hopper_fwd_kernel(
     # warps of a permuted call nor the producer of pairs need keep theirs in memory. FP8 products take registers
     # of their own beside the output's.
     IN_ORDER: gl.constexpr = (232 if FP8 else 224) if PAIRED else 240
-    PERMUTED_64: gl.constexpr = 216 if SCORES_AHEAD else 208
-    CONSUMER: gl.constexpr = PERMUTED_64 if PERMUTE_KV and STEP_K == 64 else IN_ORDER
+    CONSUMER: gl.constexpr = 208 if PERMUTE_KV and STEP_K == 64 else IN_ORDER
     OTHER: gl.constexpr = 504 - 2 * CONSUMER
     gl.warp_specialize(
         [
@@ -251,7 +249,6 @@ def hopper_fwd_kernel(
                     QUANTIZED,
                     FP8,
                     THREAD_SCALES,
-                    SCORES_AHEAD,
                     WIDE_STEPS,
                     KEEP_Q,
                 ),
@@ -275,7 +272,6 @@ def hopper_fwd_kernel(
                     QUANTIZED,
                     FP8,
                     THREAD_SCALES,
-                    SCORES_AHEAD,
                     WIDE_STEPS,
                     KEEP_Q,
                 ),

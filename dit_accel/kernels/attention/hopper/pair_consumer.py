@@ -72,7 +72,6 @@ def consume_pair(
     QUANTIZED: gl.constexpr,
     FP8: gl.constexpr,
     THREAD_SCALES: gl.constexpr,
-    SCORES_AHEAD: gl.constexpr,
     WIDE_STEPS: gl.constexpr,
     KEEP_Q: gl.constexpr,
 ):
@@ -82,7 +81,7 @@ def consume_pair(
     stream could not go on while this consumer still needed its last values. Those are given back with the next step
     that this consumer has to do with, at most two steps on.
     """
-    gl.static_assert(BLOCK_K == 64 and KEEP_Q and not SCORES_AHEAD and not WIDE_STEPS)
+    gl.static_assert(BLOCK_K == 64 and KEEP_Q and not WIDE_STEPS)
     dtype: gl.constexpr = shared.o_smem.dtype
     S_LAYOUT: gl.constexpr = gl.NVMMADistributedLayout(
         version=[3, 0], warps_per_cta=[4, 1], instr_shape=[16, BLOCK_K, 32 if QUANTIZED else 16]

@@ -240,23 +240,6 @@ def scale_apply_exp2(scores, row_max, acc_scale, row_sum, score_scale, MAX_OFFSE
 
 
 @gluon.jit
-def scale_below_max(scores, row_max, score_scale):
-    """``scores * score_scale - row_max``, exponents that :func:`exp2_with_sums` takes. Apart from it, so that the
-    registers of the scores are free before the exponentials."""
-    wide = by_thread(scores)
-    x = wide * score_scale.expand_dims(1).expand_dims(3) - row_max.expand_dims(1).expand_dims(3)
-    return as_rows(x, scores)
-
-
-@gluon.jit
-def exp2_with_sums(x, acc_scale, row_sum):
-    """``2 ** x``, and the row sums with it."""
-    p = gl.exp2(by_thread(x))
-    row_sum = row_sum * acc_scale + gl.sum(gl.sum(p, 3), 1)
-    return as_rows(p, x), row_sum
-
-
-@gluon.jit
 def pack_p_fp8(p):
     """P in e4m3, four keys a word, in the order KEY_PLACE of the stored values.
 
