@@ -40,7 +40,7 @@ FRONT = (
     f"dense+{FAST_LIST}",
     f"dense+{NINE_LIST}",
     "mass:density=.2",
-    "carried",
+    "carried:density=.2",
     "carried:density=.1",
     "mass:density=.25,dense_fraction=.1+first_block:threshold=.12",
     "mass:density=.25,dense_fraction=.1+energy:threshold=.3",

@@ -57,4 +57,5 @@ def _profile(density: float, dense_fraction: float, threshold: float | None, com
         reuse: Reuse = Listed(computed, NUM_STEPS, order=1, slope=SLOPE, correction=CORRECTION)
     else:
         reuse = Energy(threshold, order=1, max_skipped=4)
-    return replace(mass(density=density, dense_fraction=dense_fraction), reuse=reuse)
+    recipe = mass(density=density, dense_fraction=dense_fraction).with_fields({"schedule.own_dense": True})
+    return replace(recipe, reuse=reuse)
