@@ -70,7 +70,8 @@ class Row:
             if None not in values:
                 metrics[metric] = bootstrap_mean([float(value) for value in values])
         computed, mean, kept = (
-            sum(clip[key] or 0.0 for clip in clips) / len(clips) for key in ("computed_share", "mean_density", "density")
+            sum(clip[key] or 0.0 for clip in clips) / len(clips)
+            for key in ("computed_share", "mean_density", "density")
         )
         searches = searches_of(row["recipe"])
         own = 0.0

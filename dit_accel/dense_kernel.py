@@ -52,6 +52,6 @@ def keeps_up_with_dense(choice: Choice) -> bool:
     """Whether the kernel of this choice is over all blocks as fast as torch's dense attention, or faster.
 
     The Hopper kernel is: in bfloat16, 0.27 s for 118,800 tokens of 24 heads of 128, where cuDNN takes 0.43 s (H200); at
-    head dim 64 its steps of 128 keys run at 508 TFLOP/s (H200), cuDNN at 476 (H100). The portable kernel is not.
+    head dim 64 its steps of 128 keys run at 500 TFLOP/s (H200), cuDNN at 476 (H100). The portable kernel is not.
     """
     return choice.name == "triton" and choice.reason.endswith(ON_HOPPER)

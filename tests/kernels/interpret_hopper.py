@@ -142,23 +142,10 @@ FAULTS = {
         f"{WAIT}{' ' * 20}consumer_release_v(stage, STAGES)",
         f"consumer_release_v(stage, STAGES)\n{' ' * 20}{WAIT}",
     ),
-    "keys given back early": (
-        consumer.consume,
-        "acc, p_operand, ahead = warpgroup_mma_wait(0, deps=[pv_token, p_operand, qk_token])\n"
-        f"{' ' * 20}else:\n{' ' * 24}{WAIT}{' ' * 20}consumer_release_v(stage, STAGES)",
-        f"consumer_release_v(next_stage, STAGES)\n{' ' * 24}"
-        "acc, p_operand, ahead = warpgroup_mma_wait(0, deps=[pv_token, p_operand, qk_token])\n"
-        f"{' ' * 20}else:\n{' ' * 24}{WAIT}",
-    ),
-    "scores of the block at hand": (
-        consumer.consume,
-        "shared.k_smem.index(next_stage)",
-        "shared.k_smem.index(stage)",
-    ),
     "keys not waited for": (
         consumer.consume,
-        "later_stage, later_phase, entry + 2 < steps)",
-        "later_stage, later_phase, entry + 3 < steps)",
+        "next_stage, next_phase, entry + 1 < steps)",
+        "next_stage, next_phase, entry + 2 < steps)",
     ),
     "a second block that is not there": (
         softmax.mask_two_blocks,

@@ -358,8 +358,8 @@ def test_the_section_of_steps_runs_dry_and_checks_each_form_with_its_own_mask(di
     report = cases.Report()
     module.section_steps(report, argparse.Namespace(lengths=[1000], heads=2, head_dim=dim))
     assert [row for row in report.rows if not row["error"] < 1e-5] == []
-    assert len(report.rows) == 4 * (15 if dim == 64 else 9)
-    assert {row["op"] for row in report.rows} >= {"used", "ahead", "128x128, turns"}
+    assert len(report.rows) == 4 * (9 if dim == 64 else 6)
+    assert {row["op"] for row in report.rows} >= {"used", "free", "128x128, turns"}
 
 
 def test_the_section_of_pairs_in_8_bits_runs_dry(cases, monkeypatch):
