@@ -331,22 +331,41 @@ class _Moved(torch.autograd.Function):
         return None, None, *_Moved.apply(ctx.exchange, not ctx.outward, *grads)
 
 
+# Of each tensor of an exchange, rows that come from each process and rows that it is sent.
+Counts = Sequence[tuple[list[int], list[int]]]
+
+
 class _AllToAll(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, x: torch.Tensor, came: list[int], sent: list[int], group: Any) -> torch.Tensor:
-        ctx.counts, ctx.group = (sent, came), group
-        out = x.new_empty(sum(came), *x.shape[1:])
-        dist.all_to_all_single(out, x.contiguous(), came, sent, group=group)
+    def forward(ctx: Any, counts: Counts, group: Any, *xs: torch.Tensor) -> torch.Tensor:
+        ctx.counts, ctx.group = counts, group
+        numbers = [sum(came) for came, _ in counts]
+        out = xs[0].new_empty(sum(numbers), *xs[0].shape[1:])
+        for part, x, (came, sent) in zip(out.split(numbers), xs, counts, strict=True):
+            dist.all_to_all_single(part, x.contiguous(), came, sent, group=group)
         return out
 
     @staticmethod
     def backward(ctx: Any, grad: torch.Tensor) -> tuple[Any, ...]:
-        return _AllToAll.apply(grad, *ctx.counts, ctx.group), None, None, None
+        grads = grad.split([sum(came) for came, _ in ctx.counts])
+        found = (
+            _AllToAll.apply(((sent, came),), ctx.group, part)
+            for part, (came, sent) in zip(grads, ctx.counts, strict=True)
+        )
+        return None, None, *found
 
 
-def all_to_all(x: torch.Tensor, came: list[int], sent: list[int], group: Any) -> torch.Tensor:
-    """Rows of ``x``, ``sent[r]`` to each process in turn, for ``came[r]`` of each; with gradients."""
-    out: torch.Tensor = _AllToAll.apply(x, came, sent, group)
+def all_to_all(xs: Sequence[torch.Tensor], counts: Counts, group: Any) -> torch.Tensor:
+    """Rows of each of ``xs`` for those of the other processes, one exchange behind the other; with gradients.
+
+    Args:
+        xs: ``[n, ...]``, rows for each process in turn.
+        counts: of each how many come, and how many are sent.
+
+    Returns:
+        What came, in the order of ``xs`` and then of the processes.
+    """
+    out: torch.Tensor = _AllToAll.apply(tuple(counts), group, *xs)
     return out
 
 

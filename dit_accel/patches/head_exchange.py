@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -9,6 +10,8 @@ import torch
 from ..heads import HeadShard
 from ..ring import all_to_all
 from .shards import gather_heads, lengths_of
+
+Streams = Sequence[Sequence[int]]
 
 
 class HeadExchange:
@@ -58,26 +61,39 @@ class HeadExchange:
             self._lengths[tokens] = lengths_of(tokens, self.ranks, self.anything, self.group)
         return self._lengths[tokens]
 
-    def there(self, x: torch.Tensor) -> torch.Tensor:
-        """``[B, s, H, D]`` of this process' tokens to ``[B, S, h, D]`` of its heads. All must call it."""
-        batch, tokens, heads, dim = x.shape
-        of_heads, lengths = self._of_heads(heads), self.lengths(tokens)
-        own = of_heads[self.rank]
-        units = x.permute(2, 1, 0, 3).reshape(heads * tokens, -1)
-        came = [own * length for length in lengths]
-        units = all_to_all(units, came, [number * tokens for number in of_heads], self.group)
-        parts = [part.view(own, -1, batch, dim).permute(2, 1, 0, 3) for part in units.split(came)]
-        return torch.cat(parts, 1)
+    def there(self, x: torch.Tensor, streams: Streams | None = None) -> torch.Tensor:
+        """``[B, s, H, D]`` of this process' tokens to ``[B, S, h, D]`` of its heads. All must call it.
 
-    def back(self, x: torch.Tensor, tokens: int) -> torch.Tensor:
-        """``[B, S, h, D]`` of this process' heads to ``[B, s, H, D]`` of its ``tokens``. All must call it."""
-        batch, every, own, dim = x.shape
-        lengths, of_heads = self.lengths(tokens), self.shard.numbers
-        units = x.permute(1, 2, 0, 3).reshape(every * own, -1)
-        came = [tokens * number for number in of_heads]
-        units = all_to_all(units, came, [length * own for length in lengths], self.group)
-        parts = [part.view(tokens, -1, batch, dim).permute(2, 0, 1, 3) for part in units.split(came)]
-        return torch.cat(parts, 2)
+        Args:
+            streams: of each stream that is split by itself how many tokens each process has. Tokens then come stream by
+                stream, as the model has them; without, as the processes have them.
+        """
+        batch, tokens, heads, dim = x.shape
+        of_heads, streams = self._of_heads(heads), streams or [self.lengths(tokens)]
+        own = of_heads[self.rank]
+        rows, counts = [], []
+        for part, lengths in zip(x.split([stream[self.rank] for stream in streams], 1), streams, strict=True):
+            rows.append(_by_process(part, of_heads))
+            counts.append(([own * length for length in lengths], [number * part.shape[1] for number in of_heads]))
+        came = all_to_all(rows, counts, self.group).view(-1, own, batch, dim)
+        # Kernels want a token's heads side by side.
+        return came.permute(2, 0, 1, 3).contiguous()
+
+    def back(self, x: torch.Tensor, tokens: int, streams: Streams | None = None) -> torch.Tensor:
+        """``[B, S, h, D]`` of this process' heads to ``[B, s, H, D]`` of its ``tokens``. All must call it.
+
+        Args:
+            streams: as :meth:`there` was given.
+        """
+        batch, _, own, dim = x.shape
+        of_heads, streams = self.shard.numbers, streams or [self.lengths(tokens)]
+        rows, counts = [], []
+        for part, lengths in zip(x.split([sum(stream) for stream in streams], 1), streams, strict=True):
+            rows.append(part.permute(1, 2, 0, 3).reshape(-1, batch * dim))
+            sent = [length * own for length in lengths]
+            counts.append(([lengths[self.rank] * number for number in of_heads], sent))
+        came = all_to_all(rows, counts, self.group).split([sum(one) for one, _ in counts])
+        return torch.cat([_by_token(part, of_heads, batch) for part in came]).flatten(1, 2).permute(2, 0, 1, 3)
 
     def _of_heads(self, heads: int) -> list[int]:
         """Heads of each process; keys may have fewer than queries, shared by groups of these."""
@@ -86,3 +102,25 @@ class HeadExchange:
         if heads % self.ranks:
             raise ValueError(f"{heads} key heads cannot be shared evenly by ulysses_degree={self.ranks} processes.")
         return [heads // self.ranks] * self.ranks
+
+
+def _by_process(x: torch.Tensor, of_heads: list[int]) -> torch.Tensor:
+    """``[B, s, H, D]`` as a row of all batch entries for each token and head, the heads of one process after those of
+    another."""
+    batch, _, _, dim = x.shape
+    if len(set(of_heads)) == 1:
+        # One copy in place of two.
+        shared = x.unflatten(2, (len(of_heads), -1))
+        return shared.permute(2, 1, 3, 0, 4).reshape(-1, batch * dim)
+    parts = x.split(of_heads, 2)
+    return torch.cat([part.permute(1, 2, 0, 3).reshape(-1, batch * dim) for part in parts])
+
+
+def _by_token(rows: torch.Tensor, of_heads: list[int], batch: int) -> torch.Tensor:
+    """The inverse: ``[s, 1, H, B, D]``, or of as many heads each ``[s, n, H / n, B, D]``, not copied yet."""
+    if len(set(of_heads)) == 1:
+        return rows.view(len(of_heads), -1, of_heads[0], batch, rows.shape[1] // batch).transpose(0, 1)
+    tokens = len(rows) // sum(of_heads)
+    parts = rows.split([tokens * number for number in of_heads])
+    whole = torch.cat([part.view(tokens, number, -1) for part, number in zip(parts, of_heads, strict=True)], 1)
+    return whole.view(tokens, 1, sum(of_heads), batch, -1)

@@ -113,45 +113,54 @@ def attend_in_parallel(call: SharedCall, latents: LatentTokens | None = None) ->
 
 
 def _attend(call: SharedCall) -> torch.Tensor:
-    q, k, v, attn_mask, scale = call.inputs
-    session, tokens = call.session, q.shape[1]
-    exchange = HeadExchange(call.config, q.shape[2])
+    q, k, attn_mask = call.inputs.q, call.inputs.k, call.inputs.attn_mask
+    exchange, tokens = HeadExchange(call.config, q.shape[2]), q.shape[1]
     seq_len = sum(exchange.lengths(k.shape[1]))
-    _tell(session, exchange.shard)
+    _tell(call.session, exchange.shard)
     if attn_mask is not None:
         attn_mask = whole_mask(attn_mask, exchange.lengths(k.shape[1]), exchange.rank, exchange.group)
-    q, k, v = (exchange.there(x) for x in (q, k, v))
-    given = AttentionInputs(q, k, v, attn_mask, scale)
-    places = _places(call, exchange, seq_len, tokens)
+    streams = _streams(call, exchange, seq_len, tokens)
+    # Behind it queries, keys and values of the whole sequence are gone, and the way back has their memory.
+    out = _of_own_heads(call, exchange, streams, attn_mask)
+    return exchange.back(out, tokens, None if isinstance(streams, str) else streams)
 
-    def dense() -> torch.Tensor:
-        return call.gathered(q, k, v, attn_mask)
 
-    if isinstance(places, str):
-        return exchange.back(session.pass_by(call.layer, places, dense), tokens)
+def _of_own_heads(
+    call: SharedCall, exchange: HeadExchange, streams: list[list[int]] | str, attn_mask: torch.Tensor | None
+) -> torch.Tensor:
+    """``[B, S, h, D]`` of this process' heads, in the order of ``streams``, or as the processes have them where that is
+    a reason."""
+    session, tokens = call.session, call.inputs.q.shape[1]
+    if isinstance(streams, str):
+        q, k, v = (exchange.there(x) for x in call.inputs[:3])
+        return session.pass_by(call.layer, streams, lambda: call.gathered(q, k, v, attn_mask))
+    q, k, v = (exchange.there(x, streams) for x in call.inputs[:3])
     learned = call.learned
     if learned and session.engine.recipe.compensate.reads_input:
-        learned = [exchange.there(gate) for gate in learned]
-    if places is None:
-        return exchange.back(call.attend(given, dense, exchange.shard, learned=learned), tokens)
-    there, back = places
-    q_, k_, v_ = (x[:, there] for x in (q, k, v))
-    ordered = AttentionInputs(
-        q_, k_, v_, None if attn_mask is None else attn_mask[..., there.to(attn_mask.device)], scale
-    )
-    if learned and session.engine.recipe.compensate.reads_input:
-        # A gate may be of the latents alone, which come in the model's order.
-        learned = [gate[:, there] if gate.shape[1] == seq_len else gate for gate in learned]
-    # The model's own attention sees the tokens as they came, so that it is the same to the bit.
-    out = call.attend(ordered, lambda: dense()[:, there], exchange.shard, learned=learned)
-    return exchange.back(out[:, back], tokens)
+        # A gate may be of the latents alone.
+        learned = [exchange.there(gate, streams if gate.shape[1] == tokens else None) for gate in learned]
+    mask = attn_mask
+    if len(streams) == 1:
+
+        def dense() -> torch.Tensor:
+            return call.gathered(q, k, v, attn_mask)
+
+    else:
+        there, back = places_of(tuple(map(sum, streams)), exchange.ranks, q.device)
+        if attn_mask is not None:
+            mask = attn_mask[..., there.to(attn_mask.device)]
+
+        def dense() -> torch.Tensor:
+            # The model's own attention sees the tokens as the processes have them, so that it is the same to the bit.
+            return call.gathered(q[:, back], k[:, back], v[:, back], attn_mask)[:, there]
+
+    given = AttentionInputs(q, k, v, mask, call.inputs.scale)
+    return call.attend(given, dense, exchange.shard, learned=learned)
 
 
-def _places(
-    call: SharedCall, exchange: HeadExchange, seq_len: int, tokens: int
-) -> tuple[torch.Tensor, torch.Tensor] | str | None:
-    """Where each token of the model's sequence lies in the gathered one, and the inverse; None where they are the same,
-    else the reason why that is not known.
+def _streams(call: SharedCall, exchange: HeadExchange, seq_len: int, tokens: int) -> list[list[int]] | str:
+    """Tokens of each process, of each stream that is split by itself, in the model's order; else the reason why that
+    is not known.
     """
     attn_mask = call.inputs.attn_mask
     streams = call.streams(seq_len)
@@ -161,10 +170,10 @@ def _places(
     if sum(stream[exchange.rank] for stream in lengths) != tokens:
         return f"{tokens} of {seq_len} tokens in this process are no equal part of text and latents"
     if len(streams) == 1:
-        return None
+        return [exchange.lengths(tokens)]
     if attn_mask is not None and attn_mask.ndim > 1 and attn_mask.shape[-2] not in (1, attn_mask.shape[0]):
         return "a mask of token pairs under context parallelism of text and latents"
-    return places_of(tuple(streams), exchange.ranks, call.inputs.q.device)
+    return lengths
 
 
 def _tell(session: Session, shard: HeadShard) -> None:
