@@ -3,6 +3,7 @@
     python benchmarks/decoding.py wan2.1 --settings frames=4 channels_last,bf16,frames=4
     python benchmarks/decoding.py hunyuanvideo --size 1280x720 --frames 129 --dtype float16 --settings tile=512
     python benchmarks/decoding.py wan2.1 --count --settings frames=4
+    python benchmarks/decoding.py embedded --dtype bfloat16 --settings channels_last,frames=4 --profile [--by-trial]
 
 Weights are random. HunyuanVideo decodes in tiles, as users let it. Counted are the operations that torch dispatches,
 views aside, the tensors that they read and write, and those that live together, on the meta device.
@@ -15,12 +16,14 @@ import json
 import time
 import weakref
 from collections import Counter
+from functools import partial
 from types import SimpleNamespace
 from typing import Any
 
 import diffusers
 import torch
 from diffusers.video_processor import VideoProcessor
+from gpu_idle import measured
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
@@ -151,7 +154,10 @@ def main() -> None:
     parser.add_argument("--settings", nargs="*", default=[], help="of --vae; as it is comes first")
     parser.add_argument("--repeats", type=int, default=3)
     parser.add_argument("--count", action="store_true", help="count on the meta device, and time nothing")
+    parser.add_argument("--profile", action="store_true", help="how long the GPU waits, and its longest kernels")
+    parser.add_argument("--by-trial", action="store_true", help="let cuDNN choose its convolutions by trying them")
     args = parser.parse_args()
+    torch.backends.cudnn.benchmark = args.by_trial
     device = "meta" if args.count else "cuda" if torch.cuda.is_available() else "cpu"
     vae = build(args.autoencoder, device, getattr(torch, args.dtype))
     width, height = (int(side) // vae.spatial_compression_ratio for side in args.size.split("x"))
@@ -170,6 +176,9 @@ def main() -> None:
                 found = timed(vae, latents, args.repeats)
             if device == "cuda":
                 found["peak_gigabytes"] = [round(torch.cuda.max_memory_allocated() / 1e9, 1)]
+            if args.profile and device == "cuda":
+                with torch.no_grad():
+                    found |= measured(partial(vae.decode, latents), 1)
         undo()
         print(settings or "as it is", json.dumps(found), flush=True)
 
