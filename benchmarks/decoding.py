@@ -23,7 +23,6 @@ from typing import Any
 import diffusers
 import torch
 from diffusers.video_processor import VideoProcessor
-from gpu_idle import measured
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
@@ -177,6 +176,8 @@ def main() -> None:
             if device == "cuda":
                 found["peak_gigabytes"] = [round(torch.cuda.max_memory_allocated() / 1e9, 1)]
             if args.profile and device == "cuda":
+                from gpu_idle import measured  # of the folder that a script runs in
+
                 with torch.no_grad():
                     found |= measured(partial(vae.decode, latents), 1)
         undo()
