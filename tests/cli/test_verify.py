@@ -269,3 +269,39 @@ def test_what_is_no_card_is_named(tmp_path: Path, change: dict[str, Any], words:
     with pytest.raises(ValueError, match=words) as raised:
         cards.read_card(path)
     assert str(path) in str(raised.value)
+
+
+def test_the_accelerated_side_may_have_its_own_autoencoder(tmp_path: Path, runs, monkeypatch) -> None:
+    """Dense runs keep the pipeline's."""
+    from dit_accel.acceleration import api
+
+    real, asked, decoded = api.set_vae, [], []
+
+    def changed(pipe: Any, settings: str) -> Any:
+        undo, said = real(pipe, settings)
+        asked.append(settings)
+
+        def undone() -> None:
+            asked.pop()
+            undo()
+
+        return undone, said
+
+    made = comparing.generate_clip
+    monkeypatch.setattr(api, "set_vae", changed)
+    monkeypatch.setattr(comparing, "generate_clip", lambda *given: (decoded.append(len(asked)), made(*given))[1])
+    data = run_json(*MODEL, *SMALL, *ONE, "--prompt", "a cat", "--vae", "frames=2", "--out", str(tmp_path / "card"))
+    assert data["settings"]["vae"] == "frames=2"
+    assert data["settings"]["linear"] is None
+    assert ", autoencoder frames=2, 1 clip" in cards.run_of(data)
+    # A warm-up and a run of each side.
+    assert sorted(decoded) == [0, 0, 1, 1]
+    assert asked == []
+
+
+@pytest.mark.parametrize("wrong", [("--vae", "blurred"), ("--linear", "int4")])
+def test_settings_that_cannot_be_are_refused_before_the_model_is_loaded(wrong, tmp_path: Path, loads) -> None:
+    result = run(*MODEL, *SMALL, *ONE, "--prompt", "a cat", *wrong, "--out", str(tmp_path / "card"))
+    assert result.exit_code == 2
+    assert wrong[1] in result.stderr
+    assert loads == []
