@@ -22,7 +22,7 @@ from judged_calls import arguments, report
 from reuse_front import TUNING_PROMPTS
 
 import dit_accel
-from dit_accel.calibration.patterns import FoundRules, search_rules
+from dit_accel.calibration.patterns import FoundRules, kept_and_error, search_rules
 from dit_accel.pipelines.embedded_model import load_embedded
 from dit_accel.quality.generation import generate_clip
 from dit_accel.quality.pixel import Psnr
@@ -58,7 +58,7 @@ def fidelity(pipe: Any, size: int, recipes: dict[str, Recipe], args: argparse.Na
             found[name] |= {"density": summary.density, "mean_density": summary.mean_density}
             found[name]["psnr"].append(Psnr()(ClipPair(dense, clip)))
     for row in found.values():
-        row["mean"] = sum(row["psnr"]) / len(row["psnr"])
+        row["mean"] = sum(row["psnr"]) / max(1, len(row["psnr"]))
     return found
 
 
@@ -67,7 +67,7 @@ def main() -> None:
     parser.add_argument("--other", type=int, default=256)
     parser.add_argument("--carried", action="store_true", help="add what is left out of dense steps after them")
     parser.add_argument("--prompts", type=int, default=3, help="to search on")
-    parser.add_argument("--held-out", type=int, default=5, help="to judge on")
+    parser.add_argument("--held-out", type=int, default=5, help="to judge on; 0: errors of the search alone")
     args = parser.parse_args()
     begin = time.monotonic()
     pipe = load_embedded(torch.bfloat16 if args.device == "cuda" else torch.float32).to(args.device)
@@ -86,7 +86,9 @@ def main() -> None:
         }
         for size, one in rules.items()
     }
-    for size in (args.size, args.other):
+    for size, other in ((args.size, args.other), (args.other, args.size)):
+        density, error = kept_and_error(rules[other].errors, rules[size].recipe.select.rules)
+        found[str(size)]["at the other size"] = {"density": density, "error": error}
         found[str(size)]["runs"] = fidelity(pipe, size, recipes, args)
     report(found, args, begin)
 

@@ -213,7 +213,7 @@ def search_rules(
     told = partial(_tell, progress)
     errors = measure_rules(model, chosen, inputs, rules, told, parts, shares)
     found = allocate_rules(errors, mean_density)
-    kept, error = _of_choice(errors, found)
+    kept, error = kept_and_error(errors, found)
     alike = [(float(errors.error[..., n].sum(1).mean()), n) for n in range(len(rules)) if _mean(errors, n) <= kept]
     least, single = min(alike, default=(None, None))
     return FoundRules(
@@ -256,8 +256,8 @@ def _mean(errors: RuleErrors, rule: int) -> float:
     return float(errors.kept[..., rule].mean())
 
 
-def _of_choice(errors: RuleErrors, chosen: Sequence[Sequence[str]]) -> tuple[float, float]:
-    """Mean density and error of a rule per head."""
+def kept_and_error(errors: RuleErrors, chosen: Sequence[Sequence[str]]) -> tuple[float, float]:
+    """Mean density, and relative error of a layer's output, of a rule per layer and head."""
     places = torch.tensor([[errors.rules.index(rule) for rule in layer] for layer in chosen])[..., None]
     kept, error = (values.gather(2, places)[..., 0] for values in (errors.kept, errors.error))
     return float(kept.mean()), float(error.sum(1).mean()) ** 0.5

@@ -67,8 +67,8 @@ class RuleTables:
 class HeadRules(Select):
     """A static pattern for each head, whole blocks by rules of the grid (MoA, DuoAttention, S2-Attention).
 
-    Nothing is planned from queries and keys, and a rule means the same at every size, so that what was found at one
-    serves another. A block is kept if any of its token pairs is seen. The rules are
+    Nothing is planned from queries and keys, and rules are of the grid, so that what was found at one size serves
+    another. The rules are
 
     - ``full``,
     - ``near SHARE DIMENSIONS``: that share of the key blocks, those nearest in some dimensions of "fhw" (frames,
@@ -76,10 +76,11 @@ class HeadRules(Select):
       rows; as many blocks at every size,
     - ``window F H W``: a neighbourhood as :class:`~dit_accel.stages.select.static.Window` has it, in tokens (ints) or
       shares of the dimension (floats), so also bands of rows or columns and frames near in time; with ``sink`` behind
-      it the first frame too; rounded up to whole blocks, so more of a small grid than of a large one,
+      it the first frame too; a block is kept if any of its token pairs is seen, so more of a small grid than of a
+      large one,
     - ``cells F H W``: the blocks of the same cell, of so many cells to each dimension, in every other head shifted by
       half a cell (the shifted halves of LongLoRA and SinkLoRA),
-    - ``strided N``: every Nth block of keys, another for each head; N heads together read all.
+    - ``strided N``: every Nth block of keys in their order, another for each head; N heads together read all.
 
     A block always reads itself, and text is always read. :func:`~dit_accel.calibration.patterns.search_rules` finds a
     rule for each head by its measured error.
