@@ -5,10 +5,11 @@ Every prompt is generated dense once, then under each row, with the same seed. A
     PRESET[:OPTION=VALUE,...][@FIELD=VALUE,...][+REUSE[:FIELD=VALUE,...]][/LINEAR]
 
 LINEAR is the format of the linear layers, fp8 or int8. A whole run leaves layers as narrow as this model's alone; here
-all are cast, so that there is something to see.
+all are cast, so that there is something to see. With --adapter the preset "adapter" is what that one was trained with.
 
     python benchmarks/reuse_front.py --prompts 16 --steps 30 --out front.json
     python benchmarks/reuse_front.py --rows dense+first_block:threshold=.12 "mass:density=.3+listed:computed=(0,3)"
+    python benchmarks/reuse_front.py --adapter gate/adapter --rows adapter@select.density=.1 pooled:density=.1
     python benchmarks/reuse_front.py --magnitudes --prompts 4 --steps 30    # ratios for reuse magnitude
     python benchmarks/reuse_front.py --set scores --tuning --prompts 8 --shards 8 --out scores.json   # front_rows.py
     python benchmarks/reuse_front.py --show front.json
@@ -26,6 +27,7 @@ import argparse
 import ast
 import json
 import platform
+import re
 import subprocess
 import sys
 import time
@@ -38,7 +40,7 @@ import torch
 from front_report import PAGE, PICTURE, write_docs
 from front_rows import SETS
 
-from dit_accel import Recipe, patch, presets
+from dit_accel import Recipe, load_adapter, patch, presets
 from dit_accel.acceleration.linears import quantize_linears, refuse_format
 from dit_accel.pipelines import load
 from dit_accel.pipelines.generate import call_arguments
@@ -48,6 +50,7 @@ from dit_accel.quality.measurement import number_to_json
 from dit_accel.quality.metrics import find_metrics, measure
 from dit_accel.quality.prompts import DEFAULT_PROMPTS
 from dit_accel.quality.video import ClipPair
+from dit_accel.training.adapter_files import read_adapter
 
 # To choose rows by: none of the sixteen on which they are reported.
 TUNING_PROMPTS = (
@@ -68,6 +71,7 @@ METRICS = ("psnr", "ssim", "lpips", "flicker", "latent_mse")
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--rows", nargs="+", help="in place of a set")
+    parser.add_argument("--adapter", type=Path, help="of a fine-tuning, for rows of that name")
     parser.add_argument("--set", default="reuse", choices=list(SETS), help="rows of front_rows.py")
     parser.add_argument("--shards", type=int, help="so many processes, each with its share of the prompts")
     parser.add_argument("--prompts", type=int, default=len(DEFAULT_PROMPTS), help="how many, each with its own seed")
@@ -95,7 +99,9 @@ def main() -> None:
     if args.docs:
         write_docs(args.docs, args.page, args.picture)
         return
-    recipes = {row: recipe_of(row) for row in args.rows or SETS[args.set]}  # a mistake is found before the first clip
+    recipes = {
+        row: recipe_of(row, args.adapter) for row in args.rows or SETS[args.set]
+    }  # a mistake is found before the first clip
     if args.shards:
         show(in_shards(args))
         return
@@ -113,8 +119,8 @@ def linear_of(row: str) -> str | None:
     return linear if given else None
 
 
-def recipe_of(row: str) -> Recipe:
-    """The recipe of a row.
+def recipe_of(row: str, adapter: Path | None = None) -> Recipe:
+    """The recipe of a row, which may be that of an adapter.
 
     Raises:
         ValueError: what a row or a value does not allow.
@@ -125,12 +131,20 @@ def recipe_of(row: str) -> Recipe:
     named, _, reuse = row.partition("/")[0].partition("+")
     named, _, changed = named.partition("@")
     name, _, options = named.partition(":")
-    recipe = presets.resolve(name, **{key: ast.literal_eval(value) for key, value in pairs(options)})
+    if adapter is not None and is_of_adapter(row):
+        recipe = read_adapter(adapter).recipe
+    else:
+        recipe = presets.resolve(name, **{key: ast.literal_eval(value) for key, value in pairs(options)})
     recipe = recipe.with_fields(dict(pairs(changed)))
     if not reuse:
         return recipe
     kind, _, fields = reuse.partition(":")
     return recipe.with_fields({"reuse": kind} | {f"reuse.{key}": value for key, value in pairs(fields)})
+
+
+def is_of_adapter(row: str) -> bool:
+    """Whether a row runs the adapter that was given."""
+    return re.match(r"adapter(?![\w:])", row) is not None
 
 
 def in_shards(args: argparse.Namespace) -> dict[str, Any]:
@@ -238,7 +252,7 @@ class Front:
                     raise SystemExit(f"{self.args.out} has {row} of another version; give another --out.")
                 if str(number) in known["clips"] or time.monotonic() > self.end:
                     continue
-                clip = known["clips"][str(number)] = self.clip(recipe, linear_of(row), number, prompt, dense)
+                clip = known["clips"][str(number)] = self.clip(row, recipe, number, prompt, dense)
                 print(
                     f"prompt {number}, {row}: {clip['psnr']} dB, {clip['seconds']:.1f} s", file=sys.stderr, flush=True
                 )
@@ -266,14 +280,19 @@ class Front:
         kept = torch.load(path)
         return Generated(kept["frames"], True, kept["latents"], kept["seconds"])
 
-    def clip(self, recipe: Recipe, linear: str | None, number: int, prompt: str, dense: Generated) -> dict[str, Any]:
+    def clip(self, row: str, recipe: Recipe, number: int, prompt: str, dense: Generated) -> dict[str, Any]:
         """One clip under a recipe, and what it lost."""
+        linear = linear_of(row)
         computed: Counter[int] = Counter()
         last = self.pipe.transformer.blocks[-1]
         with ExitStack() as undone:
             if linear is not None:
                 undone.callback(quantize_linears(self.pipe, linear, least_width=EVERY_WIDTH)[0])
-            handle = undone.enter_context(patch(self.pipe, recipe))
+            if self.args.adapter is not None and is_of_adapter(row):
+                patched = load_adapter(self.pipe, self.args.adapter, recipe=recipe)
+            else:
+                patched = patch(self.pipe, recipe)
+            handle = undone.enter_context(patched)
             count = last.register_forward_hook(lambda *_: computed.update([self.pipe.scheduler.step_index or 0]))
             made = generate_clip(self.pipe, prompt, number, self.arguments)
             count.remove()

@@ -72,8 +72,9 @@ def shortened() -> dict[str, Callable[..., Any]]:
         base = presets.resolve(recipe).with_fields(SMALL)
         return real.search(pipe, prompts, base, mean_density=0.9, orders=orders, samples=1)
 
-    def rules(pipe: Any, prompts: Any, *, mean_density: float) -> Any:
-        return real.rules(pipe, prompts, mean_density=0.9)
+    def rules(pipe: Any, prompts: Any, recipe: Any = "patterns", *, mean_density: float) -> Any:
+        more = {"num_inference_steps": 6}  # of which some are sparse where it carries
+        return real.rules(pipe, prompts, recipe, mean_density=0.9, samples=1, generate_kwargs=more)
 
     return {"calibrate": calibrate, "tune": tune, "search": heads, "search_rules": rules}
 

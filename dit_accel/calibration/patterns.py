@@ -15,14 +15,16 @@ from torch import nn
 from .. import presets
 from ..api import patch
 from ..call import AttentionCall
-from ..engine import Engine, OutputTap
+from ..engine import Engine
 from ..parts import Parts
 from ..patches.targets import transformers_of
 from ..recipe import Recipe
+from ..stages.compensate.carried import Carried
 from ..stages.select.head_rules import RULES, HeadRules, check_rule
+from .carried_steps import carried_steps
 from .hull import Point, lower_hull, slope
 from .progress import Progress
-from .recording import first_forwards, record_inputs
+from .recording import first_of_steps, record_inputs, spread_steps
 from .runs import asked_of, begin, run_arguments
 
 
@@ -71,41 +73,46 @@ def measure_rules(
     rules: Sequence[str] = RULES,
     progress: Callable[[int, int], None] = lambda _done, _total: None,
     parts: Parts | None = None,
+    shares: Sequence[float | None] | None = None,
 ) -> RuleErrors:
     """Measure every rule on every head, each on the dense model's queries and keys: one forward an input.
 
+    With ``shares`` it keeps a tensor like the output for each layer and rule.
+
     Args:
         model: a transformer, not patched.
-        recipe: whose order, blocks and precision are used; its selection and schedule are left out.
+        recipe: whose order, blocks and precision are used; its selection, compensation and schedule are left out.
         inputs: keyword arguments of forwards along the trajectory.
         rules: see :class:`~dit_accel.stages.select.head_rules.HeadRules`.
         progress: told forwards done and their number.
         parts: where what each input gave is kept, in a folder that was claimed for these very inputs: those that are
             there are not measured again. None keeps none.
+        shares: for each input None where it is of a dense step, which is not measured, or the share that is added of
+            what a rule leaves out of the last such input; None: nothing is added.
     """
-    found: dict[int, list[tuple[torch.Tensor, torch.Tensor]]] = {}
-    plain = recipe.with_fields({"schedule": "schedule"})
+    plain = recipe.with_fields({"schedule": "schedule", "compensate": "none"})
+    added = [0.0] * len(inputs) if shares is None else list(shares)
     with patch(model, "dense") as handle:
         (session,) = handle.sessions.values()
         names = [record.name for record in session.engine.records]
         engines = [Engine(_with_rules(plain, ((rule,),)), names, "auto", 0) for rule in rules]
-        tap = _measuring_tap(session.engine, engines, found)
+        tap = _MeasuringTap(session.engine, engines)
         with handle.tap_outputs(tap):
-            for done, arguments in enumerate(inputs):
-                kept = None if parts is None else parts.read(f"input-{done:03d}")
+            for done, (arguments, share) in enumerate(zip(inputs, added, strict=True)):
+                part = f"input-{done:03d}"
+                kept = None if parts is None else parts.read(part)
                 if kept is None:
+                    tap.share = share
                     model(**arguments)
-                    if parts is not None:
-                        last = [[part.tolist() for part in found[layer][-1]] for layer in range(len(names))]
-                        parts.write(f"input-{done:03d}", last)
+                    if parts is not None and share is not None:
+                        parts.write(part, [[one.tolist() for one in tap.found[n][-1]] for n in range(len(names))])
                 else:
-                    for layer, (shares, errors) in enumerate(kept):
-                        both = (torch.tensor(part, dtype=torch.float64) for part in (shares, errors))
-                        found.setdefault(layer, []).append(tuple(both))  # type: ignore[arg-type]
+                    for layer, (kept_blocks, errors) in enumerate(kept):
+                        both = (torch.tensor(one, dtype=torch.float64) for one in (kept_blocks, errors))
+                        tap.found.setdefault(layer, []).append(tuple(both))  # type: ignore[arg-type]
                 progress(done + 1, len(inputs))
-    kept = torch.stack([torch.stack([k for k, _ in found[layer]]).mean(0) for layer in range(len(names))])
-    error = torch.stack([torch.stack([e for _, e in found[layer]]).mean(0) for layer in range(len(names))])
-    return RuleErrors(tuple(rules), kept, error)
+    means = [[torch.stack(values).mean(0) for values in zip(*tap.found[n], strict=True)] for n in range(len(names))]
+    return RuleErrors(tuple(rules), torch.stack([kept for kept, _ in means]), torch.stack([e for _, e in means]))
 
 
 def allocate_rules(errors: RuleErrors, mean_density: float) -> tuple[tuple[str, ...], ...]:
@@ -168,7 +175,8 @@ def search_rules(
         mean_density: to come down to, on average of all heads.
         rules: to choose among, see :class:`~dit_accel.stages.select.head_rules.HeadRules`.
         transformer: of a pipeline with two experts the one to search, "transformer" or "transformer_2".
-        samples: denoising steps measured of each prompt, spread over those after the recipe's dense phase.
+        samples: denoising steps measured of each prompt, spread over those after the recipe's dense phase. Where the
+            recipe carries what is left out, the dense steps that they carry from are run besides.
         seed: of the first prompt's run; each further one adds 1.
         generate_kwargs: further arguments of the pipeline's call, such as size and steps.
         parts: a folder for what is measured so far, as of :func:`~dit_accel.calibration.search.search`.
@@ -191,19 +199,21 @@ def search_rules(
     name = transformer or next(iter(models))
     if name not in models:
         raise ValueError(f"{type(pipe).__name__} has no {name!r}; it has {', '.join(models)}.")
-    model, inputs = models[name], []
+    model, inputs, shares = models[name], [], []
     if parts is not None:
         asked = asked_of(pipe, prompts, chosen, samples, seed, generate_kwargs)
         parts.claim({**asked, "rules": list(rules), "transformer": name})
     for number, arguments in enumerate(runs):
         progress(Progress(number, len(runs), None, "dense runs"))
-        keep = first_forwards(pipe, samples, chosen.schedule.dense_fraction)
-        inputs += record_inputs(model, partial(pipe, **begin(arguments, seed + number)), keep)
-    errors = measure_rules(
-        model, chosen, inputs, rules, lambda done, total: progress(Progress(done, total, None, "rules")), parts
-    )
+        steps = _SampledSteps(chosen, samples)
+        inputs += record_inputs(
+            model, partial(pipe, **begin(arguments, seed + number)), first_of_steps(pipe, steps.of_run)
+        )
+        shares += steps.shares
+    told = partial(_tell, progress)
+    errors = measure_rules(model, chosen, inputs, rules, told, parts, shares)
     found = allocate_rules(errors, mean_density)
-    kept, error = _of_choice(errors, found)
+    kept, error = kept_and_error(errors, found)
     alike = [(float(errors.error[..., n].sum(1).mean()), n) for n in range(len(rules)) if _mean(errors, n) <= kept]
     least, single = min(alike, default=(None, None))
     return FoundRules(
@@ -216,12 +226,38 @@ def search_rules(
     )
 
 
+class _SampledSteps:
+    """The steps of a run that are measured, and the share of what was left out that each adds.
+
+    Attributes:
+        shares: of each step, once a run has been asked for; see :func:`measure_rules`.
+    """
+
+    def __init__(self, recipe: Recipe, samples: int) -> None:
+        self.recipe, self.samples = recipe, samples
+        self.shares: list[float | None] = []
+
+    def of_run(self, steps: int) -> list[int]:
+        """Of a run of so many steps, rising."""
+        if isinstance(self.recipe.compensate, Carried):
+            found = carried_steps(self.recipe, steps, self.samples)
+            self.shares = [one.share for one in found]
+            return [one.index for one in found]
+        places = spread_steps(steps, self.samples, self.recipe.schedule.dense_fraction)
+        self.shares = [0.0] * len(places)
+        return places
+
+
+def _tell(progress: Callable[[Progress], None], done: int, total: int) -> None:
+    progress(Progress(done, total, None, "rules"))
+
+
 def _mean(errors: RuleErrors, rule: int) -> float:
     return float(errors.kept[..., rule].mean())
 
 
-def _of_choice(errors: RuleErrors, chosen: Sequence[Sequence[str]]) -> tuple[float, float]:
-    """Mean density and error of a rule per head."""
+def kept_and_error(errors: RuleErrors, chosen: Sequence[Sequence[str]]) -> tuple[float, float]:
+    """Mean density, and relative error of a layer's output, of a rule per layer and head."""
     places = torch.tensor([[errors.rules.index(rule) for rule in layer] for layer in chosen])[..., None]
     kept, error = (values.gather(2, places)[..., 0] for values in (errors.kept, errors.error))
     return float(kept.mean()), float(error.sum(1).mean()) ** 0.5
@@ -231,27 +267,40 @@ def _with_rules(recipe: Recipe, rules: tuple[tuple[str, ...], ...]) -> Recipe:
     return replace(recipe, select=HeadRules(rules=rules, block=recipe.select.block))
 
 
-def _measuring_tap(
-    dense: Engine, sparse: Sequence[Engine], found: dict[int, list[tuple[torch.Tensor, torch.Tensor]]]
-) -> OutputTap:
-    """Leaves outputs as they are; ``found`` gets each layer's ``[heads, rules]`` of kept shares and of errors."""
-    calls: dict[int, AttentionCall] = {}
-    for engine in (dense, *sparse):
-        engine.observer = lambda call: calls.__setitem__(call.layer, call)
+class _MeasuringTap:
+    """An :data:`~dit_accel.engine.OutputTap` that leaves outputs as they are, and measures rules on their calls.
 
-    def tap(layer: int, out: torch.Tensor, _model_own: Callable[[], torch.Tensor] | None) -> torch.Tensor:
-        call = calls.pop(layer)
+    Attributes:
+        share: that is added of what each rule left out of the last dense step; None: this is one.
+        found: of each layer and measured input kept shares and errors, ``[heads, rules]`` each.
+    """
+
+    def __init__(self, dense: Engine, sparse: Sequence[Engine]) -> None:
+        self.sparse = sparse
+        self.share: float | None = 0.0
+        self.found: dict[int, list[tuple[torch.Tensor, torch.Tensor]]] = {}
+        self._left_out: dict[tuple[int, int], torch.Tensor] = {}
+        self._calls: dict[int, AttentionCall] = {}
+        for engine in (dense, *sparse):
+            engine.observer = lambda call: self._calls.__setitem__(call.layer, call)
+
+    def __call__(self, layer: int, out: torch.Tensor, _model_own: Callable[[], torch.Tensor] | None) -> torch.Tensor:
+        call = self._calls.pop(layer)
         whole = out.double().square().sum().clamp_min(1e-30)
         shares, errors = [], []
-        for engine in sparse:
-            other = engine.attend(replace(call, run=engine.run, used={}), lambda: out)
-            plan = calls.pop(layer).plan
+        for rule, engine in enumerate(self.sparse):
+            lost = out - engine.attend(replace(call, run=engine.run, used={}), lambda: out)
+            plan = self._calls.pop(layer).plan
             if plan is None:
                 raise ValueError(f"self-attention layer {layer} ran dense: a search needs all of them sparse.")
+            if self.share is None:
+                self._left_out[layer, rule] = lost
+                continue
+            if self.share:
+                lost = lost - self.share * self._left_out[layer, rule]
             counts = plan.mask.kv_num_blocks.double().mean((0, 2)) / plan.mask.num_blocks[1]
             shares.append(counts.expand(out.shape[2]).cpu())
-            errors.append(((other.double() - out.double()).square().sum((0, 1, 3)) / whole).cpu())
-        found.setdefault(layer, []).append((torch.stack(shares, -1), torch.stack(errors, -1)))
+            errors.append((lost.double().square().sum((0, 1, 3)) / whole).cpu())
+        if shares:
+            self.found.setdefault(layer, []).append((torch.stack(shares, -1), torch.stack(errors, -1)))
         return out
-
-    return tap

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from typing import Any
 
 import torch
@@ -17,15 +17,23 @@ class _Enough(Exception):
 
 def first_forwards(pipe: Any, samples: int, dense_fraction: float) -> Callable[[int], bool]:
     """Says of each forward of a run whether it is the first one of a sampled step."""
+    return first_of_steps(pipe, lambda steps: spread_steps(steps, samples, dense_fraction))
+
+
+def spread_steps(steps: int, samples: int, dense_fraction: float) -> list[int]:
+    """So many of a run's steps, spread over those after its dense phase; fewer where there are fewer."""
+    places = [dense_fraction + (n + 0.5) / samples * (1.0 - dense_fraction) for n in range(samples)]
+    return sorted({min(int(place * steps), steps - 1) for place in places})
+
+
+def first_of_steps(pipe: Any, wanted: Callable[[int], Collection[int]]) -> Callable[[int], bool]:
+    """Says of each forward of a run whether it is the first one of a step that is wanted, of a run of so many."""
     seen: set[int] = set()
 
     def keep(_: int) -> bool:
         timesteps = pipe.scheduler.timesteps
-        steps = len(timesteps)
-        places = [dense_fraction + (n + 0.5) / samples * (1.0 - dense_fraction) for n in range(samples)]
-        wanted = {min(int(place * steps), steps - 1) for place in places}
         index = step_index(pipe, pipe.scheduler, timesteps)
-        if index in seen or index not in wanted:
+        if index is None or index in seen or index not in wanted(len(timesteps)):
             return False
         seen.add(index)
         return True

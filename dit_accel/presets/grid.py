@@ -186,23 +186,41 @@ def radial(
 
 
 def patterns(
-    rules: tuple[tuple[str, ...], ...] = (("window 1.0 0.5 0.5",),),
+    rules: tuple[tuple[str, ...], ...] = (("near 0.25 hw",),),
     dense_fraction: float = 0.2,
+    dense_at: tuple[float, ...] = (),
     block: tuple[int, int] = (128, 64),
 ) -> Recipe:
-    """A static pattern for each head, found offline (MoA, DuoAttention).
+    """A static pattern for each head, found offline (MoA, DuoAttention, S2-Attention).
 
-    Windows of several sizes, bands of rows and columns, frames near in time, strided shards, or everything, in 3-D
-    tiles; planning costs nothing. ``dit-accel search --rules`` finds a rule for each head by its measured error. The
-    default is one window for all.
+    The blocks nearest in some dimensions of the grid, windows, cells, strided shards, or everything, in 3-D tiles;
+    planning costs nothing. ``dit-accel search --rules`` finds a rule for each head by its measured error. The default
+    is a column through all frames for all heads.
+
+    With ``dense_at`` what the patterns leave out is carried as in :func:`carried`: the last step of the dense phase and
+    one at each point say what that is, and it is added, less and less, in the steps after them. A shorter dense phase
+    does then: ``patterns(dense_fraction=0.1, dense_at=(0.2, 0.5))``.
 
     Args:
         rules: per layer and head, see :class:`~dit_accel.stages.select.head_rules.HeadRules`.
         dense_fraction: share of the denoising steps that stay dense at the start.
+        dense_at: progress of the run, from 0 to 1, at which a step is dense besides; none carries nothing.
         block: tokens in a query and in a key block.
     """
-    return Recipe(
+    recipe = Recipe(
         order=Tiles(),
         select=HeadRules(rules=rules, block=block),
         schedule=Schedule(dense_fraction=dense_fraction),
+    )
+    if not dense_at:
+        return recipe
+    return recipe.with_fields(
+        {
+            "schedule.refresh_at": (0.0, *dense_at),
+            "schedule.dense_refresh": True,
+            "schedule.plan_in_dense_phase": True,
+            "schedule.own_dense": True,
+            "compensate": "carried",
+            "compensate.lasts": 1.0,
+        }
     )

@@ -1,10 +1,10 @@
 """Do generated clips show what they should, and how far are they from rendered ones?
 
-`generate` samples held-out prompts with the stock pipeline and stores small copies of the clips, `render` stores
-rendered clips of the same scenes; with `--fvd-weights` both add I3D's features. `classify` trains a small 3-D
-convolutional network on rendered clips to name subject and motion, and reports its accuracy on held-out rendered
-clips and on the stored ones. `fvd` compares stored features. `loss` is the flow-matching loss of whole pipelines on
-held-out clips, with the same clips, noise and times for each.
+`generate` samples held-out prompts with the stock pipeline, or under an adapter, and stores small copies of the clips,
+`render` stores rendered clips of the same scenes; with `--fvd-weights` both add I3D's features. `classify` trains a
+small 3-D convolutional network on rendered clips to name subject and motion, and reports its accuracy on held-out
+rendered clips and on the stored ones. `fvd` compares stored features. `loss` is the flow-matching loss of whole
+pipelines on held-out clips, with the same clips, noise and times for each.
 """
 
 from __future__ import annotations
@@ -30,7 +30,9 @@ from sprites import SpriteBank, load_sprites
 from stages import parse_size
 from torch import nn
 
+from dit_accel import load_adapter
 from dit_accel.quality.frechet import I3d, find_weights, frechet_distance, video_features
+from dit_accel.training.adapter_files import read_adapter
 
 SMALL = 64  # pixels of the stored copies
 KEPT = 15  # frames, about
@@ -125,10 +127,15 @@ def store(args: argparse.Namespace, scenes: list[Scene], make: Callable[[int, li
 def run_generate(args: argparse.Namespace) -> None:
     device = "cuda" if torch.cuda.is_available() else "cpu"
     pipeline = load_pipeline(args.pipeline, device)
+    steps, guidance = args.steps, args.guidance
+    if args.adapter is not None:
+        print(load_adapter(pipeline, args.adapter).recipe)
+        few = read_adapter(args.adapter).steps
+        steps, guidance = (steps, guidance) if few is None else (len(few.sigmas), 1.0)
 
     def make(first: int, scenes: list[Scene]) -> torch.Tensor:
         prompts = [caption(scene, moving=not makes_images(pipeline)) for scene in scenes]
-        out = generate(pipeline, prompts, args.steps, args.guidance, args.frames, args.size, 1000 + first)
+        out = generate(pipeline, prompts, steps, guidance, args.frames, args.size, 1000 + first)
         return torch.from_numpy(out).permute(0, 4, 1, 2, 3) * 2 - 1
 
     store(args, single_scenes(args.count, 11, held_out=True), make)
@@ -310,6 +317,7 @@ def main() -> None:
     make.add_argument("--pipeline", type=Path, default=Path("runs/pipeline"))
     make.add_argument("--steps", type=int, default=16)
     make.add_argument("--guidance", type=float, default=1.0)
+    make.add_argument("--adapter", type=Path, help="of a fine-tuning; of few steps: in those, without guidance")
     make.set_defaults(run=run_generate)
     draw = commands.add_parser("render")
     draw.add_argument("--sprites", type=Path, default=Path("data/sprites.zip"))

@@ -64,6 +64,28 @@ def test_a_row_says_what_its_linear_layers_are_in(front: Any, monkeypatch: pytes
             front.recipe_of(row)
 
 
+def test_a_row_of_an_adapter_runs_with_what_it_learned(
+    front: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from dit_accel.pipelines.companion import adapters
+    from dit_accel.training.adapter_files import read_adapter
+
+    adapter, out = adapters()["sla-0.1"], tmp_path / "front.json"
+    trained = read_adapter(adapter).recipe
+    assert front.recipe_of("adapter", adapter) == trained
+    changed = front.recipe_of("adapter@select.density=.3", adapter)
+    assert changed == trained.with_fields({"select.density": 0.3})
+    trained.save(tmp_path / "bare.json")  # the same blocks, without what was learned
+    monkeypatch.chdir(tmp_path)
+    rows = ["adapter", "bare.json"]
+    _main(front, monkeypatch, "--adapter", str(adapter), "--rows", *rows, *SMALL, "--prompts", "1", "--out", str(out))
+    found = json.loads(out.read_text())["rows"]
+    assert found["adapter"]["recipe"] == found[rows[1]]["recipe"]
+    assert found["adapter"]["clips"]["0"]["psnr"] != found[rows[1]]["clips"]["0"]["psnr"]
+    with pytest.raises(ValueError, match="adapter"):
+        front.recipe_of("adapter")
+
+
 def test_times_of_linear_layers_in_8_bits_are_not_composed(front: Any, made: Path, tmp_path: Path) -> None:
     result = json.loads(made.read_text())
     result["rows"]["dense/int8"] = result["rows"].pop(ROWS[0])

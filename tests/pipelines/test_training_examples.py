@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import json
+import shutil
 import sys
 import zipfile
 from collections.abc import Iterator
@@ -259,3 +260,39 @@ def test_long_clips_and_images_are_judged_in_small(sprites: Path) -> None:
         rendered = torch.zeros(1, 3, small.frames, 8, 8)
         assert shrink(torch.zeros(1, 3, frames, 8, 8)).shape == shrink(rendered).shape
     assert small_geometry(29, (192, 192)).frames == 29
+
+
+def test_an_adapter_is_judged_in_the_steps_that_it_was_distilled_to(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    import evaluate
+    import numpy as np
+
+    from dit_accel.pipelines.companion import adapters
+
+    few = tmp_path / "few"
+    shutil.copytree(adapters()["sla-0.1"], few)
+    card = json.loads((few / "adapter.json").read_text())
+    (few / "adapter.json").write_text(
+        json.dumps({**card, "steps": {"sigmas": [1.0, 0.75], "renoise": True}}) + "\n",
+    )
+    asked: list[tuple[int, float]] = []
+    real = evaluate.generate
+
+    def counted(pipeline: Any, prompts: Any, steps: int, guidance: float, *more: Any) -> Any:
+        asked.append((steps, guidance))
+        return real(pipeline, prompts, steps, guidance, *more)
+
+    monkeypatch.setattr(evaluate, "generate", counted)
+    small = ["--steps", "3", "--guidance", "2", "--count", "1", "--size", "48x48", "--frames", "5"]
+    clips = {}
+    for name, more in (("few", [few]), ("sparse", [adapters()["sla-0.1"]]), ("dense", [])):
+        file = tmp_path / f"{name}.npz"
+        given = ["--adapter", str(more[0])] if more else []
+        model = ["--pipeline", str(folder_of("embedded")), "--clips", str(file)]
+        monkeypatch.setattr(sys, "argv", ["evaluate.py", "generate", *model, *small, *given])
+        evaluate.main()
+        clips[name] = np.load(file)["clips"]
+    assert asked == [(2, 1.0), (3, 2.0), (3, 2.0)]
+    assert not np.array_equal(clips["sparse"], clips["dense"])
+    assert not np.array_equal(clips["sparse"], clips["few"])

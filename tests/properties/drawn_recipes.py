@@ -42,7 +42,13 @@ FIELDS: dict[str, st.SearchStrategy[Any]] = {
     "rank": st.sampled_from((6, 24, 7)),
     "Learned.form": st.sampled_from(("pooled", "low_rank", "linear", "values", "none")),
     "rules": st.sampled_from(
-        ((("full",),), (("window 1.0 0.5 0.5", "strided 3"),), (("window 1 2 0.5 sink",),), (("none",),))
+        (
+            (("full",),),
+            (("window 1.0 0.5 0.5", "strided 3"),),
+            (("near 0.25 wh", "cells 1 2 2"),),
+            (("window 1 2 0.5 sink",),),
+            (("none",),),
+        )
     ),
     "keep_own": st.booleans(),
     "whole": st.booleans(),

@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import math
 from itertools import product
 
 import pytest
 import torch
 
 import dit_accel
-from dit_accel.calibration.patterns import RuleErrors, allocate_rules, search_rules
+from dit_accel.calibration.carried_steps import CarriedStep, carried_steps
+from dit_accel.calibration.patterns import RuleErrors, allocate_rules, measure_rules, search_rules
+from dit_accel.calibration.recording import record_inputs
 from dit_accel.layout import TokenLayout
 from dit_accel.plan import SequenceBlocks
 from dit_accel.stages.order.simple import Raster, Tiles
@@ -18,7 +21,18 @@ from tests.recipes import SMALL_TILES
 from tests.tiny import TINY
 
 LAYOUTS = {"alone": TokenLayout((5, 6, 7), 0, 210), "text first": TokenLayout((3, 6, 9), 11, 173)}
-HEADS = ("full", "window 0.34 0.34 0.25", "window 1 0.34 0.5 sink", "strided 3", "strided 3")
+HEADS = (
+    "full",
+    "window 0.34 0.34 0.25",
+    "window 1 0.34 0.5 sink",
+    "strided 3",
+    "strided 3",
+    "near 0.3 fhw",
+    "near 0.2 h",
+    "near 0.3 wf",
+    "cells 1 2 3",
+    "cells 1 2 3",
+)
 
 
 def kept_blocks(rule, head, layout, rows, block):
@@ -30,12 +44,30 @@ def kept_blocks(rule, head, layout, rows, block):
     }
     blocks = [rows[i : i + block] for i in range(0, len(rows), block)]
     text = [any(token not in where for token in tokens) for tokens in blocks]
+    middle = [middle_of([where[token] for token in tokens if token in where], layout.grid) for tokens in blocks]
     kept = torch.zeros(len(blocks), len(blocks), dtype=torch.bool)
     for i, j in product(range(len(blocks)), repeat=2):
         if i == j or text[i] or text[j] or rule == "full":
             kept[i, j] = True
         elif rule.startswith("strided"):
             kept[i, j] = j % 3 == head % 3
+        elif rule.startswith("near"):
+            _, share, counted = rule.split()
+            weight = [1.0 if one in counted else 1e-3 for one in "fhw"]
+            distance = {
+                n: round(sum((w * (a - b)) ** 2 for w, a, b in zip(weight, middle[i], middle[n])), 12)
+                for n in range(len(blocks))
+                if not text[n]
+            }
+            nearest = sorted(distance, key=lambda n: (distance[n], n))
+            kept[i, j] = j in nearest[: max(1, round(float(share) * len(distance)))]
+        elif rule.startswith("cells"):
+            cells = [int(value) for value in rule.split()[1:]]
+            later = [0.5 if head % 2 and number > 1 else 0.0 for number in cells]
+            kept[i, j] = all(
+                math.floor(round(a * number + half, 9)) == math.floor(round(b * number + half, 9))
+                for a, b, number, half in zip(middle[i], middle[j], cells, later)
+            )
         else:
             visible = window_of(rule).visibility(layout.grid)
             first = {t for t, place in where.items() if place[0] == 0} if rule.endswith("sink") else set()
@@ -44,6 +76,13 @@ def kept_blocks(rule, head, layout, rows, block):
                 for s, t in product(blocks[i], blocks[j])
             )
     return kept
+
+
+def middle_of(tokens, grid):
+    """Mean place of tokens (frame, row, column), in shares of a grid; None of none."""
+    if not tokens:
+        return None
+    return [sum(t[d] + 0.5 for t in tokens) / len(tokens) / grid[d] for d in range(3)]
 
 
 @pytest.mark.parametrize("name", LAYOUTS)
@@ -59,6 +98,19 @@ def test_rules_against_loops(name, order):
     for head, rule in enumerate(HEADS):
         assert torch.equal(found[0, head], kept_blocks(rule, head, layout, plain, 16)), rule
     assert 0.1 < found[0, 1].float().mean() < 0.99
+
+
+@pytest.mark.parametrize("rule", [rule for rule in RULES if rule.startswith("near")])
+def test_the_nearest_are_as_many_at_every_size(rule):
+    share = float(rule.split()[1])
+    for grid in ((8, 24, 24), (8, 32, 32), (8, 28, 20), (21, 30, 30)):
+        layout = TokenLayout(grid, 0, math.prod(grid))
+        blocks = SequenceBlocks(layout, Tiles().rows(layout, torch.device("cpu")), 64, 64, torch.device("cpu"))
+        select = HeadRules(rules=((rule,),), block=(64, 64))
+        q = torch.zeros(1, layout.seq_len, 1, 8)
+        kept = select.select(blocks, select.prepare(blocks), call_of(q, q)).to_dense()[0, 0].float()
+        # Rounded to one block; a last block of fewer tokens may lie nearer to others than to itself.
+        assert float(kept.mean()) == pytest.approx(share, abs=0.5 / len(kept) + 1e-6 + 0.01 * share)
 
 
 def test_a_recipe_of_rules_runs_by_layer_and_head_and_keeps_its_plans():
@@ -82,12 +134,27 @@ def test_a_recipe_of_rules_runs_by_layer_and_head_and_keeps_its_plans():
         tiny.run(pipe, steps=1)
 
 
-NO_RULES = ("", "window 1 2", "window 0.5 0.5 0.5 sunk", "strided 0", "strided x", "fully", "window 2.0 1 1")
+NO_RULES = (
+    "",
+    "window 1 2",
+    "window 0.5 0.5 0.5 sunk",
+    "strided 0",
+    "strided x",
+    "fully",
+    "window 2.0 1 1",
+    "near 0.5",
+    "near 1.5 hw",
+    "near 0 hw",
+    "near 0.5 hx",
+    "near 0.5 hh",
+    "cells 1 2",
+    "cells 0 2 2",
+)
 
 
 @pytest.mark.parametrize("rule", NO_RULES)
 def test_a_rule_that_is_none_is_refused(rule):
-    with pytest.raises(ValueError, match=r"select\.rules must be 'full', 'window F H W'"):
+    with pytest.raises(ValueError, match=r"select\.rules must be 'full', 'near SHARE DIMENSIONS'"):
         HeadRules(rules=((rule,),))
 
 
@@ -133,3 +200,59 @@ def test_search_finds_rules_that_err_less_than_one_for_all():
         pipe(**options, **{**arguments, "height": 128, "width": 96})
         assert 0.0 < handle.summary().density < 1.0
     assert set(RULES) >= {"full", "strided 4"}
+
+
+CARRIED = dit_accel.presets.patterns(dense_fraction=0.1, dense_at=(0.2, 0.5)).with_fields(
+    {"order.shape": (2, 2, 4), "select.block": (16, 16), "select.rules": (("near 0.25 hw",),)}
+)
+
+
+def test_where_patterns_carry_the_first_step_and_one_at_each_point_are_dense():
+    assert carried_steps(CARRIED, 10, 3) == [
+        CarriedStep(2, None),
+        CarriedStep(3, 0.9),
+        CarriedStep(5, None),
+        CarriedStep(6, 0.9),
+        CarriedStep(8, pytest.approx(0.7)),
+    ]
+    assert [one.index for one in carried_steps(CARRIED, 30, 2)] == [6, 9, 15, 23]
+    with pytest.raises(ValueError, match="No step of 1 is sparse"):
+        carried_steps(CARRIED, 1, 1)
+    tiny = TINY["wan"]
+    pipe = tiny.build()
+    with dit_accel.patch(pipe, CARRIED) as handle:
+        tiny.run(pipe, steps=10)
+        (session,) = handle.sessions.values()
+        for record in session.engine.records:
+            dense = sum(record.dense_calls.values())
+            assert dense > 0
+            assert record.sparse_calls * 3 == dense * 7  # three steps of ten
+
+
+def test_rules_are_measured_by_what_is_left_when_the_last_dense_step_is_carried():
+    tiny = TINY["wan"]
+    pipe = tiny.build()
+    inputs = record_inputs(pipe.transformer, lambda: tiny.run(pipe), lambda number: number == 0)
+    rules = ("near 0.25 hw", "strided 2", "full")
+    plain = measure_rules(pipe.transformer, CARRIED, inputs, rules)
+    assert float(plain.error[..., :2].min()) > 1e-9
+    # The same input is its own dense step: what is carried is a share of the very error.
+    for share in (1.0, 0.5, 0.0):
+        found = measure_rules(pipe.transformer, CARRIED, 2 * inputs, rules, shares=(None, share))
+        torch.testing.assert_close(found.error, plain.error * (1.0 - share) ** 2, rtol=1e-4, atol=1e-12)
+        assert torch.equal(found.kept, plain.kept)
+
+
+def test_search_of_patterns_that_carry_keeps_the_schedule_and_errs_less():
+    pipe = TINY["wan"].build()
+    pipe.set_progress_bar_config(disable=True)
+    width = pipe.transformer.config.text_dim
+    torch.manual_seed(6)
+    options = {name: torch.randn(1, 8, width) for name in ("prompt_embeds", "negative_prompt_embeds")}
+    arguments = {"height": 96, "width": 128, "num_frames": 9, "num_inference_steps": 10, "output_type": "latent"}
+    rules = ("full", "near 0.25 hw", "near 0.25 fhw")
+    asked = {"mean_density": 0.5, "rules": rules, "samples": 2, "generate_kwargs": arguments}
+    found = search_rules(pipe, [options], CARRIED, **asked)
+    assert (found.recipe.schedule, found.recipe.compensate) == (CARRIED.schedule, CARRIED.compensate)
+    plain = search_rules(pipe, [options], CARRIED.with_fields({"schedule": "schedule", "compensate": "none"}), **asked)
+    assert found.error < plain.error

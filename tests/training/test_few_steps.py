@@ -66,6 +66,36 @@ def test_a_run_is_that_of_the_scheduler(renoise):
     torch.testing.assert_close(got, latents, rtol=1e-5, atol=1e-5)
 
 
+def test_new_noise_is_that_of_the_run_alone_or_in_a_batch():
+    scheduler = few_step_scheduler(FewSteps((1.0, 0.8, 0.5), renoise=True))
+    noise = torch.randn(3, 4, 64, generator=torch.Generator().manual_seed(0))
+
+    def run(latents):
+        scheduler.set_timesteps(3)
+        for t in scheduler.timesteps:
+            torch.randn(5)  # what others draw does not matter
+            latents = scheduler.step(torch.sin(latents), t, latents, return_dict=False)[0]
+        return latents
+
+    together = run(noise)
+    assert torch.equal(run(noise), together)
+    assert torch.equal(run(noise[1:2]), together[1:2])
+    # Of another noise, and in every step another: no sample has the noise of the next.
+    scheduler.set_timesteps(3)
+    zero = torch.zeros_like(noise)
+    first, second = (
+        scheduler.step(
+            (noise if n == 0 else zero), scheduler.timesteps[n], noise if n == 0 else zero, return_dict=False
+        )[0]
+        for n in range(2)
+    )
+    added = [first / 0.8, second / 0.5]
+    for one in added:
+        assert 0.8 < float(one.std()) < 1.2
+    flat = torch.cat([one.flatten(1) for one in added])
+    assert float((torch.corrcoef(flat) - torch.eye(6)).abs().max()) < 0.3
+
+
 # The equations, on a model whose velocity is written out.
 
 

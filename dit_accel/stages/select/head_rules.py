@@ -11,6 +11,7 @@ import torch
 from ...call import AttentionCall
 from ...kernels import BlockMask
 from ...plan import LayerMemory, SequenceBlocks
+from .block_places import DIMENSIONS, blocks_of_cell, nearest_blocks
 from .pooled import keep_chosen
 from .protocol import WHOLE_BLOCK_SIZES, Select, check_block
 from .static import Window
@@ -22,20 +23,18 @@ Rules = tuple[tuple[str, ...], ...]
 SINK = "sink"
 RULES = (
     "full",
-    "window 1.0 0.5 0.5",
-    "window 1.0 0.25 0.25",
-    "window 0.5 0.5 0.5",
-    "window 0.25 0.5 0.5",
-    "window 0.25 1.0 1.0",
-    "window 1.0 0.25 1.0",
-    "window 1.0 1.0 0.25",
-    "window 0.125 0.25 0.25",
-    "window 0.25 1.0 1.0 sink",
+    *(f"near {share} fhw" for share in (0.0625, 0.125, 0.25, 0.5)),
+    *(f"near {share} hw" for share in (0.125, 0.25, 0.5)),
+    *(f"near {share} f" for share in (0.25, 0.5)),
+    *(f"near {share} h" for share in (0.125, 0.25, 0.5)),
+    *(f"near {share} w" for share in (0.125, 0.25, 0.5)),
+    "cells 1 2 2",
+    "cells 2 2 2",
     "strided 4",
     "strided 8",
 )
-"""What a search chooses among: everything; windows of several sizes; frames near in time, with or without the first;
-bands of rows and of columns; shards of every fourth and eighth block."""
+"""What a search chooses among: everything; the blocks nearest in space and time, in space, and in time; bands of rows
+and of columns; cells, shifted by half in every other head; shards of every fourth and eighth block."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -51,6 +50,10 @@ class RuleTables:
         if kind == "strided":
             shard = head % int(values[0])
             return self._get(f"{rule} {shard}", lambda: _shard(self.blocks, int(values[0]), shard))
+        if kind == "cells":
+            shifted = head % 2 == 1
+            found = self._get(f"{rule} {shifted}", lambda: blocks_of_cell(self.blocks, _cells(values), shifted))
+            return found[place if found.shape[0] > 1 else 0]
         kept = self._get(rule, lambda: _of_grid(self.blocks, rule))
         return kept[place if kept.shape[0] > 1 else 0] if kept.dim() == 3 else kept
 
@@ -64,14 +67,20 @@ class RuleTables:
 class HeadRules(Select):
     """A static pattern for each head, whole blocks by rules of the grid (MoA, DuoAttention, S2-Attention).
 
-    Nothing is planned from queries and keys, and a rule means the same at every size, so that what was found at one
-    serves another. A block is kept if any of its token pairs is seen. The rules are
+    Nothing is planned from queries and keys, and rules are of the grid, so that what was found at one size serves
+    another. The rules are
 
     - ``full``,
+    - ``near SHARE DIMENSIONS``: that share of the key blocks, those nearest in some dimensions of "fhw" (frames,
+      height, width), in shares of the grid: "near 0.25 hw" is a column through all frames, "near 0.25 h" a band of
+      rows; as many blocks at every size,
     - ``window F H W``: a neighbourhood as :class:`~dit_accel.stages.select.static.Window` has it, in tokens (ints) or
       shares of the dimension (floats), so also bands of rows or columns and frames near in time; with ``sink`` behind
-      it the first frame too,
-    - ``strided N``: every Nth block of keys, another for each head; N heads together read all.
+      it the first frame too; a block is kept if any of its token pairs is seen, so more of a small grid than of a
+      large one,
+    - ``cells F H W``: the blocks of the same cell, of so many cells to each dimension, in every other head shifted by
+      half a cell (the shifted halves of LongLoRA and SinkLoRA),
+    - ``strided N``: every Nth block of keys in their order, another for each head; N heads together read all.
 
     A block always reads itself, and text is always read. :func:`~dit_accel.calibration.patterns.search_rules` finds a
     rule for each head by its measured error.
@@ -131,14 +140,18 @@ def check_rule(rule: str) -> None:
             return
         if kind == "strided" and len(values) == 1 and int(values[0]) >= 1:
             return
+        if kind == "cells" and min(_cells(values)) >= 1:
+            return
+        if kind == "near" and _is_near(*values):
+            return
         if kind == "window" and (len(values) == 3 or values[3:] == [SINK]):
             window_of(rule)
             return
-    except ValueError:
+    except (TypeError, ValueError):
         pass
     raise ValueError(
-        f"select.rules must be 'full', 'window F H W' with three sizes (tokens, or shares such as 0.25) and perhaps "
-        f"'sink', or 'strided N', got {rule!r}."
+        f"select.rules must be 'full', 'near SHARE DIMENSIONS' (such as 'near 0.25 hw'), 'window F H W' with three "
+        f"sizes (tokens, or shares such as 0.25) and perhaps 'sink', 'cells F H W' or 'strided N', got {rule!r}."
     )
 
 
@@ -149,11 +162,23 @@ def window_of(rule: str) -> Window:
 
 
 def _of_grid(blocks: SequenceBlocks, rule: str) -> torch.Tensor:
-    if rule == "full":
+    kind, *values = rule.split()
+    if kind == "full":
         return torch.ones(blocks.num_blocks, dtype=torch.bool, device=blocks.device)
+    if kind == "near":
+        return nearest_blocks(blocks, float(values[0]), values[1])
     window = window_of(rule)
     visible = [table.to(blocks.device) for table in window.visibility(blocks.layout.grid)]
     return seen_blocks(blocks, separable(visible), window.sink_first_frame)
+
+
+def _is_near(share: str, counted: str) -> bool:
+    return 0.0 < float(share) <= 1.0 and len(set(counted)) == len(counted) > 0 and set(counted) <= set(DIMENSIONS)
+
+
+def _cells(values: list[str]) -> tuple[int, int, int]:
+    frames, height, width = map(int, values)
+    return frames, height, width
 
 
 def _shard(blocks: SequenceBlocks, stride: int, shard: int) -> torch.Tensor:

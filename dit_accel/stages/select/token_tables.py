@@ -91,11 +91,19 @@ def token_tables(blocks: SequenceBlocks, sees: Sees, sink_first_frame: bool = Fa
 def seen_blocks(blocks: SequenceBlocks, sees: Sees, sink_first_frame: bool = False) -> torch.Tensor:
     """bool ``[H|1, nq, nk]``: pairs with any visible token pair, see :func:`token_tables`, of blocks of any size."""
     sink_first_frame = sink_first_frame and blocks.layout.grid[0] > 1
+    return of_each_order(
+        blocks,
+        lambda one: torch.cat([chunk.any(3).any(1) for _, chunk in _token_chunks(one, sees, sink_first_frame)]),
+    )
+
+
+def of_each_order(blocks: SequenceBlocks, make: Callable[[SequenceBlocks], torch.Tensor]) -> torch.Tensor:
+    """``[H|1, ...]``: what ``make`` gives for the blocks of one order, of each head's order; heads that share one share
+    it."""
     if blocks.rows is None or blocks.rows.dim() == 1:
-        return torch.cat([chunk.any(3).any(1) for _, chunk in _token_chunks(blocks, sees, sink_first_frame)])[None]
+        return make(blocks)[None]
     distinct_rows, of_head = blocks.rows.unique(dim=0, return_inverse=True)
-    found = [seen_blocks(replace(blocks, rows=rows), sees, sink_first_frame)[0] for rows in distinct_rows]
-    return torch.stack(found)[of_head]
+    return torch.stack([make(replace(blocks, rows=rows)) for rows in distinct_rows])[of_head]
 
 
 def _tables_of(

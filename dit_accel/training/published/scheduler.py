@@ -2,16 +2,25 @@
 
 from __future__ import annotations
 
+import struct
 from typing import Any
+from zlib import crc32
 
+import torch
 from diffusers import FlowMatchEulerDiscreteScheduler
 from diffusers.configuration_utils import register_to_config
 
 from ..few_steps import FewSteps
 
+# Values of a sample's latents that tell it from any other.
+CONTENT = 256
+
 
 class FewStepScheduler(FlowMatchEulerDiscreteScheduler):
     """Flow matching at a fixed list of noise levels.
+
+    Pipelines give ``step`` no generator. New noise is therefore drawn from the first latents of a run, each sample's by
+    itself: a seed then means the same clip every time, on every device, alone or in a batch.
 
     Args:
         few_step_sigmas: noise level of each step, falling.
@@ -43,7 +52,22 @@ class FewStepScheduler(FlowMatchEulerDiscreteScheduler):
                 f"The checkpoint was distilled to {len(sigmas)} steps, give num_inference_steps={len(sigmas)}, got "
                 f"{num_inference_steps}."
             )
+        self._generators: list[torch.Generator] = []
         super().set_timesteps(device=device, sigmas=sigmas)  # type: ignore[misc]
+
+    def step(self, model_output: Any, timestep: Any, sample: torch.Tensor, *more: Any, **others: Any) -> Any:
+        """diffusers' step, with noise of the run's own where it adds some and no generator is given."""
+        if self.config.stochastic_sampling and not more and others.get("generator") is None:  # type: ignore[attr-defined]
+            if len(self._generators) != len(sample):
+                self._generators = [_generator_of(one) for one in sample]
+            others["generator"] = self._generators
+        return super().step(model_output, timestep, sample, *more, **others)  # type: ignore[misc]
+
+
+def _generator_of(sample: torch.Tensor) -> torch.Generator:
+    """One for each content, on the CPU."""
+    first = sample.flatten()[:CONTENT].float().cpu().tolist()
+    return torch.Generator().manual_seed(crc32(struct.pack(f"{len(first)}f", *first)))
 
 
 def few_step_scheduler(steps: FewSteps) -> FewStepScheduler:
