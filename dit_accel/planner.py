@@ -149,7 +149,9 @@ class Planner:
             if key not in plans:
                 mask, state = self._make(call, select, prepared, None)
                 # A mask of one prompt's hidden keys lives for a run: not worth waiting for the device to trim it.
-                kept_mask: BlockMask | PackedBlockMask = mask if call.mask is not None else mask.trimmed()
+                kept_mask: BlockMask | PackedBlockMask = (
+                    mask if call.mask is not None else mask.trimmed().for_many_calls()
+                )
                 if select.per_head and mask.token_bits is None:
                     # One for each layer, as those that follow the call.
                     kept_mask = PackedBlockMask.of(mask, call.key_mask is not None, call.backend("selection"))

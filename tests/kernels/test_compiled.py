@@ -131,6 +131,66 @@ def test_one_key_never_stands_for_two_of_tritons_variants(monkeypatch):
     assert all(len(variants) == 1 for variants in found.values())
 
 
+def test_a_form_that_is_kept_gives_the_launch_that_a_new_one_would(monkeypatch):
+    """Whatever calls differ in: a fact that the form is not kept under would give one call another's numbers."""
+    pytest.importorskip("triton.experimental.gluon.nvidia.hopper")
+    from dit_accel.kernels.attention.hopper import forward
+
+    launches = []
+
+    class Recorder:
+        def launch(self, _kernel, grid, key, args, constants, num_warps):
+            tiles = [(x.shape, x.strides, x.block_shape) for x in args[:4]]
+            numbers = [x if not isinstance(x, torch.Tensor) else x.shape for x in args[4:]]
+            launches.append((grid, key, tiles, numbers, constants))
+
+    class Forgetful(dict):
+        def __setitem__(self, key, value):
+            pass
+
+    monkeypatch.setattr(forward, "_VARIANTS", Recorder())
+    monkeypatch.setattr(forward, "query_pairs", lambda mask, block_k, _backend: query_pairs(mask, block_k, "torch"))
+    found = {}
+    for name, forms in (("kept", {}), ("new", Forgetful())):
+        monkeypatch.setattr(forward, "_FORMS", forms)
+        for programs, ahead in ((132, False), (100, True)):
+            monkeypatch.setattr(forward, "multiprocessors", lambda _index, programs=programs: programs)
+            monkeypatch.setattr(forward.variants, "SCORES_AHEAD_AT_64", ahead)
+            for (q, k, v), mask, rows, key_mask in hopper_calls():
+                forward.hopper_forward(q, k, v, mask, rows, key_mask, 0.125)
+                if q.dtype == torch.float16 and q.shape[:2] == (1, 200) and key_mask is None:
+                    for precision, scales in (("int8", "block"), ("int8", "thread"), ("int8_fp8", "block")):
+                        eight = reference_quantize(
+                            q, k, v, mask.block_q, mask.block_k, precision=precision, rows=rows, key_scales=scales
+                        )
+                        forward.hopper_forward(q, k, v, mask, rows, key_mask, 0.125, quantized=eight)
+        found[name] = list(launches)
+        launches.clear()
+    assert found["kept"] == found["new"]
+
+
+@pytest.mark.parametrize("permuted", [False, True], ids=["in order", "permuted"])
+def test_a_second_call_of_a_form_makes_no_descriptor_and_no_form(permuted, monkeypatch):
+    pytest.importorskip("triton.experimental.gluon.nvidia.hopper")
+    from dit_accel.kernels.attention.hopper import forward
+    from tests.kernels.operations import CountedOperations
+
+    monkeypatch.setattr(forward, "_VARIANTS", type("Nothing", (), {"launch": lambda *_args, **_named: None})())
+    monkeypatch.setattr(forward, "multiprocessors", lambda _index: 132)
+    monkeypatch.setattr(forward, "_FORMS", {})
+    mask = BlockMask.from_dense(torch.ones(1, 2, 2, 4, dtype=torch.bool), 128, 64, 256, 256)
+    q, k, v = (torch.randn(1, 256, 2, 128).half() for _ in range(3))
+    rows = torch.arange(256, dtype=torch.int32).expand(1, 2, 256).contiguous() if permuted else None
+    forward.hopper_forward(q, k, v, mask, rows, None, 0.125)
+    for name in ("default_config", "ring_heads", "TensorDescriptor"):
+        monkeypatch.setattr(forward, name, None)  # whoever asks for it fails
+    monkeypatch.setattr(forward, "TensorDescriptor", type("Tiles", (), {}))
+    with CountedOperations() as counted:
+        forward.hopper_forward(q, k, v, mask, rows, None, 0.125)
+    # Output, log-sum-exp and counters, and of a permuted call the buffers of keys and values in order.
+    assert counted.names == {"empty": 3, "zeros": 1, "unbind": 1} if permuted else {"empty": 2, "zeros": 1}
+
+
 def test_a_kept_kernel_hands_its_variant_the_constants_in_the_kernels_order():
     x, kernel = torch.zeros(4), Kernel()
     kept = KeptKernel(kernel)

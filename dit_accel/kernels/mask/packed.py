@@ -10,6 +10,7 @@ import torch.nn.functional as F
 
 from ..common.capability import choose_selection, compute_capability, is_amd
 from ..common.choice import Case
+from ..common.launch import is_captured
 from .block_mask import BlockMask
 from .query_pairs import QueryPairs
 
@@ -63,7 +64,7 @@ class PackedBlockMask:
         if mask.token_bits is not None:
             raise ValueError("A mask with token bits cannot be packed: a bit a block does not hold them.")
         backend = choose_selection(Case(mask.kv_indices.device), backend).name
-        captured = _is_captured(mask.kv_indices.device)
+        captured = is_captured(mask.kv_indices.device)
         if captured:
             longest = torch.tensor(mask.num_blocks[1], device="cpu")
         else:
@@ -100,9 +101,9 @@ class PackedBlockMask:
             return self._kept
         mask = self._unpacked()
         # What a CUDA graph makes while it is captured is the graph's own.
-        owned = self.of_graph or _is_captured(mask.kv_indices.device)
+        owned = self.of_graph or is_captured(mask.kv_indices.device)
         if mask.kv_indices.nbytes <= SMALL_LISTS and not owned:
-            object.__setattr__(self, "_kept", mask)
+            object.__setattr__(self, "_kept", mask.for_many_calls())
         return mask
 
     def _unpacked(self) -> BlockMask:
@@ -125,10 +126,6 @@ class PackedBlockMask:
         partial = None if self.partial is None else unpack_bits(self.partial, nk)
         sizes = (self.block_q, self.block_k, self.q_len, self.kv_len)
         return BlockMask.from_dense(keep, *sizes, partial=partial, backend="torch").trimmed()
-
-
-def _is_captured(device: torch.device) -> bool:
-    return device.type == "cuda" and torch.cuda.is_current_stream_capturing()
 
 
 def reads_pairs(x: torch.Tensor) -> bool:
