@@ -17,9 +17,10 @@ from .query_pairs import QueryPairs
 # Whether lists of 64 x 64 blocks are unpacked in pairs where the kernel reads them so. Off: its test has not run on
 # a GPU: pytest -m gpu tests/kernels/test_hopper_pairs.py -k kept_plan.
 UNPACKED_IN_PAIRS = False
-# Bytes of a mask's lists that are kept beside its bits. To unpack them anew takes the host a sixth of a call, which
-# counts where sequences are short and lists small.
-SMALL_LISTS = 1 << 19
+# Bytes of a mask's lists that are kept beside its bits, with as many in pairs of rows where the kernel reads those. To
+# unpack and pair them anew takes the host a third of a call, which counts where sequences are short and lists small: of
+# 32,760 tokens in 64 x 64 blocks a head has 1 MB where a row reads everything, 0.2 MB where all read a fifth.
+SMALL_LISTS = 1 << 21
 
 
 @dataclass(frozen=True, eq=False)
@@ -91,6 +92,11 @@ class PackedBlockMask:
         if self.arrived is not None:
             self.arrived.synchronize()
         return max(1, int(self.longest))
+
+    @property
+    def keeps_lists(self) -> bool:
+        """Whether :meth:`lists` has unpacked them once and for all."""
+        return self._kept is not None
 
     def lists(self) -> BlockMask:
         """The mask, its lists no longer than its longest row; in Triton in one launch, and small ones once and for all.

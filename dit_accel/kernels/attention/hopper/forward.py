@@ -18,6 +18,7 @@ from ...common.capability import compute_capability, multiprocessors
 from ...common.compiled import MOST_KEPT, CompiledVariants
 from ...common.launch import LOG2_E, int32_rows, list_strides
 from ...common.quantized_inputs import QuantizedInputs
+from ...common.zeroed import ZeroedPieces
 from ...mask.block_mask import BlockMask
 from ...mask.query_pairs import QueryPairs, query_pairs
 from .. import variants
@@ -30,6 +31,7 @@ _SHARED_BYTES = 224 << 10  # of 227 KiB: barriers and alignment take a little
 # all query blocks read alike; one that reads everything holds its head for long.
 RING_SHARE = 0.15
 _VARIANTS = CompiledVariants()
+_COUNTERS = ZeroedPieces()
 # Attributes of descriptors by what was checked of them.
 _DESCRIPTORS: dict[Hashable, dict[str, Any]] = {}
 _NEW_TILES = TensorDescriptor.__new__
@@ -74,9 +76,10 @@ def why_not_hopper(
 
 def _why_not_tiles(x: torch.Tensor, by_head: bool = True) -> str | None:
     """Why tiles of ``[B, S, H, D]`` cannot be copied by the hardware, or None if they can."""
-    if x.stride(-1) != 1 or (by_head and x.stride(2) != x.shape[3]):
+    batch, token, head, column = x.stride()
+    if column != 1 or (by_head and head != x.shape[3]):
         return "does not have its heads side by side"
-    if x.data_ptr() % 16 or any((x.stride(n) * 2) % 16 for n in range(3)):
+    if x.data_ptr() % 16 or (batch | token | head) % 8:  # of two bytes each
         return "is not aligned to 16 bytes"
     return None
 
@@ -342,7 +345,7 @@ def _launch(
     perm = index if rows is None else rows
     # Of each batch entry: tiles that were taken (beyond the first of each program), and of a permuted call the pieces
     # of keys and values, and for every head the full and the empty semaphore of the ring.
-    counters = torch.zeros((batch, 2 + 2 * heads if moved else 1), dtype=torch.int32, device=q.device)
+    num_counters = 2 + 2 * heads if moved else 1
     for b in range(batch):
         q_in: torch.Tensor
         if quantized is None:
@@ -377,7 +380,7 @@ def _launch(
             bits,
             _entry(perm, b),
             hidden_in,
-            _entry(counters, b),
+            _COUNTERS.take(num_counters, q.device),
             *form.numbers,
             scale * LOG2_E,
         )
