@@ -220,12 +220,13 @@ def test_a_second_call_of_a_form_makes_no_descriptor_and_no_form(permuted, monke
     mask = BlockMask.from_dense(torch.ones(1, 2, 2, 4, dtype=torch.bool), 128, 64, 256, 256)
     q, k, v = (torch.randn(1, 256, 2, 128).half() for _ in range(3))
     rows = torch.arange(256, dtype=torch.int32).expand(1, 2, 256).contiguous() if permuted else None
-    forward.hopper_forward(q, k, v, mask, rows, None, 0.125)
+    pieces = ZeroedPieces()
+    forward.hopper_forward(q, k, v, mask, rows, None, 0.125, pieces=pieces)
     for name in ("default_config", "ring_heads", "TensorDescriptor"):
         monkeypatch.setattr(forward, name, None)  # whoever asks for it fails
     monkeypatch.setattr(forward, "TensorDescriptor", type("Tiles", (), {}))
     with CountedOperations() as counted:
-        forward.hopper_forward(q, k, v, mask, rows, None, 0.125)
+        forward.hopper_forward(q, k, v, mask, rows, None, 0.125, pieces=pieces)
     # Output and log-sum-exp, and of a permuted call the buffers of keys and values in order.
     assert counted.names == ({"empty": 3, "unbind": 1} if permuted else {"empty": 2})
 

@@ -115,3 +115,8 @@ def test_the_short_operators_fake_has_shape_and_strides_of_the_real():
         rest = ([], 0, None, [], None, False, None, True, False)
         out = inference_operator.inference_attention_op(q, q, v, None, layer, *rest)
     assert (out.shape, out.is_contiguous()) == ((2, 8, 3, 6), True)
+
+
+def test_no_compiled_graph_is_captured_with_it():
+    assert set(operator.TAGS) <= set(inference_operator.inference_attention_op.tags)
+    assert set(operator.TAGS) == {tag for tag in (getattr(torch.Tag, "cudagraph_unsafe", None),) if tag is not None}

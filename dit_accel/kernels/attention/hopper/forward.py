@@ -31,7 +31,6 @@ _SHARED_BYTES = 224 << 10  # of 227 KiB: barriers and alignment take a little
 # all query blocks read alike; one that reads everything holds its head for long.
 RING_SHARE = 0.15
 _VARIANTS = CompiledVariants()
-_COUNTERS = ZeroedPieces()
 # Attributes of descriptors by what was checked of them.
 _DESCRIPTORS: dict[Hashable, dict[str, Any]] = {}
 _NEW_TILES = TensorDescriptor.__new__
@@ -206,14 +205,17 @@ def hopper_forward(
     *,
     quantized: QuantizedInputs | None = None,
     config: HopperConfig | None = None,
+    pieces: ZeroedPieces | None = None,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """``out [B, Sq, H, D]`` and ``lse [B, H, Sq]`` of a call for which ``why_not_hopper`` found nothing.
 
     With ``quantized``, made from the same q, k, v and rows, the numbers come from there; q, k and v then only
     give shapes and the output dtype.
+
+    ``pieces`` give the kernel's counters; without them a call makes its own.
     """
     with torch.cuda.device_of(q):
-        return _launch(q, k, v, mask, rows, key_mask, scale, quantized, config)
+        return _launch(q, k, v, mask, rows, key_mask, scale, quantized, config, pieces)
 
 
 class Form(NamedTuple):
@@ -313,6 +315,7 @@ def _launch(
     scale: float,
     quantized: QuantizedInputs | None,
     config: HopperConfig | None,
+    pieces: ZeroedPieces | None,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     batch, q_len, heads, dim = q.shape
     out = torch.empty((batch, q_len, heads, dim), dtype=q.dtype, device=q.device)
@@ -346,6 +349,8 @@ def _launch(
     # Of each batch entry: tiles that were taken (beyond the first of each program), and of a permuted call the pieces
     # of keys and values, and for every head the full and the empty semaphore of the ring.
     num_counters = 2 + 2 * heads if moved else 1
+    if pieces is None:
+        counters = torch.zeros((batch, num_counters), dtype=torch.int32, device=q.device)
     for b in range(batch):
         q_in: torch.Tensor
         if quantized is None:
@@ -380,7 +385,7 @@ def _launch(
             bits,
             _entry(perm, b),
             hidden_in,
-            _COUNTERS.take(num_counters, q.device),
+            _entry(counters, b) if pieces is None else pieces.take(num_counters, q.device),
             *form.numbers,
             scale * LOG2_E,
         )
