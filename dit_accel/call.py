@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass, field, replace
 from typing import Any, NamedTuple
 
@@ -19,7 +19,7 @@ from .layout import StepContext, TokenLayout
 from .plan import AttentionPlan, LeftOut
 from .records import BackendsUsed
 from .ring import RingPart, RingShard
-from .run import Run
+from .run import Kept, Run
 from .timing import is_captured
 
 
@@ -66,6 +66,7 @@ class AttentionCall:
         choices: the backend of each of the recipe's operations; None outside an engine, where each chooses by itself.
         backends_used: where the backends that ran are recorded; None outside an engine.
         captured: it goes into a CUDA graph, whose replays compute it.
+        kept: what its run keeps for it, once that was looked up; see :func:`~dit_accel.kept_plans.kept_of`.
     """
 
     layer: int
@@ -92,6 +93,7 @@ class AttentionCall:
     choices: Mapping[Operation, Choice] | None = None
     backends_used: BackendsUsed | None = None
     captured: bool = False
+    kept: Kept | None = None
 
     @classmethod
     def of(
@@ -155,7 +157,7 @@ class AttentionCall:
         behind = self.k.shape[1] - first - number
         self.q = F.pad(self.q, (0, 0, 0, 0, first, behind))
         if self.pairs is not None and self.pairs.shape[2] == number:
-            self.pairs = F.pad(self.pairs, (0, 0, first, behind))
+            self.pairs, self.kept = F.pad(self.pairs, (0, 0, first, behind)), None
 
     def pad(self, count: int, visible: torch.Tensor) -> None:
         """Put tokens of padding behind all others: zeros, which nobody sees.
@@ -165,7 +167,7 @@ class AttentionCall:
             visible: bool ``[B, S + count]``, False for the padding alone; the key mask where the call has none.
         """
         assert isinstance(self.layout, TokenLayout)
-        self.layout = self.layout.padded(count)
+        self.layout, self.kept = self.layout.padded(count), None
         if self.ring is None:  # around which no process has them, until tokens come to their slots
             self.q, self.k, self.v = (F.pad(x, (0, 0, 0, 0, 0, count)) for x in (self.q, self.k, self.v))
         if self.pairs is not None:
@@ -214,13 +216,19 @@ class AttentionCall:
         return choice.name
 
 
-@contextmanager
-def autocast_done(call: AttentionCall) -> Iterator[None]:
+def autocast_done(call: AttentionCall) -> AbstractContextManager[None]:
     """Cast the call as autocast would for an attention kernel, and no autocast inside: plans stay exact."""
     device = call.q.device.type
     if not torch.is_autocast_enabled(device) or call.q.dtype == torch.float64:
-        yield
-        return
+        return _NO_AUTOCAST
+    return _autocast_done(call, device)
+
+
+_NO_AUTOCAST = nullcontext()
+
+
+@contextmanager
+def _autocast_done(call: AttentionCall, device: str) -> Iterator[None]:
     dtype = torch.get_autocast_dtype(device)
     call.q, call.k, call.v = call.q.to(dtype), call.k.to(dtype), call.v.to(dtype)
     with torch.autocast(device, enabled=False):

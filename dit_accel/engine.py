@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 import threading
 from collections.abc import Callable, Sequence
+from contextlib import nullcontext
 from dataclasses import replace
 from functools import partial
 
@@ -34,6 +35,9 @@ MOST_FORCED = 0.7
 LEAST_ON_CPU = 2048
 # A server sees any number of sizes; advice about this many is enough.
 MOST_ADVISED = 64
+
+# To turn gradients off where they are off costs the host more than to ask.
+_AS_IT_IS = nullcontext()
 
 # Sees layer, output and the model's own attention of a call (None where that is the output already); what it
 # returns takes the output's place.
@@ -278,13 +282,13 @@ class Engine:
         moved = call.with_keys(plan.keys)
         out, witness = compensate.attend(moved, plan, lambda: self._attend_kept(moved, plan))
         if not call.captured:  # a graph's tensors are its own, and what they hold changes with a replay
-            self._count(call, plan, witness, book)
+            with torch.no_grad() if torch.is_grad_enabled() else _AS_IT_IS:
+                self._count(call, plan, witness, book)
         if module is not None:
             out = module.among(call.heads, learned)(out, moved, plan)
         self.sparse_time.stop(begin, call.q.device)
         return out
 
-    @torch.no_grad()
     def _count(self, call: AttentionCall, plan: AttentionPlan, witness: torch.Tensor, book: LayerRecord) -> None:
         """Record a sparse call: what it kept, and whether its output holds a NaN."""
         largest, density = witness.amax(), self._density(call, plan)  # NaN where one is

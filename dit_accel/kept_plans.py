@@ -34,6 +34,7 @@ class KeptPlan:
     chosen: StepContext | None = None
     keys: torch.Tensor | None = None
     shares: PlanShares = field(default_factory=PlanShares)
+    _plan: AttentionPlan | None = field(default=None, init=False, repr=False)
 
     @classmethod
     def of(cls, call: AttentionCall, plan: AttentionPlan, means: BlockMeans | None = None) -> KeptPlan:
@@ -48,8 +49,12 @@ class KeptPlan:
     @property
     def plan(self) -> AttentionPlan:
         """The plan, its mask packed until it is read."""
-        plan = AttentionPlan(self.rows, self.mask, self.compensation, self.share, self.keys)
-        return plan.with_shares(self.shares)
+        if self._plan is not None:
+            return self._plan
+        plan = AttentionPlan(self.rows, self.mask, self.compensation, self.share, self.keys).with_shares(self.shares)
+        if isinstance(self.mask, BlockMask) or self.mask.keeps_lists:
+            object.__setattr__(self, "_plan", plan)  # else its lists would stay with it
+        return plan
 
 
 def kept_of(call: AttentionCall) -> Kept:
@@ -59,8 +64,11 @@ def kept_of(call: AttentionCall) -> Kept:
     after each, and its memory ends with the graph. No other call finds it.
     """
     assert isinstance(call.layout, TokenLayout)
-    kept = call.run.kept(call.layout, call.mask, call.step.forward_id)
-    return kept.apart() if call.captured else kept
+    if call.captured:
+        return call.run.kept(call.layout, call.mask, call.step.forward_id).apart()
+    if call.kept is None:
+        call.kept = call.run.kept(call.layout, call.mask, call.step.forward_id)
+    return call.kept
 
 
 def plan_key(call: AttentionCall) -> tuple[Any, ...]:

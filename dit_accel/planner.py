@@ -151,7 +151,9 @@ class Planner:
             if key not in plans:
                 mask, state = self._make(call, select, prepared, None)
                 # A mask of one prompt's hidden keys lives for a run: not worth waiting for the device to trim it.
-                kept_mask: BlockMask | PackedBlockMask = mask if call.mask is not None else mask.trimmed()
+                kept_mask: BlockMask | PackedBlockMask = (
+                    mask if call.mask is not None else mask.trimmed().for_many_calls()
+                )
                 if select.per_head and mask.token_bits is None:
                     # One for each layer, as those that follow the call.
                     kept_mask = PackedBlockMask.of(mask, call.key_mask is not None, call.backend("selection"))
@@ -170,6 +172,8 @@ class Planner:
         if keep:
             self._count_forwards(call)
         kept = plans.get(key)
+        if kept is not None and self._serves_at_once(kept, call):
+            return self._reused(call, kept)
         means = None
         with torch.no_grad():
             if kept is not None and not schedule.needs_plan(call.step, kept.made):
@@ -196,13 +200,19 @@ class Planner:
             call.used[call.layer] = plans[key] = KeptPlan.of(call, plan, means)
         return call.step, plan
 
+    def _serves_at_once(self, kept: KeptPlan, call: AttentionCall) -> bool:
+        """Whether the steps alone say that a kept plan serves a call as it is."""
+        schedule = self.recipe.schedule
+        if kept.means is not None or schedule.needs_plan(call.step, kept.made):
+            return False
+        return not schedule.chooses_anew(call.step, kept.chosen or kept.made)
+
     @staticmethod
     def _count_forwards(call: AttentionCall) -> None:
         """Tell a call in how many forwards its layer ran before, by which the age of a plan counts: another package's
         cache may skip some blocks of a forward, and tells nobody."""
         if call.step.index is not None and call.step.computed is None:
-            before = kept_of(call).forwards_before(plan_key(call), call.step.forward_id)
-            call.step = replace(call.step, computed=before)
+            call.step = kept_of(call).aged(call.step, plan_key(call))
 
     def _chosen_anew(
         self, call: AttentionCall, select: Select, kept: KeptPlan, book: LayerRecord
@@ -313,12 +323,14 @@ class Planner:
         if not schedule.searches_densely(call.step) or call.pairs is not None:
             return None
         assert isinstance(call.layout, TokenLayout)
-        if not select.uses_lse(call.layout, call.key_mask) or any(x.requires_grad for x in (call.q, call.k, call.v)):
+        if not select.uses_lse(call.layout, call.key_mask):
             return None
         if schedule.keeps_plans and not call.repeated:
             self._count_forwards(call)  # as the plan will: what is found for a search that does not come would stay
         kept = kept_of(call).plans.get(plan_key(call))
         if kept is not None and not schedule.needs_plan(call.step, kept.made):
+            return None
+        if any(x.requires_grad for x in (call.q, call.k, call.v)):
             return None
         memory = memory_of(call)
         return memory if memory.lse is None else None

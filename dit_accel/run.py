@@ -11,7 +11,7 @@ from typing import Any, Generic, TypeVar, cast
 
 import torch
 
-from .layout import TokenLayout
+from .layout import StepContext, TokenLayout
 from .plan import LayerMemory
 from .timing import is_captured
 
@@ -28,21 +28,29 @@ class Bounded(Generic[KeptT]):
         self.places = places
         self.entries: OrderedDict[Hashable, KeptT] = OrderedDict()
         self._lock = threading.Lock()
+        # The last of the entries: every layer of a forward asks for the same.
+        self._newest: tuple[Hashable, KeptT] | None = None
 
     def get(self, key: Hashable, make: Callable[[], KeptT]) -> KeptT:
         """The entry of a key, made once if there is none."""
+        newest = self._newest
+        if newest is not None and newest[0] == key:
+            return newest[1]
         with self._lock:
             if key in self.entries:
                 self.entries.move_to_end(key)
-                return self.entries[key]
-            made = self.entries[key] = make()
-            while len(self.entries) > self.places:
-                self.entries.popitem(last=False)
-            return made
+            else:
+                self.entries[key] = make()
+                while len(self.entries) > self.places:
+                    self.entries.popitem(last=False)
+            found = self.entries[key]
+            self._newest = key, found
+            return found
 
     def clear(self) -> None:
         with self._lock:
             self.entries.clear()
+            self._newest = None
 
 
 @dataclass(eq=False)
@@ -60,6 +68,8 @@ class Kept:
     plans: dict[Hashable, Any] = field(default_factory=dict)
     memories: dict[Hashable, LayerMemory] = field(default_factory=dict)
     ran: dict[Hashable, _Ran] = field(default_factory=dict)
+    # A forward's step, and the same with the count of the forwards before: mostly that of all its layers.
+    _aged: tuple[StepContext, StepContext] | None = None
 
     def apart(self) -> Kept:
         """The same, to which a call may add what no other call is to find."""
@@ -72,6 +82,13 @@ class Kept:
         if ran.latest != forward_id:
             ran.latest, ran.before = forward_id, ran.before + 1
         return ran.before
+
+    def aged(self, step: StepContext, layer: Hashable) -> StepContext:
+        """The step of a forward, with the number of forwards before it in which the layer ran, in its branch."""
+        before, known = self.forwards_before(layer, step.forward_id), self._aged
+        if known is None or known[0] is not step or known[1].computed != before:
+            known = self._aged = step, replace(step, computed=before)
+        return known[1]
 
 
 @dataclass(eq=False)

@@ -16,6 +16,7 @@ from dit_accel.call import AttentionInputs
 from dit_accel.engine import Engine
 from dit_accel.kernels import BlockMask
 from dit_accel.kernels.mask import packed
+from dit_accel.kernels.mask import query_pairs as query_pairs_module
 from dit_accel.layout import StepContext, TokenLayout
 from dit_accel.run import Run
 from dit_accel.step_log import StepLog
@@ -25,7 +26,7 @@ from tests.calls import attend
 LAYOUT = TokenLayout((1, 16, 16), 16, 272)
 
 
-MODULES = (call_module, run_module, timing_module)
+MODULES = (call_module, run_module, timing_module, packed, query_pairs_module)
 
 
 @contextmanager
@@ -34,7 +35,6 @@ def capture():
     with pytest.MonkeyPatch.context() as patched:
         for module in MODULES:
             patched.setattr(module, "is_captured", lambda _device: True)
-        patched.setattr(packed, "_is_captured", lambda _device: True)
         yield
 
 

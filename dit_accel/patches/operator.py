@@ -41,7 +41,7 @@ def _dense(
     return out.transpose(1, 2)
 
 
-def _run(
+def attend(
     q: torch.Tensor,
     k: torch.Tensor,
     v: torch.Tensor,
@@ -58,6 +58,7 @@ def _run(
     parallel: bool,
     served: tuple[int, int] | None = None,
 ) -> torch.Tensor:
+    """The call of the announced layer, or again what ``served`` names of an earlier one."""
     session_id, index = layer.tolist()
     session = session_of(session_id)
     config = session.parallel_config if session is not None and parallel else None
@@ -85,10 +86,10 @@ def _run(
 
 
 # A captured CUDA graph would replay one step's decision for ever.
-_TAGS = tuple(tag for name in ("cudagraph_unsafe",) if (tag := getattr(torch.Tag, name, None)) is not None)
+TAGS = tuple(tag for name in ("cudagraph_unsafe",) if (tag := getattr(torch.Tag, name, None)) is not None)
 
 
-@torch.library.custom_op("dit_accel::attention", mutates_args=(), tags=_TAGS)
+@torch.library.custom_op("dit_accel::attention", mutates_args=(), tags=TAGS)
 def attention_op(
     q: torch.Tensor,
     k: torch.Tensor,
@@ -110,7 +111,7 @@ def attention_op(
     it, int64 [2], by which the gradient finds what this call used."""
     session = session_of(int(layer[0]))
     with nullcontext() if session is None else session.compiled_block(block_input):
-        out = _run(
+        out = attend(
             q,
             k,
             v,
@@ -146,7 +147,7 @@ def _recording() -> Iterator[None]:
         yield
 
 
-@torch.library.custom_op("dit_accel::attention_backward", mutates_args=(), tags=_TAGS)
+@torch.library.custom_op("dit_accel::attention_backward", mutates_args=(), tags=TAGS)
 def attention_backward_op(
     grad: torch.Tensor,
     forward: torch.Tensor,
@@ -168,7 +169,7 @@ def attention_backward_op(
     """Gradients of queries, keys, values and learned parameters."""
     with _recording():
         q, k, v, *learned = (tensor.detach().requires_grad_() for tensor in (q, k, v, *learned))
-        out = _run(
+        out = attend(
             q,
             k,
             v,
@@ -236,7 +237,7 @@ def new_counts() -> torch.Tensor:
     return torch.zeros(len(PASSED), dtype=torch.int64)
 
 
-@torch.library.custom_op("dit_accel::count", mutates_args=("counts",), tags=_TAGS)
+@torch.library.custom_op("dit_accel::count", mutates_args=("counts",), tags=TAGS)
 def count_op(counts: torch.Tensor, layer: torch.Tensor, reason: int) -> None:
     """Count a dense call of the announced layer in compiled code: ``counts`` is int64 ``[len(PASSED)]``."""
     session = session_of(int(layer[0]))

@@ -26,6 +26,7 @@ from ..call import AttentionInputs
 from .ambient import EAGER, TRACED, LatentTokens
 from .forwards import frames_of_repetition, in_backward
 from .hooks import PublishLayer
+from .inference_operator import inference_attention_op
 from .operator import attention_op, count_op
 from .parallel import SharedCall, attend_in_parallel, why_not_parallel
 from .reasons import PASSED
@@ -176,13 +177,7 @@ def _attend(
 ) -> torch.Tensor:
     if not isinstance(layer, tuple):  # a trace
         latents = LatentTokens((), 0) if TRACED.latents is None else TRACED.latents
-        out, _ = attention_op(
-            query,
-            key,
-            value,
-            attn_mask,
-            layer,
-            TRACED.block_input if TRACED.latents is None else None,
+        rest = (
             latents.places(),
             latents.tokens,
             latents.ids,
@@ -193,7 +188,12 @@ def _attend(
             through_dispatch,
             parallel,
         )
-        return out
+        block_input = TRACED.block_input if TRACED.latents is None else None
+        # Graphs guard on whether gradients are on. Checkpointing turns them off where it will repeat a block.
+        if torch.is_grad_enabled() or block_input is not None:
+            out, _ = attention_op(query, key, value, attn_mask, layer, block_input, *rest)
+            return out
+        return inference_attention_op(query, key, value, attn_mask, layer, *rest)
     session, index = layer
     inputs = AttentionInputs(query, key, value, attn_mask, scale)
     return session.attend(index, inputs, None, dense, EAGER.learned or None)

@@ -205,8 +205,9 @@ class Session:
             q_len = kv_len = ring.total
         if heads is None and ring is None:
             heads = self._heads_of_tensor_parallel(inputs.q.size(2))
+        thread = self._thread
         forward, repeated = self._forward(layer, kv_len, latents)
-        self._thread.served = None
+        thread.served = None
         if q_len != kv_len and not (self.family.latents_query and q_len < kv_len and heads is None):
             return self.pass_by(layer, "keys and queries differ in number", dense)
         if forward is None:
@@ -214,7 +215,7 @@ class Session:
         # A call without the latents, as of a prompt before its keys are cached, is no sample of its layer.
         placed = isinstance(self._layout(forward, kv_len, inputs.attn_mask is not None), TokenLayout)
         ordinal = forward.ordinal(layer, repeated) if placed else 0
-        self._thread.served = (forward.number, ordinal)
+        thread.served = (forward.number, ordinal)
         call = self._call(forward, ordinal, layer, inputs, repeated, ring)
         call.heads = heads
         return self.engine.attend(call, dense, learned)

@@ -8,8 +8,8 @@ from typing import ClassVar, Protocol
 import torch
 
 from ..call import AttentionCall
-from ..kernels import block_sparse_attention, choose_backend, quantized_block_sparse_attention
-from ..kernels.attention.api import choose_attention
+from ..kernels import choose_backend, quantized_block_sparse_attention
+from ..kernels.attention.api import attend_by, choose_attention, validate
 from ..kernels.attention.variants import kernel_of, why_not_hopper_quantized
 from ..kernels.common.choice import Case, Choice, Operation, case_of
 from ..kernels.common.quantized_inputs import INTEGER_VALUES, KEY_SCALES, validate_rotation
@@ -50,7 +50,8 @@ class Precision(Protocol):
         ...
 
     def attend(self, call: AttentionCall, plan: AttentionPlan, backend: str, with_lse: bool = False) -> Attended:
-        """Attention over the kept blocks; ``with_lse`` makes the second tensor the log-sum-exp ``[B, H, S]``."""
+        """Attention over the kept blocks by the backend that :meth:`choose` gave; ``with_lse`` makes the second tensor
+        the log-sum-exp ``[B, H, S]``."""
         ...
 
 
@@ -72,19 +73,13 @@ class ModelDtype(Precision):
 
     def attend(self, call: AttentionCall, plan: AttentionPlan, backend: str, with_lse: bool = False) -> Attended:
         """Block-sparse attention with gradients."""
-        result = block_sparse_attention(
-            call.q,
-            call.k,
-            call.v,
-            plan.mask,
-            rows=plan.rows,
-            key_mask=call.key_mask,
-            scale=call.scale,
-            # Where the kernel has the log-sum-exp at hand it shows a NaN at a hundredth of the bytes.
-            return_lse=with_lse or backend in ("triton", "fa4"),
-            backend=backend,
+        mask, rows, key_mask = plan.mask, plan.rows, call.key_mask
+        validate(call.q, call.k, call.v, mask, rows, key_mask)
+        out, lse = attend_by(
+            backend, call.q, call.k, call.v, mask, rows=rows, key_mask=key_mask, scale=call.scale, return_lse=with_lse
         )
-        return result if isinstance(result, tuple) else (result, result)
+        # Where the kernel has the log-sum-exp at hand it shows a NaN at a hundredth of the bytes.
+        return out, out if lse is None or not (with_lse or backend in ("triton", "fa4")) else lse
 
 
 @dataclass(frozen=True)

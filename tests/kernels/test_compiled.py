@@ -8,9 +8,11 @@ import torch
 from dit_accel.kernels import BlockMask, pool_blocks, pooled_scores, quantize_inputs, select_blocks
 from dit_accel.kernels.common.compiled import MOST_KEPT, CompiledVariants, KeptKernel
 from dit_accel.kernels.common.quantized_inputs import reference_quantize
+from dit_accel.kernels.common.zeroed import MOST_KINDS, PIECES, ZeroedPieces
 from dit_accel.kernels.mask.packed import PackedBlockMask
 from dit_accel.kernels.mask.query_pairs import query_pairs
 from dit_accel.kernels.selection.block_mass import block_mass
+from tests.kernels.operations import CountedOperations
 
 
 class Variant:
@@ -129,6 +131,103 @@ def test_one_key_never_stands_for_two_of_tritons_variants(monkeypatch):
                 forward.hopper_forward(q, k, v, mask, rows, key_mask, 0.125, quantized=quantized)
     assert len(found) > 50
     assert all(len(variants) == 1 for variants in found.values())
+
+
+def test_zeros_are_made_once_for_many_launches_and_taken_once():
+    pieces, device = ZeroedPieces(), torch.device("cpu")
+    with CountedOperations() as counted:
+        taken = [pieces.take(6, device) for _ in range(PIECES)]
+    assert counted.names["zeros"] == 1
+    assert len({piece.data_ptr() for piece in taken}) == PIECES
+    for number, piece in enumerate(taken):
+        assert (piece.shape, piece.dtype, int(piece.abs().sum())) == ((6,), torch.int32, 0)
+        piece.fill_(number + 1)  # as a kernel does: no other piece sees it
+    assert int(pieces.take(6, device).abs().sum()) == 0
+    assert pieces.take(4, device).shape == (4,)
+
+
+def test_streams_share_no_zeros(monkeypatch):
+    """What one stream wrote to zero another would read before it was written."""
+    pieces, device = ZeroedPieces(), torch.device("cpu")
+    first = pieces.take(2, device)
+    monkeypatch.setattr("dit_accel.kernels.common.zeroed._stream", lambda _device: 7)
+    assert pieces.take(2, device).untyped_storage().data_ptr() != first.untyped_storage().data_ptr()
+
+
+def test_a_graph_that_is_captured_makes_its_own_zeros(monkeypatch):
+    pieces, device = ZeroedPieces(), torch.device("cpu")
+    pieces.take(2, device)
+    monkeypatch.setattr("dit_accel.kernels.common.zeroed.is_captured", lambda _device: True)
+    with CountedOperations() as counted:
+        own = [pieces.take(2, device) for _ in range(3)]
+    assert counted.names["zeros"] == 3
+    assert len({piece.untyped_storage().data_ptr() for piece in own}) == 3
+
+
+def test_kinds_of_zeros_do_not_pile_up():
+    pieces = ZeroedPieces()
+    for length in range(1, MOST_KINDS + 4):
+        pieces.take(length, torch.device("cpu"))
+    assert len(pieces._left) == 3
+
+
+def test_a_form_that_is_kept_gives_the_launch_that_a_new_one_would(monkeypatch):
+    """Whatever calls differ in: a fact that the form is not kept under would give one call another's numbers."""
+    pytest.importorskip("triton.experimental.gluon.nvidia.hopper")
+    from dit_accel.kernels.attention.hopper import forward
+
+    launches = []
+
+    class Recorder:
+        def launch(self, _kernel, grid, key, args, constants, num_warps):
+            tiles = [(x.shape, x.strides, x.block_shape) for x in args[:4]]
+            numbers = [x if not isinstance(x, torch.Tensor) else x.shape for x in args[4:]]
+            launches.append((grid, key, tiles, numbers, constants))
+
+    class Forgetful(dict):
+        def __setitem__(self, key, value):
+            pass
+
+    monkeypatch.setattr(forward, "_VARIANTS", Recorder())
+    monkeypatch.setattr(forward, "query_pairs", lambda mask, block_k, _backend: query_pairs(mask, block_k, "torch"))
+    found = {}
+    for name, forms in (("kept", {}), ("new", Forgetful())):
+        monkeypatch.setattr(forward, "_FORMS", forms)
+        for programs in (132, 100):
+            monkeypatch.setattr(forward, "multiprocessors", lambda _index, programs=programs: programs)
+            for (q, k, v), mask, rows, key_mask in hopper_calls():
+                forward.hopper_forward(q, k, v, mask, rows, key_mask, 0.125)
+                if q.dtype == torch.float16 and q.shape[:2] == (1, 200) and key_mask is None:
+                    for precision, scales in (("int8", "block"), ("int8", "thread"), ("int8_fp8", "block")):
+                        eight = reference_quantize(
+                            q, k, v, mask.block_q, mask.block_k, precision=precision, rows=rows, key_scales=scales
+                        )
+                        forward.hopper_forward(q, k, v, mask, rows, key_mask, 0.125, quantized=eight)
+        found[name] = list(launches)
+        launches.clear()
+    assert found["kept"] == found["new"]
+
+
+@pytest.mark.parametrize("permuted", [False, True], ids=["in order", "permuted"])
+def test_a_second_call_of_a_form_makes_no_descriptor_and_no_form(permuted, monkeypatch):
+    pytest.importorskip("triton.experimental.gluon.nvidia.hopper")
+    from dit_accel.kernels.attention.hopper import forward
+
+    monkeypatch.setattr(forward, "_VARIANTS", type("Nothing", (), {"launch": lambda *_args, **_named: None})())
+    monkeypatch.setattr(forward, "multiprocessors", lambda _index: 132)
+    monkeypatch.setattr(forward, "_FORMS", {})
+    mask = BlockMask.from_dense(torch.ones(1, 2, 2, 4, dtype=torch.bool), 128, 64, 256, 256)
+    q, k, v = (torch.randn(1, 256, 2, 128).half() for _ in range(3))
+    rows = torch.arange(256, dtype=torch.int32).expand(1, 2, 256).contiguous() if permuted else None
+    pieces = ZeroedPieces()
+    forward.hopper_forward(q, k, v, mask, rows, None, 0.125, pieces=pieces)
+    for name in ("default_config", "ring_heads", "TensorDescriptor"):
+        monkeypatch.setattr(forward, name, None)  # whoever asks for it fails
+    monkeypatch.setattr(forward, "TensorDescriptor", type("Tiles", (), {}))
+    with CountedOperations() as counted:
+        forward.hopper_forward(q, k, v, mask, rows, None, 0.125, pieces=pieces)
+    # Output and log-sum-exp, and of a permuted call the buffers of keys and values in order.
+    assert counted.names == ({"empty": 3, "unbind": 1} if permuted else {"empty": 2})
 
 
 def test_a_kept_kernel_hands_its_variant_the_constants_in_the_kernels_order():

@@ -5,6 +5,7 @@ import torch
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils.flop_counter import FlopCounterMode
 
+from dit_accel.kernels import BlockMask
 from dit_accel.kernels.attention import op
 
 
@@ -57,3 +58,21 @@ def test_a_graph_needs_the_operator():
 
     torch.compile(traced, backend="eager", fullgraph=False)(torch.ones(2))
     assert seen[-1] is False
+
+
+def test_only_plain_calls_count_in_zeros_that_outlive_them(monkeypatch):
+    """An operator may run in memory of a compiled graph, where what stays would be overwritten."""
+    seen = []
+    monkeypatch.setattr(op, "why_not_hopper_half", lambda *_args: None)
+    hopper = pytest.importorskip("dit_accel.kernels.attention.hopper.forward")
+
+    def counted(q, _k, _v, _mask, _rows, _key_mask, _scale, pieces=None):
+        seen.append(pieces)
+        return q.clone(), q.new_zeros(q.shape[0], q.shape[2], q.shape[1], dtype=torch.float32)
+
+    monkeypatch.setattr(hopper, "hopper_forward", counted)
+    q = torch.randn(1, 16, 1, 16)
+    mask = BlockMask.from_dense(torch.ones(1, 1, 1, 1, dtype=torch.bool), 16, 16, 16, 16)
+    op.triton_attention(q, q, q, mask, scale=0.25)
+    op.triton_attention(q.clone().requires_grad_(), q, q, mask, scale=0.25)
+    assert [pieces is None for pieces in seen] == [False, True]

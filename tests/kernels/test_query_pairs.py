@@ -127,3 +127,29 @@ def test_what_is_made_of_an_unpacked_mask_has_no_pairs(monkeypatch):
     for blocks in ((64, 128), (128, 64)):
         other = PackedBlockMask.of(random_mask((1, 2), 500, 500, *blocks), False, backend="triton")
         assert other.lists().paired is None
+
+
+@pytest.mark.parametrize("packed", [False, True], ids=["lists", "bits"])
+def test_a_mask_that_serves_many_calls_is_paired_once(packed, monkeypatch):
+    torch.manual_seed(1)
+    mask = random_mask((1, 2), 500, 500, 64, 64)
+    kept = PackedBlockMask.of(mask, False, backend="torch") if packed else mask.for_many_calls()
+    of_a_call = (lambda: kept.lists()) if packed else (lambda: kept)
+    first = query_pairs(of_a_call(), 64, "torch")
+    assert query_pairs(of_a_call(), 64, "torch") is first
+    assert torch.equal(first.header, query_pairs(replace(mask), 64, "torch").header)
+    # Other halves of blocks, and lists that are not kept, are paired anew.
+    assert query_pairs(of_a_call(), 32, "torch").block_k == 32
+    monkeypatch.setattr("dit_accel.kernels.mask.packed.SMALL_LISTS", 0)
+    passing = PackedBlockMask.of(mask, False, backend="torch").lists()
+    for other in (passing, replace(mask)):
+        assert query_pairs(other, 64, "torch") is not query_pairs(other, 64, "torch")
+
+
+def test_a_graph_that_is_captured_leaves_no_pairs(monkeypatch):
+    mask = random_mask((1, 2), 500, 500, 64, 64).for_many_calls()
+    with monkeypatch.context() as patched:
+        patched.setattr("dit_accel.kernels.mask.query_pairs.is_captured", lambda _device: True)
+        query_pairs(mask, 64, "torch")
+    assert mask.paired is None
+    assert query_pairs(mask, 64, "torch") is mask.paired

@@ -7,6 +7,7 @@ from typing import Any
 import pytest
 import torch
 
+from dit_accel.patches.reuse.together import Together
 from tests.patches import together_ranks
 from tests.patches.together_ranks import KINDS, STEPS, others, ran, recipe_with
 from tests.patches.ulysses_ranks import SPARSE, ended, flux, flux_given, patched, wan_pipeline
@@ -47,6 +48,13 @@ def test_other_decisions_are_those_of_one_process(both, name, request):
     assert counts == list(alone[1:])
     assert (out - alone[0]).abs().max() < 1e-4 * alone[0].abs().max()
     assert name == "drift" or alone[2] > 0
+
+
+def test_one_process_alone_looks_at_no_weight(monkeypatch):
+    """A walk through all of them takes a millisecond of every forward, skipped or not."""
+    model = torch.nn.Linear(2, 2)
+    monkeypatch.setattr(model, "parameters", lambda: pytest.fail("it walked through the weights"))
+    assert Together.of(model) == Together()
 
 
 def _found(work: Any, path: Any) -> list[dict[str, Any]]:

@@ -53,31 +53,50 @@ def block_sparse_attention(
     """
     validate(q, k, v, mask, rows, key_mask)
     name = choose_attention(case_of(q, k, v, mask=mask, rows=rows, key_mask=key_mask), backend).name
-    scale = float(scale_of(q, scale))
-    if not 0.0 < scale < math.inf:
-        # The kernels take the largest product of a row for that of its largest logit.
-        raise ValueError(f"scale must be positive and finite, got {scale}.")
-    lse: torch.Tensor | None
-    if name == "triton":
-        from .op import triton_attention
-
-        out, lse = triton_attention(q, k, v, mask, rows=rows, key_mask=key_mask, scale=scale)
-    elif name == "fa4":
-        from .flash_attn4 import fa4_attention
-
-        out, lse = fa4_attention(q, k, v, mask, scale=scale)
-    elif name == "torch":
-        from .gather import gather_attention
-
-        out, lse = gather_attention(q, k, v, mask, rows=rows, key_mask=key_mask, scale=scale, return_lse=return_lse)
-    else:
-        from .reference import reference_attention
-
-        out, lse = reference_attention(q, k, v, mask, rows=rows, key_mask=key_mask, scale=scale)
+    out, lse = attend_by(name, q, k, v, mask, rows=rows, key_mask=key_mask, scale=scale, return_lse=return_lse)
     if return_lse:
         assert lse is not None
         return out, lse
     return out
+
+
+def attend_by(
+    name: str,
+    q: torch.Tensor,
+    k: torch.Tensor,
+    v: torch.Tensor,
+    mask: BlockMask,
+    *,
+    rows: torch.Tensor | None = None,
+    key_mask: torch.Tensor | None = None,
+    scale: float | None = None,
+    return_lse: bool = False,
+) -> tuple[torch.Tensor, torch.Tensor | None]:
+    """:func:`block_sparse_attention` after :func:`validate`, by a backend that :func:`choose_attention` gave for calls
+    like this one. The log-sum-exp is there where it was asked for or cost nothing.
+
+    Raises:
+        ValueError: a scale that is not positive.
+    """
+    scale = float(scale_of(q, scale))
+    if not 0.0 < scale < math.inf:
+        # The kernels take the largest product of a row for that of its largest logit.
+        raise ValueError(f"scale must be positive and finite, got {scale}.")
+    if name == "triton":
+        from .op import triton_attention
+
+        return triton_attention(q, k, v, mask, rows=rows, key_mask=key_mask, scale=scale)
+    if name == "fa4":
+        from .flash_attn4 import fa4_attention
+
+        return fa4_attention(q, k, v, mask, scale=scale)
+    if name == "torch":
+        from .gather import gather_attention
+
+        return gather_attention(q, k, v, mask, rows=rows, key_mask=key_mask, scale=scale, return_lse=return_lse)
+    from .reference import reference_attention
+
+    return reference_attention(q, k, v, mask, rows=rows, key_mask=key_mask, scale=scale)
 
 
 def choose_backend(
@@ -170,7 +189,8 @@ def validate(
             raise ValueError(f"rows must permute {q_len} tokens, got {rows.shape[2]}.")
     if key_mask is not None and (key_mask.dtype != torch.bool or tuple(key_mask.shape) != (batch, kv_len)):
         raise ValueError(f"key_mask must be bool [{batch}, {kv_len}], got {key_mask.dtype} {tuple(key_mask.shape)}.")
-    named = {"k": k, "v": v, "mask": mask.kv_indices, "rows": rows, "key_mask": key_mask}
-    for name, tensor in named.items():
-        if tensor is not None and tensor.device != q.device:
+    device = q.device
+    named = (("k", k), ("v", v), ("mask", mask.kv_indices), ("rows", rows), ("key_mask", key_mask))
+    for name, tensor in named:
+        if tensor is not None and tensor.device != device:
             raise ValueError(f"{name} must be on q's device {q.device}, got {tensor.device}.")

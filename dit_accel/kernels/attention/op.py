@@ -6,10 +6,14 @@ from typing import Any
 
 import torch
 
+from ..common.zeroed import ZeroedPieces
 from ..mask.block_mask import BlockMask
 from .triton.backward import backward
 from .triton.forward import forward
 from .variants import why_not_hopper_half
+
+# Of plain calls: an operator may run in memory that a compiled graph has to itself, and must leave nothing there.
+_COUNTERS = ZeroedPieces()
 
 
 def _mask_of(
@@ -54,12 +58,13 @@ def _run(
     rows: torch.Tensor | None,
     key_mask: torch.Tensor | None,
     scale: float,
+    pieces: ZeroedPieces | None = None,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """A call by the kernel that takes it."""
     if why_not_hopper_half(q, k, v, mask, rows) is None:
         from .hopper.forward import hopper_forward
 
-        return hopper_forward(q, k, v, mask, rows, key_mask, scale)
+        return hopper_forward(q, k, v, mask, rows, key_mask, scale, pieces=pieces)
     with torch.cuda.device_of(q):
         return forward(q, k, v, mask, rows, key_mask, scale)
 
@@ -156,7 +161,7 @@ def triton_attention(
     Arguments and results are those of :func:`dit_accel.kernels.block_sparse_attention` after validation.
     """
     if _is_plain(q, k, v):
-        return _run(q, k, v, mask, rows, key_mask, scale)
+        return _run(q, k, v, mask, rows, key_mask, scale, _COUNTERS)
     return block_sparse_fwd(
         q,
         k,

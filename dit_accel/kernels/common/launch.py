@@ -30,6 +30,11 @@ SIZES = (
 )
 
 
+def is_captured(device: torch.device) -> bool:
+    """Whether what is launched on a device now goes into a CUDA graph: what it makes is the graph's own."""
+    return device.type == "cuda" and torch.cuda.is_current_stream_capturing()
+
+
 def ceil_div(total: int, part: int) -> int:
     """Parts that ``total`` needs. Triton's own, which kernels know too, costs 10 us of the host."""
     return -(-total // part)

@@ -52,9 +52,10 @@ class BlockMask:
     kv_len: int
     kv_bits: torch.Tensor | None = None
     token_bits: torch.Tensor | None = None
-    # These lists in pairs of rows, where whoever made them made both at once. What is made of a mask has none: its
-    # blocks are others.
+    # These lists in pairs of rows, where whoever made them made both at once, or a call did. What is made of a mask has
+    # none: its blocks are others.
     paired: QueryPairs | None = field(default=None, init=False, repr=False)
+    serves_many: bool = field(default=False, init=False, repr=False)
 
     def __post_init__(self) -> None:
         nq, nk = self.num_blocks
@@ -75,6 +76,11 @@ class BlockMask:
     def num_blocks(self) -> tuple[int, int]:
         """Number of query blocks and of key blocks."""
         return -(-self.q_len // self.block_q), -(-self.kv_len // self.block_k)
+
+    def for_many_calls(self) -> BlockMask:
+        """This very mask, whose lists nobody changes any more: what a call makes of them stays for the next ones."""
+        object.__setattr__(self, "serves_many", True)
+        return self
 
     def density(self) -> torch.Tensor:
         """Kept share of all block pairs as a 0-d float tensor on the mask's device (no host sync)."""

@@ -10,12 +10,14 @@ import torch.nn.functional as F
 
 from ..common.capability import choose_selection, compute_capability, is_amd
 from ..common.choice import Case
+from ..common.launch import is_captured
 from .block_mask import BlockMask
 from .query_pairs import QueryPairs
 
-# Bytes of a mask's lists that are kept beside its bits. To unpack them anew takes the host a sixth of a call, which
-# counts where sequences are short and lists small.
-SMALL_LISTS = 1 << 19
+# Bytes of a mask's lists that are kept beside its bits, with as many in pairs of rows where the kernel reads those. To
+# unpack and pair them anew takes the host a third of a call, which counts where sequences are short and lists small: of
+# 32,760 tokens in 64 x 64 blocks a head has 1 MB where a row reads everything, 0.2 MB where all read a fifth.
+SMALL_LISTS = 1 << 21
 
 
 @dataclass(frozen=True, eq=False)
@@ -60,7 +62,7 @@ class PackedBlockMask:
         if mask.token_bits is not None:
             raise ValueError("A mask with token bits cannot be packed: a bit a block does not hold them.")
         backend = choose_selection(Case(mask.kv_indices.device), backend).name
-        captured = _is_captured(mask.kv_indices.device)
+        captured = is_captured(mask.kv_indices.device)
         if captured:
             longest = torch.tensor(mask.num_blocks[1], device="cpu")
         else:
@@ -88,6 +90,11 @@ class PackedBlockMask:
             self.arrived.synchronize()
         return max(1, int(self.longest))
 
+    @property
+    def keeps_lists(self) -> bool:
+        """Whether :meth:`lists` has unpacked them once and for all."""
+        return self._kept is not None
+
     def lists(self) -> BlockMask:
         """The mask, its lists no longer than its longest row; in Triton in one launch, and small ones once and for all.
 
@@ -97,9 +104,9 @@ class PackedBlockMask:
             return self._kept
         mask = self._unpacked()
         # What a CUDA graph makes while it is captured is the graph's own.
-        owned = self.of_graph or _is_captured(mask.kv_indices.device)
+        owned = self.of_graph or is_captured(mask.kv_indices.device)
         if mask.kv_indices.nbytes <= SMALL_LISTS and not owned:
-            object.__setattr__(self, "_kept", mask)
+            object.__setattr__(self, "_kept", mask.for_many_calls())
         return mask
 
     def _unpacked(self) -> BlockMask:
@@ -122,10 +129,6 @@ class PackedBlockMask:
         partial = None if self.partial is None else unpack_bits(self.partial, nk)
         sizes = (self.block_q, self.block_k, self.q_len, self.kv_len)
         return BlockMask.from_dense(keep, *sizes, partial=partial, backend="torch").trimmed()
-
-
-def _is_captured(device: torch.device) -> bool:
-    return device.type == "cuda" and torch.cuda.is_current_stream_capturing()
 
 
 def reads_pairs(x: torch.Tensor) -> bool:

@@ -9,6 +9,7 @@ import torch.nn.functional as F
 
 from ..common.capability import choose_selection
 from ..common.choice import Case
+from ..common.launch import is_captured
 from .block_mask import BlockMask
 
 
@@ -35,8 +36,8 @@ class QueryPairs:
 
 
 def query_pairs(mask: BlockMask, block_k: int, backend: str = "auto") -> QueryPairs:
-    """Pair the query blocks of a mask; in Triton in one launch, without a host sync. Of one that is unpacked on a GPU
-    whose kernel reads pairs they are there.
+    """Pair the query blocks of a mask; in Triton in one launch, without a host sync. A mask that serves many calls
+    keeps them.
 
     Args:
         block_k: tokens in a key block of the result, the mask's own number or a whole part of it. Where the last key
@@ -61,7 +62,10 @@ def query_pairs(mask: BlockMask, block_k: int, backend: str = "auto") -> QueryPa
         header, indices, bit_rows = query_pairs_triton(mask, parts)
     else:
         header, indices, bit_rows = _in_torch(mask, parts)
-    return QueryPairs(header, indices, bit_rows, bits, block_k)
+    pairs = QueryPairs(header, indices, bit_rows, bits, block_k)
+    if mask.serves_many and not is_captured(header.device):  # what a CUDA graph makes is the graph's own
+        object.__setattr__(mask, "paired", pairs)
+    return pairs
 
 
 def _in_torch(mask: BlockMask, parts: int) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor | None]:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import weakref
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from typing import Any
 
 from torch import nn
@@ -47,16 +47,21 @@ class HostedHook(Hook):
         splits = _splits_of(block)
         for split in splits:
             args, kwargs = split.pre_forward(block, *args, **kwargs)
-        with _done(splits):
+        with _done(splits) if splits else _NOT_SPLIT:
             output = self.hook.new_forward(block, *args, **kwargs)
         now.skipped |= now.calls == before
         return output
 
 
+_NOT_SPLIT = nullcontext()
+
+
 def _splits_of(block: nn.Module) -> list[Any]:
     """diffusers' hooks of context parallelism that split what a block is given: in some models the first does so."""
     registry: Any = getattr(block, "_diffusers_hook", None)
-    hooks = {} if registry is None else registry.hooks
+    if registry is None:
+        return []
+    hooks = registry.hooks
     return [hook for name, hook in hooks.items() if name.startswith("cp_input---")]
 
 

@@ -23,6 +23,8 @@ class Together:
     @classmethod
     def of(cls, model: nn.Module) -> Together:
         """Those of a transformer: of diffusers' ``enable_parallelism``, and of weights that are sharded."""
+        if not (dist.is_available() and dist.is_initialized()):
+            return _ALONE  # without a walk through all weights, a millisecond of every forward
         config = getattr(model, "_parallel_config", None)
         context = getattr(config, "context_parallel_config", None)
         groups = [] if context is None else [context._flattened_mesh.get_group()]
@@ -44,3 +46,6 @@ class Together:
         if not self.groups:
             return own
         return bool(self.total(torch.tensor(float(own), device=device)) > 0)
+
+
+_ALONE = Together()

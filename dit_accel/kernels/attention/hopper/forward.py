@@ -5,11 +5,10 @@ Blocks of 64 queries are taken two at a time; blocks of 128 keys are then two of
 
 from __future__ import annotations
 
-import copy
 from collections.abc import Hashable
 from dataclasses import dataclass
 from functools import cache
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from triton.experimental.gluon import language as gl
@@ -19,6 +18,7 @@ from ...common.capability import compute_capability, multiprocessors
 from ...common.compiled import MOST_KEPT, CompiledVariants
 from ...common.launch import LOG2_E, int32_rows, list_strides
 from ...common.quantized_inputs import QuantizedInputs
+from ...common.zeroed import ZeroedPieces
 from ...mask.block_mask import BlockMask
 from ...mask.query_pairs import QueryPairs, query_pairs
 from .kernel import hopper_fwd_kernel
@@ -30,7 +30,10 @@ _SHARED_BYTES = 224 << 10  # of 227 KiB: barriers and alignment take a little
 # all query blocks read alike; one that reads everything holds its head for long.
 RING_SHARE = 0.15
 _VARIANTS = CompiledVariants()
-_DESCRIPTORS: dict[Hashable, TensorDescriptor] = {}
+# Attributes of descriptors by what was checked of them.
+_DESCRIPTORS: dict[Hashable, dict[str, Any]] = {}
+_NEW_TILES = TensorDescriptor.__new__
+_FORMS: dict[Hashable, Form] = {}
 
 
 @dataclass(frozen=True)
@@ -68,9 +71,10 @@ def why_not_hopper(
 
 def _why_not_tiles(x: torch.Tensor, by_head: bool = True) -> str | None:
     """Why tiles of ``[B, S, H, D]`` cannot be copied by the hardware, or None if they can."""
-    if x.stride(-1) != 1 or (by_head and x.stride(2) != x.shape[3]):
+    batch, token, head, column = x.stride()
+    if column != 1 or (by_head and head != x.shape[3]):
         return "does not have its heads side by side"
-    if x.data_ptr() % 16 or any((x.stride(n) * 2) % 16 for n in range(3)):
+    if x.data_ptr() % 16 or (batch | token | head) % 8:  # of two bytes each
         return "is not aligned to 16 bytes"
     return None
 
@@ -140,15 +144,15 @@ def _tiles(x: _Matrix, rows: int, columns: int) -> TensorDescriptor:
     kept = _DESCRIPTORS.get(key)
     if kept is not None and begin.data_ptr() % 16 == 0:
         # Of a matrix like this one all else was checked, which takes as long as to launch the kernel.
-        tiles = copy.copy(kept)
+        tiles = _NEW_TILES(TensorDescriptor)
+        tiles.__dict__.update(kept)
         tiles.base = begin
         return tiles
     layout = _shared_layout(begin.element_size(), columns)
     tiles = TensorDescriptor(begin, [x.length, x.width], [x.stride, 1], [rows, columns], layout)
     if len(_DESCRIPTORS) >= MOST_KEPT:
         _DESCRIPTORS.clear()
-    kept = _DESCRIPTORS[key] = copy.copy(tiles)
-    kept.base = None  # which would keep its memory
+    _DESCRIPTORS[key] = vars(tiles) | {"base": None}  # which would keep its memory
     return tiles
 
 
@@ -195,14 +199,104 @@ def hopper_forward(
     *,
     quantized: QuantizedInputs | None = None,
     config: HopperConfig | None = None,
+    pieces: ZeroedPieces | None = None,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """``out [B, Sq, H, D]`` and ``lse [B, H, Sq]`` of a call for which ``why_not_hopper`` found nothing.
 
     With ``quantized``, made from the same q, k, v and rows, the numbers come from there; q, k and v then only
     give shapes and the output dtype.
+
+    ``pieces`` give the kernel's counters; without them a call makes its own.
     """
     with torch.cuda.device_of(q):
-        return _launch(q, k, v, mask, rows, key_mask, scale, quantized, config)
+        return _launch(q, k, v, mask, rows, key_mask, scale, quantized, config, pieces)
+
+
+class Form(NamedTuple):
+    """What calls have in common that differ in nothing but where their tensors lie.
+
+    Attributes:
+        grid: programs of a launch.
+        ring: heads whose keys and values are in order at a time; all of them where none are moved.
+        constants: of the kernel, by name.
+        numbers: arguments behind the tensors, up to the scale of the logits.
+        key: what decides the compiled variant, but for how tensors are aligned.
+    """
+
+    grid: tuple[int, int, int]
+    ring: int
+    constants: dict[str, Any]
+    numbers: tuple[int, ...]
+    key: tuple[Hashable, ...]
+
+
+def _form_of(
+    q: torch.Tensor,
+    k: torch.Tensor,
+    v: torch.Tensor,
+    lists: BlockMask | QueryPairs,
+    nq: int,
+    rows: torch.Tensor | None,
+    hidden: bool,
+    quantized: QuantizedInputs | None,
+    config: HopperConfig | None,
+) -> Form:
+    """The form of a call, worked out once; ``nq`` counts what a tile has of queries, a block or a pair of them."""
+    paired = isinstance(lists, QueryPairs)
+    has_bits = lists.kv_bits is not None and lists.token_bits.shape[0] > 0
+    thread_scales = quantized is not None and quantized.scales_by_thread
+    fp8 = quantized is not None and quantized.v_scale is not None
+    planes = None if quantized is None else (quantized.q.shape[2], quantized.k.shape[2])
+    programs = multiprocessors(q.device.index or 0)
+    asked = (
+        *(q.device, q.dtype, q.shape, q.stride(), k.shape, k.stride(), v.stride(), lists.block_k, paired, nq),
+        *(lists.kv_indices.shape, None if rows is None else rows.shape, hidden, has_bits, planes, fp8, thread_scales),
+        config,
+        programs,
+    )
+    found = _FORMS.get(asked)
+    if found is not None:
+        return found
+    batch, q_len, heads, dim = q.shape
+    precision = None if quantized is None else "int8_fp8" if fp8 else "int8"
+    block_k = lists.block_k
+    config = config or default_config(block_k, dim, precision, rows is not None, has_bits, paired)
+    moved = rows is not None and quantized is None
+    ring = min(config.ring or ring_heads(batch, heads), heads) if moved else heads
+    constants = {
+        "BLOCK_K": block_k,
+        "HEAD_DIM": dim,
+        "STAGES": config.stages,
+        "PERMUTED": rows is not None,
+        "HAS_BITS": has_bits,
+        "HAS_KEY_MASK": hidden,
+        "TAKE_TURNS": config.take_turns,
+        "QUANTIZED": quantized is not None,
+        "FP8": fp8,
+        "THREAD_SCALES": thread_scales,
+        "PAIRED": paired,
+        "WIDE_STEPS": config.wide_steps,
+        "KEEP_Q": block_k == 64 and not config.wide_steps if config.keep_q is None else config.keep_q,
+    }
+    # The output is contiguous.
+    strides = (*q.stride()[1:3], k.stride(1), v.stride(1), k.stride(2), v.stride(2), heads * dim, dim)
+    numbers = (
+        *strides,
+        list_strides(rows, q_len)[1],
+        nq,
+        nq * heads,
+        list_strides(lists.kv_indices, nq)[1],
+        lists.kv_indices.shape[-1],
+        *((0, 0, dim) if planes is None else (*planes, 0)),
+        ring,
+        q_len,
+        k.shape[1],
+    )
+    key = (q.device, q.dtype, strides, *constants.values())
+    if len(_FORMS) >= MOST_KEPT:
+        _FORMS.clear()
+    found = _FORMS[asked] = Form((min(nq * heads, programs), 1, 1), ring, constants, numbers, key)
+    return found
 
 
 def _launch(
@@ -215,93 +309,63 @@ def _launch(
     scale: float,
     quantized: QuantizedInputs | None,
     config: HopperConfig | None,
+    pieces: ZeroedPieces | None,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     batch, q_len, heads, dim = q.shape
-    kv_len = k.shape[1]
     out = torch.empty((batch, q_len, heads, dim), dtype=q.dtype, device=q.device)
     lse = torch.empty((batch, heads, q_len), dtype=torch.float32, device=q.device)
-    nq = mask.num_blocks[0]
     rows = int32_rows(rows)
-    paired = mask.block_q == _ROWS
-    block_k = PAIR_KEYS if paired else mask.block_k
-    fp8 = quantized is not None and quantized.v_scale is not None
-    precision = None if quantized is None else "int8_fp8" if fp8 else "int8"
-    values = quantized.v if precision == "int8" and _why_not_tiles(quantized.v) is None else None
-    if precision == "int8" and values is None:
-        values = quantized.v.contiguous()
+    lists: BlockMask | QueryPairs = mask
+    if mask.block_q == _ROWS:
+        lists = query_pairs(mask, PAIR_KEYS, "triton")
+        counts = fulls = lists.header
+        nq = counts.shape[2]
+    else:
+        counts, fulls = mask.kv_num_blocks.contiguous(), mask.kv_num_full.contiguous()
+        nq = mask.num_blocks[0]
+    form = _form_of(q, k, v, lists, nq, rows, key_mask is not None, quantized, config)
+    block_k, fp8 = lists.block_k, form.constants["FP8"]
+    values = None if quantized is None or fp8 else quantized.v
+    if values is not None and _why_not_tiles(values) is not None:
+        values = values.contiguous()
     k_scale = None if quantized is None else quantized.k_scale
     if k_scale is not None and mask.block_k != block_k:
         # Both halves of a block of keys have its scales.
         k_scale = k_scale.repeat_interleave(mask.block_k // block_k, 2)
-    has_bits = mask.kv_bits is not None and mask.token_bits.shape[0] > 0
-    config = config or default_config(block_k, dim, precision, rows is not None, has_bits, paired)
-    programs = multiprocessors(q.device.index or 0)
     moved = rows is not None and quantized is None
-    ring = min(config.ring or ring_heads(batch, heads), heads) if moved else heads
     if moved:
-        keys_in_order, values_in_order = torch.empty((2, 1, kv_len, ring, dim), dtype=k.dtype, device=k.device).unbind()
-    lists: BlockMask | QueryPairs = mask
-    if paired:
-        lists = query_pairs(mask, block_k, "triton")
-        nq = lists.header.shape[2]
-        counts = fulls = lists.header
-    else:
-        counts, fulls = mask.kv_num_blocks.contiguous(), mask.kv_num_full.contiguous()
+        in_order = torch.empty((2, 1, k.shape[1], form.ring, dim), dtype=k.dtype, device=k.device).unbind()
     index = lists.kv_indices.contiguous()
     bit_rows = index if lists.kv_bits is None else lists.kv_bits.contiguous()
     bits = index if lists.token_bits is None else lists.token_bits.contiguous()
-    hidden = None if key_mask is None else _in_slot_order(key_mask, rows).view(torch.uint8)
-    _, perm_head_stride = list_strides(rows, q_len)
+    hidden = index if key_mask is None else _in_slot_order(key_mask, rows).view(torch.uint8)
+    perm = index if rows is None else rows
     # Of each batch entry: tiles that were taken (beyond the first of each program), and of a permuted call the pieces
     # of keys and values, and for every head the full and the empty semaphore of the ring.
-    counters = torch.zeros((batch, 2 + 2 * heads if moved else 1), dtype=torch.int32, device=q.device)
-    constants = {
-        "BLOCK_K": block_k,
-        "HEAD_DIM": dim,
-        "STAGES": config.stages,
-        "PERMUTED": rows is not None,
-        "HAS_BITS": has_bits,
-        "HAS_KEY_MASK": key_mask is not None,
-        "TAKE_TURNS": config.take_turns,
-        "QUANTIZED": quantized is not None,
-        "FP8": fp8,
-        "THREAD_SCALES": quantized is not None and quantized.scales_by_thread,
-        "PAIRED": paired,
-        "WIDE_STEPS": config.wide_steps,
-        "KEEP_Q": block_k == 64 and not config.wide_steps if config.keep_q is None else config.keep_q,
-    }
-    grid = (min(nq * heads, programs), 1, 1)
-    perm = index if rows is None else rows
-    key_mask_bytes = index if hidden is None else hidden
-    v_tile = (dim, block_k) if fp8 else (block_k, dim)
-    strides = (*q.stride()[1:3], k.stride(1), v.stride(1), k.stride(2), v.stride(2), *out.stride()[1:3])
+    num_counters = 2 + 2 * heads if moved else 1
+    if pieces is None:
+        counters = torch.zeros((batch, num_counters), dtype=torch.int32, device=q.device)
     for b in range(batch):
         q_in: torch.Tensor
         if quantized is None:
             q_in = _entry(q, b)
             keys = (_entry(k, b), _entry(v, b))
-            k_in, v_in = (
-                (_side_by_side(keys_in_order, 0), _side_by_side(values_in_order, 0))
-                if moved
-                else (_side_by_side(k, b), _side_by_side(v, b))
-            )
+            k_in, v_in = (_side_by_side(x, 0 if moved else b) for x in (in_order if moved else (k, v)))
             q_tiles = _tiles(k_in if moved else _side_by_side(q, b), _ROWS, dim)
             scales = (lse, lse, lse, lse)
-            planes = (0, 0, dim)
         else:
             q_in = quantized.q[b]
             k_in = _stacked(quantized.k[b])
-            v_in = _stacked(quantized.v[b]) if fp8 else _side_by_side(values, b)
+            v_in = _stacked(quantized.v[b]) if values is None else _side_by_side(values, b)
             q_tiles = _tiles(_stacked(q_in), _ROWS, dim)
             keys = (q_in, q_in)
             v_scale = lse if quantized.v_scale is None else quantized.v_scale[b]
             scales = (quantized.q_scale[b], k_scale[b], v_scale, quantized.q_shift[b])
-            planes = (q_in.shape[1], quantized.k.shape[2], 0)
-        hidden_in = _entry(key_mask_bytes, b)
+        hidden_in = _entry(hidden, b)
         args = (
             q_tiles,
             _tiles(k_in, block_k, dim),
-            _tiles(v_in, *v_tile),
+            _tiles(v_in, dim, block_k) if fp8 else _tiles(v_in, block_k, dim),
             _tiles(_side_by_side(out, b), _ROWS, dim),
             q_in,
             *keys,
@@ -315,21 +379,11 @@ def _launch(
             bits,
             _entry(perm, b),
             hidden_in,
-            _entry(counters, b),
-            *strides,
-            perm_head_stride,
-            nq,
-            nq * heads,
-            list_strides(index, nq)[1],
-            index.shape[-1],
-            *planes,
-            ring,
-            q_len,
-            kv_len,
+            _entry(counters, b) if pieces is None else pieces.take(num_counters, q.device),
+            *form.numbers,
             scale * LOG2_E,
         )
         # Triton specialises on dtypes, strides and the alignment of what the kernel does not name as starting anywhere.
-        aligned = tuple(x.data_ptr() % 16 == 0 for x in (*scales, bits, hidden_in))
-        key = (q.device, q.dtype, strides, aligned, *constants.values())
-        _VARIANTS.launch(hopper_fwd_kernel, grid, key, args, constants, num_warps=4)
+        aligned = tuple([x.data_ptr() % 16 == 0 for x in (*scales, bits, hidden_in)])
+        _VARIANTS.launch(hopper_fwd_kernel, form.grid, (*form.key, aligned), args, form.constants, num_warps=4)
     return out, lse
