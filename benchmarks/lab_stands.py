@@ -124,22 +124,32 @@ class Memory:
         part: of the difference.
         group: neighbouring queries that share a mean of it.
         columns: a tensor like the output is read once more, 0.07 ms of the 11.6 that all keys take, or a part of it.
+        lasts: share of the run's steps over which the part falls to nothing; None: it does not fall.
     """
 
     name: str
     part: float
     group: int
     columns: float
+    lasts: float | None = None
 
-    def apply(self, carried: Carried, out: torch.Tensor) -> torch.Tensor:
-        """Sparse outputs ``[R, n, D]`` with what is remembered."""
+    def apply(self, carried: Carried, out: torch.Tensor, age: float) -> torch.Tensor:
+        """Sparse outputs ``[R, n, D]`` with what is remembered.
+
+        Args:
+            age: of the search, as a share of the run's steps.
+        """
         found = carried.difference
         if self.group > 1:
             found = found.unflatten(1, (-1, self.group)).mean(2).repeat_interleave(self.group, 1)
-        return out + self.part * found
+        return out + self.part_at(age) * found
+
+    def part_at(self, age: float) -> float:
+        return self.part if self.lasts is None else self.part * max(0.0, 1 - age / self.lasts)
 
 
 MEMORIES = (
+    Memory("carried, less with age", 1.0, 1, 0.006, lasts=1.0),
     Memory("carried difference", 1.0, 1, 0.006),
     Memory("three quarters of it", 0.75, 1, 0.006),
     Memory("half the difference", 0.5, 1, 0.006),
