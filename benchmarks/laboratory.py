@@ -27,6 +27,7 @@ from collections import defaultdict
 from dataclasses import dataclass
 from itertools import pairwise
 from pathlib import Path
+from statistics import mean
 from typing import Any
 
 import torch
@@ -91,7 +92,9 @@ def main() -> None:
     torch.set_grad_enabled(False)
     torch.set_flush_denormal(True)  # the exponentials of small logits
     if args.show:
-        show(json.loads(args.show.read_text()), args.at)
+        result = json.loads(args.show.read_text())
+        show(result, args.at)
+        show_steps(result, args.at)
         return
     subject = SUBJECTS[args.model]
     args.folder = args.folder or subject.folder
@@ -186,6 +189,20 @@ def show(result: dict[str, Any], at: float) -> None:
             print(f"{name:<28}{stand:<30}" + "".join(format(number, form) for number, form in cells))
     for (name, stand), row in sorted(fixed.items(), key=lambda one: one[1]["error"]):
         print(f"{name:<28}{stand:<30}{row['error']:>32.4f}{row['density']:>8.3f}{row['milliseconds']:>7.2f}")
+
+
+def show_steps(result: dict[str, Any], at: float) -> None:
+    """At that density, how errors and kept mass go over the steps; and how many blocks hold nearly all mass."""
+    for row in result["rows"]:
+        if row["asked_density"] is not None and math.isclose(row["asked_density"], at):
+            steps = zip(row["mean_error_of_steps"].items(), row["mass_of_steps"].values())
+            cells = (f"{step}: {error:.4f}, {mass:.4f}" for (step, error), mass in steps)
+            print(f"{row['selection']:<28}{row['stand']:<30}error and mass at steps  " + "   ".join(cells))
+    held: dict[int, list[float]] = defaultdict(list)
+    for one in result.get("density_of_95", []):
+        held[one["layer"]] += one["heads"]
+    for layer, densities in sorted(held.items()):
+        print(f"layer {layer}: 95 % of the mass in {mean(densities):.3f} of the blocks")
 
 
 def between(curve: list[dict[str, Any]], limit: float, name: str) -> float:
