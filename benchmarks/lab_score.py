@@ -13,7 +13,7 @@ import torch
 from lab_cost import CostModel
 from lab_selections import Found, Selection, keep_by, own_keys
 from lab_stands import NEAR, Carried, Memory, Stand
-from lab_sums import Head, added
+from lab_sums import Estimate, Head, added
 from recorded_calls import Recorded
 from torch.nn.functional import pad
 
@@ -53,13 +53,14 @@ class Sums:
 
 @dataclass(frozen=True, eq=False)
 class Searched:
-    """What a search leaves to the later calls of its layer: knowledge of each head, and plans ``[H, nq, nk]``."""
+    """What a search leaves to the later calls of its layer: knowledge of each head, plans ``[H, nq, nk]``, and by the
+    name of a stand-in what these and it leave of each head's output."""
 
     step: int
     found: list[Found]
     keep: dict[Key, torch.Tensor]
     near: dict[Key, torch.Tensor]
-    carried: list[Carried]
+    carried: dict[str, list[Carried]]
 
 
 @dataclass(frozen=True, eq=False)
@@ -125,11 +126,17 @@ class Laboratory:
                 near |= self.plans(selection, scores, own, NEAR)
         if self.with_window:
             keep[WINDOW, None] = near[WINDOW, None] = self.window(call)[:, : len(every)].expand(len(found), -1, -1)
-        carried = []
-        if any(isinstance(stand, Memory) for stand in self.stands):
+        carried: dict[str, list[Carried]] = defaultdict(list)
+        overs = list(dict.fromkeys(stand.over for stand in self.stands if isinstance(stand, Memory)))
+        if overs:
             sample = self.sample(call)
-            together = torch.stack(list(keep.values()))[:, :, sample]
-            carried = [Carried.of(self.head(call, n, sample), together[:, n]) for n in range(len(found))]
+            kept, close = (torch.stack(list(of.values()))[:, :, sample] for of in (keep, near))
+            for n, one in enumerate(found):
+                head = self.head(call, n, sample)
+                plain = added(head.exact, kept[:, n])
+                for over in overs:
+                    out = self.output(over, one, head, kept[:, n], close[:, n], plain)
+                    carried[over.name].append(Carried(head.out - out))
         return Searched(call.step, found, keep, near, carried)
 
     def score(self, call: Recorded, searched: Searched, sums: dict[tuple[Key, str], Sums]) -> None:
@@ -155,14 +162,16 @@ class Laboratory:
             norm += float(exact.square().sum())
             exact = exact.to(self.dtype)
             mass += (head.mass * kept[:, n]).sum((1, 2)).double().cpu() / (len(blocks) * len(heads))
-            weight, value = added(head.exact, kept[:, n])
+            plain = added(head.exact, kept[:, n])
+            outs: dict[str, torch.Tensor] = {}
             for s, stand in enumerate(self.stands):
+                now = stand.over if isinstance(stand, Memory) else stand
+                if now.name not in outs:
+                    outs[now.name] = self.output(now, found, head, kept[:, n], close[:, n], plain)
+                out = outs[now.name]
                 if isinstance(stand, Memory):
                     age = (call.step - searched.step) / self.num_steps
-                    out = stand.apply(searched.carried[n], (value / weight[..., None])[:known], age)
-                else:
-                    more = self.stood_in(stand, found, head, kept[:, n], close[:, n])
-                    out = (value + more[1]) / (weight + more[0])[..., None] if more else value / weight[..., None]
+                    out = stand.apply(searched.carried[now.name][n], out[:known], age)
                 error[s, : len(out)] += (out - exact).square().sum((1, 2)).double().cpu()
                 error[s, len(out) :] = math.nan
         self.concentrations.append(Concentration.of(call, [head.mass for head in heads]))
@@ -178,10 +187,17 @@ class Laboratory:
                 masses.append(one.mass[-1])
             one.density.append(density[r])
 
+    def output(
+        self, stand: Stand, found: Found, head: Head, kept: torch.Tensor, near: torch.Tensor, plain: Estimate
+    ) -> torch.Tensor:
+        """``[R, n, D]``: of plans ``[R, nq, nk]``, whose own weights and values are ``plain``, with a stand-in."""
+        more = self.stood_in(stand, found, head, kept, near)
+        if more is None:
+            return plain[1] / plain[0][..., None]
+        return (plain[1] + more[1]) / (plain[0] + more[0])[..., None]
+
     @staticmethod
-    def stood_in(
-        stand: Stand, found: Found, head: Head, kept: torch.Tensor, near: torch.Tensor
-    ) -> tuple[torch.Tensor, torch.Tensor] | None:
+    def stood_in(stand: Stand, found: Found, head: Head, kept: torch.Tensor, near: torch.Tensor) -> Estimate | None:
         """Weights and values of the blocks ``[R, nq, nk]`` that are not kept; None where nothing stands in."""
         if stand.estimate is None:
             return None

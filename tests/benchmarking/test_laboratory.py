@@ -82,33 +82,37 @@ def _plan(mass: torch.Tensor) -> torch.Tensor:
     return shown
 
 
+def _outputs(
+    q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, weights: torch.Tensor, shown: torch.Tensor
+) -> dict[str, torch.Tensor]:
+    """Of one head: all tokens, those of a plan, and with them the means of the blocks that it leaves out."""
+    kept = weights * shown
+    value, weight = kept @ v, kept.sum(1, keepdim=True)
+    out = {"exact": weights @ v / weights.sum(1, keepdim=True), "nothing": value / weight}
+    for first in range(0, TOKENS, 32):
+        tokens = min(32, TOKENS - first)
+        key, mean = (x[first : first + 32].mean(0) for x in (k, v))
+        more = (tokens * (q @ key * 16**-0.5).exp() * ~shown[:, first])[:, None]
+        value, weight = value + more * mean, weight + more
+    return out | {"mean": value / weight}
+
+
 def test_errors_and_mass_of_ragged_blocks_are_those_of_their_tokens(lab: Any) -> None:
-    """A plan of step 1 at step 4: alone, with block means, and with a part of what it left out."""
-    names = ("nothing", "mean", "carried, less with age")
+    """A plan of step 1 at step 4: alone, with block means, and with a part of what either left out."""
+    names = ("nothing", "mean", "carried, less with age", "mean, carried, less with age")
     found = _rows(lab, _laboratory(lab, ("mass",), names), 1, 4)
-    (q, k, v), then = _in_order(lab, _call(lab, 4)), _in_order(lab, _call(lab, 1))
+    calls = {step: _in_order(lab, _call(lab, step)) for step in (1, 4)}
     error, norm, kept_mass = dict.fromkeys(names, 0.0), 0.0, []
     for head in range(2):
-        old = _weights(then[0][:, :128], then[1])[head]
-        new = _weights(q[:, :128], k)[head]
-        shown = _plan(old / old.sum(1, keepdim=True))
-        exact = new @ v[head] / new.sum(1, keepdim=True)
-        kept = new * shown
-        kept_mass.append(float((kept.sum(1) / new.sum(1)).mean()))
-        outs = {"nothing": kept @ v[head] / kept.sum(1, keepdim=True)}
-        value, weight = kept @ v[head], kept.sum(1, keepdim=True)
-        for first in range(0, TOKENS, 32):
-            tokens = min(32, TOKENS - first)
-            key, mean = (x[head, first : first + 32].mean(0) for x in (k, v))
-            more = (tokens * (q[head, :128] @ key * 16**-0.5).exp() * ~shown[:, first])[:, None]
-            value, weight = value + more * mean, weight + more
-        outs["mean"] = value / weight
-        before, old_kept = old @ then[2][head] / old.sum(1, keepdim=True), old * shown
-        left_out = before - old_kept @ then[2][head] / old_kept.sum(1, keepdim=True)
-        outs["carried, less with age"] = outs["nothing"] + 0.7 * left_out
-        norm += float(exact.square().sum())
-        for name, out in outs.items():
-            error[name] += float((out - exact).square().sum())
+        weights = {step: _weights(q[:, :128], k)[head] for step, (q, k, _) in calls.items()}
+        shown = _plan(weights[1] / weights[1].sum(1, keepdim=True))
+        kept_mass.append(float(((weights[4] * shown).sum(1) / weights[4].sum(1)).mean()))
+        then, now = (_outputs(q[head, :128], k[head], v[head], weights[n], shown) for n, (q, k, v) in calls.items())
+        for name, over in (("carried, less with age", "nothing"), ("mean, carried, less with age", "mean")):
+            now[name] = now[over] + 0.7 * (then["exact"] - then[over])
+        norm += float(now["exact"].square().sum())
+        for name in names:
+            error[name] += float((now[name] - now["exact"]).square().sum())
     for name in names:
         row = found["mass", name]
         assert row["error"] == pytest.approx((error[name] / norm) ** 0.5, rel=1e-9)
