@@ -21,6 +21,7 @@ import argparse
 import json
 import math
 import platform
+import shlex
 import sys
 import time
 from collections import defaultdict
@@ -148,7 +149,7 @@ def measure(args: argparse.Namespace, numbers: list[int]) -> dict[str, Any]:
 
     sums = laboratory.run(calls, progress)
     facts = {
-        "command": " ".join(["python", *sys.argv]),
+        "command": shlex.join(["python", *sys.argv]),
         "prompts": [TUNING_PROMPTS[n - FIRST_SEED] for n in numbers],
         "seeds": numbers,
         "calls": len(next(iter(sums.values())).relative),
