@@ -29,6 +29,7 @@ from pathlib import Path
 
 import torch
 import triton
+from kernel_carried import section_carried
 from kernel_cases import (
     BLOCKS,
     DENSITIES,
@@ -309,6 +310,7 @@ SECTIONS = {
     "pairs": section_pairs,
     "pairs8": section_pairs_in_8_bits,
     "steps": section_steps,
+    "carried": section_carried,
 }
 
 

@@ -6,14 +6,16 @@ import math
 from collections import defaultdict
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
+from statistics import mean
 from typing import Any
 
 import torch
 from lab_cost import CostModel
 from lab_selections import Found, Selection, keep_by, own_keys
 from lab_stands import NEAR, Carried, Memory, Stand
-from lab_sums import Head, added
+from lab_sums import Estimate, Head, added
 from recorded_calls import Recorded
+from torch.nn.functional import pad
 
 from dit_accel.call import AttentionCall, AttentionInputs
 from dit_accel.layout import StepContext
@@ -25,52 +27,70 @@ from dit_accel.stages.select.static import Window
 WINDOW = "gna, whole blocks"
 """A window of all frames and 0.4 of height and width, as the preset has it, at its own density."""
 
+HELD = 0.95
+"""Attention mass whose density is reported."""
+
 Key = tuple[str, float | None]
 """Name of a selection, density asked of it."""
 
 
+Pair = tuple[list[float], list[float]]
+"""Relative errors and masses of some calls."""
+
+
 @dataclass
 class Sums:
-    """Over the calls of one row."""
+    """Over the calls of one row; of each layer and each step too."""
 
     error: float = 0.0
     norm: float = 0.0
     relative: list[float] = field(default_factory=list)
     mass: list[float] = field(default_factory=list)
     density: list[float] = field(default_factory=list)
-    layers: dict[int, list[float]] = field(default_factory=lambda: defaultdict(list))
+    layers: dict[int, Pair] = field(default_factory=lambda: defaultdict(lambda: ([], [])))
+    steps: dict[int, Pair] = field(default_factory=lambda: defaultdict(lambda: ([], [])))
 
 
 @dataclass(frozen=True, eq=False)
 class Searched:
-    """What a search leaves to the later calls of its layer: knowledge of each head, and plans ``[H, nq, nk]``."""
+    """What a search leaves to the later calls of its layer: knowledge of each head, plans ``[H, nq, nk]``, and by the
+    name of a stand-in what these and it leave of each head's output."""
 
+    step: int
     found: list[Found]
     keep: dict[Key, torch.Tensor]
     near: dict[Key, torch.Tensor]
-    carried: list[Carried]
+    carried: dict[str, list[Carried]]
 
 
 @dataclass(frozen=True, eq=False)
 class Laboratory:
     """Rows to score, and how calls are cut into blocks.
 
+    A short last block of queries takes no part; a short last block of keys does.
+
     Attributes:
         search_step: whose calls are searched; others are scored.
+        num_steps: of the recorded run.
         every: query blocks of a call are a sample of every n-th.
         dtype: of the methods' sums; the reference is float64.
+        at_once: query blocks that a search works on at a time: the sums of one query are as large as all values.
+        concentrations: to which each call adds the density that holds :data:`HELD` of its exact mass.
     """
 
     selections: list[Selection]
     stands: list[Stand | Memory]
     densities: list[float]
     search_step: int
+    num_steps: int
     tile: tuple[int, int, int]
     block: tuple[int, int]
     every: int
     device: torch.device
     dtype: torch.dtype
     with_window: bool = True
+    at_once: int = 8
+    concentrations: list[Concentration] = field(default_factory=list)
 
     def run(self, calls: Iterable[Recorded], progress: Callable[[int], None]) -> dict[tuple[Key, str], Sums]:
         """The sums of all rows; ``progress`` is told how many calls were scored."""
@@ -89,9 +109,14 @@ class Laboratory:
 
     def search(self, call: Recorded) -> Searched:
         """All that a search of a call knows."""
-        heads = self.heads(call, 1)
-        found = [Found.of(head) for head in heads]
-        own = own_keys(heads[0])
+        every = self.all_blocks(call)
+        effects = any(selection.effects for selection in self.selections)
+        found = [
+            Found.joined([Found.of(self.head(call, n, blocks), effects) for blocks in every.split(self.at_once)])
+            for n in range(len(call.q))
+        ]
+        own = own_keys(self.head(call, 0, every))
+        self.concentrations.append(Concentration.of(call, [one.mass for one in found]))
         keep: dict[Key, torch.Tensor] = {}
         near: dict[Key, torch.Tensor] = {}
         for selection in self.selections:
@@ -100,18 +125,25 @@ class Laboratory:
                 keep |= self.plans(selection, scores, own, 1)
                 near |= self.plans(selection, scores, own, NEAR)
         if self.with_window:
-            keep[WINDOW, None] = near[WINDOW, None] = self.window(call).expand(len(heads), -1, -1)
-        carried = []
-        if any(isinstance(stand, Memory) for stand in self.stands):
-            sample = self.heads(call, self.every)
-            together = torch.stack(list(keep.values()))[:, :, sample[0].blocks]
-            carried = [Carried.of(head, together[:, n]) for n, head in enumerate(sample)]
-        return Searched(found, keep, near, carried)
+            keep[WINDOW, None] = near[WINDOW, None] = self.window(call)[:, : len(every)].expand(len(found), -1, -1)
+        carried: dict[str, list[Carried]] = defaultdict(list)
+        overs = list(dict.fromkeys(stand.over for stand in self.stands if isinstance(stand, Memory)))
+        if overs:
+            sample = self.sample(call)
+            kept, close = (torch.stack(list(of.values()))[:, :, sample] for of in (keep, near))
+            for n, one in enumerate(found):
+                head = self.head(call, n, sample)
+                plain = added(head.exact, kept[:, n])
+                for over in overs:
+                    out = self.output(over, one, head, kept[:, n], close[:, n], plain)
+                    carried[over.name].append(Carried(head.out - out))
+        return Searched(call.step, found, keep, near, carried)
 
     def score(self, call: Recorded, searched: Searched, sums: dict[tuple[Key, str], Sums]) -> None:
         """Add the errors of one call to those of its rows."""
-        heads = self.heads(call, self.every)
-        blocks, own = heads[0].blocks, own_keys(heads[0])
+        blocks = self.sample(call)
+        heads = [self.head(call, n, blocks) for n in range(len(call.q))]
+        own = own_keys(heads[0])
         keep, near = ({key: mask[:, blocks] for key, mask in of.items()} for of in (searched.keep, searched.near))
         known = len(keep)  # plans of searches, which come first
         for selection in self.selections:
@@ -125,33 +157,47 @@ class Laboratory:
         norm = 0.0
         for n, (head, found) in enumerate(zip(heads, searched.found)):
             q, k, v = (x.double() for x in (head.q, head.k, head.v))
+            k, v = k[: head.length], v[: head.length]
             exact = (q @ k.T * head.scale).softmax(-1) @ v
             norm += float(exact.square().sum())
             exact = exact.to(self.dtype)
             mass += (head.mass * kept[:, n]).sum((1, 2)).double().cpu() / (len(blocks) * len(heads))
-            weight, value = added(head.exact, kept[:, n])
+            plain = added(head.exact, kept[:, n])
+            outs: dict[str, torch.Tensor] = {}
             for s, stand in enumerate(self.stands):
+                now = stand.over if isinstance(stand, Memory) else stand
+                if now.name not in outs:
+                    outs[now.name] = self.output(now, found, head, kept[:, n], close[:, n], plain)
+                out = outs[now.name]
                 if isinstance(stand, Memory):
-                    out = stand.apply(searched.carried[n], (value / weight[..., None])[:known])
-                else:
-                    more = self.stood_in(stand, found, head, kept[:, n], close[:, n])
-                    out = (value + more[1]) / (weight + more[0])[..., None] if more else value / weight[..., None]
+                    age = (call.step - searched.step) / self.num_steps
+                    out = stand.apply(searched.carried[now.name][n], out[:known], age)
                 error[s, : len(out)] += (out - exact).square().sum((1, 2)).double().cpu()
                 error[s, len(out) :] = math.nan
+        self.concentrations.append(Concentration.of(call, [head.mass for head in heads]))
         density = kept.float().mean((1, 2, 3)).tolist()
         for (s, stand), (r, key) in ((a, b) for a in enumerate(self.stands) for b in enumerate(keep)):
             one = sums[key, stand.name]
             one.error += float(error[s, r])
             one.norm += norm
             one.relative.append(math.sqrt(float(error[s, r]) / norm))
-            one.layers[call.layer].append(one.relative[-1])
             one.mass.append(float(mass[r]))
+            for errors, masses in (one.layers[call.layer], one.steps[call.step]):
+                errors.append(one.relative[-1])
+                masses.append(one.mass[-1])
             one.density.append(density[r])
 
+    def output(
+        self, stand: Stand, found: Found, head: Head, kept: torch.Tensor, near: torch.Tensor, plain: Estimate
+    ) -> torch.Tensor:
+        """``[R, n, D]``: of plans ``[R, nq, nk]``, whose own weights and values are ``plain``, with a stand-in."""
+        more = self.stood_in(stand, found, head, kept, near)
+        if more is None:
+            return plain[1] / plain[0][..., None]
+        return (plain[1] + more[1]) / (plain[0] + more[0])[..., None]
+
     @staticmethod
-    def stood_in(
-        stand: Stand, found: Found, head: Head, kept: torch.Tensor, near: torch.Tensor
-    ) -> tuple[torch.Tensor, torch.Tensor] | None:
+    def stood_in(stand: Stand, found: Found, head: Head, kept: torch.Tensor, near: torch.Tensor) -> Estimate | None:
         """Weights and values of the blocks ``[R, nq, nk]`` that are not kept; None where nothing stands in."""
         if stand.estimate is None:
             return None
@@ -170,13 +216,22 @@ class Laboratory:
             for density in self.densities
         }
 
-    def heads(self, call: Recorded, every: int) -> list[Head]:
-        """The heads of a call in tile order, with every n-th block of queries."""
-        rows = self.rows(call)
-        q, k, v = (x[:, rows].to(self.device, self.dtype) for x in (call.q, call.k, call.v))
-        blocks = torch.arange(every // 2, q.shape[1] // self.block[0], every, device=self.device)
-        q = q.unflatten(1, (-1, self.block[0]))[:, blocks].flatten(1, 2)
-        return [Head(*one, *self.block, blocks) for one in zip(q, k, v)]
+    def all_blocks(self, call: Recorded) -> torch.Tensor:
+        """Whole blocks of queries."""
+        return torch.arange(call.q.shape[1] // self.block[0], device=self.device)
+
+    def sample(self, call: Recorded) -> torch.Tensor:
+        """The blocks of queries that are scored."""
+        return self.all_blocks(call)[self.every // 2 :: self.every]
+
+    def head(self, call: Recorded, number: int, blocks: torch.Tensor) -> Head:
+        """One head of a call in tile order, with some blocks of its queries."""
+        rows, length = self.rows(call), call.q.shape[1]
+        q, k, v = (x[number, rows].to(self.device, self.dtype) for x in (call.q, call.k, call.v))
+        of_blocks = torch.arange(self.block[0], device=self.device) + blocks[:, None] * self.block[0]
+        fill = -length % self.block[1]
+        k, v = (pad(x, (0, 0, 0, fill)) for x in (k, v))
+        return Head(q[of_blocks.flatten()], k, v, *self.block, blocks, length if fill else None)
 
     def rows(self, call: Recorded) -> torch.Tensor:
         """Tile order."""
@@ -191,6 +246,30 @@ class Laboratory:
         inputs = AttentionInputs(*(x.transpose(0, 1)[None] for x in (call.q, call.k, call.v)))
         again = AttentionCall.of(call.layer, inputs, call.layout, StepContext(), Run())
         return select.select(blocks, select.prepare(blocks), again).to_dense()[0].to(self.device)
+
+
+@dataclass(frozen=True)
+class Concentration:
+    """The share of key blocks that hold :data:`HELD` of the exact mass of a row of blocks: the mean over rows.
+
+    Attributes:
+        heads: of each head.
+    """
+
+    layer: int
+    step: int
+    heads: list[float]
+
+    @classmethod
+    def of(cls, call: Recorded, masses: list[torch.Tensor]) -> Concentration:
+        """Of ``[nq, nk]`` masses, one tensor a head."""
+        return cls(call.layer, call.step, [density_that_holds(mass, HELD) for mass in masses])
+
+
+def density_that_holds(mass: torch.Tensor, share: float) -> float:
+    """Mean over rows ``[nq, nk]`` of the smallest share of blocks whose masses, of one in all, come to ``share``."""
+    short = mass.double().sort(-1, descending=True).values.cumsum(-1) < share * (1 - 1e-9)
+    return float(((short.sum(-1) + 1).double() / mass.shape[-1]).mean())
 
 
 def rows_of(laboratory: Laboratory, sums: dict[tuple[Key, str], Sums]) -> list[dict[str, Any]]:
@@ -212,7 +291,10 @@ def rows_of(laboratory: Laboratory, sums: dict[tuple[Key, str], Sums]) -> list[d
                 "mass": sum(one.mass) / len(one.mass),
                 "error": math.sqrt(one.error / one.norm),
                 "mean_error": sum(one.relative) / len(one.relative),
-                "mean_error_of_layers": {layer: sum(found) / len(found) for layer, found in one.layers.items()},
+                "mean_error_of_layers": {layer: mean(errors) for layer, (errors, _) in one.layers.items()},
+                "mass_of_layers": {layer: mean(masses) for layer, (_, masses) in one.layers.items()},
+                "mean_error_of_steps": {step: mean(errors) for step, (errors, _) in one.steps.items()},
+                "mass_of_steps": {step: mean(masses) for step, (_, masses) in one.steps.items()},
                 "milliseconds": model.milliseconds(density, columns, plan_of[selection], laboratory.block[0]),
             }
         )

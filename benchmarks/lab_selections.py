@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 import torch
 from lab_cost import BLOCK_MASS, CELLS, POOLED
-from lab_sums import Estimate, Head, means
+from lab_sums import Estimate, Head, column_terms, group_means, means
 
 STEPS_SERVED = 24
 """Sparse steps of 30 that one search serves, a fifth being dense."""
@@ -23,7 +23,8 @@ class Found:
         mass: exact.
         pooled: the mass that block means would have, over the exact denominators.
         distance: how far the mean values of key blocks are from the mean outputs of query blocks.
-        dropped: root mean square over a query block of what leaving out a key block does to the output, to first order.
+        dropped: root mean square over a query block of what leaving out a key block does to the output, to first order;
+            None where nothing asks for these effects, which take most of a search's time.
         replaced: the same of leaving it to its mean.
         reference: bool, the best tenth of each row.
         missed: ``[S]``, attention that each key gets from query blocks outside that plan.
@@ -33,35 +34,50 @@ class Found:
     mass: torch.Tensor
     pooled: torch.Tensor
     distance: torch.Tensor
-    dropped: torch.Tensor
-    replaced: torch.Tensor
+    dropped: torch.Tensor | None
+    replaced: torch.Tensor | None
     reference: torch.Tensor
     missed: torch.Tensor
     logits: torch.Tensor
     cells: torch.Tensor
 
     @classmethod
-    def of(cls, head: Head) -> Found:
+    def of(cls, head: Head, effects: bool) -> Found:
+        """Of the blocks of queries at hand.
+
+        Args:
+            effects: whether to find ``dropped`` and ``replaced``.
+        """
         reference = best_of_rows(head.mass, REFERENCE, own_keys(head))
         share = (head.terms / head.total[:, None]).unflatten(0, (-1, head.block_q)).sum(1)
-        pooled = means(head, head.block_k)
         return cls(
             mass=head.mass,
-            pooled=head.shares(pooled[0]),
+            pooled=head.shares(column_terms(head, head.k_means, head.counts.log())),
             distance=distance(head, head.mass),
-            dropped=effect(head, None),
-            replaced=effect(head, pooled),
+            dropped=effect(head, None) if effects else None,
+            replaced=effect(head, means(head, head.block_k)) if effects else None,
             reference=reference,
             missed=(share.unflatten(1, (-1, head.block_k)) * ~reference[..., None]).sum(0).flatten(),
             logits=pooled_logits(head, head.block_q, head.block_k),
             cells=pooled_logits(head, 16, 16),
         )
 
+    @classmethod
+    def joined(cls, parts: list[Found]) -> Found:
+        """Of all query blocks, from what was found of a few at a time."""
+
+        def together(name: str, first: torch.Tensor | None) -> torch.Tensor | None:
+            if first is None:
+                return None
+            found = [getattr(part, name) for part in parts]
+            return torch.stack(found).sum(0) if name == "missed" else torch.cat(found)
+
+        return cls(**{name: together(name, first) for name, first in vars(parts[0]).items()})
+
 
 def distance(head: Head, mass: torch.Tensor) -> torch.Tensor:
     """``[nq, nk]``: from the mean output of a query block, by masses and mean values, to a key block's mean value."""
-    values = head.v_blocks.mean(1)
-    return torch.cdist(mass @ values / mass.sum(1, keepdim=True), values)
+    return torch.cdist(mass @ head.v_means / mass.sum(1, keepdim=True), head.v_means)
 
 
 def effect(head: Head, estimate: Estimate | None) -> torch.Tensor:
@@ -75,22 +91,22 @@ def effect(head: Head, estimate: Estimate | None) -> torch.Tensor:
 
 def pooled_logits(head: Head, group_q: int, group_k: int) -> torch.Tensor:
     """``[nq, nk]``: log of the summed exponentials of the logits of cells' means."""
-    q, k = (x.unflatten(0, (-1, group)).mean(1) for x, group in ((head.q, group_q), (head.k, group_k)))
-    logits = (q @ k.T * head.scale).unflatten(0, (-1, head.block_q // group_q))
+    q = head.q.unflatten(0, (-1, group_q)).mean(1)
+    k, count = group_means(head.k, head.shown, group_k)
+    logits = (q @ k.T * head.scale).masked_fill(count == 0, -torch.inf).unflatten(0, (-1, head.block_q // group_q))
     return logits.unflatten(2, (-1, head.block_k // group_k)).logsumexp((1, 3))
 
 
 def spread_logits(head: Head) -> torch.Tensor:
     """``[nq, nk]``: logits of block means, and half the spread of a block's keys along the mean query."""
     q = head.q.unflatten(0, (-1, head.block_q)).mean(1)
-    centred = head.k_blocks - head.k_blocks.mean(1, keepdim=True)
-    spread = q.square() @ centred.square().mean(1).T
-    return q @ head.k_blocks.mean(1).T * head.scale + spread * head.scale**2 / 2
+    spread = q.square() @ (head.centred(head.k, head.k_means).square().sum(1) / head.counts[:, None]).T
+    return q @ head.k_means.T * head.scale + spread * head.scale**2 / 2
 
 
 def sampled(head: Head, stride: int) -> torch.Tensor:
     """``[nq, nk]``: mass of every n-th query of a block, times the distance."""
-    mass = (head.exact[0] / head.total[:, None]).unflatten(0, (-1, head.block_q))[:, ::stride].mean(1)
+    mass = (head.weights / head.total[:, None]).unflatten(0, (-1, head.block_q))[:, ::stride].mean(1)
     return mass * distance(head, mass)
 
 
@@ -117,6 +133,7 @@ class Selection:
         plan: dense attentions' worth of planning a call.
         searched: scores of the search's step, ``[nq, nk]`` of all query blocks; None where a call has its own.
         scores: those, of the query blocks at hand.
+        effects: whether it asks for a search's effects on the output.
     """
 
     name: str
@@ -124,6 +141,7 @@ class Selection:
     plan: float
     searched: Callable[[Found], torch.Tensor] | None = None
     scores: Callable[[Found, Head], torch.Tensor] | None = None
+    effects: bool = False
 
 
 ONCE = BLOCK_MASS / STEPS_SERVED
@@ -135,9 +153,9 @@ SELECTIONS = (
     Selection("ear, head", "head", ONCE, lambda found: found.mass * found.distance),
     Selection("ear", "layer", ONCE, lambda found: found.mass * found.distance),
     # Another product in the search.
-    Selection("change of output, row", "row", 2 * ONCE, lambda found: found.dropped),
-    Selection("change of output", "layer", 2 * ONCE, lambda found: found.dropped),
-    Selection("change by the mean", "layer", 2 * ONCE, lambda found: found.replaced),
+    Selection("change of output, row", "row", 2 * ONCE, lambda found: found.dropped, effects=True),
+    Selection("change of output", "layer", 2 * ONCE, lambda found: found.dropped, effects=True),
+    Selection("change by the mean", "layer", 2 * ONCE, lambda found: found.replaced, effects=True),
     Selection("mass, each step", "row", BLOCK_MASS, scores=lambda _, head: head.mass),
     Selection("ear, each step", "layer", BLOCK_MASS, scores=lambda _, head: sampled(head, 1)),
     Selection("ear, each step, 8th query", "layer", BLOCK_MASS / 4, scores=lambda _, head: sampled(head, 8)),

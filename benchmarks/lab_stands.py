@@ -10,7 +10,6 @@ from lab_selections import Found
 from lab_sums import (
     Estimate,
     Head,
-    added,
     both,
     first_order,
     fixed_shares,
@@ -78,9 +77,11 @@ def block_means(_: Found, head: Head) -> Estimate:
     return means(head, head.block_k)
 
 
+ALONE = Stand("nothing", None, 0.0)
+ONE_MEAN = Stand("mean", block_means, MEAN)
 STANDS = (
-    Stand("nothing", None, 0.0),
-    Stand("mean", block_means, MEAN),
+    ALONE,
+    ONE_MEAN,
     Stand("mean, shares of the search", lambda found, head: fixed_shares(head, found.mass[head.blocks]), 0.002),
     Stand("mean, Taylor of each", lambda _, head: first_order(head, shared=False), 1.0),
     Stand("mean, Taylor shared (PISA)", lambda _, head: first_order(head, shared=True), 2 * MEAN),
@@ -104,16 +105,10 @@ class Carried:
     """What the search's step knows of the output that plans leave out, for every query of the sample.
 
     Attributes:
-        difference: ``[R, n, D]``, exact less sparse output.
+        difference: ``[R, n, D]``, of R plans: exact output less that of the plan and a stand-in.
     """
 
     difference: torch.Tensor
-
-    @classmethod
-    def of(cls, head: Head, keep: torch.Tensor) -> Carried:
-        """For plans ``[R, nq, nk]``."""
-        weight, value = added(head.exact, keep)
-        return cls(head.out - value / weight[..., None])
 
 
 @dataclass(frozen=True)
@@ -124,22 +119,35 @@ class Memory:
         part: of the difference.
         group: neighbouring queries that share a mean of it.
         columns: a tensor like the output is read once more, 0.07 ms of the 11.6 that all keys take, or a part of it.
+        lasts: share of the run's steps over which the part falls to nothing; None: it does not fall.
+        over: what stands in for the blocks left out, then and now; the difference is what it leaves.
     """
 
     name: str
     part: float
     group: int
     columns: float
+    lasts: float | None = None
+    over: Stand = ALONE
 
-    def apply(self, carried: Carried, out: torch.Tensor) -> torch.Tensor:
-        """Sparse outputs ``[R, n, D]`` with what is remembered."""
+    def apply(self, carried: Carried, out: torch.Tensor, age: float) -> torch.Tensor:
+        """Sparse outputs ``[R, n, D]`` with what is remembered.
+
+        Args:
+            age: of the search, as a share of the run's steps.
+        """
         found = carried.difference
         if self.group > 1:
             found = found.unflatten(1, (-1, self.group)).mean(2).repeat_interleave(self.group, 1)
-        return out + self.part * found
+        return out + self.part_at(age) * found
+
+    def part_at(self, age: float) -> float:
+        return self.part if self.lasts is None else self.part * max(0.0, 1 - age / self.lasts)
 
 
 MEMORIES = (
+    Memory("mean, carried, less with age", 1.0, 1, MEAN + 0.006, lasts=1.0, over=ONE_MEAN),
+    Memory("carried, less with age", 1.0, 1, 0.006, lasts=1.0),
     Memory("carried difference", 1.0, 1, 0.006),
     Memory("three quarters of it", 0.75, 1, 0.006),
     Memory("half the difference", 0.5, 1, 0.006),

@@ -1,6 +1,6 @@
 """Any selection with any stand-in for what it leaves out, on recorded calls: errors of the output at equal time.
 
-Calls of the embedded model are recorded once (dense runs; prompts and seeds that no table reports) and kept in a folder
+Calls of an embedded model are recorded once (dense runs; prompts and seeds that no table reports) and kept in a folder
 that git ignores. Plans of a search are of the recorded step before all others, as the preset ``mass`` makes them; those
 of a call's own scores are of the call itself. For each row: relative L2 error of the attention output to dense
 attention in float64 (root of the summed squares over calls), the attention mass that is kept, the density, and a time
@@ -11,6 +11,8 @@ by ``lab_cost.py``. Errors at equal time are interpolated in the logarithm betwe
     python benchmarks/laboratory.py --prompts 2 --out laboratory.json
     python benchmarks/laboratory.py --selections mass pooled --stands nothing mean --layers 2 5
     python benchmarks/laboratory.py --show laboratory.json --at 0.2
+    python benchmarks/laboratory.py --model embedded-long --record    # 32,760 tokens: a GPU, or half an hour
+    python benchmarks/laboratory.py --model embedded-long --every 16 --selections mass ear pooled --stands nothing mean
 """
 
 from __future__ import annotations
@@ -19,11 +21,14 @@ import argparse
 import json
 import math
 import platform
+import shlex
 import sys
 import time
 from collections import defaultdict
+from dataclasses import dataclass
 from itertools import pairwise
 from pathlib import Path
+from statistics import mean
 from typing import Any
 
 import torch
@@ -31,22 +36,47 @@ from lab_cost import CostModel
 from lab_score import WINDOW, Laboratory, rows_of
 from lab_selections import SELECTIONS
 from lab_stands import MEMORIES, STANDS
-from recorded_calls import read, record
+from recorded_calls import Recording, facts_of, read, record
 from reuse_front import TUNING_PROMPTS
 
 FIRST_SEED = 1000
-NUM_STEPS, SEARCH, LATER = 30, 5, (8, 12, 18, 24, 29)
 DENSITIES = (0.05, 0.1, 0.15, 0.2)
-FOLDER = Path("outputs/laboratory")
+
+
+@dataclass(frozen=True)
+class Subject:
+    """A model whose calls are judged, and at which steps unless the command says others.
+
+    Attributes:
+        search: the last step of the dense fifth.
+    """
+
+    num_steps: int
+    search: int
+    later: tuple[int, ...]
+    folder: Path
+
+
+SUBJECTS = {
+    "embedded": Subject(30, 5, (8, 12, 18, 24, 29), Path("outputs/laboratory")),
+    "embedded-long": Subject(20, 3, (5, 8, 12, 16, 19), Path("outputs/laboratory_long")),
+}
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--record", action="store_true", help="record calls that are not there yet, and stop")
-    parser.add_argument("--folder", type=Path, default=FOLDER, help="of the recorded calls")
+    parser.add_argument("--model", choices=SUBJECTS, default="embedded")
+    parser.add_argument("--folder", type=Path, help="of the recorded calls; default: one a model, in outputs/")
     parser.add_argument("--prompts", type=int, default=2)
     parser.add_argument("--layers", type=int, nargs="+", default=list(range(8)))
-    parser.add_argument("--steps", type=int, nargs="+", default=[8, 18, 29], help=f"of {LATER}, of {NUM_STEPS}")
+    parser.add_argument("--search", type=int, help="step of the search; default: the last of the dense fifth")
+    parser.add_argument(
+        "--steps", type=int, nargs="+", help="later ones; default: all to record, every second to score"
+    )
+    parser.add_argument("--num-steps", type=int, help="of a run to record; default: the model's")
+    parser.add_argument("--guidance", type=float, help="of a run to record; 1 has one branch; default: the model's")
+    parser.add_argument("--trajectory", type=float, help="record a run of `mass` at this density, not a dense one")
     parser.add_argument("--branches", nargs="+", default=["cond"], help="cond, uncond, or both")
     parser.add_argument("--tile", type=int, nargs=3, default=[4, 4, 4])
     parser.add_argument("--block", type=int, nargs=2, default=[128, 64])
@@ -63,12 +93,26 @@ def main() -> None:
     torch.set_grad_enabled(False)
     torch.set_flush_denormal(True)  # the exponentials of small logits
     if args.show:
-        show(json.loads(args.show.read_text()), args.at)
+        result = json.loads(args.show.read_text())
+        show(result, args.at)
+        show_steps(result, args.at)
         return
+    subject = SUBJECTS[args.model]
+    args.folder = args.folder or subject.folder
+    args.search = subject.search if args.search is None else args.search
+    args.steps = args.steps or list(subject.later if args.record else subject.later[::2])
     numbers = [FIRST_SEED + n for n in range(args.prompts)]
     if args.record:
+        wanted = Recording(
+            args.model,
+            (args.search, *args.steps),
+            args.num_steps or subject.num_steps,
+            tuple(args.layers),
+            args.guidance,
+            args.trajectory,
+        )
         dtype = torch.bfloat16 if args.device != "cpu" else torch.float32
-        record(args.folder, list(zip(numbers, TUNING_PROMPTS)), (SEARCH, *LATER), NUM_STEPS, args.device, dtype)
+        record(args.folder, list(zip(numbers, TUNING_PROMPTS)), wanted, args.device, dtype)
         return
     result = measure(args, numbers)
     if args.out:
@@ -79,11 +123,13 @@ def main() -> None:
 def measure(args: argparse.Namespace, numbers: list[int]) -> dict[str, Any]:
     """All rows, over all calls that were asked for."""
     begin = time.perf_counter()
+    recorded = facts_of(args.folder, numbers[0])
     laboratory = Laboratory(
         selections=[s for s in SELECTIONS if args.selections is None or s.name in args.selections],
         stands=[s for s in (*STANDS, *MEMORIES) if args.stands is None or s.name in args.stands],
         densities=args.densities,
-        search_step=SEARCH,
+        search_step=args.search,
+        num_steps=recorded["num_steps"],
         tile=tuple(args.tile),
         block=tuple(args.block),
         every=args.every,
@@ -91,7 +137,7 @@ def measure(args: argparse.Namespace, numbers: list[int]) -> dict[str, Any]:
         dtype=getattr(torch, args.dtype),
         with_window=args.selections is None or WINDOW in args.selections,
     )
-    wanted = {SEARCH, *args.steps}
+    wanted = {args.search, *args.steps}
     calls = (
         call
         for call in read(args.folder, numbers)
@@ -103,20 +149,20 @@ def measure(args: argparse.Namespace, numbers: list[int]) -> dict[str, Any]:
 
     sums = laboratory.run(calls, progress)
     facts = {
-        "command": " ".join(["python", *sys.argv]),
+        "command": shlex.join(["python", *sys.argv]),
         "prompts": [TUNING_PROMPTS[n - FIRST_SEED] for n in numbers],
         "seeds": numbers,
         "calls": len(next(iter(sums.values())).relative),
-        "heads": 4,
-        "search_step": SEARCH,
-        "num_steps": NUM_STEPS,
+        "search_step": args.search,
+        **recorded,
         **{name: getattr(args, name) for name in ("layers", "steps", "branches", "tile", "block", "every", "dtype")},
         "device": torch.cuda.get_device_name() if args.device != "cpu" else f"CPU ({platform.machine()})",
         "torch": torch.__version__,
         "seconds": time.perf_counter() - begin,
         "cost_model": vars(CostModel.measured()),
     }
-    return {"facts": facts, "rows": rows_of(laboratory, sums)}
+    held = [vars(one) for one in laboratory.concentrations]
+    return {"facts": facts, "rows": rows_of(laboratory, sums), "density_of_95": held}
 
 
 def show(result: dict[str, Any], at: float) -> None:
@@ -144,6 +190,20 @@ def show(result: dict[str, Any], at: float) -> None:
             print(f"{name:<28}{stand:<30}" + "".join(format(number, form) for number, form in cells))
     for (name, stand), row in sorted(fixed.items(), key=lambda one: one[1]["error"]):
         print(f"{name:<28}{stand:<30}{row['error']:>32.4f}{row['density']:>8.3f}{row['milliseconds']:>7.2f}")
+
+
+def show_steps(result: dict[str, Any], at: float) -> None:
+    """At that density, how errors and kept mass go over the steps; and how many blocks hold nearly all mass."""
+    for row in result["rows"]:
+        if row["asked_density"] is not None and math.isclose(row["asked_density"], at):
+            steps = zip(row["mean_error_of_steps"].items(), row["mass_of_steps"].values())
+            cells = (f"{step}: {error:.4f}, {mass:.4f}" for (step, error), mass in steps)
+            print(f"{row['selection']:<28}{row['stand']:<30}error and mass at steps  " + "   ".join(cells))
+    held: dict[int, list[float]] = defaultdict(list)
+    for one in result.get("density_of_95", []):
+        held[one["layer"]] += one["heads"]
+    for layer, densities in sorted(held.items()):
+        print(f"layer {layer}: 95 % of the mass in {mean(densities):.3f} of the blocks")
 
 
 def between(curve: list[dict[str, Any]], limit: float, name: str) -> float:

@@ -396,6 +396,24 @@ def test_lists_of_neighbours_are_as_alike_as_asked(cases):
     assert 0.5 < module.shared_share(alike) < 0.9
 
 
+def test_the_section_of_what_is_carried_runs_dry_and_checks_each_sum(cases, monkeypatch):
+    """On the CPU. A sum of another share than the one of the step's age is seen."""
+    module = importlib.import_module("kernel_carried")
+    monkeypatch.setattr(cases, "DRY", True)
+    monkeypatch.setattr(cases, "extra_memory_share", lambda call, q: 0.0)
+    monkeypatch.setattr(module, "GRIDS", {1000: (5, 10, 20)})
+    monkeypatch.setattr(module, "inputs", lambda *shape: [torch.randn(1, *shape) for _ in range(3)])
+    report = cases.Report()
+    module.section_carried(report, argparse.Namespace(lengths=[1000], heads=2, head_dim=16))
+    ops = ["nothing", "carried, 16 bits", "carried, 8 bits", "kept, 16 bits", "kept, 8 bits"]
+    assert [row["op"] for row in report.rows] == ops * 2
+    most = {"nothing": 1e-5, "carried, 16 bits": 1e-6, "carried, 8 bits": 0.01}
+    assert [row for row in report.rows if row["op"] in most and not row["error"] < most[row["op"]]] == []
+    monkeypatch.setattr(module.Carried, "_share", lambda *_: 0.5)
+    module.section_carried(report, argparse.Namespace(lengths=[1000], heads=2, head_dim=16))
+    assert [row for row in report.rows[10:] if row["op"].startswith("carried") and not row["error"] > 0.1] == []
+
+
 def test_the_rows_section_runs_dry_and_every_call_is_checked(cases, script, monkeypatch):
     """On a small grid, on the CPU."""
     module = importlib.import_module("kernel_rows")
