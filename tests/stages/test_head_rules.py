@@ -14,6 +14,7 @@ from dit_accel.calibration.patterns import RuleErrors, allocate_rules, measure_r
 from dit_accel.calibration.recording import record_inputs
 from dit_accel.layout import TokenLayout
 from dit_accel.plan import SequenceBlocks
+from dit_accel.stages.order.cubes import Cubes
 from dit_accel.stages.order.simple import Raster, Tiles
 from dit_accel.stages.select.head_rules import RULES, HeadRules, window_of
 from tests.calls import call_of
@@ -43,6 +44,7 @@ def kept_blocks(rule, head, layout, rows, block):
         for n in range(layout.num_latent)
     }
     blocks = [rows[i : i + block] for i in range(0, len(rows), block)]
+    blocks = [[token for token in tokens if token < layout.seq_len - layout.padding] for tokens in blocks]
     text = [any(token not in where for token in tokens) for tokens in blocks]
     middle = [middle_of([where[token] for token in tokens if token in where], layout.grid) for tokens in blocks]
     kept = torch.zeros(len(blocks), len(blocks), dtype=torch.bool)
@@ -86,9 +88,11 @@ def middle_of(tokens, grid):
 
 
 @pytest.mark.parametrize("name", LAYOUTS)
-@pytest.mark.parametrize("order", [Raster(), Tiles((2, 4, 4))], ids=["raster", "tiles"])
+@pytest.mark.parametrize("order", [Raster(), Tiles((2, 4, 4)), Cubes((2, 4, 2))], ids=["raster", "tiles", "cubes"])
 def test_rules_against_loops(name, order):
     layout = LAYOUTS[name]
+    if order.pads:
+        layout = layout.padded(order.padding(layout))
     rows = order.rows(layout, torch.device("cpu"))
     blocks = SequenceBlocks(layout, rows, 16, 16, torch.device("cpu"))
     select = HeadRules(rules=(("full",), HEADS), block=(16, 16)).of_layer(1)
