@@ -27,8 +27,8 @@ def spread_steps(steps: int, samples: int, dense_fraction: float) -> list[int]:
 
 
 def first_of_steps(pipe: Any, wanted: Callable[[int, int], bool]) -> Callable[[int], bool]:
-    """Says of each forward of a run whether it is the first one of a step that is wanted, by its index and their number.
-    Each step that the forwards are of is asked for once, rising."""
+    """Says of each forward of a run whether it is the first one of a step that is wanted, by its index and how many
+    there are. Each step that the forwards are of is asked for once, rising."""
     seen: set[int] = set()
 
     def keep(_: int) -> bool:

@@ -285,7 +285,9 @@ def test_an_expert_that_runs_in_no_measured_step_is_named():
     arguments = {"height": 96, "width": 128, "num_frames": 9, "num_inference_steps": 2, "output_type": "latent"}
     recipe = CARRIED.with_fields({"schedule": "schedule", "compensate": "none"})
     with pytest.raises(ValueError, match="'transformer' runs in none of the 1 steps"):
-        search_rules(pipe, [options], recipe, transformer="transformer", samples=1, generate_kwargs=arguments)
+        search_rules(
+            pipe, [options], recipe, mean_density=0.5, transformer="transformer", samples=1, generate_kwargs=arguments
+        )
 
 
 def test_a_transformer_that_begins_late_begins_densely():
