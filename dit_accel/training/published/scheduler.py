@@ -12,8 +12,8 @@ from diffusers.configuration_utils import register_to_config
 
 from ..few_steps import FewSteps
 
-# Values of a sample's latents, at most, that tell it from any other. They lie all over the latents: what comes first may
-# be a given picture, the same for each seed.
+# Values of a sample's latents, at most, that tell it from any other. They lie all over the latents: what comes first
+# may be a given picture, the same for each seed.
 CONTENT = 256
 
 
