@@ -190,6 +190,13 @@ class SequenceBlocks:
         return torch.where((latent >= 0) & (latent < self.layout.num_latent), latent, -1)
 
     @cached_property
+    def filler(self) -> torch.Tensor | None:
+        """bool, shape of ``rows``: slots of padding, whose tokens nobody sees; None where there is none."""
+        if not self.layout.padding:
+            return None
+        return self.token_of_slot >= self.layout.seq_len - self.layout.padding
+
+    @cached_property
     def coordinates(self) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
         """Frame, row and column of each slot's token, int64 each; meaningless where not latent."""
         _, height, width = self.layout.grid

@@ -24,18 +24,19 @@ class CarriedStep:
     share: float | None
 
 
-def carried_steps(recipe: Recipe, steps: int, samples: int) -> list[CarriedStep]:
+def carried_steps(recipe: Recipe, steps: int, samples: int, first: int = 0) -> list[CarriedStep]:
     """So many sparse steps of a run, spread over it, and before them the dense steps that they carry from.
 
     Args:
         recipe: whose compensation is :class:`~dit_accel.stages.compensate.carried.Carried`.
         steps: of the run.
+        first: the first step that the transformer runs; of two experts the second begins late, with a dense step.
 
     Raises:
         ValueError: all steps are dense.
     """
     assert isinstance(recipe.compensate, Carried)
-    dense_of = _dense_before(recipe, steps)
+    dense_of = _dense_before(recipe, first, steps)
     sparse = [index for index, dense in dense_of.items() if dense != index]
     if not sparse:
         raise ValueError(f"No step of {steps} is sparse under this recipe: give more steps.")
@@ -48,12 +49,12 @@ def carried_steps(recipe: Recipe, steps: int, samples: int) -> list[CarriedStep]
     return [found[index] for index in sorted(found)]
 
 
-def _dense_before(recipe: Recipe, steps: int) -> dict[int, int]:
+def _dense_before(recipe: Recipe, first: int, steps: int) -> dict[int, int]:
     """Of each step after the dense phase the last dense one, which may be itself."""
     schedule = replace(recipe.schedule, dense_layers=())
     made: StepContext | None = None
     found: dict[int, int] = {}
-    for index in range(steps):
+    for index in range(first, steps):
         step = StepContext(index=index, num_steps=steps, forward_id=index, guided=True)
         if schedule.dense_reason(step, 0, 1) == DENSE_PHASE:
             continue

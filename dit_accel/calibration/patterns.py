@@ -207,9 +207,11 @@ def search_rules(
         progress(Progress(number, len(runs), None, "dense runs"))
         steps = _SampledSteps(chosen, samples)
         inputs += record_inputs(
-            model, partial(pipe, **begin(arguments, seed + number)), first_of_steps(pipe, steps.of_run)
+            model, partial(pipe, **begin(arguments, seed + number)), first_of_steps(pipe, steps.wants)
         )
         shares += steps.shares
+    if all(share is None for share in shares):
+        raise ValueError(f"{name!r} runs in none of the {samples} steps a prompt that are to be measured: give more.")
     told = partial(_tell, progress)
     errors = measure_rules(model, chosen, inputs, rules, told, parts, shares)
     found = allocate_rules(errors, mean_density)
@@ -230,22 +232,27 @@ class _SampledSteps:
     """The steps of a run that are measured, and the share of what was left out that each adds.
 
     Attributes:
-        shares: of each step, once a run has been asked for; see :func:`measure_rules`.
+        shares: of each step that was recorded; see :func:`measure_rules`. Of two experts none runs in all steps.
     """
 
     def __init__(self, recipe: Recipe, samples: int) -> None:
         self.recipe, self.samples = recipe, samples
         self.shares: list[float | None] = []
+        self._of_step: dict[int, float | None] | None = None
 
-    def of_run(self, steps: int) -> list[int]:
-        """Of a run of so many steps, rising."""
+    def wants(self, index: int, steps: int) -> bool:
+        """Whether a step that the transformer runs is recorded; asked of all of them, rising."""
+        if self._of_step is None:
+            self._of_step = self._chosen(index, steps)
+        if index not in self._of_step:
+            return False
+        self.shares.append(self._of_step[index])
+        return True
+
+    def _chosen(self, first: int, steps: int) -> dict[int, float | None]:
         if isinstance(self.recipe.compensate, Carried):
-            found = carried_steps(self.recipe, steps, self.samples)
-            self.shares = [one.share for one in found]
-            return [one.index for one in found]
-        places = spread_steps(steps, self.samples, self.recipe.schedule.dense_fraction)
-        self.shares = [0.0] * len(places)
-        return places
+            return {one.index: one.share for one in carried_steps(self.recipe, steps, self.samples, first)}
+        return dict.fromkeys(spread_steps(steps, self.samples, self.recipe.schedule.dense_fraction), 0.0)
 
 
 def _tell(progress: Callable[[Progress], None], done: int, total: int) -> None:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -17,7 +17,7 @@ class _Enough(Exception):
 
 def first_forwards(pipe: Any, samples: int, dense_fraction: float) -> Callable[[int], bool]:
     """Says of each forward of a run whether it is the first one of a sampled step."""
-    return first_of_steps(pipe, lambda steps: spread_steps(steps, samples, dense_fraction))
+    return first_of_steps(pipe, lambda index, steps: index in spread_steps(steps, samples, dense_fraction))
 
 
 def spread_steps(steps: int, samples: int, dense_fraction: float) -> list[int]:
@@ -26,17 +26,18 @@ def spread_steps(steps: int, samples: int, dense_fraction: float) -> list[int]:
     return sorted({min(int(place * steps), steps - 1) for place in places})
 
 
-def first_of_steps(pipe: Any, wanted: Callable[[int], Collection[int]]) -> Callable[[int], bool]:
-    """Says of each forward of a run whether it is the first one of a step that is wanted, of a run of so many."""
+def first_of_steps(pipe: Any, wanted: Callable[[int, int], bool]) -> Callable[[int], bool]:
+    """Says of each forward of a run whether it is the first one of a step that is wanted, by its index and how many
+    there are. Each step that the forwards are of is asked for once, rising."""
     seen: set[int] = set()
 
     def keep(_: int) -> bool:
         timesteps = pipe.scheduler.timesteps
         index = step_index(pipe, pipe.scheduler, timesteps)
-        if index is None or index in seen or index not in wanted(len(timesteps)):
+        if index is None or index in seen:
             return False
         seen.add(index)
-        return True
+        return wanted(index, len(timesteps))
 
     return keep
 

@@ -143,6 +143,8 @@ class Comparison:
         """All that a clip, its metrics and its seconds depend on, as far as it is known before the model is loaded."""
         from .environment import decisive
 
+        # Left out where it is not asked for: folders of earlier versions have none of it.
+        beside = {name: value for name, value in (("linear", self.linear), ("vae", self.vae)) if value is not None}
         return {
             "model": self.model,
             "prompts": list(self.prompts),
@@ -153,7 +155,6 @@ class Comparison:
             "repeat": self.repeat,
             "pictures": self.pictures,
             "compiled": self.compiled,
-            "linear": self.linear,
-            "vae": self.vae,
+            **beside,
             **decisive(self.dtype, self.device),
         }

@@ -120,7 +120,7 @@ def _by_token(rows: torch.Tensor, of_heads: list[int], batch: int) -> torch.Tens
     """The inverse: ``[s, 1, H, B, D]``, or of as many heads each ``[s, n, H / n, B, D]``, not copied yet."""
     if len(set(of_heads)) == 1:
         return rows.view(len(of_heads), -1, of_heads[0], batch, rows.shape[1] // batch).transpose(0, 1)
-    tokens = len(rows) // sum(of_heads)
+    tokens, width = len(rows) // sum(of_heads), rows.shape[1]  # of no tokens a view can infer no size
     parts = rows.split([tokens * number for number in of_heads])
-    whole = torch.cat([part.view(tokens, number, -1) for part, number in zip(parts, of_heads, strict=True)], 1)
-    return whole.view(tokens, 1, sum(of_heads), batch, -1)
+    whole = torch.cat([part.view(tokens, number, width) for part, number in zip(parts, of_heads, strict=True)], 1)
+    return whole.view(tokens, 1, sum(of_heads), batch, width // batch)

@@ -305,3 +305,20 @@ def test_settings_that_cannot_be_are_refused_before_the_model_is_loaded(wrong, t
     assert result.exit_code == 2
     assert wrong[1] in result.stderr
     assert loads == []
+
+
+def test_a_folder_that_knows_nothing_of_settings_beside_attention_is_gone_on_in_without_them(
+    tmp_path: Path, runs
+) -> None:
+    asked = [*MODEL, *SMALL, *ONE, "--prompt", "a cat", "--out", str(tmp_path)]
+    run_json(*asked)
+    path = tmp_path / "settings.json"
+    settings = json.loads(path.read_text())
+    # As earlier versions wrote it.
+    path.write_text(json.dumps({name: value for name, value in settings.items() if name not in ("linear", "vae")}))
+    runs["made"] = []
+    run_json(*asked)
+    assert runs["made"] == []
+    result = run(*asked, "--vae", "tiled")
+    assert result.exit_code != 0
+    assert "vae" in result.stderr

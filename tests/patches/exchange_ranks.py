@@ -19,6 +19,7 @@ CASES = {
     "text and latents": (1, 6, (6, 18), False),
     "guidance in a batch": (2, 6, (6, 12), False),
     "uneven heads and tokens": (2, 5, (7, 11), True),
+    "fewer tokens than processes": (2, 5, (1, 11), True),
 }
 
 

@@ -14,6 +14,7 @@ from dit_accel.calibration.patterns import RuleErrors, allocate_rules, measure_r
 from dit_accel.calibration.recording import record_inputs
 from dit_accel.layout import TokenLayout
 from dit_accel.plan import SequenceBlocks
+from dit_accel.stages.order.cubes import Cubes
 from dit_accel.stages.order.simple import Raster, Tiles
 from dit_accel.stages.select.head_rules import RULES, HeadRules, window_of
 from tests.calls import call_of
@@ -43,6 +44,7 @@ def kept_blocks(rule, head, layout, rows, block):
         for n in range(layout.num_latent)
     }
     blocks = [rows[i : i + block] for i in range(0, len(rows), block)]
+    blocks = [[token for token in tokens if token < layout.seq_len - layout.padding] for tokens in blocks]
     text = [any(token not in where for token in tokens) for tokens in blocks]
     middle = [middle_of([where[token] for token in tokens if token in where], layout.grid) for tokens in blocks]
     kept = torch.zeros(len(blocks), len(blocks), dtype=torch.bool)
@@ -86,9 +88,11 @@ def middle_of(tokens, grid):
 
 
 @pytest.mark.parametrize("name", LAYOUTS)
-@pytest.mark.parametrize("order", [Raster(), Tiles((2, 4, 4))], ids=["raster", "tiles"])
+@pytest.mark.parametrize("order", [Raster(), Tiles((2, 4, 4)), Cubes((2, 4, 2))], ids=["raster", "tiles", "cubes"])
 def test_rules_against_loops(name, order):
     layout = LAYOUTS[name]
+    if order.pads:
+        layout = layout.padded(order.padding(layout))
     rows = order.rows(layout, torch.device("cpu"))
     blocks = SequenceBlocks(layout, rows, 16, 16, torch.device("cpu"))
     select = HeadRules(rules=(("full",), HEADS), block=(16, 16)).of_layer(1)
@@ -256,3 +260,35 @@ def test_search_of_patterns_that_carry_keeps_the_schedule_and_errs_less():
     assert (found.recipe.schedule, found.recipe.compensate) == (CARRIED.schedule, CARRIED.compensate)
     plain = search_rules(pipe, [options], CARRIED.with_fields({"schedule": "schedule", "compensate": "none"}), **asked)
     assert found.error < plain.error
+
+
+@pytest.mark.parametrize("carries", [False, True])
+@pytest.mark.parametrize("expert", ["transformer", "transformer_2"])
+def test_each_of_two_experts_is_measured_in_the_steps_that_it_runs(expert, carries):
+    pipe = TINY["wan2.2"].build()
+    pipe.set_progress_bar_config(disable=True)
+    width = pipe.transformer.config.text_dim
+    options = {name: torch.randn(1, 8, width) for name in ("prompt_embeds", "negative_prompt_embeds")}
+    arguments = {"height": 96, "width": 128, "num_frames": 9, "num_inference_steps": 8, "output_type": "latent"}
+    recipe = CARRIED if carries else CARRIED.with_fields({"schedule": "schedule", "compensate": "none"})
+    asked = {"mean_density": 0.5, "rules": ("full", "near 0.25 hw"), "generate_kwargs": arguments}
+    found = search_rules(pipe, [options], recipe, transformer=expert, samples=3, **asked)
+    assert float(found.errors.error[..., 0].max()) < 1e-9
+    assert float(found.errors.error[..., 1].min()) > 1e-9
+
+
+def test_an_expert_that_runs_in_no_measured_step_is_named():
+    pipe = TINY["wan2.2"].build()
+    pipe.set_progress_bar_config(disable=True)
+    width = pipe.transformer.config.text_dim
+    options = {name: torch.randn(1, 8, width) for name in ("prompt_embeds", "negative_prompt_embeds")}
+    arguments = {"height": 96, "width": 128, "num_frames": 9, "num_inference_steps": 2, "output_type": "latent"}
+    recipe = CARRIED.with_fields({"schedule": "schedule", "compensate": "none"})
+    with pytest.raises(ValueError, match="'transformer' runs in none of the 1 steps"):
+        search_rules(
+            pipe, [options], recipe, mean_density=0.5, transformer="transformer", samples=1, generate_kwargs=arguments
+        )
+
+
+def test_a_transformer_that_begins_late_begins_densely():
+    assert carried_steps(CARRIED, 10, 1, first=6) == [CarriedStep(6, None), CarriedStep(7, 0.9)]

@@ -96,6 +96,15 @@ def test_new_noise_is_that_of_the_run_alone_or_in_a_batch():
     assert float((torch.corrcoef(flat) - torch.eye(6)).abs().max()) < 0.3
 
 
+def test_seeds_differ_in_their_new_noise_where_all_begin_with_one_given_picture():
+    scheduler = few_step_scheduler(FewSteps((1.0, 0.8), renoise=True))
+    latents = torch.randn(2, 4096, generator=torch.Generator().manual_seed(0))
+    latents[:, :2048] = 0.5
+    scheduler.set_timesteps(2)
+    one, other = scheduler.step(latents, scheduler.timesteps[0], latents, return_dict=False)[0] / 0.8
+    assert abs(float(torch.corrcoef(torch.stack([one, other]))[0, 1])) < 0.3
+
+
 # The equations, on a model whose velocity is written out.
 
 

@@ -59,8 +59,9 @@ def blocks_of_cell(blocks: SequenceBlocks, cells: tuple[int, int, int], shifted:
 
 def places(blocks: SequenceBlocks, size: int) -> tuple[torch.Tensor, torch.Tensor]:
     """The middle of each block's tokens, float64 ``[n, 3]`` in shares of the grid, and bool ``[n]``: whether a block
-    has a token that is not on the grid."""
+    has a token that is not on the grid. Padding, which fills a block of some order, is no token here."""
     latent = blocks.latent_of_slot >= 0
+    other = ~latent if blocks.filler is None else ~(latent | blocks.filler)
     grid = torch.tensor(blocks.layout.grid, dtype=torch.float64, device=blocks.device)
     tokens = (torch.stack(blocks.coordinates, -1) + 0.5) / grid
     count = -(-blocks.layout.seq_len // size)
@@ -69,4 +70,4 @@ def places(blocks: SequenceBlocks, size: int) -> tuple[torch.Tensor, torch.Tenso
     total = torch.zeros(count, 3, dtype=torch.float64, device=blocks.device).index_add_(0, here, tokens[latent])
     number = torch.zeros(count, dtype=torch.float64, device=blocks.device)
     number.index_add_(0, here, torch.ones_like(here, dtype=torch.float64))
-    return total / number.clamp_min(1.0)[:, None], blocks.any_in_block(~latent, size)
+    return total / number.clamp_min(1.0)[:, None], blocks.any_in_block(other, size)

@@ -6,6 +6,7 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 
 import torch
+import torch.nn.functional as F
 
 from ...kernels import BlockMask
 from ...kernels.mask.token_bits import distinct, pack_tokens
@@ -89,12 +90,21 @@ def token_tables(blocks: SequenceBlocks, sees: Sees, sink_first_frame: bool = Fa
 
 
 def seen_blocks(blocks: SequenceBlocks, sees: Sees, sink_first_frame: bool = False) -> torch.Tensor:
-    """bool ``[H|1, nq, nk]``: pairs with any visible token pair, see :func:`token_tables`, of blocks of any size."""
+    """bool ``[H|1, nq, nk]``: pairs with any visible token pair, see :func:`token_tables`, of blocks of any size.
+    Padding sees and is seen by none."""
     sink_first_frame = sink_first_frame and blocks.layout.grid[0] > 1
-    return of_each_order(
-        blocks,
-        lambda one: torch.cat([chunk.any(3).any(1) for _, chunk in _token_chunks(one, sees, sink_first_frame)]),
-    )
+
+    def of_order(one: SequenceBlocks) -> torch.Tensor:
+        found = []
+        for first, chunk in _token_chunks(one, sees, sink_first_frame):
+            if one.filler is not None:
+                tokens = F.pad(~one.filler, (0, -one.layout.seq_len % one.block_k)).view(-1, one.block_k)
+                queries = F.pad(~one.filler, (0, -one.layout.seq_len % one.block_q)).view(-1, one.block_q, 1, 1)
+                chunk = chunk & tokens & queries[first : first + len(chunk)]
+            found.append(chunk.any(3).any(1))
+        return torch.cat(found)
+
+    return of_each_order(blocks, of_order)
 
 
 def of_each_order(blocks: SequenceBlocks, make: Callable[[SequenceBlocks], torch.Tensor]) -> torch.Tensor:

@@ -12,7 +12,8 @@ from diffusers.configuration_utils import register_to_config
 
 from ..few_steps import FewSteps
 
-# Values of a sample's latents that tell it from any other.
+# Values of a sample's latents, at most, that tell it from any other. They lie all over the latents: what comes first
+# may be a given picture, the same for each seed.
 CONTENT = 256
 
 
@@ -66,8 +67,9 @@ class FewStepScheduler(FlowMatchEulerDiscreteScheduler):
 
 def _generator_of(sample: torch.Tensor) -> torch.Generator:
     """One for each content, on the CPU."""
-    first = sample.flatten()[:CONTENT].float().cpu().tolist()
-    return torch.Generator().manual_seed(crc32(struct.pack(f"{len(first)}f", *first)))
+    content = sample.flatten()
+    values = content[:: -(-len(content) // CONTENT)].float().cpu().tolist()
+    return torch.Generator().manual_seed(crc32(struct.pack(f"{len(values)}f", *values)))
 
 
 def few_step_scheduler(steps: FewSteps) -> FewStepScheduler:
