@@ -18,7 +18,7 @@ from .test_ring_protocol import HOPPER, digest
 # What the model was written from. A function that has changed needs a look at the model, and then its new digest here.
 MODELLED = {
     "producer.py": {"produce": "fbccb38d60ae", "load_v": "4d9210d2bd7a"},
-    "pair_consumer.py": {"consume_pair": "53459bbbaf34", "own_header": "39949c6ebb31"},
+    "pair_consumer.py": {"consume_pair": "c83eee266967", "own_header": "39949c6ebb31"},
     "named_barriers.py": {
         "pair_release": "1a79eb49a148",
         "pair_acquire_v": "8432fa560ab5",
