@@ -12,6 +12,7 @@ import torch.nn.functional as F
 
 from .heads import HeadShard
 from .kernels.common.choice import Choice, Operation
+from .kernels.common.launch import is_captured
 from .kernels.common.scale import scale_of
 from .kernels.common.tokens import gather_rows
 from .kernels.mask.pairs import PairMask
@@ -20,7 +21,6 @@ from .plan import AttentionPlan, LeftOut
 from .records import BackendsUsed
 from .ring import RingPart, RingShard
 from .run import Kept, Run
-from .timing import is_captured
 
 
 class AttentionInputs(NamedTuple):

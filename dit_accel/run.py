@@ -11,9 +11,9 @@ from typing import Any, Generic, TypeVar, cast
 
 import torch
 
+from .kernels.common.launch import is_captured
 from .layout import StepContext, TokenLayout
 from .plan import LayerMemory
-from .timing import is_captured
 
 KeptT = TypeVar("KeptT")
 

@@ -9,16 +9,13 @@ from functools import cache
 
 import torch
 
+from .kernels.common.launch import is_captured
+
 # A training makes millions of events; those that are long past are summed up before there are more than so many.
 KEPT_EVENTS = 2048
 
 # Where a region begins or ends; None while a CUDA graph is captured.
 Moment = float | torch.cuda.Event | None
-
-
-def is_captured(device: torch.device) -> bool:
-    """Whether what is launched on a device now goes into a CUDA graph: nothing may be read then, or waited for."""
-    return device.type == "cuda" and torch.cuda.is_current_stream_capturing()
 
 
 class Stopwatch:

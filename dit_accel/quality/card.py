@@ -145,9 +145,8 @@ def run_of(card: Mapping[str, Any]) -> str:
     frames = "" if card["frames"] == 1 else f" x {card['frames']}"
     tokens = "" if card["sequence"] is None else f", {card['sequence']['latent_tokens']:,} tokens"
     steps = "" if card["num_steps"] is None else f", {card['num_steps']} steps"
-    how = ", ".join(
-        [f"{card['settings']['dtype']}, {'compiled' if card['settings']['compiled'] else 'eager'}", *beside(card)]
-    )
+    settings = card["settings"]
+    how = ", ".join([settings["dtype"], "compiled" if settings["compiled"] else "eager", *beside(card)])
     clips = f"{card['clips']} clip{'' if card['clips'] == 1 else 's'}"
     return f"{card['width']} x {card['height']}{frames}{tokens}{steps}, {how}, {clips}"
 

@@ -31,7 +31,8 @@ SIZES = (
 
 
 def is_captured(device: torch.device) -> bool:
-    """Whether what is launched on a device now goes into a CUDA graph: what it makes is the graph's own."""
+    """Whether what is launched on a device now goes into a CUDA graph: nothing may be read then, or waited for, and
+    what it makes is the graph's own."""
     return device.type == "cuda" and torch.cuda.is_current_stream_capturing()
 
 
