@@ -67,7 +67,7 @@ def compare(
         return make
 
     def keeping(bits: int) -> Callable[[], Callable[[], torch.Tensor]]:
-        return lambda: lambda: Carried(bits=bits).left_out(call, dense, sparse).difference
+        return lambda: lambda: Carried(bits=bits).left_out(call, plan, dense, sparse).difference
 
     def check(name: str, made: Callable[[], torch.Tensor]) -> dict[str, object]:
         if name == "nothing":

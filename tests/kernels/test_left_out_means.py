@@ -216,5 +216,5 @@ def test_bits_of_lists_are_those_that_are_kept(backend, device):
 def test_the_choice_says_why():
     case = Case(torch.device("cpu"), torch.float64)
     assert choose_means(case).name == "torch"
-    with pytest.raises(ValueError, match="cannot run residual here: .*float64"):
+    with pytest.raises(ValueError, match=r"cannot run residual here: .*float64"):
         choose_means(case, "triton")

@@ -94,12 +94,12 @@ def left_out_means_kernel(
     q = tl.load(q_ptr + wide * stride_qs + offs_d[None, :], mask=live, other=0.0)
     lse = tl.load(lse_ptr + row, mask=here, other=float("-inf"))
 
-    # Attention to the kept blocks, as if it were one key: its logit is the log-sum-exp, its value the output.
-    saw_none = lse == float("-inf")
+    # Attention to the kept blocks, as if it were one key: its logit is the log-sum-exp, its value the output. Where
+    # that is -inf the first tile makes the sum 0.
     row_max = lse / LN_2_
-    row_sum = tl.where(saw_none, 0.0, 1.0)
+    row_sum = tl.full([TILE_Q], 1.0, tl.float32)
     out_ptrs = out_ptr + wide * stride_os + offs_d[None, :]
-    acc = tl.where(saw_none[:, None], 0.0, tl.load(out_ptrs, mask=live, other=0.0).to(tl.float32))
+    acc = tl.load(out_ptrs, mask=live, other=0.0).to(tl.float32)
     for first in range(0, means, TILE_N):
         mean = first + tl.arange(0, TILE_N)
         inside = mean < means
