@@ -72,6 +72,7 @@ _MULTIPLY = frozenset(
         *OPERATIONS,
         "quantized_fwd_kernel",
         "pyramid_fwd_kernel",
+        "left_out_means_fwd_kernel",
         "block_mass_fwd_kernel",
         "linear_state_fwd_kernel",
         "linear_out_fwd_kernel",

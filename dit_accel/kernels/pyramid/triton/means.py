@@ -27,11 +27,8 @@ from ...common.primitives import LN_2_, online_softmax_update, slot_rows
 from ..means import BlockMeans
 from .forward import fitting_tiles
 
-_TILE_Q, _TILE_MEANS = 128, 64
-
-
 @triton.jit(do_not_specialize=("heads", "q_len", "kv_len", "means", "kept_stride_r"))
-def left_out_means_kernel(
+def left_out_means_fwd_kernel(
     q_ptr,
     out_ptr,
     lse_ptr,
@@ -125,7 +122,18 @@ def left_out_means_kernel(
     tl.store(lse_ptr + row, tl.where(nothing, float("-inf"), (row_max + tl.math.log2(total)) * LN_2_), mask=here)
 
 
-_KERNEL = KeptKernel(left_out_means_kernel)
+def _tiles(q: torch.Tensor, block_q: int) -> tuple[int, int]:
+    """Queries and means of a tile: as many as registers hold. Loads of heads that are no whole 16 columns and products of
+    float32 take more of them."""
+    dim, rows = q.shape[-1], max(16, power_of_two(block_q))
+    if q.element_size() > 2:
+        return fitting_tiles(q, min(rows, 32), 16, 1)
+    if dim > 128:
+        return fitting_tiles(q, min(rows, 32), 32, 1)
+    return fitting_tiles(q, min(rows, 128 if dim % 16 == 0 else 32), 64, 1)
+
+
+_KERNEL = KeptKernel(left_out_means_fwd_kernel)
 
 
 def add_left_out_means_triton(
@@ -149,7 +157,7 @@ def add_left_out_means_triton(
     )
     keys, values = (x.to(q.dtype).contiguous() for x in (means.keys, means.values))
     visible = None if means.visible is None else unit_stride(means.visible)
-    tile_q, tile_means = fitting_tiles(q, min(max(16, power_of_two(block_q)), _TILE_Q), _TILE_MEANS, 1)
+    tile_q, tile_means = _tiles(q, block_q)
     with torch.cuda.device_of(q):
         _KERNEL[(kept.shape[2] * ceil_div(block_q, tile_q), batch * heads)](
             q,
