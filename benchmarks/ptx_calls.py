@@ -384,7 +384,8 @@ def calls(target: int) -> dict[str, Call]:
     """Calls by name, for GPUs of compute capability ``target``; the kernels of Hopper are of 90 alone."""
     found = dict(attention_calls(target))
     if target == 80:
-        found |= {**dict(selection_calls()), **dict(linear_calls()), **dict(pyramid_calls()), **dict(merge_calls())}
+        found |= {**dict(selection_calls()), **dict(linear_calls()), **dict(pyramid_calls())}
+        found |= {**dict(means_calls()), **dict(merge_calls())}
     return found
 
 

@@ -10,6 +10,7 @@ import torch
 import triton
 import triton.language as tl
 
+from ...common.capability import compute_capability, is_amd
 from ...common.compiled import KeptKernel
 from ...common.launch import (
     DOT_PRECISION,
@@ -26,6 +27,7 @@ from ...common.launch import (
 from ...common.primitives import LN_2_, online_softmax_update, slot_rows
 from ..means import BlockMeans
 from .forward import fitting_tiles
+
 
 @triton.jit(do_not_specialize=("heads", "q_len", "kv_len", "means", "kept_stride_r"))
 def left_out_means_fwd_kernel(
@@ -123,14 +125,15 @@ def left_out_means_fwd_kernel(
 
 
 def _tiles(q: torch.Tensor, block_q: int) -> tuple[int, int]:
-    """Queries and means of a tile: as many as registers hold. Loads of heads that are no whole 16 columns and products of
-    float32 take more of them."""
+    """Queries and means of a tile: as many as registers hold. Loads of heads that are no whole 16 columns and products
+    of float32 take more of them; the matrix units of 9.0 and 10.0 take 64 queries at least."""
     dim, rows = q.shape[-1], max(16, power_of_two(block_q))
     if q.element_size() > 2:
         return fitting_tiles(q, min(rows, 32), 16, 1)
-    if dim > 128:
-        return fitting_tiles(q, min(rows, 32), 32, 1)
-    return fitting_tiles(q, min(rows, 128 if dim % 16 == 0 else 32), 64, 1)
+    if dim <= 128 and dim % 16 == 0:
+        return fitting_tiles(q, min(rows, 128), 64, 1)
+    of_warpgroups = q.is_cuda and not is_amd() and compute_capability(q.device.index or 0)[0] in (9, 10)
+    return fitting_tiles(q, min(rows, 64 if of_warpgroups else 32), 64 if dim <= 128 else 32, 1)
 
 
 _KERNEL = KeptKernel(left_out_means_fwd_kernel)
