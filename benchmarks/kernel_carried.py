@@ -2,8 +2,8 @@
 
 The addition follows the kernel: the output is read and written once more, and the kept difference read: 6 bytes a
 value in bfloat16, 5 where 8 bits are kept, and a kernel that added it itself would need 2. "kept" is what a dense step
-costs beside its plan: a sparse call and the difference from it. "means" is ``compensate=residual``: the means are pooled,
-the bits of the plan packed, and one kernel goes on over them; "over means" is both, ``compensate.means=True``.
+costs beside its plan: a sparse call and the difference from it. "means" is ``compensate=residual``: means are pooled, the
+plan's lists packed, and one kernel goes on over the means; "over means" is both, ``compensate.means=True``.
 
     python benchmarks/kernels.py --sections carried --lengths 118800 --heads 24     # HunyuanVideo, 129 frames of 720p
     python benchmarks/kernels.py --sections carried --lengths 32760 --heads 12      # Wan 1.3B, 81 frames of 480p
@@ -36,7 +36,7 @@ MADE, NOW = (StepContext(index=index, num_steps=30) for index in (6, 9))
 
 
 def section_carried(report: Report, args: argparse.Namespace) -> None:
-    """The sparse call of a plan in tile order, with nothing, with means, and with a difference of 16 and 8 bits a value."""
+    """The sparse call of a plan in tile order, alone, with means, and with a difference of 16 and 8 bits a value."""
     for length in args.lengths:
         grid = GRIDS.get(length, (1, 1, length))
         q, k, v = inputs(length, args.heads, args.head_dim)
