@@ -2,8 +2,8 @@
 
 The addition follows the kernel: the output is read and written once more, and the kept difference read: 6 bytes a
 value in bfloat16, 5 where 8 bits are kept, and a kernel that added it itself would need 2. "kept" is what a dense step
-costs beside its plan: a sparse call and the difference from it. "means" is ``compensate=residual``: means are pooled, the
-plan's lists packed, and one kernel goes on over the means; "over means" is both, ``compensate.means=True``.
+costs beside its plan: a sparse call and the difference from it. "means" is ``compensate=residual``: means are pooled,
+the plan's lists packed, and one kernel goes on over the means; "over means" is both, ``compensate.means=True``.
 
     python benchmarks/kernels.py --sections carried --lengths 118800 --heads 24     # HunyuanVideo, 129 frames of 720p
     python benchmarks/kernels.py --sections carried --lengths 32760 --heads 12      # Wan 1.3B, 81 frames of 480p
