@@ -62,6 +62,7 @@ def recipe_of(name: str) -> Recipe:
 RECIPES = {name: recipe_of(name) for name in presets.PRESETS if name != "dense"}
 RECIPES |= {
     "residual": Recipe(select=Pooled(), compensate=PooledResidual()),
+    "carried over means": presets.carried(means=True, query_stride=1),
     "clipped": Recipe(select=Pooled(), compensate=ClippedSoftmax()),
     "routed heads": Recipe(select=Pooled(), compensate=RoutedHeads()),
     "mass and a pyramid": presets.mass().with_fields({"compensate": "key_pyramid"}),
@@ -209,6 +210,7 @@ OPERATIONS = {
     "sla": {"attention", "linear_branch"},
     "routed heads": {"attention"},
     "residual": {"attention", "residual"},
+    "carried over means": {"attention", "search_attention", "block_mass", "residual"},
     "sage": {"quantized_attention"},
     "sparge": {"attention"},
     "window": {"attention"},
