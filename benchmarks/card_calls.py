@@ -23,6 +23,7 @@ from .ptx_calls import (
     HEADS,
     each_launch,
     linear_calls,
+    means_calls,
     permutation,
     pyramid_calls,
     selection_calls,
@@ -174,6 +175,7 @@ def cases(on: Card) -> dict[str, Call]:
         # Wider heads have no kernel, and in float32 none that is chosen by itself.
         **dict(linear_calls(half[:-1] + full)),
         **dict(pyramid_calls(half + full)),
+        **dict(means_calls(half + full)),
     }
 
 

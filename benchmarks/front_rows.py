@@ -253,6 +253,12 @@ EIGHT = (
     "max:density=.2",
 )
 
+# One mean for each block left out, by its kernel, and what is carried over means.
+MEANS = (
+    *(BEST.format(density) + more for density in (0.1, 0.2, 0.3) for more in ("", "@compensate=residual")),
+    *(f"carried:density={density}{more}" for density in (0.1, 0.2) for more in ("", ",means=True")),
+)
+
 SETS = {
     "reuse": REUSE,
     "profiles": PROFILES,
@@ -263,6 +269,7 @@ SETS = {
     "anew": ANEW,
     "carried": CARRIED,
     "carried_finer": CARRIED_FINER,
+    "means": MEANS,
     "continued": CONTINUED,
     "drafts": DRAFTS,
     "eight": EIGHT,

@@ -344,6 +344,25 @@ def pyramid_calls(dims: Sizes = ((128, HALF), (64, HALF), (48, FULL))) -> Iterat
         yield f"similarity cap {rows is not None}", lambda rows=rows: similarity_cap(k, 64, rows=rows, backend="triton")
 
 
+def means_calls(dims: Sizes = ((128, HALF), (64, HALF), (48, FULL))) -> Iterator[tuple[str, Call]]:
+    """Attention that goes on over the means of what it left out."""
+    from dit_accel.kernels.pyramid.means import BlockMeans, add_left_out_means
+
+    def call(dim: int, dtype: torch.dtype, block_q: int, extras: str) -> None:
+        out, q = tensors(2, 300, dim, dtype)
+        keys, values = torch.empty(2, BATCH, HEADS, 5, dim)
+        visible = torch.ones(BATCH, 1, 5) if "hidden" in extras else None
+        means = BlockMeans(keys, values, 64, 64, 300, visible)
+        kept = torch.zeros(BATCH, HEADS, -(-300 // block_q), 1, dtype=torch.uint8)
+        rows = permutation(300) if "rows" in extras else None
+        lse = torch.zeros(BATCH, HEADS, 300)
+        add_left_out_means(out, lse, q, means, kept, block_q=block_q, rows=rows, scale=0.1, backend="triton")
+
+    for dim, dtype in dims:
+        for arguments in ((dim, dtype, 128, "rows"), (dim, dtype, 64, "rows hidden"), (dim, dtype, 64, "")):
+            yield f"means {' '.join(map(str, arguments))}".strip(), lambda arguments=arguments: call(*arguments)
+
+
 def merge_calls(dims: Sizes = ((64, HALF), (96, FULL), (128, HALF))) -> Iterator[tuple[str, Call]]:
     """Attention to parts of the keys put together, of every head dim."""
     from dit_accel.kernels.attention.merge import merge_attention
@@ -365,7 +384,8 @@ def calls(target: int) -> dict[str, Call]:
     """Calls by name, for GPUs of compute capability ``target``; the kernels of Hopper are of 90 alone."""
     found = dict(attention_calls(target))
     if target == 80:
-        found |= {**dict(selection_calls()), **dict(linear_calls()), **dict(pyramid_calls()), **dict(merge_calls())}
+        found |= {**dict(selection_calls()), **dict(linear_calls()), **dict(pyramid_calls())}
+        found |= {**dict(means_calls()), **dict(merge_calls())}
     return found
 
 

@@ -233,7 +233,7 @@ class Engine:
         with torch.no_grad(), torch.inference_mode(False), autocast_done(call):
             begin = self.sparse_time.start(call.q.device)
             call = call.with_keys(plan.keys)
-            left_out = self.recipe.compensate.left_out(call, dense, lambda: self._attend_kept(call, plan))
+            left_out = self.recipe.compensate.left_out(call, plan, dense, lambda: self._attend_kept(call, plan))
             self.sparse_time.stop(begin, call.q.device)
             self.planner.keep_left_out(call, left_out)
 

@@ -46,6 +46,7 @@ KERNELS = {
     "selection.triton.gate_steps": "gate",
     "selection.triton.rectified": "rectified",
     "pyramid.triton.forward": "pyramid",
+    "pyramid.triton.means": "residual",
     "linear.triton.forward_kernels": "linear_branch",
     "quantized.triton.prologue_kernels": "quantized_attention",
     "quantized.triton.forward": "quantized_attention",
@@ -61,6 +62,7 @@ def recipe_of(name: str) -> Recipe:
 RECIPES = {name: recipe_of(name) for name in presets.PRESETS if name != "dense"}
 RECIPES |= {
     "residual": Recipe(select=Pooled(), compensate=PooledResidual()),
+    "carried over means": presets.carried(means=True, query_stride=1),
     "clipped": Recipe(select=Pooled(), compensate=ClippedSoftmax()),
     "routed heads": Recipe(select=Pooled(), compensate=RoutedHeads()),
     "mass and a pyramid": presets.mass().with_fields({"compensate": "key_pyramid"}),
@@ -207,6 +209,8 @@ OPERATIONS = {
     "rectified": {"attention", "rectified"},
     "sla": {"attention", "linear_branch"},
     "routed heads": {"attention"},
+    "residual": {"attention", "residual"},
+    "carried over means": {"attention", "search_attention", "block_mass", "residual"},
     "sage": {"quantized_attention"},
     "sparge": {"attention"},
     "window": {"attention"},
@@ -245,7 +249,6 @@ def assert_launched(launched: set[str], used: dict[str, dict[str, str]]) -> None
         (RECIPES["psa"], "fa4", "attention", "KeyPyramid attends by itself"),
         (RECIPES["agent"], "fa4", "attention", "AgentTokens attends by itself"),
         (RECIPES["agent"], "triton", "agents", "no Triton kernel"),
-        (RECIPES["residual"], "triton", "residual", "no Triton kernel"),
         (RECIPES["clipped"], "triton", "clipped softmax", "no Triton kernel"),
         (RECIPES["hedgehog"], "triton", "linear branch", "hedgehog"),
         (RECIPES["sage"], "fa4", "quantized attention", "no 8-bit kernels"),

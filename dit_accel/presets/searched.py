@@ -110,6 +110,7 @@ def carried(
     lasts: float = 1.0,
     block: tuple[int, int] = (64, 64),
     query_stride: int = 4,
+    means: bool = False,
 ) -> Recipe:
     """A few dense steps, and between them sparse attention with what it left out in the last one: :func:`ear`'s blocks,
     and the residual of DiTFastAttn (arXiv 2406.08552).
@@ -128,6 +129,8 @@ def carried(
         lasts: share of the run's steps after which nothing is added.
         block: tokens in a query and in a key block.
         query_stride: one of so many queries of a block is asked in a search.
+        means: what is carried comes on top of the means of the blocks left out, see
+            :class:`~dit_accel.stages.compensate.carried.Carried`.
     """
     return ear(density, dense_fraction=0.034, block=block).with_fields(
         {
@@ -137,6 +140,7 @@ def carried(
             "select.query_stride": query_stride,
             "compensate": "carried",
             "compensate.lasts": lasts,
+            "compensate.means": means,
         }
     )
 

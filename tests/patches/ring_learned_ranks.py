@@ -63,10 +63,11 @@ INFERENCE = {
 # Dense: the first step, and those that search.
 SCHEDULE = Schedule(dense_fraction=0.2, refresh_at=(0.2, 0.6), dense_refresh=True, refresh_every=2)
 CARRIED = {
-    name: Recipe(SMALL_TILES, select, Carried(), schedule=SCHEDULE)
-    for name, select in (
-        ("window", Window(window=(1.0, 0.5, 0.5), block=BLOCK)),
-        ("mass", Mass(density=0.3, block=BLOCK)),
+    name: Recipe(SMALL_TILES, select, Carried(means=means), schedule=SCHEDULE)
+    for name, select, means in (
+        ("window", Window(window=(1.0, 0.5, 0.5), block=BLOCK), False),
+        ("mass", Mass(density=0.3, block=BLOCK), False),
+        ("mass, over means", Mass(density=0.3, block=BLOCK), True),
     )
 }
 # With text that comes interleaved, and with hidden keys.

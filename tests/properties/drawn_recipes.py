@@ -60,6 +60,7 @@ FIELDS: dict[str, st.SearchStrategy[Any]] = {
     "kept": st.sampled_from((0.25, 0.75, 1.0)),
     "lasts": st.sampled_from((0.1, 0.8, 1.0)),
     "bits": st.sampled_from((8, 16)),
+    "means": st.booleans(),
     "slope": st.sampled_from((0.0, 0.5, 1.0)),
     "correction": st.sampled_from((0.0, 0.7, 1.0)),
     "top_p": shares,

@@ -122,6 +122,11 @@ def _residual(compensate: PooledResidual, head: _Head) -> torch.Tensor:
     return _over_means(head, runs)
 
 
+def _carried(compensate: Carried, head: _Head) -> torch.Tensor:
+    """What it adds is the call's, not the plan's: test_carried.py, test_invariants.py."""
+    return _residual(PooledResidual(), head) if compensate.means else _kept_alone(compensate, head)
+
+
 def _pyramid(compensate: object, head: _Head) -> torch.Tensor:
     block = head.plan.mask.block_k
     levels = head.rows_of(head.plan.compensation[head.place])
@@ -163,7 +168,7 @@ def _agents(compensate: AgentTokens, head: _Head) -> torch.Tensor:
 
 _RULES: dict[type, Callable[[Any, _Head], torch.Tensor]] = {
     NoCompensation: _kept_alone,
-    Carried: _kept_alone,  # what it adds is the call's, not the plan's: test_carried.py, test_invariants.py
+    Carried: _carried,
     LinearBranch: _kept_alone,  # an untrained branch adds nothing
     ClippedSoftmax: _kept_alone,  # without its layer nothing is clipped (tests/training/test_clipped_softmax.py)
     PooledResidual: _residual,

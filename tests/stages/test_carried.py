@@ -1,6 +1,8 @@
 """What plans left out in dense steps, added again: against the equation, in float64."""
 
+import itertools
 import math
+from dataclasses import replace
 
 import pytest
 import torch
@@ -44,6 +46,28 @@ def _inputs(layout: TokenLayout, index: int, branch: int, dtype: torch.dtype) ->
     return [torch.randn(2, layout.seq_len, 3, 16, generator=generator).to(dtype) for _ in range(3)]
 
 
+def _with_means(q, k, v, plan, layout: TokenLayout, visible: torch.Tensor) -> torch.Tensor:
+    """(B, S, H, D) in float64: one softmax over the visible keys of the kept blocks and a mean of each other block."""
+    q, k, v = (x.double().transpose(1, 2) for x in (q, k, v))
+    slots = torch.arange(layout.seq_len).expand(2, 3, -1)
+    slots = slots if plan.rows is None else plan.rows.long().expand(2, 3, -1)
+    kept = plan.mask.to_dense().expand(2, 3, -1, -1)
+    out = torch.zeros_like(q)
+    for b, h in itertools.product(range(2), range(3)):
+        for i, asking in enumerate(slots[b, h].split(BLOCK[0])):
+            keys, values, weight = [], [], []
+            for j, block in enumerate(slots[b, h].split(BLOCK[1])):
+                members = block[visible[b, 0, 0, block].expand(len(block))]
+                if len(members):
+                    key, value, alone = k[b, h, members], v[b, h, members], bool(kept[b, h, i, j])
+                    keys.append(key if alone else key.mean(0, keepdim=True))
+                    values.append(value if alone else value.mean(0, keepdim=True))
+                    weight.append(torch.full((len(keys[-1]),), len(members) / len(keys[-1]), dtype=torch.float64))
+            logits = q[b, h, asking] @ torch.cat(keys).T / math.sqrt(q.shape[-1]) + torch.cat(weight).log()
+            out[b, h, asking] = logits.softmax(-1) @ torch.cat(values)
+    return out.transpose(1, 2)
+
+
 def _attention(q, k, v, seen=None) -> torch.Tensor:
     """(B, S, H, D) in float64; ``seen`` bool ``[B|1, H|1, S, S]``."""
     q, k, v = (x.double().transpose(1, 2) for x in (q, k, v))
@@ -65,28 +89,41 @@ def _seen(plan, layout: TokenLayout) -> torch.Tensor:
 
 
 @pytest.mark.parametrize(
-    ("kind", "name", "hidden", "order", "dtype", "bits"),
+    ("kind", "name", "hidden", "order", "dtype", "bits", "means"),
     [
-        ("pooled", "alone", False, Raster(), torch.float32, 16),
-        ("pooled", "text first", True, Tiles((2, 4, 4)), torch.float32, 16),
-        ("mass", "text last", True, Tiles((2, 4, 4)), torch.float32, 16),
-        ("mass", "text first", False, Tiles((2, 4, 4)), torch.bfloat16, 16),
-        ("mass", "references", True, Tiles((2, 4, 4)), torch.float32, 16),
-        ("pooled", "ragged", True, Tiles((2, 4, 4)), torch.float32, 16),
-        ("mass", "ragged", False, Tiles((2, 4, 4)), torch.float32, 8),
-        ("pooled", "text first", True, Tiles((2, 4, 4)), torch.bfloat16, 8),
+        ("pooled", "alone", False, Raster(), torch.float32, 16, False),
+        ("pooled", "text first", True, Tiles((2, 4, 4)), torch.float32, 16, False),
+        ("mass", "text last", True, Tiles((2, 4, 4)), torch.float32, 16, False),
+        ("mass", "text first", False, Tiles((2, 4, 4)), torch.bfloat16, 16, False),
+        ("mass", "references", True, Tiles((2, 4, 4)), torch.float32, 16, False),
+        ("pooled", "ragged", True, Tiles((2, 4, 4)), torch.float32, 16, False),
+        ("mass", "ragged", False, Tiles((2, 4, 4)), torch.float32, 8, False),
+        ("pooled", "text first", True, Tiles((2, 4, 4)), torch.bfloat16, 8, False),
+        ("pooled", "text first", True, Tiles((2, 4, 4)), torch.float32, 16, True),
+        ("mass", "ragged", False, Tiles((2, 4, 4)), torch.float32, 8, True),
+        ("mass", "references", True, Raster(), torch.bfloat16, 16, True),
     ],
-    ids=["plain", "pooled", "mass", "bfloat16", "references", "ragged", "8 bits", "8 bits, bfloat16"],
+    ids=[
+        *("plain", "pooled", "mass", "bfloat16", "references", "ragged", "8 bits", "8 bits, bfloat16"),
+        *("over means", "over means, ragged, 8 bits", "over means, references, bfloat16"),
+    ],
 )
-def test_the_equation(kind, name, hidden, order, dtype, bits):
+def test_the_equation(kind, name, hidden, order, dtype, bits, means):
     """Two branches in turns: dense less sparse attention of the last dense step, times 1 - age / lasts."""
     layout = (LAYOUTS | MORE)[name]
-    engine = Engine(Recipe(order, SELECTS[kind], Carried(LASTS, bits), schedule=SCHEDULE), ["layer"], "auto", 0)
+    recipe = Recipe(order, SELECTS[kind], Carried(LASTS, bits, means), schedule=SCHEDULE)
+    engine = Engine(recipe, ["layer"], "auto", 0)
     calls = []
     engine.observer = calls.append
     key_mask = half_hidden(layout) if hidden else None
     visible = torch.ones(2, layout.seq_len, dtype=torch.bool) if key_mask is None else key_mask
     visible = visible[:, None, None]
+
+    def planned(q, k, v, plan) -> torch.Tensor:
+        if means:
+            return _with_means(q, k, v, plan, layout, visible)
+        return _attention(q, k, v, _seen(plan, layout) & visible)
+
     left_out, added, largest = {}, 0, 0.0
     for index in range(STEPS):
         for branch in range(2):
@@ -104,13 +141,13 @@ def test_the_equation(kind, name, hidden, order, dtype, bits):
                     left = kept.memories[(0, step.branch, 2, q.device)].left_out
                     assert left.difference.dtype == (torch.int8 if bits == 8 else dtype)
                     plan = kept.plans[(0, step.branch, 2, q.device)].plan
-                    sparse = _attention(q, k, v, _seen(plan, layout) & visible)
+                    sparse = planned(q, k, v, plan)
                     left_out[branch] = (index, dense - sparse)
                 continue
             assert engine.records[0].sparse_calls == before + 1
             made, difference = left_out[branch]
             share = max(0.0, 1.0 - (index - made) / STEPS / LASTS)
-            sparse = _attention(q, k, v, _seen(calls[-1].plan, layout) & visible)
+            sparse = planned(q, k, v, calls[-1].plan)
             expected = sparse + share * difference
             added += share > 0
             # Each of the three terms rounds once to the dtype (bfloat16: 2^-9 of its size), the kernel likewise.
@@ -216,6 +253,7 @@ def test_two_pipelines_and_a_second_run():
         ({"schedule.dense_refresh": False, "schedule.plan_in_dense_phase": False}, "needs dense steps now and then"),
         ({"schedule.refresh_at": ()}, "needs dense steps now and then"),
         ({"compensate.lasts": 0.0}, r"compensate.lasts must be a share of the steps in \(0, 1\], got 0.0"),
+        ({"compensate.means": True, "select": "window"}, r"compensate\.means: .*Window also hides single tokens"),
         ({"compensate.bits": 4}, "compensate.bits must be 8 or 16, got 4"),
         ({"compensate.lasts": 1.5}, "got 1.5"),
         ({"select": "dense"}, "a dense selection leaves nothing out"),
@@ -246,3 +284,23 @@ def test_it_has_no_gradient():
     q.requires_grad_()
     with pytest.raises(RuntimeError, match="Carried has no gradient"):
         attend(engine, 0, AttentionInputs(q, k, v), layout, StepContext(2, STEPS, forward_id=2), lambda: v)
+    over_means = replace(engine.recipe.compensate, means=True)
+    engine = Engine(Recipe(Raster(), SELECTS["pooled"], over_means, schedule=SCHEDULE), ["layer"], "auto", 0)
+    with pytest.raises(RuntimeError, match="has no gradient"):
+        attend(engine, 0, AttentionInputs(q, k, v), layout, StepContext(2, STEPS, forward_id=2), lambda: v)
+
+
+def test_means_leave_less_to_carry():
+    """Keys alike in a block, as smooth latents have them: most of what a plan leaves out, its means have."""
+    layout = LAYOUTS["even"]
+    q, k, v = _inputs(layout, 0, 0, torch.float32)
+    k = k.view(2, 4, 32, 3, 16)[:, :, :1].expand(2, 4, 32, 3, 16).reshape(k.shape) + 0.2 * k
+    dense, size = _attention(q, k, v).float(), {}
+    for means in (False, True):
+        recipe = Recipe(Raster(), SELECTS["pooled"], Carried(means=means), schedule=SCHEDULE)
+        engine = Engine(recipe, ["layer"], "auto", 0)
+        step = StepContext(1, STEPS, forward_id=1)
+        attend(engine, 0, AttentionInputs(q, k, v), layout, step, lambda: dense)
+        (memory,) = engine.run.kept(layout, None, 1).memories.values()
+        size[means] = float(memory.left_out.difference.norm())
+    assert size[True] < 0.5 * size[False]

@@ -9,8 +9,8 @@ import torch
 from dit_accel import Recipe
 from dit_accel.call import AttentionInputs
 from dit_accel.engine import Engine
+from dit_accel.kernels.pyramid import means
 from dit_accel.layout import StepContext
-from dit_accel.stages.compensate import residual as compensate_residual
 from dit_accel.stages.compensate.residual import PooledResidual
 from dit_accel.stages.order.axes import AxisOrder
 from dit_accel.stages.order.simple import Raster, Tiles
@@ -38,7 +38,7 @@ def _run(recipe, layout, q, k, v, key_mask=None):
 @pytest.mark.parametrize("hidden", [False, True])
 @pytest.mark.parametrize("name", LAYOUTS)
 def test_residual(name, hidden, order, size, select, monkeypatch):
-    monkeypatch.setattr(compensate_residual, "LOGITS_AT_ONCE", 4000)  # several pieces
+    monkeypatch.setattr(means, "LOGITS_AT_ONCE", 4000)  # several pieces
     layout = LAYOUTS[name]
     q, k = inputs(layout)
     v = torch.randn(q.shape, generator=torch.Generator().manual_seed(5))

@@ -131,6 +131,18 @@ class PackedBlockMask:
         return BlockMask.from_dense(keep, *sizes, partial=partial, backend="torch").trimmed()
 
 
+def kept_bits(mask: BlockMask | PackedBlockMask, backend: str = "auto") -> torch.Tensor:
+    """uint8 ``[B|1, H|1, nq, ceil(nk / 8)]``, :attr:`PackedBlockMask.kept` of a mask; in Triton a launch where it is in
+    lists, whose token bits say nothing here."""
+    if isinstance(mask, PackedBlockMask):
+        return mask.kept
+    if choose_selection(Case(mask.kv_indices.device), backend).name == "triton":
+        from .triton_lists import bits_of_block_lists
+
+        return bits_of_block_lists(mask, False)[0]
+    return pack_bits(mask.to_dense())
+
+
 def reads_pairs(x: torch.Tensor) -> bool:
     """Whether the kernel of a tensor's GPU reads the lists of 64-query blocks in pairs: Hopper's."""
     return x.is_cuda and not is_amd() and compute_capability(x.device.index or 0) == (9, 0)

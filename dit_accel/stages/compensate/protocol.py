@@ -80,7 +80,9 @@ class Compensation(Protocol):
         """Attention of a call; ``sparse`` computes that over the kept blocks alone."""
         return sparse()
 
-    def left_out(self, call: AttentionCall, dense: torch.Tensor, sparse: Callable[[], Attended]) -> LeftOut:
+    def left_out(
+        self, call: AttentionCall, plan: AttentionPlan, dense: torch.Tensor, sparse: Callable[[], Attended]
+    ) -> LeftOut:
         """What later calls of the layer and branch find at their ``left_out``, where :attr:`watches_dense`.
 
         ``dense`` is the attention of the tokens that query, and ``sparse`` computes that over the kept blocks.

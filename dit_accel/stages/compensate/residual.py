@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import ClassVar
@@ -11,15 +10,15 @@ import torch
 import torch.nn.functional as F
 
 from ...call import AttentionCall
-from ...kernels.common.choice import Case, Choice, Operation, choose
-from ...kernels.common.tokens import gather_mask, gather_rows
+from ...kernels.common.choice import Case, Choice, Operation
+from ...kernels.common.tokens import gather_mask
+from ...kernels.mask.packed import kept_bits
+from ...kernels.pyramid.means import BlockMeans, add_left_out_means, choose_means
 from ...kernels.selection.api import pool_blocks
 from ...plan import AttentionPlan
 from ..select.means import own_key_mask
 from ..select.protocol import Select
 from .protocol import Attended, Compensation
-
-LOGITS_AT_ONCE = 1 << 27
 
 
 @dataclass(frozen=True)
@@ -28,8 +27,8 @@ class PooledResidual(Compensation):
 
     A mean of n tokens has the logit ``scale * q . mean(k) + log n``, as the coarsest level of a pyramid of keys
     (PSA) and the centroids of SVG-EAR have. By Jensen's inequality that is at most what its tokens have together,
-    so that a block left out never weighs too much. Two partial softmaxes are merged by their log-sum-exps.
-    Costs the products of tokens times means. Inference only.
+    so that a block left out never weighs too much. On a GPU a kernel goes on from the output and the log-sum-exp of the
+    kept blocks. Costs the products of tokens times means. Inference only.
 
     Attributes:
         tokens: neighbours in a block that share a mean, a divisor of a key block; 0: one mean for all of them. Windows,
@@ -63,58 +62,42 @@ class PooledResidual(Compensation):
 
     def choices(self, case: Case, backend: str) -> dict[Operation, Choice]:
         """The attention over means."""
-        return {"residual": choose("residual", backend, case, "there is no Triton kernel for it")}
+        return {"residual": choose_means(case, backend)}
 
     def attend(self, call: AttentionCall, plan: AttentionPlan, sparse: Callable[[], Attended]) -> Attended:
         """Sparse attention and the means, merged."""
-        q, k, v, key_mask = call.q, call.k, call.v, call.key_mask
-        if torch.is_grad_enabled() and any(x.requires_grad for x in (q, k, v)):
+        if torch.is_grad_enabled() and any(x.requires_grad for x in (call.q, call.k, call.v)):
             raise RuntimeError("PooledResidual has no gradient; train with another compensation or without one.")
         out, lse = sparse()
-        mask = plan.mask
+        mask, part = plan.mask, call.part
+        rows = plan.rows if part is None else None  # around a ring tokens are in their slots
+        kept = kept_bits(plan.kept, call.backend("selection"))
+        return add_left_out_means(
+            out,
+            lse,
+            call.q,
+            self._means(call, plan),
+            kept if part is None else kept[:, :, part.q_span()],
+            block_q=mask.block_q,
+            rows=rows,
+            scale=call.scale,
+            backend=call.backend("residual"),
+        )
+
+    def _means(self, call: AttentionCall, plan: AttentionPlan) -> BlockMeans:
+        """Of all keys, also where processes around a ring have some of them."""
+        mask, part, backend = plan.mask, call.part, call.backend("selection")
         size = self.tokens or mask.block_k
-        call.backend("residual")  # torch whatever its name: there is nothing to hand it to
-        batch, length, heads, _ = q.shape
-        rows, part = (plan.rows, None) if call.part is None else (None, call.part)
-        slots = None if rows is None else rows.long().expand(batch, heads, length)
-        queries = gather_rows(q, rows)
-        backend = call.backend("selection")
-        own = own_key_mask(call)
-        mean_k, mean_v = (pool_blocks(x, size, rows=rows, key_mask=own, backend=backend) for x in (k, v))
+        rows, own = plan.rows if part is None else None, own_key_mask(call)
+        keys, values = (pool_blocks(x, size, rows=rows, key_mask=own, backend=backend) for x in (call.k, call.v))
         if part is not None:
             numbers = [-(-part.key_slots(rank) // size) for rank in range(part.ring.size)]
-            mean_k, mean_v = part.ring.gather(torch.stack([mean_k, mean_v]), 3, numbers)
-        if key_mask is None:
-            key_mask = torch.ones(1, mask.kv_len, dtype=torch.bool, device=q.device)
-        visible = F.pad(gather_mask(key_mask, plan.rows), (0, -mask.kv_len % size))
-        # A mean without visible keys has no weight: log 0.
-        bias = visible.unflatten(2, (-1, size)).sum(3, dtype=torch.float32).log()
-        kept = mask.to_dense() if part is None else mask.to_dense()[:, :, part.q_span()]
-        kept = kept.repeat_interleave(mask.block_k // size, 3)[..., : mean_k.shape[2]]
-        rest, rest_lse = torch.empty_like(out), torch.empty_like(lse)
-        group = max(1, LOGITS_AT_ONCE // (batch * heads * mask.block_q * mean_k.shape[2]))
-        for first in range(0, kept.shape[2], group):
-            run = slice(first * mask.block_q, min((first + group) * mask.block_q, length))
-            asked = queries[:, :, run].float()
-            hidden = kept[:, :, first : first + group].repeat_interleave(mask.block_q, 2)[:, :, : asked.shape[2]]
-            logits = asked @ mean_k.transpose(-1, -2) * call.scale + bias[:, :, None]
-            logits = logits.masked_fill(hidden, -math.inf)
-            total = logits.logsumexp(-1)
-            weights = torch.exp(logits - total.masked_fill(total == -math.inf, 0.0)[..., None])
-            found = (weights @ mean_v).to(out.dtype)
-            if slots is None:
-                rest[:, run] = found.transpose(1, 2)
-                rest_lse[:, :, run] = total
-            else:
-                places = slots[:, :, run]
-                rest_lse.scatter_(2, places, total.to(lse.dtype))
-                wide = places.transpose(1, 2)[..., None].expand(-1, -1, -1, out.shape[-1])
-                rest.scatter_(1, wide, found.transpose(1, 2))
-        both = torch.logaddexp(lse, rest_lse)
-        # Nothing left out: also where a row sees no key at all.
-        share = torch.where(rest_lse == -math.inf, 0.0, torch.exp(rest_lse - both))
-        share = share.transpose(1, 2)[..., None].float()
-        return torch.lerp(out.float(), rest.float(), share).to(out.dtype), both
+            keys, values = part.ring.gather(torch.stack([keys, values]), 3, numbers)
+        visible = None
+        if call.key_mask is not None:
+            visible = F.pad(gather_mask(call.key_mask, plan.rows), (0, -mask.kv_len % size))
+            visible = visible.unflatten(2, (-1, size)).sum(3, dtype=torch.float32)
+        return BlockMeans(keys, values, size, mask.block_k, mask.kv_len, visible)
 
     def density(self, plan: AttentionPlan) -> torch.Tensor:
         """Kept share of all block pairs, and the means of the others counted as one key each."""

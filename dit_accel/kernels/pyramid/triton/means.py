@@ -1,0 +1,197 @@
+"""Attention that goes on over means: an online softmax which begins with what attention to the kept blocks ended with.
+
+All queries of a block leave out the same key blocks, so that a bit for each pair of blocks says which means they read,
+and neither lists nor token bits of means are made.
+"""
+
+from __future__ import annotations
+
+import torch
+import triton
+import triton.language as tl
+
+from ...common.capability import compute_capability, is_amd
+from ...common.compiled import KeptKernel
+from ...common.launch import (
+    DOT_PRECISION,
+    LOG2_E,
+    ceil_div,
+    contiguous_rows,
+    lead_strides,
+    or_stand_in,
+    padded_head_dim,
+    power_of_two,
+    token_strides,
+    unit_stride,
+)
+from ...common.primitives import LN_2_, online_softmax_update, slot_rows
+from ..means import BlockMeans
+from .forward import fitting_tiles
+
+
+@triton.jit(do_not_specialize=("heads", "q_len", "kv_len", "means", "kept_stride_r"))
+def left_out_means_fwd_kernel(
+    q_ptr,
+    out_ptr,
+    lse_ptr,
+    k_ptr,
+    v_ptr,
+    visible_ptr,
+    kept_ptr,
+    rows_ptr,
+    stride_qb,
+    stride_qs,
+    stride_qh,
+    stride_ob,
+    stride_os,
+    stride_oh,
+    visible_stride_b,
+    visible_stride_h,
+    kept_stride_b,
+    kept_stride_h,
+    kept_stride_r,
+    rows_stride_b,
+    rows_stride_h,
+    heads,
+    q_len,
+    kv_len,
+    means,
+    scale_log2,
+    BLOCK_Q: tl.constexpr,
+    TOKENS: tl.constexpr,
+    PER_BLOCK: tl.constexpr,
+    TILE_Q: tl.constexpr,
+    TILE_N: tl.constexpr,
+    BLOCK_D: tl.constexpr,
+    HEAD_DIM: tl.constexpr,
+    HAS_ROWS: tl.constexpr,
+    HAS_VISIBLE: tl.constexpr,
+    PRECISION: tl.constexpr,
+):
+    """``TILE_Q`` queries of a block of one head, and all means of the head. ``out`` and ``lse`` change in place."""
+    tiles: tl.constexpr = (BLOCK_Q + TILE_Q - 1) // TILE_Q
+    query_block = tl.program_id(0) // tiles
+    plane = tl.program_id(1).to(tl.int64)
+    batch, head = plane // heads, plane % heads
+    q_ptr += batch * stride_qb + head * stride_qh
+    out_ptr += batch * stride_ob + head * stride_oh
+    lse_ptr += plane * q_len
+    k_ptr += plane * means * HEAD_DIM
+    v_ptr += plane * means * HEAD_DIM
+    visible_ptr += batch * visible_stride_b + head * visible_stride_h
+    kept_ptr += batch * kept_stride_b + head * kept_stride_h + query_block.to(tl.int64) * kept_stride_r
+    rows_ptr += batch * rows_stride_b + head * rows_stride_h
+
+    offs_d = tl.arange(0, BLOCK_D)
+    in_d = offs_d < HEAD_DIM
+    offs_m = (tl.program_id(0) % tiles) * TILE_Q + tl.arange(0, TILE_Q)
+    slot = query_block * BLOCK_Q + offs_m
+    here = (offs_m < BLOCK_Q) & (slot < q_len)
+    row = slot_rows(rows_ptr, slot, here, HAS_ROWS)
+    wide = row.to(tl.int64)[:, None]
+    live = here[:, None] & in_d[None, :]
+    q = tl.load(q_ptr + wide * stride_qs + offs_d[None, :], mask=live, other=0.0)
+    lse = tl.load(lse_ptr + row, mask=here, other=float("-inf"))
+
+    # Attention to the kept blocks, as if it were one key: its logit is the log-sum-exp, its value the output. Where
+    # that is -inf the first tile makes the sum 0.
+    row_max = lse / LN_2_
+    row_sum = tl.full([TILE_Q], 1.0, tl.float32)
+    out_ptrs = out_ptr + wide * stride_os + offs_d[None, :]
+    acc = tl.load(out_ptrs, mask=live, other=0.0).to(tl.float32)
+    for first in range(0, means, TILE_N):
+        mean = first + tl.arange(0, TILE_N)
+        inside = mean < means
+        block = mean // PER_BLOCK
+        byte = tl.load(kept_ptr + block // 8, mask=inside, other=255).to(tl.int32)
+        if HAS_VISIBLE:
+            count = tl.load(visible_ptr + mean, mask=inside, other=0.0)
+        else:
+            count = tl.minimum(kv_len - mean * TOKENS, TOKENS).to(tl.float32)
+        left_out = inside & (((byte >> (block % 8)) & 1) == 0) & (count > 0.0)
+        at = mean.to(tl.int64) * HEAD_DIM
+        k = tl.load(k_ptr + at[None, :] + offs_d[:, None], mask=in_d[:, None] & inside[None, :], other=0.0)
+        v = tl.load(v_ptr + at[:, None] + offs_d[None, :], mask=inside[:, None] & in_d[None, :], other=0.0)
+        scores = tl.dot(q, k, input_precision=PRECISION) * scale_log2 + tl.math.log2(tl.maximum(count, 1.0))[None, :]
+        scores = tl.where(left_out[None, :], scores, float("-inf"))
+        p, row_max, row_sum, acc_scale = online_softmax_update(scores, row_max, row_sum, True)
+        acc = acc * acc_scale[:, None]
+        acc = tl.dot(p.to(v.dtype), v, acc, input_precision=PRECISION)
+
+    nothing = row_sum == 0.0
+    total = tl.where(nothing, 1.0, row_sum)
+    tl.store(out_ptrs, (acc / total[:, None]).to(out_ptr.dtype.element_ty), mask=live)
+    tl.store(lse_ptr + row, tl.where(nothing, float("-inf"), (row_max + tl.math.log2(total)) * LN_2_), mask=here)
+
+
+def _tiles(q: torch.Tensor, block_q: int) -> tuple[int, int]:
+    """Queries and means of a tile: as many as registers hold. Loads of heads that are no whole 16 columns and products
+    of float32 take more of them; the matrix units of 9.0 and 10.0 take 64 queries at least."""
+    dim, rows = q.shape[-1], max(16, power_of_two(block_q))
+    if q.element_size() > 2:
+        return fitting_tiles(q, min(rows, 32), 16, 1)
+    if dim <= 128 and dim % 16 == 0:
+        return fitting_tiles(q, min(rows, 128), 64, 1)
+    of_warpgroups = q.is_cuda and not is_amd() and compute_capability(q.device.index or 0)[0] in (9, 10)
+    return fitting_tiles(q, min(rows, 64 if of_warpgroups else 32), 64 if dim <= 128 else 32, 1)
+
+
+_KERNEL = KeptKernel(left_out_means_fwd_kernel)
+
+
+def add_left_out_means_triton(
+    out: torch.Tensor,
+    lse: torch.Tensor,
+    q: torch.Tensor,
+    means: BlockMeans,
+    kept: torch.Tensor,
+    block_q: int,
+    rows: torch.Tensor | None,
+    scale: float,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """See :func:`dit_accel.kernels.pyramid.means.add_left_out_means`; ``lse`` is float32."""
+    batch, q_len, heads, dim = q.shape
+    q, out, lse, kept, rows = (
+        unit_stride(q),
+        unit_stride(out),
+        lse.contiguous(),
+        unit_stride(kept),
+        contiguous_rows(rows),
+    )
+    keys, values = (x.to(q.dtype).contiguous() for x in (means.keys, means.values))
+    visible = None if means.visible is None else unit_stride(means.visible)
+    tile_q, tile_means = _tiles(q, block_q)
+    with torch.cuda.device_of(q):
+        _KERNEL[(kept.shape[2] * ceil_div(block_q, tile_q), batch * heads)](
+            q,
+            out,
+            lse,
+            keys,
+            values,
+            or_stand_in(visible, q),
+            kept,
+            or_stand_in(rows, q),
+            *token_strides(q, out),
+            *lead_strides(visible),
+            *lead_strides(kept),
+            kept.stride(2),
+            *lead_strides(rows),
+            heads,
+            q_len,
+            means.kv_len,
+            keys.shape[2],
+            scale * LOG2_E,
+            BLOCK_Q=block_q,
+            TOKENS=means.tokens,
+            PER_BLOCK=means.block_k // means.tokens,
+            TILE_Q=tile_q,
+            TILE_N=tile_means,
+            BLOCK_D=padded_head_dim(dim),
+            HEAD_DIM=dim,
+            HAS_ROWS=rows is not None,
+            HAS_VISIBLE=visible is not None,
+            PRECISION=DOT_PRECISION,
+            num_warps=8 if tile_q >= 128 else 4,
+            num_stages=2,
+        )
+    return out, lse
