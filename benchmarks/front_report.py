@@ -125,6 +125,12 @@ def rows_of(result: dict[str, Any]) -> list[Row]:
     return sorted(rows, key=lambda row: -row.metrics["psnr"].mean)
 
 
+def size_of(settings: dict[str, Any]) -> str:
+    """Pixels as a reader writes them: one number is both sides."""
+    width, _, height = str(settings["size"]).partition("x")
+    return f"{width} x {height or width}"
+
+
 def table(result: dict[str, Any]) -> str:
     """Every row of one number of steps, with what its intervals are."""
     settings, rows = result["settings"], rows_of(result)
@@ -135,7 +141,7 @@ def table(result: dict[str, Any]) -> str:
     clips = f"{counts[0]} clips" if len(counts) == 1 else f"{counts[0]} to {counts[-1]} clips"
     facts = result["facts"]
     lines = [
-        f"{settings['steps']} steps, {settings['frames']} frames of {settings['size']} x {settings['size']}, guidance "
+        f"{settings['steps']} steps, {settings['frames']} frames of {size_of(settings)}, guidance "
         f"{settings['guidance']:g}, {settings['dtype']}, {facts.get('device', settings['device'])}, torch "
         f"{facts['torch']}; {clips} a row; in brackets the {' or '.join(kinds)} over clips.",
         "",

@@ -79,7 +79,8 @@ def main() -> None:
     parser.add_argument("--tuning", action="store_true", help="take prompts and seeds that no table reports")
     parser.add_argument("--steps", type=int, default=30)
     parser.add_argument("--frames", type=int, default=29)
-    parser.add_argument("--size", type=int, default=192, help="pixels in height and in width")
+    parser.add_argument("--model", default="embedded", help="a built-in one of prompts, or embedded-long")
+    parser.add_argument("--size", default="192", help="pixels in height and in width, or WIDTHxHEIGHT")
     parser.add_argument("--guidance", type=float, default=2.0)
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--dtype", default="float32", choices=["bfloat16", "float32", "float16"])
@@ -105,7 +106,7 @@ def main() -> None:
     if args.shards:
         show(in_shards(args))
         return
-    pipe = load("embedded", dtype=getattr(torch, args.dtype), device=torch.device(args.device))
+    pipe = load(args.model, dtype=getattr(torch, args.dtype), device=torch.device(args.device))
     pipe.set_progress_bar_config(disable=True)
     if args.magnitudes:
         print(json.dumps([round(ratio, 4) for ratio in magnitudes(pipe, args)]))
@@ -215,6 +216,13 @@ def pairs(text: str) -> list[tuple[str, str]]:
     return [(name.strip(), value.strip()) for name, _, value in split]
 
 
+def arguments_of(pipe: Any, args: argparse.Namespace) -> dict[str, Any]:
+    """What a pipeline is called with, but for the prompt."""
+    width, _, height = args.size.partition("x")
+    size = {"width": int(width), "height": int(height or width), "frames": args.frames}
+    return call_arguments(pipe, **size, steps=args.steps, guidance=args.guidance)
+
+
 def numbered_prompts(args: argparse.Namespace) -> list[tuple[int, str]]:
     """Seeds and prompts; those to choose by have seeds of their own."""
     prompts, seed = (TUNING_PROMPTS, 1000) if args.tuning else (DEFAULT_PROMPTS, 0)
@@ -228,13 +236,11 @@ class Front:
         self.pipe, self.args = pipe, args
         self.end = float("inf") if args.minutes is None else time.monotonic() + 60 * args.minutes
         self.metrics = find_metrics(METRICS)
-        self.arguments = call_arguments(
-            pipe, width=args.size, height=args.size, frames=args.frames, steps=args.steps, guidance=args.guidance
-        )
+        self.arguments = arguments_of(pipe, args)
         self.prompts = numbered_prompts(args)
         self.folder = args.out.with_suffix(".dense")
         self.settings = {
-            name: getattr(args, name) for name in ("steps", "frames", "size", "guidance", "dtype", "device")
+            name: getattr(args, name) for name in ("model", "steps", "frames", "size", "guidance", "dtype", "device")
         }
 
     def run(self, recipes: dict[str, Recipe]) -> dict[str, Any]:
@@ -326,8 +332,7 @@ def magnitudes(pipe: Any, args: argparse.Namespace) -> list[float]:
             found.extend(list(one.calibration_ratios) for one in hook.state_manager._state_cache.values())
         return state
 
-    settings = {"width": args.size, "height": args.size, "frames": args.frames}
-    arguments = call_arguments(pipe, **settings, steps=args.steps, guidance=args.guidance)
+    arguments = arguments_of(pipe, args)
     for n, prompt in numbered_prompts(args):
         generator = torch.Generator().manual_seed(n)
         pipe(prompt=prompt, generator=generator, output_type="latent", callback_on_step_end=keep, **arguments)
