@@ -105,11 +105,20 @@ def pretended(monkeypatch) -> Callable[..., None]:
     return gpu
 
 
+def launched_by_triton(_self, kernel, grid, _key, args, constants, num_warps) -> None:
+    kernel[grid](*args, **constants, num_warps=num_warps)
+
+
 @pytest.fixture
 def launched(monkeypatch) -> set[str]:
     """Operations whose Triton kernels run."""
     from triton.runtime import interpreter, jit
 
+    from dit_accel.kernels.common.compiled import CompiledVariants, KeptKernel
+
+    # Launches of variants that are kept from tests before pass Triton by.
+    monkeypatch.setattr(KeptKernel, "_launch", lambda self, grid, *args, **named: self.kernel[grid](*args, **named))
+    monkeypatch.setattr(CompiledVariants, "launch", launched_by_triton)
     found: set[str] = set()
     for function in (interpreter.InterpretedFunction, jit.JITFunction):
 

@@ -12,6 +12,9 @@ import torch.nn.functional as F
 from diffusers.models.autoencoders.autoencoder_kl_wan import WanCausalConv3d, WanRMS_norm
 from torch import nn
 
+FLOOR = 1e-12
+"""The least norm that ``F.normalize`` divides by."""
+
 
 class PaddedInside(WanCausalConv3d):
     """Pads height and width as it reads, and copies its input at most once."""
@@ -33,10 +36,22 @@ class FoldedNorm(WanRMS_norm):
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         """Of ``[B, C, ...]``, over channels, in float32 where ``x`` has 16 bits."""
+        if x.is_cuda and self.channel_first and x.stride(1) == 1:
+            scaled = in_one_pass(x, self.gamma)
+            return scaled + self.bias if isinstance(self.bias, torch.Tensor) else scaled
         wide = x.float() if x.dtype in (torch.float16, torch.bfloat16) else x
         unit = F.normalize(wide, dim=1 if self.channel_first else -1).to(x.dtype)
         scaled = unit * (self.scale * self.gamma)
         return scaled + self.bias if isinstance(self.bias, torch.Tensor) else scaled
+
+
+def in_one_pass(x: torch.Tensor, gamma: torch.Tensor) -> torch.Tensor:
+    """``gamma sqrt(C) x / |x|`` of pixels whose channels are adjacent, in one launch where a GPU has four passes.
+
+    ``rms_norm`` adds its floor to the mean square, ``normalize`` has one of the norm; both are for pixels of zeros.
+    """
+    weight = gamma.flatten().to(x.dtype)
+    return F.rms_norm(x.movedim(1, -1), weight.shape, weight, FLOOR**2 / len(weight)).movedim(-1, 1)
 
 
 def _behind_zeros(frames: torch.Tensor, count: int) -> torch.Tensor:

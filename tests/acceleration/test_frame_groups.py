@@ -12,7 +12,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from dit_accel.acceleration.decoding import set_vae
 from dit_accel.acceleration.frame_groups import decode_in_groups
-from dit_accel.acceleration.wan_layers import LEANER
+from dit_accel.acceleration.wan_layers import LEANER, in_one_pass
 from tests.tiny import TINY
 
 COMMON = {"base_dim": 4, "dim_mult": [1, 2, 4, 4], "num_res_blocks": 1, "temperal_downsample": [False, True, True]}
@@ -175,6 +175,26 @@ def test_norms_of_large_numbers_in_16_bits():
     decode_in_groups(vae, 2)
     assert torch.allclose(norm(x), expected, rtol=2.0**-9, atol=0)
     assert expected.abs().min() > 0.4
+
+
+@pytest.mark.parametrize("device", ["cpu", pytest.param("cuda", marks=pytest.mark.gpu)])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_a_norm_in_one_pass(dtype, device):
+    """As in float64, within its own rounding; pixels of zeros stay zeros, and the order in memory stays."""
+    generator = torch.Generator().manual_seed(0)
+    x = torch.randn(2, 24, 3, 5, 4, generator=generator)
+    x[0, :, 1, 2, 3] = 0.0
+    x[0, :, 1, 2, 2] *= 1e-6
+    x = x.to(device, dtype).contiguous(memory_format=torch.channels_last_3d)
+    gamma = torch.rand(24, 1, 1, 1, generator=generator).to(device, dtype)
+    found = in_one_pass(x, gamma)
+    exact = torch.nn.functional.normalize(x.double(), dim=1) * 24**0.5 * gamma.double()
+    # A square, a sum of 24 and a root for the norm, two products, and the rounding of what comes out.
+    units = 30 * torch.finfo(torch.float32).eps + torch.finfo(dtype).eps
+    assert found.dtype == dtype
+    assert bool(((found.double() - exact).abs() <= units * exact.abs()).all())
+    assert not found[0, :, 1, 2, 3].any()
+    assert found.stride() == x.stride()
 
 
 def test_offloading_layer_by_layer_keeps_its_hooks():

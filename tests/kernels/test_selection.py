@@ -12,7 +12,14 @@ import torch
 from dit_accel.kernels.common.tokens import hidden_blocks
 from dit_accel.kernels.mask.block_mask import BlockMask
 from dit_accel.kernels.mask.packed import PackedBlockMask, pack_bits
-from dit_accel.kernels.selection.api import pool_blocks, pooled_scores, select_blocks, select_pooled, self_similarity
+from dit_accel.kernels.selection.api import (
+    pool_blocks,
+    pool_two,
+    pooled_scores,
+    select_blocks,
+    select_pooled,
+    self_similarity,
+)
 
 from .selection_oracle import assert_lists, loop_select
 
@@ -71,6 +78,12 @@ def test_pool_blocks(backend, batch, seq, heads, dim, block, row_shape, masked, 
     assert np.abs(got.double().cpu().numpy() - want).max() <= bound
     if masked and rows is None:
         assert (got[0, :, 0] == 0).all()
+    # Two in one launch, of other strides, and rounded once.
+    other = torch.randn(batch, seq, heads, dim, dtype=dtype, device=device)
+    alone = pool_blocks(other, block, rows=rows, key_mask=key_mask, backend=backend)
+    for of in (torch.float32, torch.float16):
+        both = pool_two(x, other, block, rows=rows, key_mask=key_mask, dtype=of, backend=backend)
+        assert torch.equal(both, torch.stack([got, alone]).to(of))
 
 
 @pytest.mark.parametrize("backend", NAMED)

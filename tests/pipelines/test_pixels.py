@@ -157,6 +157,12 @@ def test_who_is_asked_for_tensors():
     assert not gives_device_tensors(Outside(**pipe.components))
     assert not gives_device_tensors(TINY["flux"].build())
     assert not gives_device_tensors(lambda **_: None)
+    # Ours, which add a call's defaults and no more; and what others make of them.
+    ours = load("random-wan")
+    assert type(ours).__module__.startswith("dit_accel.")
+    assert gives_device_tensors(ours)
+    other = type("Other", (type(ours),), {"__module__": "elsewhere"})
+    assert not gives_device_tensors(other(**ours.components))
     pipe.video_processor = Other(vae_scale_factor=8)
     assert not gives_device_tensors(pipe)
     pipe = TINY["wan"].build()

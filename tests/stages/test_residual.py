@@ -32,28 +32,18 @@ def _run(recipe, layout, q, k, v, key_mask=None):
     return out, calls[0].plan, engine
 
 
-@pytest.mark.parametrize("select", [Pooled(density=0.3, block=BLOCK), "window"], ids=["pooled", "window"])
-@pytest.mark.parametrize("size", [0, 8], ids=["block means", "means of 8"])
-@pytest.mark.parametrize("order", ORDERS, ids=["raster", "tiles", "axes"])
-@pytest.mark.parametrize("hidden", [False, True])
-@pytest.mark.parametrize("name", LAYOUTS)
-def test_residual(name, hidden, order, size, select, monkeypatch):
-    monkeypatch.setattr(means, "LOGITS_AT_ONCE", 4000)  # several pieces
-    layout = LAYOUTS[name]
-    q, k = inputs(layout)
-    v = torch.randn(q.shape, generator=torch.Generator().manual_seed(5))
-    key_mask = half_hidden(layout) if hidden else None
-    if select == "window":
-        select = Window(window=(1, 2, 2), block=BLOCK, whole=True)
-    recipe = Recipe(order=order, select=select, compensate=PooledResidual(size))
-    out, plan, engine = _run(recipe, layout, q, k, v, key_mask)
-    assert plan.mask.token_bits is None or not (plan.mask.kv_bits >= 0).any()
-    kept = plan.mask.to_dense().expand(2, 3, -1, -1)
+def _rows(plan, layout):
+    """int64 ``[2, 3, S]``: the token of each slot."""
     rows = torch.arange(layout.seq_len).expand(1, 1, -1) if plan.rows is None else plan.rows.long()
-    rows = rows.expand(2, 3, -1)
-    left_out = 0
+    return rows.expand(2, 3, -1)
+
+
+def _expected(plan, layout, q, k, v, key_mask=None, size=0):
+    """The output in float64, ``[2, S, 3, D]``, and how many means it has; differentiable."""
+    kept, slots, left_out = plan.mask.to_dense().expand(2, 3, -1, -1), _rows(plan, layout), 0
+    result = torch.zeros(q.shape, dtype=torch.float64)
     for b, h in itertools.product(range(2), range(3)):
-        order_of, queries, keys, values = (rows[b, h], *(x[b, :, h].double() for x in (q, k, v)))
+        order_of, queries, keys, values = (slots[b, h], *(x[b, :, h].double() for x in (q, k, v)))
         visible = torch.ones(layout.seq_len, dtype=torch.bool) if key_mask is None else key_mask[b]
         for i, tokens in enumerate(order_of.split(BLOCK[0])):
             logits, told = [], []
@@ -70,8 +60,31 @@ def test_residual(name, hidden, order, size, select, monkeypatch):
                         mean = keys[members].mean(0)
                         logits.append((queries[tokens] @ mean / 4 + math.log(len(members)))[:, None])
                         told.append(values[members].mean(0, keepdim=True))
-            expected = torch.cat(logits, 1).softmax(-1) @ torch.cat(told)
-            assert (out[b, tokens, h].double() - expected).abs().max() <= 4e-6 * expected.abs().max()
+            result[b, tokens, h] = torch.cat(logits, 1).softmax(-1) @ torch.cat(told)
+    return result, left_out
+
+
+@pytest.mark.parametrize("select", [Pooled(density=0.3, block=BLOCK), "window"], ids=["pooled", "window"])
+@pytest.mark.parametrize("size", [0, 8], ids=["block means", "means of 8"])
+@pytest.mark.parametrize("order", ORDERS, ids=["raster", "tiles", "axes"])
+@pytest.mark.parametrize("hidden", [False, True])
+@pytest.mark.parametrize("name", LAYOUTS)
+def test_residual(name, hidden, order, size, select, monkeypatch):
+    monkeypatch.setattr(means, "LOGITS_AT_ONCE", 4000)  # several pieces
+    layout = LAYOUTS[name]
+    q, k = inputs(layout)
+    v = torch.randn(q.shape, generator=torch.Generator().manual_seed(5))
+    key_mask = half_hidden(layout) if hidden else None
+    if select == "window":
+        select = Window(window=(1, 2, 2), block=BLOCK, whole=True)
+    recipe = Recipe(order=order, select=select, compensate=PooledResidual(size))
+    out, plan, engine = _run(recipe, layout, q, k, v, key_mask)
+    assert plan.mask.token_bits is None or not (plan.mask.kv_bits >= 0).any()
+    expected, left_out = _expected(plan, layout, q, k, v, key_mask, size)
+    for b, h in itertools.product(range(2), range(3)):
+        for tokens in _rows(plan, layout)[b, h].split(BLOCK[0]):
+            rows = expected[b, tokens, h]
+            assert (out[b, tokens, h].double() - rows).abs().max() <= 4e-6 * rows.abs().max()
     assert left_out > 5
     density = float(plan.mask.density())
     assert float(engine.records[0].density_sum) == pytest.approx(density + (1 - density) / (size or 32))
@@ -106,7 +119,7 @@ def test_constant_keys_make_it_exact():
     assert (out.double() - exact).abs().max() <= 4e-6 * exact.abs().max()
 
 
-def test_nan_is_passed_on_and_gradients_are_refused():
+def test_nan_is_passed_on():
     layout = LAYOUTS["even"]
     q, k = inputs(layout)
     q[0, 5, 1, 3] = float("nan")
@@ -115,8 +128,35 @@ def test_nan_is_passed_on_and_gradients_are_refused():
     assert out[0, 5, 1].isnan().all()
     assert out[1].isfinite().all()
     assert int(engine.records[0].nan_calls) == 1
-    with pytest.raises(RuntimeError, match="no gradient"):
-        _run(recipe, layout, q.requires_grad_(), k, k)
+
+
+@pytest.mark.parametrize("learns", ["qkv", "q", "v"])
+@pytest.mark.parametrize("hidden", [False, True])
+@pytest.mark.parametrize("order", ORDERS[:2], ids=["raster", "tiles"])
+@pytest.mark.parametrize("name", ["even", "text last"])
+def test_gradients(name, order, hidden, learns, monkeypatch):
+    """Against those of the equation in float64, with blocks chosen alike."""
+    monkeypatch.setattr(means, "LOGITS_AT_ONCE", 4000)  # several pieces
+    layout, size = LAYOUTS[name], 8
+    q, k = inputs(layout)
+    v = torch.randn(q.shape, generator=torch.Generator().manual_seed(5))
+    given = dict(zip("qkv", (q, k, v), strict=True))
+    of = [given[name].requires_grad_() for name in learns]
+    key_mask = half_hidden(layout) if hidden else None
+    recipe = Recipe(order=order, select=Pooled(density=0.3, block=BLOCK), compensate=PooledResidual(size))
+    out, plan, _ = _run(recipe, layout, q, k, v, key_mask)
+    expected, left_out = _expected(plan, layout, q, k, v, key_mask, size)
+    assert left_out > 5
+    toward = torch.randn(out.shape, generator=torch.Generator().manual_seed(6))
+    found = torch.autograd.grad(out, of, toward)
+    exact = torch.autograd.grad(expected, of, toward.double())
+    for one, other in zip(found, exact, strict=True):
+        assert one.dtype == torch.float32
+        # A gradient sums over tokens what each errs by.
+        assert float((one - other).abs().max()) <= 2e-5 * float(other.abs().max())
+    with torch.no_grad():
+        without, _, _ = _run(recipe, layout, *(x.detach() for x in (q, k, v)), key_mask)
+    assert float((out - without).abs().max()) <= 4e-6 * float(out.abs().max())
 
 
 def test_token_masks_are_refused():

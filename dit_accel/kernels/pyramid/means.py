@@ -5,6 +5,8 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 import torch
+import torch.nn.functional as F
+from torch.utils.checkpoint import checkpoint
 
 from ..common.capability import why_not_tiles
 from ..common.choice import Case, Choice, case_of, choose
@@ -48,7 +50,6 @@ def choose_means(case: Case, backend: str = "auto") -> Choice:
     return choose("residual", backend, case, why_not_tiles(case._replace(blocks=None)))
 
 
-@torch.no_grad()
 def add_left_out_means(
     out: torch.Tensor,
     lse: torch.Tensor,
@@ -65,10 +66,12 @@ def add_left_out_means(
 
     A mean of n tokens has the logit ``scale * q . mean(k) + ln n``. In Triton one launch: each program begins its
     online softmax with what attention to the kept blocks ended with. It multiplies in q's dtype, to which means are
-    rounded as keys are, and sums in float32. The torch version computes in float32.
+    rounded as keys are, and sums in float32. The torch version computes in float32, and is differentiable in ``out``,
+    ``lse``, ``q`` and the means; a gradient is its own also where ``backend`` is another.
 
     Args:
-        out: ``[B, Sq, H, D]``, attention to the kept blocks, in the model's order. It and ``lse`` may be overwritten.
+        out: ``[B, Sq, H, D]``, attention to the kept blocks, in the model's order. It and ``lse`` may be overwritten,
+            but where a gradient needs them.
         lse: ``[B, H, Sq]`` of it, natural logarithm; ``-inf`` where a query saw nothing.
         q: ``[B, Sq, H, D]``, any strides.
         kept: uint8 ``[B|1, H|1, nq, ceil(nk / 8)]``, the bits of a
@@ -82,37 +85,53 @@ def add_left_out_means(
     Returns:
         Output in ``out``'s dtype and log-sum-exp, both in the model's order.
     """
-    if choose_means(case_of(q), backend).name == "triton" and lse.dtype == torch.float32:
+    learns = torch.is_grad_enabled() and any(x.requires_grad for x in (out, lse, q, means.keys, means.values))
+    if not learns and choose_means(case_of(q), backend).name == "triton" and lse.dtype == torch.float32:
         from .triton.means import add_left_out_means_triton
 
         return add_left_out_means_triton(out, lse, q, means, kept, block_q, rows, scale)
-    batch, length, heads, _ = q.shape
-    slots = None if rows is None else rows.long().expand(batch, heads, length)
-    queries = gather_rows(q, rows)
-    keys, values, bias = means.keys.float(), means.values.float(), means.counts.log()  # log 0: no weight
+    length = q.shape[1]
+    padding = -length % block_q
+    queries = F.pad(gather_rows(q, rows), (0, 0, 0, padding))
+    slots = None if rows is None else rows.long().expand(q.shape[0], q.shape[2], length)
+    before = F.pad(lse if slots is None else lse.gather(2, slots), (0, padding))
+    keys, values = means.keys.float() * scale, means.values.float()
     read = unpack_bits(kept, -(-means.kv_len // means.block_k))
     read = read.repeat_interleave(means.block_k // means.tokens, 3)[..., : keys.shape[2]]
-    rest, rest_lse = torch.empty_like(out), torch.empty_like(lse)
-    group = max(1, LOGITS_AT_ONCE // (batch * heads * block_q * keys.shape[2]))
+    bias = means.counts.log()[:, :, None].masked_fill(read, -torch.inf)  # log 0: no weight
+    parts = []
+    group = max(1, LOGITS_AT_ONCE // (q.shape[0] * q.shape[2] * block_q * keys.shape[2]))
     for first in range(0, read.shape[2], group):
-        run = slice(first * block_q, min((first + group) * block_q, length))
-        asked = queries[:, :, run].float()
-        hidden = read[:, :, first : first + group].repeat_interleave(block_q, 2)[:, :, : asked.shape[2]]
-        logits = asked @ keys.transpose(-1, -2) * scale + bias[:, :, None]
-        logits = logits.masked_fill(hidden, -torch.inf)
-        total = logits.logsumexp(-1)
-        weights = torch.exp(logits - total.masked_fill(total == -torch.inf, 0.0)[..., None])
-        found = (weights @ values).to(out.dtype)
-        if slots is None:
-            rest[:, run] = found.transpose(1, 2)
-            rest_lse[:, :, run] = total
-        else:
-            places = slots[:, :, run]
-            rest_lse.scatter_(2, places, total.to(lse.dtype))
-            wide = places.transpose(1, 2)[..., None].expand(-1, -1, -1, out.shape[-1])
-            rest.scatter_(1, wide, found.transpose(1, 2))
-    both = torch.logaddexp(lse, rest_lse)
-    # Nothing left out: also where a row sees no key at all.
-    share = torch.where(rest_lse == -torch.inf, 0.0, torch.exp(rest_lse - both))
-    share = share.transpose(1, 2)[..., None].float()
-    return torch.lerp(out.float(), rest.float(), share).to(out.dtype), both
+        run = slice(first * block_q, (first + group) * block_q)
+        work = (queries[:, :, run], before[:, :, run], keys, values, bias[:, :, first : first + group])
+        parts.append(checkpoint(_over_means, *work, use_reentrant=False) if learns else _over_means(*work))
+    rest, share, total = (torch.cat(part, 2)[:, :, :length] for part in zip(*parts, strict=True))
+    rest, share, total = rest.to(out.dtype), share[..., None].float(), total.to(lse.dtype)
+    if slots is not None:
+        total = torch.empty_like(total).scatter(2, slots, total)
+        share = torch.empty_like(share).scatter(2, slots[..., None], share)
+        rest = torch.empty_like(rest).scatter(2, slots[..., None].expand_as(rest), rest)
+    return (out.float() * share.transpose(1, 2)).add_(rest.transpose(1, 2)).to(out.dtype), total
+
+
+def _over_means(
+    queries: torch.Tensor, lse: torch.Tensor, keys: torch.Tensor, values: torch.Tensor, bias: torch.Tensor
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """What means add to the output of whole query blocks, the share that is left to the rest, and the log-sum-exp.
+
+    Args:
+        queries: ``[B, H, n * block_q, D]`` of n blocks.
+        lse: ``[B, H, n * block_q]`` without means.
+        keys, values: float32 ``[B, H, m, D]``, the keys scaled.
+        bias: float32 ``[B|1, H|1, n, m]``, -inf where a block reads what a mean is of.
+    """
+    logits = queries.float() @ keys.transpose(-1, -2)
+    logits.unflatten(2, (bias.shape[2], -1)).add_(bias[:, :, :, None])
+    base = torch.maximum(lse, logits.amax(-1)).detach()
+    base = base.masked_fill(base == -torch.inf, 0.0)
+    weights = logits.sub_(base[..., None]).exp_()
+    kept = torch.exp(lse - base)
+    total = kept + weights.sum(-1)
+    # A row may see no key at all.
+    divisor = torch.where(total == 0.0, 1.0, total)
+    return (weights @ values).div_(divisor[..., None]), kept / divisor, base + total.log()

@@ -67,6 +67,29 @@ def pool_blocks(
     return total / count.clamp(min=1)[..., None]
 
 
+def pool_two(
+    x: torch.Tensor,
+    y: torch.Tensor,
+    block: int,
+    *,
+    rows: torch.Tensor | None = None,
+    key_mask: torch.Tensor | None = None,
+    dtype: torch.dtype = torch.float32,
+    backend: str = "auto",
+) -> torch.Tensor:
+    """:func:`pool_blocks` of two tensors of one shape, in Triton in one launch.
+
+    Returns:
+        ``[2, B, H, n, D]`` of ``dtype``; sums are float32 in any case.
+    """
+    if choose_selection(Case(x.device), backend).name == "triton":
+        from .triton.pooling import pool_two_triton
+
+        return pool_two_triton(x, y, block, rows=rows, key_mask=key_mask, dtype=dtype)
+    means = (pool_blocks(each, block, rows=rows, key_mask=key_mask, backend=backend) for each in (x, y))
+    return torch.stack([each.to(dtype) for each in means])
+
+
 def self_similarity(
     x: torch.Tensor,
     block: int,

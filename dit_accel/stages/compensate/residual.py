@@ -10,11 +10,12 @@ import torch
 import torch.nn.functional as F
 
 from ...call import AttentionCall
+from ...kernels.coarse.api import block_means
 from ...kernels.common.choice import Case, Choice, Operation
 from ...kernels.common.tokens import gather_mask
 from ...kernels.mask.packed import kept_bits
 from ...kernels.pyramid.means import BlockMeans, add_left_out_means, choose_means
-from ...kernels.selection.api import pool_blocks
+from ...kernels.selection.api import pool_two
 from ...plan import AttentionPlan
 from ..select.means import own_key_mask
 from ..select.protocol import Select
@@ -28,7 +29,7 @@ class PooledResidual(Compensation):
     A mean of n tokens has the logit ``scale * q . mean(k) + log n``, as the coarsest level of a pyramid of keys
     (PSA) and the centroids of SVG-EAR have. By Jensen's inequality that is at most what its tokens have together,
     so that a block left out never weighs too much. On a GPU a kernel goes on from the output and the log-sum-exp of the
-    kept blocks. Costs the products of tokens times means. Inference only.
+    kept blocks. Costs the products of tokens times means. A gradient is torch's.
 
     Attributes:
         tokens: neighbours in a block that share a mean, a divisor of a key block; 0: one mean for all of them. Windows,
@@ -66,8 +67,6 @@ class PooledResidual(Compensation):
 
     def attend(self, call: AttentionCall, plan: AttentionPlan, sparse: Callable[[], Attended]) -> Attended:
         """Sparse attention and the means, merged."""
-        if torch.is_grad_enabled() and any(x.requires_grad for x in (call.q, call.k, call.v)):
-            raise RuntimeError("PooledResidual has no gradient; train with another compensation or without one.")
         out, lse = sparse()
         mask, part = plan.mask, call.part
         rows = plan.rows if part is None else None  # around a ring tokens are in their slots
@@ -89,10 +88,18 @@ class PooledResidual(Compensation):
         mask, part, backend = plan.mask, call.part, call.backend("selection")
         size = self.tokens or mask.block_k
         rows, own = plan.rows if part is None else None, own_key_mask(call)
-        keys, values = (pool_blocks(x, size, rows=rows, key_mask=own, backend=backend) for x in (call.k, call.v))
-        if part is not None:
-            numbers = [-(-part.key_slots(rank) // size) for rank in range(part.ring.size)]
-            keys, values = part.ring.gather(torch.stack([keys, values]), 3, numbers)
+        if torch.is_grad_enabled() and (call.k.requires_grad or call.v.requires_grad):
+            if part is not None:
+                raise RuntimeError("PooledResidual has no gradient around a ring; train without it, or under Ulysses.")
+            keys, values = (block_means(x, size, rows=rows, key_mask=own, backend=backend) for x in (call.k, call.v))
+        else:
+            # Of the dtype that the kernel multiplies in.
+            dtype = call.q.dtype if call.backend("residual") == "triton" else torch.float32
+            both = pool_two(call.k, call.v, size, rows=rows, key_mask=own, dtype=dtype, backend=backend)
+            if part is not None:
+                numbers = [-(-part.key_slots(rank) // size) for rank in range(part.ring.size)]
+                both = part.ring.gather(both, 3, numbers)
+            keys, values = both
         visible = None
         if call.key_mask is not None:
             visible = F.pad(gather_mask(call.key_mask, plan.rows), (0, -mask.kv_len % size))

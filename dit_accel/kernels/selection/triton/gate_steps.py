@@ -192,6 +192,7 @@ def store_choice(
     ROWS: tl.constexpr, WIDTH: tl.constexpr,
 ):  # fmt: skip
     """Which pairs are kept, but for those at the threshold where not all of them are."""
+    fits = all_fit != 0  # a mask must be of bits
     o_i = tl.arange(0, ROWS)[:, None]
     o_j = tl.arange(0, WIDTH)[None, :]
     for column in range(0, nk, WIDTH):
@@ -202,8 +203,8 @@ def store_choice(
             pair, other = tile_pairs(i, last, open_q_ptr, take_part, own_first, own_last, HAS_Q)
             g = tl.load(gates_ptr + i.to(tl.int64) * stride_gq + j, mask=other, other=LEAST).to(tl.float32)
             tied = other & (g == at)
-            keep = (pair & (other == 0)) | (other & (g > at)) | (tied & all_fit)
-            open_to_write = (i < last) & (j < nk) & (all_fit | (tied == 0))
+            keep = (pair & (other == 0)) | (other & (g > at)) | (tied & fits)
+            open_to_write = (i < last) & (j < nk) & (fits | (tied == 0))
             tl.store(keep_ptr + i.to(tl.int64) * nk + j, keep.to(tl.uint8), mask=open_to_write)
 
 

@@ -145,7 +145,53 @@ def pool_pair_fwd_kernel(
         )  # fmt: skip
 
 
+@triton.jit
+def pool_two_fwd_kernel(
+    x_ptr,
+    y_ptr,
+    rows_ptr,
+    mask_ptr,
+    out_ptr,
+    seq,
+    heads,
+    blocks,
+    programs,
+    stride_xb,
+    stride_xs,
+    stride_xh,
+    stride_xd,
+    stride_yb,
+    stride_ys,
+    stride_yh,
+    stride_yd,
+    stride_rb,
+    stride_rh,
+    stride_mb,
+    HAS_ROWS: tl.constexpr,
+    HAS_MASK: tl.constexpr,
+    DIM: tl.constexpr,
+    DIM_PAD: tl.constexpr,
+    BLOCK: tl.constexpr,
+    CHUNK: tl.constexpr,
+):
+    """Means of two tensors in one launch."""
+    pid = tl.program_id(0)
+    if pid < programs:
+        pool_one(
+            x_ptr, rows_ptr, mask_ptr, out_ptr, pid, seq, heads, blocks, 1.0,
+            stride_xb, stride_xs, stride_xh, stride_xd, stride_rb, stride_rh, stride_mb,
+            HAS_ROWS, HAS_MASK, DIM, DIM_PAD, BLOCK, CHUNK,
+        )  # fmt: skip
+    else:
+        pool_one(
+            y_ptr, rows_ptr, mask_ptr, out_ptr + programs.to(tl.int64) * DIM, pid - programs, seq, heads, blocks, 1.0,
+            stride_yb, stride_ys, stride_yh, stride_yd, stride_rb, stride_rh, stride_mb,
+            HAS_ROWS, HAS_MASK, DIM, DIM_PAD, BLOCK, CHUNK,
+        )  # fmt: skip
+
+
 _POOL, _POOL_PAIR = KeptKernel(pool_fwd_kernel), KeptKernel(pool_pair_fwd_kernel)
+_POOL_TWO = KeptKernel(pool_two_fwd_kernel)
 
 
 def pool_blocks_triton(
@@ -171,6 +217,47 @@ def pool_blocks_triton(
             heads,
             n,
             *x.stride(),
+            *lead_strides(rows),
+            seq,
+            HAS_ROWS=rows is not None,
+            HAS_MASK=key_mask is not None,
+            DIM=dim,
+            DIM_PAD=dim_pad,
+            BLOCK=block,
+            CHUNK=pool_chunk(block, dim_pad),
+            num_warps=POOL_WARPS,
+        )
+    return out
+
+
+def pool_two_triton(
+    x: torch.Tensor,
+    y: torch.Tensor,
+    block: int,
+    *,
+    rows: torch.Tensor | None,
+    key_mask: torch.Tensor | None,
+    dtype: torch.dtype,
+) -> torch.Tensor:
+    """See :func:`dit_accel.kernels.selection.api.pool_two`."""
+    batch, seq, heads, dim = x.shape
+    n = ceil_div(seq, block)
+    programs, dim_pad = batch * heads * n, power_of_two(dim)
+    out = torch.empty(2, batch, heads, n, dim, dtype=dtype, device=x.device)
+    rows, key_mask = contiguous_rows(rows), contiguous_key_mask(key_mask, batch, seq)
+    with torch.cuda.device_of(x):
+        _POOL_TWO[(2 * programs,)](
+            x,
+            y,
+            rows,
+            key_mask,
+            out,
+            seq,
+            heads,
+            n,
+            programs,
+            *x.stride(),
+            *y.stride(),
             *lead_strides(rows),
             seq,
             HAS_ROWS=rows is not None,
