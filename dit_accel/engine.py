@@ -349,7 +349,10 @@ class Engine:
         """This package's kernel for a step of the dense phase where it keeps up with the model's own attention."""
         if call.pairs is not None or call.ring is not None or call.k.shape != call.v.shape:
             return dense
-        if self.backend not in ("auto", "triton"):  # others are slower at it, and by name no kernel of ours makes a mask
+        if self.backend not in (
+            "auto",
+            "triton",
+        ):  # others are slower at it, and by name no kernel of ours makes a mask
             return dense
         if case_of(call.q, call.k, call.v).recorded:
             return dense

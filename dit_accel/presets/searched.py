@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 from ..recipe import Recipe
+from ..stages.compensate.none import NoCompensation
 from ..stages.compensate.pooled_mass import PooledMass
 from ..stages.compensate.pyramid import KeyPyramid
+from ..stages.compensate.residual import PooledResidual
 from ..stages.order.axes import ChosenAxes, Chunks
 from ..stages.order.curve import Curve
 from ..stages.order.simple import Tiles
@@ -25,6 +27,7 @@ def mass(
     density: float = 0.2,
     dense_fraction: float = 0.2,
     block: tuple[int, int] = (128, 64),
+    means: bool = False,
 ) -> Recipe:
     """Key blocks by their exact attention mass, searched once a run; AdaSpa's search (arXiv 2502.21079) in 3-D tiles.
 
@@ -42,10 +45,13 @@ def mass(
             one step is dense, and none in a run without guidance of at most eight steps, whose first step searches and
             is sparse.
         block: tokens in a query and in a key block.
+        means: blocks left out count by one mean each, in one softmax with the kept keys, see
+            :class:`~dit_accel.stages.compensate.residual.PooledResidual`.
     """
     return Recipe(
         order=Tiles(),
         select=Mass(density=density, head_adaptive=False, block=block),
+        compensate=PooledResidual() if means else NoCompensation(),
         schedule=Schedule(
             dense_fraction=dense_fraction,
             refresh_at=(0.0,),  # a run has passed it before its first plan, so that one is all
@@ -83,6 +89,7 @@ def ear(
     dense_fraction: float = 0.2,
     budget: str = "layer",
     block: tuple[int, int] = (128, 64),
+    means: bool = False,
 ) -> Recipe:
     """Error-aware routing, after SVG-EAR (arXiv 2603.08982): blocks by what the output would lose without them.
 
@@ -91,17 +98,17 @@ def ear(
     that it goes where it saves most. It takes the time of :func:`mass` at the same density.
 
     Deviations: blocks are tiles, where the paper has clusters of keys and queries; masses are exact and of one search
-    a run, where the paper estimates them at each step; what is left out is left out, where the paper reads its
-    centroids: ``compensate="residual"`` does so, and costs more time than it is worth at a density of 0.1
-    (docs/laboratory.md); there is no exponent on a block's size, since blocks are of one size.
+    a run, where the paper estimates them at each step; what is left out is left out without ``means``, where the
+    paper reads its centroids; there is no exponent on a block's size, since blocks are of one size.
 
     Args:
         density: kept share of the latent blocks of a layer.
         dense_fraction: see :func:`mass`.
         budget: "layer", "head" or "row", see :class:`~dit_accel.stages.select.mass.Mass`.
         block: tokens in a query and in a key block.
+        means: see :func:`mass`.
     """
-    return mass(density, dense_fraction, block).with_fields({"select.score": "error", "select.budget": budget})
+    return mass(density, dense_fraction, block, means).with_fields({"select.score": "error", "select.budget": budget})
 
 
 def carried(

@@ -42,6 +42,7 @@ class Carried(Compensation):
 
     is_static: ClassVar[bool] = True
     watches_dense: ClassVar[bool] = True
+    allows_pairs: ClassVar[bool] = True
     goes_round: ClassVar[bool] = True
 
     def __post_init__(self) -> None:
@@ -54,11 +55,6 @@ class Carried(Compensation):
     def needs_lse(self) -> bool:  # type: ignore[override]
         """Means share a softmax with the kept keys."""
         return self.means
-
-    @property
-    def allows_pairs(self) -> bool:  # type: ignore[override]
-        """A mean is of keys that all queries see."""
-        return not self.means
 
     def conflicts_with(self, select: Select) -> str | None:
         if select.is_dense:

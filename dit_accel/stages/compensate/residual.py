@@ -29,7 +29,8 @@ class PooledResidual(Compensation):
     A mean of n tokens has the logit ``scale * q . mean(k) + log n``, as the coarsest level of a pyramid of keys
     (PSA) and the centroids of SVG-EAR have. By Jensen's inequality that is at most what its tokens have together,
     so that a block left out never weighs too much. On a GPU a kernel goes on from the output and the log-sum-exp of the
-    kept blocks. Costs the products of tokens times means. A gradient is torch's.
+    kept blocks. Costs the products of tokens times means. A gradient is torch's. In a call where queries may see
+    different keys a mean is of keys that some must not see, and nothing stands in for what is left out.
 
     Attributes:
         tokens: neighbours in a block that share a mean, a divisor of a key block; 0: one mean for all of them. Windows,
@@ -44,6 +45,7 @@ class PooledResidual(Compensation):
 
     is_static: ClassVar[bool] = True
     needs_lse: ClassVar[bool] = True
+    allows_pairs: ClassVar[bool] = True
     goes_round: ClassVar[bool] = True
 
     def conflicts_with(self, select: Select) -> str | None:
@@ -68,6 +70,8 @@ class PooledResidual(Compensation):
     def attend(self, call: AttentionCall, plan: AttentionPlan, sparse: Callable[[], Attended]) -> Attended:
         """Sparse attention and the means, merged."""
         out, lse = sparse()
+        if call.pairs is not None:
+            return out, lse
         mask, part = plan.mask, call.part
         rows = plan.rows if part is None else None  # around a ring tokens are in their slots
         kept = kept_bits(plan.kept, call.backend("selection"))
