@@ -17,9 +17,12 @@ INSTALL := $(BIN)/python -m pip install --disable-pip-version-check -qq -c const
 # On a GPU the model at real length, 832 x 480 and 81 frames, so that there is something to gain; compiled, both sides.
 # Adapters are of the small one. The weights of both lie in the checkout.
 LONG = $(shell $(BIN)/python -c "import torch; print('embedded-long --compile' * torch.cuda.is_available())")
+# Several frames at once where the decoder waits for the host.
+GROUPS = $(if $(LONG),$(comma)frames=4)
+comma := ,
 
 demo: $(VENV)/.package
-	$(BIN)/dit-accel generate $(if $(ADAPTER),--adapter $(ADAPTER),$(LONG) --recipe fast --steps 30 --vae channels_last,bf16) \
+	$(BIN)/dit-accel generate $(if $(ADAPTER),--adapter $(ADAPTER),$(LONG) --recipe fast --steps 30 --vae channels_last,bf16$(GROUPS)) \
 	  --prompt "$(PROMPT)" --compare-dense --out outputs/demo.mp4
 
 # Before each commit: lint, types, and the tests that are not marked slow, all in about a minute and a half.
