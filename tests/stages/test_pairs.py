@@ -13,6 +13,8 @@ from dit_accel.call import AttentionInputs
 from dit_accel.engine import Engine
 from dit_accel.kernels.mask.pairs import PairMask
 from dit_accel.layout import StepContext, TokenLayout
+from dit_accel.stages.compensate.none import NoCompensation
+from dit_accel.stages.compensate.pooled_mass import PooledMass
 from dit_accel.stages.compensate.residual import PooledResidual
 from dit_accel.stages.order.curve import Curve
 from dit_accel.stages.order.simple import Raster, Tiles
@@ -112,13 +114,27 @@ def test_another_mask_in_the_next_forward_is_another_plan():
 
 def test_a_compensation_that_cannot_tell_stays_dense():
     q, k, v = normal(0, 3, 1, 90, 2, 16)
-    recipe = Recipe(Raster(), SELECTS[0], PooledResidual(), schedule=ALL_STEPS)
+    recipe = Recipe(Raster(), Pooled(block=(32, 32)), PooledMass(), schedule=ALL_STEPS)
     engine = Engine(recipe, ["a"], "auto", 0)
     mask = torch.ones(90, 90, dtype=torch.bool).tril()
     assert attend(engine, 0, AttentionInputs(q, k, v, mask), LAYOUT, StepContext(), lambda: v) is v
     assert list(engine.records[0].dense_calls) == [
-        "PooledResidual cannot tell which blocks a mask of token pairs leaves out"
+        "PooledMass cannot tell which blocks a mask of token pairs leaves out"
     ]
+
+
+def test_means_stand_in_where_all_queries_see_the_same_keys():
+    q, k, v = normal(0, 3, 1, 90, 2, 16)
+    mask = torch.ones(90, 90, dtype=torch.bool).tril()
+    outs = {}
+    for name, compensate in (("means", PooledResidual()), ("nothing", NoCompensation())):
+        recipe = Recipe(Raster(), Pooled(density=0.2, block=(16, 16)), compensate, schedule=ALL_STEPS)
+        for seen in (mask, None):
+            engine = Engine(recipe, ["a"], "auto", 0)
+            given = AttentionInputs(q, k, v, seen)
+            outs[name, seen is None] = attend(engine, 0, given, LAYOUT, StepContext(), lambda: pytest.fail("ran dense"))
+    assert torch.equal(outs["means", False], outs["nothing", False])
+    assert (outs["means", True] - outs["nothing", True]).abs().max() > 1e-3
 
 
 @pytest.mark.parametrize("select", SELECTS)

@@ -373,9 +373,13 @@ def _attend_chunk(
 
 
 def _gives_lse(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, clip: Clip | None) -> bool:
-    """Whether torch's flash attention of the CPU computes this: half the time of a product, a softmax and a product."""
+    """Whether torch's flash attention of the CPU computes this: half the time of a product, a softmax and a product.
+
+    Its logits of float16 are float16, and overflow.
+    """
     learns = torch.is_grad_enabled() and any(x.requires_grad for x in (q, k, v))
-    return q.device.type == "cpu" and clip is None and not learns and q.shape[-1] == v.shape[-1]
+    alike = q.dtype == k.dtype == v.dtype and q.dtype != torch.float16 and q.shape[-1] == v.shape[-1]
+    return q.device.type == "cpu" and clip is None and not learns and alike
 
 
 def _flash_on_cpu(
