@@ -205,7 +205,7 @@ def test_composed_times_are_those_that_were_measured(front: Any) -> None:
     found = json.loads((Path(front.__file__).parent / "results" / "whole_runs_h200.json").read_text())["rows"][0]
     dense, fast = (sum(found[side]["whole"][0]["steps"]) for side in ("dense", "fast"))
     around = found["dense"]["whole"][0]["text"] + found["dense"]["whole"][0]["decode"]
-    row = report.Row("fast", "both", 12 / 30, (3 + 9 * 0.25) / 12, 1, 30, {}, own=2 / 12)
+    row = report.Row("fast", "both", 12 / 30, (3 + 9 * 0.217) / 12, 1, 30, {}, own=2 / 12, means=9 / 12)
     assert row.speedup == pytest.approx((dense + around) / (fast + around), rel=0.05)
     assert report.Row("dense", "cache", 1.0, 1.0, 0, 30, {}).speedup == 1.0
 
@@ -214,6 +214,13 @@ def test_searches_count_where_a_recipe_makes_them(front: Any) -> None:
     searches = {"dense": 0, "pooled": 0, "gna": 0, "mass": 1, "fast": 1, "carried": 3}
     found = {row: sys.modules["front_report"].searches_of(front.recipe_of(row).to_dict()) for row in searches}
     assert found == searches
+
+
+def test_means_count_where_a_recipe_has_them(front: Any) -> None:
+    rows = {"dense": False, "mass": False, "mass:means=True": True, "fast": True, "fast:means=False": False}
+    rows |= {"carried": False, "carried:means=True": True, "ear@compensate=residual": True}
+    found = {row: sys.modules["front_report"].has_means(front.recipe_of(row).to_dict()) for row in rows}
+    assert found == rows
 
 
 def test_the_page_has_a_place(front: Any) -> None:

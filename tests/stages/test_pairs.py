@@ -123,16 +123,26 @@ def test_a_compensation_that_cannot_tell_stays_dense():
     ]
 
 
-def test_means_stand_in_where_all_queries_see_the_same_keys():
+def test_bits_of_keys_fill_words():
     q, k, v = normal(0, 3, 1, 90, 2, 16)
+    engine = Engine(Recipe(Raster(), Pooled(block=(16, 16)), schedule=ALL_STEPS), ["a"], "auto", 0)
     mask = torch.ones(90, 90, dtype=torch.bool).tril()
-    outs = {}
+    assert attend(engine, 0, AttentionInputs(q, k, v, mask), LAYOUT, StepContext(), lambda: v) is v
+    assert list(engine.records[0].dense_calls) == [
+        "a mask of token pairs needs key blocks of a multiple of 32 tokens, got 16"
+    ]
+
+
+def test_means_stand_in_where_all_queries_see_the_same_keys():
+    q, k, v = normal(0, 3, 1, 256, 2, 16)
+    mask = torch.ones(256, 256, dtype=torch.bool).tril()
+    layout, outs = TokenLayout((4, 8, 8), 0, 256), {}
     for name, compensate in (("means", PooledResidual()), ("nothing", NoCompensation())):
-        recipe = Recipe(Raster(), Pooled(density=0.2, block=(16, 16)), compensate, schedule=ALL_STEPS)
+        recipe = Recipe(Raster(), Pooled(density=0.1, block=(32, 32)), compensate, schedule=ALL_STEPS)
         for seen in (mask, None):
             engine = Engine(recipe, ["a"], "auto", 0)
             given = AttentionInputs(q, k, v, seen)
-            outs[name, seen is None] = attend(engine, 0, given, LAYOUT, StepContext(), lambda: pytest.fail("ran dense"))
+            outs[name, seen is None] = attend(engine, 0, given, layout, StepContext(), lambda: pytest.fail("ran dense"))
     assert torch.equal(outs["means", False], outs["nothing", False])
     assert (outs["means", True] - outs["nothing", True]).abs().max() > 1e-3
 

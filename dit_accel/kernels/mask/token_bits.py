@@ -4,6 +4,9 @@ from __future__ import annotations
 
 import torch
 
+WORD_BITS = 32
+"""Tokens of a key block come in whole words."""
+
 
 def pack_tokens(tokens: torch.Tensor) -> torch.Tensor:
     """int32 ``[P, block_q, block_k // 32]`` from bool ``[P, block_q, block_k]``."""
