@@ -350,17 +350,13 @@ class Engine:
         """This package's kernel for a step of the dense phase where it keeps up with the model's own attention."""
         if call.pairs is not None or call.ring is not None or call.k.shape != call.v.shape:
             return dense
-        if self.backend not in (
-            "auto",
-            "triton",
-        ):  # others are slower at it, and by name no kernel of ours makes a mask
-            return dense
         if case_of(call.q, call.k, call.v).recorded:
             return dense
         own = replace(call)  # observers see a dense call as it was given, and nothing holds copies that no kernel reads
         with autocast_done(own):
             own.repeat_heads()
             own.spread_queries()
+            own.choices = self._choices_of(case_of(own.q, own.k, own.v, key_mask=own.key_mask))  # of the mask
             choice, kernel = kernel_over_all(own, self.planner.tables, self.backend, DENSE)
         if not keeps_up_with_dense(choice):
             return dense

@@ -135,7 +135,7 @@ def test_references_are_other_tokens_where_a_recipe_knows_one_grid() -> None:
 
 def test_the_default_stays_dense_where_a_sequence_is_short() -> None:
     runner = AttentionRunner(layers=["a"], density=0.4)
-    assert runner.recipe == presets.mass(density=0.4)
+    assert runner.recipe == presets.automatic(density=0.4)
     with runner.forward(LAYOUT, StepContext(3, 4, 0.1, "x")):
         runner.attend(0, *_call(), lambda: torch.zeros(1))
     summary = runner.summary()

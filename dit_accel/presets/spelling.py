@@ -7,6 +7,7 @@ from dataclasses import fields
 from typing import Any
 
 from ..recipe import AXES, Recipe, name_of_kind
+from ..stages.reuse.none import NoReuse
 from . import NAMES, PRESETS
 
 # Tables of many heads or steps: their size says enough.
@@ -26,6 +27,8 @@ def short_line(recipe: Recipe) -> str:
             if name in PRESETS:
                 raise
             continue  # somebody's preset must not break what is only shown
+        if isinstance(recipe.reuse, NoReuse) and not isinstance(base.reuse, NoReuse):
+            continue  # a profile is a whole run, and names none that computes every step
         changes = list(_changes(base, recipe))
         if found is None or len(changes) < found[0]:
             found = len(changes), "; ".join((name, *changes))

@@ -284,10 +284,6 @@ def test_it_has_no_gradient():
     q.requires_grad_()
     with pytest.raises(RuntimeError, match="Carried has no gradient"):
         attend(engine, 0, AttentionInputs(q, k, v), layout, StepContext(2, STEPS, forward_id=2), lambda: v)
-    over_means = replace(engine.recipe.compensate, means=True)
-    engine = Engine(Recipe(Raster(), SELECTS["pooled"], over_means, schedule=SCHEDULE), ["layer"], "auto", 0)
-    with pytest.raises(RuntimeError, match="has no gradient"):
-        attend(engine, 0, AttentionInputs(q, k, v), layout, StepContext(2, STEPS, forward_id=2), lambda: v)
 
 
 def test_means_leave_less_to_carry():

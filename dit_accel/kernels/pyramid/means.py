@@ -66,8 +66,8 @@ def add_left_out_means(
 
     A mean of n tokens has the logit ``scale * q . mean(k) + ln n``. In Triton one launch: each program begins its
     online softmax with what attention to the kept blocks ended with. It multiplies in q's dtype, to which means are
-    rounded as keys are, and sums in float32. The torch version computes in float32, and is differentiable in ``out``,
-    ``lse``, ``q`` and the means; a gradient is its own also where ``backend`` is another.
+    rounded as keys are, and sums in float32. The torch version computes in float32 or float64, and is differentiable in
+    ``out``, ``lse``, ``q`` and the means; a gradient is its own also where ``backend`` is another.
 
     Args:
         out: ``[B, Sq, H, D]``, attention to the kept blocks, in the model's order. It and ``lse`` may be overwritten,
@@ -95,7 +95,8 @@ def add_left_out_means(
     queries = F.pad(gather_rows(q, rows), (0, 0, 0, padding))
     slots = None if rows is None else rows.long().expand(q.shape[0], q.shape[2], length)
     before = F.pad(lse if slots is None else lse.gather(2, slots), (0, padding))
-    keys, values = means.keys.float() * scale, means.values.float()
+    wide = torch.promote_types(q.dtype, torch.float32)
+    keys, values = means.keys.to(wide) * scale, means.values.to(wide)
     read = unpack_bits(kept, -(-means.kv_len // means.block_k))
     read = read.repeat_interleave(means.block_k // means.tokens, 3)[..., : keys.shape[2]]
     bias = means.counts.log()[:, :, None].masked_fill(read, -torch.inf)  # log 0: no weight
@@ -106,12 +107,12 @@ def add_left_out_means(
         work = (queries[:, :, run], before[:, :, run], keys, values, bias[:, :, first : first + group])
         parts.append(checkpoint(_over_means, *work, use_reentrant=False) if learns else _over_means(*work))
     rest, share, total = (torch.cat(part, 2)[:, :, :length] for part in zip(*parts, strict=True))
-    rest, share, total = rest.to(out.dtype), share[..., None].float(), total.to(lse.dtype)
+    rest, share, total = rest.to(out.dtype), share[..., None], total.to(lse.dtype)
     if slots is not None:
         total = torch.empty_like(total).scatter(2, slots, total)
         share = torch.empty_like(share).scatter(2, slots[..., None], share)
         rest = torch.empty_like(rest).scatter(2, slots[..., None].expand_as(rest), rest)
-    return (out.float() * share.transpose(1, 2)).add_(rest.transpose(1, 2)).to(out.dtype), total
+    return (out.to(wide) * share.transpose(1, 2)).add_(rest.transpose(1, 2)).to(out.dtype), total
 
 
 def _over_means(
@@ -122,10 +123,10 @@ def _over_means(
     Args:
         queries: ``[B, H, n * block_q, D]`` of n blocks.
         lse: ``[B, H, n * block_q]`` without means.
-        keys, values: float32 ``[B, H, m, D]``, the keys scaled.
+        keys, values: ``[B, H, m, D]`` of the dtype to compute in, the keys scaled.
         bias: float32 ``[B|1, H|1, n, m]``, -inf where a block reads what a mean is of.
     """
-    logits = queries.float() @ keys.transpose(-1, -2)
+    logits = queries.to(keys.dtype) @ keys.transpose(-1, -2)
     logits.unflatten(2, (bias.shape[2], -1)).add_(bias[:, :, :, None])
     base = torch.maximum(lse, logits.amax(-1)).detach()
     base = base.masked_fill(base == -torch.inf, 0.0)
