@@ -31,6 +31,7 @@ PROFILES = ("balanced", "fast", "max")
 FAST_LIST = "listed:computed=(0,1,2,4,6,9,12,16,20,24,27,29),order=1"
 NINE_LIST = "listed:computed=(0,1,3,6,10,15,20,24,27),order=1,slope=.5,correction=1"
 FRONT = (
+    "mass:density=.25,means=True@schedule.own_dense=True",
     "mass:density=.3",
     "mass:density=.25,dense_fraction=.1",
     "mass:density=.15,dense_fraction=.1",
@@ -40,12 +41,12 @@ FRONT = (
     f"dense+{FAST_LIST}",
     f"dense+{NINE_LIST}",
     "mass:density=.2",
-    "carried:density=.2",
-    "carried:density=.1",
+    *(f"carried:density={density}{means}" for density in (0.2, 0.1) for means in ("", ",means=True")),
     "mass:density=.25,dense_fraction=.1+first_block:threshold=.12",
     "mass:density=.25,dense_fraction=.1+energy:threshold=.3",
     f"ear:density=.26,dense_fraction=0.0@schedule.choose_every=1+{NINE_LIST}",
     f"mass:density=.25,dense_fraction=.034+{NINE_LIST}",
+    *(f"{name}:density={density},means=False" for name, density in (("balanced", 0.3), ("fast", 0.25), ("max", 0.25))),
     *PROFILES,
 )
 
