@@ -50,21 +50,7 @@ def pool_blocks(
         from .triton.pooling import pool_blocks_triton
 
         return pool_blocks_triton(x, block, rows=rows, key_mask=key_mask)
-    seq = x.shape[1]
-    x = gather_rows(x, rows)
-    pad = -seq % block
-    if key_mask is None:
-        n = (seq + pad) // block
-        count = torch.full((n,), block, dtype=torch.float32, device=x.device)
-        count[-1] = block - pad
-        total = F.pad(x, (0, 0, 0, pad)).unflatten(2, (n, block)).sum(3, dtype=torch.float32)
-        return total / count[:, None]
-    visible = gather_mask(key_mask, rows)
-    count = F.pad(visible, (0, pad)).unflatten(-1, (-1, block)).sum(-1, dtype=torch.float32)
-    # where, not a product: a padded prompt may hold NaN.
-    x = torch.where(visible[..., None], x, torch.zeros((), dtype=x.dtype, device=x.device))
-    total = F.pad(x, (0, 0, 0, pad)).unflatten(2, (-1, block)).sum(3, dtype=torch.float32)
-    return total / count.clamp(min=1)[..., None]
+    return _pool(x, block, rows, key_mask, torch.float32)
 
 
 def pool_two(
@@ -80,14 +66,35 @@ def pool_two(
     """:func:`pool_blocks` of two tensors of one shape, in Triton in one launch.
 
     Returns:
-        ``[2, B, H, n, D]`` of ``dtype``; sums are float32 in any case.
+        ``[2, B, H, n, D]`` of ``dtype``; sums are float32, and float64 where that is asked for.
     """
     if choose_selection(Case(x.device), backend).name == "triton":
         from .triton.pooling import pool_two_triton
 
         return pool_two_triton(x, y, block, rows=rows, key_mask=key_mask, dtype=dtype)
-    means = (pool_blocks(each, block, rows=rows, key_mask=key_mask, backend=backend) for each in (x, y))
-    return torch.stack([each.to(dtype) for each in means])
+    wide = torch.promote_types(dtype, torch.float32)
+    return torch.stack([_pool(each, block, rows, key_mask, wide).to(dtype) for each in (x, y)])
+
+
+def _pool(
+    x: torch.Tensor, block: int, rows: torch.Tensor | None, key_mask: torch.Tensor | None, dtype: torch.dtype
+) -> torch.Tensor:
+    """:func:`pool_blocks` in torch, with sums and results of a dtype."""
+    seq = x.shape[1]
+    x = gather_rows(x, rows)
+    pad = -seq % block
+    if key_mask is None:
+        n = (seq + pad) // block
+        count = torch.full((n,), block, dtype=dtype, device=x.device)
+        count[-1] = block - pad
+        total = F.pad(x, (0, 0, 0, pad)).unflatten(2, (n, block)).sum(3, dtype=dtype)
+        return total / count[:, None]
+    visible = gather_mask(key_mask, rows)
+    count = F.pad(visible, (0, pad)).unflatten(-1, (-1, block)).sum(-1, dtype=dtype)
+    # where, not a product: a padded prompt may hold NaN.
+    x = torch.where(visible[..., None], x, torch.zeros((), dtype=x.dtype, device=x.device))
+    total = F.pad(x, (0, 0, 0, pad)).unflatten(2, (-1, block)).sum(3, dtype=dtype)
+    return total / count.clamp(min=1)[..., None]
 
 
 def self_similarity(

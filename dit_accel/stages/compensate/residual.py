@@ -97,8 +97,9 @@ class PooledResidual(Compensation):
                 raise RuntimeError("PooledResidual has no gradient around a ring; train without it, or under Ulysses.")
             keys, values = (block_means(x, size, rows=rows, key_mask=own, backend=backend) for x in (call.k, call.v))
         else:
-            # Of the dtype that the kernel multiplies in.
-            dtype = call.q.dtype if call.backend("residual") == "triton" else torch.float32
+            # Of the dtype that is multiplied in: the kernel's is the call's.
+            in_kernel = call.backend("residual") == "triton"
+            dtype = call.q.dtype if in_kernel else torch.promote_types(call.q.dtype, torch.float32)
             both = pool_two(call.k, call.v, size, rows=rows, key_mask=own, dtype=dtype, backend=backend)
             if part is not None:
                 numbers = [-(-part.key_slots(rank) // size) for rank in range(part.ring.size)]
