@@ -115,3 +115,18 @@ def test_no_kernel_but_hoppers_is_taken_for_fast():
     assert not keeps_up_with_dense(Choice("torch", "no GPU"))
     q, k, v = _tensors()
     assert _first_step(AttentionInputs(q, k, v))[1]
+
+
+def test_its_mask_is_made_by_the_backend_that_was_named(kept_up, monkeypatch):
+    engine, made_by = Engine(RECIPE, ["layer"], "reference", 0), []
+    tables = engine.planner.tables
+    full_mask = tables.full_mask
+
+    def seen(call):
+        made_by.append(call.backend("selection"))
+        return full_mask(call)
+
+    monkeypatch.setattr(tables, "full_mask", seen)
+    hidden = torch.arange(256)[None] < 200
+    attend(engine, 0, AttentionInputs(*_tensors(), hidden), LAYOUT, FIRST, lambda: pytest.fail("the model's own"))
+    assert made_by == ["reference"]

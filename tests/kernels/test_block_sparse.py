@@ -132,6 +132,19 @@ def test_half_precision(dtype, backend):
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
+def test_the_log_sum_exp_of_float16_is_as_exact_as_that_of_float32(backend):
+    q, k, v, mask, rows, hide, visible = build(
+        length=203, batch=2, lead=(2, 3), rows=(2, 3), key_mask=True, dtype=torch.float16
+    )
+    _, exact = dense_attention(q, k, v, visible, rows)
+    _, eager = dense_attention(q, k, v, visible, rows, dtype=torch.float32)
+    _, lse = block_sparse_attention(q, k, v, mask, rows=rows, key_mask=hide, return_lse=True, backend=backend)
+    seen = exact.isfinite()
+    assert lse.dtype == torch.float32
+    assert_close(lse[seen], exact[seen], eager[seen], torch.float32, "lse")
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
 def test_strided_inputs_equal_contiguous_ones(backend):
     _, _, _, mask, rows, _, _ = build(length=203, rows=(1, 3))
     packed = torch.randn(1, 3, 203, 3, 40)

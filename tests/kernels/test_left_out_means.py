@@ -149,6 +149,7 @@ CASES = {
     "128 x 128, ragged": _case((128, 128), 400),
     "32 x 64, one mask for all heads": _case((32, 64), 150, heads=1),
     "more means than a tile": _case((64, 16), 1200),
+    "the last mean of a whole tile is short": _case((64, 16), 253),
     "blocks that are no power of two": _case((48, 24), 250),
     "means of 16": _case((64, 64), 301, tokens=16),
     "permuted": _case((64, 64), 301, permuted="alike"),
