@@ -22,6 +22,7 @@ import torch
 from PIL import Image, ImageDraw, ImageFont
 
 import dit_accel
+from dit_accel import presets
 from dit_accel.pipelines import load
 from dit_accel.pipelines.builtin import builtins
 from dit_accel.pipelines.generate import generate
@@ -33,7 +34,7 @@ PROMPTS = (
     "two yellow stars bouncing in space",
 )
 # The columns; the default recipe stays dense below a few thousand tokens by itself, and is named here.
-RECIPES = {"dense": "dense", "patch(pipe), density 0.3": "mass", 'patch(pipe, "fast")': "fast"}
+RECIPES = {"dense": "dense", "patch(pipe)": "auto", 'patch(pipe, "fast")': "fast"}
 MARGIN = 44
 
 
@@ -48,8 +49,8 @@ def kept(part: Path, make: Callable[[], tuple[np.ndarray, float]]) -> tuple[np.n
 
 def clip(pipe: Any, recipe: str, prompt: str, seed: int, settings: dict[str, Any]) -> tuple[np.ndarray, float]:
     """Frames uint8 [F, H, W, 3], and the seconds of one core that they took."""
-    options = {"density": 0.3} if recipe == "mass" else {}
-    with dit_accel.patch(pipe, recipe, **options) as handle:
+    chosen = presets.automatic() if recipe == "auto" else presets.resolve(recipe)
+    with dit_accel.patch(pipe, chosen) as handle:
         start = time.process_time()
         frames = generate(pipe, prompt, seed=seed, **settings).frames
         seconds = time.process_time() - start
