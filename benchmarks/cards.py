@@ -53,10 +53,6 @@ REPRESENTATIVE: dict[str, tuple[str, ...]] = {
 }
 # Bytes that a thread spills in a forward kernel, by card, call and kernel: seen, and not mended yet.
 KNOWN_SPILLS: dict[tuple[str, str, str], int] = {
-    ("sm_90", "means 72 torch.bfloat16 128 rows", "left_out_means_fwd_kernel"): 116,
-    ("sm_100", "means 72 torch.bfloat16 128 rows", "left_out_means_fwd_kernel"): 96,
-    ("sm_120", "means 96 torch.bfloat16 128 rows", "left_out_means_fwd_kernel"): 88,
-    ("sm_120", "means 128 torch.bfloat16 128 rows", "left_out_means_fwd_kernel"): 88,
     ("sm_89", "linear inference 128 torch.bfloat16 softmax", "linear_state_fwd_kernel"): 128,
     ("sm_89", "linear inference 128 torch.bfloat16 softmax all hidden", "linear_state_fwd_kernel"): 136,
     ("sm_89", "block mass 256x128 256 torch.bfloat16 rows hidden", "block_mass_fwd_kernel"): 640,
@@ -64,6 +60,22 @@ KNOWN_SPILLS: dict[tuple[str, str, str], int] = {
     ("sm_90", "linear inference 128 torch.bfloat16 softmax", "linear_state_fwd_kernel"): 156,
     ("sm_100", "forward 256 bfloat16 128x128 permuted", "block_sparse_fwd_kernel"): 340,
     ("gfx1100", "block mass 128x64 128 torch.bfloat16 rows", "block_mass_fwd_kernel"): 1256,
+    ("gfx1100", "means 128 torch.bfloat16 128 rows", "left_out_means_fwd_kernel"): 532,
+    ("gfx1100", "means 128 torch.bfloat16 64", "left_out_means_fwd_kernel"): 524,
+    ("gfx1100", "means 128 torch.bfloat16 64 rows hidden", "left_out_means_fwd_kernel"): 584,
+    ("gfx1100", "means 256 torch.bfloat16 128 rows", "left_out_means_fwd_kernel"): 1404,
+    ("gfx1100", "means 256 torch.bfloat16 64", "left_out_means_fwd_kernel"): 1400,
+    ("gfx1100", "means 256 torch.bfloat16 64 rows hidden", "left_out_means_fwd_kernel"): 1612,
+    ("gfx1100", "means 64 torch.bfloat16 64 rows hidden", "left_out_means_fwd_kernel"): 80,
+    ("gfx1100", "means 64 torch.float32 128 rows", "left_out_means_fwd_kernel"): 144,
+    ("gfx1100", "means 64 torch.float32 64", "left_out_means_fwd_kernel"): 136,
+    ("gfx1100", "means 64 torch.float32 64 rows hidden", "left_out_means_fwd_kernel"): 92,
+    ("gfx1100", "means 72 torch.bfloat16 128 rows", "left_out_means_fwd_kernel"): 928,
+    ("gfx1100", "means 72 torch.bfloat16 64", "left_out_means_fwd_kernel"): 968,
+    ("gfx1100", "means 72 torch.bfloat16 64 rows hidden", "left_out_means_fwd_kernel"): 1196,
+    ("gfx1100", "means 96 torch.bfloat16 128 rows", "left_out_means_fwd_kernel"): 564,
+    ("gfx1100", "means 96 torch.bfloat16 64", "left_out_means_fwd_kernel"): 556,
+    ("gfx1100", "means 96 torch.bfloat16 64 rows hidden", "left_out_means_fwd_kernel"): 596,
 }
 OPERATIONS = {
     "block_sparse_fwd_kernel": "forward",

@@ -14,7 +14,6 @@ import torch
 from .call import AttentionCall, autocast_done, dtype_of_attention
 from .dense_kernel import DENSE, SEARCH, keeps_up_with_dense, kernel_over_all
 from .kernels.common.choice import Case, Choice, Operation, case_of
-from .kernels.mask.token_bits import WORD_BITS
 from .layout import StepContext, TokenLayout
 from .plan import AttentionPlan
 from .planner import Planner
@@ -390,11 +389,8 @@ class Engine:
             return call.layout
         if call.q.shape[2] % call.k.shape[2]:
             return f"{call.q.shape[2]} query heads are no groups of {call.k.shape[2]} key heads"
-        if call.pairs is not None and not self.recipe.compensate.allows_pairs:
-            return f"{type(self.recipe.compensate).__name__} cannot tell which blocks a mask of token pairs leaves out"
-        size = self.recipe.select.block[1]
-        if call.pairs is not None and size % WORD_BITS:
-            return f"a mask of token pairs needs key blocks of a multiple of {WORD_BITS} tokens, got {size}"
+        if call.pairs is not None and (reason := self.planner.why_not_pairs()) is not None:
+            return reason
         if self.automatic:
             reason = self._why_not_worthwhile(call.layout, call.q.device)
             if reason is not None:

@@ -15,6 +15,7 @@ from .kernels.common.capability import choose_selection
 from .kernels.common.choice import Case, Choice, Operation, refusal
 from .kernels.mask.packed import PackedBlockMask
 from .kernels.mask.pairs import PairMask
+from .kernels.mask.token_bits import WORD_BITS
 from .layout import StepContext, TokenLayout
 from .layout_tables import LayoutTables, Prepared
 from .plan import AttentionPlan, LayerMemory, LeftOut, SequenceBlocks
@@ -293,6 +294,15 @@ class Planner:
 
     def refuse(self, call: AttentionCall) -> None:
         """Raise where no plan can be made of a call like this: also at a step that needs none, before the work."""
+
+    def why_not_pairs(self) -> str | None:
+        """Why calls stay dense whose queries may see different keys; None where they need not."""
+        compensate, size = self.recipe.compensate, self.recipe.select.block[1]
+        if not compensate.allows_pairs:
+            return f"{type(compensate).__name__} cannot tell which blocks a mask of token pairs leaves out"
+        if size % WORD_BITS:
+            return f"a mask of token pairs needs key blocks of a multiple of {WORD_BITS} tokens, got {size}"
+        return None
 
     def is_search(self, call: AttentionCall, made: StepContext) -> bool:
         """Whether a plan made at ``made`` is of a search in this very forward, whose attention the recipe has dense.

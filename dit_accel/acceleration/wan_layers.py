@@ -38,10 +38,10 @@ class FoldedNorm(WanRMS_norm):
         """Of ``[B, C, ...]``, over channels, in float32 where ``x`` has 16 bits."""
         if x.is_cuda and self.channel_first and x.stride(1) == 1:
             scaled = in_one_pass(x, self.gamma)
-            return scaled + self.bias if isinstance(self.bias, torch.Tensor) else scaled
-        wide = x.float() if x.dtype in (torch.float16, torch.bfloat16) else x
-        unit = F.normalize(wide, dim=1 if self.channel_first else -1).to(x.dtype)
-        scaled = unit * (self.scale * self.gamma)
+        else:
+            wide = x.float() if x.dtype in (torch.float16, torch.bfloat16) else x
+            unit = F.normalize(wide, dim=1 if self.channel_first else -1).to(x.dtype)
+            scaled = unit * (self.scale * self.gamma)
         return scaled + self.bias if isinstance(self.bias, torch.Tensor) else scaled
 
 

@@ -112,25 +112,21 @@ def test_another_mask_in_the_next_forward_is_another_plan():
         assert (out - dense(q, k, v, mask)).abs().max() <= 4e-6
 
 
-def test_a_compensation_that_cannot_tell_stays_dense():
+@pytest.mark.parametrize(
+    ("block", "compensate", "reason"),
+    [
+        (32, PooledMass(), "PooledMass cannot tell which blocks a mask of token pairs leaves out"),
+        (16, NoCompensation(), "a mask of token pairs needs key blocks of a multiple of 32 tokens, got 16"),
+    ],
+    ids=["a compensation that cannot tell", "keys that fill no word of bits"],
+)
+def test_what_cannot_have_a_mask_of_pairs_stays_dense(block, compensate, reason):
     q, k, v = normal(0, 3, 1, 90, 2, 16)
-    recipe = Recipe(Raster(), Pooled(block=(32, 32)), PooledMass(), schedule=ALL_STEPS)
+    recipe = Recipe(Raster(), Pooled(block=(block, block)), compensate, schedule=ALL_STEPS)
     engine = Engine(recipe, ["a"], "auto", 0)
     mask = torch.ones(90, 90, dtype=torch.bool).tril()
     assert attend(engine, 0, AttentionInputs(q, k, v, mask), LAYOUT, StepContext(), lambda: v) is v
-    assert list(engine.records[0].dense_calls) == [
-        "PooledMass cannot tell which blocks a mask of token pairs leaves out"
-    ]
-
-
-def test_bits_of_keys_fill_words():
-    q, k, v = normal(0, 3, 1, 90, 2, 16)
-    engine = Engine(Recipe(Raster(), Pooled(block=(16, 16)), schedule=ALL_STEPS), ["a"], "auto", 0)
-    mask = torch.ones(90, 90, dtype=torch.bool).tril()
-    assert attend(engine, 0, AttentionInputs(q, k, v, mask), LAYOUT, StepContext(), lambda: v) is v
-    assert list(engine.records[0].dense_calls) == [
-        "a mask of token pairs needs key blocks of a multiple of 32 tokens, got 16"
-    ]
+    assert list(engine.records[0].dense_calls) == [reason]
 
 
 def test_means_stand_in_where_all_queries_see_the_same_keys():

@@ -55,14 +55,15 @@ def over_means(
     HAS_VISIBLE: tl.constexpr,
     PRECISION: tl.constexpr,
 ):
-    """A step of the online softmax: ``TILE_N`` means, with ``WHOLE`` all there and of as many tokens each."""
+    """A step of the online softmax: ``TILE_N`` means, with ``WHOLE`` all there, of as many tokens each, and of heads
+    without padding."""
     offs_d = tl.arange(0, BLOCK_D)
     mean = first + tl.arange(0, TILE_N)
     inside = mean < means
     block = mean // PER_BLOCK
     at = mean.to(tl.int64) * HEAD_DIM
     p_k, p_v = k_ptr + at[None, :] + offs_d[:, None], v_ptr + at[:, None] + offs_d[None, :]
-    if WHOLE and HEAD_DIM == BLOCK_D:
+    if WHOLE:
         k, v = tl.load(p_k), tl.load(p_v)
     else:
         in_d = offs_d < HEAD_DIM
@@ -122,6 +123,7 @@ def left_out_means_fwd_kernel(
     TILE_N: tl.constexpr,
     BLOCK_D: tl.constexpr,
     HEAD_DIM: tl.constexpr,
+    SPLIT: tl.constexpr,
     HAS_ROWS: tl.constexpr,
     HAS_VISIBLE: tl.constexpr,
     PRECISION: tl.constexpr,
@@ -157,11 +159,12 @@ def left_out_means_fwd_kernel(
     row_sum = tl.full([TILE_Q], 1.0, tl.float32)
     out_ptrs = out_ptr + wide * stride_os + offs_d[None, :]
     acc = tl.load(out_ptrs, mask=live, other=0.0).to(tl.float32)
-    for tile in range(0, whole_tiles):
-        acc, row_max, row_sum = over_means(
-            q, acc, row_max, row_sum, k_ptr, v_ptr, visible_ptr, kept_ptr, tile * TILE_N, means, kv_len, scale_log2,
-            LOG2_TOKENS, TOKENS, PER_BLOCK, TILE_N, BLOCK_D, HEAD_DIM, True, False, PRECISION,
-        )  # fmt: skip
+    if SPLIT:
+        for tile in range(0, whole_tiles):
+            acc, row_max, row_sum = over_means(
+                q, acc, row_max, row_sum, k_ptr, v_ptr, visible_ptr, kept_ptr, tile * TILE_N, means, kv_len,
+                scale_log2, LOG2_TOKENS, TOKENS, PER_BLOCK, TILE_N, BLOCK_D, HEAD_DIM, True, False, PRECISION,
+            )  # fmt: skip
     for first in range(whole_tiles * TILE_N, means, TILE_N):
         acc, row_max, row_sum = over_means(
             q, acc, row_max, row_sum, k_ptr, v_ptr, visible_ptr, kept_ptr, first, means, kv_len, scale_log2,
@@ -213,8 +216,9 @@ def add_left_out_means_triton(
     keys, values = (x.to(q.dtype).contiguous() for x in (means.keys, means.values))
     visible = None if means.visible is None else unit_stride(means.visible)
     tile_q, tile_means, stages = _tiles(q, block_q)
-    # Of means with all their tokens.
-    whole = 0 if visible is not None else means.kv_len // means.tokens // tile_means
+    # Means with all their tokens need no masks, in a loop of their own, for which not all cards have registers.
+    split = visible is None and padded_head_dim(dim) == dim and not is_amd()
+    whole = means.kv_len // means.tokens // tile_means if split else 0
     with torch.cuda.device_of(q):
         _KERNEL[(kept.shape[2] * ceil_div(block_q, tile_q), batch * heads)](
             q,
@@ -244,6 +248,7 @@ def add_left_out_means_triton(
             TILE_N=tile_means,
             BLOCK_D=padded_head_dim(dim),
             HEAD_DIM=dim,
+            SPLIT=split,
             HAS_ROWS=rows is not None,
             HAS_VISIBLE=visible is not None,
             PRECISION=DOT_PRECISION,
