@@ -20,6 +20,8 @@ from .handle import PatchHandle
 from .learned import ROUTER, SaveWithoutLearned, attach, build, head_shape
 from .operator import new_counts
 from .processors import ProcessorWatch
+from .rotary import angles_hook
+from .seam import is_diverted
 from .session import Session
 from .targets import other_attentions, self_attentions
 
@@ -82,6 +84,10 @@ def install(
         kind = hooks.PublishGate if compensate.reads_input else hooks.PublishLayer
         publish = kind(session, index, counts)
         handle.record(module.register_forward_pre_hook(publish, with_kwargs=kind.with_kwargs).remove)
+        # A patch that changes nothing is what others are measured against.
+        take = None if recipe == Recipe() else angles_hook(session, module, is_diverted)
+        if take is not None:
+            handle.record(module.register_forward_pre_hook(take, with_kwargs=True).remove)
         handle.record(module.register_forward_hook(hooks.ClearLayer(session, index)).remove)
         always_dense = handle.recipe.schedule.dense_reason(StepContext(), index, len(layers)) is not None
         if compensate.is_learned and not always_dense:

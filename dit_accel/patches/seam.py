@@ -30,6 +30,7 @@ from .inference_operator import inference_attention_op
 from .operator import attention_op, count_op
 from .parallel import SharedCall, attend_in_parallel, why_not_parallel
 from .reasons import PASSED
+from .rotary import turned
 
 
 @dataclass
@@ -83,6 +84,12 @@ def divert(module_name: str, symbol: str) -> Callable[[], None]:
             restore_unused()
 
     return undo
+
+
+def is_diverted(module_name: str, symbol: str) -> bool:
+    """Whether a call through a symbol comes to the seam now."""
+    replacement = _replacements.get((module_name, symbol))
+    return replacement is not None and getattr(sys.modules[module_name], symbol) is replacement.function
 
 
 def restore_unused() -> None:
@@ -232,6 +239,7 @@ def _dispatch_in_place_of(original: Callable[..., torch.Tensor]) -> Callable[...
         layer = _announced()
         if layer is None:
             return dense()
+        query, key = turned(query, key)
         reason = _why_not(attn_mask, dropout_p, is_causal, attention_kwargs, parallel_config)
         if reason is not None:
             return _pass_by(layer, reason, dense)

@@ -177,18 +177,19 @@ def left_out_means_fwd_kernel(
     tl.store(lse_ptr + row, tl.where(nothing, float("-inf"), (row_max + tl.math.log2(total)) * LN_2_), mask=here)
 
 
-def _tiles(q: torch.Tensor, block_q: int) -> tuple[int, int, int]:
-    """Queries and means of a tile, and tiles of means on their way: as many as registers and shared memory hold.
+def _tiles(q: torch.Tensor, block_q: int) -> tuple[int, int, int, int]:
+    """Queries and means of a tile, warps, and tiles of means on their way: as many as registers and shared memory hold.
 
     Loads of heads that are no whole 16 columns and products of float32 take more registers. On an H200 64 queries with
     three tiles take 0.46 ms where 128 queries with two take 0.66 (32,760 tokens, 12 heads of 128).
     """
     dim, rows = q.shape[-1], max(16, power_of_two(block_q))
     if q.element_size() > 2:
-        return *fitting_tiles(q, min(rows, 32), 16, 1), 2
+        return *fitting_tiles(q, min(rows, 32), 16, 1), 4, 2
     of_warpgroups = q.is_cuda and not is_amd() and compute_capability(q.device.index or 0)[0] in (9, 10)
     at_once = 64 if of_warpgroups or (dim <= 128 and dim % 16 == 0) else 32
-    return *fitting_tiles(q, min(rows, at_once), 64 if dim <= 128 else 32, 1), 3 if of_warpgroups and dim <= 128 else 2
+    stages = 3 if of_warpgroups and dim <= 128 else 2
+    return *fitting_tiles(q, min(rows, at_once), 64 if dim <= 128 else 32, 1), 4, stages
 
 
 _KERNEL = KeptKernel(left_out_means_fwd_kernel)
@@ -215,7 +216,7 @@ def add_left_out_means_triton(
     )
     keys, values = (x.to(q.dtype).contiguous() for x in (means.keys, means.values))
     visible = None if means.visible is None else unit_stride(means.visible)
-    tile_q, tile_means, stages = _tiles(q, block_q)
+    tile_q, tile_means, warps, stages = _tiles(q, block_q)
     # Means with all their tokens need no masks, in a loop of their own, for which not all cards have registers.
     split = visible is None and padded_head_dim(dim) == dim and not is_amd()
     whole = means.kv_len // means.tokens // tile_means if split else 0
@@ -252,7 +253,7 @@ def add_left_out_means_triton(
             HAS_ROWS=rows is not None,
             HAS_VISIBLE=visible is not None,
             PRECISION=DOT_PRECISION,
-            num_warps=4,
+            num_warps=warps,
             num_stages=stages,
         )
     return out, lse

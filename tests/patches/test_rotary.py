@@ -1,0 +1,129 @@
+"""Angles that go past processors: the same clip, taken only where a kernel turns and nothing is lost."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import pytest
+import torch
+
+import dit_accel
+from dit_accel.acceleration.compiled import compile_blocks
+from dit_accel.patches import rotary
+from tests.tiny import TINY
+from tests.tiny_registry import MODELS
+
+KINDS = ("wan", "wan2.2", "wan-vace")
+TRANSFORMERS = ("wan-animate", "chronoedit", "skyreels")
+WHOLE = {"window": (1.0, 1.0, 1.0)}  # a window over everything: dense attention, by this package
+
+
+@pytest.fixture
+def turns(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[int]]:
+    """Angles are taken on a CPU too. The tokens of each pair of queries and keys that was turned."""
+    seen: list[int] = []
+
+    def counted(q: torch.Tensor, k: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> tuple[torch.Tensor, ...]:
+        seen.append(q.shape[1])
+        return turn(q, k, cos, sin)
+
+    turn = rotary.rotate_pairs
+    monkeypatch.setattr(rotary, "rotate_pairs", counted)
+    monkeypatch.setattr(rotary.TakeAngles, "devices", ("cpu",))
+    yield seen
+
+
+def near(found: torch.Tensor, wanted: torch.Tensor) -> None:
+    torch.testing.assert_close(found, wanted, rtol=0, atol=2e-5 * float(wanted.abs().max()))
+
+
+@pytest.mark.parametrize("name", KINDS)
+def test_a_pipeline_whose_angles_were_taken_makes_the_same_clip(name, turns):
+    tiny = TINY[name]
+    pipe = tiny.build()
+    wanted = tiny.run(pipe)
+    assert not turns
+    with dit_accel.patch(pipe, "window", **WHOLE) as handle:
+        near(tiny.run(pipe), wanted)
+        layers = sum(len(session.engine.records) for session in handle.sessions.values())
+        assert len(turns) >= layers
+    turns.clear()
+    assert tiny.run(pipe).equal(wanted)
+    assert not turns
+
+
+@pytest.mark.parametrize("name", TRANSFORMERS)
+def test_every_processor_of_the_list_is_without_fault(name, turns):
+    tiny = MODELS[name]
+    model = tiny.build()
+    wanted = tiny.run(model)
+    with dit_accel.patch(model, "window", **WHOLE):
+        near(tiny.run(model), wanted)
+    assert turns
+
+
+@pytest.mark.parametrize("whole", [False, True], ids=["blocks", "whole"])
+def test_compiled_code_takes_them_in_one_graph(whole, turns):
+    tiny = TINY["wan"]
+    pipe = tiny.build()
+    wanted = tiny.run(pipe)
+    if whole:
+        pipe.transformer.compile(backend="aot_eager", fullgraph=True)
+    else:
+        compile_blocks(pipe, backend="aot_eager", fullgraph=True)
+    with dit_accel.patch(pipe, "window", **WHOLE):
+        near(tiny.run(pipe), wanted)
+    assert turns
+
+
+def test_a_dense_patch_and_a_disabled_one_leave_the_model_as_it_is(turns):
+    tiny = TINY["wan"]
+    pipe = tiny.build()
+    wanted = tiny.run(pipe)
+    with dit_accel.patch(pipe, "dense"):
+        assert tiny.run(pipe).equal(wanted)
+    with dit_accel.patch(pipe, "window", **WHOLE) as handle, handle.disabled():
+        assert tiny.run(pipe).equal(wanted)
+    assert not turns
+
+
+def test_another_backend_keeps_them(turns):
+    tiny = TINY["wan"]
+    pipe = tiny.build()
+    with dit_accel.patch(pipe, "window", **WHOLE, backend="torch"):
+        tiny.run(pipe)
+    assert not turns
+
+
+def test_a_gradient_is_torchs(turns):
+    tiny = MODELS["skyreels"]
+    model = tiny.build()
+    with dit_accel.patch(model, "window", **WHOLE):
+        model(**tiny.given(), return_dict=False)[0].sum().backward()
+    assert not turns
+    weight = next(weight for name, weight in model.named_parameters() if name.endswith("attn1.to_k.weight"))
+    assert float(weight.grad.abs().sum()) > 0
+
+
+def test_another_processor_and_a_symbol_of_somebody_else_keep_them(turns, monkeypatch):
+    from diffusers.models.transformers import transformer_wan
+
+    class Own(transformer_wan.WanAttnProcessor):
+        """As somebody would write it: it turns queries and keys by itself."""
+
+    tiny = TINY["wan"]
+    pipe = tiny.build()
+    wanted = tiny.run(pipe)
+    with dit_accel.patch(pipe, "window", **WHOLE):
+        with monkeypatch.context() as patch:
+            original = torch.nn.functional.scaled_dot_product_attention
+
+            def theirs(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, **_given: object) -> torch.Tensor:
+                return original(*(x.transpose(1, 2) for x in (query, key, value))).transpose(1, 2)
+
+            patch.setattr(transformer_wan, "dispatch_attention_fn", theirs)
+            near(tiny.run(pipe), wanted)
+        assert not turns
+        pipe.transformer.set_attn_processor(Own())
+        near(tiny.run(pipe), wanted)
+    assert not turns
