@@ -26,6 +26,7 @@ from .ptx_calls import (
     means_calls,
     permutation,
     pyramid_calls,
+    rotary_calls,
     selection_calls,
     stand_in,
     tensors,
@@ -176,6 +177,7 @@ def cases(on: Card) -> dict[str, Call]:
         **dict(linear_calls(half[:-1] + full)),
         **dict(pyramid_calls(half + full)),
         **dict(means_calls(half + full)),
+        **dict(rotary_calls(half + full)),
     }
 
 

@@ -25,6 +25,7 @@ from torch.profiler import ProfilerActivity, profile
 from dit_accel import patch
 from dit_accel.benchmarking.forward import compiled_blocks, dense_attention
 from dit_accel.cli.environment import environment
+from dit_accel.patches.rotary import TakeAngles
 from dit_accel.pipelines.architectures import architecture
 
 
@@ -81,11 +82,14 @@ def main() -> None:
     parser.add_argument("--layers", type=int)
     parser.add_argument("--recipes", nargs="+", default=["dense", "pooled", "mass"])
     parser.add_argument("--compile", action="store_true")
+    parser.add_argument("--processors-turn", action="store_true", help="leave the rotary embedding to diffusers")
     parser.add_argument("--repeats", type=int, default=9)
     parser.add_argument("--json", type=Path)
     args = parser.parse_args()
     known, device = architecture(args.arch), torch.device("cuda")
     width, height, frames = known.size
+    if args.processors_turn:
+        TakeAngles.devices = ()
     found = {}
     for recipe in args.recipes:
         with ExitStack() as stack:

@@ -380,12 +380,22 @@ def merge_calls(dims: Sizes = ((64, HALF), (96, FULL), (128, HALF))) -> Iterator
             )
 
 
+def rotary_calls(dims: Sizes = ((64, HALF), (96, FULL), (128, HALF))) -> Iterator[tuple[str, Call]]:
+    """Rotary embedding of queries and keys."""
+    from dit_accel.kernels.rotary.triton import rotate_pairs_triton
+
+    for dim, dtype in dims:
+        q, k = tensors(2, 300, dim, dtype)
+        angles = [torch.zeros(1, 300, 1, dim) for _ in range(2)]
+        yield f"rotary {dim} {dtype}", lambda q=q, k=k, angles=angles: rotate_pairs_triton(q, k, *angles)
+
+
 def calls(target: int) -> dict[str, Call]:
     """Calls by name, for GPUs of compute capability ``target``; the kernels of Hopper are of 90 alone."""
     found = dict(attention_calls(target))
     if target == 80:
         found |= {**dict(selection_calls()), **dict(linear_calls()), **dict(pyramid_calls())}
-        found |= {**dict(means_calls()), **dict(merge_calls())}
+        found |= {**dict(means_calls()), **dict(merge_calls()), **dict(rotary_calls())}
     return found
 
 

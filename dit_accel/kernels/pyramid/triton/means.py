@@ -32,6 +32,13 @@ from .forward import fitting_tiles
 
 
 @triton.jit
+def kept_bytes(kept_ptr, first, means, PER_BLOCK: tl.constexpr, TILE_N: tl.constexpr):
+    """For each of ``TILE_N`` means the byte that has its block's bit; all bits set behind the last mean."""
+    mean = first + tl.arange(0, TILE_N)
+    return tl.load(kept_ptr + mean // PER_BLOCK // 8, mask=mean < means, other=255).to(tl.int32)
+
+
+@triton.jit
 def over_means(
     q,
     acc,
@@ -41,6 +48,7 @@ def over_means(
     v_ptr,
     visible_ptr,
     kept_ptr,
+    kept,
     first,
     means,
     kv_len,
@@ -55,12 +63,11 @@ def over_means(
     HAS_VISIBLE: tl.constexpr,
     PRECISION: tl.constexpr,
 ):
-    """A step of the online softmax: ``TILE_N`` means, with ``WHOLE`` all there, of as many tokens each, and of heads
-    without padding."""
+    """A step of the online softmax: ``TILE_N`` means, with ``WHOLE`` all there, of as many tokens each, of heads
+    without padding, and of blocks whose bits were read before."""
     offs_d = tl.arange(0, BLOCK_D)
     mean = first + tl.arange(0, TILE_N)
     inside = mean < means
-    block = mean // PER_BLOCK
     at = mean.to(tl.int64) * HEAD_DIM
     p_k, p_v = k_ptr + at[None, :] + offs_d[:, None], v_ptr + at[:, None] + offs_d[None, :]
     if WHOLE:
@@ -69,8 +76,9 @@ def over_means(
         in_d = offs_d < HEAD_DIM
         k = tl.load(p_k, mask=in_d[:, None] & inside[None, :], other=0.0)
         v = tl.load(p_v, mask=inside[:, None] & in_d[None, :], other=0.0)
-    byte = tl.load(kept_ptr + block // 8, mask=inside, other=255).to(tl.int32)
-    left_out = ((byte >> (block % 8)) & 1) == 0
+    if not WHOLE:
+        kept = kept_bytes(kept_ptr, first, means, PER_BLOCK, TILE_N)
+    left_out = ((kept >> (mean // PER_BLOCK % 8)) & 1) == 0
     if WHOLE:
         bias = tl.where(left_out, LOG2_TOKENS, float("-inf"))
     else:
@@ -160,14 +168,18 @@ def left_out_means_fwd_kernel(
     out_ptrs = out_ptr + wide * stride_os + offs_d[None, :]
     acc = tl.load(out_ptrs, mask=live, other=0.0).to(tl.float32)
     if SPLIT:
+        # The bits of a tile are on their way while the tile before is multiplied.
+        kept = kept_bytes(kept_ptr, 0, means, PER_BLOCK, TILE_N)
         for tile in range(0, whole_tiles):
+            ahead = kept_bytes(kept_ptr, (tile + 1) * TILE_N, means, PER_BLOCK, TILE_N)
             acc, row_max, row_sum = over_means(
-                q, acc, row_max, row_sum, k_ptr, v_ptr, visible_ptr, kept_ptr, tile * TILE_N, means, kv_len,
-                scale_log2, LOG2_TOKENS, TOKENS, PER_BLOCK, TILE_N, BLOCK_D, HEAD_DIM, True, False, PRECISION,
+                q, acc, row_max, row_sum, k_ptr, v_ptr, visible_ptr, kept_ptr, kept, tile * TILE_N, means,
+                kv_len, scale_log2, LOG2_TOKENS, TOKENS, PER_BLOCK, TILE_N, BLOCK_D, HEAD_DIM, True, False, PRECISION,
             )  # fmt: skip
+            kept = ahead
     for first in range(whole_tiles * TILE_N, means, TILE_N):
         acc, row_max, row_sum = over_means(
-            q, acc, row_max, row_sum, k_ptr, v_ptr, visible_ptr, kept_ptr, first, means, kv_len, scale_log2,
+            q, acc, row_max, row_sum, k_ptr, v_ptr, visible_ptr, kept_ptr, 0, first, means, kv_len, scale_log2,
             LOG2_TOKENS, TOKENS, PER_BLOCK, TILE_N, BLOCK_D, HEAD_DIM, False, HAS_VISIBLE, PRECISION,
         )  # fmt: skip
 
@@ -177,19 +189,20 @@ def left_out_means_fwd_kernel(
     tl.store(lse_ptr + row, tl.where(nothing, float("-inf"), (row_max + tl.math.log2(total)) * LN_2_), mask=here)
 
 
-def _tiles(q: torch.Tensor, block_q: int) -> tuple[int, int, int, int]:
-    """Queries and means of a tile, warps, and tiles of means on their way: as many as registers and shared memory hold.
+def _tiles(q: torch.Tensor, block_q: int) -> tuple[int, int, int]:
+    """Queries and means of a tile, and tiles of means on their way: as many as registers and shared memory hold.
 
     Loads of heads that are no whole 16 columns and products of float32 take more registers. On an H200 64 queries with
-    three tiles take 0.46 ms where 128 queries with two take 0.66 (32,760 tokens, 12 heads of 128).
+    three tiles of 32 means take 0.38 ms, with tiles of 64 means 0.42, and 128 queries with them 0.47 (32,760 tokens, 12
+    heads of 128). At 118,800 tokens and 24 heads all three take 8.2 to 8.9 ms, though 128 queries read half as often.
     """
     dim, rows = q.shape[-1], max(16, power_of_two(block_q))
     if q.element_size() > 2:
-        return *fitting_tiles(q, min(rows, 32), 16, 1), 4, 2
+        return *fitting_tiles(q, min(rows, 32), 16, 1), 2
     of_warpgroups = q.is_cuda and not is_amd() and compute_capability(q.device.index or 0)[0] in (9, 10)
     at_once = 64 if of_warpgroups or (dim <= 128 and dim % 16 == 0) else 32
-    stages = 3 if of_warpgroups and dim <= 128 else 2
-    return *fitting_tiles(q, min(rows, at_once), 64 if dim <= 128 else 32, 1), 4, stages
+    means = 32 if dim > 128 or (of_warpgroups and dim % 16 == 0) else 64
+    return *fitting_tiles(q, min(rows, at_once), means, 1), 3 if of_warpgroups and dim <= 128 else 2
 
 
 _KERNEL = KeptKernel(left_out_means_fwd_kernel)
@@ -216,7 +229,7 @@ def add_left_out_means_triton(
     )
     keys, values = (x.to(q.dtype).contiguous() for x in (means.keys, means.values))
     visible = None if means.visible is None else unit_stride(means.visible)
-    tile_q, tile_means, warps, stages = _tiles(q, block_q)
+    tile_q, tile_means, stages = _tiles(q, block_q)
     # Means with all their tokens need no masks, in a loop of their own, for which not all cards have registers.
     split = visible is None and padded_head_dim(dim) == dim and not is_amd()
     whole = means.kv_len // means.tokens // tile_means if split else 0
@@ -253,7 +266,7 @@ def add_left_out_means_triton(
             HAS_ROWS=rows is not None,
             HAS_VISIBLE=visible is not None,
             PRECISION=DOT_PRECISION,
-            num_warps=warps,
+            num_warps=4,
             num_stages=stages,
         )
     return out, lse
