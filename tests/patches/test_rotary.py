@@ -127,3 +127,26 @@ def test_another_processor_and_a_symbol_of_somebody_else_keep_them(turns, monkey
         pipe.transformer.set_attn_processor(Own())
         near(tiny.run(pipe), wanted)
     assert not turns
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("compiled", [False, True], ids=["eager", "compiled"])
+def test_a_gpu_makes_the_same_clip(compiled, monkeypatch):
+    tiny = TINY["wan"]
+    pipe = tiny.build().to("cuda")
+    wanted = tiny.run(pipe)
+    turned: list[int] = []
+
+    def counted(q: torch.Tensor, *rest: torch.Tensor) -> tuple[torch.Tensor, ...]:
+        turned.append(q.shape[1])
+        return turn(q, *rest)
+
+    turn = rotary.rotate_pairs
+    monkeypatch.setattr(rotary, "rotate_pairs", counted)
+    undo = compile_blocks(pipe, fullgraph=True) if compiled else None
+    with dit_accel.patch(pipe, "window", **WHOLE):
+        found = tiny.run(pipe)
+    if undo is not None:
+        undo()
+    assert turned
+    torch.testing.assert_close(found, wanted, rtol=0, atol=1e-3 * float(wanted.abs().max()))
