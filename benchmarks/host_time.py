@@ -38,6 +38,11 @@ RECIPES: dict[str, tuple[str, dict[str, Any], dict[str, Any]]] = {
         {"block": (64, 64)},
         {"schedule": "schedule", "schedule.refresh_every": 1_000_000},
     ),
+    "mass, one plan, means": (
+        "mass",
+        {"means": True},
+        {"schedule": "schedule", "schedule.refresh_every": 1_000_000},
+    ),
     "pooled, int8": ("pooled", {}, {"precision": "int8"}),
     "window": ("window", {}, {}),
 }

@@ -310,7 +310,7 @@ class Engine:
 
     def _density(self, call: AttentionCall, plan: AttentionPlan) -> torch.Tensor:
         """This process' share of the work of dense attention, a 0-d tensor; that of the others is recorded."""
-        density = self.recipe.compensate.density(plan)
+        density = plan.work(self.recipe.compensate.density)
         if call.heads is None and call.part is None:
             return density
         if call.part is None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from functools import cached_property
 from typing import Any
@@ -51,6 +52,7 @@ class AttentionPlan:
         share: :attr:`density` where it is known, of a plan that serves many steps.
         keys: int32 ``[B, H, S]``, token whose key and value take each token's place; None where all keep theirs.
         shares: what processes around a ring have of a plan that is kept; None of others.
+        counted: share of the work of dense attention, 0-d, since a call under the plan was counted.
     """
 
     rows: torch.Tensor | None
@@ -59,6 +61,7 @@ class AttentionPlan:
     share: torch.Tensor | None = None
     keys: torch.Tensor | None = None
     shares: PlanShares | None = field(default=None, init=False)
+    counted: torch.Tensor | None = field(default=None, init=False)
 
     @cached_property
     def mask(self) -> BlockMask:
@@ -74,6 +77,13 @@ class AttentionPlan:
         none."""
         object.__setattr__(self, "shares", shares)
         return self
+
+    def work(self, of: Callable[[AttentionPlan], torch.Tensor]) -> torch.Tensor:
+        """:attr:`counted`, by ``of`` at the first call: a plan serves many, and three small kernels count it."""
+        if self.counted is None:
+            object.__setattr__(self, "counted", of(self))
+        assert self.counted is not None
+        return self.counted
 
     @cached_property
     def density(self) -> torch.Tensor:

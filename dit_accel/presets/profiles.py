@@ -50,7 +50,7 @@ def fast(
 
 
 def maximal(
-    density: float = 0.25, dense_fraction: float = 0.034, threshold: float | None = None, means: bool = True
+    density: float = 0.2, dense_fraction: float = 0.034, threshold: float | None = None, means: bool = True
 ) -> Recipe:
     """A whole run for the least time, where a draft is enough: 9 steps of 30, of which two have dense attention.
 
