@@ -46,9 +46,7 @@ def _(q: torch.Tensor, k: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) ->
 
 
 @torch.library.register_fake(_NAME)
-def _(
-    q: torch.Tensor, k: torch.Tensor, _cos: torch.Tensor, _sin: torch.Tensor
-) -> tuple[torch.Tensor, torch.Tensor]:
+def _(q: torch.Tensor, k: torch.Tensor, _cos: torch.Tensor, _sin: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     return q.new_empty(q.shape), k.new_empty(k.shape)
 
 
@@ -76,15 +74,15 @@ class TakeAngles(Hook):
     ) -> tuple[tuple[Any, ...], Mapping[str, Any]] | None:
         by_place = len(args) > self.place
         angles = args[self.place] if by_place else kwargs.get(ARGUMENT)
-        if not self._takes(module, angles):
+        if not isinstance(angles, tuple) or not self._takes(module, angles):
             return None
         (TRACED if torch.compiler.is_compiling() else EAGER).angles = angles
         if by_place:
             return (*args[: self.place], None, *args[self.place + 1 :]), kwargs
         return args, {**kwargs, ARGUMENT: None}
 
-    def _takes(self, module: nn.Module, angles: Any) -> bool:
-        if torch.is_grad_enabled() or type(module.processor) is not self.kind or not isinstance(angles, tuple):
+    def _takes(self, module: nn.Module, angles: tuple[torch.Tensor, ...]) -> bool:
+        if torch.is_grad_enabled() or type(module.processor) is not self.kind:
             return False
         if angles[0].device.type not in self.devices:
             return False
@@ -93,9 +91,7 @@ class TakeAngles(Hook):
         return self.session.engine.switched_on and self.comes()
 
 
-def angles_hook(
-    session: Session, module: nn.Module, is_diverted: Callable[[str, str], bool]
-) -> TakeAngles | None:
+def angles_hook(session: Session, module: nn.Module, is_diverted: Callable[[str, str], bool]) -> TakeAngles | None:
     """The hook of a self-attention module; None where its processor is not of :data:`PROCESSORS`, or a backend was
     named that is not Triton. ``is_diverted`` says of a module and a symbol whether its calls come to the seam."""
     kind: type = type(module.processor)

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-
 import pytest
 import torch
 
@@ -19,7 +17,7 @@ WHOLE = {"window": (1.0, 1.0, 1.0)}  # a window over everything: dense attention
 
 
 @pytest.fixture
-def turns(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[int]]:
+def turns(monkeypatch: pytest.MonkeyPatch) -> list[int]:
     """Angles are taken on a CPU too. The tokens of each pair of queries and keys that was turned."""
     seen: list[int] = []
 
@@ -30,7 +28,7 @@ def turns(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[int]]:
     turn = rotary.rotate_pairs
     monkeypatch.setattr(rotary, "rotate_pairs", counted)
     monkeypatch.setattr(rotary.TakeAngles, "devices", ("cpu",))
-    yield seen
+    return seen
 
 
 def near(found: torch.Tensor, wanted: torch.Tensor) -> None:

@@ -32,13 +32,6 @@ from .forward import fitting_tiles
 
 
 @triton.jit
-def kept_bytes(kept_ptr, first, means, PER_BLOCK: tl.constexpr, TILE_N: tl.constexpr):
-    """For each of ``TILE_N`` means the byte that has its block's bit; all bits set behind the last mean."""
-    mean = first + tl.arange(0, TILE_N)
-    return tl.load(kept_ptr + mean // PER_BLOCK // 8, mask=mean < means, other=255).to(tl.int32)
-
-
-@triton.jit
 def over_means(
     q,
     acc,
@@ -48,7 +41,6 @@ def over_means(
     v_ptr,
     visible_ptr,
     kept_ptr,
-    kept,
     first,
     means,
     kv_len,
@@ -63,11 +55,12 @@ def over_means(
     HAS_VISIBLE: tl.constexpr,
     PRECISION: tl.constexpr,
 ):
-    """A step of the online softmax: ``TILE_N`` means, with ``WHOLE`` all there, of as many tokens each, of heads
-    without padding, and of blocks whose bits were read before."""
+    """A step of the online softmax: ``TILE_N`` means, with ``WHOLE`` all there, of as many tokens each, and of heads
+    without padding."""
     offs_d = tl.arange(0, BLOCK_D)
     mean = first + tl.arange(0, TILE_N)
     inside = mean < means
+    block = mean // PER_BLOCK
     at = mean.to(tl.int64) * HEAD_DIM
     p_k, p_v = k_ptr + at[None, :] + offs_d[:, None], v_ptr + at[:, None] + offs_d[None, :]
     if WHOLE:
@@ -76,9 +69,8 @@ def over_means(
         in_d = offs_d < HEAD_DIM
         k = tl.load(p_k, mask=in_d[:, None] & inside[None, :], other=0.0)
         v = tl.load(p_v, mask=inside[:, None] & in_d[None, :], other=0.0)
-    if not WHOLE:
-        kept = kept_bytes(kept_ptr, first, means, PER_BLOCK, TILE_N)
-    left_out = ((kept >> (mean // PER_BLOCK % 8)) & 1) == 0
+    byte = tl.load(kept_ptr + block // 8, mask=inside, other=255).to(tl.int32)
+    left_out = ((byte >> (block % 8)) & 1) == 0
     if WHOLE:
         bias = tl.where(left_out, LOG2_TOKENS, float("-inf"))
     else:
@@ -168,18 +160,14 @@ def left_out_means_fwd_kernel(
     out_ptrs = out_ptr + wide * stride_os + offs_d[None, :]
     acc = tl.load(out_ptrs, mask=live, other=0.0).to(tl.float32)
     if SPLIT:
-        # The bits of a tile are on their way while the tile before is multiplied.
-        kept = kept_bytes(kept_ptr, 0, means, PER_BLOCK, TILE_N)
         for tile in range(0, whole_tiles):
-            ahead = kept_bytes(kept_ptr, (tile + 1) * TILE_N, means, PER_BLOCK, TILE_N)
             acc, row_max, row_sum = over_means(
-                q, acc, row_max, row_sum, k_ptr, v_ptr, visible_ptr, kept_ptr, kept, tile * TILE_N, means,
-                kv_len, scale_log2, LOG2_TOKENS, TOKENS, PER_BLOCK, TILE_N, BLOCK_D, HEAD_DIM, True, False, PRECISION,
+                q, acc, row_max, row_sum, k_ptr, v_ptr, visible_ptr, kept_ptr, tile * TILE_N, means, kv_len,
+                scale_log2, LOG2_TOKENS, TOKENS, PER_BLOCK, TILE_N, BLOCK_D, HEAD_DIM, True, False, PRECISION,
             )  # fmt: skip
-            kept = ahead
     for first in range(whole_tiles * TILE_N, means, TILE_N):
         acc, row_max, row_sum = over_means(
-            q, acc, row_max, row_sum, k_ptr, v_ptr, visible_ptr, kept_ptr, 0, first, means, kv_len, scale_log2,
+            q, acc, row_max, row_sum, k_ptr, v_ptr, visible_ptr, kept_ptr, first, means, kv_len, scale_log2,
             LOG2_TOKENS, TOKENS, PER_BLOCK, TILE_N, BLOCK_D, HEAD_DIM, False, HAS_VISIBLE, PRECISION,
         )  # fmt: skip
 
