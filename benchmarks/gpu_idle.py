@@ -5,6 +5,7 @@
 Random weights, one forward after the other. Three times each, medians: `wall`, from the first to the last kernel of a
 forward behind an idle GPU; `issue`, until the host has issued it all; `busy`, in which at least one kernel ran, by
 torch's profiler. Where `issue` is about `wall` the host is what takes long, and `idle` is what a CUDA graph could save.
+With `--graph` each forward is a replay of such a graph, under plans that were made before.
 """
 
 from __future__ import annotations
@@ -22,11 +23,13 @@ import torch
 from torch.autograd import DeviceType
 from torch.profiler import ProfilerActivity, profile
 
-from dit_accel import patch
+from dit_accel import patch, presets
 from dit_accel.benchmarking.forward import compiled_blocks, dense_attention
 from dit_accel.cli.environment import environment
 from dit_accel.patches.rotary import TakeAngles
 from dit_accel.pipelines.architectures import architecture
+
+from .captured_calls import captured
 
 
 def covered(spans: Iterable[tuple[float, float]]) -> float:
@@ -83,6 +86,7 @@ def main() -> None:
     parser.add_argument("--recipes", nargs="+", default=["dense", "pooled", "mass"])
     parser.add_argument("--compile", action="store_true")
     parser.add_argument("--processors-turn", action="store_true", help="leave the rotary embedding to diffusers")
+    parser.add_argument("--graph", action="store_true", help="replay a captured forward, whose plans are kept")
     parser.add_argument("--repeats", type=int, default=9)
     parser.add_argument("--json", type=Path)
     args = parser.parse_args()
@@ -99,12 +103,17 @@ def main() -> None:
             inputs = known.make_inputs(model, **size, dtype=torch.bfloat16, device=device)
             stack.enter_context(dense_attention(model, "_native_cudnn"))
             if recipe != "dense":
-                stack.enter_context(patch(model, recipe))
+                kept = {"schedule.refresh_every": 1_000_000} if args.graph else {}
+                stack.enter_context(patch(model, presets.resolve(recipe).with_fields(kept)))
             if args.compile:
                 stack.enter_context(compiled_blocks(model, model, "inductor"))
+
+            def forward(model: Any = model, inputs: Any = inputs) -> Any:
+                return model(**inputs)
+
             for _ in range(4):
-                model(**inputs)
-            found[recipe] = measured(lambda model=model, inputs=inputs: model(**inputs), args.repeats)
+                forward()
+            found[recipe] = measured(captured(forward).replay if args.graph else forward, args.repeats)
         one = found[recipe]
         print(
             f"{recipe:<12} wall {one['wall_ms']:.2f} ms, issue {one['issue_ms']:.2f}, busy {one['busy_ms']:.2f}, "
