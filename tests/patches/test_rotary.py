@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-
 import pytest
 import torch
 
@@ -19,7 +17,7 @@ WHOLE = {"window": (1.0, 1.0, 1.0)}  # a window over everything: dense attention
 
 
 @pytest.fixture
-def turns(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[int]]:
+def turns(monkeypatch: pytest.MonkeyPatch) -> list[int]:
     """Angles are taken on a CPU too. The tokens of each pair of queries and keys that was turned."""
     seen: list[int] = []
 
@@ -30,7 +28,7 @@ def turns(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[int]]:
     turn = rotary.rotate_pairs
     monkeypatch.setattr(rotary, "rotate_pairs", counted)
     monkeypatch.setattr(rotary.TakeAngles, "devices", ("cpu",))
-    yield seen
+    return seen
 
 
 def near(found: torch.Tensor, wanted: torch.Tensor) -> None:
@@ -76,6 +74,61 @@ def test_compiled_code_takes_them_in_one_graph(whole, turns):
     assert turns
 
 
+@pytest.mark.parametrize("compiled", ["forward", "blocks"])
+def test_a_hook_and_its_processor_may_be_on_two_sides_of_a_graph(compiled, turns):
+    """The layer that the hook announces is then unknown to the call, which is dense."""
+    tiny = TINY["wan"]
+    pipe = tiny.build()
+    wanted = tiny.run(pipe)
+    torch._dynamo.reset()
+    if compiled == "blocks":
+        compile_blocks(pipe, backend="eager")
+    for block in pipe.transformer.blocks:
+        forward = block.attn1.forward
+        outside = torch.compile(forward, backend="eager") if compiled == "forward" else torch.compiler.disable(forward)
+        block.attn1.forward = outside
+    with dit_accel.patch(pipe, "window", **WHOLE):
+        near(tiny.run(pipe), wanted)
+    assert turns
+
+
+def test_a_call_that_broke_leaves_the_next_one_its_own_angles(turns):
+    model = MODELS["skyreels"].build()
+    layer = model.blocks[0].attn1
+    hidden, angles = torch.randn(1, 6, 24).double(), (torch.randn(1, 6, 1, 12), torch.randn(1, 6, 1, 12))
+    wanted = layer(hidden, None, None, angles).detach()
+
+    def interrupt(*_given: object) -> None:
+        raise KeyboardInterrupt
+
+    with dit_accel.patch(model, "window", **WHOLE):
+        hook = layer.to_v.register_forward_pre_hook(interrupt)
+        with torch.no_grad(), pytest.raises(KeyboardInterrupt):
+            layer(hidden, None, None, angles)
+        hook.remove()
+        near(layer(hidden, None, None, angles), wanted)
+    assert not turns
+
+
+@pytest.mark.parametrize("by_place", range(1, 5))
+def test_a_mask_and_angles_come_by_place_or_by_name(by_place, turns):
+    model = MODELS["skyreels"].build()
+    layer = model.blocks[0].attn1
+    given = {
+        "hidden_states": torch.randn(1, 6, 24).double(),
+        "encoder_hidden_states": None,
+        "attention_mask": torch.ones(6, 6, dtype=torch.bool).tril(),
+        "rotary_emb": (torch.randn(1, 6, 1, 12), torch.randn(1, 6, 1, 12)),
+    }
+    args, kwargs = list(given.values())[:by_place], dict(list(given.items())[by_place:])
+    with torch.no_grad():
+        wanted = layer(**given)
+        assert not layer(**{**given, "attention_mask": None}).allclose(wanted)
+        with dit_accel.patch(model, "window", **WHOLE):
+            near(layer(*args, **kwargs), wanted)
+    assert turns == [6]
+
+
 def test_a_dense_patch_and_a_disabled_one_leave_the_model_as_it_is(turns):
     tiny = TINY["wan"]
     pipe = tiny.build()
@@ -105,7 +158,8 @@ def test_a_gradient_is_torchs(turns):
     assert float(weight.grad.abs().sum()) > 0
 
 
-def test_another_processor_and_a_symbol_of_somebody_else_keep_them(turns, monkeypatch):
+@pytest.mark.parametrize("compiled", [False, True], ids=["eager", "compiled"])
+def test_another_processor_and_a_symbol_of_somebody_else_keep_them(compiled, turns, monkeypatch):
     from diffusers.models.transformers import transformer_wan
 
     class Own(transformer_wan.WanAttnProcessor):
@@ -114,6 +168,8 @@ def test_another_processor_and_a_symbol_of_somebody_else_keep_them(turns, monkey
     tiny = TINY["wan"]
     pipe = tiny.build()
     wanted = tiny.run(pipe)
+    if compiled:
+        compile_blocks(pipe, backend="eager")
     with dit_accel.patch(pipe, "window", **WHOLE):
         with monkeypatch.context() as patch:
             original = torch.nn.functional.scaled_dot_product_attention

@@ -14,7 +14,9 @@ TILE = 16
 
 
 @triton.jit
-def turn(x_ptr, out_ptr, stride_h, heads, c, s, live, TILE: tl.constexpr, BLOCK_D: tl.constexpr, HEAD_DIM: tl.constexpr):
+def turn(
+    x_ptr, out_ptr, stride_h, heads, c, s, live, TILE: tl.constexpr, BLOCK_D: tl.constexpr, HEAD_DIM: tl.constexpr
+):
     """All heads of some tokens; heads of the output are adjacent."""
     for _ in range(0, heads):
         x = tl.load(x_ptr, mask=live, other=0.0).to(tl.float32)
