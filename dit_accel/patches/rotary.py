@@ -85,7 +85,7 @@ class TakeAngles(Hook):
         self, module: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any]
     ) -> tuple[tuple[Any, ...], Mapping[str, Any]] | None:
         given = {**dict(zip(self.names, args, strict=False)), **kwargs}
-        angles = given.get(ANGLES)
+        angles: Any = given.get(ANGLES)
         if not self._takes(module, angles):
             return None
         given[MASK], given[ANGLES] = MaskAndAngles(given.get(MASK), *angles), None
