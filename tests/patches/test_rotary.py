@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+from types import SimpleNamespace
+from typing import Any
+
 import pytest
 import torch
 
 import dit_accel
 from dit_accel.acceleration.compiled import compile_blocks
 from dit_accel.patches import rotary
+from dit_accel.patches.seam import is_diverted
 from tests.tiny import TINY
 from tests.tiny_registry import MODELS
 
@@ -140,6 +144,15 @@ def test_a_dense_patch_and_a_disabled_one_leave_the_model_as_it_is(turns):
     assert not turns
 
 
+def test_a_device_where_no_kernel_is_faster_keeps_them(turns, monkeypatch):
+    monkeypatch.setattr(rotary.TakeAngles, "devices", ("cuda",))
+    tiny = TINY["wan"]
+    pipe = tiny.build()
+    with dit_accel.patch(pipe, "window", **WHOLE):
+        tiny.run(pipe)
+    assert not turns
+
+
 def test_another_backend_keeps_them(turns):
     tiny = TINY["wan"]
     pipe = tiny.build()
@@ -183,6 +196,29 @@ def test_another_processor_and_a_symbol_of_somebody_else_keep_them(compiled, tur
         pipe.transformer.set_attn_processor(Own())
         near(tiny.run(pipe), wanted)
     assert not turns
+
+
+def test_an_attention_that_takes_no_mask_keeps_them():
+    """Angles would go nowhere in its place."""
+    from diffusers.models.transformers.transformer_wan import WanAttnProcessor
+
+    class Own(torch.nn.Module):
+        processor = WanAttnProcessor()
+
+        def forward(self, hidden_states: object, encoder_hidden_states: object = None, rotary_emb: object = None):
+            raise NotImplementedError
+
+    session: Any = SimpleNamespace(engine=SimpleNamespace(backend="auto"))
+    assert rotary.angles_hook(session, Own(), is_diverted) is None
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16])
+def test_the_operator_is_what_a_trace_takes_it_for(dtype):
+    """Of heads that lie behind one another and apart: the outputs are contiguous all the same."""
+    q, k = (torch.randn(2, heads, 5, 8).to(dtype).transpose(1, 2) for heads in (3, 2))
+    angles = torch.randn(1, 5, 1, 8), torch.randn(1, 5, 1, 8)
+    operator = torch.ops.dit_accel.rotate_pairs.default
+    torch.library.opcheck(operator, (q, k, *angles), test_utils=("test_schema", "test_faketensor"))
 
 
 @pytest.mark.gpu
