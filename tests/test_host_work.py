@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import sys
 from collections import Counter
+from dataclasses import replace
 
 import pytest
 import torch
@@ -12,6 +13,7 @@ from dit_accel import presets
 from dit_accel.call import AttentionCall, AttentionInputs, autocast_done
 from dit_accel.engine import Engine
 from dit_accel.layout import StepContext, TokenLayout
+from dit_accel.plan import AttentionPlan
 from dit_accel.run import Bounded, Run
 from dit_accel.stages.precision import ModelDtype
 
@@ -86,6 +88,22 @@ def test_a_kept_plan_is_one_object_for_all_the_calls_that_it_serves(model):
     assert first is again
     assert second is second_again
     assert first is not second
+
+
+def test_a_kept_plan_is_counted_once_and_another_one_anew(model, monkeypatch):
+    counted: list[AttentionPlan] = []
+    model.engine.records[0].reset()
+    kind = type(model.engine.recipe.compensate)
+    density = kind.density
+    monkeypatch.setattr(kind, "density", lambda self, plan: counted.append(plan) or density(self, plan))
+    with torch.no_grad():
+        model.forward(7)
+        model.forward(8)
+    plans = [call.plan for call in model.calls]
+    assert counted == plans[:2]
+    once = float(density(model.engine.recipe.compensate, plans[0]))
+    assert model.engine.records[0].density_sum == pytest.approx(2 * once)
+    assert replace(plans[0], share=None).counted is None
 
 
 def test_layers_of_a_forward_share_the_step_that_counts_their_forwards(model):
