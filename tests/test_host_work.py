@@ -13,7 +13,6 @@ from dit_accel import presets
 from dit_accel.call import AttentionCall, AttentionInputs, autocast_done
 from dit_accel.engine import Engine
 from dit_accel.layout import StepContext, TokenLayout
-from dit_accel.plan import AttentionPlan
 from dit_accel.run import Bounded, Run
 from dit_accel.stages.precision import ModelDtype
 
@@ -90,19 +89,20 @@ def test_a_kept_plan_is_one_object_for_all_the_calls_that_it_serves(model):
     assert first is not second
 
 
-def test_a_kept_plan_is_counted_once_and_another_one_anew(model, monkeypatch):
-    counted: list[AttentionPlan] = []
-    model.engine.records[0].reset()
-    kind = type(model.engine.recipe.compensate)
-    density = kind.density
-    monkeypatch.setattr(kind, "density", lambda self, plan: counted.append(plan) or density(self, plan))
+@pytest.mark.parametrize("preset", ["mass", "carried"])
+def test_a_kept_plan_is_counted_once_and_another_one_anew(preset, monkeypatch):
+    model = Model(preset)
+    compensate, counted = model.engine.recipe.compensate, []
+    density = type(compensate).density
+    monkeypatch.setattr(type(compensate), "density", lambda self, plan: counted.append(plan) or density(self, plan))
     with torch.no_grad():
-        model.forward(7)
-        model.forward(8)
-    plans = [call.plan for call in model.calls]
-    assert counted == plans[:2]
-    once = float(density(model.engine.recipe.compensate, plans[0]))
-    assert model.engine.records[0].density_sum == pytest.approx(2 * once)
+        for index in range(STEPS):
+            model.forward(index)
+    plans = [call.plan for call in model.calls if call.plan is not None]
+    assert counted == list(dict.fromkeys(plans))
+    assert len(counted) < len(plans)
+    densities = [float(density(compensate, call.plan)) for call in model.calls if call.plan and call.layer == 0]
+    assert model.engine.records[0].density_sum == pytest.approx(sum(densities))
     assert replace(plans[0], share=None).counted is None
 
 
