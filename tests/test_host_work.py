@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import sys
 from collections import Counter
+from dataclasses import replace
 
 import pytest
 import torch
@@ -86,6 +87,23 @@ def test_a_kept_plan_is_one_object_for_all_the_calls_that_it_serves(model):
     assert first is again
     assert second is second_again
     assert first is not second
+
+
+@pytest.mark.parametrize("preset", ["mass", "carried"])
+def test_a_kept_plan_is_counted_once_and_another_one_anew(preset, monkeypatch):
+    model = Model(preset)
+    compensate, counted = model.engine.recipe.compensate, []
+    density = type(compensate).density
+    monkeypatch.setattr(type(compensate), "density", lambda self, plan: counted.append(plan) or density(self, plan))
+    with torch.no_grad():
+        for index in range(STEPS):
+            model.forward(index)
+    plans = [call.plan for call in model.calls if call.plan is not None]
+    assert counted == list(dict.fromkeys(plans))
+    assert len(counted) < len(plans)
+    densities = [float(density(compensate, call.plan)) for call in model.calls if call.plan and call.layer == 0]
+    assert model.engine.records[0].density_sum == pytest.approx(sum(densities))
+    assert replace(plans[0], share=None).counted is None
 
 
 def test_layers_of_a_forward_share_the_step_that_counts_their_forwards(model):

@@ -58,7 +58,6 @@ class Eager(threading.local):
         attended: whether its attention call has come to the seam.
         branch: guidance branch as the pipeline names it.
         learned: what a learned gate made of the layer's input; empty where there is none.
-        angles: cosines and sines by which the layer's queries and keys are still to be turned; empty where none are.
     """
 
     def __init__(self) -> None:
@@ -66,7 +65,6 @@ class Eager(threading.local):
         self.attended = False
         self.branch: str | None = None
         self.learned: tuple[torch.Tensor, ...] = ()
-        self.angles: tuple[torch.Tensor, ...] = ()
 
 
 class Traced:
@@ -86,12 +84,11 @@ class Traced:
         self.latents: LatentTokens | None = None
         self.block_input: torch.Tensor | None = None
         self.learned: tuple[torch.Tensor, ...] = ()
-        self.angles: tuple[torch.Tensor, ...] = ()
 
     def clear(self) -> None:
         """Publish nothing."""
         self.layer = self.counts = self.latents = self.block_input = None
-        self.learned = self.angles = ()
+        self.learned = ()
 
 
 EAGER = Eager()

@@ -159,12 +159,12 @@ class ClearLayer(Hook):
                 assert TRACED.counts is not None
                 count_op(TRACED.counts, TRACED.layer, PASSED.index(_why_no_call(module)))
             TRACED.layer = TRACED.counts = None
-            TRACED.learned = TRACED.angles = ()
+            TRACED.learned = ()
         else:
             if EAGER.layer is not None and not EAGER.attended:
                 self.session.count_dense(self.index, _why_no_call(module))
             EAGER.layer = None
-            EAGER.learned = EAGER.angles = ()
+            EAGER.learned = ()
 
 
 class EnterModule(Hook):
@@ -259,7 +259,7 @@ class ClearAll(Hook):
         TRACED.clear()
         if not torch.compiler.is_compiling():
             EAGER.layer = None
-            EAGER.learned = EAGER.angles = ()
+            EAGER.learned = ()
             # torch calls it while it handles an exception, in which case there is no output.
             self.session.end_forward(sys.exc_info()[1] if output is None else None)
 

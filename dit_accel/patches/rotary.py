@@ -3,6 +3,9 @@
 Some processors of diffusers turn pairs of columns by assignments to every second column. torch.compile makes one slow
 kernel of that (docs/performance.md), and eager code a dozen. The angles are an argument of the attention module, and
 without them the processor leaves queries and keys as they are: so a hook takes them, and the seam turns.
+
+They go in the mask's place, which processors hand on unread. What is published beside a call gets lost where the hook
+runs in eager code and the processor in a graph, or the other way round; an argument does not.
 """
 
 from __future__ import annotations
@@ -10,13 +13,13 @@ from __future__ import annotations
 import inspect
 from collections.abc import Callable, Mapping
 from functools import partial
-from typing import TYPE_CHECKING, Any, ClassVar
+from typing import TYPE_CHECKING, Any, ClassVar, NamedTuple
 
 import torch
 from torch import nn
 
 from ..kernels.rotary.api import rotate_pairs
-from .ambient import EAGER, TRACED
+from .ambient import TRACED
 from .hooks import Hook
 
 if TYPE_CHECKING:
@@ -32,7 +35,8 @@ PROCESSORS = frozenset(
     }
 )
 """Processors that turn adjacent columns by the argument ``rotary_emb``, (cos, sin), and then only call attention."""
-ARGUMENT = "rotary_emb"
+ANGLES = "rotary_emb"
+MASK = "attention_mask"
 SYMBOL = "dispatch_attention_fn"
 
 _NAME = "dit_accel::rotate_pairs"
@@ -50,36 +54,42 @@ def _(q: torch.Tensor, k: torch.Tensor, _cos: torch.Tensor, _sin: torch.Tensor) 
     return q.new_empty(q.shape), k.new_empty(k.shape)
 
 
+class MaskAndAngles(NamedTuple):
+    """What goes in the place of an attention mask: by ``cos`` and ``sin`` queries and keys are still to be turned."""
+
+    mask: torch.Tensor | None
+    cos: torch.Tensor
+    sin: torch.Tensor
+
+
 class TakeAngles(Hook):
     """Forward pre-hook of a self-attention: takes its angles where the kernel is faster and no gradient is recorded.
 
     Args:
         session: of the patched transformer.
         kind: class of the processor at patching; another one keeps its angles.
-        place: of the angles among the arguments that go by place.
+        names: of the arguments that may go by place.
         comes: whether the processor's call comes to the seam: somebody may have replaced the symbol since.
     """
 
     devices: ClassVar[tuple[str, ...]] = ("cuda",)
     """Types of devices where the kernel is faster."""
 
-    def __init__(self, session: Session, kind: type, place: int, comes: Callable[[], bool]) -> None:
+    def __init__(self, session: Session, kind: type, names: tuple[str, ...], comes: Callable[[], bool]) -> None:
         self.session = session
         self.kind = kind
-        self.place = place
+        self.names = names
         self.comes = comes
 
     def __call__(
         self, module: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any]
     ) -> tuple[tuple[Any, ...], Mapping[str, Any]] | None:
-        by_place = len(args) > self.place
-        angles = args[self.place] if by_place else kwargs.get(ARGUMENT)
+        given = {**dict(zip(self.names, args, strict=False)), **kwargs}
+        angles = given.get(ANGLES)
         if not isinstance(angles, tuple) or not self._takes(module, angles):
             return None
-        (TRACED if torch.compiler.is_compiling() else EAGER).angles = angles
-        if by_place:
-            return (*args[: self.place], None, *args[self.place + 1 :]), kwargs
-        return args, {**kwargs, ARGUMENT: None}
+        given[MASK], given[ANGLES] = MaskAndAngles(given.get(MASK), *angles), None
+        return tuple(given.pop(name) for name in self.names[: len(args)]), given
 
     def _takes(self, module: nn.Module, angles: tuple[torch.Tensor, ...]) -> bool:
         if torch.is_grad_enabled() or type(module.processor) is not self.kind:
@@ -87,7 +97,8 @@ class TakeAngles(Hook):
         if angles[0].device.type not in self.devices:
             return False
         if torch.compiler.is_compiling():
-            return TRACED.block_input is None  # a checkpointed block is repeated with gradients
+            # A checkpointed block is repeated with gradients.
+            return TRACED.block_input is None and self.comes()
         return self.session.engine.switched_on and self.comes()
 
 
@@ -97,20 +108,16 @@ def angles_hook(session: Session, module: nn.Module, is_diverted: Callable[[str,
     kind: type = type(module.processor)
     if (kind.__module__, kind.__name__) not in PROCESSORS or session.engine.backend not in ("auto", "triton"):
         return None
-    names = list(inspect.signature(type(module).forward).parameters)[1:]
-    if ARGUMENT not in names:
+    names = tuple(inspect.signature(type(module).forward).parameters)[1:]
+    if ANGLES not in names or MASK not in names:
         return None
-    return TakeAngles(session, kind, names.index(ARGUMENT), partial(is_diverted, kind.__module__, SYMBOL))
+    return TakeAngles(session, kind, names, partial(is_diverted, kind.__module__, SYMBOL))
 
 
-def turned(query: torch.Tensor, key: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """Queries and keys of the announced layer, turned by the angles that were taken of it, if any."""
-    compiling = torch.compiler.is_compiling()
-    here = TRACED if compiling else EAGER
-    if not here.angles:
-        return query, key
-    cos, sin = here.angles
-    here.angles = ()
-    if compiling:
-        return torch.ops.dit_accel.rotate_pairs.default(query, key, cos, sin)
-    return rotate_pairs(query, key, cos, sin)
+def turned(
+    query: torch.Tensor, key: torch.Tensor, given: MaskAndAngles
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor | None]:
+    """Queries and keys turned by the angles that were taken, and the mask."""
+    rotate = torch.ops.dit_accel.rotate_pairs.default if torch.compiler.is_compiling() else rotate_pairs
+    query, key = rotate(query, key, given.cos, given.sin)
+    return query, key, given.mask

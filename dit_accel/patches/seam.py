@@ -30,7 +30,7 @@ from .inference_operator import inference_attention_op
 from .operator import attention_op, count_op
 from .parallel import SharedCall, attend_in_parallel, why_not_parallel
 from .reasons import PASSED
-from .rotary import turned
+from .rotary import MaskAndAngles, turned
 
 
 @dataclass
@@ -211,7 +211,7 @@ def _dispatch_in_place_of(original: Callable[..., torch.Tensor]) -> Callable[...
         query: torch.Tensor,
         key: torch.Tensor,
         value: torch.Tensor,
-        attn_mask: torch.Tensor | None = None,
+        attn_mask: torch.Tensor | MaskAndAngles | None = None,
         dropout_p: float = 0.0,
         is_causal: bool = False,
         scale: float | None = None,
@@ -236,10 +236,11 @@ def _dispatch_in_place_of(original: Callable[..., torch.Tensor]) -> Callable[...
                 parallel_config=parallel_config,
             )
 
+        if isinstance(attn_mask, MaskAndAngles):
+            query, key, attn_mask = turned(query, key, attn_mask)
         layer = _announced()
         if layer is None:
             return dense()
-        query, key = turned(query, key)
         reason = _why_not(attn_mask, dropout_p, is_causal, attention_kwargs, parallel_config)
         if reason is not None:
             return _pass_by(layer, reason, dense)

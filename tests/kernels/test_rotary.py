@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
+import torch.nn.functional as F
 
 from dit_accel.kernels.rotary.api import rotate_pairs
 from dit_accel.kernels.rotary.triton import TILE, rotate_pairs_triton
@@ -24,7 +25,7 @@ def angles(length: int, dim: int, batch: int, device: torch.device) -> tuple[tor
     nothing = torch.full_like(phases, torch.nan)
     cos = torch.stack((phases.cos(), nothing), -1).flatten(-2).float()
     sin = torch.stack((nothing, phases.sin()), -1).flatten(-2).float()
-    return cos, sin
+    return cos, F.pad(sin, (0, 2), value=torch.nan)[..., :dim]  # their strides differ
 
 
 def expected(x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> torch.Tensor:
@@ -34,10 +35,11 @@ def expected(x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> torch.Ten
 
 
 def assert_near(found: torch.Tensor, wanted: torch.Tensor) -> None:
-    """Of two products and a sum in float32, rounded once."""
+    """Of two products and a sum in float32, or in float64, rounded once."""
     precision = torch.finfo(found.dtype).eps
+    computed = min(precision, torch.finfo(torch.float32).eps)
     norms = wanted.unflatten(-1, (-1, 2)).norm(dim=-1).repeat_interleave(2, -1)  # of the pair, which cancels in a sum
-    bound = precision / 2 * wanted.abs() + 4 * torch.finfo(torch.float32).eps * norms + torch.finfo(found.dtype).tiny
+    bound = precision / 2 * wanted.abs() + 4 * computed * norms + torch.finfo(found.dtype).tiny
     assert found.is_contiguous()
     assert bool(((found.double() - wanted).abs() <= bound).all())
 
@@ -57,8 +59,16 @@ def test_the_kernel_turns_every_head_by_its_tokens_angles(device, dtype, length,
         assert_near(found, expected(x, cos, sin))
 
 
+def test_the_kernel_takes_any_strides(device):
+    q = torch.randn(BATCH, 3, TILE + 1, 16, device=device).transpose(1, 2)  # heads behind one another
+    k = torch.randn(BATCH, TILE + 1, 2, 32, device=device)[..., ::2]  # columns apart
+    cos, sin = angles(TILE + 1, 16, 1, device)
+    for found, x in zip(rotate_pairs_triton(q, k, cos, sin), (q, k), strict=True):
+        assert_near(found, expected(x, cos, sin))
+
+
 @pytest.mark.gpu
-@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32])
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32, torch.float64])
 @pytest.mark.parametrize("dim", [64, 72, 128])
 def test_a_gpu_turns_them_too(dtype, dim):
     device = torch.device("cuda")

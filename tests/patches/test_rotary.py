@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+from types import SimpleNamespace
+from typing import Any
+
 import pytest
 import torch
 
 import dit_accel
 from dit_accel.acceleration.compiled import compile_blocks
 from dit_accel.patches import rotary
+from dit_accel.patches.seam import is_diverted
 from tests.tiny import TINY
 from tests.tiny_registry import MODELS
 
@@ -74,6 +78,61 @@ def test_compiled_code_takes_them_in_one_graph(whole, turns):
     assert turns
 
 
+@pytest.mark.parametrize("compiled", ["forward", "blocks"])
+def test_a_hook_and_its_processor_may_be_on_two_sides_of_a_graph(compiled, turns):
+    """The layer that the hook announces is then unknown to the call, which is dense."""
+    tiny = TINY["wan"]
+    pipe = tiny.build()
+    wanted = tiny.run(pipe)
+    torch._dynamo.reset()
+    if compiled == "blocks":
+        compile_blocks(pipe, backend="eager")
+    for block in pipe.transformer.blocks:
+        forward = block.attn1.forward
+        outside = torch.compile(forward, backend="eager") if compiled == "forward" else torch.compiler.disable(forward)
+        block.attn1.forward = outside
+    with dit_accel.patch(pipe, "window", **WHOLE):
+        near(tiny.run(pipe), wanted)
+    assert turns
+
+
+def test_a_call_that_broke_leaves_the_next_one_its_own_angles(turns):
+    model = MODELS["skyreels"].build()
+    layer = model.blocks[0].attn1
+    hidden, angles = torch.randn(1, 6, 24).double(), (torch.randn(1, 6, 1, 12), torch.randn(1, 6, 1, 12))
+    wanted = layer(hidden, None, None, angles).detach()
+
+    def interrupt(*_given: object) -> None:
+        raise KeyboardInterrupt
+
+    with dit_accel.patch(model, "window", **WHOLE):
+        hook = layer.to_v.register_forward_pre_hook(interrupt)
+        with torch.no_grad(), pytest.raises(KeyboardInterrupt):
+            layer(hidden, None, None, angles)
+        hook.remove()
+        near(layer(hidden, None, None, angles), wanted)
+    assert not turns
+
+
+@pytest.mark.parametrize("by_place", range(1, 5))
+def test_a_mask_and_angles_come_by_place_or_by_name(by_place, turns):
+    model = MODELS["skyreels"].build()
+    layer = model.blocks[0].attn1
+    given = {
+        "hidden_states": torch.randn(1, 6, 24).double(),
+        "encoder_hidden_states": None,
+        "attention_mask": torch.ones(6, 6, dtype=torch.bool).tril(),
+        "rotary_emb": (torch.randn(1, 6, 1, 12), torch.randn(1, 6, 1, 12)),
+    }
+    args, kwargs = list(given.values())[:by_place], dict(list(given.items())[by_place:])
+    with torch.no_grad():
+        wanted = layer(**given)
+        assert not layer(**{**given, "attention_mask": None}).allclose(wanted)
+        with dit_accel.patch(model, "window", **WHOLE):
+            near(layer(*args, **kwargs), wanted)
+    assert turns == [6]
+
+
 def test_a_dense_patch_and_a_disabled_one_leave_the_model_as_it_is(turns):
     tiny = TINY["wan"]
     pipe = tiny.build()
@@ -82,6 +141,15 @@ def test_a_dense_patch_and_a_disabled_one_leave_the_model_as_it_is(turns):
         assert tiny.run(pipe).equal(wanted)
     with dit_accel.patch(pipe, "window", **WHOLE) as handle, handle.disabled():
         assert tiny.run(pipe).equal(wanted)
+    assert not turns
+
+
+def test_a_device_where_no_kernel_is_faster_keeps_them(turns, monkeypatch):
+    monkeypatch.setattr(rotary.TakeAngles, "devices", ("cuda",))
+    tiny = TINY["wan"]
+    pipe = tiny.build()
+    with dit_accel.patch(pipe, "window", **WHOLE):
+        tiny.run(pipe)
     assert not turns
 
 
@@ -103,7 +171,8 @@ def test_a_gradient_is_torchs(turns):
     assert float(weight.grad.abs().sum()) > 0
 
 
-def test_another_processor_and_a_symbol_of_somebody_else_keep_them(turns, monkeypatch):
+@pytest.mark.parametrize("compiled", [False, True], ids=["eager", "compiled"])
+def test_another_processor_and_a_symbol_of_somebody_else_keep_them(compiled, turns, monkeypatch):
     from diffusers.models.transformers import transformer_wan
 
     class Own(transformer_wan.WanAttnProcessor):
@@ -112,6 +181,8 @@ def test_another_processor_and_a_symbol_of_somebody_else_keep_them(turns, monkey
     tiny = TINY["wan"]
     pipe = tiny.build()
     wanted = tiny.run(pipe)
+    if compiled:
+        compile_blocks(pipe, backend="eager")
     with dit_accel.patch(pipe, "window", **WHOLE):
         with monkeypatch.context() as patch:
             original = torch.nn.functional.scaled_dot_product_attention
@@ -125,6 +196,29 @@ def test_another_processor_and_a_symbol_of_somebody_else_keep_them(turns, monkey
         pipe.transformer.set_attn_processor(Own())
         near(tiny.run(pipe), wanted)
     assert not turns
+
+
+def test_an_attention_that_takes_no_mask_keeps_them():
+    """Angles would go nowhere in its place."""
+    from diffusers.models.transformers.transformer_wan import WanAttnProcessor
+
+    class Own(torch.nn.Module):
+        processor = WanAttnProcessor()
+
+        def forward(self, hidden_states: object, encoder_hidden_states: object = None, rotary_emb: object = None):
+            raise NotImplementedError
+
+    session: Any = SimpleNamespace(engine=SimpleNamespace(backend="auto"))
+    assert rotary.angles_hook(session, Own(), is_diverted) is None
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16])
+def test_the_operator_is_what_a_trace_takes_it_for(dtype):
+    """Of heads that lie behind one another and apart: the outputs are contiguous all the same."""
+    q, k = (torch.randn(2, heads, 5, 8).to(dtype).transpose(1, 2) for heads in (3, 2))
+    angles = torch.randn(1, 5, 1, 8), torch.randn(1, 5, 1, 8)
+    operator = torch.ops.dit_accel.rotate_pairs.default
+    torch.library.opcheck(operator, (q, k, *angles), test_utils=("test_schema", "test_faketensor"))
 
 
 @pytest.mark.gpu
