@@ -32,6 +32,19 @@ NAMED = {
     "max": "max",
 }
 
+# The same of a card of ``dit-accel verify``.
+MEANS_AT = "select.density=0.3;compensate=residual;schedule.own_dense=True"
+OWN_DENSE = "compensate.means=True;schedule.own_dense=True"
+NAMED_OF_CARD = {
+    "auto": "default",
+    "mass;select.density=0.3": "default before",
+    f"mass;{MEANS_AT}": "default at 0.3",
+    f"carried;select.density=0.1;{OWN_DENSE}": "carried, 0.1",
+    f"carried;select.density=0.1;{OWN_DENSE};schedule.dense_fraction=0.1": "carried, 0.1, fewer dense steps",
+    "fast": "fast",
+    "max;select.density=0.25": "max at 0.25",
+}
+
 KINDS = {"cache": "steps skipped", "sparse": "sparse attention", "both": "both"}
 # Column, digits, and whether more is better.
 SHOWN = {"ssim": ("SSIM", 4), "lpips": ("LPIPS", 4), "flicker": ("flicker", 2)}
@@ -181,16 +194,19 @@ def spelled(interval: Interval | None, digits: int) -> str:
     return mean if interval.count < 2 else f"{mean} ({interval.low:.{digits}f} to {interval.high:.{digits}f})"
 
 
-def draw(results: Sequence[dict[str, Any]], picture: Path) -> None:
-    """PSNR against the composed time of a whole run, a panel for each number of steps."""
+def draw(results: Sequence[dict[str, Any]], picture: Path, card: dict[str, Any] | None = None) -> None:
+    """PSNR against the composed time of a whole run, a panel for each number of steps; of a card against its own."""
     import matplotlib
 
     matplotlib.use("agg")
     from matplotlib import pyplot
 
-    figure, panels = pyplot.subplots(1, len(results), figsize=(5.2 * len(results), 4.2), squeeze=False, sharey=True)
+    number = len(results) + (card is not None)
+    figure, panels = pyplot.subplots(1, number, figsize=(5.2 * number, 4.2), squeeze=False, sharey=True)
     colours = dict(zip(KINDS, ("#4477aa", "#ccbb44", "#aa3377"), strict=True))
-    for panel, result in zip(panels[0], results, strict=True):
+    if card is not None:
+        draw_card(panels[0][0], card, colours)
+    for panel, result in zip(panels[0][number - len(results) :], results, strict=True):
         rows = rows_of(result)
         for kind, label in KINDS.items():
             some = sorted((row for row in rows if row.kind == kind), key=lambda row: row.speedup)
@@ -211,6 +227,23 @@ def draw(results: Sequence[dict[str, Any]], picture: Path) -> None:
     picture.parent.mkdir(parents=True, exist_ok=True)
     figure.savefig(picture, dpi=130, bbox_inches="tight")
     pyplot.close(figure)
+
+
+def draw_card(panel: Any, card: dict[str, Any], colours: dict[str, str]) -> None:
+    """PSNR against the time of the same runs, with the range over clips of both."""
+    for number, row in enumerate(sorted(card["recipes"], key=lambda row: -row["metrics"]["psnr"]["mean"])):
+        faster, psnr = row["speedup"]["median"], row["metrics"]["psnr"]
+        bars = [[psnr["mean"] - psnr["low"]], [psnr["high"] - psnr["mean"]]]
+        colour = colours["both" if row["computed_share"]["mean"] < 1 else "sparse"]
+        panel.errorbar([faster], [psnr["mean"]], bars, fmt="o", ms=4, lw=0.8, color=colour)
+        if row["recipe"] in NAMED_OF_CARD:
+            offset = (5, -11 if number % 2 else 4)
+            name = NAMED_OF_CARD[row["recipe"]]
+            panel.annotate(name, (faster, psnr["mean"]), offset, textcoords="offset points", fontsize=8)
+    panel.set_title(f"{card['sequence']['tokens']:,} tokens, {card['num_steps']} steps, measured")
+    panel.margins(x=0.16)
+    panel.set_xlabel("the same runs, times faster than dense")
+    panel.grid(alpha=0.3)
 
 
 def names_by_place(rows: Sequence[Row]) -> dict[tuple[float, float], list[str]]:
@@ -241,9 +274,9 @@ def page(text: str, results: Sequence[dict[str, Any]], link: str) -> str:
     return before + BEGIN + body + END + rest.split(END)[1]
 
 
-def write_docs(files: Sequence[Path], to: Path, picture: Path) -> None:
-    """Tables and picture of these files, into a page."""
+def write_docs(files: Sequence[Path], to: Path, picture: Path, card: Path | None = None) -> None:
+    """Tables and picture of these files, into a page; the picture begins with a card's runs."""
     results = sorted((json.loads(file.read_text()) for file in files), key=lambda one: one["settings"]["steps"])
-    draw(results, picture)
+    draw(results, picture, None if card is None else json.loads(card.read_text(encoding="utf-8")))
     link = picture.resolve().relative_to(to.resolve().parent).as_posix()
     to.write_text(page(to.read_text(encoding="utf-8"), results, link), encoding="utf-8")

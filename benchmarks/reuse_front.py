@@ -88,6 +88,7 @@ def main() -> None:
     parser.add_argument("--minutes", type=float, help="make no further clip after so many")
     parser.add_argument("--show", type=Path, help="print the table of a file")
     parser.add_argument("--docs", type=Path, nargs="+", help="write the tables and the picture of these files")
+    parser.add_argument("--card", type=Path, help="of `dit-accel verify`, for the first panel of the picture")
     parser.add_argument("--page", type=Path, default=PAGE, help="where --docs writes the tables")
     parser.add_argument(
         "--picture", type=Path, default=PICTURE, help="where --docs draws, in a folder below the page's"
@@ -98,7 +99,7 @@ def main() -> None:
         show(json.loads(args.show.read_text()))
         return
     if args.docs:
-        write_docs(args.docs, args.page, args.picture)
+        write_docs(args.docs, args.page, args.picture, args.card)
         return
     recipes = {
         row: recipe_of(row, args.adapter) for row in args.rows or SETS[args.set]

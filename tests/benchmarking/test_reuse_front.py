@@ -104,6 +104,21 @@ def test_rows_that_do_the_same_have_one_label(front: Any, made: Path) -> None:
     assert report.names_by_place([replace(row, name="dense")]) == {}
 
 
+def test_a_card_is_drawn_by_its_own_times(front: Any, made: Path) -> None:
+    from matplotlib import pyplot
+
+    report = sys.modules["front_report"]
+    card = json.loads((report.ROOT / "benchmarks" / "results" / "long_scout_h200.json").read_text())
+    figure, panel = pyplot.subplots()
+    report.draw_card(panel, card, {"sparse": "blue", "both": "red"})
+    named = {text.get_text(): text.xy for text in panel.texts}
+    pyplot.close(figure)
+    assert set(named) == set(report.NAMED_OF_CARD.values())
+    row = next(row for row in card["recipes"] if row["recipe"] == "auto")
+    assert named["default"] == (row["speedup"]["median"], row["metrics"]["psnr"]["mean"])
+    assert panel.get_title() == "32,760 tokens, 30 steps, measured"
+
+
 def test_what_is_made_is_not_made_again(front: Any, made: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     before = made.read_text()
     monkeypatch.setattr(front, "generate_clip", None)
