@@ -1,7 +1,7 @@
 """Rotary angles that go past a processor to the seam, where one kernel turns queries and keys.
 
 Some processors of diffusers turn pairs of columns by assignments to every second column. torch.compile makes one slow
-kernel of that (docs/performance.md), and eager code a dozen. The angles are an argument of the attention module, and
+kernel of that (docs/performance.md), and eager code sixteen. The angles are an argument of the attention module, and
 without them the processor leaves queries and keys as they are: so a hook takes them, and the seam turns.
 
 They go in the mask's place, which processors hand on unread. What is published beside a call gets lost where the hook

@@ -11,7 +11,7 @@ def rotate_pairs(
     """Queries and keys with columns 2i and 2i + 1 of each head turned by the angle of pair i.
 
     On a GPU one Triton kernel reads and writes each value once, computes in float32 and rounds once. What
-    torch.compile makes of diffusers' indexed assignments takes ten to twenty times as long (docs/performance.md).
+    torch.compile makes of diffusers' indexed assignments takes two to ten times as long (docs/performance.md).
     float64, and tensors elsewhere, are computed by torch in the wider of both dtypes, and rounded once too.
 
     Args:
