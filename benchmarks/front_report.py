@@ -230,7 +230,7 @@ def draw(results: Sequence[dict[str, Any]], picture: Path, card: dict[str, Any] 
 
 
 def draw_card(panel: Any, card: dict[str, Any], colours: dict[str, str]) -> None:
-    """PSNR against the time of the same runs, with the range over clips of both."""
+    """PSNR, with its range over clips, against the time of the same runs."""
     for number, row in enumerate(sorted(card["recipes"], key=lambda row: -row["metrics"]["psnr"]["mean"])):
         faster, psnr = row["speedup"]["median"], row["metrics"]["psnr"]
         bars = [[psnr["mean"] - psnr["low"]], [psnr["high"] - psnr["mean"]]]

@@ -14,7 +14,8 @@ import argparse
 import json
 import statistics
 import time
-from collections.abc import Callable, Iterable
+from collections import Counter
+from collections.abc import Callable, Iterable, Sequence
 from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
@@ -30,6 +31,8 @@ from dit_accel.patches.rotary import TakeAngles
 from dit_accel.pipelines.architectures import architecture
 
 from .captured_calls import captured
+
+SHOWN = 12
 
 
 def covered(spans: Iterable[tuple[float, float]]) -> float:
@@ -47,8 +50,20 @@ def kernels_of(profiler: profile) -> list[tuple[str, float, float]]:
     return [(event.name, event.time_range.start / 1000, event.time_range.end / 1000) for event in events]
 
 
+def waits(kernels: Sequence[tuple[str, float, float]]) -> dict[str, float]:
+    """Between which kernels nothing ran, and for how long in all, the longest first."""
+    found: Counter[str] = Counter()
+    last, reached = "", float("inf")
+    for name, start, end in sorted(kernels, key=lambda kernel: kernel[1]):
+        if start > reached:
+            found[f"{last[:44]} -> {name[:44]}"] += start - reached
+        if last == "" or end > reached:
+            last, reached = name, end
+    return dict(found.most_common(SHOWN))
+
+
 def measured(call: Callable[[], Any], repeats: int) -> dict[str, Any]:
-    """Milliseconds of one forward, and which kernels take most of them."""
+    """Milliseconds of one call, which kernels take most of them, and between which the GPU waits."""
     walls, issues = [], []
     for _ in range(repeats):
         begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
@@ -65,17 +80,17 @@ def measured(call: Callable[[], Any], repeats: int) -> dict[str, Any]:
         torch.cuda.synchronize()
     kernels = kernels_of(profiler)
     busy, wall = covered([span for _, *span in kernels]), statistics.median(walls)
-    by_name: dict[str, float] = {}
+    by_name: Counter[str] = Counter()
     for name, start, end in kernels:
-        by_name[name[:90]] = by_name.get(name[:90], 0.0) + end - start
-    longest = dict(sorted(by_name.items(), key=lambda item: -item[1])[:12])
+        by_name[name[:90]] += end - start
     return {
         "wall_ms": wall,
         "issue_ms": statistics.median(issues),
         "busy_ms": busy,
         "idle_share": max(0.0, 1 - busy / wall),
         "kernels": len(kernels),
-        "longest_ms": longest,
+        "longest_ms": dict(by_name.most_common(SHOWN)),
+        "waits_ms": waits(kernels),
     }
 
 

@@ -2,24 +2,18 @@
 
     python -m benchmarks.run_profile --model embedded-long --compile --recipes dense default fast
 
-After two runs three are timed, then one is looked at by torch's profiler: `busy`, in which at least one kernel ran, of
-`span`, from the first to the last. Latents are not decoded. `default` is what ``patch(pipe)`` does.
+After two runs three are measured as :mod:`benchmarks.gpu_idle` measures forwards. Latents are not decoded. `default` is
+what ``patch(pipe)`` does.
 """
 
 from __future__ import annotations
 
 import argparse
 import json
-import statistics
-import time
-from collections import Counter
-from collections.abc import Callable
 from contextlib import nullcontext
 from pathlib import Path
-from typing import Any
 
 import torch
-from torch.profiler import ProfilerActivity, profile
 
 from dit_accel import patch
 from dit_accel.acceleration.compiled import compile_blocks
@@ -29,43 +23,7 @@ from dit_accel.pipelines import load
 from dit_accel.pipelines.builtin import builtins
 from dit_accel.pipelines.generate import call_arguments
 
-from .gpu_idle import covered, kernels_of
-
-SHOWN = 12
-
-
-def profiled(run: Callable[[], Any]) -> dict[str, Any]:
-    """Milliseconds of one run, of its longest kernels, and between which kernels the GPU waited longest."""
-    walls = []
-    for _ in range(3):
-        torch.cuda.synchronize()
-        began = time.perf_counter()
-        run()
-        torch.cuda.synchronize()
-        walls.append(1000 * (time.perf_counter() - began))
-    with profile(activities=[ProfilerActivity.CUDA]) as profiler:
-        run()
-        torch.cuda.synchronize()
-    kernels = sorted(kernels_of(profiler), key=lambda kernel: kernel[1])
-    times: Counter[str] = Counter()
-    numbers: Counter[str] = Counter()
-    waits: Counter[str] = Counter()
-    last, reached = kernels[0][0], kernels[0][1]
-    for name, start, end in kernels:
-        times[name[:90]] += end - start
-        numbers[name[:90]] += 1
-        if start > reached:
-            waits[f"{last[:44]} -> {name[:44]}"] += start - reached
-        if end > reached:
-            last, reached = name, end
-    return {
-        "wall_ms": statistics.median(walls),
-        "busy_ms": covered([span for _, *span in kernels]),
-        "span_ms": reached - kernels[0][1],
-        "kernels": len(kernels),
-        "longest": {name: [took, numbers[name]] for name, took in times.most_common(SHOWN)},
-        "waits": dict(waits.most_common(SHOWN)),
-    }
+from .gpu_idle import measured
 
 
 def main() -> None:
@@ -92,11 +50,10 @@ def main() -> None:
 
             run()
             run()
-            one = rows[recipe] = profiled(run)
-        wall, busy, span = (one[f"{name}_ms"] for name in ("wall", "busy", "span"))
-        print(f"{recipe}: {wall:.0f} ms, busy {busy:.0f} of {span:.0f}, {one['kernels']} kernels", flush=True)
-        for name, (took, number) in one["longest"].items():
-            print(f"  {took:8.1f} ms  {number:6d}  {name}")
+            one = rows[recipe] = measured(run, 3)
+        print(f"{recipe}: {one['wall_ms']:.0f} ms, busy {one['busy_ms']:.0f}, {one['kernels']} kernels", flush=True)
+        for name, took in one["longest_ms"].items():
+            print(f"  {took:8.1f} ms  {name}")
     if args.json:
         args.json.write_text(json.dumps({"rows": rows, **environment(device)}, indent=1) + "\n", encoding="utf-8")
 

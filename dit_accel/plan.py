@@ -80,10 +80,11 @@ class AttentionPlan:
 
     def work(self, of: Callable[[AttentionPlan], torch.Tensor]) -> torch.Tensor:
         """:attr:`counted`, by ``of`` at the first call: a plan serves many, and three small kernels count it."""
-        if self.counted is None:
-            object.__setattr__(self, "counted", of(self))
-        assert self.counted is not None
-        return self.counted
+        counted = self.counted
+        if counted is None:
+            counted = of(self)
+            object.__setattr__(self, "counted", counted)
+        return counted
 
     @cached_property
     def density(self) -> torch.Tensor:

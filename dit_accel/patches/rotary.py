@@ -84,18 +84,16 @@ class TakeAngles(Hook):
     def __call__(
         self, module: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any]
     ) -> tuple[tuple[Any, ...], Mapping[str, Any]] | None:
+        if torch.is_grad_enabled() or type(module.processor) is not self.kind:
+            return None
         given = {**dict(zip(self.names, args, strict=False)), **kwargs}
         angles = given.get(ANGLES)
-        if not isinstance(angles, tuple) or not self._takes(module, angles):
+        if not isinstance(angles, tuple) or angles[0].device.type not in self.devices or not self._comes_to_the_seam():
             return None
         given[MASK], given[ANGLES] = MaskAndAngles(given.get(MASK), *angles), None
         return tuple(given.pop(name) for name in self.names[: len(args)]), given
 
-    def _takes(self, module: nn.Module, angles: tuple[torch.Tensor, ...]) -> bool:
-        if torch.is_grad_enabled() or type(module.processor) is not self.kind:
-            return False
-        if angles[0].device.type not in self.devices:
-            return False
+    def _comes_to_the_seam(self) -> bool:
         if torch.compiler.is_compiling():
             # A checkpointed block is repeated with gradients.
             return TRACED.block_input is None and self.comes()
