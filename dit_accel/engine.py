@@ -166,6 +166,19 @@ class Engine:
         if steps is not None and at is not None:
             steps.add_dense(at, reason)
 
+    def count_replayed(self, layer: int, density: torch.Tensor, at: Placed) -> None:
+        """Count a sparse call that a CUDA graph computed under a plan made before, in the forward ``at``. NaNs in its
+        output are counted by the graph, where the layer's record has a place for them."""
+        book = self.records[layer]
+        with self._counting:
+            book.densities.add(density)
+            book.sparse_calls += 1
+            book.replayed_calls += 1
+        steps = self.steps
+        if steps is not None:
+            steps.add_plans(at, 0)
+            steps.add_sparse(at, density)
+
     def reset(self) -> None:
         """Forget what was counted, timed and noted so far. Plans and tables stay: nothing runs otherwise after it."""
         with self._counting:
@@ -284,6 +297,8 @@ class Engine:
         if not call.captured:  # a graph's tensors are its own, and what they hold changes with a replay
             with torch.no_grad() if torch.is_grad_enabled() else _AS_IT_IS:
                 self._count(call, plan, witness, book)
+        elif (nans := self.records[call.layer].replayed_nans) is not None:
+            nans += witness.isnan().any()
         if module is not None:
             out = module.among(call.heads, learned)(out, moved, plan)
         self.sparse_time.stop(begin, call.q.device)

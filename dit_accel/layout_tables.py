@@ -10,6 +10,7 @@ from typing import Any, TypeVar
 import torch
 
 from .call import AttentionCall
+from .graph_hold import GraphHold
 from .kept_plans import KeptPlan
 from .kernels import BlockMask
 from .layout import TokenLayout
@@ -52,10 +53,10 @@ class LayoutTables:
     Args:
         recipe: whose order and selection they are of.
         order_time: of making them.
-        of_graphs: takes what a captured call reads, by id, since other layouts may take its place here.
+        of_graphs: takes what a captured call reads, since other layouts may take its place here.
     """
 
-    def __init__(self, recipe: Recipe, order_time: Stopwatch, of_graphs: dict[int, Any]) -> None:
+    def __init__(self, recipe: Recipe, order_time: Stopwatch, of_graphs: GraphHold) -> None:
         self.recipe = recipe
         self._order_time = order_time
         self._of_graphs = of_graphs
@@ -91,7 +92,7 @@ class LayoutTables:
                 if not call.captured:
                     variants[variant] = prepared
             elif call.captured:
-                self._of_graphs[id(prepared)] = prepared
+                self._of_graphs.add([prepared])
             return prepared
 
     def _prepare_anew(self, call: AttentionCall) -> Prepared:
@@ -142,7 +143,7 @@ class LayoutTables:
         if key not in tables.entries:
             return make()
         found = tables.get(key, make)
-        self._of_graphs[id(found)] = found
+        self._of_graphs.add([found])
         return found
 
     def clear(self) -> None:

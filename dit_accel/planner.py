@@ -9,6 +9,7 @@ from typing import Any
 import torch
 
 from .call import AttentionCall
+from .graph_hold import GraphHold
 from .kept_plans import KeptPlan, kept_of, memory_of, plan_key
 from .kernels import BlockMask
 from .kernels.common.capability import choose_selection
@@ -34,6 +35,7 @@ class Planner:
     Attributes:
         tables: of the layouts.
         density: in place of the selection's own and the schedule's, while a training anneals it.
+        of_graphs: what CUDA graphs read of runs and layouts.
         parts: time of making plans: "order" (and what a layout needs once), "select", "compensate".
     """
 
@@ -41,9 +43,8 @@ class Planner:
         self.recipe = recipe
         self.density: float | None = None
         self.parts = {part: Stopwatch() for part in ("order", "select", "compensate")}
-        # What CUDA graphs read of runs and layouts, which forget it earlier.
-        self._of_graphs: dict[int, Any] = {}
-        self.tables = LayoutTables(recipe, self.parts["order"], self._of_graphs)
+        self.of_graphs = GraphHold()
+        self.tables = LayoutTables(recipe, self.parts["order"], self.of_graphs)
 
     def choices(self, case: Case, backend: str) -> dict[Operation, Choice]:
         """The backend of each operation that calls of a case run, as far as the case tells.
@@ -128,7 +129,7 @@ class Planner:
         read = list(kept.plans.values())
         for memory in kept.memories.values():
             read += [memory.lse, memory.base, memory.left_out]
-        self._of_graphs.update({id(one): one for one in read})
+        self.of_graphs.add(read)
 
     def _plan(self, call: AttentionCall, book: LayerRecord) -> tuple[StepContext, AttentionPlan]:
         if call.repeated and call.layer in call.used:
@@ -173,7 +174,7 @@ class Planner:
         if keep:
             self._count_forwards(call)
         kept = plans.get(key)
-        if kept is not None and self._serves_at_once(kept, call):
+        if kept is not None and self.serves_at_once(kept, call.step):
             return self._reused(call, kept)
         means = None
         with torch.no_grad():
@@ -201,12 +202,12 @@ class Planner:
             call.used[call.layer] = plans[key] = KeptPlan.of(call, plan, means)
         return call.step, plan
 
-    def _serves_at_once(self, kept: KeptPlan, call: AttentionCall) -> bool:
-        """Whether the steps alone say that a kept plan serves a call as it is."""
+    def serves_at_once(self, kept: KeptPlan, step: StepContext) -> bool:
+        """Whether the steps alone say that a kept plan serves a call at ``step`` as it is."""
         schedule = self.recipe.schedule
-        if kept.means is not None or schedule.needs_plan(call.step, kept.made):
+        if kept.means is not None or schedule.needs_plan(step, kept.made):
             return False
-        return not schedule.chooses_anew(call.step, kept.chosen or kept.made)
+        return not schedule.chooses_anew(step, kept.chosen or kept.made)
 
     @staticmethod
     def _count_forwards(call: AttentionCall) -> None:
@@ -348,7 +349,7 @@ class Planner:
     def forget(self) -> None:
         """Drop every cached table; plans are dropped with their runs."""
         self.tables.clear()
-        self._of_graphs.clear()
+        self.of_graphs.clear()
 
     def _selection_choices(self, case: Case, backend: str) -> dict[Operation, Choice]:
         """The backends of the recipe's own selection; see :meth:`choices`."""

@@ -62,6 +62,8 @@ class LayerRecord:
         largest: largest number of what shows a NaN in a sparse call's output, so NaN where there is one.
         compiled_dense: dense calls that compiled code counted by itself, int64 by reason; see
             :data:`dit_accel.patches.reasons.PASSED`.
+        replayed_calls: sparse calls that a CUDA graph computed.
+        replayed_nans: those of them whose output held a NaN, which the graphs count, int64 ``[]``; None before one.
     """
 
     name: str
@@ -72,6 +74,8 @@ class LayerRecord:
     hidden: Tally = field(default_factory=lambda: Tally(torch.sum))
     largest: Tally = field(default_factory=lambda: Tally(_nans))
     compiled_dense: torch.Tensor | None = None
+    replayed_calls: int = 0
+    replayed_nans: torch.Tensor | None = None
 
     @property
     def density_sum(self) -> float:
@@ -86,17 +90,20 @@ class LayerRecord:
     @property
     def nan_calls(self) -> int:
         """Sparse calls whose output held a NaN; waits for the device."""
-        return int(self.largest.total())
+        replayed = 0 if self.replayed_nans is None else int(self.replayed_nans)
+        return int(self.largest.total()) + replayed
 
     def reset(self) -> None:
         """Begin at nothing; compiled code goes on counting in the tensor that it knows."""
         self.dense_calls = Counter()
-        self.sparse_calls = self.plans_made = 0
+        self.sparse_calls = self.plans_made = self.replayed_calls = 0
         self.densities.reset()
         self.hidden.reset()
         self.largest.reset()
         if self.compiled_dense is not None:
             self.compiled_dense.zero_()
+        if self.replayed_nans is not None:
+            self.replayed_nans.zero_()
 
 
 @dataclass

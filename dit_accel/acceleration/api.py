@@ -8,6 +8,7 @@ from typing import Any
 from torch import nn
 
 from ..api import patch
+from ..patches.graphs.install import install_graphs
 from ..patches.handle import PatchHandle
 from ..recipe import Recipe
 from .compiled import compile_blocks
@@ -20,6 +21,7 @@ def accelerate(
     recipe: Recipe | str | None = None,
     *,
     compile: bool = False,
+    graphs: bool = False,
     linear: str | None = None,
     vae: str | Sequence[str] | None = None,
     **options: Any,
@@ -30,6 +32,9 @@ def accelerate(
         pipe: a diffusers pipeline.
         recipe: of attention, as :func:`~dit_accel.patch` takes it.
         compile: torch.compile of the transformers' repeated blocks.
+        graphs: replay blocks as CUDA graphs while their plans stay, which spares the host's time of a step
+            (:mod:`dit_accel.patches.graphs`). Where a block cannot be replayed it runs as before, and the summary says
+            why.
         linear: ``"fp8"`` or ``"int8"`` for the blocks' linear layers, through torchao; None leaves them as they are.
         vae: how the autoencoder runs: some of ``tiled``, ``sliced``, ``channels_last``, ``bf16``, ``fp16``,
             ``compiled``, ``frames=N`` and ``tile=N``, separated by commas
@@ -47,7 +52,7 @@ def accelerate(
         raise ValueError(f"accelerate takes a diffusers pipeline, got {type(pipe).__name__}; patch takes a model.")
     handle = patch(pipe, recipe, **options)
     try:
-        change_beside_attention(handle, compile=compile, linear=linear, vae=vae)
+        change_beside_attention(handle, compile=compile, graphs=graphs, linear=linear, vae=vae)
     except BaseException:
         handle.remove()
         raise
@@ -58,6 +63,7 @@ def change_beside_attention(
     handle: PatchHandle,
     *,
     compile: bool = False,
+    graphs: bool = False,
     linear: str | None = None,
     vae: str | Sequence[str] | None = None,
 ) -> None:
@@ -72,3 +78,5 @@ def change_beside_attention(
         handle.record_change(*quantize_linears(handle.target, linear))
     if compile:
         handle.record_change(compile_blocks(handle.target), "transformer blocks: compiled")
+    if graphs:  # of compiled code, where it is compiled
+        handle.record_change(install_graphs(handle), "transformer blocks: replayed as CUDA graphs while plans stay")

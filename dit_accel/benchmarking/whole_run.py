@@ -139,6 +139,7 @@ def bench_run(
     backend: str = "auto",
     dense_backend: str | None = None,
     compiler: str | None = None,
+    graphs: bool = False,
     linear: str | None = None,
     vae: str | None = None,
     progress: Callable[[str], None] = lambda _stage: None,
@@ -159,7 +160,7 @@ def bench_run(
         backend: of the sparse attention.
         dense_backend: as in :func:`~dit_accel.benchmarking.forward.bench_forward`.
         compiler: backend of ``torch.compile`` for the blocks of both sides, None for eager.
-        linear, vae: of the accelerated side, as :func:`dit_accel.accelerate` takes them.
+        graphs, linear, vae: of the accelerated side, as :func:`dit_accel.accelerate` takes them.
         progress: told what is going on.
 
     Raises:
@@ -198,6 +199,7 @@ def bench_run(
             stack.enter_context(_room_for_two())
             for pipe in (dense, fast):
                 stack.callback(compile_blocks(pipe, backend=compiler))
+        change_beside_attention(handle, graphs=graphs)
         call = {"width": width, "height": height, "num_frames": frames, **whole.embeddings(dtype, device)}
         sides = {
             "dense": _Side(dense, model, call, text, dense_steps or num_steps),

@@ -60,6 +60,9 @@ def bench(
     dense_steps: Annotated[
         int | None, typer.Option(help="With --pipeline: measured steps of the dense side, which are all alike.")
     ] = None,
+    graphs: Annotated[
+        bool, typer.Option("--graphs", help="With --pipeline: as `dit-accel generate --graphs`.")
+    ] = False,
     linear: Annotated[
         str | None, typer.Option(metavar="fp8|int8", help="With --pipeline: the fast side's linear layers in 8 bits.")
     ] = None,
@@ -89,7 +92,9 @@ def bench(
     """Time one transformer forward, or a whole run, with random weights, dense and patched, in turns."""
     quiet_libraries()
     import_modules(imports)
-    given = {"--steps": steps, "--dense-steps": dense_steps, "--linear": linear, "--vae": vae}
+    given = {
+        "--steps": steps, "--dense-steps": dense_steps, "--graphs": graphs or None, "--linear": linear, "--vae": vae,
+    }  # fmt: skip
     alone = [flag for flag, value in given.items() if value is not None]
     if alone and not pipeline:
         raise ValueError(f"{alone[0]} goes with --pipeline, got it without.")
@@ -125,6 +130,7 @@ def bench(
         "batch": batch,
         "dtype": str(number).removeprefix("torch."),
         "compiled": compiled,
+        **({"graphs": True} if graphs else {}),
         "recipe": chosen.to_dict() if chosen is not None else "auto",
     }
     if context_parallel is not None:
@@ -177,6 +183,7 @@ def bench(
                 num_steps=30 if steps is None else steps,
                 dense_steps=dense_steps,
                 repeats=1 if repeats is None else repeats,
+                graphs=graphs,
                 linear=linear,
                 vae=vae,
                 progress=progress,

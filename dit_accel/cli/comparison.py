@@ -32,7 +32,7 @@ class Comparison:
         metrics: names; None for all.
         pictures: whether clips are saved.
         compiled: whether the transformer's blocks are, on both sides.
-        linear, vae: what :func:`~dit_accel.accelerate` does beside attention, on the accelerated side alone.
+        graphs, linear, vae: what :func:`~dit_accel.accelerate` does beside attention, on the accelerated side alone.
     """
 
     model: str
@@ -46,6 +46,7 @@ class Comparison:
     repeat: int = 1
     pictures: bool = True
     compiled: bool = False
+    graphs: bool = False
     linear: str | None = None
     vae: str | None = None
 
@@ -128,7 +129,7 @@ class Comparison:
                     generate_kwargs=arguments,
                     out=parts.folder,
                     fps=frames_per_second(pipe),
-                    patch=partial(accelerate, linear=self.linear, vae=self.vae),
+                    patch=partial(accelerate, graphs=self.graphs, linear=self.linear, vae=self.vae),
                     repeat=self.repeat,
                     facts={"model": self.model, "command": " ".join(["dit-accel", *sys.argv[1:]])},
                     pictures=self.pictures,
@@ -144,7 +145,8 @@ class Comparison:
         from .environment import decisive
 
         # Left out where it is not asked for: folders of earlier versions have none of it.
-        beside = {name: value for name, value in (("linear", self.linear), ("vae", self.vae)) if value is not None}
+        asked = {"graphs": self.graphs or None, "linear": self.linear, "vae": self.vae}
+        beside = {name: value for name, value in asked.items() if value is not None}
         return {
             "model": self.model,
             "prompts": list(self.prompts),

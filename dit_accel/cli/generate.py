@@ -23,6 +23,7 @@ from .options import (
     DeviceOption,
     DtypeOption,
     FramesOption,
+    GraphsOption,
     GuidanceOption,
     ImportOption,
     JsonOption,
@@ -98,6 +99,7 @@ def generate(
         typer.Option(metavar="model|sequential|group", help="Keep what does not run in the CPU's memory."),
     ] = None,
     compiled: Annotated[bool, typer.Option("--compile", help="torch.compile of the transformer's blocks.")] = False,
+    graphs: GraphsOption = False,
     linear: LinearOption = None,
     vae: VaeOption = None,
     backend: BackendOption = "auto",
@@ -205,7 +207,7 @@ def generate(
         else:
             handle = load_adapter(pipe, folder, backend=backend)
         try:
-            change_beside_attention(handle, linear=linear, vae=vae)
+            change_beside_attention(handle, graphs=graphs, linear=linear, vae=vae)
         except BaseException:
             handle.remove()
             raise

@@ -12,7 +12,7 @@ _GROUPS: Mapping[str, str] = {
     "What is made": (
         "prompt prompts_file negative_prompt count size frames steps guidance seed seeds image last_image mask video"
     ),
-    "Pipeline": "pipeline scheduler lora offload compiled linear vae arch layers batch",
+    "Pipeline": "pipeline scheduler lora offload compiled graphs linear vae arch layers batch",
     "Recipe": (
         "recipe profiles changes imports calibration rederive adapter backend density max_error order rules "
         "transformer target buckets axis_prompts samples"

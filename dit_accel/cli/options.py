@@ -49,6 +49,13 @@ DtypeOption = Annotated[
     str | None, typer.Option(metavar="fp32|fp16|bf16", help="Default: bf16 on a GPU or a CPU with AMX, else fp32.")
 ]
 DeviceOption = Annotated[str | None, typer.Option(help="Default: cuda if there is a GPU, else cpu.")]
+GraphsOption = Annotated[
+    bool,
+    typer.Option(
+        "--graphs",
+        help="The accelerated side's blocks replayed as CUDA graphs while plans stay, which spares the host's time.",
+    ),
+]
 LinearOption = Annotated[
     str | None, typer.Option(metavar="fp8|int8", help="The accelerated side's linear layers in 8 bits, by torchao.")
 ]

@@ -16,6 +16,7 @@ from .options import (
     DeviceOption,
     DtypeOption,
     FramesOption,
+    GraphsOption,
     GuidanceOption,
     ImportOption,
     JsonOption,
@@ -67,6 +68,7 @@ def verify(
     compiled: Annotated[
         bool, typer.Option("--compile", help="torch.compile of the transformer's blocks, of dense runs too.")
     ] = False,
+    graphs: GraphsOption = False,
     linear: LinearOption = None,
     vae: VaeOption = None,
     repeat: Annotated[int, typer.Option(min=1, help="Timed runs of each clip, dense and under each recipe.")] = 1,
@@ -112,6 +114,7 @@ def verify(
         repeat,
         pictures,
         compiled,
+        graphs,
         linear,
         vae,
     )
@@ -157,6 +160,7 @@ def _made(comparison: Comparison, pipe: Any, builtin: Any, parts: Any, note: str
             settings={
                 "dtype": str(comparison.dtype).removeprefix("torch."),
                 "compiled": comparison.compiled,
+                "graphs": comparison.graphs,
                 "linear": comparison.linear,
                 "vae": comparison.vae,
                 "call": as_plain(arguments),

@@ -20,6 +20,7 @@ from .ambient import LatentTokens
 from .masks import is_of_pairs, key_mask_of_pairs
 
 if TYPE_CHECKING:
+    from ..call import AttentionCall
     from .reuse.tracker import ForwardReuse
 
 # Forwards whose gradients may still be asked for. Each holds references to plans, not plans of its own.
@@ -64,6 +65,7 @@ class Forward:
         layouts: of its sequences, by length and by whether they are masked.
         key_masks: boolean masks that its masks of pairs stand for, by their shape; None for one that says more.
         reuse: what a cache knows of it; None where all blocks run.
+        watch: sees each call that has run; None where nobody asks.
     """
 
     number: int
@@ -81,6 +83,7 @@ class Forward:
     layouts: dict[tuple[int, bool], TokenLayout | str] = field(default_factory=dict)
     key_masks: dict[torch.Size, torch.Tensor | None] = field(default_factory=dict)
     reuse: ForwardReuse | None = None
+    watch: Callable[[AttentionCall], None] | None = None
 
     def ordinal(self, layer: int, repeated: bool) -> int:
         """How many calls of a layer came before the one that begins, within the forward or its repetition."""

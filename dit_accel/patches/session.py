@@ -213,12 +213,15 @@ class Session:
         if forward is None:
             return self.pass_by(layer, "called outside a forward of its transformer", dense)
         # A call without the latents, as of a prompt before its keys are cached, is no sample of its layer.
-        placed = isinstance(self._layout(forward, kv_len, inputs.attn_mask is not None), TokenLayout)
+        placed = isinstance(self.layout(forward, kv_len, inputs.attn_mask is not None), TokenLayout)
         ordinal = forward.ordinal(layer, repeated) if placed else 0
         thread.served = (forward.number, ordinal)
         call = self._call(forward, ordinal, layer, inputs, repeated, ring)
         call.heads = heads
-        return self.engine.attend(call, dense, learned)
+        out = self.engine.attend(call, dense, learned)
+        if forward.watch is not None:
+            forward.watch(call)
+        return out
 
     def enter_traced(self, layer: int, latents: LatentTokens) -> None:
         """Called by a layer's call in a graph of the whole transformer, whose forward no hook announced."""
@@ -338,7 +341,7 @@ class Session:
             self.enter_traced(layer, latents)
         if self._is_repetition():
             known = thread.whole or thread.block or self._forwards.on_stack()
-            return known or self._forwards.alike(layer, seq_len, self._layout), True
+            return known or self._forwards.alike(layer, seq_len, self.layout), True
         return thread.forward, False
 
     def _is_repetition(self) -> bool:
@@ -359,7 +362,7 @@ class Session:
         q_len, kv_len = inputs.q.size(1), inputs.k.size(1)
         if ring is not None:
             q_len = kv_len = ring.total
-        layout = self._layout(forward, kv_len, inputs.attn_mask is not None)
+        layout = self.layout(forward, kv_len, inputs.attn_mask is not None)
         if isinstance(layout, TokenLayout):
             if q_len < kv_len:
                 layout = replace(layout, queries=(kv_len - q_len if self.family.text_first else 0, q_len))
@@ -374,7 +377,7 @@ class Session:
             used = forward.used_later.setdefault(ordinal, {})
         return AttentionCall.of(layer, inputs, layout, step, forward.run, used, repeated, ring)
 
-    def _layout(self, forward: Forward, seq_len: int, masked: bool = False) -> TokenLayout | str:
+    def layout(self, forward: Forward, seq_len: int, masked: bool = False) -> TokenLayout | str:
         layout = forward.layouts.get((seq_len, masked))
         if layout is None:
             latents = forward.latents

@@ -35,6 +35,7 @@ class LayerSummary:
         cached_calls: calls of the module that a cache of diffusers answered.
         nan_calls: sparse calls whose output held a NaN.
         token_density: the same of pairs of tokens: less than the density where a window ends inside of blocks.
+        replayed_calls: sparse calls that CUDA graphs computed, which no time of attention holds.
     """
 
     name: str
@@ -45,6 +46,7 @@ class LayerSummary:
     nan_calls: int
     cached_calls: int = 0
     token_density: float | None = None
+    replayed_calls: int = 0
 
 
 @dataclass(frozen=True)
@@ -113,6 +115,11 @@ class PatchSummary:
         return sum(layer.cached_calls for layer in self.layers)
 
     @property
+    def replayed_calls(self) -> int:
+        """Sparse calls that CUDA graphs computed, in all layers."""
+        return sum(layer.replayed_calls for layer in self.layers)
+
+    @property
     def nan_calls(self) -> int:
         return sum(layer.nan_calls for layer in self.layers)
 
@@ -145,6 +152,7 @@ class PatchSummary:
             "sparse_calls": self.sparse_calls,
             "dense_calls": self.dense_calls,
             "cached_calls": self.cached_calls,
+            "replayed_calls": self.replayed_calls,
             "nan_calls": self.nan_calls,
             "density": self.density,
             "token_density": self.token_density,
@@ -188,6 +196,8 @@ class PatchSummary:
         lines += [f"  dense calls: {count} ({reason})" for reason, count in self.dense_calls.items()]
         if self.cached_calls:
             lines.append(f"  answered by a cache: {self.cached_calls}")
+        if self.replayed_calls:
+            lines.append(f"  replayed as CUDA graphs: {self.replayed_calls} sparse calls, which these times leave out")
         if self.left_alone:
             lines.append(f"  left alone: {', '.join(self.left_alone)}")
         lines += [f"  {line}" for line in backend_lines(self.backends)]
@@ -303,4 +313,5 @@ def _layer(prefix: str, record: LayerRecord) -> LayerSummary:
         token_density=record.seen_sum / record.sparse_calls if record.sparse_calls else None,
         nan_calls=record.nan_calls,
         cached_calls=cached,
+        replayed_calls=record.replayed_calls,
     )

@@ -155,7 +155,9 @@ def beside(card: Mapping[str, Any]) -> list[str]:
     """What of the accelerated side is changed beside attention, in words. Cards before these settings have none."""
     settings = card["settings"]
     linear, vae = settings.get("linear"), settings.get("vae")
-    return [*([f"linear layers in {linear}"] if linear else []), *([f"autoencoder {vae}"] if vae else [])]
+    found = ["CUDA graphs"] if settings.get("graphs") else []
+    found += [f"linear layers in {linear}"] if linear else []
+    return found + ([f"autoencoder {vae}"] if vae else [])
 
 
 def _metric(card: Mapping[str, Any], recipe: Mapping[str, Any], name: str) -> str:

@@ -328,7 +328,9 @@ def _part(i: int) -> str:
 
 
 def attention_seconds(summary: RunSummary) -> float | None:
-    """Seconds in self-attention, planning included; None where no call was seen."""
+    """Seconds in self-attention, planning included; None where no call was seen, or some had no time of their own."""
+    if summary.replayed_calls:
+        return None
     calls = summary.sparse_calls + sum(summary.dense_calls.values())
     return summary.plan_seconds + summary.sparse_seconds + summary.dense_seconds if calls else None
 

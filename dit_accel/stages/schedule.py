@@ -10,6 +10,7 @@ from .compensate.protocol import Compensation
 from .select.protocol import Select
 
 DENSE_PHASE = "dense phase"
+DENSE_LAYER = "dense layer"
 
 
 @dataclass(frozen=True)
@@ -123,7 +124,7 @@ class Schedule:
     def dense_reason(self, step: StepContext, layer: int, num_layers: int) -> str | None:
         """Why this call stays dense, or None if it may run sparse."""
         if layer in self.dense_layers or layer - num_layers in self.dense_layers:
-            return "dense layer"
+            return DENSE_LAYER
         if step.index is not None and step.num_steps and not self._has_few_steps(step):
             ahead = step.index + (1 if self.plan_in_dense_phase else 0)
             if ahead / step.num_steps < self.dense_fraction:

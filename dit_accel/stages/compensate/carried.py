@@ -42,6 +42,7 @@ class Carried(Compensation):
 
     is_static: ClassVar[bool] = True
     watches_dense: ClassVar[bool] = True
+    follows_step: ClassVar[bool] = True
     allows_pairs: ClassVar[bool] = True
     goes_round: ClassVar[bool] = True
 

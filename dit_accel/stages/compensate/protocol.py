@@ -33,6 +33,7 @@ class Compensation(Protocol):
         allows_pairs: queries may see different keys; else such calls stay dense.
         spans_references: it knows grids of references too; else these read and are read in full.
         watches_dense: it keeps something of the dense steps in which plans are made, see :meth:`left_out`.
+        follows_step: what it does depends on the step, beside the plan.
         goes_round: it can stand in where processes around a ring share the tokens of a call, whose queries, keys and
             output are then of this process' slots.
         whole: what it does with the whole sequence where it cannot, the predicate of a sentence.
@@ -46,6 +47,7 @@ class Compensation(Protocol):
     allows_pairs: ClassVar[bool] = False
     spans_references: ClassVar[bool] = True
     watches_dense: ClassVar[bool] = False
+    follows_step: ClassVar[bool] = False
     goes_round: ClassVar[bool] = False
     whole: ClassVar[str] = "looks at single tokens of the whole sequence"
 

@@ -1,0 +1,90 @@
+"""CUDA graphs for the blocks of a patched pipeline, which can be taken back."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from functools import partial
+from typing import Any
+
+import torch
+from torch import nn
+
+from ...recipe import Recipe
+from ..handle import PatchHandle
+from ..hooks import Hook
+from ..session import Session
+from ..targets import attending_blocks, root_hook, transformers_of
+from .blocks import BlockGraphs, CapturedBlock
+
+
+def install_graphs(handle: PatchHandle) -> Callable[[], None]:
+    """Let the blocks of a patched pipeline be captured and replayed, compiled or not: compile them before.
+
+    Returns:
+        The undo.
+    """
+    undo: list[Callable[[], None]] = []
+    why_not = why_never(handle.recipe)
+    for _, model, _ in transformers_of(handle.target):
+        hook = root_hook(model)
+        if hook is None:
+            continue
+        session = hook.session
+        if why_not is not None:
+            session.engine.note(f"Blocks run without CUDA graphs: {why_not}.", lasting=True)
+            continue
+        undo += _install(session, model)
+
+    def undo_all() -> None:
+        while undo:
+            undo.pop()()
+
+    return undo_all
+
+
+class EndGraphs(Hook):
+    """Forward hook of a transformer."""
+
+    def __init__(self, graphs: BlockGraphs) -> None:
+        self.graphs = graphs
+
+    def __call__(self, _module: nn.Module, _args: tuple[Any, ...], _output: Any) -> None:
+        if not torch.compiler.is_compiling():
+            self.graphs.end()
+
+
+def why_never(recipe: Recipe) -> str | None:
+    """Why no block would do the same at two steps under a recipe; None where it would."""
+    if recipe.select.is_dense or recipe.select.is_static:
+        return "they serve plans that a run has made, and this recipe makes none"
+    if not recipe.schedule.keeps_plans:
+        return "this recipe makes a plan at every step"
+    if recipe.schedule.drift_bound is not None:
+        return "this recipe looks at every step whether its plans still hold"
+    if recipe.compensate.follows_step:
+        return f"{type(recipe.compensate).__name__} depends on the step"
+    if recipe.compensate.is_learned or recipe.select.is_learned:
+        return "this recipe has learned parameters"
+    return None
+
+
+def _install(session: Session, model: nn.Module) -> list[Callable[[], None]]:
+    graphs = BlockGraphs(session)
+    undo: list[Callable[[], None]] = [graphs.close]
+    paths = {module: path for path, module in model.named_modules()}
+    names = [record.name for record in session.engine.records]
+    for index, block in enumerate(attending_blocks(model, session.family)):
+        path = paths[block]
+        layers = tuple(n for n, name in enumerate(names) if name.startswith(f"{path}."))
+        before = block._compiled_call_impl
+        captured = CapturedBlock(graphs, block, before or block._call_impl, index, layers)
+        block._compiled_call_impl = captured
+        undo.append(partial(_give_back, block, captured, before))
+    # Before the hook by which the session forgets the forward.
+    undo.append(model.register_forward_hook(EndGraphs(graphs), prepend=True).remove)
+    return undo
+
+
+def _give_back(block: nn.Module, captured: CapturedBlock, before: object) -> None:
+    if block._compiled_call_impl is captured:
+        block._compiled_call_impl = before  # type: ignore[assignment]

@@ -1,0 +1,3 @@
+"""Fixtures of this folder."""
+
+from tests.patches.graph_stand_in import graphs  # noqa: F401

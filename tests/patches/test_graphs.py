@@ -1,0 +1,394 @@
+"""Blocks that are replayed as graphs: the bits and the counts of a run without them, whatever happens in between.
+
+A stand-in captures on a CPU (graph_stand_in.py); test_graphs_gpu.py captures CUDA graphs.
+"""
+
+from __future__ import annotations
+
+import copy
+import pickle
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+from peft import LoraConfig
+
+import dit_accel
+from dit_accel.acceleration.api import accelerate, change_beside_attention
+from dit_accel.patches.graphs.arguments import CannotCapture, put_together, taken_apart
+from dit_accel.patches.graphs.install import install_graphs, why_never
+from dit_accel.patches.graphs.static import Slots
+from dit_accel.patches.handle import PatchHandle
+from tests import pipe_calls
+from tests.pipe_calls import Call
+from tests.tiny import TINY
+
+STEPS = 8
+MASKED = ("hunyuan", "qwen-image")
+"""Families that hide keys in every call."""
+Change = Callable[[Any], object]
+
+
+def with_graphs(handle: PatchHandle) -> PatchHandle:
+    handle.record_change(install_graphs(handle), "graphs")
+    return handle
+
+
+def facts(handle: PatchHandle) -> dict[str, Any]:
+    """All that a summary says but how calls were computed, and how long."""
+    found = handle.summary().to_dict()
+    layers = [{**layer, "replayed_calls": 0} for layer in found.pop("layers")]
+    left_out = ("plan_seconds", "sparse_seconds", "dense_seconds", "replayed_calls", "changes", "notes")
+    return {**{name: value for name, value in found.items() if name not in left_out}, "layers": layers}
+
+
+def notes(handle: PatchHandle) -> list[str]:
+    return [note for note in handle.summary().notes if "CUDA graphs" in note]
+
+
+@pytest.mark.parametrize("name", TINY)
+def test_a_run_with_graphs_has_the_bits_and_counts_of_one_without(name, graphs):
+    tiny = TINY[name]
+    pipe = tiny.build()
+    with dit_accel.patch(pipe, "mass", density=0.3) as handle:
+        handle.record_steps()
+        wanted = tiny.run(pipe, steps=STEPS)
+        counted = facts(handle)
+    with with_graphs(dit_accel.patch(pipe, "mass", density=0.3)) as handle:
+        handle.record_steps()
+        assert tiny.run(pipe, steps=STEPS).equal(wanted)
+        assert facts(handle) == counted
+        assert handle.summary().replayed_calls == sum(layer.replayed_calls for layer in handle.summary().layers)
+        assert bool(handle.summary().replayed_calls) == (name not in MASKED)
+        assert bool(notes(handle)) == (name in MASKED)
+    assert bool(graphs.replayed) == (name not in MASKED)
+
+
+@pytest.mark.parametrize("recipe", ["balanced", "fast", "max", "ear", "recycled"])
+def test_profiles_decide_between_replayed_blocks(recipe, graphs):
+    pipe = pipe_calls.build("wan")
+    calls = (Call(14, 0), Call(9, 1), Call(12, 0, guided=False))
+    with dit_accel.patch(pipe, recipe) as handle:
+        wanted = [pipe_calls.perform(pipe, "wan", call) for call in calls]
+        counted = facts(handle)
+    with with_graphs(dit_accel.patch(pipe, recipe)) as handle:
+        for call, clip in zip(calls, wanted, strict=True):
+            # On a CPU a plan that has served a few calls is read in another way, of other rounding.
+            atol = 1e-5 * float(clip.abs().max()) if recipe == "recycled" else 0.0
+            torch.testing.assert_close(pipe_calls.perform(pipe, "wan", call), clip, rtol=0, atol=atol)
+        assert facts(handle) == counted
+    assert graphs.replayed > graphs.captured > 0
+
+
+@pytest.mark.parametrize(
+    "fields",
+    [
+        {"schedule.refresh_every": 3, "schedule.refresh_at": ()},
+        {"schedule.refresh_every": 1_000, "schedule.dense_layers": (0,), "schedule.refresh_at": ()},
+        {"schedule.refresh_at": (0.4, 0.7), "schedule.dense_fraction": 0.0},
+        {"select.density": 0.2, "compensate": "residual", "precision": "int8"},
+    ],
+    ids=["refreshed", "a dense layer", "no dense phase", "means in int8"],
+)
+def test_plans_that_change_are_captured_anew(fields, graphs):
+    recipe = dit_accel.presets.resolve("mass").with_fields(fields)
+    pipe = pipe_calls.build("wan")
+    with dit_accel.patch(pipe, recipe) as handle:
+        wanted = pipe_calls.perform(pipe, "wan", Call(13, 0))
+        counted = facts(handle)
+    with with_graphs(dit_accel.patch(pipe, recipe)) as handle:
+        assert pipe_calls.perform(pipe, "wan", Call(13, 0)).equal(wanted)
+        assert facts(handle) == counted
+    assert graphs.replayed
+
+
+@pytest.mark.parametrize("recipe", ["pooled", "gna", "dense", "carried", "sla"])
+def test_a_recipe_whose_blocks_never_repeat_says_so(recipe, graphs):
+    pipe = TINY["wan"].build()
+    assert why_never(dit_accel.presets.resolve(recipe))
+    with dit_accel.patch(pipe, recipe):
+        wanted = TINY["wan"].run(pipe, steps=STEPS)
+    with with_graphs(dit_accel.patch(pipe, recipe)) as handle:
+        assert TINY["wan"].run(pipe, steps=STEPS).equal(wanted)
+        (note,) = notes(handle)
+        assert note.startswith("Blocks run without CUDA graphs: ")
+        handle.reset()
+        assert notes(handle) == [note]
+    assert not graphs.captured
+
+
+def half_the_weights(pipe: Any) -> None:
+    with torch.no_grad():
+        pipe.transformer.blocks[1].ffn.net[0].proj.weight.mul_(0.5)
+
+
+def other_weights(pipe: Any) -> None:
+    weight = pipe.transformer.blocks[1].ffn.net[0].proj.weight
+    weight.data = weight.data * 0.5
+
+
+def another_parameter(pipe: Any) -> None:
+    layer = pipe.transformer.blocks[0].attn1.to_q
+    layer.weight = torch.nn.Parameter(layer.weight.detach() * 0.5)
+
+
+def another_module(pipe: Any) -> None:
+    ffn = pipe.transformer.blocks[1].ffn
+    ffn.net[0] = copy.deepcopy(ffn.net[0])
+    half_the_weights(pipe)
+
+
+def a_hook(pipe: Any) -> None:
+    pipe.transformer.blocks[1].ffn.register_forward_hook(lambda *_: _[-1] * 0.5)
+
+
+def another_forward(pipe: Any) -> None:
+    ffn = pipe.transformer.blocks[0].ffn
+    whole = ffn.forward
+    ffn.forward = lambda x: whole(x) * 0.5
+
+
+def a_lora(pipe: Any) -> None:
+    torch.manual_seed(3)
+    pipe.transformer.add_adapter(LoraConfig(r=2, target_modules=["to_q", "to_v"], init_lora_weights=False))
+
+
+CHANGES: tuple[Change, ...] = (
+    half_the_weights,
+    other_weights,
+    another_parameter,
+    another_module,
+    a_hook,
+    another_forward,
+    a_lora,
+)
+
+
+@pytest.mark.parametrize("change", CHANGES, ids=[change.__name__ for change in CHANGES])
+def test_what_changes_between_two_steps_is_seen(change, graphs):
+    def clip(graphs_too: bool) -> torch.Tensor:
+        pipe = TINY["wan"].build()
+
+        def at_step(pipe: Any, step: int, _timestep: Any, given: dict[str, Any]) -> dict[str, Any]:
+            if step == 5:
+                change(pipe)
+            return given
+
+        with dit_accel.patch(pipe, "mass", density=0.3) as handle:
+            if graphs_too:
+                with_graphs(handle)
+            return TINY["wan"].run(pipe, steps=9, callback_on_step_end=at_step)
+
+    wanted = clip(False)
+    before = graphs.replayed
+    assert clip(True).equal(wanted)
+    assert graphs.replayed > before
+
+
+def test_what_is_switched_between_two_steps_is_seen(graphs):
+    seen: list[int] = []
+
+    def clip(graphs_too: bool) -> tuple[torch.Tensor, int]:
+        pipe = TINY["wan"].build()
+        handle = dit_accel.patch(pipe, "mass", density=0.3)
+        if graphs_too:
+            with_graphs(handle)
+        contexts = {4: handle.disabled(), 6: handle.observe(lambda _name, call: seen.append(call.layer))}
+
+        def at_step(pipe: Any, step: int, _timestep: Any, given: dict[str, Any]) -> dict[str, Any]:
+            if step in contexts:
+                contexts[step].__enter__()
+            if step - 1 in contexts:
+                contexts[step - 1].__exit__(None, None, None)
+            return given
+
+        seen.clear()
+        found = TINY["wan"].run(pipe, steps=10, callback_on_step_end=at_step)
+        handle.remove()
+        return found, len(seen)
+
+    wanted, observed = clip(False)
+    found, also = clip(True)
+    assert found.equal(wanted)
+    assert also == observed > 0
+    assert graphs.replayed
+
+
+def test_a_capture_that_fails_leaves_the_run_as_it_is(graphs):
+    pipe = TINY["wan"].build()
+    with dit_accel.patch(pipe, "mass", density=0.3) as handle:
+        wanted = TINY["wan"].run(pipe, steps=STEPS)
+        counted = facts(handle)
+    graphs.fails = RuntimeError("operation not permitted when stream is capturing\nmore")
+    with with_graphs(dit_accel.patch(pipe, "mass", density=0.3)) as handle:
+        assert TINY["wan"].run(pipe, steps=STEPS).equal(wanted)
+        assert facts(handle) == counted
+        (note,) = notes(handle)
+    assert note == ("Blocks run without CUDA graphs: RuntimeError: operation not permitted when stream is capturing.")
+    assert not graphs.captured
+
+
+def test_results_that_somebody_keeps_stay(graphs, monkeypatch):
+    """As U-shaped models keep them for later blocks."""
+    pipe = TINY["wan"].build()
+    kept: list[torch.Tensor] = []
+    call = torch.nn.Module.__call__
+    kind = type(pipe.transformer.blocks[0])
+    monkeypatch.setattr(
+        kind, "__call__", lambda self, *args, **kwargs: (kept.append(out := call(self, *args, **kwargs)), out)[1]
+    )
+    with dit_accel.patch(pipe, "mass", density=0.3):
+        wanted = TINY["wan"].run(pipe, steps=STEPS)
+    eager, kept = kept, []
+    with with_graphs(dit_accel.patch(pipe, "mass", density=0.3)):
+        assert TINY["wan"].run(pipe, steps=STEPS).equal(wanted)
+    assert len(kept) == len(eager)
+    assert all(one.equal(other) for one, other in zip(kept, eager, strict=True))
+    assert graphs.captured
+
+
+def test_runs_with_other_sizes_and_prompts(graphs):
+    pipe = pipe_calls.build("wan")
+    calls = (Call(9, 0), Call(9, 1), Call(7, 2), Call(9, 0, guided=False), Call(9, 0))
+    with dit_accel.patch(pipe, "mass", density=0.3):
+        wanted = [pipe_calls.perform(pipe, "wan", call) for call in calls]
+    with with_graphs(dit_accel.patch(pipe, "mass", density=0.3)):
+        for call, clip in zip(calls, wanted, strict=True):
+            assert pipe_calls.perform(pipe, "wan", call).equal(clip)
+    assert graphs.replayed
+
+
+def test_nothing_of_a_run_is_kept_when_it_has_ended(graphs):
+    pipe = TINY["wan"].build()
+    with with_graphs(dit_accel.patch(pipe, "mass", density=0.3)) as handle:
+        TINY["wan"].run(pipe, steps=STEPS)
+        (captured,) = {block._compiled_call_impl.graphs for block in pipe.transformer.blocks}
+        assert not captured._thread.runs
+        (session,) = handle.sessions.values()
+        assert not session.engine.planner.of_graphs._for_good
+
+
+def test_a_forward_with_gradients_is_not_captured(graphs):
+    pipe = TINY["wan"].build()
+    model = pipe.transformer
+    with with_graphs(dit_accel.patch(pipe, "mass", density=0.3)):
+        given = {
+            "hidden_states": torch.randn(1, 16, 3, 12, 14, requires_grad=True),
+            "encoder_hidden_states": torch.randn(1, 8, 32),
+            "timestep": torch.tensor([500]),
+        }
+        for _ in range(4):
+            model(**given).sample.sum().backward()
+    assert not graphs.captured
+    assert given["hidden_states"].grad.abs().sum() > 0
+
+
+def test_nans_of_replayed_calls_are_counted(graphs):
+    pipe = TINY["wan"].build()
+
+    def spoil(pipe: Any, step: int, _timestep: Any, given: dict[str, Any]) -> dict[str, Any]:
+        return {"latents": given["latents"] * float("nan")} if step == STEPS - 3 else given
+
+    def count(graphs_too: bool) -> int:
+        with dit_accel.patch(pipe, "mass", density=0.3) as handle:
+            if graphs_too:
+                with_graphs(handle)
+            TINY["wan"].run(pipe, steps=STEPS, callback_on_step_end=spoil)
+            found = handle.summary().nan_calls
+            handle.reset()
+            assert not handle.summary().nan_calls
+            return found
+
+    assert count(True) == count(False) > 0
+    assert graphs.replayed
+
+
+def test_blocks_are_given_back(graphs):
+    pipe = TINY["wan"].build()
+    blocks = list(pipe.transformer.blocks)
+    before = [block._compiled_call_impl for block in blocks]
+    handle = with_graphs(dit_accel.patch(pipe, "mass", density=0.3))
+    assert all(block._compiled_call_impl is not None for block in blocks)
+    other = copy.deepcopy(pipe.transformer)
+    assert all(block._compiled_call_impl is None for block in other.blocks)
+    pickle.loads(pickle.dumps(pipe.transformer))
+    handle.remove()
+    assert [block._compiled_call_impl for block in blocks] == before
+
+
+def test_code_that_was_compiled_later_stays():
+    pipe = TINY["wan"].build()
+    handle = with_graphs(dit_accel.patch(pipe, "mass", density=0.3))
+    compiled = [lambda *_: None for _ in pipe.transformer.blocks]
+    for block, code in zip(pipe.transformer.blocks, compiled, strict=True):
+        block._compiled_call_impl = code
+    handle.remove()
+    assert [block._compiled_call_impl for block in pipe.transformer.blocks] == compiled
+
+
+def test_a_cpu_has_no_graphs_and_says_so():
+    pipe = TINY["wan"].build()
+    with accelerate(pipe, "mass", density=0.3, graphs=True) as handle:
+        TINY["wan"].run(pipe, steps=STEPS)
+        assert notes(handle) == ["Blocks run without CUDA graphs: a block is given a tensor on cpu."]
+        assert "replayed as CUDA graphs" in "\n".join(handle.summary().changes)
+
+
+def test_a_summary_says_what_was_replayed(graphs):
+    pipe = TINY["wan"].build()
+    with dit_accel.patch(pipe, "mass", density=0.3) as handle:
+        change_beside_attention(handle, graphs=True)
+        TINY["wan"].run(pipe, steps=STEPS)
+        summary = handle.summary()
+        assert f"replayed as CUDA graphs: {summary.replayed_calls} sparse calls" in str(summary)
+        assert 0 < summary.replayed_calls < summary.sparse_calls
+
+
+def test_arguments_are_taken_apart_and_put_together():
+    one, two = torch.zeros(2, 3), torch.ones(4)
+    value = ((one, [two, None, "name", one]), {"a": {"b": 1.5}, "c": two})
+    tensors, form = taken_apart(value)
+    assert tensors == [one, two]
+    assert put_together(form, tensors) == value
+    other = ((torch.ones(2, 3), [two, None, "name", one]), {"a": {"b": 1.5}, "c": two})
+    assert taken_apart(other)[1] != form  # two tensors where there was one
+    for changed in (1.25, None, "b"):
+        assert taken_apart((value[0], {"a": {"b": changed}, "c": two}))[1] != form
+    for unlike in (torch.zeros(3, 2), torch.zeros(2, 3).double(), torch.zeros(3, 2).T):
+        assert taken_apart([unlike])[1] != taken_apart([one])[1]
+    with pytest.raises(CannotCapture, match="a set is among"):
+        taken_apart([{1}])
+
+
+def test_a_place_is_free_when_no_view_of_it_is_left():
+    slots = Slots()
+    like = torch.zeros(4, 6)
+    first = slots.for_result(like, like.device, [])
+    assert slots.for_result(like, like.device, []) is first
+    view = first.shown()[1:, ::2]
+    assert not first.is_free
+    second = slots.for_result(like, like.device, [])
+    assert second is not first
+    del view
+    assert first.is_free
+    assert slots.for_result(like, like.device, [first]) is second
+    assert slots.for_result(like.double(), like.device, []) not in (first, second)
+
+
+def test_a_tensor_is_copied_once_until_it_changes():
+    slots, given = Slots(), torch.arange(6.0).expand(4, 6)
+    slot = slots.of_given(given)
+    assert slots.of_given(given) is slot
+    slot.fill(given)
+    assert slot.tensor.equal(given)
+    assert slot.tensor.stride() == given.stride()
+    slot._filled.zero_()
+    slot.fill(given)
+    assert not slot.tensor.any()  # it was not copied again
+    other = given.clone().mul_(2)[:, :6]
+    slot.fill(other)
+    assert slot.tensor.equal(torch.arange(6.0).mul(2).expand(4, 6))
+    other.add_(1)
+    slot.fill(other)
+    assert slot.tensor.equal(torch.arange(6.0).mul(2).add(1).expand(4, 6))
