@@ -65,9 +65,8 @@ def pooled(
     )
 
 
-AUTOMATIC_DENSITY = {"mass": 0.25, "pooled": 0.3}
-"""What a patch keeps without a recipe, of a pipeline and of a bare transformer (docs/fidelity.md). Means of the rest
-take as long as 0.05 of the blocks."""
+AUTOMATIC_DENSITY = {"mass": 0.3, "pooled": 0.3}
+"""What a patch keeps without a recipe, of a pipeline and of a bare transformer (docs/fidelity.md)."""
 
 
 def automatic(in_pipeline: bool = True, **options: Any) -> Recipe:

@@ -20,7 +20,7 @@ SLOPE, CORRECTION = 0.5, 1.0
 
 
 def balanced(
-    density: float = 0.25, dense_fraction: float = 0.2, threshold: float | None = None, means: bool = True
+    density: float = 0.3, dense_fraction: float = 0.2, threshold: float | None = None, means: bool = True
 ) -> Recipe:
     """A whole run at a fidelity that few eyes tell from dense: 17 of 30 steps, with sparse attention.
 
@@ -50,7 +50,7 @@ def fast(
 
 
 def maximal(
-    density: float = 0.2, dense_fraction: float = 0.034, threshold: float | None = None, means: bool = True
+    density: float = 0.25, dense_fraction: float = 0.034, threshold: float | None = None, means: bool = True
 ) -> Recipe:
     """A whole run for the least time, where a draft is enough: 9 steps of 30, of which two have dense attention.
 

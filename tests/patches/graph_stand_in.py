@@ -21,6 +21,7 @@ class StandIn:
 
     Attributes:
         captured: blocks.
+        released: how often memory could go.
         replayed: calls of blocks.
         fails: raised behind what the next capture launches.
         now: whether something is captured, or replayed, now.
@@ -28,6 +29,7 @@ class StandIn:
 
     captured: int = 0
     replayed: int = 0
+    released: int = 0
     fails: Exception | None = None
     now: bool = False
 
@@ -67,6 +69,9 @@ class _Recorder:
             self.seen.now = False
         self.seen.captured += 1
         return graph
+
+    def release(self) -> None:
+        self.seen.released += 1
 
 
 class Poisoned(Slots):

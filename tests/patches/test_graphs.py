@@ -265,6 +265,7 @@ def test_nothing_of_a_run_is_kept_when_it_has_ended(graphs):
         TINY["wan"].run(pipe, steps=STEPS)
         (captured,) = {block._compiled_call_impl.graphs for block in pipe.transformer.blocks}
         assert not captured._thread.runs
+        assert graphs.released == 1
         (session,) = handle.sessions.values()
         assert not session.engine.planner.of_graphs._for_good
 

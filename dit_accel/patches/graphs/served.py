@@ -53,6 +53,8 @@ class Served:
         kept, plans = call.used.get(call.layer), call.kept
         if kept is None or plans is None or call.plan.mask.token_bits is not None:
             return None
+        if call.step.forward_id in (kept.made.forward_id, (kept.chosen or kept.made).forward_id):
+            return None  # the first call that reads a packed plan waits for the device
         return cls(call.layout, kept, plans, key, call.plan.work(engine.recipe.compensate.density))
 
     def serves(self, session: Session, forward: Forward, layer: int) -> bool:

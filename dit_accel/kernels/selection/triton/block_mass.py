@@ -14,7 +14,7 @@ from ...common.launch import (
     contiguous_key_mask,
     lead_strides,
     or_stand_in,
-    power_of_two,
+    padded_head_dim,
 )
 from ...common.tokens import gather_mask
 
@@ -266,7 +266,7 @@ def block_mass_triton(
                 FOLD_Q=fold_q,
                 FOLD_K=fold_k,
                 DIM=dim,
-                DIM_PAD=power_of_two(dim),
+                DIM_PAD=padded_head_dim(dim),
                 PRECISION=DOT_PRECISION,
                 num_warps=warps,
                 num_stages=stages,
