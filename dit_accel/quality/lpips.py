@@ -12,6 +12,7 @@ import torch.nn.functional as F
 from .measurement import MetricUnavailable, MissingExtra
 from .numpy_weights import file_in_package, read_arrays, to_tensor
 from .video import ClipPair
+from .where import on_the_fastest
 
 _SMALLEST_SIDE = 35
 """Below this the second pooling of AlexNet has no output."""
@@ -55,6 +56,11 @@ class AlexNetLpips:
             biases=tuple(biases),
             heads=tuple(h.flatten() for h in heads),
         )
+
+    def to(self, device: torch.device) -> AlexNetLpips:
+        """The same on a device."""
+        moved = [tuple(one.to(device) for one in each) for each in (self.kernels, self.biases, self.heads)]
+        return AlexNetLpips(*moved)
 
     def features(self, images: torch.Tensor) -> list[torch.Tensor]:
         """The five ReLU outputs for images ``[N, 3, H, W]`` in [0, 1]."""
@@ -100,8 +106,8 @@ def find_weights() -> Path:
 
 
 @lru_cache(maxsize=1)
-def _network(path: Path) -> AlexNetLpips:
-    return AlexNetLpips.read(path)
+def _network(path: Path, device: torch.device) -> AlexNetLpips:
+    return AlexNetLpips.read(path).to(device)
 
 
 @dataclass(frozen=True)
@@ -120,15 +126,18 @@ class Lpips:
 
     def __call__(self, pair: ClipPair) -> float:
         """Mean distance of paired frames."""
-        network = _network(find_weights())
+        weights = find_weights()
         _, height, width, _ = pair.reference.shape
         if min(height, width) < _SMALLEST_SIDE:
             raise MetricUnavailable(
                 f"LPIPS needs frames of at least {_SMALLEST_SIDE}x{_SMALLEST_SIDE} pixels, got {height}x{width}."
             )
-        total = 0.0
         x, y = pair.reference.permute(0, 3, 1, 2), pair.candidate.permute(0, 3, 1, 2)
+
+        def total(device: torch.device) -> float:
+            network = _network(weights, device)
+            batches = zip(x.split(self.batch), y.split(self.batch), strict=True)
+            return sum(network.distance(a.to(device), b.to(device)).double().sum().item() for a, b in batches)
+
         with torch.no_grad():
-            for a, b in zip(x.split(self.batch), y.split(self.batch), strict=True):
-                total += network.distance(a, b).double().sum().item()
-        return total / len(x)
+            return on_the_fastest(total) / len(x)

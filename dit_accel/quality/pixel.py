@@ -9,6 +9,7 @@ import torch
 
 from .measurement import MetricUnavailable
 from .video import ClipPair
+from .where import on_the_fastest
 
 
 @dataclass(frozen=True)
@@ -59,10 +60,12 @@ class Ssim:
         offset = torch.arange(self.window, dtype=torch.float64) - self.window // 2
         taps = torch.exp(-0.5 * (offset / self.sigma) ** 2)
         taps = taps / taps.sum()
-        total = 0.0
-        for x, y in zip(pair.reference, pair.candidate, strict=True):
-            total += self._frame(x, y, taps.float())
-        return total / len(pair.reference)
+
+        def total(device: torch.device) -> float:
+            frames = zip(pair.reference, pair.candidate, strict=True)
+            return sum(self._frame(x.to(device), y.to(device), taps.float()) for x, y in frames)
+
+        return on_the_fastest(total) / len(pair.reference)
 
     def _frame(self, x: torch.Tensor, y: torch.Tensor, taps: torch.Tensor) -> float:
         # Moments about the frame's mean: less cancellation in the variances, so that float32 will do.
