@@ -1,9 +1,9 @@
-"""CUDA graphs without a GPU: a replay does again what was captured, in the forward of that time."""
+"""CUDA graphs without a GPU: a replay runs the very operators that a capture saw, on the same memory, and no Python."""
 
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
 import pytest
 import torch
@@ -13,6 +13,7 @@ import dit_accel.run
 from dit_accel.patches.graphs import blocks, install
 from dit_accel.patches.graphs.static import Slot, Slots
 from dit_accel.patches.session import Session
+from tests.patches.tape import Tape
 
 
 @dataclass
@@ -24,7 +25,7 @@ class StandIn:
         released: how often memory could go.
         replayed: calls of blocks.
         fails: raised behind what the next capture launches.
-        now: whether something is captured, or replayed, now.
+        now: whether something is captured now.
     """
 
     captured: int = 0
@@ -35,40 +36,31 @@ class StandIn:
 
 
 class _Graph:
-    def __init__(self, seen: StandIn, session: Session, launch: Callable[[], None]) -> None:
-        self.seen, self.session, self.launch = seen, session, launch
-        forward = session.forward
-        assert forward is not None
-        self.forward = replace(forward, calls=dict(forward.calls), used=dict(forward.used))
+    def __init__(self, seen: StandIn, tape: Tape) -> None:
+        self.seen, self.tape = seen, tape
 
     def replay(self) -> None:
         self.seen.replayed += 1
-        thread = self.session._thread
-        outer, thread.forward = thread.forward, replace(self.forward, calls=dict(self.forward.calls))
-        self.seen.now = True
-        try:
-            with self.session.engine.planner.of_graphs.instead({}):
-                self.launch()
-        finally:
-            self.seen.now = False
-            thread.forward = outer
+        self.tape.replay()
 
 
 class _Recorder:
-    def __init__(self, seen: StandIn, session: Session) -> None:
-        self.seen, self.session = seen, session
+    def __init__(self, seen: StandIn) -> None:
+        self.seen = seen
 
     def capture(self, launch: Callable[[], None]) -> _Graph:
-        graph = _Graph(self.seen, self.session, launch)
+        tape = Tape()
         self.seen.now = True
         try:
-            launch()
+            with tape:
+                launch()
             if self.seen.fails is not None:
                 raise self.seen.fails
         finally:
             self.seen.now = False
+            tape.undo()
         self.seen.captured += 1
-        return graph
+        return _Graph(self.seen, tape)
 
     def release(self) -> None:
         self.seen.released += 1
@@ -100,7 +92,7 @@ def graphs(monkeypatch: pytest.MonkeyPatch) -> StandIn:
     seen = StandIn()
 
     def make(session: Session) -> blocks.BlockGraphs:
-        made = blocks.BlockGraphs(session, lambda _: _Recorder(seen, session))
+        made = blocks.BlockGraphs(session, lambda _: _Recorder(seen))
         made.device_type = "cpu"
         return made
 

@@ -10,14 +10,17 @@ import pickle
 from collections.abc import Callable
 from typing import Any
 
+import diffusers
 import pytest
 import torch
+from diffusers.models.attention_dispatch import attention_backend
 from peft import LoraConfig
 
 import dit_accel
 from dit_accel.acceleration.api import accelerate, change_beside_attention
 from dit_accel.patches.graphs.arguments import CannotCapture, put_together, taken_apart
 from dit_accel.patches.graphs.install import install_graphs, why_never
+from dit_accel.patches.graphs.likeness import Likeness
 from dit_accel.patches.graphs.static import Slots
 from dit_accel.patches.handle import PatchHandle
 from tests import pipe_calls
@@ -154,6 +157,23 @@ def a_lora(pipe: Any) -> None:
     pipe.transformer.add_adapter(LoraConfig(r=2, target_modules=["to_q", "to_v"], init_lora_weights=False))
 
 
+def no_bias(pipe: Any) -> None:
+    pipe.transformer.blocks[1].ffn.net[2].bias = None
+
+
+def a_setting(pipe: Any) -> None:
+    pipe.transformer.blocks[1].norm2.eps = 0.5
+
+
+def strides(pipe: Any) -> None:
+    with torch.no_grad():
+        pipe.transformer.blocks[1].attn2.to_q.weight.t_()
+
+
+def a_cache(pipe: Any) -> None:
+    pipe.transformer.enable_cache(diffusers.FirstBlockCacheConfig(threshold=0.5))
+
+
 CHANGES: tuple[Change, ...] = (
     half_the_weights,
     other_weights,
@@ -162,6 +182,10 @@ CHANGES: tuple[Change, ...] = (
     a_hook,
     another_forward,
     a_lora,
+    no_bias,
+    a_setting,
+    strides,
+    a_cache,
 )
 
 
@@ -184,6 +208,27 @@ def test_what_changes_between_two_steps_is_seen(change, graphs):
     before = graphs.replayed
     assert clip(True).equal(wanted)
     assert graphs.replayed > before
+
+
+def test_a_block_is_no_longer_alike_when_its_processor_or_the_attention_backend_changes():
+    block = TINY["wan"].build().transformer.eval().blocks[0]
+    processor = block.attn1.processor
+    processor.scale, processor.table = [1.0, 0.5], torch.zeros(2)
+    likeness = Likeness(block)
+    assert likeness.holds()
+    processor.scale[1] = 0.25
+    assert not likeness.holds()
+    processor.scale[1] = 0.5
+    assert likeness.holds()
+    processor.table = torch.zeros(2)
+    assert not likeness.holds()
+    likeness = Likeness(block)
+    with attention_backend("_native_math"):
+        assert not likeness.holds()
+    assert likeness.holds()
+    del processor.scale
+    processor.weight = 1.0
+    assert not likeness.holds()
 
 
 def test_what_is_switched_between_two_steps_is_seen(graphs):

@@ -2,21 +2,29 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator, Sequence
+from itertools import chain
+from operator import is_, itemgetter
 from typing import Any
 
 import torch
+from diffusers.models.attention_dispatch import _AttentionBackendRegistry
 from torch import nn
 
 from ..hooks import Hook
 from .arguments import CannotCapture
 
-Addresses = Any
-_SETTINGS = (type(None), bool, int, float, str, list, tuple)
+_PLAIN = (type(None), bool, int, float, str)
+_WHOLE = (torch.Tensor, nn.Parameter)
 _HOOKS = ("_forward_hooks", "_forward_pre_hooks")
+_CONTENTS = ("_parameters", "_buffers", "_modules", *_HOOKS)
+# What torch itself keeps of a module: of no use beside its contents, and more than all else.
+_OF_TORCH = frozenset(nn.Module().__dict__) - {"training", *_CONTENTS}
 
 
 class Likeness:
-    """What a graph has taken for granted of a block: weights at their addresses, modules, processors and hooks.
+    """What a graph has taken for granted of a block: weights at their addresses, modules, what else they and their
+    processors hold, hooks, and diffusers' attention backend.
 
     What a weight holds may change, since graphs read it anew.
 
@@ -25,12 +33,18 @@ class Likeness:
     """
 
     def __init__(self, block: nn.Module) -> None:
-        self._tensors: list[tuple[dict[str, Any], str, torch.Tensor, Addresses]] = []
-        self._children: list[tuple[dict[str, Any], list[Any]]] = []
-        self._counts: list[tuple[dict[Any, Any], int]] = []
-        self._processors: list[tuple[nn.Module, Any, dict[str, Any]]] = []
+        # In one sequence: to compare attributes one by one would cost the host more than a launch.
+        self._objects: list[tuple[dict[str, Any], itemgetter[Any]]] = []
+        self._contents: list[dict[str, Any]] = []
+        self._tensors: list[torch.Tensor] = []
+        self._of_parts: list[torch.Tensor] = []  # quantised ones
         for module in block.modules():
             self._look_at(module)
+        self._addresses = self._where()
+        self._number = self._count()
+        self._values = tuple(self._found())
+        self._lists = [(value, list(value)) for value in self._values if type(value) is list]
+        self._backend = _AttentionBackendRegistry.get_active_backend()
 
     def _look_at(self, module: nn.Module) -> None:
         kind = type(module)
@@ -41,47 +55,65 @@ class Likeness:
         if "forward" in module.__dict__:
             raise CannotCapture(f"another package has replaced the forward of {kind.__name__}, as offloading does")
         for name in _HOOKS:
-            hooks = getattr(module, name)
-            foreign = [hook for hook in hooks.values() if not isinstance(hook, Hook)]
-            if foreign:
+            if any(not isinstance(hook, Hook) for hook in getattr(module, name).values()):
                 raise CannotCapture(f"{kind.__name__} has a hook of another package, which a replay would not call")
-            self._counts.append((hooks, len(hooks)))
-        for owner in (module._parameters, module._buffers):
-            for name, tensor in owner.items():
-                if tensor is not None:
-                    self._tensors.append((owner, name, tensor, _addresses(tensor)))
-        if module._modules:
-            self._children.append((module._modules, list(module._modules.values())))
-        if hasattr(module, "processor"):
-            self._processors.append((module, module.processor, _settings(module.processor)))
+        self._look_at_names(module.__dict__)
+        self._contents += (found for name in _CONTENTS if (found := getattr(module, name)) is not None)
+        self._look_at_tensors({**module._parameters, **module._buffers})
+        processor = getattr(module, "processor", None)
+        if not isinstance(processor, nn.Module):
+            self._look_at_names(getattr(processor, "__dict__", {}))
+
+    def _look_at_names(self, names: dict[str, Any]) -> None:
+        kept = [name for name in names if name not in _OF_TORCH]
+        if len(kept) > 1:
+            self._objects.append((names, itemgetter(*kept)))
+        elif kept:
+            self._contents.append(names)
+        self._look_at_tensors(names)
+
+    def _look_at_tensors(self, names: dict[str, Any]) -> None:
+        for one in names.values():
+            if isinstance(one, torch.Tensor):
+                (self._tensors if type(one) in _WHOLE else self._of_parts).append(one)
 
     def holds(self) -> bool:
         """Whether all of that is as it was."""
-        return (
-            all(owner.get(name) is one and _addresses(one) == at for owner, name, one, at in self._tensors)
-            and all(list(owner.values()) == known for owner, known in self._children)
-            and all(len(hooks) == number for hooks, number in self._counts)
-            and all(
-                module.processor is known and _settings(known) == settings
-                for module, known, settings in self._processors
+        try:
+            return (
+                self._count() == self._number
+                and (all(map(is_, self._found(), self._values)) or _alike([*self._found()], self._values))
+                and all(_alike(now, known) for now, known in self._lists)
+                and self._where() == self._addresses
+                and self._backend == _AttentionBackendRegistry.get_active_backend()
             )
-        )
+        except KeyError:  # an attribute is gone
+            return False
+
+    def _where(self) -> list[Any]:
+        tensors = [*self._tensors, *_parts(self._of_parts)] if self._of_parts else self._tensors
+        return [(tensor.data_ptr(), tensor.stride()) for tensor in tensors]
+
+    def _count(self) -> int:
+        return sum(map(len, self._contents)) + sum([len(names) for names, _ in self._objects])
+
+    def _found(self) -> Iterator[Any]:
+        contents: Iterator[Any] = chain.from_iterable(map(dict.values, self._contents))
+        return chain(contents, chain.from_iterable([get(names) for names, get in self._objects]))
 
 
-def _settings(processor: Any) -> dict[str, Any]:
-    """Numbers and names that a processor holds, such as scales, which others set."""
-    return {
-        name: list(value) if isinstance(value, list) else value
-        for name, value in getattr(processor, "__dict__", {}).items()
-        if isinstance(value, _SETTINGS)
-    }
+def _alike(values: Sequence[Any], known: Sequence[Any]) -> bool:
+    """Whether values are the same objects as before, or plain ones that are equal."""
+    return len(values) == len(known) and all(
+        value is one or (type(value) is type(one) and isinstance(value, _PLAIN) and value == one)
+        for value, one in zip(values, known, strict=True)
+    )
 
 
-def _addresses(tensor: torch.Tensor) -> Addresses:
-    """Where it lies; of a quantised tensor, where its parts lie."""
-    if type(tensor) in (torch.Tensor, nn.Parameter):
-        return tensor.data_ptr()
-    flatten = getattr(tensor, "__tensor_flatten__", None)
-    if flatten is None:
-        return tensor.data_ptr()
-    return tuple(_addresses(getattr(tensor, name)) for name in flatten()[0])
+def _parts(tensors: list[torch.Tensor]) -> list[torch.Tensor]:
+    """What quantised tensors are made of; others are whole."""
+    found = []
+    for tensor in tensors:
+        flatten = None if type(tensor) in _WHOLE else getattr(tensor, "__tensor_flatten__", None)
+        found += [tensor] if flatten is None else _parts([getattr(tensor, name) for name in flatten()[0]])
+    return found
