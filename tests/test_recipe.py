@@ -74,7 +74,7 @@ def test_bad_presets_and_options():
 
 def test_the_automatic_recipe_is_that_of_the_fidelity_page():
     own = {"schedule.own_dense": True}
-    assert presets.automatic() == presets.mass(density=0.25, means=True).with_fields(own)
+    assert presets.automatic() == presets.mass(density=0.3, means=True).with_fields(own)
     assert presets.automatic(density=0.1, means=False) == presets.mass(density=0.1).with_fields(own)
     assert presets.automatic(in_pipeline=False) == presets.pooled(density=0.3)
     with pytest.raises(ValueError, match="no option 'sparsity'"):

@@ -326,6 +326,7 @@ def test_generate_as_text(tmp_path: Path) -> None:
     ("arguments", "words"),
     [
         ([*BENCH, "--steps", "3"], "--steps goes with --pipeline, got it without"),
+        ([*BENCH, "--graphs"], "--graphs goes with --pipeline, got it without"),
         ([*BENCH, "--pipeline", "--batch", "2"], "--pipeline runs one clip, got --batch 2"),
         ([*BENCH, "--pipeline", "--vae", "fast"], "vae takes some of"),
         ([*BENCH, "--pipeline", "--arch", "ltx", "--frames", "9"], "Whole runs are known of wan2.1-1.3b"),

@@ -322,3 +322,13 @@ def test_a_folder_that_knows_nothing_of_settings_beside_attention_is_gone_on_in_
     result = run(*asked, "--vae", "tiled")
     assert result.exit_code != 0
     assert "vae" in result.stderr
+
+
+def test_the_accelerated_side_may_replay_its_blocks(tmp_path: Path) -> None:
+    """On a CPU nothing is replayed; the card and the page say what was asked."""
+    data = run_json(*MODEL, *SMALL, *ONE, "--prompt", "a cat", "--graphs", "--out", str(tmp_path / "card"))
+    assert data["settings"]["graphs"] is True
+    assert ", CUDA graphs, 1 clip" in cards.run_of(data)
+    result = run(*MODEL, *SMALL, *ONE, "--prompt", "a cat", "--out", str(tmp_path / "card"))
+    assert result.exit_code == 2
+    assert "graphs" in result.stderr

@@ -72,6 +72,7 @@ class FakeHandle:
             sparse_calls=sparse,
             dense_calls={"first steps": dense} if dense else {},
             nan_calls=0,
+            replayed_calls=0,
             mean_density=density,
             density=0.25 if sparse else None,
             computed_forwards=sum(steps),
