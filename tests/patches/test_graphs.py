@@ -7,7 +7,8 @@ from __future__ import annotations
 
 import copy
 import pickle
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import diffusers
@@ -15,6 +16,9 @@ import pytest
 import torch
 from diffusers.models.attention_dispatch import attention_backend
 from peft import LoraConfig
+from torch.nn.modules.module import register_module_forward_hook
+from torch.overrides import TorchFunctionMode
+from torch.utils.flop_counter import FlopCounterMode
 
 import dit_accel
 from dit_accel.acceleration.api import accelerate, change_beside_attention
@@ -103,6 +107,23 @@ def test_plans_that_change_are_captured_anew(fields, graphs):
     with with_graphs(dit_accel.patch(pipe, recipe)) as handle:
         assert pipe_calls.perform(pipe, "wan", Call(13, 0)).equal(wanted)
         assert facts(handle) == counted
+    assert graphs.replayed
+
+
+@pytest.mark.parametrize("profile", ["balanced", "max"])
+@pytest.mark.parametrize(
+    "fields", [{"schedule.refresh_every": 3, "schedule.refresh_at": ()}, {"schedule.choose_every": 3}], ids=str
+)
+def test_plans_age_by_the_steps_that_a_recipe_does_not_skip(profile, fields, graphs):
+    recipe = dit_accel.presets.resolve(profile).with_fields(fields)
+    pipe = pipe_calls.build("wan")
+    with dit_accel.patch(pipe, recipe) as handle:
+        wanted = pipe_calls.perform(pipe, "wan", Call(20, 0))
+        counted = facts(handle)
+    with with_graphs(dit_accel.patch(pipe, recipe)) as handle:
+        assert pipe_calls.perform(pipe, "wan", Call(20, 0)).equal(wanted)
+        assert facts(handle) == counted
+        assert not notes(handle)
     assert graphs.replayed
 
 
@@ -328,6 +349,73 @@ def test_a_forward_with_gradients_is_not_captured(graphs):
             model(**given).sample.sum().backward()
     assert not graphs.captured
     assert given["hidden_states"].grad.abs().sum() > 0
+
+
+class HalfOfAttention(TorchFunctionMode):
+    def __torch_function__(self, func: Any, _types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        out = func(*args, **kwargs or {})
+        return out * 0.5 if func is torch.nn.functional.scaled_dot_product_attention else out
+
+
+@contextmanager
+def hook_of_all_modules(seen: list[str]) -> Iterator[None]:
+    hook = register_module_forward_hook(lambda module, *_: seen.append(type(module).__name__))
+    yield
+    hook.remove()
+
+
+@pytest.mark.parametrize("kind", ["a function mode", "a dispatch mode", "a hook of all modules"])
+def test_those_who_watch_what_runs_see_all_of_it(kind, graphs):
+    def clip(graphs_too: bool) -> tuple[torch.Tensor, Any]:
+        hooked: list[str] = []
+        flops = FlopCounterMode(display=False)
+        modes = {"a function mode": HalfOfAttention(), "a dispatch mode": flops}
+        watch: Any = modes.get(kind, hook_of_all_modules(hooked))
+        pipe = TINY["wan"].build()
+
+        def at_step(pipe: Any, step: int, _timestep: Any, given: dict[str, Any]) -> dict[str, Any]:
+            if step == 4:
+                watch.__enter__()
+            if step == 6:
+                watch.__exit__(None, None, None)
+            return given
+
+        with dit_accel.patch(pipe, "mass", density=0.3) as handle:
+            if graphs_too:
+                with_graphs(handle)
+            found = TINY["wan"].run(pipe, steps=10, callback_on_step_end=at_step)
+            if graphs_too:
+                (note,) = notes(handle)
+                assert note.endswith("hooks of all modules, and modes of torch, would see nothing of a replay.")
+        return found, (flops.get_total_flops(), hooked)
+
+    wanted, watched = clip(False)
+    found, also = clip(True)
+    assert found.equal(wanted)
+    assert also == watched
+    assert graphs.replayed
+
+
+@pytest.mark.parametrize(
+    ("context", "why"),
+    [
+        (torch.inference_mode, "tensors of torch.inference_mode do not count their changes: use torch.no_grad"),
+        (lambda: torch.autocast("cpu", torch.bfloat16), "autocast keeps casts of weights that a replay would not "),
+    ],
+    ids=["inference mode", "autocast"],
+)
+def test_a_run_without_graphs_says_why(context, why, graphs):
+    pipe = TINY["wan"].build()
+    with with_graphs(dit_accel.patch(pipe, "mass", density=0.3)) as handle:
+        with context():
+            TINY["wan"].run(pipe, steps=STEPS)
+        (note,) = notes(handle)
+        assert note.startswith(f"Blocks run without CUDA graphs: {why}")
+        assert not graphs.captured
+        handle.reset()
+        TINY["wan"].run(pipe, steps=STEPS)
+        assert not notes(handle)
+    assert graphs.replayed
 
 
 def test_nans_of_replayed_calls_are_counted(graphs):

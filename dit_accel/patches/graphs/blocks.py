@@ -23,6 +23,7 @@ from ...stages.schedule import DENSE_LAYER
 from ..forwards import Forward
 from ..session import Session
 from .arguments import CannotCapture, Form, put_together, taken_apart
+from .conditions import OF_INFERENCE, why_not_now
 from .likeness import Likeness
 from .recorder import CudaRecorder, Graph, Recorder
 from .served import Served
@@ -103,7 +104,12 @@ class BlockGraphs:
     def call(self, block: CapturedBlock, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         """A block's call in eager code."""
         forward = self.session.forward
-        if forward is None or self._failed or not self._may_capture(forward):
+        if forward is None or self._failed:
+            return block.inner(*args, **kwargs)
+        why_not = why_not_now(self.session, forward, self.device_type)
+        if why_not is not None:
+            if why_not:
+                self.session.engine.note(f"Blocks run without CUDA graphs: {why_not}.")
             return block.inner(*args, **kwargs)
         try:
             tensors, form = taken_apart((args, kwargs))
@@ -115,6 +121,7 @@ class BlockGraphs:
             if tensor.device.type != self.device_type:
                 return self._fail(block, args, kwargs, CannotCapture(f"a block is given a tensor on {tensor.device}"))
             if tensor.is_inference():  # and does not count its changes
+                self.session.engine.note(f"Blocks run without CUDA graphs: {OF_INFERENCE}.")
                 return block.inner(*args, **kwargs)
         if is_captured(tensors[0].device):  # by somebody else
             return block.inner(*args, **kwargs)
@@ -155,23 +162,6 @@ class BlockGraphs:
     def close(self) -> None:
         """Drop all graphs, in every thread."""
         self._thread = _Thread()
-
-    def _may_capture(self, forward: Forward) -> bool:
-        session, engine = self.session, self.session.engine
-        steps, watched = engine.steps, engine.observer is not None or engine.output_tap is not None
-        return (
-            engine.switched_on
-            and not watched
-            and not (steps is not None and steps.with_seconds)  # which are measured call by call
-            and not engine.learned
-            and not engine.routers
-            and not engine.recipe.compensate.follows_step
-            and session.parallel_config is None
-            and forward.step.index is not None
-            and not torch.is_grad_enabled()
-            and not torch.is_inference_mode_enabled()  # where no tensor counts its changes
-            and not torch.is_autocast_enabled(self.device_type)
-        )
 
     def _of_run(self, forward: Forward, device: torch.device) -> _OfRun:
         stream = torch.cuda.current_stream(device).cuda_stream if device.type == "cuda" else 0
