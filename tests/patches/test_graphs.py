@@ -22,6 +22,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 import dit_accel
 from dit_accel.acceleration.api import accelerate, change_beside_attention
+from dit_accel.patches.graphs import blocks
 from dit_accel.patches.graphs.arguments import CannotCapture, put_together, taken_apart
 from dit_accel.patches.graphs.install import install_graphs, why_never
 from dit_accel.patches.graphs.likeness import Likeness
@@ -336,6 +337,97 @@ def test_nothing_of_a_run_is_kept_when_it_has_ended(graphs):
         assert not session.engine.planner.of_graphs._for_good
 
 
+def branches_of(pipe: Any, name: str = "transformer") -> list[Any]:
+    """What each branch of this thread's runs keeps."""
+    (graphs,) = {block._compiled_call_impl.graphs for block in getattr(pipe, name).blocks}
+    runs = [of_run for runs in graphs._thread.runs.values() for of_run in runs.values()]
+    return [(of_run, branch) for of_run in runs for branch in of_run.branches.values()]
+
+
+def test_a_branch_that_has_ended_keeps_nothing(graphs):
+    """Guidance that ends within a run, and the first of two transformers."""
+    seen: dict[int, list[int]] = {}
+    pipe = TINY["wan"].build()
+
+    def unguided_from_5(pipe: Any, step: int, _timestep: Any, given: dict[str, Any]) -> dict[str, Any]:
+        seen[step] = [len(branches_of(pipe))]
+        pipe._guidance_scale = 1.0 if step == 4 else pipe._guidance_scale
+        return given
+
+    with with_graphs(dit_accel.patch(pipe, "mass", density=0.3)):
+        TINY["wan"].run(pipe, steps=10, callback_on_step_end=unguided_from_5)
+        assert seen[4] == [2]
+        assert seen[6] == seen[8] == [1]
+        assert not branches_of(pipe)
+        assert graphs.released == 1
+
+    pipe = TINY["wan2.2"].build()
+
+    def count(pipe: Any, step: int, _timestep: Any, given: dict[str, Any]) -> dict[str, Any]:
+        seen[step] = [len(branches_of(pipe, name)) for name in ("transformer", "transformer_2")]
+        return given
+
+    with with_graphs(dit_accel.patch(pipe, "mass", density=0.3)):
+        TINY["wan2.2"].run(pipe, steps=16, callback_on_step_end=count)
+        last = max(step for step, (first, _) in seen.items() if first)
+        assert seen[last] == [2, 2]
+        assert seen[last - 1] == [2, 0]
+        assert seen[last + 1] == [0, 2]
+        assert not branches_of(pipe) + branches_of(pipe, "transformer_2")
+        assert graphs.released == 3
+
+
+def test_graphs_that_are_captured_anew_leave_no_memory_behind(graphs):
+    held: list[int] = []
+    pipe = TINY["wan"].build()
+
+    def count(pipe: Any, _step: int, _timestep: Any, given: dict[str, Any]) -> dict[str, Any]:
+        slots = {id(of_run.slots): of_run.slots for of_run, _ in branches_of(pipe)}
+        held.append(sum(made() is not None for one in slots.values() for _, made in one._made_for))
+        return given
+
+    recipe = dit_accel.presets.resolve("mass").with_fields({"schedule.refresh_every": 4, "schedule.refresh_at": ()})
+    with with_graphs(dit_accel.patch(pipe, recipe)):
+        TINY["wan"].run(pipe, steps=26, callback_on_step_end=count)
+    assert graphs.captured >= 16
+    assert max(held) == max(held[:10]) > 0
+
+
+def test_each_stream_has_a_recorder_of_its_own(graphs, monkeypatch):
+    """Graphs share the memory of a recorder, and those of two streams may run at once."""
+    pipe = TINY["wan"].build()
+    asked: list[Any] = []
+    with with_graphs(dit_accel.patch(pipe, "mass", density=0.3)):
+        (captured,) = {block._compiled_call_impl.graphs for block in pipe.transformer.blocks}
+        make = captured._recorder_of
+        captured._recorder_of = lambda device: (asked.append(device), make(device))[1]
+        for stream in (1, 2, 1):
+            monkeypatch.setattr(blocks, "_stream_of", lambda _device, stream=stream: stream)
+            TINY["wan"].run(pipe, steps=STEPS)
+    assert len(asked) == 2
+
+
+def test_counts_begin_anew_between_two_replays(graphs):
+    def counted(graphs_too: bool) -> dict[str, Any]:
+        pipe = TINY["wan"].build()
+        with dit_accel.patch(pipe, "mass", density=0.3) as handle:
+            if graphs_too:
+                with_graphs(handle)
+
+            def at_step(_pipe: Any, step: int, _timestep: Any, given: dict[str, Any]) -> dict[str, Any]:
+                if step == 6:
+                    handle.reset()
+                return given
+
+            TINY["wan"].run(pipe, steps=10, callback_on_step_end=at_step)
+            return facts(handle)
+
+    wanted = counted(False)
+    assert wanted["backends"]
+    assert counted(True) == wanted
+    assert graphs.replayed
+
+
 def test_a_forward_with_gradients_is_not_captured(graphs):
     pipe = TINY["wan"].build()
     model = pipe.transformer
@@ -495,6 +587,19 @@ def test_arguments_are_taken_apart_and_put_together():
         taken_apart([{1}])
 
 
+def test_two_tensors_in_one_place_are_read_from_two():
+    """They may be others in a later call."""
+    slots = Slots()
+    like = torch.zeros(4, 6)
+    result = slots.for_result(like, like.device, [])
+    one, same = result.shown(), result.shown()
+    first = slots.of_given(one, [])
+    assert first is result
+    second = slots.of_given(same, [first])
+    assert second is not first
+    assert slots.of_given(same, [first, second]) is second
+
+
 def test_a_place_is_free_when_no_view_of_it_is_left():
     slots = Slots()
     like = torch.zeros(4, 6)
@@ -512,8 +617,8 @@ def test_a_place_is_free_when_no_view_of_it_is_left():
 
 def test_a_tensor_is_copied_once_until_it_changes():
     slots, given = Slots(), torch.arange(6.0).expand(4, 6)
-    slot = slots.of_given(given)
-    assert slots.of_given(given) is slot
+    slot = slots.of_given(given, [])
+    assert slots.of_given(given, []) is slot
     slot.fill(given)
     assert slot.tensor.equal(given)
     assert slot.tensor.stride() == given.stride()
