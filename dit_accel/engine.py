@@ -297,7 +297,7 @@ class Engine:
         if not call.captured:  # a graph's tensors are its own, and what they hold changes with a replay
             with torch.no_grad() if torch.is_grad_enabled() else _AS_IT_IS:
                 self._count(call, plan, witness, book)
-        elif (nans := self.records[call.layer].replayed_nans) is not None:
+        elif (nans := self.records[call.layer].replayed_nans.get(call.q.device)) is not None:
             nans += witness.isnan().any()
         if module is not None:
             out = module.among(call.heads, learned)(out, moved, plan)

@@ -63,7 +63,7 @@ class LayerRecord:
         compiled_dense: dense calls that compiled code counted by itself, int64 by reason; see
             :data:`dit_accel.patches.reasons.PASSED`.
         replayed_calls: sparse calls that a CUDA graph computed.
-        replayed_nans: those of them whose output held a NaN, which the graphs count, int64 ``[]``; None before one.
+        replayed_nans: those of them whose output held a NaN, which the graphs of a device count, int64 ``[]``.
     """
 
     name: str
@@ -75,7 +75,7 @@ class LayerRecord:
     largest: Tally = field(default_factory=lambda: Tally(_nans))
     compiled_dense: torch.Tensor | None = None
     replayed_calls: int = 0
-    replayed_nans: torch.Tensor | None = None
+    replayed_nans: dict[torch.device, torch.Tensor] = field(default_factory=dict)
 
     @property
     def density_sum(self) -> float:
@@ -90,8 +90,7 @@ class LayerRecord:
     @property
     def nan_calls(self) -> int:
         """Sparse calls whose output held a NaN; waits for the device."""
-        replayed = 0 if self.replayed_nans is None else int(self.replayed_nans)
-        return int(self.largest.total()) + replayed
+        return int(self.largest.total()) + sum(map(int, list(self.replayed_nans.values())))
 
     def reset(self) -> None:
         """Begin at nothing; compiled code goes on counting in the tensor that it knows."""
@@ -102,8 +101,8 @@ class LayerRecord:
         self.largest.reset()
         if self.compiled_dense is not None:
             self.compiled_dense.zero_()
-        if self.replayed_nans is not None:
-            self.replayed_nans.zero_()
+        for nans in list(self.replayed_nans.values()):
+            nans.zero_()
 
 
 @dataclass

@@ -144,14 +144,14 @@ def _why_not(
         dropout_p,
         attention_kwargs,
         attn_mask is not None and not isinstance(attn_mask, torch.Tensor),
-        _function_mode_is_on(),
+        function_mode_is_on(),
     )
     if not any(refused):
         return None if parallel_config is None else why_not_parallel(parallel_config)
     return next(reason for reason, holds in zip(PASSED, refused, strict=False) if holds)
 
 
-def _function_mode_is_on() -> bool:
+def function_mode_is_on() -> bool:
     """Whether somebody replaces torch functions, as perturbed-attention guidance does with attention itself."""
     if not torch._C._len_torch_function_stack():
         return False

@@ -69,8 +69,8 @@ class _Recorder:
 class Poisoned(Slots):
     """A capture computes nothing: nobody may read what it left, nor what a slot held before it was filled."""
 
-    def of_given(self, given: torch.Tensor) -> Slot:
-        slot = super().of_given(given)
+    def of_given(self, given: torch.Tensor, taken: list[Slot]) -> Slot:
+        slot = super().of_given(given, taken)
         if slot._source is None and not self.is_result(slot):
             _poison(slot)
         return slot

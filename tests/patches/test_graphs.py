@@ -7,7 +7,8 @@ from __future__ import annotations
 
 import copy
 import pickle
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import diffusers
@@ -15,9 +16,13 @@ import pytest
 import torch
 from diffusers.models.attention_dispatch import attention_backend
 from peft import LoraConfig
+from torch.nn.modules.module import register_module_forward_hook
+from torch.overrides import TorchFunctionMode
+from torch.utils.flop_counter import FlopCounterMode
 
 import dit_accel
 from dit_accel.acceleration.api import accelerate, change_beside_attention
+from dit_accel.patches.graphs import blocks
 from dit_accel.patches.graphs.arguments import CannotCapture, put_together, taken_apart
 from dit_accel.patches.graphs.install import install_graphs, why_never
 from dit_accel.patches.graphs.likeness import Likeness
@@ -103,6 +108,23 @@ def test_plans_that_change_are_captured_anew(fields, graphs):
     with with_graphs(dit_accel.patch(pipe, recipe)) as handle:
         assert pipe_calls.perform(pipe, "wan", Call(13, 0)).equal(wanted)
         assert facts(handle) == counted
+    assert graphs.replayed
+
+
+@pytest.mark.parametrize("profile", ["balanced", "max"])
+@pytest.mark.parametrize(
+    "fields", [{"schedule.refresh_every": 3, "schedule.refresh_at": ()}, {"schedule.choose_every": 3}], ids=str
+)
+def test_plans_age_by_the_steps_that_a_recipe_does_not_skip(profile, fields, graphs):
+    recipe = dit_accel.presets.resolve(profile).with_fields(fields)
+    pipe = pipe_calls.build("wan")
+    with dit_accel.patch(pipe, recipe) as handle:
+        wanted = pipe_calls.perform(pipe, "wan", Call(20, 0))
+        counted = facts(handle)
+    with with_graphs(dit_accel.patch(pipe, recipe)) as handle:
+        assert pipe_calls.perform(pipe, "wan", Call(20, 0)).equal(wanted)
+        assert facts(handle) == counted
+        assert not notes(handle)
     assert graphs.replayed
 
 
@@ -315,6 +337,97 @@ def test_nothing_of_a_run_is_kept_when_it_has_ended(graphs):
         assert not session.engine.planner.of_graphs._for_good
 
 
+def branches_of(pipe: Any, name: str = "transformer") -> list[Any]:
+    """What each branch of this thread's runs keeps."""
+    (graphs,) = {block._compiled_call_impl.graphs for block in getattr(pipe, name).blocks}
+    runs = [of_run for runs in graphs._thread.runs.values() for of_run in runs.values()]
+    return [(of_run, branch) for of_run in runs for branch in of_run.branches.values()]
+
+
+def test_a_branch_that_has_ended_keeps_nothing(graphs):
+    """Guidance that ends within a run, and the first of two transformers."""
+    seen: dict[int, list[int]] = {}
+    pipe = TINY["wan"].build()
+
+    def unguided_from_5(pipe: Any, step: int, _timestep: Any, given: dict[str, Any]) -> dict[str, Any]:
+        seen[step] = [len(branches_of(pipe))]
+        pipe._guidance_scale = 1.0 if step == 4 else pipe._guidance_scale
+        return given
+
+    with with_graphs(dit_accel.patch(pipe, "mass", density=0.3)):
+        TINY["wan"].run(pipe, steps=10, callback_on_step_end=unguided_from_5)
+        assert seen[4] == [2]
+        assert seen[6] == seen[8] == [1]
+        assert not branches_of(pipe)
+        assert graphs.released == 1
+
+    pipe = TINY["wan2.2"].build()
+
+    def count(pipe: Any, step: int, _timestep: Any, given: dict[str, Any]) -> dict[str, Any]:
+        seen[step] = [len(branches_of(pipe, name)) for name in ("transformer", "transformer_2")]
+        return given
+
+    with with_graphs(dit_accel.patch(pipe, "mass", density=0.3)):
+        TINY["wan2.2"].run(pipe, steps=16, callback_on_step_end=count)
+        last = max(step for step, (first, _) in seen.items() if first)
+        assert seen[last] == [2, 2]
+        assert seen[last - 1] == [2, 0]
+        assert seen[last + 1] == [0, 2]
+        assert not branches_of(pipe) + branches_of(pipe, "transformer_2")
+        assert graphs.released == 3
+
+
+def test_graphs_that_are_captured_anew_leave_no_memory_behind(graphs):
+    held: list[int] = []
+    pipe = TINY["wan"].build()
+
+    def count(pipe: Any, _step: int, _timestep: Any, given: dict[str, Any]) -> dict[str, Any]:
+        slots = {id(of_run.slots): of_run.slots for of_run, _ in branches_of(pipe)}
+        held.append(sum(made() is not None for one in slots.values() for _, made in one._made_for))
+        return given
+
+    recipe = dit_accel.presets.resolve("mass").with_fields({"schedule.refresh_every": 4, "schedule.refresh_at": ()})
+    with with_graphs(dit_accel.patch(pipe, recipe)):
+        TINY["wan"].run(pipe, steps=26, callback_on_step_end=count)
+    assert graphs.captured >= 16
+    assert max(held) == max(held[:10]) > 0
+
+
+def test_each_stream_has_a_recorder_of_its_own(graphs, monkeypatch):
+    """Graphs share the memory of a recorder, and those of two streams may run at once."""
+    pipe = TINY["wan"].build()
+    asked: list[Any] = []
+    with with_graphs(dit_accel.patch(pipe, "mass", density=0.3)):
+        (captured,) = {block._compiled_call_impl.graphs for block in pipe.transformer.blocks}
+        make = captured._recorder_of
+        captured._recorder_of = lambda device: (asked.append(device), make(device))[1]
+        for stream in (1, 2, 1):
+            monkeypatch.setattr(blocks, "_stream_of", lambda _device, stream=stream: stream)
+            TINY["wan"].run(pipe, steps=STEPS)
+    assert len(asked) == 2
+
+
+def test_counts_begin_anew_between_two_replays(graphs):
+    def counted(graphs_too: bool) -> dict[str, Any]:
+        pipe = TINY["wan"].build()
+        with dit_accel.patch(pipe, "mass", density=0.3) as handle:
+            if graphs_too:
+                with_graphs(handle)
+
+            def at_step(_pipe: Any, step: int, _timestep: Any, given: dict[str, Any]) -> dict[str, Any]:
+                if step == 6:
+                    handle.reset()
+                return given
+
+            TINY["wan"].run(pipe, steps=10, callback_on_step_end=at_step)
+            return facts(handle)
+
+    wanted = counted(False)
+    assert wanted["backends"]
+    assert counted(True) == wanted
+    assert graphs.replayed
+
+
 def test_a_forward_with_gradients_is_not_captured(graphs):
     pipe = TINY["wan"].build()
     model = pipe.transformer
@@ -328,6 +441,73 @@ def test_a_forward_with_gradients_is_not_captured(graphs):
             model(**given).sample.sum().backward()
     assert not graphs.captured
     assert given["hidden_states"].grad.abs().sum() > 0
+
+
+class HalfOfAttention(TorchFunctionMode):
+    def __torch_function__(self, func: Any, _types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        out = func(*args, **kwargs or {})
+        return out * 0.5 if func is torch.nn.functional.scaled_dot_product_attention else out
+
+
+@contextmanager
+def hook_of_all_modules(seen: list[str]) -> Iterator[None]:
+    hook = register_module_forward_hook(lambda module, *_: seen.append(type(module).__name__))
+    yield
+    hook.remove()
+
+
+@pytest.mark.parametrize("kind", ["a function mode", "a dispatch mode", "a hook of all modules"])
+def test_those_who_watch_what_runs_see_all_of_it(kind, graphs):
+    def clip(graphs_too: bool) -> tuple[torch.Tensor, Any]:
+        hooked: list[str] = []
+        flops = FlopCounterMode(display=False)
+        modes = {"a function mode": HalfOfAttention(), "a dispatch mode": flops}
+        watch: Any = modes.get(kind, hook_of_all_modules(hooked))
+        pipe = TINY["wan"].build()
+
+        def at_step(pipe: Any, step: int, _timestep: Any, given: dict[str, Any]) -> dict[str, Any]:
+            if step == 4:
+                watch.__enter__()
+            if step == 6:
+                watch.__exit__(None, None, None)
+            return given
+
+        with dit_accel.patch(pipe, "mass", density=0.3) as handle:
+            if graphs_too:
+                with_graphs(handle)
+            found = TINY["wan"].run(pipe, steps=10, callback_on_step_end=at_step)
+            if graphs_too:
+                (note,) = notes(handle)
+                assert note.endswith("hooks of all modules, and modes of torch, would see nothing of a replay.")
+        return found, (flops.get_total_flops(), hooked)
+
+    wanted, watched = clip(False)
+    found, also = clip(True)
+    assert found.equal(wanted)
+    assert also == watched
+    assert graphs.replayed
+
+
+@pytest.mark.parametrize(
+    ("context", "why"),
+    [
+        (torch.inference_mode, "tensors of torch.inference_mode do not count their changes: use torch.no_grad"),
+        (lambda: torch.autocast("cpu", torch.bfloat16), "autocast keeps casts of weights that a replay would not "),
+    ],
+    ids=["inference mode", "autocast"],
+)
+def test_a_run_without_graphs_says_why(context, why, graphs):
+    pipe = TINY["wan"].build()
+    with with_graphs(dit_accel.patch(pipe, "mass", density=0.3)) as handle:
+        with context():
+            TINY["wan"].run(pipe, steps=STEPS)
+        (note,) = notes(handle)
+        assert note.startswith(f"Blocks run without CUDA graphs: {why}")
+        assert not graphs.captured
+        handle.reset()
+        TINY["wan"].run(pipe, steps=STEPS)
+        assert not notes(handle)
+    assert graphs.replayed
 
 
 def test_nans_of_replayed_calls_are_counted(graphs):
@@ -407,6 +587,19 @@ def test_arguments_are_taken_apart_and_put_together():
         taken_apart([{1}])
 
 
+def test_two_tensors_in_one_place_are_read_from_two():
+    """They may be others in a later call."""
+    slots = Slots()
+    like = torch.zeros(4, 6)
+    result = slots.for_result(like, like.device, [])
+    one, same = result.shown(), result.shown()
+    first = slots.of_given(one, [])
+    assert first is result
+    second = slots.of_given(same, [first])
+    assert second is not first
+    assert slots.of_given(same, [first, second]) is second
+
+
 def test_a_place_is_free_when_no_view_of_it_is_left():
     slots = Slots()
     like = torch.zeros(4, 6)
@@ -424,8 +617,8 @@ def test_a_place_is_free_when_no_view_of_it_is_left():
 
 def test_a_tensor_is_copied_once_until_it_changes():
     slots, given = Slots(), torch.arange(6.0).expand(4, 6)
-    slot = slots.of_given(given)
-    assert slots.of_given(given) is slot
+    slot = slots.of_given(given, [])
+    assert slots.of_given(given, []) is slot
     slot.fill(given)
     assert slot.tensor.equal(given)
     assert slot.tensor.stride() == given.stride()

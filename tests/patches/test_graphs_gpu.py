@@ -110,4 +110,11 @@ def test_what_waits_for_the_device_is_left_as_it_is():
         assert run("wan", pipe, steps=8).equal(wanted)
         (note,) = (note for note in handle.summary().notes if "CUDA graphs" in note)
     assert torch.zeros(1, device="cuda").item() == 0
+    before = torch.cuda.memory_allocated()
+    shared = torch.zeros(2**20, device="cuda")
+    shared.record_stream(torch.cuda.Stream())
+    del shared
+    torch.cuda.synchronize()
+    torch.zeros(1, device="cuda")
+    assert torch.cuda.memory_allocated() < before + 2**20  # the allocator does not think that a capture goes on
     assert note.startswith("Blocks run without CUDA graphs")

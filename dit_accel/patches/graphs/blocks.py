@@ -18,11 +18,13 @@ from torch import nn
 from ...call import AttentionCall
 from ...graph_hold import Held
 from ...kernels.common.launch import is_captured
+from ...records import BackendsUsed
 from ...run import Run
 from ...stages.schedule import DENSE_LAYER
 from ..forwards import Forward
 from ..session import Session
 from .arguments import CannotCapture, Form, put_together, taken_apart
+from .conditions import OF_INFERENCE, why_not_now
 from .likeness import Likeness
 from .recorder import CudaRecorder, Graph, Recorder
 from .served import Served
@@ -40,6 +42,7 @@ class Captured:
         given, given_form: where it reads what it is given, and the form of that.
         results, results_form: where it leaves what it returns.
         held: what the graph reads and nothing else may keep.
+        counted: where the backends stand that a call of it has used; another one after a reset.
     """
 
     graph: Graph
@@ -50,6 +53,7 @@ class Captured:
     results: list[Slot]
     results_form: Form
     held: Held
+    counted: BackendsUsed
 
 
 @dataclass(eq=False)
@@ -63,8 +67,13 @@ class _Ran:
 
 @dataclass(eq=False)
 class _OfBranch:
-    """A guidance branch of a run, by block."""
+    """A guidance branch of a run, by block.
 
+    Attributes:
+        latest: the step in which it ran last.
+    """
+
+    latest: int
     captured: dict[int, Captured] = field(default_factory=dict)
     ran: dict[int, _Ran] = field(default_factory=dict)
 
@@ -81,7 +90,7 @@ class _OfRun:
 class _Thread(threading.local):
     def __init__(self) -> None:
         self.runs: weakref.WeakKeyDictionary[Run, dict[Any, _OfRun]] = weakref.WeakKeyDictionary()
-        self.recorders: dict[torch.device, Recorder] = {}
+        self.recorders: dict[tuple[torch.device, int], Recorder] = {}
 
 
 class BlockGraphs:
@@ -89,7 +98,10 @@ class BlockGraphs:
 
     Args:
         session: of the patched transformer.
-        recorder_of: captures on a device.
+        recorder_of: captures on a device, for its current stream.
+
+    Attributes:
+        together: those of all transformers of a pipeline, this one's too.
     """
 
     device_type = "cuda"
@@ -99,11 +111,17 @@ class BlockGraphs:
         self._recorder_of = recorder_of
         self._thread = _Thread()
         self._failed = False
+        self.together = [self]
 
     def call(self, block: CapturedBlock, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         """A block's call in eager code."""
         forward = self.session.forward
-        if forward is None or self._failed or not self._may_capture(forward):
+        if forward is None or self._failed:
+            return block.inner(*args, **kwargs)
+        why_not = why_not_now(self.session, forward, self.device_type)
+        if why_not is not None:
+            if why_not:
+                self.session.engine.note(f"Blocks run without CUDA graphs: {why_not}.")
             return block.inner(*args, **kwargs)
         try:
             tensors, form = taken_apart((args, kwargs))
@@ -115,13 +133,18 @@ class BlockGraphs:
             if tensor.device.type != self.device_type:
                 return self._fail(block, args, kwargs, CannotCapture(f"a block is given a tensor on {tensor.device}"))
             if tensor.is_inference():  # and does not count its changes
+                self.session.engine.note(f"Blocks run without CUDA graphs: {OF_INFERENCE}.")
                 return block.inner(*args, **kwargs)
-        if is_captured(tensors[0].device):  # by somebody else
+        if not tensors or is_captured(tensors[0].device):  # by somebody else
             return block.inner(*args, **kwargs)
         of_run = self._of_run(forward, tensors[0].device)
-        branch = of_run.branches.setdefault(forward.step.branch, _OfBranch())
+        assert forward.step.index is not None
+        branch = of_run.branches.setdefault(forward.step.branch, _OfBranch(forward.step.index))
         known = branch.captured.get(block.index)
         if known is not None:
+            if known.counted is not self.session.engine.backends_used:
+                known.counted = self.session.engine.backends_used
+                return block.inner(*args, **kwargs)
             if self._serves(known.served, forward, block) and known.given_form == form and known.likeness.holds():
                 if self._fill(of_run.slots, known, tensors):
                     return self._replay(known, forward)
@@ -138,53 +161,54 @@ class BlockGraphs:
         return self._replay(captured, forward)
 
     def end(self) -> None:
-        """A forward has ended: what the last of a run's branch has captured goes, since decoding wants the memory."""
+        """A forward has ended: what no later one replays goes, since what comes next wants the memory."""
         forward = self.session.forward
-        if forward is None or forward.step.num_steps is None or forward.step.index != forward.step.num_steps - 1:
+        if forward is None or forward.step.index is None:
             return
-        runs = self._thread.runs.get(forward.run, {})
-        for of_run in list(runs.values()):
-            of_run.branches.pop(forward.step.branch, None)
-        if runs and not any(of_run.branches for of_run in runs.values()):
-            self._thread.runs.pop(forward.run)
-            recorders = [of_run.recorder for of_run in runs.values()]
-            runs.clear()
-            for recorder in recorders:
-                recorder.release()
+        step, is_last = forward.step, forward.step.index + 1 == forward.step.num_steps
+        for of_run in self._thread.runs.get(forward.run, {}).values():
+            if is_last:
+                of_run.branches.pop(step.branch, None)
+            elif step.branch in of_run.branches:
+                of_run.branches[step.branch].latest = forward.step.index
+        # Guidance may have ended, and one of two transformers may have done its share of the steps.
+        for graphs in self.together:
+            if graphs is self:
+                graphs._drop_before(forward.step.index - 1, forward.run)
+            else:
+                graphs._drop_before(forward.step.index + 1 if is_last else forward.step.index - 1, None)
+
+    def _drop_before(self, step: int, run: Run | None) -> None:
+        """Drop branches of a run, or of this thread's, that ran last before a step."""
+        for one, runs in list(self._thread.runs.items()):
+            if run is not None and one is not run:
+                continue
+            for of_run in runs.values():
+                of_run.branches = {name: kept for name, kept in of_run.branches.items() if kept.latest >= step}
+            if not any(of_run.branches for of_run in runs.values()):
+                self._thread.runs.pop(one)
+                recorders = [of_run.recorder for of_run in runs.values()]
+                runs.clear()
+                for recorder in recorders:
+                    recorder.release()
 
     def close(self) -> None:
         """Drop all graphs, in every thread."""
         self._thread = _Thread()
 
-    def _may_capture(self, forward: Forward) -> bool:
-        session, engine = self.session, self.session.engine
-        steps, watched = engine.steps, engine.observer is not None or engine.output_tap is not None
-        return (
-            engine.switched_on
-            and not watched
-            and not (steps is not None and steps.with_seconds)  # which are measured call by call
-            and not engine.learned
-            and not engine.routers
-            and not engine.recipe.compensate.follows_step
-            and session.parallel_config is None
-            and forward.step.index is not None
-            and not torch.is_grad_enabled()
-            and not torch.is_inference_mode_enabled()  # where no tensor counts its changes
-            and not torch.is_autocast_enabled(self.device_type)
-        )
-
     def _of_run(self, forward: Forward, device: torch.device) -> _OfRun:
-        stream = torch.cuda.current_stream(device).cuda_stream if device.type == "cuda" else 0
+        place = device, _stream_of(device)
         runs = self._thread.runs.setdefault(forward.run, {})
-        found = runs.get((device, stream))
+        found = runs.get(place)
         if found is None:
-            found = runs[device, stream] = _OfRun(self._recorder(device))
+            found = runs[place] = _OfRun(self._recorder(place))
         return found
 
-    def _recorder(self, device: torch.device) -> Recorder:
-        found = self._thread.recorders.get(device)
+    def _recorder(self, place: tuple[torch.device, int]) -> Recorder:
+        """The one of this thread for a stream: graphs of two streams may run at once, and must share nothing."""
+        found = self._thread.recorders.get(place)
         if found is None:
-            found = self._thread.recorders[device] = self._recorder_of(device)
+            found = self._thread.recorders[place] = self._recorder_of(place[0])
         return found
 
     def _serves(self, served: dict[int, Served], forward: Forward, block: CapturedBlock) -> bool:
@@ -238,14 +262,16 @@ class BlockGraphs:
         likeness = Likeness(block.module)
         engine, device = self.session.engine, tensors[0].device
         slots = of_run.slots
-        given = [slots.of_given(tensor) for tensor in tensors]
+        given: list[Slot] = []
+        for tensor in tensors:
+            given.append(slots.of_given(tensor, given))
         results: list[Slot] = []
         for like in ran.results:
             results.append(slots.for_result(like, device, [*given, *results]))
         for layer in block.layers:
-            record = engine.records[layer]
-            if record.replayed_nans is None or record.replayed_nans.device != device:
-                record.replayed_nans = torch.zeros((), dtype=torch.int64, device=device)
+            nans = engine.records[layer].replayed_nans
+            if device not in nans:  # another thread may be faster
+                nans.setdefault(device, torch.zeros((), dtype=torch.int64, device=device))
         for slot, tensor in zip(given, tensors, strict=True):
             if not slot.holds(tensor):
                 slot.fill(tensor)
@@ -272,7 +298,7 @@ class BlockGraphs:
             forward.calls, forward.watch = calls, None
         if versions != [slot.tensor._version for slot in given]:
             raise CannotCapture("a block changes what it is given")
-        return Captured(graph, likeness, ran.served, given, form, results, ran.results_form, held)
+        return Captured(graph, likeness, ran.served, given, form, results, ran.results_form, held, engine.backends_used)
 
     @staticmethod
     def _fill(slots: Slots, captured: Captured, tensors: list[torch.Tensor]) -> bool:
@@ -308,6 +334,10 @@ class BlockGraphs:
         self.close()
         what = why.partition("\n")[0].rstrip(".")
         self.session.engine.note(f"Blocks run without CUDA graphs: {what}.", lasting=True)
+
+
+def _stream_of(device: torch.device) -> int:
+    return torch.cuda.current_stream(device).cuda_stream if device.type == "cuda" else 0
 
 
 class CapturedBlock:

@@ -24,6 +24,7 @@ def install_graphs(handle: PatchHandle) -> Callable[[], None]:
         The undo.
     """
     undo: list[Callable[[], None]] = []
+    together: list[BlockGraphs] = []
     why_not = why_never(handle.recipe)
     for _, model, _ in transformers_of(handle.target):
         hook = root_hook(model)
@@ -33,7 +34,7 @@ def install_graphs(handle: PatchHandle) -> Callable[[], None]:
         if why_not is not None:
             session.engine.note(f"Blocks run without CUDA graphs: {why_not}.", lasting=True)
             continue
-        undo += _install(session, model)
+        undo += _install(session, model, together)
 
     def undo_all() -> None:
         while undo:
@@ -68,8 +69,10 @@ def why_never(recipe: Recipe) -> str | None:
     return None
 
 
-def _install(session: Session, model: nn.Module) -> list[Callable[[], None]]:
+def _install(session: Session, model: nn.Module, together: list[BlockGraphs]) -> list[Callable[[], None]]:
     graphs = BlockGraphs(session)
+    graphs.together = together
+    together.append(graphs)
     undo: list[Callable[[], None]] = [graphs.close]
     paths = {module: path for path, module in model.named_modules()}
     names = [record.name for record in session.engine.records]

@@ -30,18 +30,18 @@ class Recorder(Protocol):
 
 
 class _Streams(threading.local):
-    """A stream of its own for each device, since cuBLAS keeps memory for every stream that it has seen."""
+    """A stream beside each that runs are on, since cuBLAS keeps memory for every stream that it has seen."""
 
     def __init__(self) -> None:
-        self.of_device: dict[torch.device, torch.cuda.Stream] = {}
+        self.beside: dict[tuple[torch.device, int], torch.cuda.Stream] = {}
 
 
 _streams = _Streams()
 
 
 class CudaRecorder:
-    """Graphs of one thread share memory for what they compute on the way: one stream replays them one after the other,
-    and none reads what another left there.
+    """Graphs of one thread and stream share memory for what they compute on the way: the stream replays them one after
+    the other, and none reads what another left there.
 
     ``torch.cuda.graph`` collects garbage and empties the allocator's cache for each graph, which takes longer than a
     step of a small model.
@@ -87,20 +87,32 @@ class CudaRecorder:
                         launch()
                     except BaseException:
                         with suppress(RuntimeError):  # it says once more that the capture failed
-                            graph.capture_end()
+                            self._end(graph)
                         raise
-                    graph.capture_end()
+                    self._end(graph)
             finally:
                 if collects:
                     gc.enable()
             current.wait_stream(self._stream)
         return graph
 
+    def _end(self, graph: torch.cuda.CUDAGraph) -> None:
+        try:
+            graph.capture_end()
+        except RuntimeError:
+            # torch leaves its allocator as if the capture went on: it would never again free what two streams used.
+            index = torch.cuda.current_device()
+            with suppress(RuntimeError):
+                torch._C._cuda_endAllocateToPool(index, self._pool)
+            torch._C._cuda_releasePool(index, self._pool)
+            raise
+
 
 def _stream(device: torch.device) -> torch.cuda.Stream:
-    found = _streams.of_device.get(device)
+    place = device, torch.cuda.current_stream().cuda_stream
+    found = _streams.beside.get(place)
     if found is None:
-        found = _streams.of_device[device] = torch.cuda.Stream()
+        found = _streams.beside[place] = torch.cuda.Stream()
         with torch.cuda.stream(found):
             # What cuBLAS takes for the stream must not be of a graph.
             small = torch.ones(16, 16, device=device)

@@ -71,5 +71,7 @@ class Served:
         found: KeptPlan | None = plans.plans.get(self.key)
         if found is not kept:
             return False
-        # As the call itself would be counted.
-        return engine.planner.serves_at_once(kept, plans.aged(forward.step, self.key))
+        step = forward.step
+        if step.computed is None:  # as the call itself would be counted: a recipe's reuse counts forwards by itself
+            step = plans.aged(step, self.key)
+        return engine.planner.serves_at_once(kept, step)

@@ -62,24 +62,28 @@ class Slots:
     """The memory of one run in one thread.
 
     Results of blocks take turns in few places: a place is free once the model has dropped what was in it. What blocks
-    are given from elsewhere has places of its own, one for each tensor of a forward.
+    are given from elsewhere has places of its own, one for each tensor of a forward, which live as long as the graphs
+    that read them.
     """
 
     def __init__(self) -> None:
         self._results: list[Slot] = []
         # By the tensor that it was made for: blocks of one forward share what they are given.
-        self._made_for: list[tuple[weakref.ref[torch.Tensor], Slot]] = []
+        self._made_for: list[tuple[weakref.ref[torch.Tensor], weakref.ref[Slot]]] = []
 
-    def of_given(self, given: torch.Tensor) -> Slot:
-        """Where a graph reads this tensor: a result of an earlier block where it lies; anything else is copied."""
+    def of_given(self, given: torch.Tensor, taken: list[Slot]) -> Slot:
+        """Where a graph reads this tensor: a result of an earlier block where it lies, unless that is taken; anything
+        else is copied."""
         for slot in self._results:
-            if slot.holds(given):
+            if slot.holds(given) and not any(slot is one for one in taken):
                 return slot
-        for source, slot in self._made_for:
-            if source() is given:
-                return slot
+        self._made_for = [(source, slot) for source, slot in self._made_for if slot() is not None]
+        for source, made in self._made_for:
+            found = made()
+            if source() is given and found is not None:
+                return found
         slot = Slot(given, given.device)
-        self._made_for.append((weakref.ref(given), slot))
+        self._made_for.append((weakref.ref(given), weakref.ref(slot)))
         return slot
 
     def is_result(self, slot: Slot) -> bool:
