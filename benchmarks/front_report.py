@@ -23,7 +23,7 @@ ATTENTION, OWN, REST, SEARCH, MEANS, SKIPPED, AROUND = 0.76, 0.62, 0.29, 0.47, 0
 
 # Rows whose names stand in the picture.
 NAMED = {
-    "mass:density=.25,means=True@schedule.own_dense=True": "default",
+    "mass:density=.3,means=True@schedule.own_dense=True": "default",
     "mass:density=.3": "default before",
     "carried:density=.2,means=True": "carried, 0.2",
     "carried:density=.1,means=True": "carried, 0.1",
@@ -36,13 +36,13 @@ NAMED = {
 MEANS_AT = "select.density=0.3;compensate=residual;schedule.own_dense=True"
 OWN_DENSE = "compensate.means=True;schedule.own_dense=True"
 NAMED_OF_CARD = {
-    "auto": "default",
+    f"mass;{MEANS_AT}": "default",
     "mass;select.density=0.3": "default before",
-    f"mass;{MEANS_AT}": "default at 0.3",
+    "auto": "default at 0.25",  # which it was
     f"carried;select.density=0.1;{OWN_DENSE}": "carried, 0.1",
     f"carried;select.density=0.1;{OWN_DENSE};schedule.dense_fraction=0.1": "carried, 0.1, fewer dense steps",
     "fast": "fast",
-    "max;select.density=0.25": "max at 0.25",
+    "max;select.density=0.25": "max",
 }
 
 KINDS = {"cache": "steps skipped", "sparse": "sparse attention", "both": "both"}

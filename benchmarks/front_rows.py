@@ -31,7 +31,7 @@ PROFILES = ("balanced", "fast", "max")
 FAST_LIST = "listed:computed=(0,1,2,4,6,9,12,16,20,24,27,29),order=1"
 NINE_LIST = "listed:computed=(0,1,3,6,10,15,20,24,27),order=1,slope=.5,correction=1"
 FRONT = (
-    "mass:density=.25,means=True@schedule.own_dense=True",
+    "mass:density=.3,means=True@schedule.own_dense=True",
     "mass:density=.3",
     "mass:density=.25,dense_fraction=.1",
     "mass:density=.15,dense_fraction=.1",
