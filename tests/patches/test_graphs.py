@@ -401,10 +401,11 @@ def test_each_stream_has_a_recorder_of_its_own(graphs, monkeypatch):
         (captured,) = {block._compiled_call_impl.graphs for block in pipe.transformer.blocks}
         make = captured._recorder_of
         captured._recorder_of = lambda device: (asked.append(device), make(device))[1]
-        for stream in (1, 2, 1):
+        for stream in (1, 1, 2):
             monkeypatch.setattr(blocks, "_stream_of", lambda _device, stream=stream: stream)
             TINY["wan"].run(pipe, steps=STEPS)
-    assert len(asked) == 2
+        assert len(asked) == 2
+        assert [stream for _, stream in captured._thread.recorders] == [2]  # the other's memory waits for nobody
 
 
 def test_counts_begin_anew_between_two_replays(graphs):
@@ -585,6 +586,9 @@ def test_arguments_are_taken_apart_and_put_together():
         assert taken_apart([unlike])[1] != taken_apart([one])[1]
     with pytest.raises(CannotCapture, match="a set is among"):
         taken_apart([{1}])
+    for lazy in (torch.ones(2, dtype=torch.complex64).conj(), torch.ones(2, dtype=torch.complex64).conj().imag):
+        with pytest.raises(CannotCapture, match="only when it is read"):
+            taken_apart([lazy])
 
 
 def test_two_tensors_in_one_place_are_read_from_two():

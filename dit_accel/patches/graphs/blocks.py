@@ -206,10 +206,13 @@ class BlockGraphs:
 
     def _recorder(self, place: tuple[torch.device, int]) -> Recorder:
         """The one of this thread for a stream: graphs of two streams may run at once, and must share nothing."""
-        found = self._thread.recorders.get(place)
-        if found is None:
-            found = self._thread.recorders[place] = self._recorder_of(place[0])
-        return found
+        recorders = self._thread.recorders
+        if place not in recorders:
+            used = {one for runs in self._thread.runs.values() for one in runs}
+            for idle in recorders.keys() - used:  # whose memory would wait for graphs that nobody captures any more
+                del recorders[idle]
+            recorders[place] = self._recorder_of(place[0])
+        return recorders[place]
 
     def _serves(self, served: dict[int, Served], forward: Forward, block: CapturedBlock) -> bool:
         return all(layer in served and served[layer].serves(self.session, forward, layer) for layer in block.layers)
