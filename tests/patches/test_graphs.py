@@ -22,6 +22,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 import dit_accel
 from dit_accel.acceleration.api import accelerate, change_beside_attention
+from dit_accel.frozen_planner import FrozenPlanner
 from dit_accel.patches.graphs import blocks
 from dit_accel.patches.graphs.arguments import CannotCapture, put_together, taken_apart
 from dit_accel.patches.graphs.install import install_graphs, why_never
@@ -126,6 +127,30 @@ def test_plans_age_by_the_steps_that_a_recipe_does_not_skip(profile, fields, gra
         assert facts(handle) == counted
         assert not notes(handle)
     assert graphs.replayed
+
+
+def test_a_call_that_is_dense_for_another_reason_than_its_layer_is_counted_by_it(graphs):
+    recipe = dit_accel.presets.resolve("mass").with_fields({"schedule.dense_layers": (0,)})
+    pipe = TINY["wan"].build()
+    with dit_accel.patch(pipe, recipe) as handle:
+        (session,) = handle.sessions.values()
+        session.engine.automatic = True  # which finds these too short
+        TINY["wan"].run(pipe, steps=STEPS)
+        counted = facts(handle)
+        handle.reset()
+        with_graphs(handle)
+        TINY["wan"].run(pipe, steps=STEPS)
+        assert facts(handle) == counted
+
+
+def test_plans_of_a_calibration_are_said_not_to_be_replayed(graphs):
+    pipe = TINY["wan"].build()
+    with dit_accel.patch(pipe, "mass", density=0.3) as handle:
+        (session,) = handle.sessions.values()
+        session.engine.planner.__class__ = FrozenPlanner
+        with_graphs(handle)
+        assert notes(handle) == ["Blocks run without CUDA graphs: a calibration has made their plans."]
+        assert all(block._compiled_call_impl is None for block in pipe.transformer.blocks)
 
 
 @pytest.mark.parametrize("recipe", ["pooled", "gna", "dense", "carried", "sla"])
@@ -313,6 +338,37 @@ def test_results_that_somebody_keeps_stay(graphs, monkeypatch):
     assert len(kept) == len(eager)
     assert all(one.equal(other) for one, other in zip(kept, eager, strict=True))
     assert graphs.captured
+
+
+def test_a_block_that_returns_other_numbers_is_not_replayed(graphs):
+    def clip(graphs_too: bool) -> tuple[torch.Tensor, list[str]]:
+        pipe = TINY["wan"].build()
+        steps = [0]
+
+        class Scaled(type(pipe.transformer.blocks[0])):  # type: ignore[misc]
+            def forward(self, *args: Any, **kwargs: Any) -> tuple[torch.Tensor, float]:
+                return super().forward(*args, **kwargs), 1.0 + steps[0] / 10
+
+            def __call__(self, *args: Any, **kwargs: Any) -> torch.Tensor:
+                out, scale = super().__call__(*args, **kwargs)
+                return out * scale
+
+        for block in pipe.transformer.blocks:
+            block.__class__ = Scaled
+
+        def at_step(_pipe: Any, step: int, _timestep: Any, given: dict[str, Any]) -> dict[str, Any]:
+            steps[0] = step
+            return given
+
+        with dit_accel.patch(pipe, "mass", density=0.3) as handle:
+            if graphs_too:
+                with_graphs(handle)
+            return TINY["wan"].run(pipe, steps=STEPS, callback_on_step_end=at_step), notes(handle)
+
+    wanted, _ = clip(False)
+    found, (note,) = clip(True)
+    assert found.equal(wanted)
+    assert note.endswith("a block returned something of another form than before.")
 
 
 def test_runs_with_other_sizes_and_prompts(graphs):
@@ -629,6 +685,8 @@ def test_a_tensor_is_copied_once_until_it_changes():
     slot._filled.zero_()
     slot.fill(given)
     assert not slot.tensor.any()  # it was not copied again
+    slot.fill(torch.arange(6.0).mul(3).expand(4, 6))  # of the same version, and another
+    assert slot.tensor.equal(torch.arange(6.0).mul(3).expand(4, 6))
     other = given.clone().mul_(2)[:, :6]
     slot.fill(other)
     assert slot.tensor.equal(torch.arange(6.0).mul(2).expand(4, 6))

@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from ...frozen_planner import FrozenPlanner
 from ...recipe import Recipe
 from ..handle import PatchHandle
 from ..hooks import Hook
@@ -31,8 +32,9 @@ def install_graphs(handle: PatchHandle) -> Callable[[], None]:
         if hook is None:
             continue
         session = hook.session
-        if why_not is not None:
-            session.engine.note(f"Blocks run without CUDA graphs: {why_not}.", lasting=True)
+        why = "a calibration has made their plans" if isinstance(session.engine.planner, FrozenPlanner) else why_not
+        if why is not None:
+            session.engine.note(f"Blocks run without CUDA graphs: {why}.", lasting=True)
             continue
         undo += _install(session, model, together)
 
