@@ -6,6 +6,7 @@ A stand-in captures on a CPU (graph_stand_in.py); test_graphs_gpu.py captures CU
 from __future__ import annotations
 
 import copy
+import gc
 import pickle
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -25,7 +26,7 @@ from dit_accel.acceleration.api import accelerate, change_beside_attention
 from dit_accel.frozen_planner import FrozenPlanner
 from dit_accel.patches.graphs import blocks
 from dit_accel.patches.graphs.arguments import CannotCapture, put_together, taken_apart
-from dit_accel.patches.graphs.install import install_graphs, why_never
+from dit_accel.patches.graphs.install import REPLACED, install_graphs, why_never
 from dit_accel.patches.graphs.likeness import Likeness
 from dit_accel.patches.graphs.static import Slots
 from dit_accel.patches.handle import PatchHandle
@@ -151,6 +152,30 @@ def test_plans_of_a_calibration_are_said_not_to_be_replayed(graphs):
         with_graphs(handle)
         assert notes(handle) == ["Blocks run without CUDA graphs: a calibration has made their plans."]
         assert all(block._compiled_call_impl is None for block in pipe.transformer.blocks)
+
+
+def test_a_run_that_turns_its_picture_is_not_replayed_with_the_plan_of_before(graphs):
+    """As many tokens, of another grid."""
+
+    @torch.no_grad()
+    def denoise(pipe: Any) -> list[torch.Tensor]:
+        givens = [pipe_calls.forward_arguments("wan", size, 0) for size in (0, 1)]
+        pipe.scheduler.set_timesteps(12)
+        outs = []
+        for index, timestep in enumerate(pipe.scheduler.timesteps):
+            given = givens[index // 6]
+            time = timestep.expand(given["timestep"].shape)
+            outs.append(pipe.transformer(**given | {"timestep": time, "return_dict": False})[0])
+            pipe.scheduler.step(outs[-1], timestep, given["hidden_states"])
+        return outs
+
+    pipe = pipe_calls.build("wan")
+    with dit_accel.patch(pipe, "mass", density=0.3):
+        wanted = denoise(pipe)
+    with with_graphs(dit_accel.patch(pipe, "mass", density=0.3)):
+        found = denoise(pipe)
+    assert all(one.equal(other) for one, other in zip(found, wanted, strict=True))
+    assert graphs.replayed
 
 
 @pytest.mark.parametrize("recipe", ["pooled", "gna", "dense", "carried", "sla"])
@@ -369,6 +394,41 @@ def test_a_block_that_returns_other_numbers_is_not_replayed(graphs):
     found, (note,) = clip(True)
     assert found.equal(wanted)
     assert note.endswith("a block returned something of another form than before.")
+
+
+@pytest.mark.parametrize("changes", [{5}, {4, 5, 6, 7, 8, 9}], ids=["once", "at every step"])
+def test_a_block_that_is_given_other_numbers_or_changed_tensors(changes, graphs):
+    def clip(graphs_too: bool) -> torch.Tensor:
+        pipe = TINY["wan"].build()
+        given_too: dict[str, Any] = {"scale": 1.0, "among": {"others": [torch.ones(32, 1).expand(32, 24)]}}
+
+        class Scaled(type(pipe.transformer.blocks[0])):  # type: ignore[misc]
+            def forward(self, *args: Any, scale: float, among: Any, **kwargs: Any) -> torch.Tensor:
+                return super().forward(*args, **kwargs) * scale + among["others"][0][0]
+
+            def __call__(self, *args: Any) -> torch.Tensor:
+                return super().__call__(*args, **given_too)
+
+        for block in pipe.transformer.blocks:
+            block.__class__ = Scaled
+
+        def at_step(_pipe: Any, step: int, _timestep: Any, given: dict[str, Any]) -> dict[str, Any]:
+            if step in changes:
+                given_too["scale"] += 0.125
+            if step == 7:
+                given_too["among"]["others"][0][:, :1].add_(0.25)
+            return given
+
+        with dit_accel.patch(pipe, "mass", density=0.3) as handle:
+            if graphs_too:
+                with_graphs(handle)
+            found = TINY["wan"].run(pipe, steps=12, callback_on_step_end=at_step)
+            assert not notes(handle)
+            return found
+
+    wanted = clip(False)
+    assert clip(True).equal(wanted)
+    assert graphs.replayed
 
 
 def test_runs_with_other_sizes_and_prompts(graphs):
@@ -608,6 +668,21 @@ def test_code_that_was_compiled_later_stays():
         block._compiled_call_impl = code
     handle.remove()
     assert [block._compiled_call_impl for block in pipe.transformer.blocks] == compiled
+
+
+def test_blocks_that_were_compiled_later_are_said_to_run_without_graphs(graphs):
+    pipe = TINY["wan"].build()
+    with with_graphs(dit_accel.patch(pipe, "mass", density=0.3)) as handle:
+        TINY["wan"].run(pipe, steps=STEPS)
+        assert not notes(handle)
+        pipe.transformer.blocks[1]._compiled_call_impl = None
+        TINY["wan"].run(pipe, steps=STEPS)
+        assert notes(handle) == [f"Blocks run without CUDA graphs: {REPLACED}."]
+        pipe.transformer.blocks[1] = copy.deepcopy(pipe.transformer.blocks[1])
+        gc.collect()
+        handle.reset()
+        TINY["wan"].run(pipe, steps=STEPS)
+        assert notes(handle) == [f"Blocks run without CUDA graphs: {REPLACED}."]
 
 
 def test_a_cpu_has_no_graphs_and_says_so():

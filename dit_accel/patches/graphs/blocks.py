@@ -367,6 +367,12 @@ class CapturedBlock:
         assert module is not None
         return module
 
+    @property
+    def is_in_place(self) -> bool:
+        """Whether calls of the block come here."""
+        module = self._module()
+        return module is not None and module._compiled_call_impl is self
+
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         if torch.compiler.is_compiling():
             return self.inner(*args, **kwargs)
