@@ -28,6 +28,7 @@ from dit_accel.patches.graphs import blocks
 from dit_accel.patches.graphs.arguments import CannotCapture, put_together, taken_apart
 from dit_accel.patches.graphs.install import REPLACED, install_graphs, why_never
 from dit_accel.patches.graphs.likeness import Likeness
+from dit_accel.patches.graphs.served import Served
 from dit_accel.patches.graphs.static import Slots
 from dit_accel.patches.handle import PatchHandle
 from tests import pipe_calls
@@ -429,6 +430,43 @@ def test_a_block_that_is_given_other_numbers_or_changed_tensors(changes, graphs)
     wanted = clip(False)
     assert clip(True).equal(wanted)
     assert graphs.replayed
+
+
+def test_a_block_that_changes_what_it_is_given_is_not_replayed(graphs):
+    def clip(graphs_too: bool) -> tuple[torch.Tensor, list[str]]:
+        pipe = TINY["wan"].build()
+
+        class Changes(type(pipe.transformer.blocks[0])):  # type: ignore[misc]
+            def forward(self, hidden_states: torch.Tensor, *args: Any) -> torch.Tensor:
+                return super().forward(hidden_states.mul_(1.25), *args)
+
+            def __call__(self, hidden_states: torch.Tensor, *args: Any) -> torch.Tensor:
+                return super().__call__(hidden_states, *args) + hidden_states
+
+        for block in pipe.transformer.blocks:
+            block.__class__ = Changes
+        with dit_accel.patch(pipe, "mass", density=0.3) as handle:
+            if graphs_too:
+                with_graphs(handle)
+            return TINY["wan"].run(pipe, steps=STEPS), notes(handle)
+
+    wanted, _ = clip(False)
+    found, (note,) = clip(True)
+    assert found.equal(wanted)
+    assert note.endswith("a block changes what it is given.")
+
+
+def test_a_plan_that_changes_within_a_capture_is_seen(graphs, monkeypatch):
+    """Should somebody foresee wrongly which plan a call will have."""
+    recipe = dit_accel.presets.resolve("mass").with_fields({"schedule.refresh_every": 2, "schedule.refresh_at": ()})
+    pipe = TINY["wan"].build()
+    with dit_accel.patch(pipe, recipe):
+        wanted = TINY["wan"].run(pipe, steps=STEPS)
+    monkeypatch.setattr(Served, "serves", lambda *_: True)
+    with with_graphs(dit_accel.patch(pipe, recipe)) as handle:
+        assert TINY["wan"].run(pipe, steps=STEPS).equal(wanted)
+        (note,) = notes(handle)
+    assert note.endswith("a layer's plan changed while it was captured.")
 
 
 def test_runs_with_other_sizes_and_prompts(graphs):
