@@ -432,6 +432,34 @@ def test_a_block_that_is_given_other_numbers_or_changed_tensors(changes, graphs)
     assert graphs.replayed
 
 
+def test_a_place_that_somebody_still_holds_is_not_filled(graphs):
+    """A block's input of one step is kept beside it in the next, where the block is given another."""
+
+    def clip(graphs_too: bool) -> torch.Tensor:
+        pipe = TINY["wan"].build()
+        now = [0]
+
+        class Skips(type(pipe.transformer.blocks[1])):  # type: ignore[misc]
+            def __call__(self, hidden_states: torch.Tensor, *args: Any) -> torch.Tensor:
+                if now[0] < 6:
+                    return super().__call__(hidden_states, *args)
+                return super().__call__(hidden_states * 0.5, *args) + hidden_states
+
+        pipe.transformer.blocks[1].__class__ = Skips
+
+        def at_step(_pipe: Any, step: int, _timestep: Any, given: dict[str, Any]) -> dict[str, Any]:
+            now[0] = step + 1
+            return given
+
+        with dit_accel.patch(pipe, "mass", density=0.3) as handle:
+            if graphs_too:
+                with_graphs(handle)
+            return TINY["wan"].run(pipe, steps=10, callback_on_step_end=at_step)
+
+    assert clip(True).equal(clip(False))
+    assert graphs.replayed
+
+
 def test_a_block_that_changes_what_it_is_given_is_not_replayed(graphs):
     def clip(graphs_too: bool) -> tuple[torch.Tensor, list[str]]:
         pipe = TINY["wan"].build()
