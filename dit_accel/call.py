@@ -63,6 +63,7 @@ class AttentionCall:
         part: which slots of the permuted sequence, once tokens were exchanged; the key mask stays that of the whole.
         left_out: what the plan left out of the run's last dense step, where a compensation asks; None before it.
         plan: what a sparse call ran; None for a dense one.
+        dense_reason: why it stayed dense; None for a sparse one.
         choices: the backend of each of the recipe's operations; None outside an engine, where each chooses by itself.
         backends_used: where the backends that ran are recorded; None outside an engine.
         captured: it goes into a CUDA graph, whose replays compute it.
@@ -90,6 +91,7 @@ class AttentionCall:
     part: RingPart | None = None
     left_out: LeftOut | None = None
     plan: AttentionPlan | None = None
+    dense_reason: str | None = None
     choices: Mapping[Operation, Choice] | None = None
     backends_used: BackendsUsed | None = None
     captured: bool = False

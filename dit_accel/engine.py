@@ -212,7 +212,7 @@ class Engine:
     ) -> tuple[torch.Tensor, bool]:
         """The output, and whether it is the model's own attention's."""
         book = self.records[call.layer] if call.is_counted else LayerRecord("")
-        reason = call.unread or self._dense_reason(call)
+        reason = call.dense_reason = call.unread or self._dense_reason(call)
         if reason == DENSE_PHASE and self.recipe.schedule.own_dense:
             dense = self._dense_by_kernel(call, dense)
         if reason is not None:

@@ -6,6 +6,7 @@ A stand-in captures on a CPU (graph_stand_in.py); test_graphs_gpu.py captures CU
 from __future__ import annotations
 
 import copy
+import gc
 import pickle
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -22,10 +23,12 @@ from torch.utils.flop_counter import FlopCounterMode
 
 import dit_accel
 from dit_accel.acceleration.api import accelerate, change_beside_attention
+from dit_accel.frozen_planner import FrozenPlanner
 from dit_accel.patches.graphs import blocks
 from dit_accel.patches.graphs.arguments import CannotCapture, put_together, taken_apart
-from dit_accel.patches.graphs.install import install_graphs, why_never
+from dit_accel.patches.graphs.install import REPLACED, install_graphs, why_never
 from dit_accel.patches.graphs.likeness import Likeness
+from dit_accel.patches.graphs.served import Served
 from dit_accel.patches.graphs.static import Slots
 from dit_accel.patches.handle import PatchHandle
 from tests import pipe_calls
@@ -125,6 +128,54 @@ def test_plans_age_by_the_steps_that_a_recipe_does_not_skip(profile, fields, gra
         assert pipe_calls.perform(pipe, "wan", Call(20, 0)).equal(wanted)
         assert facts(handle) == counted
         assert not notes(handle)
+    assert graphs.replayed
+
+
+def test_a_call_that_is_dense_for_another_reason_than_its_layer_is_counted_by_it(graphs):
+    recipe = dit_accel.presets.resolve("mass").with_fields({"schedule.dense_layers": (0,)})
+    pipe = TINY["wan"].build()
+    with dit_accel.patch(pipe, recipe) as handle:
+        (session,) = handle.sessions.values()
+        session.engine.automatic = True  # which finds these too short
+        TINY["wan"].run(pipe, steps=STEPS)
+        counted = facts(handle)
+        handle.reset()
+        with_graphs(handle)
+        TINY["wan"].run(pipe, steps=STEPS)
+        assert facts(handle) == counted
+
+
+def test_plans_of_a_calibration_are_said_not_to_be_replayed(graphs):
+    pipe = TINY["wan"].build()
+    with dit_accel.patch(pipe, "mass", density=0.3) as handle:
+        (session,) = handle.sessions.values()
+        session.engine.planner.__class__ = FrozenPlanner
+        with_graphs(handle)
+        assert notes(handle) == ["Blocks run without CUDA graphs: a calibration has made their plans."]
+        assert all(block._compiled_call_impl is None for block in pipe.transformer.blocks)
+
+
+def test_a_run_that_turns_its_picture_is_not_replayed_with_the_plan_of_before(graphs):
+    """As many tokens, of another grid."""
+
+    @torch.no_grad()
+    def denoise(pipe: Any) -> list[torch.Tensor]:
+        givens = [pipe_calls.forward_arguments("wan", size, 0) for size in (0, 1)]
+        pipe.scheduler.set_timesteps(12)
+        outs = []
+        for index, timestep in enumerate(pipe.scheduler.timesteps):
+            given = givens[index // 6]
+            time = timestep.expand(given["timestep"].shape)
+            outs.append(pipe.transformer(**given | {"timestep": time, "return_dict": False})[0])
+            pipe.scheduler.step(outs[-1], timestep, given["hidden_states"])
+        return outs
+
+    pipe = pipe_calls.build("wan")
+    with dit_accel.patch(pipe, "mass", density=0.3):
+        wanted = denoise(pipe)
+    with with_graphs(dit_accel.patch(pipe, "mass", density=0.3)):
+        found = denoise(pipe)
+    assert all(one.equal(other) for one, other in zip(found, wanted, strict=True))
     assert graphs.replayed
 
 
@@ -315,6 +366,137 @@ def test_results_that_somebody_keeps_stay(graphs, monkeypatch):
     assert graphs.captured
 
 
+def test_a_block_that_returns_other_numbers_is_not_replayed(graphs):
+    def clip(graphs_too: bool) -> tuple[torch.Tensor, list[str]]:
+        pipe = TINY["wan"].build()
+        steps = [0]
+
+        class Scaled(type(pipe.transformer.blocks[0])):  # type: ignore[misc]
+            def forward(self, *args: Any, **kwargs: Any) -> tuple[torch.Tensor, float]:
+                return super().forward(*args, **kwargs), 1.0 + steps[0] / 10
+
+            def __call__(self, *args: Any, **kwargs: Any) -> torch.Tensor:
+                out, scale = super().__call__(*args, **kwargs)
+                return out * scale
+
+        for block in pipe.transformer.blocks:
+            block.__class__ = Scaled
+
+        def at_step(_pipe: Any, step: int, _timestep: Any, given: dict[str, Any]) -> dict[str, Any]:
+            steps[0] = step
+            return given
+
+        with dit_accel.patch(pipe, "mass", density=0.3) as handle:
+            if graphs_too:
+                with_graphs(handle)
+            return TINY["wan"].run(pipe, steps=STEPS, callback_on_step_end=at_step), notes(handle)
+
+    wanted, _ = clip(False)
+    found, (note,) = clip(True)
+    assert found.equal(wanted)
+    assert note.endswith("a block returned something of another form than before.")
+
+
+@pytest.mark.parametrize("changes", [{5}, {4, 5, 6, 7, 8, 9}], ids=["once", "at every step"])
+def test_a_block_that_is_given_other_numbers_or_changed_tensors(changes, graphs):
+    def clip(graphs_too: bool) -> torch.Tensor:
+        pipe = TINY["wan"].build()
+        given_too: dict[str, Any] = {"scale": 1.0, "among": {"others": [torch.ones(32, 1).expand(32, 24)]}}
+
+        class Scaled(type(pipe.transformer.blocks[0])):  # type: ignore[misc]
+            def forward(self, *args: Any, scale: float, among: Any, **kwargs: Any) -> torch.Tensor:
+                return super().forward(*args, **kwargs) * scale + among["others"][0][0]
+
+            def __call__(self, *args: Any) -> torch.Tensor:
+                return super().__call__(*args, **given_too)
+
+        for block in pipe.transformer.blocks:
+            block.__class__ = Scaled
+
+        def at_step(_pipe: Any, step: int, _timestep: Any, given: dict[str, Any]) -> dict[str, Any]:
+            if step in changes:
+                given_too["scale"] += 0.125
+            if step == 7:
+                given_too["among"]["others"][0][:, :1].add_(0.25)
+            return given
+
+        with dit_accel.patch(pipe, "mass", density=0.3) as handle:
+            if graphs_too:
+                with_graphs(handle)
+            found = TINY["wan"].run(pipe, steps=12, callback_on_step_end=at_step)
+            assert not notes(handle)
+            return found
+
+    wanted = clip(False)
+    assert clip(True).equal(wanted)
+    assert graphs.replayed
+
+
+def test_a_place_that_somebody_still_holds_is_not_filled(graphs):
+    """A block's input of one step is kept beside it in the next, where the block is given another."""
+
+    def clip(graphs_too: bool) -> torch.Tensor:
+        pipe = TINY["wan"].build()
+        now = [0]
+
+        class Skips(type(pipe.transformer.blocks[1])):  # type: ignore[misc]
+            def __call__(self, hidden_states: torch.Tensor, *args: Any) -> torch.Tensor:
+                if now[0] < 6:
+                    return super().__call__(hidden_states, *args)
+                return super().__call__(hidden_states * 0.5, *args) + hidden_states
+
+        pipe.transformer.blocks[1].__class__ = Skips
+
+        def at_step(_pipe: Any, step: int, _timestep: Any, given: dict[str, Any]) -> dict[str, Any]:
+            now[0] = step + 1
+            return given
+
+        with dit_accel.patch(pipe, "mass", density=0.3) as handle:
+            if graphs_too:
+                with_graphs(handle)
+            return TINY["wan"].run(pipe, steps=10, callback_on_step_end=at_step)
+
+    assert clip(True).equal(clip(False))
+    assert graphs.replayed
+
+
+def test_a_block_that_changes_what_it_is_given_is_not_replayed(graphs):
+    def clip(graphs_too: bool) -> tuple[torch.Tensor, list[str]]:
+        pipe = TINY["wan"].build()
+
+        class Changes(type(pipe.transformer.blocks[0])):  # type: ignore[misc]
+            def forward(self, hidden_states: torch.Tensor, *args: Any) -> torch.Tensor:
+                return super().forward(hidden_states.mul_(1.25), *args)
+
+            def __call__(self, hidden_states: torch.Tensor, *args: Any) -> torch.Tensor:
+                return super().__call__(hidden_states, *args) + hidden_states
+
+        for block in pipe.transformer.blocks:
+            block.__class__ = Changes
+        with dit_accel.patch(pipe, "mass", density=0.3) as handle:
+            if graphs_too:
+                with_graphs(handle)
+            return TINY["wan"].run(pipe, steps=STEPS), notes(handle)
+
+    wanted, _ = clip(False)
+    found, (note,) = clip(True)
+    assert found.equal(wanted)
+    assert note.endswith("a block changes what it is given.")
+
+
+def test_a_plan_that_changes_within_a_capture_is_seen(graphs, monkeypatch):
+    """Should somebody foresee wrongly which plan a call will have."""
+    recipe = dit_accel.presets.resolve("mass").with_fields({"schedule.refresh_every": 2, "schedule.refresh_at": ()})
+    pipe = TINY["wan"].build()
+    with dit_accel.patch(pipe, recipe):
+        wanted = TINY["wan"].run(pipe, steps=STEPS)
+    monkeypatch.setattr(Served, "serves", lambda *_: True)
+    with with_graphs(dit_accel.patch(pipe, recipe)) as handle:
+        assert TINY["wan"].run(pipe, steps=STEPS).equal(wanted)
+        (note,) = notes(handle)
+    assert note.endswith("a layer's plan changed while it was captured.")
+
+
 def test_runs_with_other_sizes_and_prompts(graphs):
     pipe = pipe_calls.build("wan")
     calls = (Call(9, 0), Call(9, 1), Call(7, 2), Call(9, 0, guided=False), Call(9, 0))
@@ -401,10 +583,11 @@ def test_each_stream_has_a_recorder_of_its_own(graphs, monkeypatch):
         (captured,) = {block._compiled_call_impl.graphs for block in pipe.transformer.blocks}
         make = captured._recorder_of
         captured._recorder_of = lambda device: (asked.append(device), make(device))[1]
-        for stream in (1, 2, 1):
+        for stream in (1, 1, 2):
             monkeypatch.setattr(blocks, "_stream_of", lambda _device, stream=stream: stream)
             TINY["wan"].run(pipe, steps=STEPS)
-    assert len(asked) == 2
+        assert len(asked) == 2
+        assert [stream for _, stream in captured._thread.recorders] == [2]  # the other's memory waits for nobody
 
 
 def test_counts_begin_anew_between_two_replays(graphs):
@@ -553,6 +736,21 @@ def test_code_that_was_compiled_later_stays():
     assert [block._compiled_call_impl for block in pipe.transformer.blocks] == compiled
 
 
+def test_blocks_that_were_compiled_later_are_said_to_run_without_graphs(graphs):
+    pipe = TINY["wan"].build()
+    with with_graphs(dit_accel.patch(pipe, "mass", density=0.3)) as handle:
+        TINY["wan"].run(pipe, steps=STEPS)
+        assert not notes(handle)
+        pipe.transformer.blocks[1]._compiled_call_impl = None
+        TINY["wan"].run(pipe, steps=STEPS)
+        assert notes(handle) == [f"Blocks run without CUDA graphs: {REPLACED}."]
+        pipe.transformer.blocks[1] = copy.deepcopy(pipe.transformer.blocks[1])
+        gc.collect()
+        handle.reset()
+        TINY["wan"].run(pipe, steps=STEPS)
+        assert notes(handle) == [f"Blocks run without CUDA graphs: {REPLACED}."]
+
+
 def test_a_cpu_has_no_graphs_and_says_so():
     pipe = TINY["wan"].build()
     with accelerate(pipe, "mass", density=0.3, graphs=True) as handle:
@@ -585,6 +783,9 @@ def test_arguments_are_taken_apart_and_put_together():
         assert taken_apart([unlike])[1] != taken_apart([one])[1]
     with pytest.raises(CannotCapture, match="a set is among"):
         taken_apart([{1}])
+    for lazy in (torch.ones(2, dtype=torch.complex64).conj(), torch.ones(2, dtype=torch.complex64).conj().imag):
+        with pytest.raises(CannotCapture, match="only when it is read"):
+            taken_apart([lazy])
 
 
 def test_two_tensors_in_one_place_are_read_from_two():
@@ -625,6 +826,8 @@ def test_a_tensor_is_copied_once_until_it_changes():
     slot._filled.zero_()
     slot.fill(given)
     assert not slot.tensor.any()  # it was not copied again
+    slot.fill(torch.arange(6.0).mul(3).expand(4, 6))  # of the same version, and another
+    assert slot.tensor.equal(torch.arange(6.0).mul(3).expand(4, 6))
     other = given.clone().mul_(2)[:, :6]
     slot.fill(other)
     assert slot.tensor.equal(torch.arange(6.0).mul(2).expand(4, 6))

@@ -57,6 +57,8 @@ def _form(value: Any, tensors: list[torch.Tensor], places: dict[int, int]) -> Fo
     if isinstance(value, torch.Tensor):
         if type(value) not in (torch.Tensor, torch.nn.Parameter):
             raise CannotCapture(f"a {type(value).__name__} is among a block's arguments")
+        if value.is_conj() or value.is_neg():  # which a copy is no longer, and some kernels then round otherwise
+            raise CannotCapture("a block's argument is conjugated or negated only when it is read")
         place = places.setdefault(id(value), len(tensors))
         if place == len(tensors):
             tensors.append(value)

@@ -206,10 +206,13 @@ class BlockGraphs:
 
     def _recorder(self, place: tuple[torch.device, int]) -> Recorder:
         """The one of this thread for a stream: graphs of two streams may run at once, and must share nothing."""
-        found = self._thread.recorders.get(place)
-        if found is None:
-            found = self._thread.recorders[place] = self._recorder_of(place[0])
-        return found
+        recorders = self._thread.recorders
+        if place not in recorders:
+            used = {one for runs in self._thread.runs.values() for one in runs}
+            for idle in recorders.keys() - used:  # whose memory would wait for graphs that nobody captures any more
+                del recorders[idle]
+            recorders[place] = self._recorder_of(place[0])
+        return recorders[place]
 
     def _serves(self, served: dict[int, Served], forward: Forward, block: CapturedBlock) -> bool:
         return all(layer in served and served[layer].serves(self.session, forward, layer) for layer in block.layers)
@@ -363,6 +366,12 @@ class CapturedBlock:
         module = self._module()
         assert module is not None
         return module
+
+    @property
+    def is_in_place(self) -> bool:
+        """Whether calls of the block come here."""
+        module = self._module()
+        return module is not None and module._compiled_call_impl is self
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         if torch.compiler.is_compiling():

@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from ...frozen_planner import FrozenPlanner
 from ...recipe import Recipe
 from ..handle import PatchHandle
 from ..hooks import Hook
@@ -31,8 +32,9 @@ def install_graphs(handle: PatchHandle) -> Callable[[], None]:
         if hook is None:
             continue
         session = hook.session
-        if why_not is not None:
-            session.engine.note(f"Blocks run without CUDA graphs: {why_not}.", lasting=True)
+        why = "a calibration has made their plans" if isinstance(session.engine.planner, FrozenPlanner) else why_not
+        if why is not None:
+            session.engine.note(f"Blocks run without CUDA graphs: {why}.", lasting=True)
             continue
         undo += _install(session, model, together)
 
@@ -43,15 +45,22 @@ def install_graphs(handle: PatchHandle) -> Callable[[], None]:
     return undo_all
 
 
+REPLACED = "others stand where they were to be captured, as after a later torch.compile"
+
+
 class EndGraphs(Hook):
     """Forward hook of a transformer."""
 
-    def __init__(self, graphs: BlockGraphs) -> None:
+    def __init__(self, graphs: BlockGraphs, blocks: list[CapturedBlock]) -> None:
         self.graphs = graphs
+        self.blocks = blocks
 
     def __call__(self, _module: nn.Module, _args: tuple[Any, ...], _output: Any) -> None:
-        if not torch.compiler.is_compiling():
-            self.graphs.end()
+        if torch.compiler.is_compiling():
+            return
+        self.graphs.end()
+        if not all(block.is_in_place for block in self.blocks):
+            self.graphs.session.engine.note(f"Blocks run without CUDA graphs: {REPLACED}.")
 
 
 def why_never(recipe: Recipe) -> str | None:
@@ -74,6 +83,7 @@ def _install(session: Session, model: nn.Module, together: list[BlockGraphs]) ->
     graphs.together = together
     together.append(graphs)
     undo: list[Callable[[], None]] = [graphs.close]
+    blocks: list[CapturedBlock] = []
     paths = {module: path for path, module in model.named_modules()}
     names = [record.name for record in session.engine.records]
     for index, block in enumerate(attending_blocks(model, session.family)):
@@ -82,9 +92,10 @@ def _install(session: Session, model: nn.Module, together: list[BlockGraphs]) ->
         before = block._compiled_call_impl
         captured = CapturedBlock(graphs, block, before or block._call_impl, index, layers)
         block._compiled_call_impl = captured
+        blocks.append(captured)
         undo.append(partial(_give_back, block, captured, before))
     # Before the hook by which the session forgets the forward.
-    undo.append(model.register_forward_hook(EndGraphs(graphs), prepend=True).remove)
+    undo.append(model.register_forward_hook(EndGraphs(graphs, blocks), prepend=True).remove)
     return undo
 
 

@@ -37,6 +37,8 @@ class _Streams(threading.local):
 
 
 _streams = _Streams()
+# The collector of garbage is of the process: another thread must not turn it on again within a capture.
+_one_at_a_time = threading.Lock()
 
 
 class CudaRecorder:
@@ -75,7 +77,7 @@ class CudaRecorder:
 
     def _captured(self, launch: Callable[[], object]) -> torch.cuda.CUDAGraph:
         graph = torch.cuda.CUDAGraph()
-        with torch.cuda.device(self._device):
+        with torch.cuda.device(self._device), _one_at_a_time:
             current = torch.cuda.current_stream()
             self._stream.wait_stream(current)
             collects = gc.isenabled()

@@ -48,8 +48,7 @@ class Served:
             return "calls that processes share are not replayed"
         key = plan_key(call)
         if call.plan is None:
-            reason = engine.recipe.schedule.dense_reason(call.step, call.layer, len(engine.records))
-            return cls(call.layout, None, None, key, None) if reason == DENSE_LAYER else None
+            return cls(call.layout, None, None, key, None) if call.dense_reason == DENSE_LAYER else None
         kept, plans = call.used.get(call.layer), call.kept
         if kept is None or plans is None or call.plan.mask.token_bits is not None:
             return None
