@@ -304,6 +304,100 @@ def test_a_block_is_no_longer_alike_when_its_processor_or_the_attention_backend_
     assert not likeness.holds()
 
 
+def with_dropout(pipe: Any) -> None:
+    pipe.transformer.blocks[0].attn1.to_out[1].p = 0.5
+    pipe.transformer.train()
+
+
+def called_as(block: Any, call: Callable[..., Any], forward: Callable[..., Any] | None = None) -> None:
+    kind = type(block)
+    block.__class__ = type(
+        kind.__name__, (kind,), {"__call__": call, "__module__": __name__} | ({"forward": forward} if forward else {})
+    )
+
+
+def twice(pipe: Any) -> None:
+    called_as(
+        pipe.transformer.blocks[0],
+        lambda self, hidden, *args: torch.nn.Module.__call__(
+            self, torch.nn.Module.__call__(self, hidden, *args), *args
+        ),
+    )
+
+
+def tensors_of_inference(pipe: Any) -> None:
+    with torch.inference_mode():
+        one = torch.ones(24)
+    inner = type(pipe.transformer.blocks[0]).forward
+    called_as(
+        pipe.transformer.blocks[0],
+        lambda self, *args: torch.nn.Module.__call__(self, *args, extra=one),
+        lambda self, *args, extra: inner(self, *args) + extra,
+    )
+
+
+@pytest.mark.parametrize(
+    ("change", "why"),
+    [
+        (with_dropout, "Dropout is in training mode: call eval()"),
+        (a_hook, "FeedForward has a hook of another package, which a replay would not call"),
+        (another_forward, "another package has replaced the forward of FeedForward, as offloading does"),
+        (a_lora, "Linear of peft may change its scale: fuse the adapter"),
+        (twice, "a block runs more than once in a forward"),
+        (tensors_of_inference, "tensors of torch.inference_mode do not count their changes: use torch.no_grad"),
+    ],
+    ids=lambda value: getattr(value, "__name__", ""),
+)
+def test_what_a_replay_would_leave_out_is_not_captured(change, why, graphs):
+    def clip(graphs_too: bool) -> tuple[torch.Tensor, dict[str, Any]]:
+        pipe = TINY["wan"].build()
+        change(pipe)
+        torch.manual_seed(0)
+        with dit_accel.patch(pipe, "mass", density=0.3) as handle:
+            if graphs_too:
+                with_graphs(handle)
+            found = TINY["wan"].run(pipe, steps=STEPS)
+            assert notes(handle) == ([f"Blocks run without CUDA graphs: {why}."] if graphs_too else [])
+            return found, facts(handle)
+
+    wanted, counted = clip(False)
+    found, also = clip(True)
+    assert found.equal(wanted)
+    assert also == counted
+
+
+def test_outputs_that_are_tapped_are_all_seen(graphs):
+    def tapped(graphs_too: bool) -> list[int]:
+        pipe, seen = TINY["wan"].build(), []
+        with dit_accel.patch(pipe, "mass", density=0.3) as handle:
+            if graphs_too:
+                with_graphs(handle)
+            (session,) = handle.sessions.values()
+
+            def tap(layer: int, out: torch.Tensor, _dense: object) -> torch.Tensor:
+                seen.append(layer)
+                return out
+
+            def at_step(_pipe: Any, step: int, _timestep: Any, given: dict[str, Any]) -> dict[str, Any]:
+                session.engine.output_tap = tap if step in (5, 6) else None
+                return given
+
+            TINY["wan"].run(pipe, steps=10, callback_on_step_end=at_step)
+        return seen
+
+    assert tapped(True) == tapped(False) != []
+    assert graphs.replayed
+
+
+def test_steps_that_are_timed_are_not_replayed(graphs):
+    pipe = TINY["wan"].build()
+    with with_graphs(dit_accel.patch(pipe, "mass", density=0.3)) as handle:
+        handle.record_steps(seconds=True)
+        TINY["wan"].run(pipe, steps=STEPS)
+        assert notes(handle) == ["Blocks run without CUDA graphs: the calls of recorded steps are timed one by one."]
+    assert not graphs.captured
+
+
 def test_what_is_switched_between_two_steps_is_seen(graphs):
     seen: list[int] = []
 
