@@ -10,7 +10,7 @@ import torch
 
 import dit_accel.call
 import dit_accel.run
-from dit_accel.patches.graphs import blocks, install
+from dit_accel.patches.graphs import blocks, install, kept
 from dit_accel.patches.graphs.static import Slot, Slots
 from dit_accel.patches.session import Session
 from tests.patches.tape import Tape
@@ -97,7 +97,7 @@ def graphs(monkeypatch: pytest.MonkeyPatch) -> StandIn:
         return made
 
     monkeypatch.setattr(install, "BlockGraphs", make)
-    monkeypatch.setattr(blocks, "Slots", Poisoned)
+    monkeypatch.setattr(kept, "Slots", Poisoned)
     for module in (dit_accel.call, dit_accel.run):
         monkeypatch.setattr(module, "is_captured", lambda _device: seen.now)
     return seen

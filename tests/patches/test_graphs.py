@@ -24,7 +24,7 @@ from torch.utils.flop_counter import FlopCounterMode
 import dit_accel
 from dit_accel.acceleration.api import accelerate, change_beside_attention
 from dit_accel.frozen_planner import FrozenPlanner
-from dit_accel.patches.graphs import blocks
+from dit_accel.patches.graphs import kept
 from dit_accel.patches.graphs.arguments import CannotCapture, put_together, taken_apart
 from dit_accel.patches.graphs.install import REPLACED, install_graphs, why_never
 from dit_accel.patches.graphs.likeness import Likeness
@@ -607,7 +607,7 @@ def test_nothing_of_a_run_is_kept_when_it_has_ended(graphs):
     with with_graphs(dit_accel.patch(pipe, "mass", density=0.3)) as handle:
         TINY["wan"].run(pipe, steps=STEPS)
         (captured,) = {block._compiled_call_impl.graphs for block in pipe.transformer.blocks}
-        assert not captured._thread.runs
+        assert not captured.kept._thread.runs
         assert graphs.released == 1
         (session,) = handle.sessions.values()
         assert not session.engine.planner.of_graphs._for_good
@@ -616,7 +616,7 @@ def test_nothing_of_a_run_is_kept_when_it_has_ended(graphs):
 def branches_of(pipe: Any, name: str = "transformer") -> list[Any]:
     """What each branch of this thread's runs keeps."""
     (graphs,) = {block._compiled_call_impl.graphs for block in getattr(pipe, name).blocks}
-    runs = [of_run for runs in graphs._thread.runs.values() for of_run in runs.values()]
+    runs = [of_run for runs in graphs.kept._thread.runs.values() for of_run in runs.values()]
     return [(of_run, branch) for of_run in runs for branch in of_run.branches.values()]
 
 
@@ -675,13 +675,13 @@ def test_each_stream_has_a_recorder_of_its_own(graphs, monkeypatch):
     asked: list[Any] = []
     with with_graphs(dit_accel.patch(pipe, "mass", density=0.3)):
         (captured,) = {block._compiled_call_impl.graphs for block in pipe.transformer.blocks}
-        make = captured._recorder_of
-        captured._recorder_of = lambda device: (asked.append(device), make(device))[1]
+        make = captured.kept._recorder_of
+        captured.kept._recorder_of = lambda device: (asked.append(device), make(device))[1]
         for stream in (1, 1, 2):
-            monkeypatch.setattr(blocks, "_stream_of", lambda _device, stream=stream: stream)
+            monkeypatch.setattr(kept, "_stream_of", lambda _device, stream=stream: stream)
             TINY["wan"].run(pipe, steps=STEPS)
         assert len(asked) == 2
-        assert [stream for _, stream in captured._thread.recorders] == [2]  # the other's memory waits for nobody
+        assert [stream for _, stream in captured.kept._thread.recorders] == [2]  # the other's memory waits for nobody
 
 
 def test_counts_begin_anew_between_two_replays(graphs):
