@@ -366,6 +366,49 @@ def test_what_a_replay_would_leave_out_is_not_captured(change, why, graphs):
     assert also == counted
 
 
+def test_a_block_that_runs_twice_from_some_step_on(graphs):
+    def clip(graphs_too: bool) -> tuple[torch.Tensor, dict[str, Any]]:
+        pipe = TINY["wan"].build()
+
+        def at_step(pipe: Any, step: int, _timestep: Any, given: dict[str, Any]) -> dict[str, Any]:
+            if step == 5:
+                assert not graphs_too or branches_of(pipe)
+                twice(pipe)
+            if step == 6 and graphs_too:
+                assert not branches_of(pipe)  # no more of any block
+            return given
+
+        with dit_accel.patch(pipe, "mass", density=0.3) as handle:
+            if graphs_too:
+                with_graphs(handle)
+            found = TINY["wan"].run(pipe, steps=10, callback_on_step_end=at_step)
+            if graphs_too:
+                assert notes(handle) == ["Blocks run without CUDA graphs: a block runs more than once in a forward."]
+            return found, facts(handle)
+
+    wanted, counted = clip(False)
+    found, also = clip(True)
+    assert found.equal(wanted)
+    assert also == counted
+    assert graphs.replayed
+
+
+def test_a_patch_that_is_removed_within_a_run_keeps_nothing(graphs):
+    pipe = TINY["wan"].build()
+    handle = with_graphs(dit_accel.patch(pipe, "mass", density=0.3))
+    (captured,) = {block._compiled_call_impl.graphs for block in pipe.transformer.blocks}
+
+    def at_step(_pipe: Any, step: int, _timestep: Any, given: dict[str, Any]) -> dict[str, Any]:
+        if step == 6:
+            assert captured._thread.runs
+            handle.remove()
+        return given
+
+    TINY["wan"].run(pipe, steps=10, callback_on_step_end=at_step)
+    assert not captured._thread.runs
+    assert graphs.replayed
+
+
 def test_outputs_that_are_tapped_are_all_seen(graphs):
     def tapped(graphs_too: bool) -> list[int]:
         pipe, seen = TINY["wan"].build(), []
