@@ -400,12 +400,12 @@ def test_a_patch_that_is_removed_within_a_run_keeps_nothing(graphs):
 
     def at_step(_pipe: Any, step: int, _timestep: Any, given: dict[str, Any]) -> dict[str, Any]:
         if step == 6:
-            assert captured._thread.runs
+            assert captured.kept._thread.runs
             handle.remove()
         return given
 
     TINY["wan"].run(pipe, steps=10, callback_on_step_end=at_step)
-    assert not captured._thread.runs
+    assert not captured.kept._thread.runs
     assert graphs.replayed
 
 
