@@ -114,7 +114,7 @@ def test_a_summary_fits_a_terminal(recipe: str | None) -> None:
     assert max(map(len, lines)) <= COLUMNS
     assert " ".join(" ".join(lines).split()) == " ".join(" ".join(summary.lines()).split()), "nothing is cut"
     if recipe is None:
-        assert lines[0].startswith("recipe: mass; select.density=0.25; compensate=residual")
+        assert lines[0].startswith("recipe: mass; select.density=0.3; compensate=residual")
 
 
 class Cells(HTMLParser):
