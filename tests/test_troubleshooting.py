@@ -10,7 +10,9 @@ from pathlib import Path
 import pytest
 
 from dit_accel.patches.reasons import CACHED, NO_LATENTS, PASSED
-from dit_accel.stages.schedule import DENSE_PHASE
+from dit_accel.patches.graphs.conditions import OF_INFERENCE
+from dit_accel.patches.graphs.install import REPLACED
+from dit_accel.stages.schedule import DENSE_LAYER, DENSE_PHASE
 
 ROOT = Path(__file__).parent.parent
 PACKAGE = ROOT / "dit_accel"
@@ -21,7 +23,7 @@ DENSE = {
     "planner.py": ("why_not_pairs",),
     "stages/schedule.py": ("dense_reason",),
     "call.py": ("_read_mask",),
-    "patches/session.py": ("_layout",),
+    "patches/session.py": ("layout",),
     "patches/placement.py": ("place_latents",),
 }
 # Methods that count a dense call, whose argument may be the reason itself.
@@ -73,7 +75,20 @@ def in_code(places: dict[str, tuple[str, ...]]) -> set[str]:
 def dense_reasons() -> set[str]:
     """All of them; what passes a layer by in compiled code is a list already."""
     everywhere = {text for path in PACKAGE.rglob("*.py") for text in counted(path.read_text(encoding="utf-8"))}
-    return in_code(DENSE) | everywhere | (set(PASSED) - {CACHED}) | {NO_LATENTS, DENSE_PHASE}
+    return in_code(DENSE) | everywhere | (set(PASSED) - {CACHED}) | {NO_LATENTS, DENSE_PHASE, DENSE_LAYER}
+
+
+def graph_reasons() -> set[str]:
+    """Why blocks run without graphs: what functions return, what is raised, and what has a name."""
+    folder = PACKAGE / "patches" / "graphs"
+    found = {OF_INFERENCE, REPLACED, "samples are attended one by one", "a calibration has made their plans"}
+    for path, function in (("conditions.py", "why_not_now"), ("install.py", "why_never"), ("served.py", "of")):
+        found |= set(returned((folder / path).read_text(encoding="utf-8"), (function,)))
+    for path in folder.glob("*.py"):
+        for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+            if isinstance(node, ast.Call) and ast.unparse(node.func) == "CannotCapture":
+                found |= set(texts(node.args[0]))
+    return found - {""}
 
 
 def of_page(*headings: str) -> list[str]:
@@ -92,8 +107,12 @@ HEADINGS = ("The recipe says so", "Too little to gain", "The call cannot be read
 
 @pytest.mark.parametrize(
     ("reasons", "rows"),
-    [(dense_reasons(), of_page(*HEADINGS)), (in_code(REUSE), of_page("Nothing is reused across steps"))],
-    ids=["dense", "reuse"],
+    [
+        (dense_reasons(), of_page(*HEADINGS)),
+        (in_code(REUSE), of_page("Nothing is reused across steps")),
+        (graph_reasons(), of_page("Blocks run without CUDA graphs")),
+    ],
+    ids=["dense", "reuse", "graphs"],
 )
 def test_the_page_has_each_reason(reasons: set[str], rows: list[str]) -> None:
     assert len(reasons) >= 5
@@ -105,7 +124,9 @@ def test_the_page_has_each_reason(reasons: set[str], rows: list[str]) -> None:
 
 
 def test_every_table_of_reasons_is_read() -> None:
-    assert PAGE.count("\n| `") == len(of_page(*HEADINGS, "Nothing is reused across steps"))
+    assert PAGE.count("\n| `") == len(
+        of_page(*HEADINGS, "Nothing is reused across steps", "Blocks run without CUDA graphs")
+    )
     assert f"`{CACHED}`" in PAGE
 
 
