@@ -9,9 +9,9 @@ from pathlib import Path
 
 import pytest
 
-from dit_accel.patches.reasons import CACHED, NO_LATENTS, PASSED
 from dit_accel.patches.graphs.conditions import OF_INFERENCE
 from dit_accel.patches.graphs.install import REPLACED
+from dit_accel.patches.reasons import CACHED, NO_LATENTS, PASSED
 from dit_accel.stages.schedule import DENSE_LAYER, DENSE_PHASE
 
 ROOT = Path(__file__).parent.parent
