@@ -114,7 +114,9 @@ def test_a_card_is_drawn_by_its_own_times(front: Any, made: Path) -> None:
     named = {text.get_text(): text.xy for text in panel.texts}
     pyplot.close(figure)
     assert set(named) == set(report.NAMED_OF_CARD.values())
-    row = next(row for row in card["recipes"] if row["recipe"] == "auto")
+    (default,) = (recipe for recipe, name in report.NAMED_OF_CARD.items() if name == "default")
+    row = next(row for row in card["recipes"] if row["recipe"] == default)
+    assert "select.density=0.3" in default  # as patch(pipe) has it
     assert named["default"] == (row["speedup"]["median"], row["metrics"]["psnr"]["mean"])
     assert panel.get_title() == "32,760 tokens, 30 steps, measured"
 
