@@ -26,13 +26,10 @@ from .stages.learned_layer import LearnedLayer
 from .stages.schedule import DENSE_PHASE
 from .step_log import Placed, StepLog
 from .timing import Moment, Stopwatch
+from .worthwhile import why_not_worthwhile
 
 logger = logging.getLogger("dit_accel")
 
-# Share of pairs that must be read above which the default stays dense.
-MOST_FORCED = 0.7
-# On a CPU dense attention is slow enough for a few thousand tokens to gain.
-LEAST_ON_CPU = 2048
 # A server sees any number of sizes; advice about this many is enough.
 MOST_ADVISED = 64
 
@@ -52,7 +49,7 @@ class Engine:
         layer_names: the self-attention modules, in order of execution.
         backend: of every operation, one of :data:`~dit_accel.kernels.BACKENDS`.
         min_tokens: sequence length from which sparse attention gains on a GPU. On a CPU it gains from
-            :data:`LEAST_ON_CPU` on, if that is less.
+            :data:`~dit_accel.worthwhile.LEAST_ON_CPU` on, if that is less.
         automatic: stay dense below ``min_tokens`` and where most pairs must be read in any case; else only say so.
 
     Attributes:
@@ -169,11 +166,9 @@ class Engine:
     def count_replayed(self, layer: int, density: torch.Tensor, at: Placed) -> None:
         """Count a sparse call that a CUDA graph computed under a plan made before, in the forward ``at``. NaNs in its
         output are counted by the graph, where the layer's record has a place for them."""
-        book = self.records[layer]
         with self._counting:
-            book.densities.add(density)
-            book.sparse_calls += 1
-            book.replayed_calls += 1
+            self.records[layer].add_sparse(density)
+            self.records[layer].replayed_calls += 1
         steps = self.steps
         if steps is not None:
             steps.add_plans(at, 0)
@@ -314,11 +309,8 @@ class Engine:
             density = density / plan.querying  # of the rows of blocks that query
             seen = None if seen is None else seen / plan.querying
         with self._counting:
+            book.add_sparse(density, seen)
             book.largest.add(largest)
-            book.densities.add(density)
-            if seen is not None:
-                book.hidden.add(density - seen)
-            book.sparse_calls += 1
         steps = self.steps
         if steps is not None and call.is_counted:
             steps.add_sparse(call, density)
@@ -407,7 +399,7 @@ class Engine:
         if call.pairs is not None and (reason := self.planner.why_not_pairs()) is not None:
             return reason
         if self.automatic:
-            reason = self._why_not_worthwhile(call.layout, call.q.device)
+            reason = why_not_worthwhile(call.layout, call.q.device, self.min_tokens)
             if reason is not None:
                 return reason
         elif (call.layout, call.q.device) not in self._seen_layouts:
@@ -415,22 +407,12 @@ class Engine:
         self.planner.refuse(call)
         return self.recipe.schedule.dense_reason(call.step, call.layer, len(self.records))
 
-    def _why_not_worthwhile(self, layout: TokenLayout, device: torch.device) -> str | None:
-        # The call's device: a model may be moved, or offloaded, after it was patched.
-        least = min(self.min_tokens, LEAST_ON_CPU) if device.type == "cpu" else self.min_tokens
-        if layout.seq_len < least:
-            return f"{layout.seq_len} tokens, too few to gain (below {least})"
-        share = layout.forced_share
-        if share > MOST_FORCED:
-            return f"{share:.2f} of all pairs are of text or references and must be read: too little is left to gain"
-        return None
-
     def _advise(self, layout: TokenLayout, device: torch.device) -> None:
         """Say once what a recipe chosen by name will not gain at this layout."""
         if len(self._seen_layouts) >= MOST_ADVISED:
             return
         self._seen_layouts.add((layout, device))
-        reason = self._why_not_worthwhile(layout, device)
+        reason = why_not_worthwhile(layout, device, self.min_tokens)
         if reason is not None:
             self.note(f"The recipe may be slower than dense here: {reason}.")
 

@@ -92,6 +92,13 @@ class LayerRecord:
         """Sparse calls whose output held a NaN; waits for the device."""
         return int(self.largest.total()) + sum(map(int, list(self.replayed_nans.values())))
 
+    def add_sparse(self, density: torch.Tensor, seen: torch.Tensor | None = None) -> None:
+        """A sparse call, at a density that is a 0-d tensor; ``seen`` is that of token pairs where a mask hides some."""
+        self.sparse_calls += 1
+        self.densities.add(density)
+        if seen is not None:
+            self.hidden.add(density - seen)
+
     def reset(self) -> None:
         """Begin at nothing; compiled code goes on counting in the tensor that it knows."""
         self.dense_calls = Counter()

@@ -19,7 +19,7 @@ FLOORS = (
     ("kernels.attention", "kernels.selection"),
     ("kernels.linear", "kernels.quantized", "kernels.pyramid", "kernels.coarse"),
     ("kernels",),
-    ("plan", "timing", "records", "graph_hold"),
+    ("plan", "timing", "records", "graph_hold", "worthwhile"),
     ("run",),
     ("call", "step_log"),
     ("ring_attention",),

@@ -19,7 +19,8 @@ PACKAGE = ROOT / "dit_accel"
 PAGE = (ROOT / "docs" / "troubleshooting.md").read_text(encoding="utf-8")
 # Functions that return reasons for dense calls, or None.
 DENSE = {
-    "engine.py": ("_dense_reason", "_why_not_worthwhile"),
+    "engine.py": ("_dense_reason",),
+    "worthwhile.py": ("why_not_worthwhile",),
     "planner.py": ("why_not_pairs",),
     "stages/schedule.py": ("dense_reason",),
     "call.py": ("_read_mask",),

@@ -58,6 +58,18 @@ def notes(handle: PatchHandle) -> list[str]:
     return [note for note in handle.summary().notes if "CUDA graphs" in note]
 
 
+def assert_alike(recipe: dit_accel.Recipe, steps: int) -> None:
+    """A run under a recipe has the same bits and counts with graphs as without, and no block gives them up."""
+    pipe, call = pipe_calls.build("wan"), Call(steps, 0)
+    with dit_accel.patch(pipe, recipe) as handle:
+        wanted = pipe_calls.perform(pipe, "wan", call)
+        counted = facts(handle)
+    with with_graphs(dit_accel.patch(pipe, recipe)) as handle:
+        assert pipe_calls.perform(pipe, "wan", call).equal(wanted)
+        assert facts(handle) == counted
+        assert not notes(handle)
+
+
 @pytest.mark.parametrize("name", TINY)
 def test_a_run_with_graphs_has_the_bits_and_counts_of_one_without(name, graphs):
     tiny = TINY[name]
@@ -103,14 +115,7 @@ def test_profiles_decide_between_replayed_blocks(recipe, graphs):
     ids=["refreshed", "a dense layer", "no dense phase", "means in int8"],
 )
 def test_plans_that_change_are_captured_anew(fields, graphs):
-    recipe = dit_accel.presets.resolve("mass").with_fields(fields)
-    pipe = pipe_calls.build("wan")
-    with dit_accel.patch(pipe, recipe) as handle:
-        wanted = pipe_calls.perform(pipe, "wan", Call(13, 0))
-        counted = facts(handle)
-    with with_graphs(dit_accel.patch(pipe, recipe)) as handle:
-        assert pipe_calls.perform(pipe, "wan", Call(13, 0)).equal(wanted)
-        assert facts(handle) == counted
+    assert_alike(dit_accel.presets.resolve("mass").with_fields(fields), steps=13)
     assert graphs.replayed
 
 
@@ -119,15 +124,7 @@ def test_plans_that_change_are_captured_anew(fields, graphs):
     "fields", [{"schedule.refresh_every": 3, "schedule.refresh_at": ()}, {"schedule.choose_every": 3}], ids=str
 )
 def test_plans_age_by_the_steps_that_a_recipe_does_not_skip(profile, fields, graphs):
-    recipe = dit_accel.presets.resolve(profile).with_fields(fields)
-    pipe = pipe_calls.build("wan")
-    with dit_accel.patch(pipe, recipe) as handle:
-        wanted = pipe_calls.perform(pipe, "wan", Call(20, 0))
-        counted = facts(handle)
-    with with_graphs(dit_accel.patch(pipe, recipe)) as handle:
-        assert pipe_calls.perform(pipe, "wan", Call(20, 0)).equal(wanted)
-        assert facts(handle) == counted
-        assert not notes(handle)
+    assert_alike(dit_accel.presets.resolve(profile).with_fields(fields), steps=20)
     assert graphs.replayed
 
 

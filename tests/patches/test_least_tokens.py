@@ -6,17 +6,18 @@ import torch
 
 import dit_accel
 from dit_accel import Recipe
-from dit_accel.engine import LEAST_ON_CPU, Engine
+from dit_accel.engine import Engine
 from dit_accel.layout import TokenLayout
 from dit_accel.patches.families import FAMILIES
 from dit_accel.stages.select.pooled import Pooled
+from dit_accel.worthwhile import LEAST_ON_CPU, why_not_worthwhile
 from tests.tiny import TINY
 
 GPU = torch.device("cuda", 0)
 
 
 def reason(engine: Engine, tokens: int, device: torch.device) -> str | None:
-    return engine._why_not_worthwhile(TokenLayout((1, 1, tokens), 0, tokens), device)
+    return why_not_worthwhile(TokenLayout((1, 1, tokens), 0, tokens), device, engine.min_tokens)
 
 
 def test_a_cpu_gains_earlier_than_a_gpu():

@@ -74,12 +74,11 @@ class BlockGraphs:
         forward = self.session.forward
         if forward is None or forward.step.index is None:
             return
-        step = forward.step
-        self.kept.end_step(forward.run, step)
+        index, is_last = forward.step.index, forward.step.index + 1 == forward.step.num_steps
+        self.kept.end_step(forward.run, forward.step)
         for graphs in self.together:
             if graphs is not self:  # one of two transformers may have done its share of the steps
-                is_last = forward.step.index + 1 == step.num_steps
-                graphs.kept.drop_before(forward.step.index + 1 if is_last else forward.step.index - 1)
+                graphs.kept.drop_before(index + 1 if is_last else index - 1)
 
     def close(self) -> None:
         """Drop all graphs, in every thread."""
@@ -110,9 +109,9 @@ class BlockGraphs:
                 known.counted = used
                 return block.inner(*args, **kwargs)
             if self._serves(known.served, forward, block) and known.given_form == form and known.likeness.holds():
-                return (
-                    self._replay(known, forward) if known.takes(of_run.slots, tensors) else block.inner(*args, **kwargs)
-                )
+                if known.takes(of_run.slots, tensors):
+                    return self._replay(known, forward)
+                return block.inner(*args, **kwargs)
             del branch.captured[block.index]
         ran = branch.ran.pop(block.index, None)
         if ran is None or not self._serves(ran.served, forward, block):

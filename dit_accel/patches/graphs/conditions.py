@@ -18,9 +18,7 @@ def why_not_now(session: Session, forward: Forward, device_type: str) -> str | N
     engine = session.engine
     if not engine.switched_on or engine.observer is not None or engine.output_tap is not None:
         return ""
-    if engine.learned or engine.routers or engine.recipe.compensate.follows_step or forward.step.index is None:
-        return ""
-    if torch.is_grad_enabled():
+    if forward.step.index is None or torch.is_grad_enabled():
         return ""
     if engine.steps is not None and engine.steps.with_seconds:
         return "the calls of recorded steps are timed one by one"
