@@ -1,13 +1,14 @@
 """Every preset and profile on one model: seconds and fidelity of the same clips, by the parts of ``dit-accel verify``.
 
-    python -m benchmarks.verify_presets --model embedded-long --compile --prompts 8 --out table
-    python -m benchmarks.verify_presets --processes 8 --gpus 4 --prompts 16 --out table      # prompts shared out
+    python -m benchmarks.verify_presets --model embedded-long --compile --graphs --prompts 8 --out table
+    python -m benchmarks.verify_presets --compile --gpus 2 --prompts 8 --out table           # prompts shared out
     python -m benchmarks.verify_presets --methods mass pooled fast --densities 0.3 --quick --device cpu --out small
     python -m benchmarks.verify_presets --show table/table.json
 
 Dense and the rows take turns, clip by clip, in groups of rows (--group), each with dense runs of its own. A run that
 was broken off goes on where it was: settings of rows, plans, and every finished clip are in the folder. A row that
-cannot run is recorded with its reason, before hours go into the others.
+cannot run is recorded with its reason, before hours go into the others. Processes share out both: rows while each is
+tried, then prompts.
 
 Seconds count where one process has a GPU for itself (--processes 1); the file says how many had. Rank agreement is
 Spearman's correlation of the rows' PSNR with that of the fidelity sweep of the small model, at the same density.
@@ -20,14 +21,16 @@ import json
 import os
 import subprocess
 import sys
+import traceback
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from dit_accel import CalibrationArtifact, Recipe, calibrate, patch
+from dit_accel import CalibrationArtifact, Recipe, accelerate, calibrate, patch
 from dit_accel.acceleration.compiled import compile_blocks
 from dit_accel.call import AttentionCall
 from dit_accel.cli.environment import environment
@@ -80,6 +83,7 @@ def main() -> None:
     parser.add_argument("--steps", type=int, default=30)
     parser.add_argument("--guidance", type=float)
     parser.add_argument("--compile", action="store_true", help="blocks of both sides")
+    parser.add_argument("--graphs", action="store_true", help="blocks of the rows replayed as CUDA graphs")
     parser.add_argument("--repeat", type=int, default=1, help="timed runs of each clip and row")
     parser.add_argument("--group", type=int, default=12, help="rows that take turns with one dense run")
     parser.add_argument("--processes", type=int, default=1, choices=range(1, 9), help="on each GPU")
@@ -89,7 +93,8 @@ def main() -> None:
     parser.add_argument("--small", type=Path, nargs="*", default=list(SMALL), help="the fidelity sweep to agree with")
     parser.add_argument("--quick", action="store_true", help="small clips of few steps: does every row run?")
     parser.add_argument("--show", type=Path, help="print the tables of a file")
-    parser.add_argument("--share", type=int, help=argparse.SUPPRESS)  # of the prompts, for one process
+    parser.add_argument("--share", type=int, help=argparse.SUPPRESS)  # of the rows or prompts, for one process
+    parser.add_argument("--prepare", action="store_true", help=argparse.SUPPRESS)
     parser.add_argument("--out", type=Path, default=Path("outputs/presets"))
     args = parser.parse_args()
     if args.quick:
@@ -97,13 +102,13 @@ def main() -> None:
     if args.show:
         print(shown(json.loads(args.show.read_text())))
     elif args.share is not None:
-        run_share(args)
+        (prepare_share if args.prepare else run_share)(args)
     else:
         rows = rows_of(args.methods, args.densities)  # an unknown name is found before anything is loaded
         parts = Parts(args.out, ADVICE)
         parts.claim(settings_of(args))
         if any(parts.read(name) is None for name in (RUN, *(row.name for row in rows))):
-            prepare(args, rows, parts)
+            launch(args, "--prepare")
         launch(args)
         result = merged(args, rows, parts)
         write_text(args.out / "table.json", json.dumps(result, indent=1) + "\n")
@@ -112,7 +117,7 @@ def main() -> None:
 
 def settings_of(args: argparse.Namespace) -> dict[str, Any]:
     """What a clip depends on. Further methods, densities and prompts may come to a folder."""
-    names = ("model", "size", "frames", "steps", "guidance", "compile", "repeat", "device", "dtype")
+    names = ("model", "size", "frames", "steps", "guidance", "compile", "graphs", "repeat", "device", "dtype")
     device = torch.cuda.get_device_name() if args.device != "cpu" else "cpu"
     return {name: getattr(args, name) for name in names} | {"on": device, "torch": torch.__version__}
 
@@ -123,22 +128,40 @@ def prompts_of(args: argparse.Namespace) -> list[tuple[str, int]]:
 
 
 def opened(args: argparse.Namespace) -> tuple[Any, dict[str, Any]]:
-    """The pipeline, and arguments of its call."""
+    """The pipeline, compiled if it is to be, and arguments of its call."""
     pipe = load(args.model, dtype=getattr(torch, args.dtype), device=torch.device(args.device))
     pipe.set_progress_bar_config(disable=True)
+    if args.compile:
+        compile_blocks(pipe)
     asked = Asked.read(args.size, args.frames, args.steps, args.guidance)
     return pipe, call_arguments(pipe, **asked.settings(pipe, builtins().get(args.model)))
 
 
-def prepare(args: argparse.Namespace, rows: Sequence[Row], parts: Parts) -> None:
-    """Fit, calibrate and try each row once, so that all processes run the very same recipes."""
+def patched(args: argparse.Namespace, parts: Parts, pipe: Any, row: str) -> Any:
+    """A row's patch as it was prepared."""
+    if row == DENSE:
+        return patch(pipe, DENSE)
+    found = parts.read(row)
+    plans = None if found["plans"] is None else CalibrationArtifact.load(args.out / found["plans"])
+    return accelerate(pipe, Recipe.from_dict(found["recipe"]), graphs=args.graphs, calibration=plans)
+
+
+def processes(args: argparse.Namespace) -> int:
+    """How many share the work; a prompt is one's own."""
+    return min(args.processes * args.gpus, args.prompts)
+
+
+def prepare_share(args: argparse.Namespace) -> None:
+    """Fit, calibrate and try rows once, so that all processes run the very same recipes."""
+    parts, rows = Parts(args.out, ADVICE), rows_of(args.methods, args.densities)[args.share :: processes(args)]
     pipe, arguments = opened(args)
-    sequence = first_sequence(pipe, OTHER_PROMPTS[0], arguments)
-    parts.write(RUN, {"sequence": None if sequence is None else asdict(sequence), "call": as_plain(arguments)})
+    if args.share == 0:
+        sequence = first_sequence(pipe, OTHER_PROMPTS[0], arguments)
+        parts.write(RUN, {"sequence": None if sequence is None else asdict(sequence), "call": as_plain(arguments)})
+    rows = [row for row in rows if parts.read(row.name) is None]
     calls = recorded(pipe, arguments) if any(row.method.is_fitted for row in rows) else []
+    short = shortened(pipe, arguments, min(LONG_WARM_UP_STEPS, args.steps))
     for row in rows:
-        if parts.read(row.name) is not None:
-            continue
         found: dict[str, Any] = {"recipe": None, "plans": None, "failed": None}
         try:
             recipe = row.method.build() if row.density is None else at_density(row.method, row.density, calls)
@@ -149,10 +172,8 @@ def prepare(args: argparse.Namespace, rows: Sequence[Row], parts: Parts) -> None
                 given = {**arguments, "output_type": "latent"}
                 plans = calibrate(pipe, OTHER_PROMPTS, recipe, out=path, generate_kwargs=given, buckets=6)
                 found["plans"] = str(path.relative_to(args.out))
-            with patch(pipe, recipe, calibration=plans):
-                generate_clip(
-                    pipe, OTHER_PROMPTS[0], 0, shortened(pipe, arguments, min(LONG_WARM_UP_STEPS, args.steps))
-                )
+            with accelerate(pipe, recipe, graphs=args.graphs, calibration=plans):
+                generate_clip(pipe, OTHER_PROMPTS[0], 0, short)
         except (ValueError, RuntimeError, TypeError, NotImplementedError) as error:  # the other rows go on
             found["failed"] = f"{type(error).__name__}: {' '.join(str(error).split())}"
         parts.write(row.name, found)
@@ -176,13 +197,12 @@ def recorded(pipe: Any, arguments: Mapping[str, Any]) -> list[AttentionCall]:
     return calls
 
 
-def launch(args: argparse.Namespace) -> None:
-    """A process a share of the prompts; those on one GPU run beside each other."""
-    number = min(args.processes * args.gpus, args.prompts)
+def launch(args: argparse.Namespace, *what: str) -> None:
+    """A process a share; those on one GPU run beside each other."""
     children = []
-    for share in range(number):
+    for share in range(processes(args)):
         place = {} if args.device == "cpu" else {"CUDA_VISIBLE_DEVICES": visible(share % args.gpus)}
-        command = [sys.executable, "-m", "benchmarks.verify_presets", *sys.argv[1:], "--share", str(share)]
+        command = [sys.executable, "-m", "benchmarks.verify_presets", *sys.argv[1:], "--share", str(share), *what]
         children.append(subprocess.Popen(command, env={**os.environ, **place}))
     codes = [child.wait() for child in children]
     if any(codes):
@@ -205,20 +225,10 @@ def run_share(args: argparse.Namespace) -> None:
     """The prompts of one process, under all rows. A folder is of one prompt and group."""
     parts = Parts(args.out, ADVICE)
     pipe, arguments = opened(args)
-    if args.compile:
-        compile_blocks(pipe)
-
-    def patched(pipe: Any, row: str) -> Any:
-        if row == DENSE:
-            return patch(pipe, DENSE)
-        found = parts.read(row)
-        plans = None if found["plans"] is None else CalibrationArtifact.load(args.out / found["plans"])
-        return patch(pipe, Recipe.from_dict(found["recipe"]), calibration=plans)
-
     network, _ = i3d(args.device)
     warm: set[str] = set()
-    number = min(args.processes * args.gpus, args.prompts)
-    for prompt, seed in prompts_of(args)[args.share :: number]:
+    broken: list[str] = []
+    for prompt, seed in prompts_of(args)[args.share :: processes(args)]:
         for rows in groups_of(args, parts):
             own = Parts(folder_of(args, seed, rows), ADVICE)
             own.claim({"prompt": prompt, "rows": {row.name: parts.read(row.name) for row in rows}})
@@ -229,26 +239,33 @@ def run_share(args: argparse.Namespace) -> None:
                 if network is not None and len(made.frames) >= SMALLEST_FRAMES:
                     own.write(f"features-{name}", features(network, made).tolist())
 
-            compare(
-                pipe,
-                {row.name: row.name for row in rows},
-                [prompt],
-                [seed],
-                metrics=METRICS,
-                generate_kwargs=arguments,
-                out=own.folder,
-                fps=frames_per_second(pipe),
-                patch=patched,
-                dense_attention_clips=0,
-                warm_up=rows[0].name not in warm,
-                warm_up_steps=LONG_WARM_UP_STEPS,
-                repeat=args.repeat,
-                pictures=False,
-                parts=own,
-                on_clip=keep,
-                progress=lambda line: print(line, file=sys.stderr, flush=True),
-            )
+            try:
+                compare(
+                    pipe,
+                    {row.name: row.name for row in rows},
+                    [prompt],
+                    [seed],
+                    metrics=METRICS,
+                    generate_kwargs=arguments,
+                    out=own.folder,
+                    fps=frames_per_second(pipe),
+                    patch=partial(patched, args, parts),
+                    dense_attention_clips=0,
+                    # A short run goes before each run of what is compiled.
+                    warm_up=rows[0].name not in warm and not args.compile,
+                    warm_up_steps=LONG_WARM_UP_STEPS,
+                    repeat=args.repeat,
+                    pictures=False,
+                    parts=own,
+                    on_clip=keep,
+                    progress=lambda line: print(line, file=sys.stderr, flush=True),
+                )
+            except RuntimeError:  # such as memory that ran out: the other groups go on
+                traceback.print_exc()
+                broken.append(own.folder.name)
             warm.add(rows[0].name)
+    if broken:
+        raise SystemExit(f"Not finished: {', '.join(broken)}.")
 
 
 def finished(own: Parts, rows: Sequence[Row]) -> bool:
@@ -287,7 +304,7 @@ def merged(args: argparse.Namespace, rows: Sequence[Row], parts: Parts) -> dict[
         "settings": settings_of(args),
         **parts.read(RUN),
         "prompts": args.prompts,
-        "processes_on_a_gpu": -(-min(args.processes * args.gpus, args.prompts) // args.gpus),
+        "processes_on_a_gpu": -(-processes(args) // args.gpus),
         "gpus": args.gpus,
         "command": " ".join(["python", "-m", "benchmarks.verify_presets", *sys.argv[1:]]),
     }

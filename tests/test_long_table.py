@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 
 from benchmarks import long_table
-from benchmarks.long_table import BEGIN, END, HEADS, PAGE, page, read, table
+from benchmarks.long_table import HEADS, OURS, PAGE, marks, page, read, table
 from dit_accel.quality.results import DENSE, result_to_json, summary_to_json
 from tests.quality import cards
 
@@ -188,6 +188,17 @@ def test_our_files_change_the_page_and_nothing_around_the_table(
     changed = page(text)
     assert "`mass@0.3`" in changed
     assert "`fast` | 0.420" in changed
-    assert changed.split(BEGIN)[0] == text.split(BEGIN)[0]
-    assert changed.split(END)[1] == text.split(END)[1]
+    (long, long_end), (presets, presets_end) = map(marks, OURS)
+    assert changed.split(long)[0] == text.split(long)[0]
+    assert changed.split(long_end)[1].split(presets)[0] == text.split(long_end)[1].split(presets)[0]
+    assert changed.split(presets_end)[1] == text.split(presets_end)[1]
     assert page(changed) == changed
+
+
+def test_graphs_stand_beside_the_run(tmp_path: Path) -> None:
+    graphs = presets_table()
+    graphs["facts"]["settings"]["graphs"] = True
+    with_graphs = read(write(tmp_path, "graphs", graphs))
+    assert "; accelerated side: CUDA graphs. In brackets" in table([with_graphs])
+    with pytest.raises(ValueError, match="one table is of one run"):
+        table([with_graphs, read(write(tmp_path, "without", presets_table()))])
