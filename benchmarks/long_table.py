@@ -1,12 +1,12 @@
-"""Seconds and fidelity of the same clips at real length, as tables of docs/fidelity.md.
+"""Seconds and fidelity of the same clips at real length, as one table of docs/fidelity.md.
 
-    python -m benchmarks.long_table                          # show them
-    python -m benchmarks.long_table --write                  # put them into the page
+    python -m benchmarks.long_table                          # show it
+    python -m benchmarks.long_table --write                  # put it into the page
     python -m benchmarks.long_table card.json table.json     # of files of your own
 
 Files are cards of ``dit-accel verify`` and tables of ``benchmarks/verify_presets.py``. A table is of one model, size,
 number of steps and machine: files of another one are refused, as are seconds of processes that shared a GPU. Ours are
-two: of the profiles, which are cards, and of every preset.
+benchmarks/results/cards/embedded-long-*.json; of every preset ``benchmarks/presets_table.py`` makes a table.
 """
 
 from __future__ import annotations
@@ -26,8 +26,7 @@ from dit_accel.quality.metrics import METRICS
 ROOT = Path(__file__).parent.parent
 RESULTS = ROOT / "benchmarks" / "results"
 PAGE = ROOT / "docs" / "fidelity.md"
-# Which of our files a table of the page shows, by its name there.
-OURS = {"long": "cards/embedded-long-*.json", "presets": "long_presets_*.json"}
+BEGIN, END = "<!-- long: benchmarks/long_table.py -->\n", "<!-- end of long -->\n"
 SHOWN = ("psnr", "ssim", "lpips", "flicker")
 HEADS = ("recipe", "density", "steps computed", "dense, s", "seconds", "times as fast", "PSNR, dB", "SSIM", "LPIPS",
          "flicker")  # fmt: skip
@@ -210,29 +209,21 @@ def _line(cells: Sequence[str]) -> str:
     return f"| {' | '.join(cell.replace('|', '/') for cell in cells)} |"
 
 
-def ours(name: str) -> list[Path]:
-    """The files that a table of the page shows."""
-    return sorted(RESULTS.glob(OURS[name]))
-
-
-def marks(name: str) -> tuple[str, str]:
-    """Where a table of the page begins and ends."""
-    return f"<!-- {name}: benchmarks/long_table.py -->\n", f"<!-- end of {name} -->\n"
+def ours() -> list[Path]:
+    """The files that the page shows."""
+    return sorted((RESULTS / "cards").glob("embedded-long-*.json"))
 
 
 def page(text: str) -> str:
-    """``text`` with the tables as they are now."""
-    for name in OURS:
-        begin, end = marks(name)
-        before, rest = text.split(begin)
-        after = rest.split(end)[1]
-        text = f"{before}{begin}\n{table([read(path) for path in ours(name)])}\n\n{end}{after}"
-    return text
+    """``text`` with the table as it is now."""
+    before, rest = text.split(BEGIN)
+    after = rest.split(END)[1]
+    return f"{before}{BEGIN}\n{table([read(path) for path in ours()])}\n\n{END}{after}"
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("files", nargs="*", type=Path, help="show one table of these; default: ours")
+    parser.add_argument("files", nargs="*", type=Path, help="show the table of these; default: ours")
     parser.add_argument("--write", action="store_true", help="put ours into docs/fidelity.md")
     asked = parser.parse_args()
     if asked.write and asked.files:
@@ -241,8 +232,7 @@ def main() -> None:
         if asked.write:
             PAGE.write_text(page(PAGE.read_text(encoding="utf-8")), encoding="utf-8")
         else:
-            files = [asked.files] if asked.files else [ours(name) for name in OURS]
-            print("\n\n".join(table([read(path) for path in paths]) for paths in files))
+            print(table([read(path) for path in asked.files or ours()]))
     except ValueError as error:
         parser.error(str(error))
 

@@ -8,7 +8,8 @@
 Dense and the rows take turns, clip by clip, in groups of rows (--group), each with dense runs of its own. A run that
 was broken off goes on where it was: settings of rows, plans, and every finished clip are in the folder. A row that
 cannot run is recorded with its reason, before hours go into the others. Processes share out both: rows while each is
-tried, then prompts.
+tried, then prompts. --first leaves prompts out that an earlier file has, and --like takes its rows' recipes, so that
+``benchmarks/presets_table.py`` can show both as one.
 
 Seconds count where one process has a GPU for itself (--processes 1); the file says how many had. Rank agreement is
 Spearman's correlation of the rows' PSNR with that of the fidelity sweep of the small model, at the same density.
@@ -78,6 +79,8 @@ def main() -> None:
     parser.add_argument("--methods", nargs="+", default=list(all_methods()), help="rows; default: all")
     parser.add_argument("--densities", type=float, nargs="+", default=[0.3, 0.2, 0.1])
     parser.add_argument("--prompts", type=int, default=8, help="how many, each with a seed of its own")
+    parser.add_argument("--first", type=int, default=0, help="of the prompts, to leave out")
+    parser.add_argument("--like", type=Path, help="a table.json: rows with its recipes, not fitted anew")
     parser.add_argument("--size", help="WxH; default: the model's")
     parser.add_argument("--frames", type=int)
     parser.add_argument("--steps", type=int, default=30)
@@ -101,6 +104,8 @@ def main() -> None:
         args.size, args.frames, args.steps, args.prompts = "96x96", 9, 4, min(args.prompts, 2)
     if args.show:
         print(shown(json.loads(args.show.read_text())))
+    elif args.first >= args.prompts:
+        parser.error(f"--first must leave a prompt of --prompts {args.prompts}, got {args.first}")
     elif args.share is not None:
         (prepare_share if args.prepare else run_share)(args)
     else:
@@ -124,7 +129,7 @@ def settings_of(args: argparse.Namespace) -> dict[str, Any]:
 
 def prompts_of(args: argparse.Namespace) -> list[tuple[str, int]]:
     """Prompts with their seeds."""
-    return [(DEFAULT_PROMPTS[n % len(DEFAULT_PROMPTS)], n) for n in range(args.prompts)]
+    return [(DEFAULT_PROMPTS[n % len(DEFAULT_PROMPTS)], n) for n in range(args.first, args.prompts)]
 
 
 def opened(args: argparse.Namespace) -> tuple[Any, dict[str, Any]]:
@@ -148,7 +153,7 @@ def patched(args: argparse.Namespace, parts: Parts, pipe: Any, row: str) -> Any:
 
 def processes(args: argparse.Namespace) -> int:
     """How many share the work; a prompt is one's own."""
-    return min(args.processes * args.gpus, args.prompts)
+    return min(args.processes * args.gpus, args.prompts - args.first)
 
 
 def prepare_share(args: argparse.Namespace) -> None:
@@ -159,12 +164,21 @@ def prepare_share(args: argparse.Namespace) -> None:
         sequence = first_sequence(pipe, OTHER_PROMPTS[0], arguments)
         parts.write(RUN, {"sequence": None if sequence is None else asdict(sequence), "call": as_plain(arguments)})
     rows = [row for row in rows if parts.read(row.name) is None]
-    calls = recorded(pipe, arguments) if any(row.method.is_fitted for row in rows) else []
+    known = (
+        {} if args.like is None else {row["row"]: row["recipe"] for row in json.loads(args.like.read_text())["rows"]}
+    )
+    fitted = any(row.method.is_fitted and row.name not in known for row in rows)
+    calls = recorded(pipe, arguments) if fitted else []
     short = shortened(pipe, arguments, min(LONG_WARM_UP_STEPS, args.steps))
     for row in rows:
         found: dict[str, Any] = {"recipe": None, "plans": None, "failed": None}
         try:
-            recipe = row.method.build() if row.density is None else at_density(row.method, row.density, calls)
+            if row.name in known:
+                recipe = Recipe.from_dict(known[row.name])
+            elif row.density is None:
+                recipe = row.method.build()
+            else:
+                recipe = at_density(row.method, row.density, calls)
             found["recipe"] = recipe.to_dict()
             plans = None
             if row.method.calibrated:
@@ -303,7 +317,7 @@ def merged(args: argparse.Namespace, rows: Sequence[Row], parts: Parts) -> dict[
         **environment(torch.device(args.device)),
         "settings": settings_of(args),
         **parts.read(RUN),
-        "prompts": args.prompts,
+        "prompts": args.prompts - args.first,
         "processes_on_a_gpu": -(-processes(args) // args.gpus),
         "gpus": args.gpus,
         "command": " ".join(["python", "-m", "benchmarks.verify_presets", *sys.argv[1:]]),
