@@ -74,6 +74,7 @@ def consume(
     lists,
     sizes,
     tensors,
+    means,
     WG: gl.constexpr,
     BLOCK_K: gl.constexpr,
     HEAD_DIM: gl.constexpr,
@@ -87,6 +88,7 @@ def consume(
     THREAD_SCALES: gl.constexpr,
     WIDE_STEPS: gl.constexpr,
     KEEP_Q: gl.constexpr,
+    MEANS: gl.constexpr,
 ):
     """Attention of 64 query rows of every tile of this program.
 
@@ -97,6 +99,7 @@ def consume(
     often. A step with a partial block, or with one block alone, is masked.
     """
     # Rows of 128 bytes: the halves of a buffer lie one behind the other.
+    gl.static_assert(not MEANS)
     gl.static_assert(not WIDE_STEPS or (BLOCK_K == 64 and HEAD_DIM == 64 and not QUANTIZED))
     STEP_K: gl.constexpr = 2 * BLOCK_K if WIDE_STEPS else BLOCK_K
     dtype: gl.constexpr = shared.o_smem.dtype
@@ -138,7 +141,7 @@ def consume(
     p = gl.zeros([64, STEP_K], gl.float32, layout=S_LAYOUT)
     if FP8:
         p_operand = pack_p_fp8(p)
-    list_row, count, full = tile_header(tile, sizes, lists)
+    list_row, count, full = tile_header(tile, sizes, lists, means, False, MEANS)
     while tile < sizes.num_tiles:
         head = (tile // sizes.nq).to(gl.int64)
         at = lists.index_ptr + list_row.to(gl.int64) * sizes.list_length
@@ -181,7 +184,7 @@ def consume(
             pv_token = pv_gemm(p_operand, shared.v_smem.index(prev_stage), acc, prev_use_acc, FP8, OPERAND)
             # The next tile is asked for while the scores are being made.
             next_tile = get_current_work(scheduler, work_idx)
-            next_row, next_count, next_full = tile_header(next_tile, sizes, lists)
+            next_row, next_count, next_full = tile_header(next_tile, sizes, lists, means, False, MEANS)
             qk = warpgroup_mma_wait(1, deps=[qk_token])
             consumer_release_k(stage, tensors.kv_len, STAGES)
             first_scores = qk.to(gl.float32)
@@ -348,7 +351,7 @@ def consume(
         else:
             # Nothing to read: zeros, and a log-sum-exp of -inf.
             next_tile = get_current_work(scheduler, work_idx)
-            next_row, next_count, next_full = tile_header(next_tile, sizes, lists)
+            next_row, next_count, next_full = tile_header(next_tile, sizes, lists, means, False, MEANS)
             blank_slot = first_slot + gl.arange(0, 64, layout=gl.SliceLayout(1, O_LAYOUT))
             blank_live = blank_slot < tensors.q_len
             blank_row = blank_slot
