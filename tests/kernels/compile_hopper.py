@@ -67,6 +67,9 @@ VARIANTS: dict[str, tuple[int, int, dict[str, Any]]] = {
     "pairs int8_fp8 D=64": (64, 64, {"queries": 64, "precision": "int8_fp8", "rows": True}),
     "pairs rows D=64": (64, 64, {"queries": 64, "rows": True, "key_mask": True, "dtype": torch.float16}),
     # means: tokens of each
+    "half means 64": (64, 128, {"means": 64}),
+    "half means rows 64": (64, 128, {"rows": True, "means": 64}),
+    "half means rows 64 of 16": (64, 128, {"rows": True, "means": 16, "dtype": torch.float16}),
     "pairs means": (64, 128, {"queries": 64, "means": 64}),
     "pairs means rows": (64, 128, {"queries": 64, "rows": True, "means": 64}),
     "pairs means 128 of 16": (128, 128, {"queries": 64, "means": 16, "dtype": torch.float16}),

@@ -119,6 +119,13 @@ CASES: dict[str, dict[str, Any]] = {
     "pairs apart": {"block": (64, 64), "length": 500, "lists": "apart", "take_turns": True},
     "pairs one empty": {"block": (64, 64), "length": 500, "lists": "one empty", "stages": 4},
     # ``means``: tokens of each. In whole steps of 64 means, and not.
+    "half means": {"block": (128, 64), "length": 640, "means": 64, "empty_rows": True},
+    "half means of 8": {"block": (128, 64), "length": 509, "means": 8, "lists": "all"},
+    "half means of 8, whole steps": {"block": (128, 64), "length": 512, "means": 8, "batch": 2, "lead": (2, 1)},
+    "half means, many": {"block": (128, 64), "length": 4200, "heads": 1, "means": 64, "lists": "few"},
+    "half means rows": {"block": (128, 64), "length": 500, "means": 64, "rows": (1, 3), "ring": 2},
+    "half means rows of 4": {"block": (128, 64), "length": 1030, "means": 4, "rows": (1, 1), "stages": 3},
+    "half means steep": {"block": (128, 64), "length": 390, "means": 2, "slope": 400.0},
     "means": {"block": (64, 64), "length": 640, "means": 64, "empty_rows": True},
     "means of 8": {"block": (64, 64), "length": 509, "means": 8, "lists": "apart"},
     "means of 4, 128": {"block": (64, 128), "length": 500, "means": 4, "lists": "one empty", "stages": 4},

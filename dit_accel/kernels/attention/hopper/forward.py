@@ -97,8 +97,8 @@ def why_not_shape(q: torch.Tensor, mask: BlockMask) -> str | None:
 
 def why_not_means(mask: BlockMask, key_mask: torch.Tensor | None, means: LeftOutMeans) -> str | None:
     """Why a half-precision call of this kernel cannot attend means in its launch, or None if it can."""
-    if mask.block_q != _ROWS:
-        return f"means are read by blocks of 64 queries, got {mask.block_q}"
+    if mask.block_q != _ROWS and (mask.block_k != PAIR_KEYS or means.means.keys.shape[3] != 128):
+        return f"means are read 64 a step, and a step of 128 queries has {mask.block_k} keys or two blocks"
     if key_mask is not None or means.means.visible is not None:
         return "keys are hidden"
     if mask.token_bits is not None:

@@ -156,7 +156,7 @@ def hopper_fwd_kernel(
     """Query blocks of 128 rows, or ``PAIRED`` ones of 64, of the heads of one batch entry.
 
     ``arguments.py`` says what the arguments are. With ``MEANS``, how many means a key block has, or 0, query blocks
-    attend the means of what they leave out too: of 64 queries in half precision, without masks of tokens.
+    attend the means of what they leave out too: in half precision, with 64 keys a step, and without masks of tokens.
 
     Half-precision k and v of a permuted call lie in a circular buffer of ``ring`` heads, side by side, in which the
     kernel itself puts them. Quantised ones are in order already.

@@ -175,14 +175,14 @@ def produce(
             if kv_ready == 0:
                 semaphore_wait(permute.full_ptr + head, kv_blocks)
         if count > 0:
+            if MEANS:
+                block = gl.to_tensor(0)
             if PAIRED:
                 first, second, _first_full, _second_full, both = pair_header(
                     row // 2, tile < sizes.num_tiles, lists, means, MEANS
                 )
                 short = gl.minimum(first, second)
-                if MEANS:
-                    block = gl.to_tensor(0)
-                else:
+                if not MEANS:
                     block = gl.load(at + pair_entry(0, first, second, both, sizes.list_length))
                 # Numbers of their own, which no load reads: where this one was ``block`` the compiler took it for a
                 # variable that the loop leaves alone, and every step loaded the first one's values.
@@ -195,17 +195,17 @@ def produce(
             for entry in range(0, steps):
                 if PAIRED:
                     place = pair_entry(entry + 1, first, second, both, sizes.list_length)
-                    if MEANS:
-                        of_means = entry + 1 < means.steps
-                        following = gl.load(at + place, mask=(entry + 1 < count) & ~of_means, other=0)
-                        following = gl.where(of_means, entry + 1, following)
-                    else:
-                        following = gl.load(at + place, mask=entry + 1 < count, other=0)
-                elif WIDE_STEPS:
+                else:
+                    place = entry + 1
+                if WIDE_STEPS:
                     following = gl.load(at + 2 * entry + 2, mask=2 * entry + 2 < count, other=0)
                     following_beside = gl.load(at + 2 * entry + 3, mask=2 * entry + 3 < count, other=following)
+                elif MEANS:
+                    of_means = entry + 1 < means.steps
+                    following = gl.load(at + place, mask=(entry + 1 < count) & (entry + 1 >= means.steps), other=0)
+                    following = gl.where(of_means, entry + 1, following)
                 else:
-                    following = gl.load(at + entry + 1, mask=entry + 1 < count, other=0)
+                    following = gl.load(at + place, mask=entry + 1 < count, other=0)
                 stage = step % STAGES
                 if not PERMUTE_KV:  # noqa: SIM102 - a compile-time condition around a run-time one
                     if entry == 0:

@@ -22,7 +22,8 @@ def tile_block(tile, nq):
 def tile_header(tile, sizes, lists, means, PAIRED: gl.constexpr, MEANS: gl.constexpr):
     """Row of the lists, count and number of full blocks of a tile; past the last one there is nothing to read.
 
-    Of a pair of lists it is the first one's row, the steps of both, and nothing.
+    Of a pair of lists it is the first one's row, the steps of both, and nothing. With ``MEANS`` blocks of them come
+    first, counted as full ones.
     """
     row = (tile // sizes.nq) * sizes.mask_head_stride + tile_block(tile, sizes.nq)
     inside = tile < sizes.num_tiles
@@ -30,11 +31,12 @@ def tile_header(tile, sizes, lists, means, PAIRED: gl.constexpr, MEANS: gl.const
         first, second, _first_full, _second_full, shared = pair_header(row, inside, lists, means, MEANS)
         return row * 2, first + second - shared, gl.to_tensor(0)
     else:
-        return (
-            row,
-            gl.load(lists.counts_ptr + row, mask=inside, other=0),
-            gl.load(lists.fulls_ptr + row, mask=inside, other=0),
-        )
+        count = gl.load(lists.counts_ptr + row, mask=inside, other=0)
+        full = gl.load(lists.fulls_ptr + row, mask=inside, other=0)
+        if MEANS:
+            return row, count + means.steps, full + means.steps
+        else:
+            return row, count, full
 
 
 @gluon.jit
