@@ -249,14 +249,8 @@ class Engine:
 
     def _attend_kept(self, call: AttentionCall, plan: AttentionPlan, means: LeftOutMeans | None = None) -> Attended:
         """Attention over the kept blocks, wherever they are, and over means where a compensation hands them over."""
-        return attend_kept(call, plan, self._kernel, self.recipe.precision, means)
-
-    def _kernel(
-        self, call: AttentionCall, plan: AttentionPlan, with_lse: bool = False, means: LeftOutMeans | None = None
-    ) -> Attended:
-        """Attention over the kept blocks that this process has."""
-        backend = self._attention_backend(call, plan)
-        return self.recipe.precision.attend(call, plan, backend, with_lse or self.recipe.compensate.needs_lse, means)
+        precision, with_lse = self.recipe.precision, self.recipe.compensate.needs_lse
+        return attend_kept(call, plan, precision, self._attention_backend, with_lse, means)
 
     def _plan(self, call: AttentionCall, book: LayerRecord) -> tuple[StepContext, AttentionPlan]:
         steps = self.steps

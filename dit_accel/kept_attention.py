@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-from functools import partial
-from typing import Protocol
+from collections.abc import Callable
 
 from .call import AttentionCall
 from .kernels.attention.means import LeftOutMeans
@@ -13,29 +12,36 @@ from .ring_attention import attend_around, masks_around
 from .stages.precision import Attended, Precision
 
 
-class Kernel(Protocol):
-    """Attention over the kept blocks that this process has."""
-
-    def __call__(
-        self, call: AttentionCall, plan: AttentionPlan, with_lse: bool = False, means: LeftOutMeans | None = None
-    ) -> Attended: ...
-
-
 def attend_kept(
-    call: AttentionCall, plan: AttentionPlan, kernel: Kernel, precision: Precision, means: LeftOutMeans | None
+    call: AttentionCall,
+    plan: AttentionPlan,
+    precision: Precision,
+    backend_of: Callable[[AttentionCall, AttentionPlan], str],
+    with_lse: bool,
+    means: LeftOutMeans | None,
 ) -> Attended:
     """Output and witness of a call; with ``means`` they are of one softmax over both, and the witness its log-sum-exp.
 
+    One launch, where the precision takes means. Else, and around a ring, where keys come in parts, another one goes on
+    over them.
+
     Args:
-        kernel: takes means too where the precision's ``why_not_means`` finds nothing. Else, and around a ring, where
-            keys come in parts, a launch of its own goes on over them.
+        backend_of: the backend of attention to kept blocks that this process has.
+        with_lse: the witness is the log-sum-exp also without means.
     """
     if call.part is not None:
-        out, lse = attend_around(call, masks_around(call, plan), partial(kernel, with_lse=True))
-    elif means is None or precision.why_not_means(call, plan, means) is None:
-        return kernel(call, plan, means is not None, means)
+
+        def attend_part(here: AttentionCall, its: AttentionPlan) -> Attended:
+            return precision.attend(here, its, backend_of(here, its), True)
+
+        out, lse = attend_around(call, masks_around(call, plan), attend_part)
     else:
-        out, lse = kernel(call, plan, True)
+        backend = backend_of(call, plan)
+        if means is None:
+            return precision.attend(call, plan, backend, with_lse)
+        if precision.why_not_means(call, plan, backend, means) is None:
+            return precision.attend(call, plan, backend, True, means)
+        out, lse = precision.attend(call, plan, backend, True)
     if means is None:
         return out, lse
     return add_left_out_means(

@@ -50,7 +50,9 @@ class Precision(Protocol):
         """
         ...
 
-    def why_not_means(self, _call: AttentionCall, _plan: AttentionPlan, _means: LeftOutMeans) -> str | None:
+    def why_not_means(
+        self, _call: AttentionCall, _plan: AttentionPlan, _backend: str, _means: LeftOutMeans
+    ) -> str | None:
         """Why :meth:`attend` cannot take means of left-out blocks, which a launch of its own goes on over then; None if
         it can."""
         return "in these numbers no kernel does"
@@ -84,10 +86,10 @@ class ModelDtype(Precision):
             call.q, call.k, call.v, plan.mask, rows=plan.rows, key_mask=call.key_mask, backend=backend
         )
 
-    def why_not_means(self, call: AttentionCall, plan: AttentionPlan, means: LeftOutMeans) -> str | None:
+    def why_not_means(self, call: AttentionCall, plan: AttentionPlan, backend: str, means: LeftOutMeans) -> str | None:
         """See :func:`~dit_accel.kernels.attention.api.why_not_at_once`."""
         return why_not_at_once(
-            call.backend("attention"), call.q, call.k, call.v, plan.mask, means, rows=plan.rows, key_mask=call.key_mask
+            backend, call.q, call.k, call.v, plan.mask, means, rows=plan.rows, key_mask=call.key_mask
         )
 
     def attend(

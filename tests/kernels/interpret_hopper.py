@@ -24,6 +24,7 @@ from dit_accel.kernels import BlockMask, quantized_block_sparse_attention
 from dit_accel.kernels.attention.hopper import (
     consumer,
     epilogue,
+    means,
     named_barriers,
     pair_consumer,
     producer,
@@ -197,6 +198,23 @@ FAULTS = {
         "rescale_and_add_o(acc, acc_scale, pv)",
     ),
     "rows behind a last pair": (epilogue.epilogue, "slot < sizes.q_rows if PAIRED else None", "None"),
+    "means of what is read": (means.mean_scores, "gl.where(kept != 0, float", "gl.where(kept > 1, float"),
+    "the other block's means": (
+        pair_consumer.consume_pair,
+        "tile_block(tile, sizes.nq) * 2 + WG",
+        "tile_block(tile, sizes.nq) * 2",
+    ),
+    "the next word of bits": (means.kept_of_step, "at + first_bit // 32, mask", "at + first_bit // 32 + 1, mask"),
+    "a last mean of as many tokens": (means.mean_scores, "means.log2_rest - means.log2_tokens", "0.0"),
+    "means behind the last": (means.mean_scores, '- means.log2_tokens, float("-inf")', "- means.log2_tokens, 0.0"),
+    "values of means end a step early": (
+        producer.produce,
+        "entry <= means.steps if MEANS",
+        "entry < means.steps if MEANS",
+    ),
+    "means of another head": (producer.load_k_or_means, "head * means.rows + block", "head * means.cols + block"),
+    "lists begin at the means": (producer.produce, "at -= means.steps", "at -= means.steps - 1"),
+    "means scaled twice": (consumer.consume, "one if kind == 0 else", ""),
     "sums of an older maximum": (softmax.scale_apply_exp2, "row_sum * acc_scale +", "row_sum +"),
 }
 
@@ -271,19 +289,19 @@ def find_fault(case: dict[str, Any], seed: int) -> str | None:
     chosen = replace(default, **{"take_turns": mask.block_q == 128, **config})
     hopper_forward.hopper_fwd_kernel = Interprets(KERNEL, seed)
     scale = q.shape[-1] ** -0.5
-    means = None if tokens is None else means_of(k, v, mask, rows, tokens)
+    given = None if tokens is None else means_of(k, v, mask, rows, tokens)
     try:
         out, lse = hopper_forward.hopper_forward(
-            q, k, v, mask, rows, hide, scale, quantized=ready, config=chosen, means=means
+            q, k, v, mask, rows, hide, scale, quantized=ready, config=chosen, means=given
         )
     except Stuck as error:
         return str(error)
-    if means is None:
+    if given is None:
         exact, exact_lse = dense_attention(q, k, v, visible, rows)
         eager, eager_lse = dense_attention(q, k, v, visible, rows, dtype=torch.float32)
     else:
-        exact, exact_lse = attention_over_means(q, k, v, mask, rows, means)
-        eager, eager_lse = attention_over_means(q, k, v, mask, rows, means, dtype=torch.float32)
+        exact, exact_lse = attention_over_means(q, k, v, mask, rows, given)
+        eager, eager_lse = attention_over_means(q, k, v, mask, rows, given, dtype=torch.float32)
     rounding = UNIT_ROUNDOFF[q.dtype]
     if ready is not None:
         # As in test_quantized.py: from the same numbers, with weights of 4 bits in e4m3.

@@ -37,6 +37,14 @@ def count_loaded(head, last_head, tiles, empty_ptr, shared, steps, STAGES: gl.co
 
 
 @gluon.jit
+def following_of(at, place, entry, count, means):
+    """What the step after ``entry`` loads: the next block of means, or the block that is listed at ``place``."""
+    listed = entry + 1 >= means.steps
+    following = gl.load(at + place, mask=(entry + 1 < count) & listed, other=0)
+    return gl.where(listed, following, entry + 1)
+
+
+@gluon.jit
 def load_k_or_means(descriptors, shared, sizes, means, head, block, stage, of_means, BLOCK_K: gl.constexpr):
     """A block of keys into its buffer, which is free, or one of mean keys."""
     if of_means:
@@ -195,17 +203,17 @@ def produce(
             for entry in range(0, steps):
                 if PAIRED:
                     place = pair_entry(entry + 1, first, second, both, sizes.list_length)
-                else:
-                    place = entry + 1
-                if WIDE_STEPS:
+                    if MEANS:
+                        following = following_of(at, place, entry, count, means)
+                    else:
+                        following = gl.load(at + place, mask=entry + 1 < count, other=0)
+                elif WIDE_STEPS:
                     following = gl.load(at + 2 * entry + 2, mask=2 * entry + 2 < count, other=0)
                     following_beside = gl.load(at + 2 * entry + 3, mask=2 * entry + 3 < count, other=following)
                 elif MEANS:
-                    of_means = entry + 1 < means.steps
-                    following = gl.load(at + place, mask=(entry + 1 < count) & (entry + 1 >= means.steps), other=0)
-                    following = gl.where(of_means, entry + 1, following)
+                    following = following_of(at, entry + 1, entry, count, means)
                 else:
-                    following = gl.load(at + place, mask=entry + 1 < count, other=0)
+                    following = gl.load(at + entry + 1, mask=entry + 1 < count, other=0)
                 stage = step % STAGES
                 if not PERMUTE_KV:  # noqa: SIM102 - a compile-time condition around a run-time one
                     if entry == 0:
