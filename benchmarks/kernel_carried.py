@@ -3,7 +3,12 @@
 The addition follows the kernel: the output is read and written once more, and the kept difference read: 6 bytes a
 value in bfloat16, 5 where 8 bits are kept, and a kernel that added it itself would need 2. "kept" is what a dense step
 costs beside its plan: a sparse call and the difference from it. "means" is ``compensate=residual``: means are pooled,
-the plan's lists packed, and one kernel goes on over the means; "over means" is both, ``compensate.means=True``.
+the plan's lists packed, and the launch of the kept blocks attends the means too; "means, two launches" goes on over
+them in a second one. "over means" is both, ``compensate.means=True``.
+
+"made: ..." are of means and bits that are there already, in blocks of 64 x 64 and in those of the presets, 128 x 64.
+Expected of one launch at 32,760 tokens and density 0.2: 8 steps of means beside 102 listed ones, each of 1.25 times
+their instructions, so 1.08 to 1.11 times a call without means, where two launches were seen to take 1.16 times.
 
     python benchmarks/kernels.py --sections carried --lengths 118800 --heads 24     # HunyuanVideo, 129 frames of 720p
     python benchmarks/kernels.py --sections carried --lengths 32760 --heads 12      # Wan 1.3B, 81 frames of 480p
@@ -20,7 +25,9 @@ from kernel_cases import Report, checked, inputs, operations
 from kernel_pairs import pair_mask
 
 from dit_accel.call import AttentionCall, AttentionInputs
-from dit_accel.kernels import BlockMask, block_sparse_attention
+from dit_accel.kept_attention import attend_kept
+from dit_accel.kernels import BlockMask
+from dit_accel.kernels.attention.means import LeftOutMeans
 from dit_accel.kernels.common.choice import BY_NAME, Choice
 from dit_accel.layout import StepContext, TokenLayout
 from dit_accel.plan import AttentionPlan, LeftOut
@@ -28,6 +35,7 @@ from dit_accel.run import Run
 from dit_accel.stages.compensate.carried import Carried
 from dit_accel.stages.compensate.residual import PooledResidual
 from dit_accel.stages.order.simple import Tiles, tile_order
+from dit_accel.stages.precision import Attended, ModelDtype
 
 GRIDS = {118_800: (33, 45, 80), 32_760: (21, 30, 52)}
 """Of latents; other lengths are one row of tokens."""
@@ -45,21 +53,81 @@ def section_carried(report: Report, args: argparse.Namespace) -> None:
             mask = pair_mask(args.heads, length, 64, density, 0.0, q.device)
             labels = {"section": "carried", "S": length, "block": "64x64", "density": density}
             compare(report, (q, k, v), grid, mask, rows, labels)
+            for block_q in (64, 128):
+                mask = pair_mask(args.heads, length, block_q, density, 0.0, q.device)
+                compare_launches(report, (q, k, v), grid, mask, rows, {**labels, "block": f"{block_q}x64"})
+
+
+class TwoLaunches(ModelDtype):
+    """Whose kernels are given no means."""
+
+    def why_not_means(self, *_: object) -> str:
+        return "so that it can be timed"
+
+
+def backend_of(call: AttentionCall, _plan: AttentionPlan) -> str:
+    return call.backend("attention")
+
+
+def call_of(qkv: tuple[torch.Tensor, ...], grid: tuple[int, int, int]) -> AttentionCall:
+    """A call as an engine has it, its backends chosen."""
+    call = AttentionCall.of(0, AttentionInputs(*qkv), TokenLayout(grid, 0, qkv[0].shape[1]), NOW, Run())
+    call.choices = dict.fromkeys(("attention", "residual", "selection"), Choice("triton", BY_NAME))
+    return call
+
+
+def compare_launches(
+    report: Report, qkv: tuple[torch.Tensor, ...], grid: tuple[int, int, int], mask: BlockMask, rows, labels
+) -> None:
+    """Attention to kept blocks, with means in its launch and in one behind it, in turns; means and bits are there."""
+    call, plan, found = call_of(qkv, grid), AttentionPlan(rows, mask), []
+
+    def remember(means: LeftOutMeans | None = None) -> Attended:
+        found.append(means)
+        return qkv[0], qkv[0]
+
+    PooledResidual().attend(call, plan, remember)
+    (means,) = found
+    by_torch = replace(means, backend="torch")
+    wanted = attend_kept(call, plan, TwoLaunches(), backend_of, True, by_torch)[0].float()
+
+    def one_launch() -> Callable[[], torch.Tensor]:
+        reason = ModelDtype().why_not_means(call, plan, "triton", means)
+        if reason is not None:
+            raise RuntimeError(f"No launch takes means: {reason}.")
+        return lambda: attend_kept(call, plan, ModelDtype(), backend_of, True, means)[0]
+
+    def check(name: str, made: Callable[[], torch.Tensor]) -> dict[str, object]:
+        if name == "made: nothing":
+            return {}
+        return {"error": float((made().float() - wanted).norm() / wanted.norm())}
+
+    makers = {
+        "made: nothing": lambda: lambda: attend_kept(call, plan, ModelDtype(), backend_of, True, None)[0],
+        "made: one launch": one_launch,
+        "made: two launches": lambda: lambda: attend_kept(call, plan, TwoLaunches(), backend_of, True, means)[0],
+    }
+    report.turns(makers, check, "made: nothing", operations(qkv[0], mask), **labels)
 
 
 def compare(
     report: Report, qkv: tuple[torch.Tensor, ...], grid: tuple[int, int, int], mask: BlockMask, rows, labels
 ) -> None:
     """All of them in turns."""
-    call = AttentionCall.of(0, AttentionInputs(*qkv), TokenLayout(grid, 0, qkv[0].shape[1]), NOW, Run())
-    plan = AttentionPlan(rows, mask)
+    call, plan = call_of(qkv, grid), AttentionPlan(rows, mask)
     dense = torch.randn_like(qkv[0])
 
-    def sparse() -> tuple[torch.Tensor, torch.Tensor]:
-        return block_sparse_attention(*qkv, mask, rows=rows, return_lse=True)
+    def sparse(means: LeftOutMeans | None = None) -> Attended:
+        return attend_kept(call, plan, ModelDtype(), backend_of, True, means)
+
+    def sparse_first(means: LeftOutMeans | None = None) -> Attended:
+        return attend_kept(call, plan, TwoLaunches(), backend_of, True, means)
 
     def with_means() -> torch.Tensor:
         return PooledResidual().attend(call, plan, sparse)[0]
+
+    def with_means_behind() -> torch.Tensor:
+        return PooledResidual().attend(call, plan, sparse_first)[0]
 
     def adding(bits: int, means: bool = False) -> Callable[[], Callable[[], torch.Tensor]]:
         def make() -> Callable[[], torch.Tensor]:
@@ -84,14 +152,15 @@ def compare(
         before = sparse()[0]
         if "means" in name:  # by torch, in float32
             by_torch = dict.fromkeys(("residual", "selection"), Choice("torch", BY_NAME))
-            before = PooledResidual().attend(replace(call, choices=by_torch), plan, sparse)[0]
-        share = 0.0 if name == "means" else 1 - (NOW.index - MADE.index) / NOW.num_steps / Carried().lasts
+            before = PooledResidual().attend(replace(call, choices=by_torch), plan, sparse_first)[0]
+        share = 0.0 if name.startswith("means") else 1 - (NOW.index - MADE.index) / NOW.num_steps / Carried().lasts
         plain, found = (x[:, :4096].float() for x in (before, made()))
         wanted = plain + share * dense[:, :4096].float()
         return {"error": float((found - wanted).norm() / wanted.norm())}
 
     makers = {"nothing": lambda: lambda: sparse()[0]}
-    makers |= {"means": lambda: with_means, "carried over means, 16 bits": adding(16, means=True)}
+    makers |= {"means": lambda: with_means, "means, two launches": lambda: with_means_behind}
+    makers |= {"carried over means, 16 bits": adding(16, means=True)}
     makers |= {f"carried, {bits} bits": adding(bits) for bits in (16, 8)}
     makers |= {"kept over means, 16 bits": keeping(16, means=True)}
     makers |= {f"kept, {bits} bits": keeping(bits) for bits in (16, 8)}

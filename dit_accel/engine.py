@@ -13,13 +13,15 @@ import torch
 
 from .call import AttentionCall, autocast_done, dtype_of_attention
 from .dense_kernel import DENSE, SEARCH, keeps_up_with_dense, kernel_over_all
+from .kept_attention import attend_kept
+from .kernels.attention.means import LeftOutMeans
 from .kernels.common.choice import Case, Choice, Operation, case_of
 from .layout import StepContext, TokenLayout
 from .plan import AttentionPlan
 from .planner import Planner
 from .recipe import Recipe
 from .records import BackendsUsed, LayerRecord, SharedWork
-from .ring_attention import attend_around, masks_around, shares_of_work
+from .ring_attention import shares_of_work
 from .run import Run
 from .stages.compensate.protocol import Attended
 from .stages.learned_layer import LearnedLayer
@@ -241,20 +243,14 @@ class Engine:
         with torch.no_grad(), torch.inference_mode(False), autocast_done(call):
             begin = self.sparse_time.start(call.q.device)
             call = call.with_keys(plan.keys)
-            left_out = self.recipe.compensate.left_out(call, plan, dense, lambda: self._attend_kept(call, plan))
+            left_out = self.recipe.compensate.left_out(call, plan, dense, partial(self._attend_kept, call, plan))
             self.sparse_time.stop(begin, call.q.device)
             self.planner.keep_left_out(call, left_out)
 
-    def _attend_kept(self, call: AttentionCall, plan: AttentionPlan) -> Attended:
-        """Attention over the kept blocks alone, wherever they are."""
-        if call.part is None:
-            return self._kernel(call, plan)
-        return attend_around(call, masks_around(call, plan), partial(self._kernel, with_lse=True))
-
-    def _kernel(self, call: AttentionCall, plan: AttentionPlan, with_lse: bool = False) -> Attended:
-        """Attention over the kept blocks that this process has."""
-        backend = self._attention_backend(call, plan)
-        return self.recipe.precision.attend(call, plan, backend, with_lse or self.recipe.compensate.needs_lse)
+    def _attend_kept(self, call: AttentionCall, plan: AttentionPlan, means: LeftOutMeans | None = None) -> Attended:
+        """Attention over the kept blocks, wherever they are, and over means where a compensation hands them over."""
+        precision, with_lse = self.recipe.precision, self.recipe.compensate.needs_lse
+        return attend_kept(call, plan, precision, self._attention_backend, with_lse, means)
 
     def _plan(self, call: AttentionCall, book: LayerRecord) -> tuple[StepContext, AttentionPlan]:
         steps = self.steps
@@ -288,7 +284,7 @@ class Engine:
             module = None
         plan = call.plan = compensate.narrow(call, plan)
         moved = call.with_keys(plan.keys)
-        out, witness = compensate.attend(moved, plan, lambda: self._attend_kept(moved, plan))
+        out, witness = compensate.attend(moved, plan, partial(self._attend_kept, moved, plan))
         if not call.captured:  # a graph's tensors are its own, and what they hold changes with a replay
             with torch.no_grad() if torch.is_grad_enabled() else _AS_IT_IS:
                 self._count(call, plan, witness, book)

@@ -30,6 +30,7 @@ FLOORS = (
     ("layout_tables",),
     ("dense_kernel",),
     ("planner",),
+    ("kept_attention",),
     ("engine", "frozen_planner"),
     ("patches",),
     ("api", "runner"),

@@ -9,7 +9,8 @@ import torch
 
 from ..call import AttentionCall
 from ..kernels import choose_backend, quantized_block_sparse_attention
-from ..kernels.attention.api import attend_by, choose_attention, validate
+from ..kernels.attention.api import attend_by, choose_attention, validate, why_not_at_once
+from ..kernels.attention.means import LeftOutMeans
 from ..kernels.attention.variants import kernel_of, why_not_hopper_quantized
 from ..kernels.common.choice import Case, Choice, Operation, case_of
 from ..kernels.common.quantized_inputs import INTEGER_VALUES, KEY_SCALES, validate_rotation
@@ -49,9 +50,23 @@ class Precision(Protocol):
         """
         ...
 
-    def attend(self, call: AttentionCall, plan: AttentionPlan, backend: str, with_lse: bool = False) -> Attended:
+    def why_not_means(
+        self, _call: AttentionCall, _plan: AttentionPlan, _backend: str, _means: LeftOutMeans
+    ) -> str | None:
+        """Why :meth:`attend` cannot take means of left-out blocks, which a launch of its own goes on over then; None if
+        it can."""
+        return "in these numbers no kernel does"
+
+    def attend(
+        self,
+        call: AttentionCall,
+        plan: AttentionPlan,
+        backend: str,
+        with_lse: bool = False,
+        means: LeftOutMeans | None = None,
+    ) -> Attended:
         """Attention over the kept blocks by the backend that :meth:`choose` gave; ``with_lse`` makes the second tensor
-        the log-sum-exp ``[B, H, S]``."""
+        the log-sum-exp ``[B, H, S]``. Both are over ``means`` too, where :meth:`why_not_means` found nothing."""
         ...
 
 
@@ -71,12 +86,34 @@ class ModelDtype(Precision):
             call.q, call.k, call.v, plan.mask, rows=plan.rows, key_mask=call.key_mask, backend=backend
         )
 
-    def attend(self, call: AttentionCall, plan: AttentionPlan, backend: str, with_lse: bool = False) -> Attended:
+    def why_not_means(self, call: AttentionCall, plan: AttentionPlan, backend: str, means: LeftOutMeans) -> str | None:
+        """See :func:`~dit_accel.kernels.attention.api.why_not_at_once`."""
+        return why_not_at_once(
+            backend, call.q, call.k, call.v, plan.mask, means, rows=plan.rows, key_mask=call.key_mask
+        )
+
+    def attend(
+        self,
+        call: AttentionCall,
+        plan: AttentionPlan,
+        backend: str,
+        with_lse: bool = False,
+        means: LeftOutMeans | None = None,
+    ) -> Attended:
         """Block-sparse attention with gradients."""
         mask, rows, key_mask = plan.mask, plan.rows, call.key_mask
         validate(call.q, call.k, call.v, mask, rows, key_mask)
         out, lse = attend_by(
-            backend, call.q, call.k, call.v, mask, rows=rows, key_mask=key_mask, scale=call.scale, return_lse=with_lse
+            backend,
+            call.q,
+            call.k,
+            call.v,
+            mask,
+            rows=rows,
+            key_mask=key_mask,
+            scale=call.scale,
+            return_lse=with_lse,
+            means=means,
         )
         # Where the kernel has the log-sum-exp at hand it shows a NaN at a hundredth of the bytes.
         return out, out if lse is None or not (with_lse or backend in ("triton", "fa4")) else lse
@@ -153,7 +190,14 @@ class Int8(Precision):
             return choice
         return kernel_of(choice, why_not_hopper_quantized(call.q, plan.mask, self.smooth_q))
 
-    def attend(self, call: AttentionCall, plan: AttentionPlan, backend: str, _with_lse: bool = False) -> Attended:
+    def attend(
+        self,
+        call: AttentionCall,
+        plan: AttentionPlan,
+        backend: str,
+        _with_lse: bool = False,
+        _means: LeftOutMeans | None = None,
+    ) -> Attended:
         """Quantised block-sparse attention, with gradients straight through the rounding.
 
         Raises:

@@ -18,7 +18,9 @@ from triton.runtime import driver
 
 from dit_accel.kernels import BlockMask
 from dit_accel.kernels.attention.hopper import forward as hopper_forward
+from dit_accel.kernels.attention.means import BlockMeans, LeftOutMeans
 from dit_accel.kernels.common.quantized_inputs import reference_quantize
+from dit_accel.kernels.mask.packed import pack_bits
 from dit_accel.kernels.mask.query_pairs import query_pairs
 
 LENGTH, HEADS = 256, 2
@@ -64,6 +66,15 @@ VARIANTS: dict[str, tuple[int, int, dict[str, Any]]] = {
     ),
     "pairs int8_fp8 D=64": (64, 64, {"queries": 64, "precision": "int8_fp8", "rows": True}),
     "pairs rows D=64": (64, 64, {"queries": 64, "rows": True, "key_mask": True, "dtype": torch.float16}),
+    # means: tokens of each
+    "half means 64": (64, 128, {"means": 64}),
+    "half means rows 64": (64, 128, {"rows": True, "means": 64}),
+    "half means rows 64 of 16": (64, 128, {"rows": True, "means": 16, "dtype": torch.float16}),
+    "pairs means": (64, 128, {"queries": 64, "means": 64}),
+    "pairs means rows": (64, 128, {"queries": 64, "rows": True, "means": 64}),
+    "pairs means 128 of 16": (128, 128, {"queries": 64, "means": 16, "dtype": torch.float16}),
+    "pairs means rows D=64 of 16": (64, 64, {"queries": 64, "rows": True, "means": 16}),
+    "pairs means turns": (64, 128, {"queries": 64, "means": 64, "changes": {"take_turns": True}}),
 }
 
 
@@ -121,7 +132,13 @@ def main() -> None:
         if "changes" in settings:
             config = hopper_forward.default_config(64, dim, precision, rows is not None, pairs=block_q == 64)
             config = replace(config, **settings["changes"])
-        hopper_forward.hopper_forward(q, k, v, mask, rows, hidden, 0.1, quantized=ready or None, config=config)
+        means = None
+        if tokens := settings.get("means"):
+            pooled = (torch.zeros(1, HEADS, LENGTH // tokens, dim, dtype=dtype) for _ in range(2))
+            means = LeftOutMeans(BlockMeans(*pooled, tokens, block_k, LENGTH), pack_bits(keep))
+        hopper_forward.hopper_forward(
+            q, k, v, mask, rows, hidden, 0.1, quantized=ready or None, config=config, means=means
+        )
         print(json.dumps({"name": name, "ptx": kernel.ptx, "shared": kernel.shared}), flush=True)
 
 

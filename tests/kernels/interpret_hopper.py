@@ -24,6 +24,7 @@ from dit_accel.kernels import BlockMask, quantized_block_sparse_attention
 from dit_accel.kernels.attention.hopper import (
     consumer,
     epilogue,
+    means,
     named_barriers,
     pair_consumer,
     producer,
@@ -36,6 +37,7 @@ from dit_accel.kernels.common.quantized_inputs import reference_quantize
 from dit_accel.kernels.mask.query_pairs import query_pairs
 
 from .compile_hopper import StandIn
+from .means_oracle import attention_over_means, means_of
 from .oracle import UNIT_ROUNDOFF, assert_close, dense_attention, visible_tokens
 from .test_block_sparse import build
 from .ttgir import translate
@@ -117,6 +119,23 @@ CASES: dict[str, dict[str, Any]] = {
     "pairs steep": {"block": (64, 64), "length": 390, "slope": 400.0},
     "pairs apart": {"block": (64, 64), "length": 500, "lists": "apart", "take_turns": True},
     "pairs one empty": {"block": (64, 64), "length": 500, "lists": "one empty", "stages": 4},
+    # ``means``: tokens of each. In whole steps of 64 means, and not.
+    "half means": {"block": (128, 64), "length": 640, "means": 64, "empty_rows": True},
+    "half means of 8": {"block": (128, 64), "length": 509, "means": 8, "lists": "all"},
+    "half means of 8, whole steps": {"block": (128, 64), "length": 512, "means": 8, "batch": 2, "lead": (2, 1)},
+    "half means, many": {"block": (128, 64), "length": 4200, "heads": 1, "means": 64, "lists": "few"},
+    "half means rows": {"block": (128, 64), "length": 500, "means": 64, "rows": (1, 3), "ring": 2},
+    "half means rows of 4": {"block": (128, 64), "length": 1030, "means": 4, "rows": (1, 1), "stages": 3},
+    "half means steep": {"block": (128, 64), "length": 390, "means": 2, "slope": 400.0},
+    "means": {"block": (64, 64), "length": 640, "means": 64, "empty_rows": True},
+    "means of 8": {"block": (64, 64), "length": 509, "means": 8, "lists": "apart"},
+    "means of 4, 128": {"block": (64, 128), "length": 500, "means": 4, "lists": "one empty", "stages": 4},
+    "means of 8, whole steps": {"block": (64, 64), "length": 512, "means": 8, "batch": 2, "lead": (2, 1)},
+    "means, many": {"block": (64, 64), "length": 4200, "heads": 1, "means": 64, "lists": "few"},
+    "means rows": {"block": (64, 64), "length": 500, "means": 64, "rows": (1, 3), "ring": 2},
+    "means rows of 8": {"block": (64, 64), "length": 1030, "means": 8, "rows": (1, 1), "take_turns": True},
+    "means D=64": {"block": (64, 64), "length": 390, "dim": 64, "means": 16, "stages": 3, "lists": "all"},
+    "means steep": {"block": (64, 64), "length": 390, "means": 2, "slope": 400.0},
 }
 # Faults put into the kernel's source, of which each must show: where, what stands there, and what is put in its place.
 WAIT = "acc, p_operand = warpgroup_mma_wait(0, deps=[pv_token, p_operand])\n"
@@ -179,6 +198,23 @@ FAULTS = {
         "rescale_and_add_o(acc, acc_scale, pv)",
     ),
     "rows behind a last pair": (epilogue.epilogue, "slot < sizes.q_rows if PAIRED else None", "None"),
+    "means of what is read": (means.mean_scores, "gl.where(kept != 0, float", "gl.where(kept > 1, float"),
+    "the other block's means": (
+        pair_consumer.consume_pair,
+        "tile_block(tile, sizes.nq) * 2 + WG",
+        "tile_block(tile, sizes.nq) * 2",
+    ),
+    "the next word of bits": (means.kept_of_step, "at + first_bit // 32, mask", "at + first_bit // 32 + 1, mask"),
+    "a last mean of as many tokens": (means.mean_scores, "means.log2_rest - means.log2_tokens", "0.0"),
+    "means behind the last": (means.mean_scores, '- means.log2_tokens, float("-inf")', "- means.log2_tokens, 0.0"),
+    "values of means end a step early": (
+        producer.produce,
+        "entry <= means.steps if MEANS",
+        "entry < means.steps if MEANS",
+    ),
+    "means of another head": (producer.load_k_or_means, "head * means.rows + block", "head * means.cols + block"),
+    "lists begin at the means": (producer.produce, "at -= means.steps", "at -= means.steps - 1"),
+    "means scaled twice": (consumer.consume, "one if kind == 0 else", ""),
     "sums of an older maximum": (softmax.scale_apply_exp2, "row_sum * acc_scale +", "row_sum +"),
 }
 
@@ -216,10 +252,12 @@ def arguments(parameters: list[str], named: dict[str, Any]) -> Any:
 def lists(name: str, heads: int, nq: int, nk: int) -> torch.Tensor:
     """Which blocks are kept, bool ``[1, heads, nq, nk]``."""
     torch.manual_seed(5)
-    keep = torch.rand(1, heads, nq, nk) < 0.4
+    keep = torch.rand(1, heads, nq, nk) < (0.4 if name != "few" else 0.06)
     if name == "apart":
         keep[:, :, 1::2] &= ~keep[:, :, : 2 * (nq // 2) : 2]
-    else:
+    elif name == "all":
+        keep[:, 0], keep[:, 1] = True, False
+    elif name == "one empty":
         keep[:, 0, ::2] = keep[:, 1, 1::2] = False
     return keep
 
@@ -233,7 +271,7 @@ def find_fault(case: dict[str, Any], seed: int) -> str | None:
         for name in ("ring", "stages", "take_turns", "wide_steps", "keep_q")
         if name in settings
     }
-    kept, slope = settings.pop("lists", None), settings.pop("slope", None)
+    kept, slope, tokens = (settings.pop(name, None) for name in ("lists", "slope", "means"))
     q, k, v, mask, rows, hide, visible = build(**settings)
     length = q.shape[1]
     if slope is not None:
@@ -251,12 +289,19 @@ def find_fault(case: dict[str, Any], seed: int) -> str | None:
     chosen = replace(default, **{"take_turns": mask.block_q == 128, **config})
     hopper_forward.hopper_fwd_kernel = Interprets(KERNEL, seed)
     scale = q.shape[-1] ** -0.5
+    given = None if tokens is None else means_of(k, v, mask, rows, tokens)
     try:
-        out, lse = hopper_forward.hopper_forward(q, k, v, mask, rows, hide, scale, quantized=ready, config=chosen)
+        out, lse = hopper_forward.hopper_forward(
+            q, k, v, mask, rows, hide, scale, quantized=ready, config=chosen, means=given
+        )
     except Stuck as error:
         return str(error)
-    exact, exact_lse = dense_attention(q, k, v, visible, rows)
-    eager, eager_lse = dense_attention(q, k, v, visible, rows, dtype=torch.float32)
+    if given is None:
+        exact, exact_lse = dense_attention(q, k, v, visible, rows)
+        eager, eager_lse = dense_attention(q, k, v, visible, rows, dtype=torch.float32)
+    else:
+        exact, exact_lse = attention_over_means(q, k, v, mask, rows, given)
+        eager, eager_lse = attention_over_means(q, k, v, mask, rows, given, dtype=torch.float32)
     rounding = UNIT_ROUNDOFF[q.dtype]
     if ready is not None:
         # As in test_quantized.py: from the same numbers, with weights of 4 bits in e4m3.

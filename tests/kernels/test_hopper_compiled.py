@@ -89,7 +89,7 @@ def test_no_scratch_lies_on_a_barrier(variant, compiled):
     assert not barriers & stores
 
 
-@pytest.mark.parametrize("variant", ["half", "half 64", "half D=64", "int8", "int8_fp8", *FORMS])
+@pytest.mark.parametrize("variant", ["half", "half 64", "half D=64", "half means 64", "int8", "int8_fp8", *FORMS])
 def test_no_product_waits_for_the_one_before(variant, compiled, tmp_path):
     """The assembler waits after every product as soon as registers are copied between two of them, and only says so."""
     assert "serialized" not in assembled(compiled[variant], tmp_path)
@@ -102,7 +102,33 @@ def test_pairs_spill_next_to_nothing_and_no_product_waits(variant, compiled, tmp
     spilled = max(int(n) for n in re.findall(r"(\d+) bytes spill", said))
     # Of token bits in permuted calls, nearly all of it once a tile: what was seen with the oldest Triton, and a little.
     most = {"pairs rows bits": 32, "pairs int8 rows bits": 48, "pairs int8_fp8 rows bits": 80}
+    # Of means, all of it once a tile: see the next test.
+    most |= {"pairs means": 72, "pairs means 128 of 16": 72, "pairs means turns": 72, "pairs means rows": 100}
     assert spilled <= most.get(variant, 0)
+
+
+def loops_of_products(code: str) -> list[list[str]]:
+    """Instructions of the innermost loops that multiply, of a disassembled variant."""
+    found = re.findall(r"^\s+/\*([0-9a-f]{4,})\*/\s+([^;]*);", code, re.MULTILINE)
+    instructions = [(int(at, 16), text) for at, text in found]
+    jumps = [(at, re.search(r"\bBRA\b.* `?\(?0x([0-9a-f]+)", text)) for at, text in instructions]
+    spans = [(int(to[1], 16), at) for at, to in jumps if to and int(to[1], 16) < at]
+    bodies = {span: [text for at, text in instructions if span[0] <= at <= span[1]] for span in spans}
+    # Scores, and weights times values. Jumps back from behind a kernel's end close around whole tiles, and are longer.
+    return [x for x in bodies.values() if len(x) < 600 and 8 <= sum("HGMMA" in text for text in x) <= 12]
+
+
+@pytest.mark.parametrize("variant", [name for name in VARIANTS if "means" in name])
+def test_loops_over_means_and_blocks_spill_nothing(variant, compiled, tmp_path):
+    from triton.knobs import nvidia
+
+    assembled(compiled[variant], tmp_path)
+    command = [nvidia.cuobjdump.path, "-sass", str(tmp_path / "kernel.cubin")]
+    code = subprocess.run(command, capture_output=True, text=True, timeout=300, check=True).stdout
+    loops = loops_of_products(code)
+    # Of means, of full blocks and of partial ones, of either consumer.
+    assert len(loops) >= 6
+    assert not [text for body in loops for text in body if re.search(r"\b(LDL|STL)\b", text)]
 
 
 @pytest.mark.parametrize("variant", FORMS)

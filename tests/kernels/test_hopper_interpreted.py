@@ -57,6 +57,15 @@ def test_matches_oracle(case, wrong):
         ("a partial block beside a full one", "half wide", "error"),
         ("a step too few", "half wide", "all warps wait"),
         ("the other block", "half wide", "out: error"),
+        ("means of what is read", "half means", "error"),
+        ("the other block's means", "means", "error"),
+        ("the next word of bits", "means, many", "error"),
+        ("a last mean of as many tokens", "means of 8", "error"),
+        ("means behind the last", "half means", "error"),
+        ("values of means end a step early", "means", "out: error"),
+        ("means of another head", "half means of 8, whole steps", "error"),
+        ("lists begin at the means", "half means", ""),
+        ("means scaled twice", "half means, many", "error"),
     ],
 )
 def test_a_fault_in_the_kernel_shows(fault, case, said):

@@ -17,15 +17,16 @@ from .test_ring_protocol import HOPPER, digest
 
 # What the model was written from. A function that has changed needs a look at the model, and then its new digest here.
 MODELLED = {
-    "producer.py": {"produce": "fbccb38d60ae", "load_v": "4d9210d2bd7a"},
-    "pair_consumer.py": {"consume_pair": "c83eee266967", "own_header": "39949c6ebb31"},
+    "producer.py": {"produce": "d4e30741123d", "load_v": "94ad5e97d8e1"},
+    "pair_consumer.py": {"consume_pair": "cf188cc3e5fb", "own_header": "9d5cf3320704"},
     "named_barriers.py": {
         "pair_release": "1a79eb49a148",
         "pair_acquire_v": "8432fa560ab5",
         "pair_tail": "93fd436173e9",
     },
+    "tile_scheduler.py": {"pair_header": "cc31565485e7"},
     "epilogue.py": {"epilogue": "8f78c6045b2c"},
-    "store.py": {"store_loop": "1d7076655adc", "store_o": "7ae42d5d48b2"},
+    "store.py": {"store_loop": "160f8f9fbdff", "store_o": "7ae42d5d48b2"},
 }
 WARPS = 2  # of a consumer, where the kernel has four
 BOTH, OWNER, PRODUCER = 288, 160, 32
@@ -98,12 +99,14 @@ class Named:
 class Program:
     """One program with its tiles, each ``(first, second, shared)``; ``mutation`` names a rule that is left out.
 
+    ``means``: blocks of means that come before every list, of half precision alone.
     ``quantized``: the producer loads queries that are permuted too, consumers give them back, and outputs have two
     buffers of their own.
     """
 
-    def __init__(self, tiles, stages, turns, permuted, quantized, chance, mutation=""):
+    def __init__(self, tiles, stages, turns, permuted, quantized, chance, mutation="", means=0):
         self.tiles, self.stages, self.turns, self.permuted = tiles, stages, turns, permuted
+        self.means, self.headers = means, [tuple(x + means for x in tile) for tile in tiles]
         self.quantized, self.chance, self.mutation = quantized, chance, mutation
         self.k_full, self.v_full = ([Barrier() for _ in range(stages)] for _ in range(2))
         self.q_full, self.q_empty = ([Barrier() for _ in range(4)] for _ in range(2))
@@ -113,7 +116,7 @@ class Program:
         self.o_smem, self.row_idx = [None] * 2, [None] * 4
         self.empty = [Named() for _ in range(stages)]
         self.turn = [Named(), Named()]
-        # Of every buffer what lies there: (tile, list, entry), or None while it is being written.
+        # What lies in a buffer: (tile, list, entry), of means (tile, "means", number), or None while it is written.
         self.k_smem, self.v_smem, self.q_smem = [None] * stages, [None] * stages, [None] * 4
         if quantized:
             self.q_empty = [Barrier(WARPS) for _ in range(4)]
@@ -137,10 +140,12 @@ class Program:
             barrier.loading, buffers[at] = False, content
             barrier.arrive()
 
-    def block(self, tile, step):
-        """Whose entry a step loads; of shared ones the first list's."""
+    def block(self, tile, step, of_means):
+        """Whose entry a step loads, of shared ones the first list's, or which block of means; lists go on behind."""
+        if of_means:
+            return tile, "means", step
         length = 1000
-        return tile, *divmod(pair_entry(step, *self.tiles[tile], length), length)
+        return tile, *divmod(pair_entry(step, *self.headers[tile], length) - self.means, length)
 
     def acquire_v(self, step, history):
         if step >= self.stages - self.lag:
@@ -150,25 +155,27 @@ class Program:
 
     def produce(self):
         step = turn = history = 0
-        for tile, (first, second, both) in enumerate(self.tiles):
+        behind = self.mutation != "values of means end a step early"
+        for tile, (first, second, both) in enumerate(self.headers):
             count, short = first + second - both, min(first, second)
             before = None
             for entry in range(count):
                 stage = step % self.stages
                 if entry == 0 and (self.quantized or not self.permuted):
                     yield from self.load_q(tile, turn)
-                self.load(self.k_full[stage], self.k_smem, stage, self.block(tile, entry))
+                self.load(self.k_full[stage], self.k_smem, stage, self.block(tile, entry, entry < self.means))
                 yield
                 if entry > 0:
                     yield from self.acquire_v(step - 1, history)
-                    self.load(self.v_full[before], self.v_smem, before, self.block(tile, entry - 1))
+                    of_means = entry < self.means + behind
+                    self.load(self.v_full[before], self.v_smem, before, self.block(tile, entry - 1, of_means))
                 history = history * 2 + (both <= entry < 2 * short - both)
                 before = stage
                 step += 1
                 yield
             if count:
                 yield from self.acquire_v(step - 1, history)
-                self.load(self.v_full[before], self.v_smem, before, self.block(tile, count - 1))
+                self.load(self.v_full[before], self.v_smem, before, self.block(tile, count - 1, count <= self.means))
                 turn += 1
         for more in range(self.stages - self.lag):
             history *= 2
@@ -184,7 +191,7 @@ class Program:
     def store(self):
         turn, before = 0, None
         for tile in [*range(len(self.tiles)), None]:
-            if tile is not None and self.tiles[tile][0] + self.tiles[tile][1] == 0:
+            if tile is not None and self.headers[tile][0] + self.headers[tile][1] == 0:
                 continue
             if self.permuted and tile is not None:
                 for wg in range(2):
@@ -235,7 +242,10 @@ class Program:
         held = None
         if self.turns and wg == 1:
             self.pass_turn(wg, who)
-        for tile, (first, second, both) in enumerate(self.tiles):
+        headers = self.headers
+        if self.mutation == "means are not shared":
+            headers = [(first, second, both - self.means) for first, second, both in headers]
+        for tile, (first, second, both) in enumerate(headers):
             count, other = (first, second) if wg == 0 else (second, first)
             short = min(count, other)
             if count + other == 0:
@@ -246,7 +256,9 @@ class Program:
             if self.q_smem[buffer] not in ((tile, wg), (tile, wg, "out")):  # a quicker warp may be done
                 raise Wrong("other queries")
             for entry in range(count):
-                mine = (tile, wg if entry >= both else 0, entry)
+                mine = (tile, wg if entry >= both else 0, entry - self.means)
+                if entry < self.means:
+                    mine = (tile, "means", entry)
                 if entry == 0:
                     stage, phase = skip_stage(stage, phase, wg > both and short > 0, self.stages)
                     while not self.k_full[stage].passed(phase):
@@ -347,8 +359,10 @@ class Program:
             for wg, count in enumerate((first, second)):
                 entries = [(tile, wg if entry >= both else 0, entry) for entry in range(count)]
                 wanted += [(*entry, wg, warp) for entry in entries for warp in range(WARPS)]
-        assert sorted(self.read) == sorted(wanted)
-        busy = [tile for tile, (first, second, _) in enumerate(self.tiles) if first + second]
+        means = [(tile, "means", entry) for tile in range(len(self.tiles)) for entry in range(self.means)]
+        wanted += [(*entry, wg, warp) for entry in means for wg in range(2) for warp in range(WARPS)]
+        assert sorted(self.read, key=str) == sorted(wanted, key=str)
+        busy = [tile for tile, (first, second, _) in enumerate(self.tiles) if first + second or self.means]
         assert self.stored == [(tile, wg) for tile in busy for wg in range(2)]
         assert not self.flying
         for named in (*self.empty, *self.turn):
@@ -367,12 +381,13 @@ def programs(count, mutation="", seed=0):
                 second = first
             tiles.append((first, second, chance.choice([0, chance.randint(0, min(first, second))])))
         stages, turns, permuted = chance.randint(4, 6), chance.random() < 0.5, chance.random() < 0.5
-        quantized = number % 2 == 1
-        yield Program(tiles, stages + 2 * quantized, turns, permuted, quantized, chance, mutation)
+        quantized = number % 3 == 1
+        means = chance.choice([1, 2, 3, 8]) if number % 3 == 2 else 0
+        yield Program(tiles, stages + 2 * quantized, turns, permuted, quantized, chance, mutation, means)
 
 
 def test_every_block_is_read_in_its_own_time_and_nobody_waits_for_ever():
-    for program in programs(400):
+    for program in programs(600):
         program.run()
 
 
@@ -387,6 +402,8 @@ def test_every_block_is_read_in_its_own_time_and_nobody_waits_for_ever():
         "next keys first",
         "an output's buffer is not waited for",
         "queries are not given back",
+        "values of means end a step early",
+        "means are not shared",
     ],
 )
 def test_without_a_rule_it_goes_wrong(mutation):
@@ -410,6 +427,18 @@ def test_a_stream_has_every_entry_once_and_shared_ones_for_both(lists):
     assert stream[both : 2 * short - both] == [wg * 1000 + entry for entry in range(both, short) for wg in range(2)]
     longer = 1000 if second > first else 0
     assert stream[2 * short - both :] == [longer + entry for entry in range(short, max(first, second))]
+
+
+@pytest.mark.parametrize("lists", [(0, 0, 0), (0, 4, 0), (3, 3, 3), (2, 5, 1), (4, 4, 0)])
+@pytest.mark.parametrize("means", [1, 3])
+def test_means_come_before_what_the_lists_hold(means, lists):
+    program = Program([lists], 5, False, False, False, None, means=means)
+    first, second, both = program.headers[0]
+    stream = [program.block(0, step, step < means) for step in range(first + second - both)]
+    assert stream[:means] == [(0, "means", number) for number in range(means)]
+    alone = Program([lists], 5, False, False, False, None)
+    first, second, both = lists
+    assert stream[means:] == [alone.block(0, step, False) for step in range(first + second - both)]
 
 
 @pytest.mark.parametrize(("file", "name"), [(file, name) for file, names in MODELLED.items() for name in names])

@@ -23,14 +23,14 @@ MODELLED = {
         "kv_blocks_of_head": "b6b3589a0b26",
     },
     "producer.py": {
-        "produce": "fbccb38d60ae",
+        "produce": "d4e30741123d",
         "count_loaded": "2f12a3fbec89",
         "report_loaded": "63180b7e21e7",
     },
     "tile_scheduler.py": {
         "advance_to_next_work": "f8756b0126ca",
         "tile_block": "5286e1f0ed78",
-        "tile_header": "aead3b71ab5c",
+        "tile_header": "aa1e4574a76b",
     },
     "semaphores.py": {
         "semaphore_add": "f9bdd397d087",

@@ -6,7 +6,7 @@ import math
 import pytest
 import torch
 
-from dit_accel import Recipe
+from dit_accel import Recipe, kept_attention
 from dit_accel.call import AttentionInputs
 from dit_accel.engine import Engine
 from dit_accel.kernels.pyramid import means
@@ -14,6 +14,7 @@ from dit_accel.layout import StepContext
 from dit_accel.stages.compensate.residual import PooledResidual
 from dit_accel.stages.order.axes import AxisOrder
 from dit_accel.stages.order.simple import Raster, Tiles
+from dit_accel.stages.precision import Int8, ModelDtype
 from dit_accel.stages.select.pooled import Pooled
 from dit_accel.stages.select.static import FullSelect, Window
 from tests.calls import attend
@@ -128,6 +129,31 @@ def test_nan_is_passed_on():
     assert out[0, 5, 1].isnan().all()
     assert out[1].isfinite().all()
     assert int(engine.records[0].nan_calls) == 1
+
+
+@pytest.mark.parametrize("precision", [ModelDtype(), Int8()], ids=["model", "int8"])
+def test_means_go_with_the_launch_that_takes_them(precision, monkeypatch):
+    """Where a kernel takes them, nothing goes on over them; where none does, the output is the same."""
+    layout = LAYOUTS["text last"]
+    q, k = inputs(layout)
+    v = torch.randn(q.shape, generator=torch.Generator().manual_seed(5))
+    recipe = Recipe(Tiles((2, 4, 4)), Pooled(density=0.3, block=BLOCK), PooledResidual(), precision)
+    wanted = _run(recipe, layout, q, k, v)[0]
+    kind, taken = type(precision), []
+    attend_alone = kind.attend
+
+    def attend_both(self, call, plan, backend, with_lse=False, given=None):
+        out, lse = attend_alone(self, call, plan, backend, with_lse)
+        taken.append(given)
+        return means.add_left_out_means(
+            out, lse, call.q, given.means, given.kept, block_q=BLOCK[0], rows=plan.rows, scale=call.scale
+        )
+
+    monkeypatch.setattr(kind, "why_not_means", lambda *_: None)
+    monkeypatch.setattr(kind, "attend", attend_both)
+    monkeypatch.setattr(kept_attention, "add_left_out_means", lambda *_, **__: pytest.fail("goes on over means"))
+    assert torch.equal(_run(recipe, layout, q, k, v)[0], wanted)
+    assert [given.means.tokens for given in taken] == [BLOCK[1]]
 
 
 @pytest.mark.parametrize("learns", ["qkv", "q", "v"])

@@ -11,6 +11,7 @@ from ..common.choice import BY_NAME, FASTEST, INTERPRETER, Case, Choice, Operati
 from ..common.scale import scale_of
 from ..mask.block_mask import BlockMask
 from . import tuning
+from .means import LeftOutMeans
 
 
 def block_sparse_attention(
@@ -71,9 +72,12 @@ def attend_by(
     key_mask: torch.Tensor | None = None,
     scale: float | None = None,
     return_lse: bool = False,
+    means: LeftOutMeans | None = None,
 ) -> tuple[torch.Tensor, torch.Tensor | None]:
     """:func:`block_sparse_attention` after :func:`validate`, by a backend that :func:`choose_attention` gave for calls
     like this one. The log-sum-exp is there where it was asked for or cost nothing.
+
+    ``means`` are attended in the same softmax, in calls for which :func:`why_not_at_once` found nothing.
 
     Raises:
         ValueError: a scale that is not positive.
@@ -85,7 +89,8 @@ def attend_by(
     if name == "triton":
         from .op import triton_attention
 
-        return triton_attention(q, k, v, mask, rows=rows, key_mask=key_mask, scale=scale)
+        return triton_attention(q, k, v, mask, rows=rows, key_mask=key_mask, scale=scale, means=means)
+    assert means is None
     if name == "fa4":
         from .flash_attn4 import fa4_attention
 
@@ -97,6 +102,26 @@ def attend_by(
     from .reference import reference_attention
 
     return reference_attention(q, k, v, mask, rows=rows, key_mask=key_mask, scale=scale)
+
+
+def why_not_at_once(
+    name: str,
+    q: torch.Tensor,
+    k: torch.Tensor,
+    v: torch.Tensor,
+    mask: BlockMask,
+    means: LeftOutMeans,
+    *,
+    rows: torch.Tensor | None = None,
+    key_mask: torch.Tensor | None = None,
+) -> str | None:
+    """Why a call by a backend cannot attend the means of what it leaves out in the launch of what it keeps, so that
+    :func:`~dit_accel.kernels.pyramid.means.add_left_out_means` follows; None if it can."""
+    if name != "triton" or means.backend != "triton":
+        return "it is the Triton backend's"
+    from .op import why_not_means
+
+    return why_not_means(q, k, v, mask, rows, key_mask, means)
 
 
 def choose_backend(

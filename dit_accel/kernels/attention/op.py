@@ -8,9 +8,10 @@ import torch
 
 from ..common.zeroed import ZeroedPieces
 from ..mask.block_mask import BlockMask
+from .means import LeftOutMeans
 from .triton.backward import backward
 from .triton.forward import forward
-from .variants import why_not_hopper_half
+from .variants import why_not_hopper_half, why_not_hopper_means
 
 # Of plain calls: an operator may run in memory that a compiled graph has to itself, and must leave nothing there.
 _COUNTERS = ZeroedPieces()
@@ -59,12 +60,14 @@ def _run(
     key_mask: torch.Tensor | None,
     scale: float,
     pieces: ZeroedPieces | None = None,
+    means: LeftOutMeans | None = None,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """A call by the kernel that takes it."""
     if why_not_hopper_half(q, k, v, mask, rows) is None:
         from .hopper.forward import hopper_forward
 
-        return hopper_forward(q, k, v, mask, rows, key_mask, scale, pieces=pieces)
+        return hopper_forward(q, k, v, mask, rows, key_mask, scale, pieces=pieces, means=means)
+    assert means is None
     with torch.cuda.device_of(q):
         return forward(q, k, v, mask, rows, key_mask, scale)
 
@@ -146,6 +149,21 @@ def _is_plain(*tensors: torch.Tensor) -> bool:
     )
 
 
+def why_not_means(
+    q: torch.Tensor,
+    k: torch.Tensor,
+    v: torch.Tensor,
+    mask: BlockMask,
+    rows: torch.Tensor | None,
+    key_mask: torch.Tensor | None,
+    means: LeftOutMeans,
+) -> str | None:
+    """Why :func:`triton_attention` cannot take means, or None if it can: operators have no argument for them."""
+    if not _is_plain(q, k, v, means.means.keys, means.means.values):
+        return "gradients and traces have an operator for each step"
+    return why_not_hopper_means(q, k, v, mask, rows, key_mask, means)
+
+
 def triton_attention(
     q: torch.Tensor,
     k: torch.Tensor,
@@ -155,13 +173,16 @@ def triton_attention(
     rows: torch.Tensor | None = None,
     key_mask: torch.Tensor | None = None,
     scale: float,
+    means: LeftOutMeans | None = None,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Attention over the kept blocks in Triton; differentiable in q, k, v through out and lse.
 
-    Arguments and results are those of :func:`dit_accel.kernels.block_sparse_attention` after validation.
+    Arguments and results are those of :func:`dit_accel.kernels.block_sparse_attention` after validation, and ``means``
+    of calls for which :func:`why_not_means` found nothing are attended in the same softmax.
     """
     if _is_plain(q, k, v):
-        return _run(q, k, v, mask, rows, key_mask, scale, _COUNTERS)
+        return _run(q, k, v, mask, rows, key_mask, scale, _COUNTERS, means)
+    assert means is None
     return block_sparse_fwd(
         q,
         k,

@@ -10,6 +10,7 @@ import torch
 from ..common.capability import is_amd
 from ..common.choice import Choice
 from ..mask.block_mask import BlockMask
+from .means import LeftOutMeans
 
 ON_HOPPER = "Hopper kernel"
 # The kernel compiles with these and not before; CI compiles it with the oldest and the newest.
@@ -17,6 +18,8 @@ OLDEST_TRITON = (3, 6)
 # Whether half-precision calls with blocks of 64 queries run in the Hopper kernel, two blocks a program: on an H200 1.7
 # to 1.9 times as fast as the portable kernel at head dim 128, and 1.07 to 1.15 times at 64 (notes/hopper_pairs.md).
 PAIRS_ON_HOPPER = True
+# Whether those calls attend the means of what they leave out in the same launch, where both are wanted.
+MEANS_ON_HOPPER = True
 # The same of 8-bit calls at head dim 128: 1.5 to 1.7 times as fast in INT8, 4.7 times with FP8 values. Nobody has timed
 # head dim 64. On a Hopper GPU run
 #     python benchmarks/kernels.py --sections pairs8 --lengths 32760 --head-dim 64 --seconds 100 --json pairs8.json
@@ -42,6 +45,25 @@ def why_not_hopper_half(
     if mask.block_q == 64 and not PAIRS_ON_HOPPER:
         return "its form for blocks of 64 queries is switched off"
     return why_not_hopper(q, k, v, mask, rows)
+
+
+def why_not_hopper_means(
+    q: torch.Tensor,
+    k: torch.Tensor,
+    v: torch.Tensor,
+    mask: BlockMask,
+    rows: torch.Tensor | None,
+    key_mask: torch.Tensor | None,
+    means: LeftOutMeans,
+) -> str | None:
+    """Why the Hopper kernel cannot attend, in the launch of a half-precision call, the means of what it leaves out, or
+    None if it can."""
+    reason = why_not_hopper_half(q, k, v, mask, rows)
+    if reason is not None:
+        return reason
+    from .hopper.forward import why_not_means
+
+    return why_not_means(mask, key_mask, means) if MEANS_ON_HOPPER else "its form with means is switched off"
 
 
 def why_not_hopper_quantized(q: torch.Tensor, mask: BlockMask, smooth_q: bool) -> str | None:

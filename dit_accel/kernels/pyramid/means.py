@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-
 import torch
 import torch.nn.functional as F
 from torch.utils.checkpoint import checkpoint
 
+from ..attention.means import BlockMeans
 from ..common.capability import why_not_tiles
 from ..common.choice import Case, Choice, case_of, choose
 from ..common.tokens import gather_rows
@@ -15,34 +14,6 @@ from ..mask.packed import unpack_bits
 
 LOGITS_AT_ONCE = 1 << 27
 """The torch version holds about this many logits at a time."""
-
-
-@dataclass(frozen=True, eq=False)
-class BlockMeans:
-    """Mean keys and values of runs of slots: of whole key blocks, or of as many runs in each of them.
-
-    Attributes:
-        keys, values: ``[B, H, n, D]``, of any floating-point dtype; a run without visible tokens has any finite ones.
-        tokens: slots in a run; the last one ends with the sequence.
-        block_k: slots in a key block, a multiple of ``tokens``.
-        kv_len: slots in all.
-        visible: float32 ``[B|1, H|1, n]``, how many of a run's tokens a key mask shows; None where it shows all.
-    """
-
-    keys: torch.Tensor
-    values: torch.Tensor
-    tokens: int
-    block_k: int
-    kv_len: int
-    visible: torch.Tensor | None = None
-
-    @property
-    def counts(self) -> torch.Tensor:
-        """float32 ``[B|1, H|1, n]``: tokens that each mean stands for."""
-        if self.visible is not None:
-            return self.visible
-        first = torch.arange(self.keys.shape[2], device=self.keys.device) * self.tokens
-        return (self.kv_len - first).clamp(max=self.tokens).float()[None, None]
 
 
 def choose_means(case: Case, backend: str = "auto") -> Choice:

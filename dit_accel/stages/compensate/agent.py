@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from dataclasses import dataclass
 from typing import ClassVar
 
@@ -15,7 +14,7 @@ from ...kernels.common.choice import Case, Choice, Operation, choose
 from ...layout import TokenLayout
 from ...plan import AttentionPlan, LayerMemory, SequenceBlocks
 from ..order.simple import fold_tile, tile_order
-from .protocol import Attended, Compensation
+from .protocol import Attended, Compensation, Sparse
 
 
 @dataclass(frozen=True)
@@ -83,7 +82,7 @@ class AgentTokens(Compensation):
         number[order] = (f // tile[0] * tiles_h + h // tile[1]) * tiles_w + w // tile[2]
         return Agents(layout, number, -(-layout.grid[0] // tile[0]) * tiles_h * tiles_w)
 
-    def attend(self, call: AttentionCall, plan: AttentionPlan, _sparse: Callable[[], Attended]) -> Attended:
+    def attend(self, call: AttentionCall, plan: AttentionPlan, _sparse: Sparse) -> Attended:
         """The two attentions through the agents; the kept blocks are not read."""
         agents: Agents = plan.compensation
         layout = agents.layout

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from dataclasses import dataclass
 from typing import ClassVar
 
@@ -12,7 +11,7 @@ from ...call import AttentionCall
 from ...kernels.common.choice import Case, Choice, Operation
 from ...plan import AttentionPlan, LeftOut
 from ..select.protocol import Select
-from .protocol import Attended, Compensation
+from .protocol import Attended, Compensation, Sparse
 from .residual import PooledResidual
 
 _MEANS = PooledResidual()
@@ -67,16 +66,14 @@ class Carried(Compensation):
         """The attention over means."""
         return _MEANS.choices(case, backend) if self.means else {}
 
-    def left_out(
-        self, call: AttentionCall, plan: AttentionPlan, dense: torch.Tensor, sparse: Callable[[], Attended]
-    ) -> LeftOut:
+    def left_out(self, call: AttentionCall, plan: AttentionPlan, dense: torch.Tensor, sparse: Sparse) -> LeftOut:
         """What a dense step keeps for :meth:`attend`."""
         out, _ = self._without(call, plan, sparse)
         if call.part is not None:  # of its slots, so that no later step has to send it there
             return LeftOut.of(call.step, call.part.queries.there(dense) - out, self.bits)
         return LeftOut.of(call.step, dense - call.of_queries(out), self.bits)
 
-    def attend(self, call: AttentionCall, plan: AttentionPlan, sparse: Callable[[], Attended]) -> Attended:
+    def attend(self, call: AttentionCall, plan: AttentionPlan, sparse: Sparse) -> Attended:
         """Sparse attention and a share of the difference."""
         out, witness = self._without(call, plan, sparse)
         share = 0.0 if call.left_out is None else self._share(call, call.left_out)
@@ -99,7 +96,7 @@ class Carried(Compensation):
         """The same of some rows."""
         return _MEANS.work(kept, plan) if self.means else super().work(kept, plan)
 
-    def _without(self, call: AttentionCall, plan: AttentionPlan, sparse: Callable[[], Attended]) -> Attended:
+    def _without(self, call: AttentionCall, plan: AttentionPlan, sparse: Sparse) -> Attended:
         """Attention before anything is added: to the kept blocks, and to means of the others."""
         return _MEANS.attend(call, plan, sparse) if self.means else sparse()
 

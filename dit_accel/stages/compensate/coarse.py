@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
 from typing import ClassVar
@@ -18,7 +17,7 @@ from ...ring import RingPart
 from ..select.means import own_key_mask
 from ..select.protocol import Select
 from .learned import LearnedGate, gate_of_latents
-from .protocol import Attended, Compensation
+from .protocol import Attended, Compensation, Sparse
 
 
 @dataclass(frozen=True)
@@ -61,7 +60,7 @@ class CoarseBranch(Compensation):
         """Blocks with other tokens than latents, bool ``[B|1, H|1, nk]``; or None."""
         return blocks.forced_k
 
-    def attend(self, call: AttentionCall, plan: AttentionPlan, sparse: Callable[[], Attended]) -> Attended:
+    def attend(self, call: AttentionCall, plan: AttentionPlan, sparse: Sparse) -> Attended:
         """The sparse attention plus the gated coarse one."""
         out, witness = sparse()
         gate, first = gate_of_latents(call)

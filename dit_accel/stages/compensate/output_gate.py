@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from dataclasses import dataclass
 from typing import ClassVar
 
@@ -11,7 +10,7 @@ import torch
 from ...call import AttentionCall
 from ...plan import AttentionPlan
 from .learned import LearnedGate, gate_of_latents
-from .protocol import Attended, Compensation
+from .protocol import Attended, Compensation, Sparse
 
 
 @dataclass(frozen=True)
@@ -30,7 +29,7 @@ class OutputGate(Compensation):
     spans_references: ClassVar[bool] = False
     goes_round: ClassVar[bool] = True
 
-    def attend(self, call: AttentionCall, plan: AttentionPlan, sparse: Callable[[], Attended]) -> Attended:  # noqa: ARG002
+    def attend(self, call: AttentionCall, plan: AttentionPlan, sparse: Sparse) -> Attended:  # noqa: ARG002
         """The sparse attention, gated."""
         out, witness = sparse()
         gate, first = gate_of_latents(call)

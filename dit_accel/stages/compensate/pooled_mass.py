@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from dataclasses import dataclass
 from typing import ClassVar
 
@@ -14,7 +13,7 @@ from ...kernels.common.choice import Case, Choice, Operation
 from ...kernels.selection.rectified import add_pooled_compensation, choose_rectified, gain_exceeds_error
 from ...plan import AttentionPlan, LayerMemory, SequenceBlocks
 from ..select.rectified import PooledShares, pooled_shares
-from .protocol import Attended, Compensation
+from .protocol import Attended, Compensation, Sparse
 
 
 @dataclass(frozen=True)
@@ -63,7 +62,7 @@ class PooledMass(Compensation):
         )
         return pooled.blocks, gains
 
-    def attend(self, call: AttentionCall, plan: AttentionPlan, sparse: Callable[[], Attended]) -> Attended:
+    def attend(self, call: AttentionCall, plan: AttentionPlan, sparse: Sparse) -> Attended:
         """The sparse attention, scaled, plus the pooled one."""
         out, witness = sparse()
         shares, gains = plan.compensation

@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from typing import Any, ClassVar, Protocol
 
 import torch
 
 from ...call import AttentionCall
 from ...kernels import BlockMask
+from ...kernels.attention.means import LeftOutMeans
 from ...kernels.common.choice import Case, Choice, Operation
 from ...plan import AttentionPlan, LayerMemory, LeftOut, SequenceBlocks
 from ..select.protocol import Select
@@ -16,6 +16,15 @@ from .learned import LearnedCompensation, LearnedGate
 
 Attended = tuple[torch.Tensor, torch.Tensor]
 """Output (B, S, H, D), and a tensor with a NaN wherever the output has one."""
+
+
+class Sparse(Protocol):
+    """What computes the attention of a call over its kept blocks."""
+
+    def __call__(self, means: LeftOutMeans | None = None) -> Attended:
+        """Output and witness. With ``means`` both are of one softmax over kept blocks and means, and the witness is its
+        log-sum-exp: in one launch where a kernel can."""
+        ...
 
 
 class Compensation(Protocol):
@@ -78,13 +87,11 @@ class Compensation(Protocol):
         """What is run of a plan, which may serve many calls, in this one."""
         return plan
 
-    def attend(self, call: AttentionCall, plan: AttentionPlan, sparse: Callable[[], Attended]) -> Attended:
+    def attend(self, call: AttentionCall, plan: AttentionPlan, sparse: Sparse) -> Attended:
         """Attention of a call; ``sparse`` computes that over the kept blocks alone."""
         return sparse()
 
-    def left_out(
-        self, call: AttentionCall, plan: AttentionPlan, dense: torch.Tensor, sparse: Callable[[], Attended]
-    ) -> LeftOut:
+    def left_out(self, call: AttentionCall, plan: AttentionPlan, dense: torch.Tensor, sparse: Sparse) -> LeftOut:
         """What later calls of the layer and branch find at their ``left_out``, where :attr:`watches_dense`.
 
         ``dense`` is the attention of the tokens that query, and ``sparse`` computes that over the kept blocks.

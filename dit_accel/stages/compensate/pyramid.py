@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from dataclasses import dataclass
 from typing import ClassVar
 
@@ -16,7 +15,7 @@ from ...kernels.pyramid.levels import check_cumulative, energy_levels, similarit
 from ...plan import AttentionPlan, LayerMemory, SequenceBlocks
 from ..select.pooled import candidates
 from ..select.sampled import SampledMass, choose_sampled, sampled_importance
-from .protocol import Attended, Compensation
+from .protocol import Attended, Compensation, Sparse
 
 
 @dataclass(frozen=True)
@@ -97,7 +96,7 @@ class KeyPyramid(Compensation):
         levels = levels.masked_fill(~open_k, 0)
         return levels.masked_fill(mask.to_dense(), 1)
 
-    def attend(self, call: AttentionCall, plan: AttentionPlan, _sparse: Callable[[], Attended]) -> Attended:
+    def attend(self, call: AttentionCall, plan: AttentionPlan, _sparse: Sparse) -> Attended:
         """One softmax over all levels."""
         result = pyramid_attention(
             call.q,

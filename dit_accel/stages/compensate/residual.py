@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from dataclasses import dataclass
 from typing import ClassVar
 
@@ -10,16 +9,17 @@ import torch
 import torch.nn.functional as F
 
 from ...call import AttentionCall
+from ...kernels.attention.means import BlockMeans, LeftOutMeans
 from ...kernels.coarse.api import block_means
 from ...kernels.common.choice import Case, Choice, Operation
 from ...kernels.common.tokens import gather_mask
 from ...kernels.mask.packed import kept_bits
-from ...kernels.pyramid.means import BlockMeans, add_left_out_means, choose_means
+from ...kernels.pyramid.means import choose_means
 from ...kernels.selection.api import pool_two
 from ...plan import AttentionPlan
 from ..select.means import own_key_mask
 from ..select.protocol import Select
-from .protocol import Attended, Compensation
+from .protocol import Attended, Compensation, Sparse
 
 
 @dataclass(frozen=True)
@@ -28,9 +28,10 @@ class PooledResidual(Compensation):
 
     A mean of n tokens has the logit ``scale * q . mean(k) + log n``, as the coarsest level of a pyramid of keys
     (PSA) and the centroids of SVG-EAR have. By Jensen's inequality that is at most what its tokens have together,
-    so that a block left out never weighs too much. On a GPU a kernel goes on from the output and the log-sum-exp of the
-    kept blocks. Costs the products of tokens times means. A gradient is torch's. In a call where queries may see
-    different keys a mean is of keys that some must not see, and nothing stands in for what is left out.
+    so that a block left out never weighs too much. On a GPU the Hopper kernel attends the means in the launch of the
+    kept blocks; another one goes on over them from its output and log-sum-exp. Costs the products of tokens times
+    means. A gradient is torch's. In a call where queries may see different keys a mean is of keys that some must not
+    see, and nothing stands in for what is left out.
 
     Attributes:
         tokens: neighbours in a block that share a mean, a divisor of a key block; 0: one mean for all of them. Windows,
@@ -67,25 +68,14 @@ class PooledResidual(Compensation):
         """The attention over means."""
         return {"residual": choose_means(case, backend)}
 
-    def attend(self, call: AttentionCall, plan: AttentionPlan, sparse: Callable[[], Attended]) -> Attended:
-        """Sparse attention and the means, merged."""
-        out, lse = sparse()
+    def attend(self, call: AttentionCall, plan: AttentionPlan, sparse: Sparse) -> Attended:
+        """Sparse attention, and the means in its softmax."""
         if call.pairs is not None:
-            return out, lse
-        mask, part = plan.mask, call.part
-        rows = plan.rows if part is None else None  # around a ring tokens are in their slots
+            return sparse()
         kept = kept_bits(plan.kept, call.backend("selection"))
-        return add_left_out_means(
-            out,
-            lse,
-            call.q,
-            self._means(call, plan),
-            kept if part is None else kept[:, :, part.q_span()],
-            block_q=mask.block_q,
-            rows=rows,
-            scale=call.scale,
-            backend=call.backend("residual"),
-        )
+        if call.part is not None:
+            kept = kept[:, :, call.part.q_span()]
+        return sparse(LeftOutMeans(self._means(call, plan), kept, call.backend("residual")))
 
     def _means(self, call: AttentionCall, plan: AttentionPlan) -> BlockMeans:
         """Of all keys, also where processes around a ring have some of them."""

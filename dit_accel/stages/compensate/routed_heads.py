@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
 from dataclasses import dataclass, replace
 from typing import Any, ClassVar
 
@@ -15,7 +14,7 @@ from ...heads import HeadShard
 from ...plan import AttentionPlan
 from ..select.protocol import Select
 from .learned import LearnedGate, gate_of_latents, latents_here
-from .protocol import Attended, Compensation
+from .protocol import Attended, Compensation, Sparse
 
 
 @dataclass(frozen=True)
@@ -89,7 +88,7 @@ class RoutedHeads(Compensation):
             runs = runs if call.heads is None else call.heads.own(runs, -1)
             return replace(plan, kept=plan.mask.for_queries(runs.mT), share=None)
 
-    def attend(self, call: AttentionCall, _plan: AttentionPlan, sparse: Callable[[], Attended]) -> Attended:
+    def attend(self, call: AttentionCall, _plan: AttentionPlan, sparse: Sparse) -> Attended:
         """The sparse attention of the heads that run; it is the router's shares that have a gradient."""
         out, witness = sparse()
         if not (torch.is_grad_enabled() and call.gate is not None and call.gate.requires_grad):

@@ -10,12 +10,14 @@ from typing import Any, NamedTuple
 
 
 class Descriptors(NamedTuple):
-    """TMA descriptors of q, k, v and the output."""
+    """TMA descriptors of q, k, v, the output, and of mean keys and values, None where there are none."""
 
     q: Any
     k: Any
     v: Any
     out: Any
+    mean_k: Any
+    mean_v: Any
 
 
 class SharedStorage(NamedTuple):
@@ -146,3 +148,28 @@ class PermuteState(NamedTuple):
     claimed_ptr: Any
     full_ptr: Any
     empty_ptr: Any
+
+
+class Means(NamedTuple):
+    """Means of left-out blocks; all None in calls without them.
+
+    Attributes:
+        kept_ptr: int32, of each query block of each head a row of bits: the key blocks that it reads.
+        kept_head_stride: from one head's rows to the next, 0 where heads share them.
+        kept_rows, kept_words: rows of a head, and words of a row.
+        steps: blocks of 64 means that a head has; the last one may reach past its last mean.
+        whole: a head's means of as many tokens as most have; one of fewer may follow.
+        rows, cols: of a head in the matrices that TMA reads means from.
+        log2_tokens, log2_rest: tokens of a mean, and of the last one where it has fewer; -inf where all are alike.
+    """
+
+    kept_ptr: Any
+    kept_head_stride: Any
+    kept_rows: Any
+    kept_words: Any
+    steps: Any
+    whole: Any
+    rows: Any
+    cols: Any
+    log2_tokens: Any
+    log2_rest: Any

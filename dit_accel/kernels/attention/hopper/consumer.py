@@ -11,6 +11,7 @@ from triton.experimental.gluon.language.nvidia.hopper import (
 )
 
 from .epilogue import epilogue
+from .means import kept_of_step, kept_row, mean_scores
 from .named_barriers import (
     consumer_release_k,
     consumer_release_v,
@@ -74,6 +75,7 @@ def consume(
     lists,
     sizes,
     tensors,
+    means,
     WG: gl.constexpr,
     BLOCK_K: gl.constexpr,
     HEAD_DIM: gl.constexpr,
@@ -87,6 +89,7 @@ def consume(
     THREAD_SCALES: gl.constexpr,
     WIDE_STEPS: gl.constexpr,
     KEEP_Q: gl.constexpr,
+    MEANS: gl.constexpr,
 ):
     """Attention of 64 query rows of every tile of this program.
 
@@ -95,8 +98,11 @@ def consume(
 
     With ``WIDE_STEPS`` a step is of two listed blocks of 64 keys, and waits, votes and products begun come half as
     often. A step with a partial block, or with one block alone, is masked.
+
+    With ``MEANS`` a tile begins with the means of what its query block leaves out.
     """
     # Rows of 128 bytes: the halves of a buffer lie one behind the other.
+    gl.static_assert(not (MEANS and (BLOCK_K != 64 or WIDE_STEPS or QUANTIZED or HAS_BITS or HAS_KEY_MASK)))
     gl.static_assert(not WIDE_STEPS or (BLOCK_K == 64 and HEAD_DIM == 64 and not QUANTIZED))
     STEP_K: gl.constexpr = 2 * BLOCK_K if WIDE_STEPS else BLOCK_K
     dtype: gl.constexpr = shared.o_smem.dtype
@@ -138,7 +144,9 @@ def consume(
     p = gl.zeros([64, STEP_K], gl.float32, layout=S_LAYOUT)
     if FP8:
         p_operand = pack_p_fp8(p)
-    list_row, count, full = tile_header(tile, sizes, lists)
+    # Of scores that are in base 2 already.
+    one = gl.full([64, 1], 1.0, gl.float32, layout=LANES)
+    list_row, count, full = tile_header(tile, sizes, lists, means, False, MEANS)
     while tile < sizes.num_tiles:
         head = (tile // sizes.nq).to(gl.int64)
         at = lists.index_ptr + list_row.to(gl.int64) * sizes.list_length
@@ -147,6 +155,11 @@ def consume(
         # By slots, as the rows are, where they are.
         key_mask_at = lists.key_mask_ptr + head * tensors.perm_head_stride
         first_slot = tile_block(tile, sizes.nq) * 128 + WG * 64
+        if MEANS:
+            # Lists go on behind blocks of means.
+            at -= means.steps
+            bits_at -= means.steps
+            kept_at, kept_words = kept_row(head, tile_block(tile, sizes.nq), means)
         if count > 0:
             steps, full_steps = (count + 1) // 2 if WIDE_STEPS else count, full // 2 if WIDE_STEPS else full
             buffer = (turn % 2) * 2
@@ -181,11 +194,16 @@ def consume(
             pv_token = pv_gemm(p_operand, shared.v_smem.index(prev_stage), acc, prev_use_acc, FP8, OPERAND)
             # The next tile is asked for while the scores are being made.
             next_tile = get_current_work(scheduler, work_idx)
-            next_row, next_count, next_full = tile_header(next_tile, sizes, lists)
+            next_row, next_count, next_full = tile_header(next_tile, sizes, lists, means, False, MEANS)
             qk = warpgroup_mma_wait(1, deps=[qk_token])
             consumer_release_k(stage, tensors.kv_len, STAGES)
             first_scores = qk.to(gl.float32)
-            if full_steps == 0:
+            if MEANS:
+                kept, kept_too = kept_of_step(gl.to_tensor(0), kept_at, kept_words, MEANS)
+                first_scores = mean_scores(
+                    first_scores, gl.to_tensor(0), kept, kept_too, tensors.softmax_scale_log2, means, MEANS
+                )
+            elif full_steps == 0:
                 if WIDE_STEPS:
                     first_scores = mask_two_blocks(
                         first_scores,
@@ -219,7 +237,7 @@ def consume(
             prev_row_max, prev_row_sum = row_max, row_sum
             row_max = gl.full([64, 4], ROW_MAX_INIT, gl.float32, layout=LANES)
             row_sum = gl.zeros([64, 4], gl.float32, layout=LANES)
-            score_scale = row_scale * key_scale
+            score_scale = one if MEANS else row_scale * key_scale
             block_max = block_row_max(first_scores, score_scale)
             row_max, acc_scale, rescale = update_row_max(block_max, row_max, THRESHOLD)
             p, row_sum = scale_apply_exp2(first_scores, row_max, acc_scale, row_sum, score_scale, MAX_OFFSET)
@@ -259,10 +277,15 @@ def consume(
             prev_use_acc = steps > 1
             turn += 1
 
-            for partial in gl.static_range(2):
-                begin = gl.maximum(full_steps, 1) if partial else 1
-                end = steps if partial else full_steps
-                if partial and ASK_AHEAD:
+            # Means, full blocks, and partial ones.
+            for kind in gl.static_range(0 if MEANS else 1, 3):
+                if kind == 0:
+                    begin, end = 1, means.steps
+                elif kind == 1:
+                    begin, end = means.steps if MEANS else 1, full_steps
+                else:
+                    begin, end = gl.maximum(full_steps, 1), steps
+                if kind == 2 and ASK_AHEAD:
                     block = gl.load(at + begin, mask=begin < end, other=0)
                     bit_row = gl.load(bits_at + begin, mask=begin < end, other=0)
                 for entry in range(begin, end):
@@ -284,10 +307,14 @@ def consume(
                         acc = rescale_o(acc, acc_scale, rescale)
                     prev_acc_scale = acc_scale
                     pv_token = pv_gemm(p_operand, shared.v_smem.index(prev_stage), acc, entry > 1, FP8, OPERAND)
+                    if kind == 0:
+                        first, second = kept_of_step(entry, kept_at, kept_words, MEANS)
                     qk = warpgroup_mma_wait(1, deps=[qk_token])
                     consumer_release_k(stage, tensors.kv_len, STAGES)
                     scores = qk
-                    if partial and WIDE_STEPS:
+                    if kind == 0:
+                        scores = mean_scores(qk, entry, first, second, tensors.softmax_scale_log2, means, MEANS)
+                    elif kind == 2 and WIDE_STEPS:
                         scores = mask_two_blocks(
                             qk,
                             2 * entry,
@@ -303,7 +330,7 @@ def consume(
                             HAS_BITS,
                             HAS_KEY_MASK,
                         )
-                    elif partial:
+                    elif kind == 2:
                         if not ASK_AHEAD:
                             block = gl.load(at + entry)
                             bit_row = gl.load(bits_at + entry)
@@ -323,7 +350,7 @@ def consume(
                         if ASK_AHEAD:
                             block = gl.load(at + entry + 1, mask=entry + 1 < end, other=0)
                             bit_row = gl.load(bits_at + entry + 1, mask=entry + 1 < end, other=0)
-                    score_scale = row_scale * key_scale
+                    score_scale = one if kind == 0 else row_scale * key_scale
                     block_max = block_row_max(scores, score_scale)
                     row_max, acc_scale, rescale = update_row_max(block_max, row_max, THRESHOLD)
                     if TAKE_TURNS:
@@ -348,7 +375,7 @@ def consume(
         else:
             # Nothing to read: zeros, and a log-sum-exp of -inf.
             next_tile = get_current_work(scheduler, work_idx)
-            next_row, next_count, next_full = tile_header(next_tile, sizes, lists)
+            next_row, next_count, next_full = tile_header(next_tile, sizes, lists, means, False, MEANS)
             blank_slot = first_slot + gl.arange(0, 64, layout=gl.SliceLayout(1, O_LAYOUT))
             blank_live = blank_slot < tensors.q_len
             blank_row = blank_slot

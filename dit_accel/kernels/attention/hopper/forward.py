@@ -21,7 +21,9 @@ from ...common.quantized_inputs import QuantizedInputs
 from ...common.zeroed import ZeroedPieces
 from ...mask.block_mask import BlockMask
 from ...mask.query_pairs import QueryPairs, query_pairs
+from ..means import LeftOutMeans
 from .kernel import hopper_fwd_kernel
+from .mean_inputs import mean_inputs
 
 _ROWS = 64  # query rows of a consumer warpgroup
 PAIR_KEYS = 64  # keys of a block of pairs: of 128, two stages would fill shared memory, and pairs need three
@@ -32,6 +34,7 @@ RING_SHARE = 0.15
 _VARIANTS = CompiledVariants()
 # Attributes of descriptors by what was checked of them.
 _DESCRIPTORS: dict[Hashable, dict[str, Any]] = {}
+_NO_MEANS = (None,) * 12
 _NEW_TILES = TensorDescriptor.__new__
 _FORMS: dict[Hashable, Form] = {}
 
@@ -89,6 +92,17 @@ def why_not_shape(q: torch.Tensor, mask: BlockMask) -> str | None:
         return f"it takes head dims 64 and 128, got {q.shape[-1]}"
     if mask.block_q not in (64, 128) or mask.block_k not in (64, 128):
         return f"it takes blocks of 64 or 128 queries and keys, got {mask.block_q}x{mask.block_k}"
+    return None
+
+
+def why_not_means(mask: BlockMask, key_mask: torch.Tensor | None, means: LeftOutMeans) -> str | None:
+    """Why a half-precision call of this kernel cannot attend means in its launch, or None if it can."""
+    if mask.block_q != _ROWS and (mask.block_k != PAIR_KEYS or means.means.keys.shape[3] != 128):
+        return f"means are read 64 a step, and a step of 128 queries has {mask.block_k} keys or two blocks"
+    if key_mask is not None or means.means.visible is not None:
+        return "keys are hidden"
+    if mask.token_bits is not None:
+        return "the mask has token bits"
     return None
 
 
@@ -174,6 +188,12 @@ def _stacked(x: torch.Tensor) -> _Matrix:
     return _Matrix(x.contiguous(), number * length, width, width)
 
 
+def _stacked_entry(x: torch.Tensor, entry: int) -> _Matrix:
+    """An entry of a contiguous ``[B, N, S, D]`` as the matrix ``[N * S, D]``."""
+    _, number, length, width = x.shape
+    return _Matrix(_entry(x, entry), number * length, width, width)
+
+
 def _entry(x: torch.Tensor, entry: int) -> torch.Tensor:
     """What the pointer of a batch entry is taken from; a batch of one, or one that serves all, needs no view."""
     return x if x.shape[0] == 1 else x[entry]
@@ -200,6 +220,7 @@ def hopper_forward(
     quantized: QuantizedInputs | None = None,
     config: HopperConfig | None = None,
     pieces: ZeroedPieces | None = None,
+    means: LeftOutMeans | None = None,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """``out [B, Sq, H, D]`` and ``lse [B, H, Sq]`` of a call for which ``why_not_hopper`` found nothing.
 
@@ -207,9 +228,12 @@ def hopper_forward(
     give shapes and the output dtype.
 
     ``pieces`` give the kernel's counters; without them a call makes its own.
+
+    With ``means`` queries attend those of what they leave out too, in the same softmax: in calls for which
+    :func:`why_not_means` found nothing.
     """
     with torch.cuda.device_of(q):
-        return _launch(q, k, v, mask, rows, key_mask, scale, quantized, config, pieces)
+        return _launch(q, k, v, mask, rows, key_mask, scale, quantized, config, pieces, means)
 
 
 class Form(NamedTuple):
@@ -240,6 +264,7 @@ def _form_of(
     hidden: bool,
     quantized: QuantizedInputs | None,
     config: HopperConfig | None,
+    means_per_block: int,
 ) -> Form:
     """The form of a call, worked out once; ``nq`` counts what a tile has of queries, a block or a pair of them."""
     paired = isinstance(lists, QueryPairs)
@@ -253,6 +278,7 @@ def _form_of(
         *(lists.kv_indices.shape, None if rows is None else rows.shape, hidden, has_bits, planes, fp8, thread_scales),
         config,
         programs,
+        means_per_block,
     )
     found = _FORMS.get(asked)
     if found is not None:
@@ -277,6 +303,7 @@ def _form_of(
         "PAIRED": paired,
         "WIDE_STEPS": config.wide_steps,
         "KEEP_Q": block_k == 64 and not config.wide_steps if config.keep_q is None else config.keep_q,
+        "MEANS": means_per_block,
     }
     # The output is contiguous.
     strides = (*q.stride()[1:3], k.stride(1), v.stride(1), k.stride(2), v.stride(2), heads * dim, dim)
@@ -310,6 +337,7 @@ def _launch(
     quantized: QuantizedInputs | None,
     config: HopperConfig | None,
     pieces: ZeroedPieces | None,
+    given_means: LeftOutMeans | None,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     batch, q_len, heads, dim = q.shape
     out = torch.empty((batch, q_len, heads, dim), dtype=q.dtype, device=q.device)
@@ -323,7 +351,9 @@ def _launch(
     else:
         counts, fulls = mask.kv_num_blocks.contiguous(), mask.kv_num_full.contiguous()
         nq = mask.num_blocks[0]
-    form = _form_of(q, k, v, lists, nq, rows, key_mask is not None, quantized, config)
+    means = None if given_means is None else mean_inputs(given_means, q.dtype)
+    per_block = 0 if means is None else means.per_block
+    form = _form_of(q, k, v, lists, nq, rows, key_mask is not None, quantized, config, per_block)
     block_k, fp8 = lists.block_k, form.constants["FP8"]
     values = None if quantized is None or fp8 else quantized.v
     if values is not None and _why_not_tiles(values) is not None:
@@ -362,6 +392,14 @@ def _launch(
             v_scale = lse if quantized.v_scale is None else quantized.v_scale[b]
             scales = (quantized.q_scale[b], k_scale[b], v_scale, quantized.q_shift[b])
         hidden_in = _entry(hidden, b)
+        of_means: tuple[Any, ...] = _NO_MEANS
+        if means is not None:
+            matrix = _stacked_entry if means.stacked else _side_by_side
+            of_means = (
+                *(_tiles(matrix(x, b), block_k, dim) for x in (means.keys, means.values)),
+                _entry(means.kept, b),
+                *means.numbers,
+            )
         args = (
             q_tiles,
             _tiles(k_in, block_k, dim),
@@ -382,6 +420,7 @@ def _launch(
             _entry(counters, b) if pieces is None else pieces.take(num_counters, q.device),
             *form.numbers,
             scale * LOG2_E,
+            *of_means,
         )
         # Triton specialises on dtypes, strides and the alignment of what the kernel does not name as starting anywhere.
         aligned = tuple([x.data_ptr() % 16 == 0 for x in (*scales, bits, hidden_in)])

@@ -41,7 +41,7 @@ from triton.experimental.gluon import language as gl
 from triton.experimental.gluon.language.nvidia.hopper import fence_async_shared, mbarrier
 
 from ...common.launch import SIZES
-from .arguments import BlockLists, Descriptors, PermuteState, SchedulerState, SharedStorage, Sizes, Tensors
+from .arguments import BlockLists, Descriptors, Means, PermuteState, SchedulerState, SharedStorage, Sizes, Tensors
 from .consumer import consume
 from .pair_consumer import consume_pair
 from .permute import permute_kv
@@ -60,6 +60,13 @@ from .store import STORE_WARPS, store_loop
         "head_cols",
         "stride_oh",
         "ring",
+        "kept_head_stride",
+        "kept_rows",
+        "kept_words",
+        "mean_steps",
+        "whole_means",
+        "mean_rows",
+        "mean_cols",
     ),
     # Heads and launches start anywhere in these.
     do_not_specialize_on_alignment=(
@@ -74,6 +81,7 @@ from .store import STORE_WARPS, store_loop
         "bit_rows_ptr",
         "perm_ptr",
         "counter_ptr",
+        "kept_ptr",
     ),
 )
 def hopper_fwd_kernel(
@@ -118,6 +126,18 @@ def hopper_fwd_kernel(
     q_len,
     kv_len,
     softmax_scale_log2,
+    mean_k_desc,
+    mean_v_desc,
+    kept_ptr,
+    kept_head_stride,
+    kept_rows,
+    kept_words,
+    mean_steps,
+    whole_means,
+    mean_rows,
+    mean_cols,
+    log2_tokens,
+    log2_rest,
     BLOCK_K: gl.constexpr,
     HEAD_DIM: gl.constexpr,
     STAGES: gl.constexpr,
@@ -131,10 +151,12 @@ def hopper_fwd_kernel(
     PAIRED: gl.constexpr,
     WIDE_STEPS: gl.constexpr,
     KEEP_Q: gl.constexpr,
+    MEANS: gl.constexpr,
 ):
     """Query blocks of 128 rows, or ``PAIRED`` ones of 64, of the heads of one batch entry.
 
-    ``arguments.py`` says what the arguments are.
+    ``arguments.py`` says what the arguments are. With ``MEANS``, how many means a key block has, or 0, query blocks
+    attend the means of what they leave out too: in half precision, with 64 keys a step, and without masks of tokens.
 
     Half-precision k and v of a permuted call lie in a circular buffer of ``ring`` heads, side by side, in which the
     kernel itself puts them. Quantised ones are in order already.
@@ -192,7 +214,7 @@ def hopper_fwd_kernel(
         mbarrier.init(v_full.index(stage), count=1)
     fence_async_shared()
 
-    descriptors = Descriptors(q_desc, k_desc, v_desc, out_desc)
+    descriptors = Descriptors(q_desc, k_desc, v_desc, out_desc, mean_k_desc, mean_v_desc)
     shared = SharedStorage(q_smem, k_smem, v_smem, o_smem, row_idx, q_full, q_empty, k_full, v_full, o_full, o_empty)
     scheduler = SchedulerState(counter_ptr, work, work_full, work_empty)
     lists = BlockLists(counts_ptr, fulls_ptr, index_ptr, bit_rows_ptr, bits_ptr, perm_ptr, key_mask_ptr)
@@ -220,6 +242,18 @@ def hopper_fwd_kernel(
         kv_len=kv_len,
         softmax_scale_log2=softmax_scale_log2,
     )
+    means = Means(
+        kept_ptr,
+        kept_head_stride,
+        kept_rows,
+        kept_words,
+        mean_steps,
+        whole_means,
+        mean_rows,
+        mean_cols,
+        log2_tokens,
+        log2_rest,
+    )
     FIRST: gl.constexpr = 0
     SECOND: gl.constexpr = 1
     # Registers of a thread. The other warps fill a warpgroup. With 64 keys consumers leave some, and neither the store
@@ -238,6 +272,7 @@ def hopper_fwd_kernel(
                     lists,
                     sizes,
                     tensors,
+                    means,
                     FIRST,
                     BLOCK_K,
                     HEAD_DIM,
@@ -251,6 +286,7 @@ def hopper_fwd_kernel(
                     THREAD_SCALES,
                     WIDE_STEPS,
                     KEEP_Q,
+                    MEANS,
                 ),
             ),
             (
@@ -261,6 +297,7 @@ def hopper_fwd_kernel(
                     lists,
                     sizes,
                     tensors,
+                    means,
                     SECOND,
                     BLOCK_K,
                     HEAD_DIM,
@@ -274,6 +311,7 @@ def hopper_fwd_kernel(
                     THREAD_SCALES,
                     WIDE_STEPS,
                     KEEP_Q,
+                    MEANS,
                 ),
             ),
             (
@@ -285,6 +323,7 @@ def hopper_fwd_kernel(
                     lists,
                     sizes,
                     tensors,
+                    means,
                     permute,
                     BLOCK_K,
                     HEAD_DIM,
@@ -293,9 +332,26 @@ def hopper_fwd_kernel(
                     FP8,
                     PAIRED,
                     WIDE_STEPS,
+                    MEANS,
                 ),
             ),
-            (store_loop, (out_desc, shared, scheduler, lists, sizes, tensors, HEAD_DIM, PERMUTED, QUANTIZED, PAIRED)),
+            (
+                store_loop,
+                (
+                    out_desc,
+                    shared,
+                    scheduler,
+                    lists,
+                    sizes,
+                    tensors,
+                    means,
+                    HEAD_DIM,
+                    PERMUTED,
+                    QUANTIZED,
+                    PAIRED,
+                    MEANS,
+                ),
+            ),
             (permute_kv, (descriptors, permute, lists, sizes, tensors, BLOCK_K, HEAD_DIM, PERMUTE_KV)),
         ],
         [4, 1, STORE_WARPS, 1],

@@ -17,6 +17,7 @@ from triton.experimental.gluon.language.nvidia.hopper import mbarrier, warpgroup
 
 from .consumer import advance_stage, pv_gemm
 from .epilogue import epilogue
+from .means import kept_of_step, kept_row, mean_scores
 from .named_barriers import pair_release, warp_scheduler_barrier_arrive, warp_scheduler_barrier_sync
 from .scales import key_scales_at, query_scales
 from .softmax import (
@@ -37,10 +38,10 @@ from .tile_scheduler import get_current_work, initial_work_tile, pair_header, ti
 
 
 @gluon.jit
-def own_header(tile, sizes, lists, WG: gl.constexpr):
+def own_header(tile, sizes, lists, means, WG: gl.constexpr, MEANS: gl.constexpr):
     """This consumer's row of the lists, its blocks, those of the other one, its full ones, and those of both."""
     pair = (tile // sizes.nq) * sizes.mask_head_stride + tile_block(tile, sizes.nq)
-    first, second, first_full, second_full, both = pair_header(pair, tile < sizes.num_tiles, lists)
+    first, second, first_full, second_full, both = pair_header(pair, tile < sizes.num_tiles, lists, means, MEANS)
     if WG == 0:
         return pair * 2, first, second, first_full, both
     else:
@@ -61,6 +62,7 @@ def consume_pair(
     lists,
     sizes,
     tensors,
+    means,
     WG: gl.constexpr,
     BLOCK_K: gl.constexpr,
     HEAD_DIM: gl.constexpr,
@@ -74,14 +76,16 @@ def consume_pair(
     THREAD_SCALES: gl.constexpr,
     WIDE_STEPS: gl.constexpr,
     KEEP_Q: gl.constexpr,
+    MEANS: gl.constexpr,
 ):
-    """Attention of one query block of every pair of this program.
+    """Attention of one query block of every pair of this program, and with ``MEANS`` to those of what it leaves out.
 
     A tile ends with its last product, unlike in :func:`~.consumer.consume`: the other list may be longer, and the
     stream could not go on while this consumer still needed its last values. Those are given back with the next step
     that this consumer has to do with, at most two steps on.
     """
     gl.static_assert(BLOCK_K == 64 and KEEP_Q and not WIDE_STEPS)
+    gl.static_assert(not (MEANS and (QUANTIZED or HAS_BITS or HAS_KEY_MASK)))
     dtype: gl.constexpr = shared.o_smem.dtype
     S_LAYOUT: gl.constexpr = gl.NVMMADistributedLayout(
         version=[3, 0], warps_per_cta=[4, 1], instr_shape=[16, BLOCK_K, 32 if QUANTIZED else 16]
@@ -101,13 +105,15 @@ def consume_pair(
     LANES: gl.constexpr = gl.SliceLayout(1, gl.SliceLayout(3, by_thread(start).type.layout))
     if not QUANTIZED:
         score_scale = gl.full([64, 1], tensors.softmax_scale_log2, gl.float32, layout=LANES)
+    # Of scores that are in base 2 already.
+    one = gl.full([64, 1], 1.0, gl.float32, layout=LANES)
     # Of the next step of the stream.
     stage, phase = gl.to_tensor(0), gl.to_tensor(0)
     turn = gl.to_tensor(0)
     tile, work_idx = initial_work_tile(scheduler, PERMUTED and not QUANTIZED)
     if TAKE_TURNS and WG == 1:
         warp_scheduler_barrier_arrive(WG, sizes.num_tiles)
-    list_row, count, other, full, both = own_header(tile, sizes, lists, WG)
+    list_row, count, other, full, both = own_header(tile, sizes, lists, means, WG, MEANS)
     while tile < sizes.num_tiles:
         head = (tile // sizes.nq).to(gl.int64)
         at = lists.index_ptr + list_row.to(gl.int64) * sizes.list_length
@@ -115,10 +121,15 @@ def consume_pair(
         perm_at = lists.perm_ptr + head * tensors.perm_head_stride
         key_mask_at = lists.key_mask_ptr + head * tensors.perm_head_stride
         first_slot = tile_block(tile, sizes.nq) * 128 + WG * 64
+        if MEANS:
+            # Lists go on behind blocks of means.
+            at -= means.steps
+            bits_at -= means.steps
+            kept_at, kept_words = kept_row(head, tile_block(tile, sizes.nq) * 2 + WG, means)
         # Entries of both lists from ``both`` to ``short`` come in turn.
         short = gl.minimum(count, other)
         next_tile = get_current_work(scheduler, work_idx)
-        next_row, next_count, next_other, next_full, next_both = own_header(next_tile, sizes, lists, WG)
+        next_row, next_count, next_other, next_full, next_both = own_header(next_tile, sizes, lists, means, WG, MEANS)
         if count + other > 0:
             buffer = (turn % 2) * 2 + WG
             mbarrier.wait(shared.q_full.index(buffer), (turn // 2) & 1)
@@ -139,7 +150,12 @@ def consume_pair(
                     queries, shared.k_smem.index(stage).permute([1, 0]), start, use_acc=False, is_async=True
                 )
                 first_scores = warpgroup_mma_wait(0, deps=[qk_token]).to(gl.float32)
-                if full == 0:
+                if MEANS:
+                    kept, kept_too = kept_of_step(gl.to_tensor(0), kept_at, kept_words, MEANS)
+                    first_scores = mean_scores(
+                        first_scores, gl.to_tensor(0), kept, kept_too, tensors.softmax_scale_log2, means, MEANS
+                    )
+                elif full == 0:
                     first_scores = apply_mask(
                         first_scores,
                         gl.load(at),
@@ -154,9 +170,10 @@ def consume_pair(
                         HAS_KEY_MASK,
                         64,
                     )
-                block_max = block_row_max(first_scores, score_scale)
+                first_scale = one if MEANS else score_scale
+                block_max = block_row_max(first_scores, first_scale)
                 row_max, acc_scale, rescale = update_row_max(block_max, row_max, THRESHOLD)
-                p, row_sum = scale_apply_exp2(first_scores, row_max, acc_scale, row_sum, score_scale, MAX_OFFSET)
+                p, row_sum = scale_apply_exp2(first_scores, row_max, acc_scale, row_sum, first_scale, MAX_OFFSET)
                 if FP8:
                     p_operand = pack_p_fp8(p)
                 prev_stage = stage
@@ -168,10 +185,15 @@ def consume_pair(
                 pair_release(stage, (both == 0) & (short > 0))
                 stage, phase = next_stage, next_phase
 
-                for partial in gl.static_range(2):
-                    begin = gl.maximum(full, 1) if partial else 1
-                    end = count if partial else full
-                    if partial:
+                # Means, full blocks, and partial ones.
+                for kind in gl.static_range(0 if MEANS else 1, 3):
+                    if kind == 0:
+                        begin, end = 1, means.steps
+                    elif kind == 1:
+                        begin, end = means.steps if MEANS else 1, full
+                    else:
+                        begin, end = gl.maximum(full, 1), count
+                    if kind == 2:
                         block = gl.load(at + begin, mask=begin < end, other=0)
                         bit_row = gl.load(bits_at + begin, mask=begin < end, other=0)
                     for entry in range(begin, end):
@@ -191,8 +213,14 @@ def consume_pair(
                             acc = rescale_o(acc, acc_scale, rescale)
                         prev_acc_scale = acc_scale
                         pv_token = pv_gemm(p_operand, shared.v_smem.index(prev_stage), acc, entry > 1, FP8, OPERAND)
+                        if kind == 0:
+                            first, second = kept_of_step(entry, kept_at, kept_words, MEANS)
                         scores = warpgroup_mma_wait(1, deps=[qk_token])
-                        if partial:
+                        step_scale = score_scale
+                        if kind == 0:
+                            scores = mean_scores(scores, entry, first, second, tensors.softmax_scale_log2, means, MEANS)
+                            step_scale = one
+                        elif kind == 2:
                             scores = apply_mask(
                                 scores.to(gl.float32),
                                 block,
@@ -209,11 +237,11 @@ def consume_pair(
                             )
                             block = gl.load(at + entry + 1, mask=entry + 1 < end, other=0)
                             bit_row = gl.load(bits_at + entry + 1, mask=entry + 1 < end, other=0)
-                        block_max = block_row_max(scores, score_scale)
+                        block_max = block_row_max(scores, step_scale)
                         row_max, acc_scale, rescale = update_row_max(block_max, row_max, THRESHOLD)
                         if TAKE_TURNS:
                             warp_scheduler_barrier_arrive(WG, sizes.num_tiles)
-                        p, row_sum = scale_apply_exp2(scores, row_max, acc_scale, row_sum, score_scale, MAX_OFFSET)
+                        p, row_sum = scale_apply_exp2(scores, row_max, acc_scale, row_sum, step_scale, MAX_OFFSET)
                         next_stage, next_phase = advance_stage(stage, phase, STAGES)
                         skip = (both <= entry + WG) & (entry + WG < short)
                         next_stage, next_phase = skip_stage(next_stage, next_phase, skip, STAGES)

@@ -37,20 +37,50 @@ def count_loaded(head, last_head, tiles, empty_ptr, shared, steps, STAGES: gl.co
 
 
 @gluon.jit
+def following_of(at, place, entry, count, means):
+    """What the step after ``entry`` loads: the next block of means, or the block that is listed at ``place``."""
+    listed = entry + 1 >= means.steps
+    following = gl.load(at + place, mask=(entry + 1 < count) & listed, other=0)
+    return gl.where(listed, following, entry + 1)
+
+
+@gluon.jit
+def load_k_or_means(descriptors, shared, sizes, means, head, block, stage, of_means, BLOCK_K: gl.constexpr):
+    """A block of keys into its buffer, which is free, or one of mean keys."""
+    if of_means:
+        tma.async_copy_global_to_shared(
+            descriptors.mean_k,
+            [head * means.rows + block * BLOCK_K, head * means.cols],
+            shared.k_full.index(stage),
+            shared.k_smem.index(stage),
+        )
+    else:
+        tma.async_copy_global_to_shared(
+            descriptors.k,
+            [head * sizes.k_rows + block * BLOCK_K, head % sizes.ring * sizes.head_cols],
+            shared.k_full.index(stage),
+            shared.k_smem.index(stage),
+        )
+
+
+@gluon.jit
 def load_v(
     descriptors,
     shared,
     sizes,
+    means,
     head,
     block,
     beside,
     stage,
+    of_means,
     BLOCK_K: gl.constexpr,
     HEAD_DIM: gl.constexpr,
     FP8: gl.constexpr,
     WIDE_STEPS: gl.constexpr,
+    MEANS: gl.constexpr,
 ):
-    """A block of values, or two side by side, into their buffer, which is free."""
+    """A block of values, two side by side, or one of mean values, into their buffer, which is free."""
     mbarrier.expect(shared.v_full.index(stage), descriptors.v.block_type.nbytes * (2 if WIDE_STEPS else 1))
     if WIDE_STEPS:
         column = head % sizes.ring * HEAD_DIM
@@ -68,6 +98,21 @@ def load_v(
             shared.v_full.index(stage),
             shared.v_smem.index(stage),
         )
+    elif MEANS:
+        if of_means:
+            tma.async_copy_global_to_shared(
+                descriptors.mean_v,
+                [head * means.rows + block * BLOCK_K, head * means.cols],
+                shared.v_full.index(stage),
+                shared.v_smem.index(stage),
+            )
+        else:
+            tma.async_copy_global_to_shared(
+                descriptors.v,
+                [block * BLOCK_K, head % sizes.ring * HEAD_DIM],
+                shared.v_full.index(stage),
+                shared.v_smem.index(stage),
+            )
     else:
         tma.async_copy_global_to_shared(
             descriptors.v,
@@ -85,6 +130,7 @@ def produce(
     lists,
     sizes,
     tensors,
+    means,
     permute,
     BLOCK_K: gl.constexpr,
     HEAD_DIM: gl.constexpr,
@@ -93,11 +139,13 @@ def produce(
     FP8: gl.constexpr,
     PAIRED: gl.constexpr,
     WIDE_STEPS: gl.constexpr,
+    MEANS: gl.constexpr,
 ):
     """Stream Q (unless its rows are permuted), K and V of every tile of this program, and take its tiles.
 
     ``step`` counts blocks, ``turn`` tiles that read any: they give the buffers and the barriers' phases. Of a pair of
-    lists the blocks come in the order of :func:`~.tile_scheduler.pair_entry`.
+    lists the blocks come in the order of :func:`~.tile_scheduler.pair_entry`. With ``MEANS`` every list begins with
+    blocks of them.
     """
     step = gl.to_tensor(0)
     turn = gl.to_tensor(0)
@@ -116,11 +164,14 @@ def produce(
     if PAIRED:
         # Bit n: whether the lists alternated n steps ago.
         history = gl.to_tensor(0)
-    row, count, _full = tile_header(tile, sizes, lists, PAIRED)
+    row, count, _full = tile_header(tile, sizes, lists, means, PAIRED, MEANS)
     block = gl.load(lists.index_ptr + row.to(gl.int64) * sizes.list_length)
     while tile < sizes.num_tiles:
         next_tile, next_row, next_count, next_block = tile, row, count, block
         at = lists.index_ptr + row.to(gl.int64) * sizes.list_length
+        if MEANS:
+            # Lists go on behind blocks of means, whose numbers are those of their steps.
+            at -= means.steps
         head = tile // sizes.nq
         column = head % sizes.ring * sizes.head_cols
         if PERMUTE_KV:
@@ -132,10 +183,15 @@ def produce(
             if kv_ready == 0:
                 semaphore_wait(permute.full_ptr + head, kv_blocks)
         if count > 0:
+            if MEANS:
+                block = gl.to_tensor(0)
             if PAIRED:
-                first, second, _first_full, _second_full, both = pair_header(row // 2, tile < sizes.num_tiles, lists)
+                first, second, _first_full, _second_full, both = pair_header(
+                    row // 2, tile < sizes.num_tiles, lists, means, MEANS
+                )
                 short = gl.minimum(first, second)
-                block = gl.load(at + pair_entry(0, first, second, both, sizes.list_length))
+                if not MEANS:
+                    block = gl.load(at + pair_entry(0, first, second, both, sizes.list_length))
                 # Numbers of their own, which no load reads: where this one was ``block`` the compiler took it for a
                 # variable that the loop leaves alone, and every step loaded the first one's values.
                 prev_block, prev_stage = gl.to_tensor(0), gl.to_tensor(0)
@@ -147,10 +203,15 @@ def produce(
             for entry in range(0, steps):
                 if PAIRED:
                     place = pair_entry(entry + 1, first, second, both, sizes.list_length)
-                    following = gl.load(at + place, mask=entry + 1 < count, other=0)
+                    if MEANS:
+                        following = following_of(at, place, entry, count, means)
+                    else:
+                        following = gl.load(at + place, mask=entry + 1 < count, other=0)
                 elif WIDE_STEPS:
                     following = gl.load(at + 2 * entry + 2, mask=2 * entry + 2 < count, other=0)
                     following_beside = gl.load(at + 2 * entry + 3, mask=2 * entry + 3 < count, other=following)
+                elif MEANS:
+                    following = following_of(at, entry + 1, entry, count, means)
                 else:
                     following = gl.load(at + entry + 1, mask=entry + 1 < count, other=0)
                 stage = step % STAGES
@@ -172,12 +233,15 @@ def produce(
                             )
                 producer_acquire_k(step, STAGES)
                 mbarrier.expect(shared.k_full.index(stage), descriptors.k.block_type.nbytes * (2 if WIDE_STEPS else 1))
-                tma.async_copy_global_to_shared(
-                    descriptors.k,
-                    [head * sizes.k_rows + block * BLOCK_K, column],
-                    shared.k_full.index(stage),
-                    shared.k_smem.index(stage).slice(0, BLOCK_K) if WIDE_STEPS else shared.k_smem.index(stage),
-                )
+                if MEANS:
+                    load_k_or_means(descriptors, shared, sizes, means, head, block, stage, entry < means.steps, BLOCK_K)
+                else:
+                    tma.async_copy_global_to_shared(
+                        descriptors.k,
+                        [head * sizes.k_rows + block * BLOCK_K, column],
+                        shared.k_full.index(stage),
+                        shared.k_smem.index(stage).slice(0, BLOCK_K) if WIDE_STEPS else shared.k_smem.index(stage),
+                    )
                 if WIDE_STEPS:
                     tma.async_copy_global_to_shared(
                         descriptors.k,
@@ -188,7 +252,7 @@ def produce(
                 if entry == 0:
                     # Here, so that the consumers find the answer when they begin the tile.
                     next_tile = advance_to_next_work(scheduler, work_idx, PERMUTE_KV)
-                    next_row, next_count, _full = tile_header(next_tile, sizes, lists, PAIRED)
+                    next_row, next_count, _full = tile_header(next_tile, sizes, lists, means, PAIRED, MEANS)
                     next_block = gl.load(
                         lists.index_ptr + next_row.to(gl.int64) * sizes.list_length,
                         mask=next_tile < sizes.num_tiles,
@@ -206,7 +270,20 @@ def produce(
                     if entry > 0:
                         pair_acquire_v(step - 1, history, STAGES)
                         load_v(
-                            descriptors, shared, sizes, head, prev_block, 0, prev_stage, BLOCK_K, HEAD_DIM, FP8, False
+                            descriptors,
+                            shared,
+                            sizes,
+                            means,
+                            head,
+                            prev_block,
+                            0,
+                            prev_stage,
+                            entry <= means.steps if MEANS else False,
+                            BLOCK_K,
+                            HEAD_DIM,
+                            FP8,
+                            False,
+                            MEANS,
                         )
                     history = history * 2 + ((entry >= both) & (entry < 2 * short - both)).to(gl.int32)
                     prev_block, prev_stage = block, stage
@@ -216,14 +293,17 @@ def produce(
                         descriptors,
                         shared,
                         sizes,
+                        means,
                         head,
                         block,
                         beside if WIDE_STEPS else 0,
                         stage,
+                        entry < means.steps if MEANS else False,
                         BLOCK_K,
                         HEAD_DIM,
                         FP8,
                         WIDE_STEPS,
+                        MEANS,
                     )
                 block = following
                 if WIDE_STEPS:
@@ -232,11 +312,26 @@ def produce(
             if PAIRED:
                 # With the tile, whose blocks are counted as loaded before the next one's keys are waited for.
                 pair_acquire_v(step - 1, history, STAGES)
-                load_v(descriptors, shared, sizes, head, prev_block, 0, prev_stage, BLOCK_K, HEAD_DIM, FP8, False)
+                load_v(
+                    descriptors,
+                    shared,
+                    sizes,
+                    means,
+                    head,
+                    prev_block,
+                    0,
+                    prev_stage,
+                    count <= means.steps if MEANS else False,
+                    BLOCK_K,
+                    HEAD_DIM,
+                    FP8,
+                    False,
+                    MEANS,
+                )
             turn += 1
         else:
             next_tile = advance_to_next_work(scheduler, work_idx, PERMUTE_KV)
-            next_row, next_count, _full = tile_header(next_tile, sizes, lists, PAIRED)
+            next_row, next_count, _full = tile_header(next_tile, sizes, lists, means, PAIRED, MEANS)
             next_block = gl.load(
                 lists.index_ptr + next_row.to(gl.int64) * sizes.list_length, mask=next_tile < sizes.num_tiles, other=0
             )

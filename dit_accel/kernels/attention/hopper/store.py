@@ -92,10 +92,12 @@ def store_loop(
     lists,
     sizes,
     tensors,
+    means,
     HEAD_DIM: gl.constexpr,
     PERMUTED: gl.constexpr,
     QUANTIZED: gl.constexpr,
     PAIRED: gl.constexpr,
+    MEANS: gl.constexpr,
 ):
     """What goes in and out of every tile of this program that reads any block."""
     LANES: gl.constexpr = HEAD_DIM // 8  # that copy a row, 16 bytes each
@@ -106,7 +108,7 @@ def store_loop(
     before = gl.to_tensor(-1)
     while (tile < sizes.num_tiles) | (before >= 0):
         inside = tile < sizes.num_tiles
-        _row, count, _full = tile_header(tile, sizes, lists, PAIRED)
+        _row, count, _full = tile_header(tile, sizes, lists, means, PAIRED, MEANS)
         if (count > 0) | (tile >= sizes.num_tiles):
             if PERMUTED:  # noqa: SIM102 - a compile-time condition around a run-time one
                 if inside:

@@ -19,35 +19,45 @@ def tile_block(tile, nq):
 
 
 @gluon.jit
-def tile_header(tile, sizes, lists, PAIRED: gl.constexpr = False):
-    """Row of the lists, count and number of full blocks of a tile; zeros past the last one.
+def tile_header(tile, sizes, lists, means, PAIRED: gl.constexpr, MEANS: gl.constexpr):
+    """Row of the lists, count and number of full blocks of a tile; past the last one there is nothing to read.
 
-    Of a pair of lists it is the first one's row, the steps of both, and nothing.
+    Of a pair of lists it is the first one's row, the steps of both, and nothing. With ``MEANS`` blocks of them come
+    first, counted as full ones.
     """
     row = (tile // sizes.nq) * sizes.mask_head_stride + tile_block(tile, sizes.nq)
     inside = tile < sizes.num_tiles
     if PAIRED:
-        first, second, _first_full, _second_full, shared = pair_header(row, inside, lists)
+        first, second, _first_full, _second_full, shared = pair_header(row, inside, lists, means, MEANS)
         return row * 2, first + second - shared, gl.to_tensor(0)
     else:
-        return (
-            row,
-            gl.load(lists.counts_ptr + row, mask=inside, other=0),
-            gl.load(lists.fulls_ptr + row, mask=inside, other=0),
-        )
+        count = gl.load(lists.counts_ptr + row, mask=inside, other=0)
+        full = gl.load(lists.fulls_ptr + row, mask=inside, other=0)
+        if MEANS:
+            return row, count + means.steps, full + means.steps
+        else:
+            return row, count, full
 
 
 @gluon.jit
-def pair_header(pair, inside, lists):
-    """Counts of a pair's two lists, their numbers of full blocks, and how many they begin with that both hold."""
+def pair_header(pair, inside, lists, means, MEANS: gl.constexpr):
+    """Counts of a pair's two lists, their numbers of full blocks, and how many they begin with that both hold.
+
+    With ``MEANS`` both begin with all of them, and numbers of full blocks count those too.
+    """
     at = lists.counts_ptr + pair * 5
-    return (
+    header = (
         gl.load(at, mask=inside, other=0),
         gl.load(at + 1, mask=inside, other=0),
         gl.load(at + 2, mask=inside, other=0),
         gl.load(at + 3, mask=inside, other=0),
         gl.load(at + 4, mask=inside, other=0),
     )
+    if MEANS:
+        more = means.steps
+        return header[0] + more, header[1] + more, header[2] + more, header[3] + more, header[4] + more
+    else:
+        return header
 
 
 @gluon.jit
