@@ -27,6 +27,7 @@ from kernel_pairs import pair_mask
 from dit_accel.call import AttentionCall, AttentionInputs
 from dit_accel.kept_attention import attend_kept
 from dit_accel.kernels import BlockMask
+from dit_accel.kernels.attention import variants
 from dit_accel.kernels.attention.means import LeftOutMeans
 from dit_accel.kernels.common.choice import BY_NAME, Choice
 from dit_accel.layout import StepContext, TokenLayout
@@ -45,6 +46,7 @@ MADE, NOW = (StepContext(index=index, num_steps=30) for index in (6, 9))
 
 def section_carried(report: Report, args: argparse.Namespace) -> None:
     """The sparse call of a plan in tile order, alone, with means, and with a difference of 16 and 8 bits a value."""
+    variants.MEANS_ON_HOPPER = True  # what is to be compared with two launches
     for length in args.lengths:
         grid = GRIDS.get(length, (1, 1, length))
         q, k, v = inputs(length, args.heads, args.head_dim)

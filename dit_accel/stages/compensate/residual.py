@@ -28,8 +28,8 @@ class PooledResidual(Compensation):
 
     A mean of n tokens has the logit ``scale * q . mean(k) + log n``, as the coarsest level of a pyramid of keys
     (PSA) and the centroids of SVG-EAR have. By Jensen's inequality that is at most what its tokens have together,
-    so that a block left out never weighs too much. On a GPU the Hopper kernel attends the means in the launch of the
-    kept blocks; another one goes on over them from its output and log-sum-exp. Costs the products of tokens times
+    so that a block left out never weighs too much. On a GPU a kernel goes on from the output and the log-sum-exp of the
+    kept blocks, where it is not the launch of those that attends the means. Costs the products of tokens times
     means. A gradient is torch's. In a call where queries may see different keys a mean is of keys that some must not
     see, and nothing stands in for what is left out.
 
