@@ -59,7 +59,7 @@ def test_matches_oracle(case, wrong):
         ("the other block", "half wide", "out: error"),
         ("means of what is read", "half means", "error"),
         ("the other block's means", "means", "error"),
-        ("the next word of bits", "means, many", "error"),
+        ("the next word of bits", "means, many", "a place out of bounds"),
         ("a last mean of as many tokens", "means of 8", "error"),
         ("means behind the last", "half means", "error"),
         ("values of means end a step early", "means", "out: error"),
