@@ -27,7 +27,6 @@ from kernel_pairs import pair_mask
 from dit_accel.call import AttentionCall, AttentionInputs
 from dit_accel.kept_attention import attend_kept
 from dit_accel.kernels import BlockMask
-from dit_accel.kernels.attention import variants
 from dit_accel.kernels.attention.means import LeftOutMeans
 from dit_accel.kernels.common.choice import BY_NAME, Choice
 from dit_accel.layout import StepContext, TokenLayout
@@ -46,7 +45,6 @@ MADE, NOW = (StepContext(index=index, num_steps=30) for index in (6, 9))
 
 def section_carried(report: Report, args: argparse.Namespace) -> None:
     """The sparse call of a plan in tile order, alone, with means, and with a difference of 16 and 8 bits a value."""
-    variants.MEANS_ON_HOPPER = True  # what is to be compared with two launches
     for length in args.lengths:
         grid = GRIDS.get(length, (1, 1, length))
         q, k, v = inputs(length, args.heads, args.head_dim)
@@ -58,6 +56,13 @@ def section_carried(report: Report, args: argparse.Namespace) -> None:
             for block_q in (64, 128):
                 mask = pair_mask(args.heads, length, block_q, density, 0.0, q.device)
                 compare_launches(report, (q, k, v), grid, mask, rows, {**labels, "block": f"{block_q}x64"})
+
+
+class OneLaunch(ModelDtype):
+    """Whose kernels are given means, also where that is switched off."""
+
+    def why_not_means(self, *_: object) -> None:
+        return None
 
 
 class TwoLaunches(ModelDtype):
@@ -74,7 +79,8 @@ def backend_of(call: AttentionCall, _plan: AttentionPlan) -> str:
 def call_of(qkv: tuple[torch.Tensor, ...], grid: tuple[int, int, int]) -> AttentionCall:
     """A call as an engine has it, its backends chosen."""
     call = AttentionCall.of(0, AttentionInputs(*qkv), TokenLayout(grid, 0, qkv[0].shape[1]), NOW, Run())
-    call.choices = dict.fromkeys(("attention", "residual", "selection"), Choice("triton", BY_NAME))
+    backend = Choice("triton" if call.q.is_cuda else "torch", BY_NAME)
+    call.choices = dict.fromkeys(("attention", "residual", "selection"), backend)
     return call
 
 
@@ -93,11 +99,8 @@ def compare_launches(
     by_torch = replace(means, backend="torch")
     wanted = attend_kept(call, plan, TwoLaunches(), backend_of, True, by_torch)[0].float()
 
-    def one_launch() -> Callable[[], torch.Tensor]:
-        reason = ModelDtype().why_not_means(call, plan, "triton", means)
-        if reason is not None:
-            raise RuntimeError(f"No launch takes means: {reason}.")
-        return lambda: attend_kept(call, plan, ModelDtype(), backend_of, True, means)[0]
+    def with_means(precision: ModelDtype) -> Callable[[], Callable[[], torch.Tensor]]:
+        return lambda: lambda: attend_kept(call, plan, precision, backend_of, True, means)[0]
 
     def check(name: str, made: Callable[[], torch.Tensor]) -> dict[str, object]:
         if name == "made: nothing":
@@ -106,9 +109,10 @@ def compare_launches(
 
     makers = {
         "made: nothing": lambda: lambda: attend_kept(call, plan, ModelDtype(), backend_of, True, None)[0],
-        "made: one launch": one_launch,
-        "made: two launches": lambda: lambda: attend_kept(call, plan, TwoLaunches(), backend_of, True, means)[0],
+        "made: two launches": with_means(TwoLaunches()),
     }
+    if call.q.is_cuda:
+        makers["made: one launch"] = with_means(OneLaunch())
     report.turns(makers, check, "made: nothing", operations(qkv[0], mask), **labels)
 
 
@@ -120,7 +124,8 @@ def compare(
     dense = torch.randn_like(qkv[0])
 
     def sparse(means: LeftOutMeans | None = None) -> Attended:
-        return attend_kept(call, plan, ModelDtype(), backend_of, True, means)
+        precision = OneLaunch() if call.q.is_cuda else TwoLaunches()
+        return attend_kept(call, plan, precision, backend_of, True, means)
 
     def sparse_first(means: LeftOutMeans | None = None) -> Attended:
         return attend_kept(call, plan, TwoLaunches(), backend_of, True, means)
