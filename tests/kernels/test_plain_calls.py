@@ -66,7 +66,8 @@ def test_only_plain_calls_count_in_zeros_that_outlive_them(monkeypatch):
     monkeypatch.setattr(op, "why_not_hopper_half", lambda *_args: None)
     hopper = pytest.importorskip("dit_accel.kernels.attention.hopper.forward")
 
-    def counted(q, _k, _v, _mask, _rows, _key_mask, _scale, pieces=None):
+    def counted(q, _k, _v, _mask, _rows, _key_mask, _scale, pieces=None, means=None):
+        assert means is None
         seen.append(pieces)
         return q.clone(), q.new_zeros(q.shape[0], q.shape[2], q.shape[1], dtype=torch.float32)
 
