@@ -307,7 +307,8 @@ def test_why_not_in_one_launch(name, settings, said, monkeypatch):
     assert why_not_at_once("torch", q, k, v, mask, given) == "it is the Triton backend's"
 
 
-def test_without_a_hopper_gpu_the_kernel_says_so():
+def test_without_a_hopper_gpu_the_kernel_says_so(monkeypatch):
+    monkeypatch.setattr(variants, "MEANS_ON_HOPPER", True)
     q, k, v, mask, rows, _, _ = build(length=256, block=(64, 64), dim=128, dtype=torch.bfloat16)
     given = means_of(k, v, mask, rows, 64)
     assert why_not_at_once("triton", q, k, v, mask, given) == "it needs a GPU"

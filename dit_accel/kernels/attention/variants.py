@@ -62,12 +62,14 @@ def why_not_hopper_means(
 ) -> str | None:
     """Why the Hopper kernel cannot attend, in the launch of a half-precision call, the means of what it leaves out, or
     None if it can."""
+    if not MEANS_ON_HOPPER:
+        return "its form with means is switched off"
     reason = why_not_hopper_half(q, k, v, mask, rows)
     if reason is not None:
         return reason
     from .hopper.forward import why_not_means
 
-    return why_not_means(mask, key_mask, means) if MEANS_ON_HOPPER else "its form with means is switched off"
+    return why_not_means(mask, key_mask, means)
 
 
 def why_not_hopper_quantized(q: torch.Tensor, mask: BlockMask, smooth_q: bool) -> str | None:
