@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from functools import partial
 
+import diffusers
 import pytest
 import torch
 
@@ -52,9 +54,15 @@ def test_the_clock_runs_within_the_blocks_alone(family, compiled):
     torch._dynamo.reset()
 
 
+def _with_narrow(monkeypatch, autoencoder, **config):
+    """Many CPUs take minutes for one decoding at full width in 16 bits, which they only emulate."""
+    monkeypatch.setattr(diffusers, autoencoder, partial(getattr(diffusers, autoencoder), **config))
+
+
 @pytest.fixture
 def tiny_architecture(monkeypatch):
-    """Wan 2.1 as it is published, but narrow, and its text encoder likewise."""
+    """Wan 2.1 as it is published, but narrow, and its text encoder and autoencoder likewise."""
+    _with_narrow(monkeypatch, "AutoencoderKLWan", base_dim=8, num_res_blocks=1)
     wan = ARCHITECTURES["wan2.1-1.3b"]
     narrow = {"num_attention_heads": 2, "attention_head_dim": 12, "ffn_dim": 32, "num_layers": 4}
     encoder = replace(
@@ -99,7 +107,9 @@ def _narrow(encoder, **changes):
 
 @pytest.fixture
 def tiny_hunyuan(monkeypatch):
-    """HunyuanVideo as it is published, but narrow, and its text encoders likewise."""
+    """HunyuanVideo as it is published, but narrow, and its text encoders and autoencoder likewise."""
+    width = {"block_out_channels": (8,) * 4, "layers_per_block": 1, "norm_num_groups": 4}
+    _with_narrow(monkeypatch, "AutoencoderKLHunyuanVideo", **width)
     hunyuan, whole_one = ARCHITECTURES["hunyuanvideo"], whole.WHOLE_PIPELINES["hunyuanvideo"]
     narrow = {
         "num_attention_heads": 2,
