@@ -20,7 +20,7 @@ from .layout import StepContext, TokenLayout
 from .plan import AttentionPlan
 from .planner import Planner
 from .recipe import Recipe
-from .records import BackendsUsed, LayerRecord, SharedWork
+from .records import BackendsUsed, LayerRecord, SharedWork, Shares
 from .ring_attention import shares_of_work
 from .run import Run
 from .stages.compensate.protocol import Attended
@@ -165,16 +165,18 @@ class Engine:
         if steps is not None and at is not None:
             steps.add_dense(at, reason)
 
-    def count_replayed(self, layer: int, density: torch.Tensor, at: Placed) -> None:
-        """Count a sparse call that a CUDA graph computed under a plan made before, in the forward ``at``. NaNs in its
-        output are counted by the graph, where the layer's record has a place for them."""
+    def count_replayed(self, layer: int, shares: Shares, plans_made: int, at: Placed) -> None:
+        """Count a sparse call that a CUDA graph computed, in the forward ``at``. NaNs in its output are counted by the
+        graph, where the layer's record has a place for them."""
         with self._counting:
-            self.records[layer].add_sparse(density)
-            self.records[layer].replayed_calls += 1
+            record = self.records[layer]
+            record.add_sparse(shares)
+            record.replayed_calls += 1
+            record.plans_made += plans_made
         steps = self.steps
         if steps is not None:
-            steps.add_plans(at, 0)
-            steps.add_sparse(at, density)
+            steps.add_plans(at, plans_made)
+            steps.add_sparse(at, shares.density)
 
     def reset(self) -> None:
         """Forget what was counted, timed and noted so far. Plans and tables stay: nothing runs otherwise after it."""
@@ -297,19 +299,24 @@ class Engine:
 
     def _count(self, call: AttentionCall, plan: AttentionPlan, witness: torch.Tensor, book: LayerRecord) -> None:
         """Record a sparse call: what it kept, and whether its output holds a NaN."""
-        largest, density = witness.amax(), self._density(call, plan)  # NaN where one is
+        largest, shares = witness.amax(), self.shares_of(call, plan)  # NaN where one is
+        with self._counting:
+            book.add_sparse(shares)
+            book.largest.add(largest)
+        steps = self.steps
+        if steps is not None and call.is_counted:
+            steps.add_sparse(call, shares.density)
+
+    def shares_of(self, call: AttentionCall, plan: AttentionPlan) -> Shares:
+        """What a call computes under a plan; where processes share the call, what the others have is recorded."""
+        density = self._density(call, plan)
         # A mask of tokens within blocks sees less than the blocks that it keeps. Around a ring it is not told.
         hides = plan.mask.token_bits is not None and call.part is None
         seen = plan.mask.token_density if hides else None
         if isinstance(call.layout, TokenLayout) and call.layout.queries is not None:
             density = density / plan.querying  # of the rows of blocks that query
             seen = None if seen is None else seen / plan.querying
-        with self._counting:
-            book.add_sparse(density, seen)
-            book.largest.add(largest)
-        steps = self.steps
-        if steps is not None and call.is_counted:
-            steps.add_sparse(call, density)
+        return Shares(density, seen)
 
     def _density(self, call: AttentionCall, plan: AttentionPlan) -> torch.Tensor:
         """This process' share of the work of dense attention, a 0-d tensor; that of the others is recorded."""

@@ -7,9 +7,9 @@ import torch
 from .call import AttentionCall
 from .kept_plans import KeptPlan, kept_of
 from .kernels.common.choice import Case, Choice, Operation
-from .layout import StepContext
+from .layout import StepContext, TokenLayout
 from .plan import AttentionPlan, LayerMemory
-from .planner import Planner
+from .planner import Planner, PlanSource
 from .recipe import Recipe
 from .records import LayerRecord
 from .stages.select.frozen import FrozenMasks
@@ -38,9 +38,16 @@ class FrozenPlanner(Planner):
         """Whether processes around a ring can plan together: masks that were made need no queries and keys."""
         return not self.rederive or super().goes_round
 
+    def source(self, step: StepContext, layer: int, _layout: TokenLayout) -> PlanSource | None:
+        """The part of the trajectory whose masks hold at ``step``."""
+        if self._why_not(_layout, step) is not None:
+            return super().source(step, layer, _layout)
+        assert step.sigma is not None
+        return PlanSource(self.masks.bucket(step.sigma), anew=False)
+
     def refuse(self, call: AttentionCall) -> None:
         """Raise where the masks do not fit and nothing is selected anew."""
-        reason = None if self.rederive else self._why_not(call)
+        reason = None if self.rederive else self._why_not(call.layout, call.step)
         if reason is not None:
             raise ValueError(f"{reason} Calibrate for this, or patch with rederive=True to select anew.")
 
@@ -56,16 +63,16 @@ class FrozenPlanner(Planner):
         return super()._selection_choices(case, backend) if self.rederive else {}
 
     def _plan(self, call: AttentionCall, book: LayerRecord) -> tuple[StepContext, AttentionPlan]:
-        reason = self._why_not(call)
+        reason = self._why_not(call.layout, call.step)
         if reason is None:
             return call.step, self._frozen_plan(call, book)
         self.refuse(call)
         return super()._plan(call, book)
 
-    def _why_not(self, call: AttentionCall) -> str | None:
-        if call.layout != self.masks.layout:
-            return f"The calibration is for {self.masks.layout}, the call has {call.layout}."
-        if call.step.sigma is None:
+    def _why_not(self, layout: TokenLayout | str, step: StepContext) -> str | None:
+        if layout != self.masks.layout:
+            return f"The calibration is for {self.masks.layout}, the call has {layout}."
+        if step.sigma is None:
             return "Calibrated plans are found by sigma, and a bare model or this scheduler shows none."
         return None
 
@@ -91,7 +98,10 @@ class FrozenPlanner(Planner):
             finally:
                 call.seen = None
             plan = AttentionPlan(blocks.kernel_rows, mask, compensate.prepare(blocks, mask, call))
-        if not call.repeated and not call.captured:
-            plans[place] = (version, KeptPlan.of(call, plan))
         book.plans_made += 1
-        return plan
+        if call.repeated or call.captured:
+            return plan
+        kept = KeptPlan.of(call, plan)
+        plans[place] = (version, kept)
+        # Its lists wait for the device when they are read first: now, since the next call may be captured.
+        return kept.plan

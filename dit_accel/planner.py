@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import replace
 from functools import partial
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 
@@ -27,6 +27,32 @@ from .stages.compensate.protocol import Compensation
 from .stages.drift import BlockMeans
 from .stages.select.protocol import Select
 from .timing import Stopwatch
+
+
+class PlanSource(NamedTuple):
+    """What decides a call's plan where no earlier call of its run does.
+
+    Attributes:
+        choice: equal where a call of the same layout, at another step, has a plan by the same rule.
+        anew: whether each call makes a plan of its own, of its queries and keys; else equal choices are the same plan.
+    """
+
+    choice: object
+    anew: bool
+
+
+def why_not_of_one_call(recipe: Recipe) -> str | None:
+    """Why plans that are made at every step follow from more than queries, keys and density of one call each, a
+    sentence without its end; None where they do not."""
+    if recipe.schedule.dense_refresh:
+        return "this recipe makes a plan at every step, and such a step is dense"
+    if recipe.order.follows_call:
+        return "this recipe makes a plan at every step, and an order of tokens"
+    if recipe.select.head_densities:
+        return "this recipe makes a plan at every step, with densities by head, which the host hands over"
+    if not recipe.select.of_call_alone:
+        return "this recipe makes a plan at every step, which may follow from the one before"
+    return None
 
 
 class Planner:
@@ -66,6 +92,15 @@ class Planner:
             alone = type(recipe.compensate).__name__
             raise refusal("attention", backend, f"{alone} attends by itself, and fa4 is for attention to kept blocks")
         return found
+
+    def source(self, step: StepContext, layer: int, _layout: TokenLayout) -> PlanSource | None:
+        """What decides the plan of a layer's call at a step; None where an earlier call of its run has a part in it."""
+        select = self.recipe.select
+        if select.is_static:
+            return PlanSource(self._selection(step, layer), anew=False)
+        if self.recipe.schedule.keeps_plans or why_not_of_one_call(self.recipe) is not None:
+            return None
+        return PlanSource(self._selection(step, layer), anew=True)
 
     def pad(self, call: AttentionCall) -> None:
         """Give a call the padding that the order expects."""
@@ -135,7 +170,7 @@ class Planner:
         if call.repeated and call.layer in call.used:
             kept = call.used[call.layer]
             return kept.made, kept.plan
-        select = self._selection(call)
+        select = self._selection(call.step, call.layer)
         return self._static_plan(call, select, book) if select.is_static else self._dynamic_plan(call, select, book)
 
     def _static_plan(self, call: AttentionCall, select: Select, book: LayerRecord) -> tuple[StepContext, AttentionPlan]:
@@ -355,8 +390,8 @@ class Planner:
         """The backends of the recipe's own selection; see :meth:`choices`."""
         return self.recipe.select.choices(case, backend)
 
-    def _selection(self, call: AttentionCall) -> Select:
-        """The recipe's selection with the density that holds for this layer and step."""
+    def _selection(self, step: StepContext, layer: int) -> Select:
+        """The recipe's selection with the density that holds for a layer at a step."""
         select = self.recipe.select
-        density = self.recipe.schedule.density(call.step) if self.density is None else self.density
-        return select.of_layer(call.layer) if density is None else select.with_density(density)
+        density = self.recipe.schedule.density(step) if self.density is None else self.density
+        return select.of_layer(layer) if density is None else select.with_density(density)

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
+from typing import NamedTuple
 
 import torch
 
@@ -52,6 +53,18 @@ def _nans(x: torch.Tensor) -> torch.Tensor:
     return x.isnan().sum()
 
 
+class Shares(NamedTuple):
+    """What a sparse call computed of dense attention, 0-d tensors.
+
+    Attributes:
+        density: its share of the work.
+        seen: share of the token pairs that it saw, where a mask hides some within the kept blocks; else None.
+    """
+
+    density: torch.Tensor
+    seen: torch.Tensor | None = None
+
+
 @dataclass
 class LayerRecord:
     """What one self-attention layer did: counters, and tensors that are only read when asked for.
@@ -92,12 +105,12 @@ class LayerRecord:
         """Sparse calls whose output held a NaN; waits for the device."""
         return int(self.largest.total()) + sum(map(int, list(self.replayed_nans.values())))
 
-    def add_sparse(self, density: torch.Tensor, seen: torch.Tensor | None = None) -> None:
-        """A sparse call, at a density that is a 0-d tensor; ``seen`` is that of token pairs where a mask hides some."""
+    def add_sparse(self, shares: Shares) -> None:
+        """A sparse call."""
         self.sparse_calls += 1
-        self.densities.add(density)
-        if seen is not None:
-            self.hidden.add(density - seen)
+        self.densities.add(shares.density)
+        if shares.seen is not None:
+            self.hidden.add(shares.density - shares.seen)
 
     def reset(self) -> None:
         """Begin at nothing; compiled code goes on counting in the tensor that it knows."""

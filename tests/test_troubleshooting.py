@@ -82,9 +82,10 @@ def dense_reasons() -> set[str]:
 def graph_reasons() -> set[str]:
     """Why blocks run without graphs: what functions return, what is raised, and what has a name."""
     folder = PACKAGE / "patches" / "graphs"
-    found = {OF_INFERENCE, REPLACED, "samples are attended one by one", "a calibration has made their plans"}
+    found = {OF_INFERENCE, REPLACED, "samples are attended one by one"}
     for path, function in (("conditions.py", "why_not_now"), ("install.py", "why_never"), ("served.py", "of")):
         found |= set(returned((folder / path).read_text(encoding="utf-8"), (function,)))
+    found |= set(returned((PACKAGE / "planner.py").read_text(encoding="utf-8"), ("why_not_of_one_call",)))
     for path in folder.glob("*.py"):
         for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
             if isinstance(node, ast.Call) and ast.unparse(node.func) == "CannotCapture":

@@ -16,6 +16,7 @@ from torch import nn
 
 from .ambient import EAGER, TRACED
 from .forwards import in_backward
+from .hook import Hook
 from .in_place import InPlaceOf
 from .learned import CHILD
 from .operator import count_op
@@ -27,26 +28,8 @@ if TYPE_CHECKING:
     from .session import Session
 
 
-def inert(*args: Any, **kwargs: Any) -> None:
-    """What a hook becomes in a copy or a pickle of a patched model: the copy is not patched."""
-
-
-def _make_inert() -> Callable[..., None]:
-    return inert
-
-
 def _new(kind: type[nn.Module], *arguments: Any) -> nn.Module:
     return kind.__new__(kind, *arguments)
-
-
-class Hook:
-    """A hook that a copy of the model does not keep."""
-
-    def __deepcopy__(self, memo: dict[int, Any]) -> Callable[..., None]:
-        return inert
-
-    def __reduce__(self) -> tuple[Callable[..., Any], tuple[Any, ...]]:
-        return _make_inert, ()
 
 
 @cache

@@ -11,6 +11,7 @@ from torch import nn
 
 from ..stages.compensate.protocol import Compensation
 from ..stages.learned_layer import LearnedLayer
+from .hook import Hook
 from .in_place import InPlaceOf
 from .offloading import join_offloading
 
@@ -56,7 +57,7 @@ def attach(
     """Put parameters under an attention layer of a model, on its device. Returns the undo."""
     device = next((p.device for p in module.parameters() if p.device.type != "meta"), None)
     module.add_module(name, learned if device is None else learned.to(device))
-    learned.register_forward_pre_hook(_follow_data)
+    learned.register_forward_pre_hook(_FollowData())
     leave = None if model is None else join_offloading(model, learned)
 
     def undo() -> None:
@@ -67,11 +68,13 @@ def attach(
     return undo
 
 
-def _follow_data(module: nn.Module, args: tuple[Any, ...]) -> None:
-    """Offloading that began before the patch does not move what the patch adds."""
-    data: torch.Tensor = args[0]
-    if any(parameter.device not in (data.device, torch.device("meta")) for parameter in module.parameters()):
-        module.to(data.device)
+class _FollowData(Hook):
+    """Forward pre-hook: offloading that began before the patch does not move what the patch adds."""
+
+    def __call__(self, module: nn.Module, args: tuple[Any, ...]) -> None:
+        data: torch.Tensor = args[0]
+        if any(parameter.device not in (data.device, torch.device("meta")) for parameter in module.parameters()):
+            module.to(data.device)
 
 
 def is_learned(name: str) -> bool:

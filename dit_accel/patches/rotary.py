@@ -20,7 +20,7 @@ from torch import nn
 
 from ..kernels.rotary.api import rotate_pairs
 from .ambient import TRACED
-from .hooks import Hook
+from .hook import Hook
 
 if TYPE_CHECKING:
     from .session import Session

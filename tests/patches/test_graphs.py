@@ -23,15 +23,14 @@ from torch.utils.flop_counter import FlopCounterMode
 
 import dit_accel
 from dit_accel.acceleration.api import accelerate, change_beside_attention
-from dit_accel.frozen_planner import FrozenPlanner
 from dit_accel.patches.graphs import kept
 from dit_accel.patches.graphs.arguments import CannotCapture, put_together, taken_apart
-from dit_accel.patches.graphs.install import REPLACED, install_graphs, why_never
+from dit_accel.patches.graphs.install import REPLACED
 from dit_accel.patches.graphs.likeness import Likeness
 from dit_accel.patches.graphs.served import Served
 from dit_accel.patches.graphs.static import Slots
-from dit_accel.patches.handle import PatchHandle
 from tests import pipe_calls
+from tests.patches.graphed import assert_alike, facts, notes, with_graphs
 from tests.pipe_calls import Call
 from tests.tiny import TINY
 
@@ -39,35 +38,6 @@ STEPS = 8
 MASKED = ("hunyuan", "qwen-image")
 """Families that hide keys in every call."""
 Change = Callable[[Any], object]
-
-
-def with_graphs(handle: PatchHandle) -> PatchHandle:
-    handle.record_change(install_graphs(handle), "graphs")
-    return handle
-
-
-def facts(handle: PatchHandle) -> dict[str, Any]:
-    """All that a summary says but how calls were computed, and how long."""
-    found = handle.summary().to_dict()
-    layers = [{**layer, "replayed_calls": 0} for layer in found.pop("layers")]
-    left_out = ("plan_seconds", "sparse_seconds", "dense_seconds", "replayed_calls", "changes", "notes")
-    return {**{name: value for name, value in found.items() if name not in left_out}, "layers": layers}
-
-
-def notes(handle: PatchHandle) -> list[str]:
-    return [note for note in handle.summary().notes if "CUDA graphs" in note]
-
-
-def assert_alike(recipe: dit_accel.Recipe, steps: int) -> None:
-    """A run under a recipe has the same bits and counts with graphs as without, and no block gives them up."""
-    pipe, call = pipe_calls.build("wan"), Call(steps, 0)
-    with dit_accel.patch(pipe, recipe) as handle:
-        wanted = pipe_calls.perform(pipe, "wan", call)
-        counted = facts(handle)
-    with with_graphs(dit_accel.patch(pipe, recipe)) as handle:
-        assert pipe_calls.perform(pipe, "wan", call).equal(wanted)
-        assert facts(handle) == counted
-        assert not notes(handle)
 
 
 @pytest.mark.parametrize("name", TINY)
@@ -142,16 +112,6 @@ def test_a_call_that_is_dense_for_another_reason_than_its_layer_is_counted_by_it
         assert facts(handle) == counted
 
 
-def test_plans_of_a_calibration_are_said_not_to_be_replayed(graphs):
-    pipe = TINY["wan"].build()
-    with dit_accel.patch(pipe, "mass", density=0.3) as handle:
-        (session,) = handle.sessions.values()
-        session.engine.planner.__class__ = FrozenPlanner
-        with_graphs(handle)
-        assert notes(handle) == ["Blocks run without CUDA graphs: a calibration has made their plans."]
-        assert all(block._compiled_call_impl is None for block in pipe.transformer.blocks)
-
-
 def test_a_run_that_turns_its_picture_is_not_replayed_with_the_plan_of_before(graphs):
     """As many tokens, of another grid."""
 
@@ -174,21 +134,6 @@ def test_a_run_that_turns_its_picture_is_not_replayed_with_the_plan_of_before(gr
         found = denoise(pipe)
     assert all(one.equal(other) for one, other in zip(found, wanted, strict=True))
     assert graphs.replayed
-
-
-@pytest.mark.parametrize("recipe", ["pooled", "gna", "dense", "carried", "sla"])
-def test_a_recipe_whose_blocks_never_repeat_says_so(recipe, graphs):
-    pipe = TINY["wan"].build()
-    assert why_never(dit_accel.presets.resolve(recipe))
-    with dit_accel.patch(pipe, recipe):
-        wanted = TINY["wan"].run(pipe, steps=STEPS)
-    with with_graphs(dit_accel.patch(pipe, recipe)) as handle:
-        assert TINY["wan"].run(pipe, steps=STEPS).equal(wanted)
-        (note,) = notes(handle)
-        assert note.startswith("Blocks run without CUDA graphs: ")
-        handle.reset()
-        assert notes(handle) == [note]
-    assert not graphs.captured
 
 
 def half_the_weights(pipe: Any) -> None:

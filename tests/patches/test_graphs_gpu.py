@@ -11,6 +11,7 @@ import torch
 import dit_accel
 from dit_accel.acceleration.compiled import compile_blocks
 from dit_accel.patches.graphs.install import install_graphs
+from tests.patches.graphed import learn_something
 from tests.tiny import TINY
 
 pytestmark = pytest.mark.gpu
@@ -54,12 +55,36 @@ def test_the_same_result_as_without_graphs(name, compiled):
     undo()
 
 
-@pytest.mark.parametrize("profile", ["balanced", "fast", "max"])
-def test_the_same_result_under_a_profile(profile):
+OF_THE_LAYOUT = ("window", "dina", "gna", "sta", "clear", "radial", "patterns", "masformer", "agent", "sage")
+OF_EVERY_STEP = ("pooled", "sparge", "sparge2", "ssa", "sla", "seer")
+
+
+@pytest.mark.parametrize("recipe", ["balanced", "fast", "max", *OF_THE_LAYOUT, *OF_EVERY_STEP])
+def test_the_same_result_and_counts_under_a_recipe(recipe):
     pipe = on_gpu("wan")
-    with dit_accel.patch(pipe, profile) as handle:
+    with dit_accel.patch(pipe, recipe) as handle:
+        learn_something(pipe)
         wanted = run("wan", pipe, steps=20)
+        counted = handle.summary()
         handle.reset()
+        handle.record_change(install_graphs(handle), "graphs")
+        assert run("wan", pipe, steps=20).equal(wanted)
+        summary = handle.summary()
+    assert (summary.sparse_calls, summary.density) == (counted.sparse_calls, pytest.approx(counted.density))
+    assert summary.replayed_calls > summary.sparse_calls / 2
+    assert not any("CUDA graphs" in note for note in summary.notes), summary.notes
+
+
+@pytest.mark.parametrize("recipe", ["paro", "mass"])
+def test_plans_of_a_calibration(recipe, tmp_path):
+    pipe = on_gpu("wan")
+    given = TINY["wan"].call(torch.Generator().manual_seed(0))
+    given = {key: value.to("cuda") if isinstance(value, torch.Tensor) else value for key, value in given.items()}
+    given.pop("generator", None)
+    settings = {"buckets": 3, "generate_kwargs": {"num_inference_steps": 5}}
+    dit_accel.calibrate(pipe, [given], recipe, out=tmp_path / "plans", **settings)
+    with dit_accel.patch(pipe, recipe, calibration=tmp_path / "plans") as handle:
+        wanted = run("wan", pipe, steps=20)
         handle.record_change(install_graphs(handle), "graphs")
         assert run("wan", pipe, steps=20).equal(wanted)
         assert handle.summary().replayed_calls

@@ -163,10 +163,11 @@ class BlockGraphs:
         out, engine = captured.replay(), self.session.engine
         for layer, served in captured.served.items():
             forward.ordinal(layer, False)
-            if served.density is None:
+            shares = captured.shares_of(layer)
+            if shares is None:
                 engine.count_dense(layer, DENSE_LAYER, forward)
             else:
-                engine.count_replayed(layer, served.density, forward)
+                engine.count_replayed(layer, shares, int(served.makes_plan), forward)
         return out
 
     def _give_up(self, why: str) -> None:

@@ -12,7 +12,7 @@ from torch import nn
 from ...call import AttentionCall
 from ...engine import Engine
 from ...graph_hold import Held
-from ...records import BackendsUsed
+from ...records import BackendsUsed, Shares
 from ..forwards import Forward
 from .arguments import CannotCapture, Form, put_together, taken_apart
 from .likeness import Likeness
@@ -55,6 +55,7 @@ class Captured:
         given, given_form: where it reads what it is given, and the form of that.
         results, results_form: where it leaves what it returns.
         held: what the graph reads and nothing else may keep.
+        shares: of the layers whose plans it makes, by layer: what it writes there in a replay.
         counted: where the backends stand that a call of it has used; another one after a reset.
     """
 
@@ -67,6 +68,15 @@ class Captured:
     results_form: Form
     held: Held
     counted: BackendsUsed
+    shares: dict[int, Shares]
+
+    def shares_of(self, layer: int) -> Shares | None:
+        """What the layer computed in the latest replay; None where it is always dense."""
+        written = self.shares.get(layer)
+        if written is None:
+            return self.served[layer].shares
+        # The next replay writes other numbers there.
+        return Shares(written.density.clone(), None if written.seen is None else written.seen.clone())
 
     def takes(self, slots: Slots, tensors: list[torch.Tensor]) -> bool:
         """Put what the block is given where the graph reads it; False where something else that is needed lies there,
@@ -135,9 +145,15 @@ def capture(
         for tensor, slot in zip(out, results, strict=True):
             slot.write(tensor)
 
+    shares: dict[int, Shares] = {}
+
     def watch(call: AttentionCall) -> None:
-        if call.used.get(call.layer) is not ran.served[call.layer].kept:
+        served = ran.served[call.layer]
+        if call.used.get(call.layer) is not served.kept:
             raise CannotCapture("a layer's plan changed while it was captured")
+        if served.makes_plan:
+            assert call.plan is not None
+            shares[call.layer] = engine.shares_of(call, call.plan)  # as a part of the graph
 
     held: Held = {}
     calls, forward.watch = dict(forward.calls), watch
@@ -148,4 +164,6 @@ def capture(
         forward.calls, forward.watch = calls, None
     if versions != [slot.tensor._version for slot in given]:
         raise CannotCapture("a block changes what it is given")
-    return Captured(graph, likeness, ran.served, given, form, results, ran.results_form, held, engine.backends_used)
+    return Captured(
+        graph, likeness, ran.served, given, form, results, ran.results_form, held, engine.backends_used, shares
+    )

@@ -10,9 +10,9 @@ import torch
 from torch import nn
 
 from ...frozen_planner import FrozenPlanner
-from ...recipe import Recipe
+from ...planner import Planner, why_not_of_one_call
 from ..handle import PatchHandle
-from ..hooks import Hook
+from ..hook import Hook
 from ..session import Session
 from ..targets import attending_blocks, root_hook, transformers_of
 from .blocks import BlockGraphs, CapturedBlock
@@ -26,13 +26,12 @@ def install_graphs(handle: PatchHandle) -> Callable[[], None]:
     """
     undo: list[Callable[[], None]] = []
     together: list[BlockGraphs] = []
-    why_not = why_never(handle.recipe)
     for _, model, _ in transformers_of(handle.target):
         hook = root_hook(model)
         if hook is None:
             continue
         session = hook.session
-        why = "a calibration has made their plans" if isinstance(session.engine.planner, FrozenPlanner) else why_not
+        why = why_never(session.engine.planner)
         if why is not None:
             session.engine.note(f"Blocks run without CUDA graphs: {why}.", lasting=True)
             continue
@@ -63,19 +62,18 @@ class EndGraphs(Hook):
             self.graphs.session.engine.note(f"Blocks run without CUDA graphs: {REPLACED}.")
 
 
-def why_never(recipe: Recipe) -> str | None:
-    """Why no block would do the same at two steps under a recipe; None where it would."""
-    if recipe.select.is_dense or recipe.select.is_static:
-        return "they serve plans that a run has made, and this recipe makes none"
-    if not recipe.schedule.keeps_plans:
-        return "this recipe makes a plan at every step"
-    if recipe.schedule.drift_bound is not None:
-        return "this recipe looks at every step whether its plans still hold"
+def why_never(planner: Planner) -> str | None:
+    """Why no block would do the same at two steps under a planner's recipe; None where it would."""
+    recipe = planner.recipe
+    if recipe.select.is_dense:
+        return "this recipe leaves all attention to the model"
     if recipe.compensate.follows_step:
         return f"{type(recipe.compensate).__name__} depends on the step"
-    if recipe.compensate.is_learned or recipe.select.is_learned:
-        return "this recipe has learned parameters"
-    return None
+    if recipe.select.is_static or isinstance(planner, FrozenPlanner):
+        return None
+    if recipe.schedule.drift_bound is not None:
+        return "this recipe looks at every step whether its plans still hold"
+    return None if recipe.schedule.keeps_plans else why_not_of_one_call(recipe)
 
 
 def _install(session: Session, model: nn.Module, together: list[BlockGraphs]) -> list[Callable[[], None]]:

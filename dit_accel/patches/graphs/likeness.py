@@ -11,7 +11,7 @@ import torch
 from diffusers.models.attention_dispatch import _AttentionBackendRegistry
 from torch import nn
 
-from ..hooks import Hook
+from ..hook import Hook
 from .arguments import CannotCapture
 
 _PLAIN = (type(None), bool, int, float, str)

@@ -5,12 +5,12 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
-import torch
-
 from ...call import AttentionCall
 from ...engine import Engine
 from ...kept_plans import KeptPlan, plan_key
 from ...layout import TokenLayout
+from ...planner import PlanSource
+from ...records import Shares
 from ...run import Kept
 from ...stages.schedule import DENSE_LAYER
 
@@ -24,16 +24,23 @@ class Served:
     """A call that did the same as any other of its layer, branch and plan would.
 
     Attributes:
-        kept: its plan; None where the layer is always dense.
-        plans: of its run, where ``key`` finds the plan.
-        density: of the call, a 0-d tensor.
+        kept: its plan, where an earlier call made it.
+        plans: of its run, where ``key`` finds that plan.
+        source: what decided its plan, where no earlier call did.
+        shares: of the call; None where it was dense, as the layer always is.
     """
 
     layout: TokenLayout
-    kept: KeptPlan | None
-    plans: Kept | None
-    key: tuple[Any, ...]
-    density: torch.Tensor | None
+    kept: KeptPlan | None = None
+    plans: Kept | None = None
+    key: tuple[Any, ...] = ()
+    source: PlanSource | None = None
+    shares: Shares | None = None
+
+    @property
+    def makes_plan(self) -> bool:
+        """Whether each such call makes a plan of its own."""
+        return self.source is not None and self.source.anew
 
     @classmethod
     def of(cls, engine: Engine, call: AttentionCall) -> Served | str | None:
@@ -46,15 +53,18 @@ class Served:
             return "calls with a mask of keys are not replayed, since its content must be looked at in every forward"
         if call.heads is not None or call.ring is not None:
             return "calls that processes share are not replayed"
-        key = plan_key(call)
         if call.plan is None:
-            return cls(call.layout, None, None, key, None) if call.dense_reason == DENSE_LAYER else None
+            return cls(call.layout) if call.dense_reason == DENSE_LAYER else None
+        shares = engine.shares_of(call, call.plan)
+        source = engine.planner.source(call.step, call.layer, call.layout)
+        if source is not None:
+            return cls(call.layout, source=source, shares=shares)
         kept, plans = call.used.get(call.layer), call.kept
-        if kept is None or plans is None or call.plan.mask.token_bits is not None:
+        if kept is None or plans is None:
             return None
         if call.step.forward_id in (kept.made.forward_id, (kept.chosen or kept.made).forward_id):
             return None  # the first call that reads a packed plan waits for the device
-        return cls(call.layout, kept, plans, key, call.plan.work(engine.recipe.compensate.density))
+        return cls(call.layout, kept, plans, plan_key(call), shares=shares)
 
     def serves(self, session: Session, forward: Forward, layer: int) -> bool:
         """Whether the layer's call in this forward, of the same run and branch, will be served in the same way."""
@@ -62,11 +72,15 @@ class Served:
         if session.layout(forward, self.layout.seq_len) != self.layout:
             return False
         reason = engine.recipe.schedule.dense_reason(forward.step, layer, len(engine.records))
-        kept, plans = self.kept, self.plans
-        if kept is None or plans is None:
+        if self.shares is None:
             return reason == DENSE_LAYER
         if reason is not None:
             return False
+        if self.source is not None:
+            return engine.planner.source(forward.step, layer, self.layout) == self.source
+        kept, plans = self.kept, self.plans
+        assert kept is not None
+        assert plans is not None
         found: KeptPlan | None = plans.plans.get(self.key)
         if found is not kept:
             return False

@@ -9,7 +9,8 @@ from typing import Any
 
 from torch import nn
 
-from ..hooks import Hook, patched_class
+from ..hook import Hook
+from ..hooks import patched_class
 from .tracker import ReuseTracker
 
 _SLOT = "_dit_accel_reuse"

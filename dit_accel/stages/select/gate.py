@@ -35,6 +35,7 @@ class GlobalGate(Select):
 
     threshold: float = 0.25
     block: tuple[int, int] = (128, 64)
+    of_call_alone: ClassVar[bool] = True
     goes_round: ClassVar[bool] = True
 
     def __post_init__(self) -> None:

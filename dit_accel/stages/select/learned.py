@@ -53,6 +53,7 @@ class Learned(Select):
     has_density: ClassVar[bool] = True
     has_head_densities: ClassVar[bool] = True
     is_learned: ClassVar[bool] = True
+    of_call_alone: ClassVar[bool] = True
 
     def __post_init__(self) -> None:
         if self.density is None:

@@ -145,6 +145,7 @@ class Pooled(Select):
     keep_own: bool = True
     has_density: ClassVar[bool] = True
     has_head_densities: ClassVar[bool] = True
+    of_call_alone: ClassVar[bool] = True
     goes_round: ClassVar[bool] = True
 
     def __post_init__(self) -> None:

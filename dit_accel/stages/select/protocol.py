@@ -35,6 +35,8 @@ class Select(Protocol):
         has_head_densities: it has one per layer and head too.
         is_learned: it has parameters in each layer, see :meth:`build`.
         per_head: static patterns differ by layer and head.
+        of_call_alone: the choice is a function of the call's queries, keys and layout and of what stands here: nothing
+            is remembered, and nothing waits for the device. A CUDA graph then makes it anew in each replay.
         can_choose_anew: a later step can choose from what a search found, see :meth:`choose_anew`.
         goes_round: it can plan where processes around a ring share the tokens of a call; all come to the same mask. A
             static choice always can.
@@ -47,6 +49,7 @@ class Select(Protocol):
     has_head_densities: ClassVar[bool] = False
     is_learned: ClassVar[bool] = False
     per_head: ClassVar[bool] = False
+    of_call_alone: ClassVar[bool] = False
     can_choose_anew: ClassVar[bool] = False
     goes_round: ClassVar[bool] = False
     needs_whole: ClassVar[str] = "looks at single tokens of the whole sequence"

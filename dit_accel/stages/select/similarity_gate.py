@@ -39,6 +39,7 @@ class GatedPooled(Select):
     sink_first_frame: bool = False
     block: tuple[int, int] = (128, 64)
     has_density: ClassVar[bool] = True
+    of_call_alone: ClassVar[bool] = True
     goes_round: ClassVar[bool] = True
 
     def __post_init__(self) -> None:
