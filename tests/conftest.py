@@ -146,6 +146,14 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
             item.add_marker(skip)
 
 
+@pytest.fixture(autouse=True, scope="module")
+def _collects_what_is_new() -> None:
+    """What was made before a module's tests takes no part in their collections of garbage: torch, diffusers and some
+    thousand tests are millions of objects, at which each collection would look."""
+    gc.collect()
+    gc.freeze()
+
+
 @pytest.fixture(autouse=True)
 def _gives_the_seam_back() -> Iterator[None]:
     """Each test ends its patches. What it leaves would end in the middle of another test, whenever it is collected."""

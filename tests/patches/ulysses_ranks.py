@@ -42,7 +42,9 @@ SPARSE = {
 
 def ended(world: int, work: Callable[..., None], path: Path, *arguments: Any) -> list[int | None]:
     """Exit codes of ``work(rank, world, path, *arguments)`` in as many processes; None for one that did not end."""
-    context = mp.get_context("spawn")
+    # What forks them has imported this module once: imports take ten seconds for each process on a slow machine.
+    context = mp.get_context("forkserver")
+    context.set_forkserver_preload([__name__])
     ranks = [context.Process(target=work, args=(rank, world, path, *arguments)) for rank in range(world)]
     for rank in ranks:
         rank.start()
