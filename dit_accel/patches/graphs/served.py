@@ -55,16 +55,15 @@ class Served:
             return "calls that processes share are not replayed"
         if call.plan is None:
             return cls(call.layout) if call.dense_reason == DENSE_LAYER else None
-        shares = engine.shares_of(call, call.plan)
         source = engine.planner.source(call.step, call.layer, call.layout)
         if source is not None:
-            return cls(call.layout, source=source, shares=shares)
+            return cls(call.layout, source=source, shares=engine.shares_of(call, call.plan))
         kept, plans = call.used.get(call.layer), call.kept
         if kept is None or plans is None:
             return None
         if call.step.forward_id in (kept.made.forward_id, (kept.chosen or kept.made).forward_id):
             return None  # the first call that reads a packed plan waits for the device
-        return cls(call.layout, kept, plans, plan_key(call), shares=shares)
+        return cls(call.layout, kept, plans, plan_key(call), shares=engine.shares_of(call, call.plan))
 
     def serves(self, session: Session, forward: Forward, layer: int) -> bool:
         """Whether the layer's call in this forward, of the same run and branch, will be served in the same way."""
