@@ -57,7 +57,7 @@ def attach(
     """Put parameters under an attention layer of a model, on its device. Returns the undo."""
     device = next((p.device for p in module.parameters() if p.device.type != "meta"), None)
     module.add_module(name, learned if device is None else learned.to(device))
-    learned.register_forward_pre_hook(_FollowData())
+    learned.register_forward_pre_hook(FollowData())
     leave = None if model is None else join_offloading(model, learned)
 
     def undo() -> None:
@@ -68,7 +68,7 @@ def attach(
     return undo
 
 
-class _FollowData(Hook):
+class FollowData(Hook):
     """Forward pre-hook: offloading that began before the patch does not move what the patch adds."""
 
     def __call__(self, module: nn.Module, args: tuple[Any, ...]) -> None:

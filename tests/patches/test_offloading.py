@@ -8,7 +8,7 @@ import accelerate
 import torch
 from torch import nn
 
-from dit_accel.patches.learned import _follow_data, attach
+from dit_accel.patches.learned import FollowData, attach
 from dit_accel.patches.offloading import execution_device
 from dit_accel.stages.compensate.linear import LinearBranch
 from tests.patches.test_fingerprint import groups, model_of
@@ -34,11 +34,11 @@ def test_where_an_offloaded_layer_runs(tmp_path):
 def test_learned_parameters_follow_the_data_of_their_layer():
     learned = LinearBranch().build(2, 12)
     elsewhere = SimpleNamespace(device=torch.device("meta"))
-    _follow_data(learned, (torch.zeros(1),))
+    FollowData()(learned, (torch.zeros(1),))
     assert learned.weight.device.type == "cpu"
-    _follow_data(learned, (elsewhere,))
+    FollowData()(learned, (elsewhere,))
     assert learned.weight.device.type == "meta"
-    _follow_data(learned, (torch.zeros(1),))  # what offloading keeps elsewhere is not for the taking
+    FollowData()(learned, (torch.zeros(1),))  # what offloading keeps elsewhere is not for the taking
     assert learned.weight.device.type == "meta"
 
 
