@@ -38,10 +38,10 @@ class FrozenPlanner(Planner):
         """Whether processes around a ring can plan together: masks that were made need no queries and keys."""
         return not self.rederive or super().goes_round
 
-    def source(self, step: StepContext, layer: int, _layout: TokenLayout) -> PlanSource | None:
+    def source(self, step: StepContext, layer: int, layout: TokenLayout) -> PlanSource | None:
         """The part of the trajectory whose masks hold at ``step``."""
-        if self._why_not(_layout, step) is not None:
-            return super().source(step, layer, _layout)
+        if self._why_not(layout, step) is not None:
+            return super().source(step, layer, layout)
         assert step.sigma is not None
         return PlanSource(self.masks.bucket(step.sigma), anew=False)
 

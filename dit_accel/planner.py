@@ -93,7 +93,7 @@ class Planner:
             raise refusal("attention", backend, f"{alone} attends by itself, and fa4 is for attention to kept blocks")
         return found
 
-    def source(self, step: StepContext, layer: int, _layout: TokenLayout) -> PlanSource | None:
+    def source(self, step: StepContext, layer: int, layout: TokenLayout) -> PlanSource | None:  # noqa: ARG002
         """What decides the plan of a layer's call at a step; None where an earlier call of its run has a part in it."""
         select = self.recipe.select
         if select.is_static:

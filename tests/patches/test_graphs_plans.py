@@ -2,18 +2,21 @@
 
 from __future__ import annotations
 
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from typing import Any
 
 import pytest
 import torch
 
 import dit_accel
+from dit_accel.call import AttentionCall
+from dit_accel.kernels import BlockMask
+from dit_accel.plan import LayerMemory
 from dit_accel.stages.select.gate import GlobalGate
 from dit_accel.stages.select.pooled import Pooled
 from dit_accel.stages.select.static import Window
 from tests import pipe_calls
-from tests.patches.graphed import assert_alike, learn_something, notes, with_graphs
+from tests.patches.graphed import assert_alike, facts, learn_something, notes, with_graphs
 from tests.pipe_calls import Call
 from tests.tiny import TINY
 
@@ -52,6 +55,32 @@ def test_replays_keep_as_many_blocks_as_their_own_queries_and_keys_say(graphs):
         steps = handle.summary().steps
     assert len({step.density for step in steps}) > STEPS // 2
     assert graphs.replayed
+
+
+@dataclass(frozen=True)
+class Remembering(Pooled):
+    """Somebody's own: it keeps every second choice for the call after it."""
+
+    def select(self, blocks: Any, tables: Any, call: AttentionCall, memory: LayerMemory | None = None) -> BlockMask:
+        assert memory is not None
+        if memory.base is None:
+            memory.base = torch.stack([call.q.mean(), call.k.mean()])
+            return super().select(blocks, tables, call, memory)
+        memory.base = None
+        return Pooled(0.6, block=self.block).select(blocks, tables, call, memory)
+
+
+def test_a_selection_that_adds_a_memory_to_one_of_ours_is_not_captured(graphs):
+    recipe = replace(dit_accel.presets.pooled(dense_fraction=0.0), select=Remembering(0.3, block=(32, 32)))
+    pipe, call = pipe_calls.build("wan"), Call(STEPS, 0)
+    with dit_accel.patch(pipe, recipe) as handle:
+        wanted = pipe_calls.perform(pipe, "wan", call)
+        counted = facts(handle)
+    with with_graphs(dit_accel.patch(pipe, recipe)) as handle:
+        assert pipe_calls.perform(pipe, "wan", call).equal(wanted)
+        assert facts(handle) == counted
+        assert notes(handle) == [f"Blocks run without CUDA graphs: {EVERY_STEP}, which may follow from the one before."]
+    assert not graphs.captured
 
 
 @pytest.mark.parametrize("points", [((0.0, 0.2), (0.9, 0.9)), ((0.0, 0.3), (0.5, 0.3), (0.6, 0.8))], ids=str)

@@ -36,7 +36,8 @@ class Select(Protocol):
         is_learned: it has parameters in each layer, see :meth:`build`.
         per_head: static patterns differ by layer and head.
         of_call_alone: the choice is a function of the call's queries, keys and layout and of what stands here: nothing
-            is remembered, and nothing waits for the device. A CUDA graph then makes it anew in each replay.
+            is remembered, and nothing waits for the device. A CUDA graph then makes it anew in each replay. A subclass
+            must say so itself.
         can_choose_anew: a later step can choose from what a search found, see :meth:`choose_anew`.
         goes_round: it can plan where processes around a ring share the tokens of a call; all come to the same mask. A
             static choice always can.
@@ -53,6 +54,11 @@ class Select(Protocol):
     can_choose_anew: ClassVar[bool] = False
     goes_round: ClassVar[bool] = False
     needs_whole: ClassVar[str] = "looks at single tokens of the whole sequence"
+
+    def __init_subclass__(cls, **options: Any) -> None:
+        super().__init_subclass__(**options)
+        if "of_call_alone" not in vars(cls):
+            cls.of_call_alone = False
 
     @property
     def hides_tokens(self) -> bool:
