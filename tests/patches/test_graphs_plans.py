@@ -123,6 +123,21 @@ def test_plans_of_a_calibration_are_replayed_as_long_as_they_hold(recipe, bucket
     assert graphs.replayed > graphs.captured > 0
 
 
+@pytest.mark.parametrize("recipe", ["gna", "pooled"])
+def test_runs_with_other_sizes_beside_another_pipeline(recipe, graphs):
+    pipe, other = pipe_calls.build("wan"), pipe_calls.build("wan")
+    calls = (Call(6, 0), Call(5, 1), Call(7, 0, guided=False), Call(6, 2), Call(6, 0))
+    with dit_accel.patch(pipe, recipe, backend="reference"):
+        wanted = [pipe_calls.perform(pipe, "wan", call) for call in calls]
+    ours = with_graphs(dit_accel.patch(pipe, recipe, backend="reference"))
+    with ours, with_graphs(dit_accel.patch(other, "mass", density=0.3)):
+        for call, clip in zip(calls, wanted, strict=True):
+            pipe_calls.perform(other, "wan", call)
+            assert pipe_calls.perform(pipe, "wan", call).equal(clip)
+        assert not notes(ours)
+        assert ours.summary().replayed_calls
+
+
 def test_what_a_recipe_learns_between_two_steps_is_replayed(graphs):
     def clip(graphs_too: bool) -> torch.Tensor:
         pipe = TINY["wan"].build()
