@@ -97,7 +97,7 @@ def main() -> None:
     parser.add_argument("--quick", action="store_true", help="small clips of few steps: does every row run?")
     parser.add_argument("--show", type=Path, help="print the tables of a file")
     parser.add_argument("--share", type=int, help=argparse.SUPPRESS)  # of the rows or prompts, for one process
-    parser.add_argument("--prepare", action="store_true", help=argparse.SUPPRESS)
+    parser.add_argument("--prepare", action="store_true", help="try the rows and end, such as beside other work")
     parser.add_argument("--out", type=Path, default=Path("outputs/presets"))
     args = parser.parse_args()
     if args.quick:
@@ -114,6 +114,8 @@ def main() -> None:
         parts.claim(settings_of(args))
         if any(parts.read(name) is None for name in (RUN, *(row.name for row in rows))):
             launch(args, "--prepare")
+        if args.prepare:
+            return
         launch(args)
         result = merged(args, rows, parts)
         write_text(args.out / "table.json", json.dumps(result, indent=1) + "\n")
