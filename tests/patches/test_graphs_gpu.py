@@ -62,7 +62,9 @@ OF_EVERY_STEP = ("pooled", "sparge", "sparge2", "ssa", "sla", "seer")
 @pytest.mark.parametrize("recipe", ["balanced", "fast", "max", *OF_THE_LAYOUT, *OF_EVERY_STEP])
 def test_the_same_result_and_counts_under_a_recipe(recipe):
     pipe = on_gpu("wan")
-    with dit_accel.patch(pipe, recipe) as handle:
+    # Its first two layers are dense: all that this model has.
+    changes = {"full_layers": (0,)} if recipe == "masformer" else {}
+    with dit_accel.patch(pipe, recipe, **changes) as handle:
         learn_something(pipe)
         wanted = run("wan", pipe, steps=20)
         counted = handle.summary()

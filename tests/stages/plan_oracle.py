@@ -154,11 +154,17 @@ def _pooled_mass(compensate: object, head: _Head) -> torch.Tensor:
 
 
 def _agents(compensate: AgentTokens, head: _Head) -> torch.Tensor:
-    layout, count = head.plan.compensation.layout, head.plan.compensation.count
+    layout = head.plan.compensation.layout
     latent = (head.tokens >= layout.latent_start) & (head.tokens < layout.latent_start + layout.num_latent)
-    number = head.plan.compensation.number[head.tokens[latent] - layout.latent_start]
-    agents = torch.stack([head.q[latent][number == n].mean(0) for n in range(count)])
-    told = _softmax(agents, head.k, head.v, head.visible.expand(count, -1), head.scale)
+    _, height, width = layout.grid
+    tile = compensate.tile if layout.grid[0] > 1 else (1, 2 * compensate.tile[1], compensate.tile[2])
+    place = head.tokens[latent] - layout.latent_start
+    number = torch.stack(
+        [place // (height * width) // tile[0], place // width % height // tile[1], place % width // tile[2]]
+    )
+    of_tile = number.unique(dim=1, return_inverse=True)[1]
+    agents = torch.stack([head.q[latent][of_tile == n].mean(0) for n in range(int(of_tile.max()) + 1)])
+    told = _softmax(agents, head.k, head.v, head.visible.expand(len(agents), -1), head.scale)
     out = _softmax(head.q, head.k, head.v, head.visible.expand(len(head.q), -1), head.scale)
     everyone = torch.ones(1, dtype=torch.bool)
     asked = _softmax(head.q[latent], agents, told, everyone, head.scale**compensate.sharpen)

@@ -23,13 +23,14 @@ class Agents:
 
     Attributes:
         layout: of the sequence.
-        number: int64 ``[num_latent]``, the agent of each latent token in the model's order.
-        count: agents in all.
+        tokens: int64 ``[agents, tokens of a tile]``, the latent tokens of each agent; tiles at an edge hold fewer, and
+            token 0 fills them.
+        share: float32, the same shape: of each token in its agent's mean, 0 of what fills.
     """
 
     layout: TokenLayout
-    number: torch.Tensor
-    count: int
+    tokens: torch.Tensor
+    share: torch.Tensor
 
 
 @dataclass(frozen=True)
@@ -71,16 +72,22 @@ class AgentTokens(Compensation):
         _call: AttentionCall,
         _memory: LayerMemory | None = None,
     ) -> Agents:
-        """Which agent stands for which token."""
+        """Which agent stands for which tokens."""
         layout = blocks.layout
         tile = fold_tile(self.tile, layout.grid[0])
         order = tile_order(layout.grid, tile, blocks.device)
         tiles_h, tiles_w = (-(-size // step) for size, step in zip(layout.grid[1:], tile[1:], strict=True))
         _, height, width = layout.grid
         f, h, w = order // (height * width), order // width % height, order % width
-        number = torch.empty_like(order)
-        number[order] = (f // tile[0] * tiles_h + h // tile[1]) * tiles_w + w // tile[2]
-        return Agents(layout, number, -(-layout.grid[0] // tile[0]) * tiles_h * tiles_w)
+        number = (f // tile[0] * tiles_h + h // tile[1]) * tiles_w + w // tile[2]
+        # A tile's tokens follow each other in this order; so do tiles in their own.
+        first = torch.searchsorted(number, number)
+        place = torch.arange(len(order), device=order.device) - first
+        tokens = order.new_zeros(int(number[-1]) + 1, tile[0] * tile[1] * tile[2])
+        tokens[number, place] = order
+        held = torch.zeros(tokens.shape, device=order.device)
+        held[number, place] = 1
+        return Agents(layout, tokens, held / held.sum(1, keepdim=True))
 
     def attend(self, call: AttentionCall, plan: AttentionPlan, _sparse: Sparse) -> Attended:
         """The two attentions through the agents; the kept blocks are not read."""
@@ -109,14 +116,12 @@ class AgentTokens(Compensation):
         """Query-key products as a share of dense attention's."""
         agents: Agents = plan.compensation
         tokens, latents = agents.layout.seq_len, agents.layout.num_latent
-        products = agents.count * (tokens + latents) + agents.layout.num_extra * tokens
-        return torch.tensor(products / tokens**2, device=agents.number.device)
+        products = len(agents.tokens) * (tokens + latents) + agents.layout.num_extra * tokens
+        # Filled in, not copied from the host: a captured step may ask.
+        return torch.full((), products / tokens**2, device=agents.tokens.device)
 
 
 def _means(latent_q: torch.Tensor, agents: Agents) -> torch.Tensor:
-    """Mean query of every agent, ``[B, H, agents, D]`` from ``[B, H, num_latent, D]``."""
-    lead, dim = latent_q.shape[:2], latent_q.shape[-1]
-    total = torch.zeros(*lead, agents.count, dim, dtype=torch.float32, device=latent_q.device)
-    total = total.index_add(2, agents.number, latent_q.float())
-    size = agents.number.bincount(minlength=agents.count)
-    return (total / size[:, None]).to(latent_q.dtype)
+    """Mean query of every agent, ``[B, H, agents, D]`` from ``[B, H, num_latent, D]``; the same bits in every run."""
+    gathered = latent_q[:, :, agents.tokens].float()
+    return (gathered * agents.share[..., None]).sum(3).to(latent_q.dtype)
