@@ -11,6 +11,7 @@ import torch.nn.functional as F
 
 from .measurement import MetricUnavailable
 from .video import ClipPair, to_uint8
+from .where import on_the_fastest
 
 # Two metrics need the dense clip's flow, for every clip beside it, and it takes longer than all else of them.
 _FLOW = "flow"
@@ -37,11 +38,16 @@ class Flicker:
     def __call__(self, pair: ClipPair) -> float:
         """Mean over pixels, channels and frame transitions."""
         _require_frames(pair, self.label)
-        # Frame by frame: changes of a long clip fit into no cache.
-        total, frames = 0.0, zip(pair.candidate, pair.reference, strict=True)
-        for (before, r_before), (after, r_after) in pairwise(frames):
-            total += ((after - before) - (r_after - r_before)).abs().double().sum().item()
-        return 255 * total / pair.reference[1:].numel()
+
+        def total(device: torch.device) -> float:
+            # Frame by frame: changes of a long clip fit into no cache.
+            frames = ((x.to(device), y.to(device)) for x, y in zip(pair.candidate, pair.reference, strict=True))
+            return sum(
+                ((after - before) - (r_after - r_before)).abs().double().sum().item()
+                for (before, r_before), (after, r_after) in pairwise(frames)
+            )
+
+        return 255 * on_the_fastest(total) / pair.reference[1:].numel()
 
 
 @dataclass(frozen=True)
