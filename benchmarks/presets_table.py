@@ -6,8 +6,8 @@
 
 Files are of ``benchmarks/verify_presets.py``, of one model, size and number of steps, and of the same recipes. Those of
 fidelity may be of several processes on one GPU; further ones add prompts (``--first``). Those of seconds are of
-processes that had a GPU each; further ones add rows. Their clips are some of the others', and have their PSNR beside
-their seconds. A Frechet distance is of the first file's clips.
+processes that had a GPU each; further ones add rows, or measure some again: the last file counts. Their clips are some
+of the others', and have their PSNR beside their seconds. A Frechet distance is of the first file's clips.
 """
 
 from __future__ import annotations
@@ -38,30 +38,28 @@ def table(fidelity: Sequence[Mapping[str, Any]], seconds: Sequence[Mapping[str, 
 
     Args:
         fidelity: files of other prompts each.
-        seconds: files of other rows each.
+        seconds: files of some rows each; of a row in several the last counts.
 
     Raises:
-        ValueError: files of different runs, a prompt or row twice, or seconds of processes that shared a GPU.
+        ValueError: files of different runs, a prompt twice, or seconds of processes that shared a GPU.
     """
     _refuse([*fidelity, *seconds])
     for one in seconds:
         if (shared := one["facts"]["processes_on_a_gpu"]) != 1:
             raise ValueError(f"seconds must be of processes with a GPU each, got {shared} on one.")
     facts, settings = seconds[0]["facts"], seconds[0]["facts"]["settings"]
-    timed: dict[str, Mapping[str, Any]] = {}
-    for row in (row for one in seconds for row in one["rows"]):
-        if row["row"] in timed:
-            raise ValueError(f"two files of seconds have the row {row['row']!r}.")
-        timed[row["row"]] = row
+    timed: dict[str, Mapping[str, Any]] = {row["row"]: row for one in seconds for row in one["rows"]}
     rows = sorted(_joined(fidelity), key=lambda row: -_psnr(row))
     steps = settings["steps"]
     dense = [row["dense_seconds"]["median"] for row in timed.values()]
     how = ["compiled" if settings["compile"] else "eager"]
     how += ["blocks of the accelerated side replayed as CUDA graphs"] if settings.get("graphs") else []
-    clips = [sum(one["facts"]["prompts"] for one in fidelity), facts["prompts"], fidelity[0]["facts"]["prompts"]]
+    clips = [sum(one["facts"]["prompts"] for one in fidelity), fidelity[0]["facts"]["prompts"]]
+    timed_clips = sorted({row["clips"] for row in timed.values()})
     said = (
         f"{escaped(settings['model'])}, {facts['device']['name']}, torch {facts['versions']['torch']}, {steps} steps: "
-        f"fidelity of {clips[0]} clips, FVD of {clips[2]} clips to the dense ones; seconds of {clips[1]} of them, "
+        f"fidelity of {clips[0]} clips, FVD of {clips[1]} clips to the dense ones; "
+        f"seconds of {' or '.join(map(str, timed_clips))} of them, "
         f"{' and '.join(how)}; dense takes {min(dense):.2f} to {max(dense):.2f} s beside them. In brackets the range "
         "over clips, of times the noise of the runs."
     )

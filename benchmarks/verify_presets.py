@@ -87,6 +87,7 @@ def main() -> None:
     parser.add_argument("--guidance", type=float)
     parser.add_argument("--compile", action="store_true", help="blocks of both sides")
     parser.add_argument("--graphs", action="store_true", help="blocks of the rows replayed as CUDA graphs")
+    parser.add_argument("--metrics", nargs="+", choices=METRICS, default=list(METRICS), help="of each clip")
     parser.add_argument("--repeat", type=int, default=1, help="timed runs of each clip and row")
     parser.add_argument("--group", type=int, default=12, help="rows that take turns with one dense run")
     parser.add_argument("--processes", type=int, default=1, choices=range(1, 9), help="on each GPU")
@@ -166,9 +167,7 @@ def prepare_share(args: argparse.Namespace) -> None:
         sequence = first_sequence(pipe, OTHER_PROMPTS[0], arguments)
         parts.write(RUN, {"sequence": None if sequence is None else asdict(sequence), "call": as_plain(arguments)})
     rows = [row for row in rows if parts.read(row.name) is None]
-    known = (
-        {} if args.like is None else {row["row"]: row["recipe"] for row in json.loads(args.like.read_text())["rows"]}
-    )
+    known = {} if args.like is None else recipes_of(json.loads(args.like.read_text()))
     fitted = any(row.method.is_fitted and row.name not in known for row in rows)
     calls = recorded(pipe, arguments) if fitted else []
     short = shortened(pipe, arguments, min(LONG_WARM_UP_STEPS, args.steps))
@@ -196,6 +195,11 @@ def prepare_share(args: argparse.Namespace) -> None:
         print(f"{row.name}: {found['failed'] or 'ready'}", file=sys.stderr, flush=True)
 
 
+def recipes_of(table: Mapping[str, Any]) -> dict[str, Any]:
+    """Recipes of a file's rows; the first files kept none."""
+    return {row["row"]: row["recipe"] for row in table["rows"] if isinstance(row["recipe"], dict)}
+
+
 def recorded(pipe: Any, arguments: Mapping[str, Any]) -> list[AttentionCall]:
     """Some calls of a dense run, to fit settings on."""
     calls: list[AttentionCall] = []
@@ -216,8 +220,12 @@ def recorded(pipe: Any, arguments: Mapping[str, Any]) -> list[AttentionCall]:
 def launch(args: argparse.Namespace, *what: str) -> None:
     """A process a share; those on one GPU run beside each other."""
     children = []
+    # Threads of several processes on one core wait for each other in a loop.
+    threads = str(max(1, (os.cpu_count() or 1) // processes(args)))
     for share in range(processes(args)):
-        place = {} if args.device == "cpu" else {"CUDA_VISIBLE_DEVICES": visible(share % args.gpus)}
+        place = {"OMP_NUM_THREADS": threads}
+        if args.device != "cpu":
+            place["CUDA_VISIBLE_DEVICES"] = visible(share % args.gpus)
         command = [sys.executable, "-m", "benchmarks.verify_presets", *sys.argv[1:], "--share", str(share), *what]
         children.append(subprocess.Popen(command, env={**os.environ, **place}))
     codes = [child.wait() for child in children]
@@ -261,7 +269,7 @@ def run_share(args: argparse.Namespace) -> None:
                     {row.name: row.name for row in rows},
                     [prompt],
                     [seed],
-                    metrics=METRICS,
+                    metrics=args.metrics,
                     generate_kwargs=arguments,
                     out=own.folder,
                     fps=frames_per_second(pipe),
@@ -308,10 +316,12 @@ def merged(args: argparse.Namespace, rows: Sequence[Row], parts: Parts) -> dict[
         for row in group:
             fast = features_of(folders, row.name)
             fvd = None if dense is None or fast is None else frechet_distance(dense, fast)
+            ran = summary_to_json(whole.summary(row.name))
             found.append(
-                {"row": row.name, "method": row.method.name, "asked_density": row.density, **parts.read(row.name)}
+                {"row": row.name, "method": row.method.name, "asked_density": row.density}
+                | ran
                 | {"dense_seconds": dense_seconds, "fvd": fvd}
-                | summary_to_json(whole.summary(row.name))
+                | parts.read(row.name)  # the whole recipe in place of its name
                 | {"each": [result_to_json(one) for one in whole.results if one.recipe == row.name]}
             )
     failed = {row.name: reason for row in rows if (reason := parts.read(row.name)["failed"])}

@@ -79,8 +79,19 @@ def test_a_further_file_adds_prompts() -> None:
     assert "fidelity of 16 clips, FVD of 8 clips" in text
     with pytest.raises(ValueError, match="two files of fidelity have the same clip of row"):
         table([quality, quality], [seconds])
-    with pytest.raises(ValueError, match="two files of seconds have the row"):
-        table([quality], [seconds, seconds])
+
+
+def test_of_seconds_measured_again_the_last_count() -> None:
+    quality, seconds = files()
+    again = json.loads(json.dumps(seconds))
+    again["rows"][0]["total_seconds"]["median"] = 4.0
+    again["rows"][0]["clips"] = 1
+    assert "| 13 of 30 | 4.00 |" in table([quality], [seconds, again])
+    assert "| 13 of 30 | 5.00 |" in table([quality], [again, seconds])
+    assert "seconds of 1 of them, compiled" in table([quality], [seconds, again])
+    again["rows"].append({**again["rows"][0], "row": "pooled@0.3", "clips": 2})
+    quality["rows"].append({**quality["rows"][0], "row": "pooled@0.3"})
+    assert "seconds of 1 or 2 of them, compiled" in table([quality], [seconds, again])
 
 
 def test_only_the_table_of_the_page_changes() -> None:
