@@ -285,7 +285,7 @@ WHY_NOT = [
     ("half", {"visible": True}, "keys are hidden"),
     ("pairs", {"bits": True}, "the mask has token bits"),
     ("pairs", {"learns": True}, "gradients and traces have an operator for each step"),
-    ("pairs", {"off": True}, "its form with means is switched off"),
+    ("pairs", {"off": True}, "its form with means is switched off for blocks of 64 queries"),
     ("half 128", {}, "means are read 64 a step, and a step of 128 queries has 128 keys or two blocks"),
     ("half D=64", {}, "means are read 64 a step, and a step of 128 queries has 64 keys or two blocks"),
 ]
@@ -294,7 +294,7 @@ WHY_NOT = [
 @pytest.mark.parametrize(("name", "settings", "said"), WHY_NOT)
 def test_why_not_in_one_launch(name, settings, said, monkeypatch):
     monkeypatch.setattr(variants, "why_not_hopper_half", lambda *_: None)
-    monkeypatch.setattr(variants, "MEANS_ON_HOPPER", "off" not in settings)
+    monkeypatch.setattr(variants, "MEANS_ON_HOPPER_AT", () if "off" in settings else (64, 128))
     block = {"half": (128, 64), "half 128": (128, 128), "half D=64": (128, 64), "pairs": (64, 64)}[name]
     dim = 64 if name.endswith("D=64") else 128
     hidden = {"key_mask": "key_mask" in settings, "bits": "bits" in settings}
@@ -308,7 +308,7 @@ def test_why_not_in_one_launch(name, settings, said, monkeypatch):
 
 
 def test_without_a_hopper_gpu_the_kernel_says_so(monkeypatch):
-    monkeypatch.setattr(variants, "MEANS_ON_HOPPER", True)
+    monkeypatch.setattr(variants, "MEANS_ON_HOPPER_AT", (64,))
     q, k, v, mask, rows, _, _ = build(length=256, block=(64, 64), dim=128, dtype=torch.bfloat16)
     given = means_of(k, v, mask, rows, 64)
     assert why_not_at_once("triton", q, k, v, mask, given) == "it needs a GPU"

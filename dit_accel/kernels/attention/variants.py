@@ -18,12 +18,14 @@ OLDEST_TRITON = (3, 6)
 # Whether half-precision calls with blocks of 64 queries run in the Hopper kernel, two blocks a program: on an H200 1.7
 # to 1.9 times as fast as the portable kernel at head dim 128, and 1.07 to 1.15 times at 64 (notes/hopper_pairs.md).
 PAIRS_ON_HOPPER = True
-# Whether half-precision calls attend the means of what they leave out in the same launch, where both are wanted. Not
-# before a GPU has run it: interpreted and compiled alone it is right. On a Hopper GPU run
-#     pytest -m gpu tests/kernels/test_hopper_means.py tests/stages/test_residual.py
-#     python benchmarks/kernels.py --sections carried --lengths 32760 --heads 12 --json means.json
-# and switch it on if both pass and "made: one launch" is ahead of "made: two launches".
-MEANS_ON_HOPPER = False
+# Queries a block of half-precision calls that attend the means of what they leave out in the same launch, where both
+# are wanted. With 128 a call with means takes 1.12 times one without at density 0.2 (1.21 in two launches) and 1.22 at
+# 0.1 (1.40); with 64, two blocks a program, it takes 1.55 (1.19) and 1.61 (1.33), so 64 stays out: under load, 32,760
+# tokens of 12 heads of 128, H200, `python benchmarks/kernels.py --sections carried --lengths 32760 --heads 12`. 128
+# waits for whole runs: on a Hopper GPU put it here, run
+#     pytest -m gpu tests/stages/test_residual.py tests/patches/test_graphs_gpu.py
+# and measure the default anew at real length (docs/fidelity.md).
+MEANS_ON_HOPPER_AT: tuple[int, ...] = ()
 # The same of 8-bit calls at head dim 128: 1.5 to 1.7 times as fast in INT8, 4.7 times with FP8 values. Nobody has timed
 # head dim 64. On a Hopper GPU run
 #     python benchmarks/kernels.py --sections pairs8 --lengths 32760 --head-dim 64 --seconds 100 --json pairs8.json
@@ -62,8 +64,8 @@ def why_not_hopper_means(
 ) -> str | None:
     """Why the Hopper kernel cannot attend, in the launch of a half-precision call, the means of what it leaves out, or
     None if it can."""
-    if not MEANS_ON_HOPPER:
-        return "its form with means is switched off"
+    if mask.block_q not in MEANS_ON_HOPPER_AT:
+        return f"its form with means is switched off for blocks of {mask.block_q} queries"
     reason = why_not_hopper_half(q, k, v, mask, rows)
     if reason is not None:
         return reason
