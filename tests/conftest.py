@@ -154,6 +154,16 @@ def _collects_what_is_new() -> None:
     gc.freeze()
 
 
+@pytest.fixture(autouse=True, scope="session")
+def _casts_on_every_cpu() -> Iterator[None]:
+    """Autoencoders of tests are cast as asked, also on a CPU that emulates the dtype: they are small."""
+    from dit_accel.acceleration import decoding
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(decoding, "emulates", lambda _dtype: False)
+        yield
+
+
 @pytest.fixture(autouse=True)
 def _gives_the_seam_back() -> Iterator[None]:
     """Each test ends its patches. What it leaves would end in the middle of another test, whenever it is collected."""

@@ -41,9 +41,10 @@ def set_vae(pipe: Any, settings: str | Sequence[str]) -> tuple[Callable[[], None
         pipe: a pipeline with a ``vae``.
         settings: some of :data:`SETTINGS`, as a sequence or separated by commas. ``tiled`` and ``sliced`` take less
             memory and no less time; ``channels_last`` orders the convolutions' weights as their kernels read them;
-            ``bf16`` and ``fp16`` change the dtype; ``compiled`` compiles the decoder; ``frames=N`` decodes N latent
-            frames at once, where Wan's autoencoder takes one after another, and copies less; ``tile=N`` is ``tiled``
-            in tiles of N pixels a side, which overlap as the autoencoder's own do.
+            ``bf16`` and ``fp16`` change the dtype, except on a CPU that emulates it; ``compiled`` compiles the
+            decoder; ``frames=N`` decodes N latent frames at once, where Wan's autoencoder takes one after another,
+            and copies less; ``tile=N`` is ``tiled`` in tiles of N pixels a side, which overlap as the autoencoder's
+            own do.
 
     Returns:
         The undo, after which weights and switches are the same to the bit, and a sentence for the summary.
@@ -61,8 +62,27 @@ def set_vae(pipe: Any, settings: str | Sequence[str]) -> tuple[Callable[[], None
             raise ValueError(f"{type(vae).__name__} cannot be {setting}.")
     numbers = {found[1]: int(found[2]) for found in map(_NUMBERED.fullmatch, chosen) if found}
     strides = _strides(vae, numbers["tile"]) if "tile" in numbers else {}
+    emulated = [name for name in chosen if name in DTYPES and _would_crawl(pipe, DTYPES[name])]
+    chosen = tuple(name for name in chosen if name not in emulated)
+    said = [", ".join(chosen)] if chosen else []
+    said += [f"not {name}, which this CPU emulates and takes many times as long as float32" for name in emulated]
     put_on = partial(_put_on, vae, chosen, strides, numbers.get("frames"))
-    return StackedChange(vae, put_on).undo, f"autoencoder: {', '.join(chosen)}"
+    return StackedChange(vae, put_on).undo, f"autoencoder: {'; '.join(said)}"
+
+
+def _would_crawl(pipe: Any, dtype: torch.dtype) -> bool:
+    """Whether an autoencoder would run in a dtype that it is not in and that its device emulates."""
+    weight = next(pipe.vae.parameters())
+    # An offloaded one lies on the CPU and runs elsewhere.
+    device = torch.device(getattr(pipe, "_execution_device", weight.device))
+    return bool(weight.dtype != dtype and device.type == "cpu" and emulates(dtype))
+
+
+def emulates(dtype: torch.dtype) -> bool:
+    """Whether this CPU has no arithmetic of its own in a half precision: convolutions took 75 times as long."""
+    name = {torch.bfloat16: "_is_mkldnn_bf16_supported", torch.float16: "_is_mkldnn_fp16_supported"}[dtype]
+    # A torch without oneDNN has neither the question nor the kernels.
+    return not (hasattr(torch.ops.mkldnn, name) and getattr(torch.ops.mkldnn, name)())
 
 
 def _put_on(vae: Any, chosen: Sequence[str], strides: Mapping[str, int], frames: int | None) -> Callable[[], None]:

@@ -8,9 +8,12 @@ import pytest
 import torch
 
 import dit_accel
+from dit_accel.acceleration import decoding
 from dit_accel.acceleration.decoding import read_settings, set_vae
 from tests.recipes import POOLED
 from tests.tiny import TINY
+
+EMULATES = decoding.emulates  # before conftest.py stands in for it
 
 
 def _state(vae):
@@ -49,6 +52,37 @@ def test_pictures_stay_near_and_everything_comes_back(family, settings):
     undo()
     assert _same(pipe.vae, before)
     assert torch.equal(tiny.run(pipe, output_type="pt"), plain)
+
+
+@pytest.mark.parametrize(
+    ("settings", "said"),
+    [
+        ("bf16", "autoencoder: not bf16, which this CPU emulates and takes many times as long as float32"),
+        ("fp16,tiled", "autoencoder: tiled; not fp16, which this CPU emulates and takes many times as long as float32"),
+    ],
+)
+def test_a_cpu_that_emulates_a_dtype_keeps_float32(settings, said, monkeypatch):
+    monkeypatch.setattr(decoding, "emulates", lambda _dtype: True)
+    pipe = TINY["wan"].build()
+    undo, told = set_vae(pipe, settings)
+    assert told == said
+    assert pipe.vae.dtype == torch.float32
+    assert pipe.vae.use_tiling == ("tiled" in settings)
+    undo()
+    # What is in it already stays, and what runs on another device than it lies on is cast.
+    pipe.vae.to(torch.bfloat16)
+    assert set_vae(pipe, "bf16")[1] == "autoencoder: bf16"
+    offloaded = SimpleNamespace(vae=TINY["flux"].build().vae, _execution_device=torch.device("meta"))
+    assert set_vae(offloaded, "bf16")[1] == "autoencoder: bf16"
+    assert offloaded.vae.dtype == torch.bfloat16
+
+
+@pytest.mark.parametrize(("dtype", "name"), [(torch.bfloat16, "bf16"), (torch.float16, "fp16")])
+@pytest.mark.parametrize("has", [True, False, None])
+def test_what_a_cpu_emulates(dtype, name, has, monkeypatch):
+    asked = {} if has is None else {f"_is_mkldnn_{name}_supported": lambda: has}
+    monkeypatch.setattr(torch.ops, "mkldnn", SimpleNamespace(**asked))
+    assert EMULATES(dtype) == (has is not True)
 
 
 def test_channels_last_weights():
