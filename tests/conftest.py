@@ -33,6 +33,7 @@ settings.load_profile("ci" if os.environ.get("CI") else "usual")
 SLOW = frozenset(
     (
         "benchmarking/test_reuse_front",
+        "benchmarking/test_verify_presets",
         "cli/test_bad_input",
         "cli/test_batch",
         "cli/test_bench_shared",

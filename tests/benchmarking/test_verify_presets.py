@@ -5,11 +5,15 @@ from __future__ import annotations
 import json
 import math
 import random
+import sys
 
 import pytest
 
+from benchmarks import verify_presets
+from benchmarks.fidelity_presets import at_density
 from benchmarks.rank_agreement import agreement, small_ranking, spearman
 from benchmarks.verify_rows import REFRESH, all_methods, refresh_name, rows_of
+from dit_accel import Recipe
 from dit_accel.presets import PRESETS
 
 
@@ -82,3 +86,30 @@ def test_every_preset_and_profile_has_rows() -> None:
     assert schedules == list(REFRESH)
     with pytest.raises(ValueError, match="Unknown method 'swift'"):
         rows_of(["swift"], [0.3])
+
+
+def test_a_file_has_whole_recipes_and_further_prompts_take_them(tmp_path, monkeypatch) -> None:
+    """The command as it is given, in this process: prepared, run, merged, and gone on with other prompts."""
+
+    def run(*arguments: str) -> None:
+        given = ["--quick", "--device", "cpu", "--dtype", "float32", "--methods", "mass", "--densities", "0.3"]
+        with monkeypatch.context() as patch:
+            patch.setattr(sys, "argv", ["verify_presets", *given, "--metrics", "psnr", *arguments])
+            patch.setattr(verify_presets, "launch", lambda _args, *what: run(*arguments, "--share", "0", *what))
+            verify_presets.main()
+
+    first, more = tmp_path / "first", tmp_path / "more"
+    run("--prompts", "1", "--out", str(first))
+    (row,) = json.loads((first / "table.json").read_text())["rows"]
+    assert row["row"] == "mass@0.3"
+    assert Recipe.from_dict(row["recipe"]) == at_density(all_methods()["mass"], 0.3, [])
+    assert (row["clips"], list(row["metrics"])) == (1, ["psnr"])
+
+    monkeypatch.setattr(verify_presets, "at_density", lambda *_: pytest.fail("fitted anew"))
+    further = ("--first", "1", "--prompts", "2", "--like", str(first / "table.json"), "--out", str(more))
+    run(*further, "--prepare")
+    assert not (more / "table.json").exists()
+    run(*further)
+    (again,) = json.loads((more / "table.json").read_text())["rows"]
+    assert again["recipe"] == row["recipe"]
+    assert [clip["seed"] for clip in again["each"]] == [1]
