@@ -14,7 +14,7 @@ from __future__ import annotations
 
 import argparse
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -54,12 +54,11 @@ def table(fidelity: Sequence[Mapping[str, Any]], seconds: Sequence[Mapping[str, 
     dense = [row["dense_seconds"]["median"] for row in timed.values()]
     how = ["compiled" if settings["compile"] else "eager"]
     how += ["blocks of the accelerated side replayed as CUDA graphs"] if settings.get("graphs") else []
-    clips = [sum(one["facts"]["prompts"] for one in fidelity), fidelity[0]["facts"]["prompts"]]
-    timed_clips = sorted({row["clips"] for row in timed.values()})
+    all_clips, timed_clips = (_either(row["clips"] for row in found) for found in (rows, timed.values()))
     said = (
         f"{escaped(settings['model'])}, {facts['device']['name']}, torch {facts['versions']['torch']}, {steps} steps: "
-        f"fidelity of {clips[0]} clips, FVD of {clips[1]} clips to the dense ones; "
-        f"seconds of {' or '.join(map(str, timed_clips))} of them, "
+        f"fidelity of {all_clips} clips, FVD of {fidelity[0]['facts']['prompts']} clips to the dense ones; "
+        f"seconds of {timed_clips} of them, "
         f"{' and '.join(how)}; dense takes {min(dense):.2f} to {max(dense):.2f} s beside them. In brackets the range "
         "over clips, of times the noise of the runs."
     )
@@ -101,9 +100,15 @@ def _joined(files: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
             for name in row["metrics"]
         }
         row["metrics"] = {name: bootstrap_mean(found).to_json() for name, found in values.items()}
+        row["clips"] = len(clips)
         row["density"] = range_of([clip.density for clip in clips]).to_json()
         row["computed_share"] = range_of([clip.ran.computed_share for clip in clips]).to_json()
     return rows
+
+
+def _either(counts: Iterable[int]) -> str:
+    """``6 or 8``."""
+    return " or ".join(map(str, sorted(set(counts))))
 
 
 def _cells(row: Mapping[str, Any], timed: Mapping[str, Any] | None, steps: int) -> list[str]:

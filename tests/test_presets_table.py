@@ -36,7 +36,7 @@ def test_fidelity_is_of_one_file_and_seconds_of_the_other() -> None:
         "`mass@0.3`", "0.420", "13 of 30", "5.00", "2.25 (1.50 to 3.38)", "33.0", "36.00 (31.00 to 41.00)",
         "0.9000 (0.9000 to 0.9000)", "-", "1.500 (1.500 to 1.500)", "12.3",
     ]  # fmt: skip
-    assert "fidelity of 8 clips, FVD of 8 clips to the dense ones; seconds of 2 of them, compiled and" in text
+    assert "fidelity of 2 clips, FVD of 8 clips to the dense ones; seconds of 2 of them, compiled and" in text
     assert "dense takes 11.00 to 11.00 s" in text
     # A folder of the one who ran it helps no reader.
     assert "/somewhere/else" not in text
@@ -76,7 +76,10 @@ def test_a_further_file_adds_prompts() -> None:
     mean = (sum(first) + 20.0 * len(first)) / (2 * len(first))
     text = table([quality, more], [seconds])
     assert f"| {mean:.2f} (20.00 to {max(first):.2f}) |" in text
-    assert "fidelity of 16 clips, FVD of 8 clips" in text
+    assert "fidelity of 4 clips, FVD of 8 clips" in text
+    # A row that the further file lacks keeps its clips.
+    quality["rows"].append({**json.loads(json.dumps(quality["rows"][0])), "row": "pooled@0.3"})
+    assert "fidelity of 2 or 4 clips, FVD" in table([quality, more], [seconds])
     with pytest.raises(ValueError, match="two files of fidelity have the same clip of row"):
         table([quality, quality], [seconds])
 
